@@ -1,0 +1,138 @@
+"""One way from checkpoint files to a model: build on meta, map the files into memory, assign strictly.
+
+No weight is ever initialised and none is copied unless its dtype changes: parameters are views of the mapped files, read
+from disk when they are first needed. Every key must be accounted for. A missing, unexpected or misshapen key, an unknown
+entry of a config or a damaged file is a `CheckpointError` that names file and key.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from skyreels_v3.checkpoints.hub import weight_files
+from skyreels_v3.checkpoints.key_maps import KeyMap, translate
+from skyreels_v3.errors import CheckpointError
+
+NAMED_KEYS = 5  # keys spelled out in an error message
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a weight file, or of a folder with one file or an index of shards; memory-mapped.
+
+    Raises:
+        CheckpointError: a file that is missing, truncated or no checkpoint, or holds something other than tensors.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(path) if path.is_dir() else [path]:
+        tensors.update(read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file))
+    return tensors
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, memory-mapped."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118  not a mapping
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); download it again") from error
+
+
+def read_pickle(file: Path) -> dict[str, Tensor]:
+    """The tensors of one .pth file, memory-mapped; nothing but tensors is unpickled."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{file} cannot be read ({reason}); download it again") from error
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{file} holds no plain state dict of tensors")
+    return content
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A checkpoint's config.json without the library's own underscored entries."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no JSON object")
+    return {key: value for key, value in content.items() if not key.startswith("_")}
+
+
+def rename(tensors: Mapping[str, Tensor], key_map: KeyMap, source: Path) -> dict[str, Tensor]:
+    """Tensors under their models' names; stacked weights are split (views, not copies)."""
+    renamed: dict[str, Tensor] = {}
+    unknown = []
+    for key, tensor in tensors.items():
+        try:
+            target = translate(key, key_map)
+        except KeyError:
+            unknown.append(key)
+            continue
+        if isinstance(target, tuple):
+            renamed.update(zip(target, tensor.chunk(len(target)), strict=True))
+        elif target is not None:
+            renamed[target] = tensor
+    if unknown:
+        raise CheckpointError(f"{source}: unexpected keys {name_some(unknown)}")
+    return renamed
+
+
+def load_model(
+    build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], source: Path, dtype: torch.dtype
+) -> nn.Module:
+    """Build a model on meta and give it its weights.
+
+    Args:
+        build: makes the model; called with meta as the default device.
+        tensors: weights under the model's own names; all of them and no others.
+        source: what the tensors were read from, for error messages.
+        dtype: of all weights but those the model's `_keep_in_fp32_modules` names.
+    """
+    with torch.device("meta"):
+        model = build()
+    parameters = dict(model.named_parameters())  # tied weights once, under their first name
+    check_keys(parameters, tensors, source)
+    float32_names = getattr(model, "_keep_in_fp32_modules", None) or ()
+    loaded: dict[int, nn.Parameter] = {}
+    for name, parameter in parameters.items():
+        target = torch.float32 if any(part in name for part in float32_names) else dtype
+        loaded[id(parameter)] = nn.Parameter(tensors[name].to(target), requires_grad=False)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            module.register_parameter(name, loaded[id(parameter)])
+    return model.eval()
+
+
+def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: Path) -> None:
+    """Raise CheckpointError unless `found` has exactly the keys and shapes of `expected`."""
+    problems = []
+    if missing := expected.keys() - found.keys():
+        problems.append(f"missing keys {name_some(missing)}")
+    if unexpected := found.keys() - expected.keys():
+        problems.append(f"unexpected keys {name_some(unexpected)}")
+    misshapen = [
+        f"{key} ({list(found[key].shape)} instead of {list(expected[key].shape)})"
+        for key in sorted(expected.keys() & found.keys())
+        if found[key].shape != expected[key].shape
+    ]
+    if misshapen:
+        problems.append(f"wrong shapes {name_some(misshapen)}")
+    if problems:
+        raise CheckpointError(f"{source} does not fit its model: {'; '.join(problems)}")
+
+
+def name_some(names: Iterable[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - NAMED_KEYS} more" if len(names) > NAMED_KEYS else ""
+    return ", ".join(names[:NAMED_KEYS]) + more

@@ -1,0 +1,145 @@
+"""Files in and out: is an input readable, can an output be written, and under which name does it end up.
+
+Everything that takes long to make is written under a hidden temporary name beside its final one and put there by
+`publish` when it is complete. So a file under its final name is always whole, and nothing is ever overwritten.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import secrets
+import stat
+import tempfile
+from itertools import count
+from pathlib import Path
+
+from skyreels_v3.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SHOWN_CHARACTERS = 100  # of a value in a message
+NAME_BYTES = 255  # longest file name of the usual file systems
+NAME_RESERVE = 16  # for what `publish` and `partial_name` may add to a name
+NO_HARD_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV}
+
+
+def shown(value: object) -> str:
+    """`value` for a one-line message: its middle left out when it is long, control characters escaped."""
+    text = str(value)
+    if len(text) > SHOWN_CHARACTERS:
+        half = SHOWN_CHARACTERS // 2 - 2
+        text = f"{text[:half]}...{text[-half:]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def check_readable(path: Path, flag: str) -> None:
+    """Check that `path` is a file with something in it that may be read.
+
+    Raises:
+        UserError: not there, a folder, something else that is no file, empty, or not readable.
+    """
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise UserError(flag, f"{shown(path)} is a folder; give a file")
+        if not stat.S_ISREG(mode):
+            raise UserError(flag, f"{shown(path)} is not a regular file; give an ordinary file")
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise UserError(flag, f"{shown(path)} is empty (0 bytes); give a complete file")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(flag, f"{shown(path)} does not exist; check the path") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        raise UserError(flag, f"{shown(path)} cannot be read ({_reason(error)}); check its rights") from error
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """Check, without leaving anything behind, that a file or folder `path` could be made.
+
+    Raises:
+        UserError: `path` exists already, has an impossible name, or the folder that it would be made in is not a folder
+            or cannot be written to.
+    """
+    if os.path.lexists(path):
+        remedy = "give a file name in it" if path.is_dir() else "give another name or move it away"
+        raise UserError(flag, f"{shown(path)} exists already and is never overwritten; {remedy}")
+    if "\0" in str(path) or any(len(os.fsencode(part)) > NAME_BYTES - NAME_RESERVE for part in path.parts):
+        raise UserError(flag, f"{shown(path)} is not a possible file name; give a shorter, plain one")
+    ancestor = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not ancestor.is_dir():
+        raise UserError(flag, f"{shown(path)} cannot be made: {shown(ancestor)} is not a folder; give another path")
+    try:
+        with tempfile.TemporaryFile(dir=ancestor):
+            pass
+    except OSError as error:
+        reason = f"{shown(ancestor)} is not writable ({_reason(error)})"
+        raise UserError(flag, f"{shown(path)} cannot be made: {reason}; give another path") from error
+
+
+def temporary_name(final: Path) -> Path:
+    """A new hidden name beside `final`, with its suffix; nothing is created."""
+    return final.with_name(f".{final.stem[:32]}.{secrets.token_hex(6)}.tmp{final.suffix}")
+
+
+def partial_name(final: Path, folder: bool = False) -> Path:
+    """The name under which the finished part of an interrupted `final` is kept."""
+    stem, suffix = _split_name(final, folder)
+    return final.with_name(f"{stem}.partial{suffix}")
+
+
+def publish(temporary: Path, final: Path) -> Path:
+    """Put the complete file or folder `temporary` under the name `final`, or `<stem>-2`, `-3`, ... if that is taken.
+
+    Race-free: of two programs that publish under one name, one gets the next name.
+
+    Returns:
+        The path that was really used; a warning is logged when it is not `final`.
+    """
+    is_folder = temporary.is_dir()
+    stem, suffix = _split_name(final, is_folder)
+    move = _move_folder if is_folder else _move_file
+    for number in count(1):
+        path = final if number == 1 else final.with_name(f"{stem}-{number}{suffix}")
+        try:
+            move(temporary, path)
+        except FileExistsError:
+            continue
+        if number > 1:
+            logger.warning("%s exists already; the output is %s", final, path)
+        return path
+    raise AssertionError("unreachable")
+
+
+def _move_file(temporary: Path, path: Path) -> None:
+    """Rename a file; raises FileExistsError instead of replacing one, which rename alone would do."""
+    try:
+        os.link(temporary, path)
+        temporary.unlink()
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in NO_HARD_LINKS:
+            raise
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))  # takes the name, as link would have done
+        temporary.replace(path)
+
+
+def _move_folder(temporary: Path, path: Path) -> None:
+    """Rename a folder; raises FileExistsError instead of replacing an empty one, which rename alone would do."""
+    path.mkdir()  # takes the name
+    try:
+        temporary.replace(path)
+    except BaseException:
+        path.rmdir()
+        raise
+
+
+def _split_name(path: Path, folder: bool) -> tuple[str, str]:
+    """Stem and suffix; a folder's name has no suffix, whatever dots are in it."""
+    return (path.name, "") if folder else (path.stem, path.suffix)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -1,0 +1,112 @@
+"""Pictures: any file that Pillow opens becomes 8-bit RGB, and is fitted into the size that a task needs.
+
+Two ways to fit: `letterbox` shows the whole picture between white borders (reference images), `cover_crop` fills the
+frame and cuts off what stands out (clips, portraits).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from skyreels_v3.errors import UserError
+from skyreels_v3.media.files import check_readable, shown
+
+logger = logging.getLogger(__name__)
+
+WHITE = (255, 255, 255)
+LANCZOS = Image.Resampling.LANCZOS
+
+
+def open_image(path: Path, flag: str) -> Image.Image:
+    """The picture in a file, upright, 8-bit RGB and fully decoded; the first one if there are several.
+
+    Transparent parts become white, 16-bit values are scaled to 8 bits.
+
+    Raises:
+        UserError: the file is missing, empty, damaged, far too large or not a picture.
+    """
+    check_readable(path, flag)
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns at half the size that it refuses; a user can do nothing about the warning
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                return _to_rgb(_upright(image))
+    except Image.DecompressionBombError as error:
+        raise UserError(flag, f"{shown(path)} has too many pixels; scale it down first") from error
+    except UnidentifiedImageError as error:
+        raise UserError(flag, f"{shown(path)} is not a picture; give a JPEG, PNG, WebP, GIF or BMP file") from error
+    except Exception as error:  # on damaged data decoders raise whatever they run into
+        reason = shown(str(error) or type(error).__name__)
+        raise UserError(flag, f"{shown(path)} is damaged or cut off ({reason}); give a complete file") from error
+
+
+def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The whole of `image` in the middle of a white RGB picture of `height` x `width` pixels."""
+    if image.size == (width, height):
+        return image
+    ratio = image.width / image.height
+    if ratio > width / height:
+        size = (width, max(1, int(width / ratio)))
+    else:
+        size = (max(1, int(height * ratio)), height)
+    canvas = Image.new("RGB", (width, height), WHITE)
+    canvas.paste(_resize(image, size, LANCZOS), ((width - size[0]) // 2, (height - size[1]) // 2))
+    return canvas
+
+
+def cover_crop(image: Image.Image, height: int, width: int, resample: Image.Resampling = LANCZOS) -> Image.Image:
+    """The centre of `image`, scaled so that it just covers `height` x `width` pixels; unchanged if it has that size."""
+    if image.size == (width, height):
+        return image
+    scale = max(height / image.height, width / image.width)
+    size = (math.ceil(scale * image.width), math.ceil(scale * image.height))
+    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)  # halves to even, like torchvision
+    return _resize(image, size, resample).crop((left, top, left + width, top + height))
+
+
+def _resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    """Antialiased resize to (width, height), the horizontal pass first.
+
+    Pillow rounds to 8 bits between its two passes, and from version 13 on it chooses their order by the sizes. Two
+    calls fix the order, so that every version gives the pixels of the recordings.
+    """
+    return image.resize((size[0], image.height), resample).resize(size, resample)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """`image` turned the way its EXIF orientation says."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # noqa: BLE001  broken metadata is no reason to refuse a good picture
+        logger.debug("EXIF data ignored: %s", error)
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB: alpha onto white, more than 8 bits scaled down."""
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_8_bit(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, WHITE + (255,))
+        return Image.alpha_composite(canvas, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """A one-channel integer or float picture as 8-bit grey; Pillow's own conversion would clip instead of scale."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    peak = float(values.max())
+    if image.mode == "F":
+        full_scale = 1.0 if peak <= 1 else 255.0
+    else:
+        full_scale = 65535.0 if peak <= 65535 else 2.0**31 - 1  # mode "I" mostly holds 16-bit files
+    return Image.fromarray(np.clip(np.rint(values * (255 / full_scale)), 0, 255).astype(np.uint8))

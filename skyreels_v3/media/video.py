@@ -1,0 +1,424 @@
+"""Clips: probing, reading and writing, one frame at a time.
+
+All work is done by the ffmpeg program that imageio-ffmpeg brings, run with argument lists. Its `read_frames` and
+`write_frames` generators are not used: they hide ffmpeg's exit status, so that a clip that breaks in the middle or a full
+disk looks like success, and they kill the encoder when Ctrl-C comes while a frame is being handed over.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
+from pathlib import Path
+from typing import IO, Protocol
+
+import numpy as np
+from imageio_ffmpeg import get_ffmpeg_exe
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from skyreels_v3.errors import UserError
+from skyreels_v3.media.files import check_readable, partial_name, publish, shown, temporary_name
+from skyreels_v3.media.image import cover_crop
+
+logger = logging.getLogger(__name__)
+
+# Containers that are taken as a clip. Pictures, text and playlists (which may name other files and addresses) are not.
+CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,apng,webp_anim,mpeg,mpegts,mpegvideo,m4v,h264,hevc,av1,ivf,obu,flv,"
+    "asf,ogg,nut,mxf,dv,mjpeg,yuv4mpegpipe,wtv,rm"
+)
+# Only from containers with an index: recordings of a broadcast stream may begin and end in the middle of a packet.
+TRUNCATED = re.compile(r"partial file|ended prematurely|moov atom not found|/(mov|avi)[^]]*\] corrupt input packet")
+UNKNOWN_TIME = -(2**63)  # ffmpeg's "no timestamp"
+DISCARDED = 0x4  # packet flag: decoded but not shown, as an edit list says
+
+# Non-square pixels are stretched to square ones; where they are square, the picture only changes its pixel format.
+TO_RGB = "scale=w='max(1,round(iw*sar))':h=ih:flags=bicubic+accurate_rnd+full_chroma_int,setsar=1,format=rgb24"
+TO_YUV = (
+    "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_inp,format=yuv420p,"
+    "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709"
+)
+CRF = 16  # x264's constant quality: 0 is lossless, 18 is usually called visually lossless
+PRESET = "medium"
+COMMENT_BYTES = 120_000  # one argument of a Linux program may have 128 KiB
+PNG_COMPRESSION = 3  # of 9; higher levels take much longer for a few percent
+ERROR_LINES = 5
+
+
+@dataclass(frozen=True)
+class ClipInfo:
+    """What is known of a clip without decoding it.
+
+    `width` and `height` are as displayed: after rotation, in square pixels. `fps` is the clip's own (mean) rate,
+    `seconds` the length of its video. `frames` is the number of frames that `read_frames` gives at the wanted rate;
+    it can be off by one where a container does not say how long the last frame is shown.
+    """
+
+    path: Path
+    width: int
+    height: int
+    fps: float
+    seconds: float
+    frames: int
+
+
+def probe(path: Path, flag: str, fps: int) -> ClipInfo:
+    """Look at a clip: reads the packets' timestamps and decodes one frame.
+
+    Args:
+        fps: the rate at which its frames will be read.
+
+    Raises:
+        UserError: `path` is not a complete, decodable video file.
+    """
+    check_readable(path, flag)
+    times = _packet_times(path, flag)
+    try:
+        height, width = next(_decode(path, TO_RGB, ["-frames:v", "1"])).shape[:2]
+    except (RuntimeError, StopIteration) as error:
+        raise UserError(flag, f"{shown(path)}: no frame can be decoded; convert it to an H.264 mp4 file") from error
+    start, end = times[0][0], times[-1][1]
+    seconds = float(end - start)
+    return ClipInfo(
+        path=path,
+        width=width,
+        height=height,
+        fps=len(times) / seconds if seconds else 0.0,
+        seconds=seconds,
+        frames=max(0, _round_half_up(end * fps) - _round_half_up(start * fps)),
+    )
+
+
+def read_frames(path: Path, fps: int) -> Iterator[np.ndarray]:
+    """The frames of a clip at `fps` frames a second, each uint8 [H, W, 3] as displayed; one in memory at a time.
+
+    Output frame n is the last source frame whose timestamp, in units of 1/fps and rounded, is not after n. So a clip
+    of that rate is read frame by frame, others lose or repeat frames and keep their speed.
+
+    Raises:
+        RuntimeError: ffmpeg fails.
+    """
+    return _decode(path, f"fps={fps},{TO_RGB}")
+
+
+def last_frames(
+    path: Path, fps: int, count: int, flag: str, progress: Callable[[int], object] | None = None
+) -> np.ndarray:
+    """The last `count` frames of a clip at `fps` frames a second, uint8 [count, H, W, 3]; no more are held in memory.
+
+    Args:
+        progress: called with 1 after each frame that was read, like the `update` of a tqdm bar.
+
+    Raises:
+        UserError: the clip has fewer frames, or pictures of several sizes.
+    """
+    kept: deque[np.ndarray] = deque(maxlen=count)
+    for frame in read_frames(path, fps):
+        kept.append(frame)
+        if progress is not None:
+            progress(1)
+    if len(kept) < count:
+        raise too_short(path, flag, fps, count, len(kept))
+    if len({frame.shape for frame in kept}) > 1:
+        raise UserError(flag, f"{shown(path)} changes its picture size on the way; convert it to one size first")
+    return np.stack(kept)
+
+
+def too_short(path: Path, flag: str, fps: int, needed: int, frames: int) -> UserError:
+    """The error for a clip of `frames` frames where `needed` are needed."""
+    return UserError(
+        flag,
+        f"{shown(path)} is too short: {needed} frames at {fps} frames a second ({needed / fps:.2f} s) are needed, it has "
+        f"{frames}; give a longer clip",
+    )
+
+
+def resized(frames: Iterable[np.ndarray], height: int, width: int) -> Iterator[np.ndarray]:
+    """Frames scaled to cover `height` x `width` and cropped, uint8 [height, width, 3]; those of that size unchanged."""
+    for frame in frames:
+        if frame.shape[:2] == (height, width):
+            yield frame
+        else:
+            yield np.asarray(cover_crop(Image.fromarray(frame), height, width))
+
+
+def write_video(frames: Iterable[np.ndarray], path: Path, *, height: int, width: int, fps: int, comment: str) -> Path:
+    """Encode frames, uint8 [height, width, 3], as they come: H.264, yuv420p, BT.709, index in front.
+
+    The file gets its name when it is complete, and another one if the name was taken meanwhile. When `frames` raises,
+    what there is is kept as `<stem>.partial.mp4` and the exception goes on.
+
+    Args:
+        height, width: even numbers.
+        comment: the file's comment, for what made it.
+
+    Returns:
+        The path of the file, `path` unless that was taken.
+
+    Raises:
+        RuntimeError: there are no frames, or ffmpeg fails.
+    """
+    if len(comment.encode()) > COMMENT_BYTES:
+        raise ValueError(f"comment of more than {COMMENT_BYTES} bytes")
+    return _deliver(frames, _VideoSink(temporary_name(path), height, width, fps, comment), path)
+
+
+def write_frame_folder(frames: Iterable[np.ndarray], folder: Path, *, comment: str) -> Path:
+    """Write frames, uint8 [H, W, 3], as they come to 00000.png, 00001.png, ... in a new folder, lossless.
+
+    Names and interruptions as in `write_video`: the folder gets its name at the end, or `<name>.partial`. Every file
+    carries `comment` in a PNG text chunk of that name, so that a frame copied elsewhere still tells what made it.
+    """
+    return _deliver(frames, _FolderSink(temporary_name(folder), comment), folder)
+
+
+class _Sink(Protocol):
+    """Where frames go: a temporary file or folder that grows by `add`."""
+
+    temporary: Path
+    added: int  # complete frames so far
+    is_folder: bool
+
+    def add(self, frame: np.ndarray) -> None: ...
+
+    def finish(self) -> None:
+        """Make `temporary` complete; once more is harmless. Raises RuntimeError if that fails."""
+
+    def discard(self) -> None:
+        """Remove what is left of `temporary`."""
+
+
+def _deliver(frames: Iterable[np.ndarray], sink: _Sink, final: Path) -> Path:
+    """Put all frames into the sink and its file under the name `final`; on an exception what there is as a partial."""
+    try:
+        for frame in frames:
+            if not sink.added:
+                final.parent.mkdir(parents=True, exist_ok=True)
+            sink.add(frame)
+        sink.finish()
+        if not sink.added:
+            raise RuntimeError(f"{final}: there are no frames to write")
+        return publish(sink.temporary, final)
+    except BaseException:
+        _keep_partial(sink, final)
+        raise
+    finally:
+        sink.discard()
+
+
+def _keep_partial(sink: _Sink, final: Path) -> None:
+    """Publish what an interrupted run has written. Only logs its own failures: the first exception matters more."""
+    if not sink.added:
+        return
+    try:
+        sink.finish()
+        path = publish(sink.temporary, partial_name(final, sink.is_folder))
+        logger.warning("interrupted; the first %d frames are in %s", sink.added, path)
+    except (RuntimeError, OSError) as error:
+        logger.debug("nothing could be kept of %s: %s", final, error)
+
+
+class _VideoSink:
+    """An ffmpeg process that encodes the raw frames it gets. It is started by the first frame."""
+
+    is_folder = False
+
+    def __init__(self, temporary: Path, height: int, width: int, fps: int, comment: str) -> None:
+        self.temporary = temporary
+        self.added = 0
+        self._shape = (height, width, 3)
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed by discard
+        self._process: subprocess.Popen[bytes] | None = None
+        self._command = _ffmpeg_command(
+            ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "pipe:0"]
+            + ["-vf", TO_YUV, "-c:v", "libx264", "-crf", str(CRF), "-preset", PRESET, "-movflags", "+faststart"]
+            + ["-metadata", f"comment={comment}", "-f", "mp4", "-n", f"file:{temporary}"]
+        )
+
+    def add(self, frame: np.ndarray) -> None:
+        if frame.shape != self._shape or frame.dtype != np.uint8:
+            raise ValueError(f"frame {self.added} is {frame.dtype} {frame.shape}, not uint8 {self._shape}")
+        if self._process is None:
+            # a session of its own: Ctrl-C in the terminal must not reach the encoder before the file is closed
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.PIPE, stderr=self._log, start_new_session=True
+            )
+        try:
+            _pipe(self._process.stdin).write(np.ascontiguousarray(frame).data)
+        except BrokenPipeError:
+            self.finish()  # ffmpeg has ended, which it does only when it fails
+            raise RuntimeError("ffmpeg ended early") from None
+        self.added += 1
+
+    def finish(self) -> None:
+        if self._process is None:
+            return
+        try:
+            _pipe(self._process.stdin).close()
+        except BrokenPipeError:
+            pass  # the exit status tells more
+        if self._process.wait():
+            raise RuntimeError(f"ffmpeg could not write {self.temporary.name}: {_last_lines(self._log)}")
+
+    def discard(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+        self.temporary.unlink(missing_ok=True)
+
+
+class _FolderSink:
+    """A folder of numbered PNG files. It is made by the first frame."""
+
+    is_folder = True
+
+    def __init__(self, temporary: Path, comment: str) -> None:
+        self.temporary = temporary
+        self.added = 0
+        self._info = PngInfo()
+        self._info.add_text("comment", comment)
+
+    def add(self, frame: np.ndarray) -> None:
+        self.temporary.mkdir(exist_ok=True)
+        path = self.temporary / f"{self.added:05d}.png"
+        try:
+            Image.fromarray(frame).save(path, pnginfo=self._info, compress_level=PNG_COMPRESSION)
+        except BaseException:
+            path.unlink(missing_ok=True)  # half a picture must not get into a partial result
+            raise
+        self.added += 1
+
+    def finish(self) -> None:
+        pass
+
+    def discard(self) -> None:
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+def _packet_times(path: Path, flag: str) -> list[tuple[Fraction, Fraction]]:
+    """Begin and end in seconds of every frame's display, in order, by demuxing alone; at least one.
+
+    Raises:
+        UserError: not a video, damaged or cut off.
+    """
+    command = _ffmpeg_command(_input(path) + ["-c", "copy", "-f", "framecrc", "pipe:1"])
+    run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    log = run.stderr.decode(errors="replace")
+    if "matches no streams" in log:
+        raise UserError(flag, f"{shown(path)} has no video stream; give a video clip")
+    if "not on whitelist" in log:
+        raise UserError(flag, f"{shown(path)} is a picture or another kind of file; give a video clip, such as an mp4")
+    if TRUNCATED.search(log) or _is_cut_gif(path):
+        raise UserError(flag, f"{shown(path)} is truncated or not a video; give a complete video file, such as an mp4")
+    times = _parse_packets(run.stdout.decode())
+    if run.returncode or not times:
+        raise UserError(flag, f"{shown(path)} is not a video or damaged; give a complete video file, such as an mp4")
+    return times
+
+
+def _parse_packets(listing: str) -> list[tuple[Fraction, Fraction]]:
+    """Begin and end in seconds of the frames in ffmpeg's framecrc listing `stream, dts, pts, duration, size, ...`."""
+    time_base = Fraction(1)
+    ticks = []
+    for line in listing.splitlines():
+        if line.startswith("#tb 0:"):
+            time_base = Fraction(line.split(":")[1].strip())
+        if line.startswith("#"):
+            continue
+        dts, pts, duration = (int(word) for word in line.split(",")[1:4])
+        flags = re.search(r"F=0x([0-9A-Fa-f]+)", line)
+        if not (flags and int(flags[1], 16) & DISCARDED):
+            ticks.append((dts if pts == UNKNOWN_TIME else pts, duration))
+    ticks.sort()
+    if len(ticks) > 1:
+        begin, duration = ticks[-1]
+        gap = begin - ticks[-2][0]
+        if duration <= 1 and gap > 2:  # a made-up duration; ffmpeg shows the last frame as long as the one before it
+            ticks[-1] = (begin, gap)
+    return [(begin * time_base, (begin + duration) * time_base) for begin, duration in ticks]
+
+
+def _is_cut_gif(path: Path) -> bool:
+    """Whether a GIF file lacks its end mark; ffmpeg takes it as a shorter animation."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GIF8":
+            return False
+        file.seek(-min(1024, path.stat().st_size), 2)
+        return not file.read().rstrip(b"\0").endswith(b";")
+
+
+def _decode(path: Path, filters: str, options: list[str] | None = None) -> Iterator[np.ndarray]:
+    """Frames that leave ffmpeg's `filters`, uint8 [H, W, 3], with nothing repeated or dropped after them."""
+    arguments = _input(path) + ["-vf", filters, "-fps_mode", "passthrough", *(options or [])]
+    with _reading(arguments + ["-c:v", "ppm", "-f", "image2pipe", "pipe:1"]) as stream:
+        while (frame := _read_ppm(stream)) is not None:
+            yield frame
+
+
+def _read_ppm(stream: IO[bytes]) -> np.ndarray | None:
+    """The next picture of a stream of binary PPM pictures, uint8 [H, W, 3]; None at its end."""
+    if not stream.readline():  # P6
+        return None
+    width, height = (int(word) for word in stream.readline().split())
+    stream.readline()  # 255
+    data = bytearray(height * width * 3)
+    if stream.readinto(data) < len(data):  # type: ignore[attr-defined]  # buffered readers have it
+        return None  # ffmpeg has died, which its exit status says
+    return np.frombuffer(data, np.uint8).reshape(height, width, 3)
+
+
+@contextmanager
+def _reading(arguments: list[str]) -> Iterator[IO[bytes]]:
+    """ffmpeg's standard output. Leaving early ends ffmpeg; its failure is a RuntimeError with its last words."""
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            _ffmpeg_command(arguments),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            yield _pipe(process.stdout)
+            if process.wait():
+                raise RuntimeError(f"ffmpeg failed: {_last_lines(log)}")
+        finally:
+            process.kill()
+            process.wait()
+            _pipe(process.stdout).close()
+
+
+def _ffmpeg_command(arguments: list[str]) -> list[str]:
+    return [get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-nostats", "-v", "warning", *arguments]
+
+
+def _input(path: Path) -> list[str]:
+    """Options for reading a local clip's first video that is not a cover picture, and never anything but that file."""
+    return ["-protocol_whitelist", "file,pipe", "-format_whitelist", CONTAINERS, "-i", f"file:{path}", "-map", "0:V:0"]
+
+
+def _last_lines(log: IO[bytes]) -> str:
+    log.seek(0)
+    lines = log.read().decode(errors="replace").strip().splitlines()
+    return " / ".join(lines[-ERROR_LINES:]) or "no message"
+
+
+def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
+    """A pipe that `Popen` was asked for, for the type checker."""
+    assert stream is not None
+    return stream
+
+
+def _round_half_up(value: Fraction) -> int:
+    return floor(value + Fraction(1, 2))

@@ -1,0 +1,1 @@
+"""The networks: our transformer, and thin wrappers around the libraries' VAE and encoders."""

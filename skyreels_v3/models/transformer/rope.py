@@ -1,0 +1,78 @@
+"""Rotary positions from a list of segments.
+
+A sequence is one or more segments laid end to end; each has its own place on the time axis, and height and width start
+at 0 in each. Every task's layout is then data: a plain video is one segment at 0; condition frames in front are a segment
+at 0 before a segment at P; the cut of a shot switch is a segment at 1024; reference pictures come behind the video.
+
+Rotary embedding (Su et al., arXiv:2104.09864) in its 3D form: of the D/2 channel pairs of a head, D/6 turn with the row,
+D/6 with the column and the rest with the frame. A pair is two adjacent channels. Angles are float64; see Wan 2.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+THETA = 10000.0
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Latent frames that stand together in the sequence.
+
+    Attributes:
+        latents: (B, C, F, H, W).
+        start_frame: position of the first latent frame on the time axis.
+        clean: condition frames, free of noise: models with a timestep per frame see timestep 0 for them.
+    """
+
+    latents: Tensor
+    start_frame: int = 0
+    clean: bool = False
+
+
+Rotary = tuple[Tensor, Tensor]  # cosines and sines, float32, for tokens (B, L, N, D/2) or what broadcasts to it
+
+
+def angles(positions: Tensor, channels: int) -> Tensor:
+    """Angles (P, channels/2) in float64 for positions (P,): position / theta^(2i/channels)."""
+    exponents = torch.arange(0, channels, 2, dtype=torch.float64) / channels
+    return positions.to(torch.float64)[:, None] / THETA**exponents
+
+
+def rotary_tables(segments: Sequence[Segment], patch_size: Sequence[int], head_dim: int) -> Rotary:
+    """Cosines and sines (L, 1, head_dim/2) of all tokens of `segments`, float32, on the segments' device.
+
+    The angles of each axis are computed in float64 on the CPU (a few thousand numbers; not every device has float64)
+    and spread over the grid of tokens on the device.
+    """
+    spatial = 2 * (head_dim // 6)
+    tables = []
+    for segment in segments:
+        device = segment.latents.device
+        grid = [size // patch for size, patch in zip(segment.latents.shape[2:], patch_size, strict=True)]
+        axes = [
+            angles(torch.arange(grid[0]) + segment.start_frame, head_dim - 2 * spatial),
+            angles(torch.arange(grid[1]), spatial),
+            angles(torch.arange(grid[2]), spatial),
+        ]
+        # cos and sin before the move and the spreading: 2 small float64 tables for an axis, not one for a token
+        polar = [torch.stack((axis.cos(), axis.sin())).float().to(device) for axis in axes]
+        spread = [
+            polar[0][:, :, None, None].expand(-1, -1, grid[1], grid[2], -1),
+            polar[1][:, None, :, None].expand(-1, grid[0], -1, grid[2], -1),
+            polar[2][:, None, None, :].expand(-1, grid[0], grid[1], -1, -1),
+        ]
+        tables.append(torch.cat(spread, dim=-1).flatten(1, 3))  # (2, L, D/2)
+    cos, sin = torch.cat(tables, dim=1).unsqueeze(2).unbind(0)
+    return cos, sin
+
+
+def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
+    """Turn each adjacent channel pair of x (B, L, N, D) by its token's angle; computed in float32, returned so."""
+    cos, sin = rotary
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)

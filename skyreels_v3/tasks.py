@@ -1,0 +1,159 @@
+"""What a task is and what a user asked for. Plain data, no torch.
+
+A `TaskSpec` is one file of configs/ in a frozen dataclass; a `GenerationRequest` is one command line, checked. Sizes and
+counts that follow from the two alone are worked out here, so that the dry run and the real run cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+TASK_NAMES = ("reference_to_video", "single_shot_extension", "shot_switching_extension")
+RESOLUTIONS = ("480P", "540P", "720P")
+
+SIZE_MULTIPLE = 16  # VAE stride 8 times patch 2
+VAE_STRIDE = (4, 8, 8)  # frames, height, width
+PATCH_SIZE = (1, 2, 2)
+ROLL_OUT_SECONDS = 5  # a long single-shot extension is rolled out this much at a time
+LATENT_FRAMES_PER_SECOND = 6
+SEQUENCE_MULTIPLE = 8  # condition + new latent frames of a roll-out
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task's preset, as in `configs/<name>.yaml`. Durations in seconds."""
+
+    name: str
+    summary: str
+    model_id: str
+    also_published_as: tuple[str, ...]
+    layout: str  # "diffusers" or "native" (Wan-native), see checkpoints/
+    transformer_folder: str
+    inputs: tuple[str, ...]
+    size_buckets: str
+    resolution: str
+    fps: int
+    default_duration: int
+    min_duration: int
+    max_duration: int
+    num_inference_steps: int
+    shift: float
+    transformer: Mapping[str, int]
+    condition_frames: int | Mapping[int, int] = 0
+
+    def condition_frames_for(self, duration: int) -> int:
+        """Number of last frames of the input clip that the model sees."""
+        return self.condition_frames[duration] if isinstance(self.condition_frames, Mapping) else self.condition_frames
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """Everything one run needs, checked. `height` and `width` are None until the input has been looked at."""
+
+    task: TaskSpec
+    model_id: str
+    prompt: str
+    model_source: str = "huggingface"
+    negative_prompt: str = ""
+    ref_imgs: tuple[str, ...] = ()
+    input_video: str | None = None
+    duration: int = 5
+    num_frames: int | None = None
+    resolution: str = "720P"
+    height: int | None = None
+    width: int | None = None
+    seed: int = 42
+    num_inference_steps: int = 8
+    shift: float = 5.0
+    guidance_scale: float = 1.0
+    image_guidance_scale: float = 1.0
+    device: str = "auto"
+    dtype: str | None = None
+    output: Path | None = None
+    frame_folder: bool = False  # the output is a folder of PNG files
+    save_latents: Path | None = None
+    include_input: bool = False
+    offload: bool = False
+    dry_run: bool = False
+    url_timeout: float = 1.5
+    verbosity: int = 0
+    flags: Mapping[str, Any] = field(default_factory=dict)  # as given, to run it again
+
+    @property
+    def frames_out(self) -> int:
+        """Number of newly generated frames that are written."""
+        if self.task.condition_frames:
+            return self.duration * self.task.fps
+        return self.num_frames or self.duration * self.task.fps + 1
+
+    @property
+    def condition_frames(self) -> int:
+        """Number of last frames of the input clip that the model sees."""
+        return self.task.condition_frames_for(self.duration)
+
+
+@cache
+def task_spec(name: str) -> TaskSpec:
+    """The preset of task `name`, read from `configs/`."""
+    raw = load_yaml(CONFIG_DIR / f"{name}.yaml")
+    duration = raw.pop("duration")
+    return TaskSpec(
+        name=name,
+        default_duration=duration["default"],
+        min_duration=duration["min"],
+        max_duration=duration["max"],
+        also_published_as=tuple(raw.pop("also_published_as")),
+        inputs=tuple(raw.pop("inputs")),
+        **raw,
+    )
+
+
+def load_yaml(path: Path) -> Any:
+    """The content of a YAML file; libyaml's parser where PyYAML has it."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506  both loaders are the safe ones
+
+
+def choose_size(spec: TaskSpec, resolution: str, height: int, width: int) -> tuple[int, int]:
+    """Height and width of the output for an input picture of `height` x `width` pixels.
+
+    The bucket with the closest height/width ratio (the first one on ties), both sides rounded down to multiples of 16.
+    """
+    buckets = load_yaml(CONFIG_DIR / "size_buckets.yaml")[spec.size_buckets][resolution]
+    ratio = height / width
+    closest = min(buckets, key=lambda key: abs(key - ratio))
+    bucket_height, bucket_width = buckets[closest]
+    return bucket_height // SIZE_MULTIPLE * SIZE_MULTIPLE, bucket_width // SIZE_MULTIPLE * SIZE_MULTIPLE
+
+
+def latent_frames(frames: int) -> int:
+    """Latent frames of a clip of 4k+1 frames: the first frame stands alone, then one for every four."""
+    return (frames - 1) // VAE_STRIDE[0] + 1
+
+
+def plan_roll_outs(duration: int, condition_latent_frames: int = 7) -> list[int]:
+    """New latent frames of every roll-out of a single-shot extension of `duration` seconds.
+
+    Each roll-out makes up to 5 seconds at 6 latent frames a second, rounded up so that condition and new frames
+    together are a multiple of 8; what one roll-out makes too much, the next ones make less.
+    """
+    rolls: list[int] = []
+    surplus = 0
+    for start in range(0, duration, ROLL_OUT_SECONDS):
+        frames = LATENT_FRAMES_PER_SECOND * min(ROLL_OUT_SECONDS, duration - start)
+        excess = (frames + condition_latent_frames) % SEQUENCE_MULTIPLE
+        if excess > surplus:
+            surplus += SEQUENCE_MULTIPLE - excess
+            frames += SEQUENCE_MULTIPLE - excess
+        else:
+            surplus -= excess
+            frames -= excess
+        rolls.append(frames)
+    return rolls

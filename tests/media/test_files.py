@@ -1,0 +1,195 @@
+"""Nothing is overwritten, nothing is left behind, and a file under its final name is whole."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from skyreels_v3.errors import UserError
+from skyreels_v3.media import files
+from skyreels_v3.media.files import check_readable, check_writable, partial_name, publish, shown, temporary_name
+
+FLAG = "--output"
+
+
+def make(path: Path, folder: bool, text: str) -> Path:
+    """A file, or a folder with one file in it, that says `text`."""
+    if folder:
+        path.mkdir()
+        (path / "content").write_text(text)
+    else:
+        path.write_text(text)
+    return path
+
+
+def said(path: Path) -> str:
+    return (path / "content" if path.is_dir() else path).read_text()
+
+
+@pytest.fixture(params=["link", "no link"])
+def links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second round runs as on a file system without hard links."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if request.param == "no link":
+        monkeypatch.setattr(os, "link", refuse)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_publish_never_overwrites(tmp_path: Path, folder: bool, links: None, caplog: pytest.LogCaptureFixture) -> None:
+    final = tmp_path / ("frames.v1" if folder else "clip.mp4")
+    names = []
+    for text in "abc":
+        temporary = make(temporary_name(final), folder, text)
+        with caplog.at_level(logging.WARNING):
+            names.append(publish(temporary, final).name)
+        assert not temporary.exists()
+    assert names == (
+        ["frames.v1", "frames.v1-2", "frames.v1-3"] if folder else ["clip.mp4", "clip-2.mp4", "clip-3.mp4"]
+    )
+    assert [said(tmp_path / name) for name in names] == ["a", "b", "c"]
+    assert sorted(os.listdir(tmp_path)) == sorted(names)
+    assert [names[1] in record.getMessage() for record in caplog.records] == [True, False]
+
+
+def test_publish_does_not_fill_an_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert publish(make(tmp_path / "tmp", True, "x"), tmp_path / "out").name == "out-2"
+    assert not os.listdir(tmp_path / "out")
+
+
+def test_publish_beside_a_dangling_link(tmp_path: Path) -> None:
+    (tmp_path / "out.mp4").symlink_to(tmp_path / "nowhere")
+    assert publish(make(tmp_path / "tmp", False, "x"), tmp_path / "out.mp4").name == "out-2.mp4"
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_publish_is_race_free(tmp_path: Path, folder: bool, links: None) -> None:
+    workers = 16
+    barrier = threading.Barrier(workers)
+    results: list[Path] = []
+
+    def work(number: int) -> None:
+        temporary = make(temporary_name(tmp_path / "a.mp4"), folder, str(number))
+        barrier.wait()
+        results.append(publish(temporary, tmp_path / "a.mp4"))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(results)) == workers
+    assert sorted(int(said(path)) for path in results) == list(range(workers))
+    assert len(os.listdir(tmp_path)) == workers
+
+
+def test_publish_passes_other_errors_on(tmp_path: Path) -> None:
+    temporary = make(tmp_path / "tmp", False, "x")
+    with pytest.raises(FileNotFoundError):
+        publish(temporary, tmp_path / "missing" / "a.mp4")
+    assert said(temporary) == "x"
+
+
+def test_names() -> None:
+    assert partial_name(Path("r/a.b.mp4")) == Path("r/a.b.partial.mp4")
+    assert partial_name(Path("r/a.b"), folder=True) == Path("r/a.b.partial")
+    name = temporary_name(Path("r") / ("x" * 230 + ".mp4"))
+    assert name.parent == Path("r")
+    assert name.name.startswith(".")
+    assert name.suffix == ".mp4"
+    assert len(name.name) < 100
+    assert temporary_name(Path("a.mp4")) != temporary_name(Path("a.mp4"))
+
+
+def check_refused(path: Path, *words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_writable(path, FLAG)
+    assert str(caught.value).startswith(f"{FLAG}: {shown(path)}")
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_check_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    check_writable(tmp_path / "new.mp4", FLAG)
+    check_writable(tmp_path / "a" / "b" / "new.mp4", FLAG)
+    monkeypatch.chdir(tmp_path)
+    check_writable(Path("new.mp4"), FLAG)
+    check_refused(tmp_path / "file", "exists already", "another name")
+    check_refused(tmp_path / "folder", "exists already", "file name in it")
+    check_refused(tmp_path / "dangling", "exists already")
+    check_refused(tmp_path / "file" / "new.mp4", "is not a folder")
+    check_refused(tmp_path / ("x" * 250 + ".mp4"), "file name")
+    check_refused(Path("a\0b.mp4"), "file name")
+    assert sorted(os.listdir(tmp_path)) == ["dangling", "file", "folder"]
+    assert not os.listdir(tmp_path / "folder")
+
+
+def test_check_writable_without_rights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rights do not stop the superuser, so the refusal is played."""
+
+    def refuse(**options: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(options["dir"]))
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    check_refused(tmp_path / "a" / "new.mp4", "not writable", "Permission denied", "another path")
+
+
+def test_check_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = make(tmp_path / "good", False, "x")
+    check_readable(good, FLAG)
+    os.mkfifo(tmp_path / "fifo")  # reading it would wait for ever
+    (tmp_path / "empty").touch()
+    for name, word in [
+        ("missing", "does not exist"),
+        ("good/below", "does not exist"),
+        (".", "is a folder"),
+        ("fifo", "not a regular file"),
+        ("empty", "is empty"),
+        ("a\0b", "cannot be read"),
+        ("x" * 300, "cannot be read"),
+    ]:
+        with pytest.raises(UserError, match=word):
+            check_readable(tmp_path / name, FLAG)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match="Permission denied"):
+        check_readable(good, FLAG)
+
+
+def test_shown() -> None:
+    assert shown("pictures/katze-\u00fc.png") == "pictures/katze-\u00fc.png"
+    assert shown("a\nb\x1b[31m") == "a\\nb\\x1b[31m"
+    long = shown("start" + "x" * 5000 + "end.png")
+    assert len(long) <= 100
+    assert long.startswith("start")
+    assert long.endswith("end.png")
+    shown(os.fsdecode(b"bad\xff.png")).encode()
+
+
+def test_no_torch() -> None:
+    code = (
+        "import sys, skyreels_v3.media.files, skyreels_v3.media.image, skyreels_v3.media.video\n"
+        "import skyreels_v3.media.sources\n"
+        "print(sorted({'torch', 'httpx', 'diffusers', 'transformers'} & set(sys.modules)))"
+    )
+    root = Path(__file__).parent.parent.parent
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -1,0 +1,474 @@
+"""Clips are read by their timestamps and written whole, streamed both ways, whatever goes wrong on the way."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from math import floor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from imageio_ffmpeg import get_ffmpeg_exe
+from PIL import Image
+
+from skyreels_v3.errors import UserError
+from skyreels_v3.media.image import cover_crop
+from skyreels_v3.media.video import last_frames, probe, read_frames, resized, write_frame_folder, write_video
+
+FLAG = "--input_video"
+ROOT = Path(__file__).parent.parent.parent
+REFERENCE = Path(__file__).parent.parent / "data" / "reference" / "pipelines" / "video_input"
+LOSSLESS = ["-c:v", "ffv1"]
+
+
+def ffmpeg(*arguments: object, data: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
+    command = [get_ffmpeg_exe(), "-hide_banner", "-v", "info", "-y", *map(str, arguments)]
+    return subprocess.run(
+        command, input=data, stdin=None if data else subprocess.DEVNULL, capture_output=True, check=False
+    )
+
+
+def encode(frames: np.ndarray, path: Path, rate: object, *options: object, before: tuple[object, ...] = ()) -> Path:
+    """Write uint8 [N, H, W, 3] with ffmpeg itself."""
+    size = f"{frames.shape[2]}x{frames.shape[1]}"
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", rate, "-i", "-"]
+    run = ffmpeg(*before, *source, *options, path, data=frames.tobytes())
+    assert run.returncode == 0, run.stderr.decode()
+    return path
+
+
+def numbered(count: int) -> np.ndarray:
+    """Grey frames of which each says its number: value = 2 * number. uint8 [count, 16, 16, 3]."""
+    return np.repeat(np.arange(count, dtype=np.uint8) * 2, 16 * 16 * 3).reshape(count, 16, 16, 3)
+
+
+def numbers(frames: Iterator[np.ndarray]) -> list[int]:
+    return [int(frame[8, 8, 1]) // 2 for frame in frames]
+
+
+def smooth(count: int, height: int = 64, width: int = 96) -> np.ndarray:
+    """A drifting colour gradient, uint8 [count, height, width, 3]."""
+    t, y, x = np.mgrid[0:count, 0:height, 0:width].astype(float)
+    phases = np.stack([x / 40 + t / 9, y / 30 - t / 11, (x + y) / 50 + t / 7], -1)
+    return (127.5 + 100 * np.sin(phases)).round().astype(np.uint8)
+
+
+def write(frames: np.ndarray, path: Path, comment: str = "") -> Path:
+    height, width = frames.shape[1:3]
+    return write_video(iter(frames), path, height=height, width=width, fps=24, comment=comment)
+
+
+def picked(times: list[Fraction], end: Fraction, fps: int) -> list[int]:
+    """Which source frame every output frame shows, worked out anew: the last one that is not later, to half a frame."""
+
+    def slot(seconds: Fraction) -> int:
+        return floor(seconds * fps + Fraction(1, 2))
+
+    return [max(i for i, t in enumerate(times) if slot(t) <= n) for n in range(slot(times[0]), slot(end))]
+
+
+# reading
+
+
+def test_recorded_clip_is_read_exactly() -> None:
+    expected = np.load(REFERENCE / "input_frames.npz")["frames"]
+    frames = list(read_frames(REFERENCE / "input.mp4", 24))
+    assert len(frames) == 49
+    assert np.array_equal(np.stack(frames), expected)
+    info = probe(REFERENCE / "input.mp4", FLAG, 24)
+    assert (info.height, info.width, info.frames) == (72, 108, 49)
+    assert info.fps == pytest.approx(24)
+    assert info.seconds == pytest.approx(49 / 24)
+
+
+@pytest.mark.parametrize("rate", ["30", "12", "24", "25", "60", "24000/1001", "7"])
+@pytest.mark.parametrize("fps", [24, 25])
+def test_other_rates_are_resampled_by_timestamps(tmp_path: Path, rate: str, fps: int) -> None:
+    clip = encode(numbered(40), tmp_path / "a.mov", rate, "-c:v", "qtrle")
+    times = [i / Fraction(rate) for i in range(41)]
+    expected = picked(times[:-1], times[-1], fps)
+    assert numbers(read_frames(clip, fps)) == expected
+    info = probe(clip, FLAG, fps)
+    assert info.frames == len(expected)
+    assert info.fps == pytest.approx(float(Fraction(rate)), rel=1e-3)
+    assert info.seconds == pytest.approx(float(times[-1]), abs=2e-3)
+
+
+def test_variable_rate(tmp_path: Path) -> None:
+    """Frames further and further apart: 11, 15, 19, ... milliseconds."""
+    milliseconds = [9 * n + 2 * n * n for n in range(30)]
+    options = ["-vf", "setpts='9*N+2*N*N'", "-fps_mode", "passthrough", "-enc_time_base", "1/1000"]
+    clip = encode(numbered(30), tmp_path / "vfr.mkv", 1000, *options, *LOSSLESS)
+    times = [Fraction(t, 1000) for t in milliseconds]
+    expected = picked(times, times[-1] + Fraction(1), 24)
+    frames = numbers(read_frames(clip, 24))
+    known = expected.index(29)  # how long the last frame is shown is not in the file
+    assert frames[:known] == expected[:known]
+    assert set(frames[known:]) <= {29}
+    assert probe(clip, FLAG, 24).frames == len(frames)
+
+
+@pytest.mark.parametrize("rotation, turned", [(90, 1), (180, 2), (270, 3)])
+def test_rotation_is_applied(tmp_path: Path, rotation: int, turned: int) -> None:
+    frames = smooth(5, 48, 80)
+    plain = encode(frames, tmp_path / "plain.mp4", 24, "-c:v", "libx264rgb", "-qp", 0)
+    clip = tmp_path / "phone.mp4"
+    assert ffmpeg("-display_rotation", rotation, "-i", plain, "-c", "copy", clip).returncode == 0
+    expected = np.rot90(frames, turned, axes=(1, 2))
+    assert np.array_equal(np.stack(list(read_frames(clip, 24))), expected)
+    info = probe(clip, FLAG, 24)
+    assert (info.height, info.width) == expected.shape[1:3]
+
+
+def test_non_square_pixels_are_made_square(tmp_path: Path) -> None:
+    clip = encode(smooth(3, 48, 60), tmp_path / "a.mp4", 24, "-vf", "setsar=4/3", "-pix_fmt", "yuv444p")
+    assert probe(clip, FLAG, 24).width == 80
+    assert next(read_frames(clip, 24)).shape == (48, 80, 3)
+
+
+def test_animated_gif_is_a_clip(tmp_path: Path) -> None:
+    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
+    first, *rest = (Image.new("RGB", (20, 16), colour) for colour in colours)
+    first.save(tmp_path / "a.gif", save_all=True, append_images=rest, duration=250)
+    frames = list(read_frames(tmp_path / "a.gif", 24))
+    assert len(frames) == probe(tmp_path / "a.gif", FLAG, 24).frames == 18
+    assert [frames[i][0, 0].tolist() for i in (0, 6, 12)] == [list(colour) for colour in colours]
+
+
+def test_name_is_not_an_option_or_a_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("-version.mp4", "concat:a|b.mp4", "50%d 'x'.mp4"):
+        assert write(smooth(2), Path(name)) == Path(name)
+        assert probe(Path(name), FLAG, 24).frames == len(list(read_frames(Path(name), 24))) == 2
+
+
+def test_last_frames() -> None:
+    expected = np.load(REFERENCE / "input_frames.npz")["frames"]
+    calls: list[int] = []
+    frames = last_frames(REFERENCE / "input.mp4", 24, 25, FLAG, calls.append)
+    assert np.array_equal(frames, expected[-25:])
+    assert sum(calls) == 49
+    with pytest.raises(
+        UserError, match=r"--input_video: .*input\.mp4 is too short: 50 frames .* it has 49; give a longer"
+    ):
+        last_frames(REFERENCE / "input.mp4", 24, 50, FLAG)
+
+
+def test_leaving_early_ends_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = encode(smooth(200), tmp_path / "a.mp4", 24)
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Recorded(subprocess.Popen):
+        def __init__(self, *arguments: object, **options: object) -> None:
+            super().__init__(*arguments, **options)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
+    frames = read_frames(clip, 24)
+    next(frames)
+    assert [process.poll() for process in started] == [None]
+    frames.close()
+    assert started[0].returncode is not None
+
+
+def test_resized() -> None:
+    frames = smooth(2, 60, 100)
+    fitted = list(resized(iter(frames), 48, 64))
+    for frame, source in zip(fitted, frames, strict=True):
+        assert np.array_equal(frame, np.asarray(cover_crop(Image.fromarray(source), 48, 64)))
+    assert next(resized(iter(frames), 60, 100)) is not None
+    assert all(np.array_equal(a, b) for a, b in zip(resized(iter(frames), 60, 100), frames, strict=True))
+
+
+def test_probe_is_fast(tmp_path: Path) -> None:
+    clip = encode(np.repeat(smooth(1, 360, 640), 240, 0), tmp_path / "a.mp4", 24, "-preset", "ultrafast")
+    seconds = []
+    for _ in range(3):
+        begin = time.monotonic()
+        assert probe(clip, FLAG, 24).frames == 240
+        seconds.append(time.monotonic() - begin)
+    assert min(seconds) < 0.5
+
+
+def check_refused(path: Path, *words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        probe(path, FLAG, 24)
+    message = str(caught.value)
+    assert message.startswith(FLAG)
+    assert "\n" not in message
+    for word in (path.name, *words):
+        assert word in message
+
+
+def cut(path: Path, kept: float) -> Path:
+    short = path.with_name(f"cut_{kept}_{path.name}")
+    short.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
+    return short
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.6, 0.97])
+@pytest.mark.parametrize(
+    "name, options",
+    [("a.mp4", []), ("fast.mp4", ["-movflags", "+faststart"]), ("a.mkv", []), ("a.webm", []), ("a.gif", [])],
+)
+def test_truncated(tmp_path: Path, name: str, options: list[str], kept: float) -> None:
+    speed = ["-deadline", "realtime"] if name.endswith("webm") else []
+    noise = np.random.default_rng(0).integers(0, 256, (30, 64, 64, 3), dtype=np.uint8)
+    clip = encode(noise, tmp_path / name, 24, *options, *speed)
+    assert probe(clip, FLAG, 24).frames == 30
+    check_refused(cut(clip, kept), "truncated", "give a complete")
+
+
+def test_not_a_clip(tmp_path: Path) -> None:
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "text.mp4").write_text("hello " * 100)
+    (tmp_path / "notes.txt").write_text("hello " * 100)
+    (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXTINF:2,\nfile://{REFERENCE / 'input.mp4'}\n#EXT-X-ENDLIST\n")
+    (tmp_path / "list.txt").write_text(f"ffconcat version 1.0\nfile '{REFERENCE / 'input.mp4'}'\n")
+    Image.fromarray(smooth(1)[0]).save(tmp_path / "still.png")
+    Image.fromarray(smooth(1)[0]).save(tmp_path / "still.jpg")
+    (tmp_path / "renamed.mp4").write_bytes((tmp_path / "still.jpg").read_bytes())
+    assert ffmpeg("-f", "lavfi", "-i", "sine=d=1", tmp_path / "sound.m4a").returncode == 0
+    inputs = ["-i", tmp_path / "sound.m4a", "-i", tmp_path / "still.jpg", "-map", 0, "-map", 1]
+    options = ["-c", "copy", "-disposition:v", "attached_pic"]
+    assert ffmpeg(*inputs, *options, tmp_path / "cover.m4a").returncode == 0
+    check_refused(tmp_path / "missing.mp4", "does not exist")
+    check_refused(tmp_path / "empty.mp4", "is empty")
+    check_refused(tmp_path / "folder.mp4", "is a folder")
+    for name in ("still.png", "still.jpg", "renamed.mp4"):
+        check_refused(tmp_path / name, "picture", "give a video clip")
+    for name in ("sound.m4a", "cover.m4a"):
+        check_refused(tmp_path / name, "no video stream", "give a video clip")
+    for name in ("text.mp4", "notes.txt", "list.m3u8", "list.txt"):
+        check_refused(tmp_path / name, "give a")
+
+
+def test_undecodable_clip(tmp_path: Path) -> None:
+    """The index is fine, the pictures are zeros."""
+    clip = encode(smooth(10), tmp_path / "a.mp4", 24, "-c:v", "mpeg4")
+    content = bytearray(clip.read_bytes())
+    begin = content.index(b"mdat") + 4
+    size = int.from_bytes(content[begin - 8 : begin - 4], "big") - 8
+    content[begin : begin + size] = bytes(size)
+    clip.write_bytes(content)
+    check_refused(clip, "no frame can be decoded")
+
+
+# writing
+
+
+def atoms(path: Path) -> list[str]:
+    """Names of the top-level boxes of an mp4 file, in order."""
+    content, names, position = path.read_bytes(), [], 0
+    while position < len(content):
+        names.append(content[position + 4 : position + 8].decode())
+        position += int.from_bytes(content[position : position + 4], "big")
+    return names
+
+
+def test_written_video_looks_like_its_frames(tmp_path: Path) -> None:
+    frames = smooth(30)
+    path = write(frames, tmp_path / "new" / "folders" / "a.mp4")
+    assert path == tmp_path / "new" / "folders" / "a.mp4"
+    assert os.listdir(path.parent) == ["a.mp4"]
+    back = np.stack(list(read_frames(path, 24)))
+    assert back.shape == frames.shape
+    error = np.mean((back.astype(float) - frames) ** 2)
+    assert 10 * np.log10(255**2 / error) >= 40
+    info = probe(path, FLAG, 24)
+    assert (info.height, info.width, info.frames) == (64, 96, 30)
+    assert info.fps == pytest.approx(24)
+    names = atoms(path)
+    assert names.index("moov") < names.index("mdat")
+    stream = ffmpeg("-i", path).stderr.decode()
+    assert re.search(r"Video: h264 \(High\).*yuv420p\(tv, bt709, progressive\), 96x64.*24 fps", stream)
+
+
+COLOURS = [
+    (255, 0, 0),
+    (0, 255, 0),
+    (0, 0, 255),
+    (255, 255, 255),
+    (0, 0, 0),
+    (128, 128, 128),
+    (200, 120, 40),
+    (16, 235, 90),
+]
+
+
+def test_colours_are_bt709(tmp_path: Path) -> None:
+    row = np.repeat(np.array(COLOURS, np.uint8), 32, axis=0)
+    frames = np.broadcast_to(row, (6, 48, *row.shape))
+    path = write(frames, tmp_path / "a.mp4")
+    for frame in read_frames(path, 24):
+        assert np.abs(frame[24, 16::32].astype(int) - COLOURS).max() <= 3
+    # and by the standard's own numbers, so that reader and writer cannot be wrong together
+    raw = ffmpeg("-i", path, "-f", "rawvideo", "-pix_fmt", "yuv420p", "-").stdout
+    luma = np.frombuffer(raw, np.uint8)[: 48 * 256].reshape(48, 256)[24, 16::32]
+    expected = 16 + 219 / 255 * np.array(COLOURS) @ [0.2126, 0.7152, 0.0722]
+    assert np.abs(luma - expected).max() <= 2
+
+
+def test_comment(tmp_path: Path) -> None:
+    text = json.dumps({"prompt": 'a cat; = # \\ "quoted" \n gr\u00fc\u00df ' + "x" * 30_000, "seed": 42})
+    path = write(smooth(2), tmp_path / "a.mp4", text)
+    metadata = ffmpeg("-i", path, "-f", "ffmetadata", "-").stdout.decode()
+    line = re.search(r"^comment=(.*)$", metadata, re.MULTILINE)
+    assert line
+    assert re.sub(r"\\([=;#\\])", r"\1", line[1]) == text
+    with pytest.raises(ValueError, match="comment"):
+        write(smooth(2), tmp_path / "b.mp4", "x" * 200_000)
+
+
+def test_frames_are_encoded_as_they_come(tmp_path: Path) -> None:
+    """A frame is let go before the next but one is asked for."""
+    alive: list[weakref.ref[np.ndarray]] = []
+
+    def frames() -> Iterator[np.ndarray]:
+        for i in range(20):
+            frame = np.full((64, 96, 3), i, np.uint8)
+            alive.append(weakref.ref(frame))
+            assert sum(reference() is not None for reference in alive) <= 2
+            yield frame
+
+    write_video(resized(frames(), 32, 48), tmp_path / "a.mp4", height=32, width=48, fps=24, comment="")
+    assert len(alive) == 20
+
+
+def test_taken_name_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Also when it was taken only while the frames were being made."""
+    path = tmp_path / "a.mp4"
+
+    def frames() -> Iterator[np.ndarray]:
+        yield smooth(1)[0]
+        path.write_text("somebody else's")
+
+    with caplog.at_level(logging.WARNING):
+        used = write_video(frames(), path, height=64, width=96, fps=24, comment="")
+    assert used == tmp_path / "a-2.mp4"
+    assert "a-2.mp4" in caplog.text
+    assert path.read_text() == "somebody else's"
+    assert probe(used, FLAG, 24).frames == 1
+    assert sorted(os.listdir(tmp_path)) == ["a-2.mp4", "a.mp4"]
+
+
+def failing(count: int, error: BaseException) -> Iterator[np.ndarray]:
+    yield from smooth(count)
+    raise error
+
+
+WRITERS: dict[str, Callable[[Iterator[np.ndarray], Path], Path]] = {
+    "mp4": lambda frames, path: write_video(frames, path.with_suffix(".mp4"), height=64, width=96, fps=24, comment="c"),
+    "folder": lambda frames, path: write_frame_folder(frames, path, comment="c"),
+}
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(3)])
+@pytest.mark.parametrize("kind", WRITERS)
+def test_interrupted(tmp_path: Path, kind: str, error: BaseException, caplog: pytest.LogCaptureFixture) -> None:
+    suffix = ".mp4" if kind == "mp4" else ""
+    for name in (f"a.partial{suffix}", f"a.partial-2{suffix}"):
+        caplog.clear()
+        with pytest.raises(type(error)) as caught, caplog.at_level(logging.WARNING):
+            WRITERS[kind](failing(7, error), tmp_path / "a")
+        assert caught.value is error
+        assert name in caplog.text
+        partial = tmp_path / name
+        if kind == "mp4":
+            assert len(list(read_frames(partial, 24))) == probe(partial, FLAG, 24).frames == 7
+        else:
+            assert len(os.listdir(partial)) == 7
+    assert sorted(os.listdir(tmp_path)) == sorted([f"a.partial{suffix}", f"a.partial-2{suffix}"])
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_no_frames(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(RuntimeError, match="no frames"):
+        WRITERS[kind](iter(()), tmp_path / "new" / "a")
+    with pytest.raises(KeyboardInterrupt):
+        WRITERS[kind](failing(0, KeyboardInterrupt()), tmp_path / "new" / "a")
+    assert not os.listdir(tmp_path)
+
+
+def test_wrong_frames(tmp_path: Path) -> None:
+    for frame in (np.zeros((64, 95, 3), np.uint8), np.zeros((64, 96, 3), np.float32)):
+        with pytest.raises(ValueError, match="not uint8"):
+            write_video(iter([frame]), tmp_path / "a.mp4", height=64, width=96, fps=24, comment="")
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("when", ["at once", "in the middle", "at the end"])
+def test_ffmpeg_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    read = {"at once": "", "in the middle": "head -c 100000 >/dev/null;", "at the end": "cat >/dev/null;"}[when]
+    fake = tmp_path / "ffmpeg"
+    fake.write_text(
+        f'#!/bin/sh\nfor last; do :; done\n: > "${{last#file:}}"\n{read}\necho "No space left" >&2\nexit 1\n'
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(fake))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RuntimeError) as caught:
+        write(smooth(40), tmp_path / "out" / "a.mp4")
+    assert "No space left" in str(caught.value) + str(caught.value.__cause__)
+    assert not os.listdir(tmp_path / "out")
+
+
+INTERRUPTED = """
+import logging, sys, numpy as np
+from pathlib import Path
+from skyreels_v3.media.video import write_video
+logging.basicConfig(level=logging.WARNING)
+frame = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
+def frames():
+    while True:
+        print("frame", flush=True)
+        yield frame
+write_video(frames(), Path(sys.argv[1]), height=480, width=640, fps=24, comment="")
+"""
+
+
+def test_ctrl_c_keeps_what_there_is(tmp_path: Path) -> None:
+    """As in a terminal: the signal goes to the whole process group, mostly while a frame is being handed over."""
+    run = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path / "a.mp4")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert run.stdout
+    for _ in range(12):
+        run.stdout.readline()
+    os.killpg(run.pid, signal.SIGINT)
+    _, errors = run.communicate(timeout=30)
+    assert b"KeyboardInterrupt" in errors
+    assert os.listdir(tmp_path) == ["a.partial.mp4"]
+    assert b"a.partial.mp4" in errors
+    frames = probe(tmp_path / "a.partial.mp4", FLAG, 24).frames
+    assert frames >= 11
+    assert len(list(read_frames(tmp_path / "a.partial.mp4", 24))) == frames
+
+
+def test_frame_folder_is_lossless(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (4, 20, 30, 3), dtype=np.uint8)
+    comment = '{"prompt": "gr\u00fc\u00df \u732b"}'
+    folder = write_frame_folder(iter(frames), tmp_path / "new" / "run.v1", comment=comment)
+    assert folder == tmp_path / "new" / "run.v1"
+    assert os.listdir(tmp_path / "new") == ["run.v1"]
+    assert sorted(os.listdir(folder)) == ["00000.png", "00001.png", "00002.png", "00003.png"]
+    for path, frame in zip(sorted(folder.iterdir()), frames, strict=True):
+        with Image.open(path) as image:
+            assert np.array_equal(np.asarray(image), frame)
+            assert image.text["comment"] == comment
+    assert write_frame_folder(iter(frames), folder, comment="").name == "run.v1-2"
