@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from skyreels_v3.attention.backends import AttentionFn, attention_map, sdpa
 from skyreels_v3.models.transformer.norms import rms_norm
-from skyreels_v3.models.transformer.rope import Rotary, angles, apply_rotary
+from skyreels_v3.models.transformer.rope import THETA, Rotary, apply_rotary
 
 # Positions on the speakers' rotary axis: range of the first and second person's tokens, the background between them,
 # and the place of each person's own sound.
@@ -128,8 +128,9 @@ def head_positions(positions: Tensor, frames: int, heads: int) -> Tensor:
 
 def line_tables(positions: Tensor, head_dim: int) -> Rotary:
     """Rotary tables (..., head_dim/2) for real-valued positions (...) on one axis."""
-    turned = angles(positions.detach().cpu().flatten(), head_dim).unflatten(0, positions.shape)
-    return turned.cos().float().to(positions.device), turned.sin().float().to(positions.device)
+    exponents = torch.arange(0, head_dim, 2, device=positions.device) / head_dim
+    turned = positions[..., None] / THETA**exponents
+    return turned.cos(), turned.sin()
 
 
 def speaker_positions(query: Tensor, first_frame_key: Tensor, masks: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
-import torch
 
 from skyreels_v3.models.transformer.attention import AudioAttention, CrossAttention, SelfAttention
 from skyreels_v3.models.transformer.norms import gated_residual, layer_norm, modulate

@@ -1,0 +1,1 @@
+"""From noise to latents: noise schedules, guidance, and the one denoising loop."""

@@ -1,0 +1,74 @@
+"""The denoising loop, and what a model is conditioned on. No task has a loop of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skyreels_v3.models.transformer import Segment, SkyReelsTransformer3DModel
+from skyreels_v3.sampling.guidance import Guidance
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the model sees besides the latents.
+
+    Attributes:
+        text: (B, 512, text_dim).
+        start_frame: place of the latents on the time axis.
+        before, after: segments in front of the latents in the sequence, and behind them.
+    """
+
+    text: Tensor
+    start_frame: int = 0
+    before: tuple[Segment, ...] = ()
+    after: tuple[Segment, ...] = ()
+
+    def predict(self, model: SkyReelsTransformer3DModel, latents: Tensor, timestep: Tensor) -> Tensor:
+        """Velocity (B, C, F, H, W) of the latents at `timestep`, one number."""
+        segments = (*self.before, Segment(latents, self.start_frame), *self.after)
+        return model(segments, spread_timestep(timestep, segments), self.text)[len(self.before)]
+
+
+def spread_timestep(timestep: Tensor, segments: Iterable[Segment]) -> Tensor:
+    """One timestep for the sample (1,), or (1, F) for every latent frame where some are clean and stand at 0."""
+    segments = tuple(segments)
+    if not any(segment.clean for segment in segments):
+        return timestep.reshape(1)
+    return torch.cat([timestep.new_full((1, s.latents.shape[2]), 0 if s.clean else timestep.item()) for s in segments], 1)
+
+
+@torch.inference_mode()
+def denoise(
+    model: SkyReelsTransformer3DModel,
+    scheduler: Any,
+    latents: Tensor,
+    conditions: Mapping[str, Conditioning],
+    guidance: Guidance,
+    progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = lambda steps: steps,
+) -> Tensor:
+    """Turn noise (B, C, F, H, W) into latents.
+
+    Args:
+        model: predicts velocities.
+        scheduler: a diffusers scheduler, set to its first step.
+        latents: noise, float32, on the model's device.
+        conditions: by the names that `guidance` asks for.
+        progress: wraps the list of timesteps, such as a progress bar.
+
+    Raises:
+        FloatingPointError: latents became infinite or not a number.
+    """
+    for step, timestep in enumerate(progress(scheduler.timesteps)):
+        velocity = guidance(lambda name: conditions[name].predict(model, latents, timestep))  # noqa: B023  called at once
+        latents = scheduler.step(velocity, timestep, latents).prev_sample
+        if not torch.isfinite(latents).all():
+            raise FloatingPointError(
+                f"the latents are not finite after step {step + 1} of {len(scheduler.timesteps)}; "
+                "the checkpoint or the inputs are damaged, or --dtype float32 is needed"
+            )
+    return latents

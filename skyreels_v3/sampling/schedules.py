@@ -1,0 +1,28 @@
+"""Noise schedules, over diffusers' schedulers."""
+
+from __future__ import annotations
+
+import numpy as np
+from diffusers import UniPCMultistepScheduler
+
+FIRST_SIGMA = 0.999
+
+
+def unipc(num_inference_steps: int, shift: float) -> UniPCMultistepScheduler:
+    """UniPC (arXiv:2302.04867) of order 2 for a flow model, ready for its first step.
+
+    Sigmas fall evenly from 0.999 to 0 and are shifted by s*x / (1 + (s-1)*x); timesteps are 1000 * sigma, cut to
+    integers. The library's own sigmas start at 1.0, which the models were not made for, so they are given.
+    """
+    scheduler = UniPCMultistepScheduler(
+        solver_order=2,
+        solver_type="bh2",
+        predict_x0=True,
+        lower_order_final=True,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=shift,
+    )
+    scheduler.set_timesteps(sigmas=np.linspace(FIRST_SIGMA, 0.0, num_inference_steps + 1)[:-1])
+    scheduler.set_begin_index(0)  # many steps repeat a timestep, and a timestep could then not tell its own index
+    return scheduler
