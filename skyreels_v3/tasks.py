@@ -1,7 +1,7 @@
 """What a task is and what a user asked for. Plain data, no torch.
 
-A `TaskSpec` is one file of configs/ in a frozen dataclass; a `GenerationRequest` is one command line, checked. Sizes and
-counts that follow from the two alone are worked out here, so that the dry run and the real run cannot disagree.
+A `TaskSpec` is one file of configs/ in a frozen dataclass; a `GenerationRequest` is one command line, checked. Sizes
+and counts that follow from the two alone are worked out here: the dry run and the real run cannot disagree.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def task_spec(name: str) -> TaskSpec:
 def load_yaml(path: Path) -> Any:
     """The content of a YAML file; libyaml's parser where PyYAML has it."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506  both loaders are the safe ones
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
 
 
 def choose_size(spec: TaskSpec, resolution: str, height: int, width: int) -> tuple[int, int]:

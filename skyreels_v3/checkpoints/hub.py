@@ -1,7 +1,7 @@
 """Where a checkpoint is: a local folder, checked, or a hub that it is downloaded from. No torch.
 
-Only the files that the task needs are fetched, downloads resume where they broke off, and a second run finds them in the
-hub's own cache.
+Only the files that the task needs are fetched, downloads resume where they broke off, and a second run finds them in
+the hub's own cache.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def check_folder(folder: Path, task: TaskSpec) -> None:
         files = [folder / NATIVE_VAE_FILE, folder / NATIVE_TEXT_ENCODER_FILE]
     configs = [model / "config.json" for model in models]
     missing = [str(path.relative_to(folder)) for path in (*configs, *files) if not path.is_file()]
-    missing += [f"{m.relative_to(folder)}/*.safetensors" for m in models if m.is_dir() and not any(m.glob("*.safetensors"))]
+    missing += [
+        f"{m.relative_to(folder)}/*.safetensors" for m in models if m.is_dir() and not any(m.glob("*.safetensors"))
+    ]
     if not any((tokenizer / name).is_file() for name in TOKENIZER_FILES[:2]):
         missing.append(f"{tokenizer.relative_to(folder)}/{TOKENIZER_FILES[0]}")
     if missing:
@@ -109,7 +111,9 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model's folder: the shards that its index names, or the one file."""
     for index in sorted(folder.glob("*.safetensors.index.json")):
         return indexed_files(index)
-    files = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()] or sorted(folder.glob("*.safetensors"))
+    files = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()] or sorted(
+        folder.glob("*.safetensors")
+    )
     if len(files) != 1:
         raise CheckpointError(f"{folder} holds {len(files)} safetensors files and no index; expected {WEIGHT_FILES[0]}")
     return files

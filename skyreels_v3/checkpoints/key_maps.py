@@ -154,3 +154,21 @@ def translate(key: str, key_map: KeyMap) -> Target:
                 return tuple(match.expand(part) for part in target)
             return None if target is None else match.expand(target)
     raise KeyError(key)
+
+
+def invert(key_map: KeyMap) -> KeyMap:
+    """The map from our names back to the checkpoint's, for maps without stacked weights and dropped keys.
+
+    Each pattern's groups become references in the new target, each target's references the groups they stand for.
+    """
+    inverse: list[tuple[str, Target]] = []
+    for pattern, target in key_map:
+        if not isinstance(target, str):
+            continue
+        groups = re.findall(r"\((?!\?:)(?:[^()]|\([^()]*\))*\)", pattern)
+        back, template = target.replace(".", r"\."), pattern
+        for number, group in enumerate(groups, start=1):
+            back = back.replace(rf"\{number}", group)
+            template = template.replace(group, rf"\{number}", 1)
+        inverse.append((back, template.replace(r"\.", ".")))
+    return tuple(inverse)

@@ -1,8 +1,8 @@
 """One way from checkpoint files to a model: build on meta, map the files into memory, assign strictly.
 
-No weight is ever initialised and none is copied unless its dtype changes: parameters are views of the mapped files, read
-from disk when they are first needed. Every key must be accounted for. A missing, unexpected or misshapen key, an unknown
-entry of a config or a damaged file is a `CheckpointError` that names file and key.
+No weight is ever initialised and none is copied unless its dtype changes: parameters are views of the mapped files,
+read from disk when they are first needed. Every key must be accounted for. A missing, unexpected or misshapen key, an
+unknown entry of a config or a damaged file is a `CheckpointError` that names file and key.
 """
 
 from __future__ import annotations

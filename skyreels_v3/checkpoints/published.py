@@ -51,7 +51,9 @@ def native_arguments(config: Mapping[str, Any], tensors: Mapping[str, Tensor], f
     check_constants(config, key_maps.NATIVE_CONSTANTS, folder)
     refuse_unknown(config.keys() - key_maps.NATIVE_CONFIG.keys() - key_maps.NATIVE_CONSTANTS.keys(), folder)
     try:
-        arguments = {ours: config[theirs] for theirs, ours in key_maps.NATIVE_CONFIG.items() if ours and theirs in config}
+        arguments = {
+            ours: config[theirs] for theirs, ours in key_maps.NATIVE_CONFIG.items() if ours and theirs in config
+        }
         arguments["attention_head_dim"] = config["dim"] // config["num_heads"]
         arguments["text_dim"] = tensors["text_embedding.0.weight"].shape[1]
         if "img_emb.proj.1.weight" in tensors:
@@ -67,7 +69,9 @@ def check_constants(config: Mapping[str, Any], constants: Mapping[str, object], 
     """Raise CheckpointError when a config turns a knob that the code does not have."""
     for key in config.keys() & constants.keys():
         if config[key] != constants[key]:
-            raise CheckpointError(f"{folder}/config.json: {key} = {config[key]} is not supported, only {constants[key]}")
+            raise CheckpointError(
+                f"{folder}/config.json: {key} = {config[key]} is not supported, only {constants[key]}"
+            )
 
 
 def refuse_unknown(keys: set[str], folder: Path) -> None:

@@ -85,7 +85,7 @@ def _upright(image: Image.Image) -> Image.Image:
     """`image` turned the way its EXIF orientation says."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception as error:  # noqa: BLE001  broken metadata is no reason to refuse a good picture
+    except Exception as error:
         logger.debug("EXIF data ignored: %s", error)
         return image
 

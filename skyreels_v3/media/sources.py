@@ -1,7 +1,7 @@
 """Where inputs come from: a path is checked, an http or https address is downloaded into a folder of the run.
 
 Downloads distrust the other side: bounded in size and time, redirects only to http and https, no web pages in place of
-media. The folder belongs to one run, and every download in it gets a new name, so nothing is mistaken for something else.
+media. The folder belongs to one run and every download in it gets a new name: nothing is mistaken for something else.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Clips: probing, reading and writing, one frame at a time.
 
 All work is done by the ffmpeg program that imageio-ffmpeg brings, run with argument lists. Its `read_frames` and
-`write_frames` generators are not used: they hide ffmpeg's exit status, so that a clip that breaks in the middle or a full
-disk looks like success, and they kill the encoder when Ctrl-C comes while a frame is being handed over.
+`write_frames` generators are not used: they hide ffmpeg's exit status, so that a clip that breaks in the middle or a
+full disk looks like success, and they kill the encoder when Ctrl-C comes while a frame is being handed over.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ def too_short(path: Path, flag: str, fps: int, needed: int, frames: int) -> User
     """The error for a clip of `frames` frames where `needed` are needed."""
     return UserError(
         flag,
-        f"{shown(path)} is too short: {needed} frames at {fps} frames a second ({needed / fps:.2f} s) are needed, it has "
-        f"{frames}; give a longer clip",
+        f"{shown(path)} is too short: {needed} frames at {fps} frames a second ({needed / fps:.2f} s) are needed, it "
+        f"has {frames}; give a longer clip",
     )
 
 

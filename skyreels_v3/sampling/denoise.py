@@ -39,7 +39,9 @@ def spread_timestep(timestep: Tensor, segments: Iterable[Segment]) -> Tensor:
     segments = tuple(segments)
     if not any(segment.clean for segment in segments):
         return timestep.reshape(1)
-    return torch.cat([timestep.new_full((1, s.latents.shape[2]), 0 if s.clean else timestep.item()) for s in segments], 1)
+    return torch.cat(
+        [timestep.new_full((1, s.latents.shape[2]), 0 if s.clean else timestep.item()) for s in segments], 1
+    )
 
 
 @torch.inference_mode()
@@ -49,7 +51,7 @@ def denoise(
     latents: Tensor,
     conditions: Mapping[str, Conditioning],
     guidance: Guidance,
-    progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = lambda steps: steps,
+    progress: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Turn noise (B, C, F, H, W) into latents.
 
@@ -58,12 +60,12 @@ def denoise(
         scheduler: a diffusers scheduler, set to its first step.
         latents: noise, float32, on the model's device.
         conditions: by the names that `guidance` asks for.
-        progress: wraps the list of timesteps, such as a progress bar.
+        progress: called after each step.
 
     Raises:
         FloatingPointError: latents became infinite or not a number.
     """
-    for step, timestep in enumerate(progress(scheduler.timesteps)):
+    for step, timestep in enumerate(scheduler.timesteps):
         velocity = guidance(lambda name: conditions[name].predict(model, latents, timestep))  # noqa: B023  called at once
         latents = scheduler.step(velocity, timestep, latents).prev_sample
         if not torch.isfinite(latents).all():
@@ -71,4 +73,5 @@ def denoise(
                 f"the latents are not finite after step {step + 1} of {len(scheduler.timesteps)}; "
                 "the checkpoint or the inputs are damaged, or --dtype float32 is needed"
             )
+        progress()
     return latents

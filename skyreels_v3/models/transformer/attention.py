@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from skyreels_v3.attention.backends import AttentionFn, attention_map, sdpa
 from skyreels_v3.models.transformer.norms import rms_norm
-from skyreels_v3.models.transformer.rope import THETA, Rotary, apply_rotary
+from skyreels_v3.models.transformer.rope import THETA, Rotary, apply_rotary, rotations
 
 # Positions on the speakers' rotary axis: range of the first and second person's tokens, the background between them,
 # and the place of each person's own sound.
@@ -119,7 +119,7 @@ def head_positions(positions: Tensor, frames: int, heads: int) -> Tensor:
     """Positions (B, L) of tokens -> (B, L, N): which of them each head turns its queries by.
 
     The published model pairs them in the order in which frames and heads lie in memory: head n of frame f takes the
-    positions of frame (f * N + n) modulo F. Only the recordings show this; a head's own frame would be the plain choice.
+    positions of frame (f * N + n) modulo F. Only the recordings show this; the plain choice would be its own frame.
     """
     frame = torch.arange(frames, device=positions.device)[:, None]
     source = (frame * heads + torch.arange(heads, device=positions.device)) % frames  # (F, N)
@@ -127,10 +127,9 @@ def head_positions(positions: Tensor, frames: int, heads: int) -> Tensor:
 
 
 def line_tables(positions: Tensor, head_dim: int) -> Rotary:
-    """Rotary tables (..., head_dim/2) for real-valued positions (...) on one axis."""
+    """Rotations (..., head_dim/2) for real-valued positions (...) on one axis."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device) / head_dim
-    turned = positions[..., None] / THETA**exponents
-    return turned.cos(), turned.sin()
+    return rotations(positions[..., None] / THETA**exponents)
 
 
 def speaker_positions(query: Tensor, first_frame_key: Tensor, masks: Tensor) -> Tensor:

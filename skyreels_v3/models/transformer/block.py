@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from diffusers.models.attention import FeedForward
+from diffusers.models import attention as diffusers_attention
 from torch import Tensor, nn
 
 from skyreels_v3.models.transformer.attention import AudioAttention, CrossAttention, SelfAttention
@@ -30,6 +30,18 @@ class Context:
     speaker_masks: Tensor | None = None
 
 
+class FeedForward(diffusers_attention.FeedForward):
+    """diffusers' layer with its activation in place: the hidden tokens are the largest tensor there is, held once."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__(dim, inner_dim=hidden_dim, activation_fn="gelu-approximate")
+
+    def forward(self, x: Tensor) -> Tensor:
+        expand, _, contract = self.net
+        hidden = expand.proj(x)  # (B, L, hidden_dim)
+        return contract(torch.ops.aten.gelu_(hidden, approximate=expand.approximate))
+
+
 class TransformerBlock(nn.Module):
     """A Wan 2.1 block with optional image and audio attention."""
 
@@ -43,7 +55,7 @@ class TransformerBlock(nn.Module):
             self.norm_audio = nn.LayerNorm(dim, eps=eps)
             self.attn_audio = AudioAttention(dim, heads, audio_dim)
         self.norm3 = nn.LayerNorm(dim, eps=eps, elementwise_affine=False)
-        self.ffn = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
+        self.ffn = FeedForward(dim, ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(self, x: Tensor, context: Context, modulation: Tensor, rotary: Rotary) -> Tensor:

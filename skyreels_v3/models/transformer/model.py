@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -43,9 +44,9 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             one feature (layers x channels), and sizes of the audio projection; audio_dim None for models without sound.
     """
 
-    _repeated_blocks = ["TransformerBlock"]
-    _no_split_modules = ["TransformerBlock"]
-    _keep_in_fp32_modules = ["time_embedder", "time_proj", "scale_shift_table", "norm", "proj_out"]
+    _repeated_blocks: ClassVar[list[str]] = ["TransformerBlock"]
+    _no_split_modules: ClassVar[list[str]] = ["TransformerBlock"]
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["time_embedder", "time_proj", "scale_shift_table", "norm", "proj_out"]
 
     @register_to_config
     def __init__(
@@ -85,7 +86,7 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
     def set_attention(self, attention: AttentionFn, cross_attention: AttentionFn | None = None) -> None:
-        """Hand in the kernels: `attention` among the video tokens, `cross_attention` to the conditions (or the same)."""
+        """Hand in the kernels: `attention` among video tokens, `cross_attention` to the conditions (or the same)."""
         for module in self.modules():
             if isinstance(module, SelfAttention):
                 module.attention = attention
@@ -122,7 +123,9 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         shift, scale = (self.scale_shift_table.unsqueeze(1) + embedding.unsqueeze(2)).unbind(2)
         out = self.proj_out(modulate(layer_norm(hidden, self.norm_out), shift, scale))
         lengths = [part.shape[1] for part in tokens]
-        return tuple(self.unpatchify(part, segment) for part, segment in zip(out.split(lengths, 1), segments, strict=True))
+        return tuple(
+            self.unpatchify(part, segment) for part, segment in zip(out.split(lengths, 1), segments, strict=True)
+        )
 
     def embed_context(
         self, text: Tensor, image: Tensor | None, audio: Tensor | None, speaker_masks: Tensor | None
@@ -149,8 +152,6 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def unpatchify(self, tokens: Tensor, segment: Segment) -> Tensor:
         """Tokens (B, L, C * patch) of one segment -> (B, C, F, H, W)."""
         patch = self.config.patch_size
-        frames, rows, columns = (
-            size // step for size, step in zip(segment.latents.shape[2:], patch, strict=True)
-        )
+        frames, rows, columns = (size // step for size, step in zip(segment.latents.shape[2:], patch, strict=True))
         grid = tokens.reshape(tokens.shape[0], frames, rows, columns, *patch, -1)
         return grid.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)

@@ -1,11 +1,12 @@
 """Rotary positions from a list of segments.
 
-A sequence is one or more segments laid end to end; each has its own place on the time axis, and height and width start
-at 0 in each. Every task's layout is then data: a plain video is one segment at 0; condition frames in front are a segment
-at 0 before a segment at P; the cut of a shot switch is a segment at 1024; reference pictures come behind the video.
+A sequence is one or more segments laid end to end; each has its own place on the time axis, and height and width
+start at 0 in each. Every task's layout is then data: a plain video is one segment at 0; condition frames in front are
+a segment at 0 before a segment at P; the cut of a shot switch is a segment at 1024; reference pictures come behind
+the video.
 
-Rotary embedding (Su et al., arXiv:2104.09864) in its 3D form: of the D/2 channel pairs of a head, D/6 turn with the row,
-D/6 with the column and the rest with the frame. A pair is two adjacent channels. Angles are float64; see Wan 2.1.
+Rotary embedding (Su et al., arXiv:2104.09864) in its 3D form: of the D/2 channel pairs of a head, D/6 turn with the
+row, D/6 with the column and the rest with the frame. A pair is two adjacent channels. Angles are float64; see Wan 2.1.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Segment:
     clean: bool = False
 
 
-Rotary = tuple[Tensor, Tensor]  # cosines and sines, float32, for tokens (B, L, N, D/2) or what broadcasts to it
+Rotary = Tensor  # unit complex numbers, complex64, one for each channel pair: (B, L, N, D/2) or what broadcasts to it
 
 
 def angles(positions: Tensor, channels: int) -> Tensor:
@@ -44,7 +45,7 @@ def angles(positions: Tensor, channels: int) -> Tensor:
 
 
 def rotary_tables(segments: Sequence[Segment], patch_size: Sequence[int], head_dim: int) -> Rotary:
-    """Cosines and sines (L, 1, head_dim/2) of all tokens of `segments`, float32, on the segments' device.
+    """Rotations (L, 1, head_dim/2) of all tokens of `segments`, on the segments' device.
 
     The angles of each axis are computed in float64 on the CPU (a few thousand numbers; not every device has float64)
     and spread over the grid of tokens on the device.
@@ -59,20 +60,26 @@ def rotary_tables(segments: Sequence[Segment], patch_size: Sequence[int], head_d
             angles(torch.arange(grid[1]), spatial),
             angles(torch.arange(grid[2]), spatial),
         ]
-        # cos and sin before the move and the spreading: 2 small float64 tables for an axis, not one for a token
-        polar = [torch.stack((axis.cos(), axis.sin())).float().to(device) for axis in axes]
+        # rotations before the move and the spreading: a small float64 table for an axis, not one for a token
+        frames, rows, columns = (rotations(axis).to(device) for axis in axes)
         spread = [
-            polar[0][:, :, None, None].expand(-1, -1, grid[1], grid[2], -1),
-            polar[1][:, None, :, None].expand(-1, grid[0], -1, grid[2], -1),
-            polar[2][:, None, None, :].expand(-1, grid[0], grid[1], -1, -1),
+            frames[:, None, None].expand(-1, grid[1], grid[2], -1),
+            rows[None, :, None].expand(grid[0], -1, grid[2], -1),
+            columns[None, None, :].expand(grid[0], grid[1], -1, -1),
         ]
-        tables.append(torch.cat(spread, dim=-1).flatten(1, 3))  # (2, L, D/2)
-    cos, sin = torch.cat(tables, dim=1).unsqueeze(2).unbind(0)
-    return cos, sin
+        tables.append(torch.cat(spread, dim=-1).flatten(0, 2))  # (L, D/2)
+    return torch.cat(tables).unsqueeze(1)
+
+
+def rotations(angles: Tensor) -> Rotary:
+    """e^(i angle), complex64."""
+    return torch.complex(angles.cos().float(), angles.sin().float())
 
 
 def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn each adjacent channel pair of x (B, L, N, D) by its token's angle; computed in float32, returned so."""
-    cos, sin = rotary
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    """Turn each adjacent channel pair of x (B, L, N, D) by its token's angle; computed in float32, returned so.
+
+    A pair is taken as a complex number: one pass over x, where sines and cosines in real arithmetic take seven.
+    """
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, L, N, D/2)
+    return torch.view_as_real(pairs * rotary).flatten(-2)

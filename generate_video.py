@@ -1,0 +1,134 @@
+#!/usr/bin/env python3
+"""Make video with the SkyReels models: `python3 generate_video.py --help`.
+
+The straight path of a request: argv -> request -> checks -> checkpoint -> runtime -> components -> passes -> frames ->
+mp4. The last line on stdout is the path of what was made. Exit codes: 0 done, 2 the request cannot work, 130
+interrupted, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skyreels_v3 import __version__
+from skyreels_v3.cli import parse_request
+from skyreels_v3.errors import UserError
+from skyreels_v3.tasks import GenerationRequest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from skyreels_v3.media.inputs import Inputs
+    from skyreels_v3.pipelines.steps import Pass
+
+logger = logging.getLogger("skyreels_v3")
+
+
+def run(request: GenerationRequest) -> None:
+    """Carry out a request and print the path of what it made, or its plan."""
+    from skyreels_v3.preflight import preflight
+
+    with tempfile.TemporaryDirectory(prefix="skyreels-") as downloads:
+        request, inputs, checkpoint = preflight(request, Path(downloads))
+        if request.dry_run:
+            from skyreels_v3.memory.planner import describe, plan
+
+            print(describe(plan(request, checkpoint)))  # noqa: T201  the result
+        else:
+            print(generate(request, inputs, checkpoint or fetch(request)))  # noqa: T201  the result
+
+
+def fetch(request: GenerationRequest) -> Path:
+    """The folder of a checkpoint that was not on this machine."""
+    from skyreels_v3.checkpoints.hub import TINY, download
+
+    if request.model_id != TINY:
+        return download(request)
+    from skyreels_v3.checkpoints.tiny import make_tiny
+
+    return make_tiny(request.task)
+
+
+def generate(request: GenerationRequest, inputs: Inputs, checkpoint: Path) -> Path:
+    """Make the video; returns its path."""
+    from skyreels_v3 import runtime
+    from skyreels_v3.media.video import write_frame_folder, write_video
+    from skyreels_v3.pipelines.components import load_components
+    from skyreels_v3.pipelines.outputs import save_latents
+    from skyreels_v3.pipelines.registry import make_pipeline
+
+    device = runtime.start(request)
+    pipeline = make_pipeline(request.task, load_components(checkpoint, request.task, device), device)
+    latents: list[Any] = []
+    logger.info("seed %d, %d x %d", request.seed, request.height, request.width)
+    frames = all_frames(request, inputs, pipeline(request, inputs), latents)
+    assert request.output is not None and request.height is not None and request.width is not None
+    if request.frame_folder:
+        path = write_frame_folder(frames, request.output, comment=comment(request))
+    else:
+        size = {"height": request.height, "width": request.width, "fps": request.task.fps}
+        path = write_video(frames, request.output, **size, comment=comment(request))
+    if request.save_latents is not None:
+        save_latents(latents, request.save_latents)
+    return path
+
+
+def all_frames(
+    request: GenerationRequest, inputs: Inputs, passes: Iterable[Pass], latents: list[Any]
+) -> Iterator[np.ndarray]:
+    """The frames to write, in order; the latents of each pass are added to `latents` as they are made."""
+    from skyreels_v3.media.video import read_frames, resized
+
+    if request.include_input:
+        assert inputs.clip is not None and request.height is not None and request.width is not None
+        yield from resized(read_frames(inputs.clip.path, request.task.fps), request.height, request.width)
+    for made in passes:
+        latents.append(made.latents)
+        yield from made.frames
+
+
+def comment(request: GenerationRequest) -> str:
+    """What made a video, as JSON: put `flags` into a file for --config to run it again."""
+    size = {"height": request.height, "width": request.width}
+    return json.dumps({"skyreels_v3": __version__, "model_id": request.model_id, **size, "flags": dict(request.flags)})
+
+
+def set_up_logging(verbosity: int) -> None:
+    """Messages go to stderr; the libraries' own chatter only with --verbose."""
+    level = {-1: logging.WARNING, 0: logging.INFO, 1: logging.DEBUG}[verbosity]
+    logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s", level=logging.ERROR)
+    logger.setLevel(level)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a command line; returns the exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up like Ctrl-C
+    request = None
+    try:
+        request = parse_request(argv)
+        set_up_logging(request.verbosity)
+        run(request)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    except Exception as error:
+        if request is None or request.verbosity > 0:
+            logging.exception("failed")
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+        sys.stderr.write(f"error: {type(error).__name__}: {cause} (--verbose shows where)\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

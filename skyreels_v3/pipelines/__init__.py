@@ -1,0 +1,1 @@
+"""One file per task: conditions, segments, denoising, decoding, as a stream of frames."""

@@ -1,0 +1,27 @@
+"""Which pipeline does which task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from skyreels_v3.media.inputs import Inputs
+from skyreels_v3.pipelines.components import Components
+from skyreels_v3.pipelines.reference_to_video import ReferenceToVideo
+from skyreels_v3.pipelines.shot_switching_extension import ShotSwitchingExtension
+from skyreels_v3.pipelines.single_shot_extension import SingleShotExtension
+from skyreels_v3.pipelines.steps import Pass
+from skyreels_v3.runtime import Runtime
+from skyreels_v3.tasks import GenerationRequest, TaskSpec
+
+Pipeline = Callable[[GenerationRequest, Inputs], Iterator[Pass]]
+
+PIPELINES: dict[str, Callable[[Components, Runtime], Pipeline]] = {
+    "reference_to_video": ReferenceToVideo,
+    "single_shot_extension": SingleShotExtension,
+    "shot_switching_extension": ShotSwitchingExtension,
+}
+
+
+def make_pipeline(task: TaskSpec, components: Components, runtime: Runtime) -> Pipeline:
+    """The pipeline of `task`: called with a request and its inputs, it gives the passes of the generation."""
+    return PIPELINES[task.name](components, runtime)

@@ -1,0 +1,31 @@
+"""shot_switching_extension: the input clip goes on after a cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from skyreels_v3.media.inputs import Inputs
+from skyreels_v3.models.transformer import Segment
+from skyreels_v3.pipelines.steps import Pass, Steps
+from skyreels_v3.sampling.denoise import Conditioning
+from skyreels_v3.sampling.guidance import text_guidance
+from skyreels_v3.tasks import GenerationRequest, latent_frames
+
+CUT_POSITION = 1024  # where the frames before the cut stand on the time axis: far from the new ones
+
+
+class ShotSwitchingExtension(Steps):
+    """The clip's last frames stand clean behind the new ones, at a distance that says: another shot."""
+
+    def __call__(self, request: GenerationRequest, inputs: Inputs) -> Iterator[Pass]:
+        """One pass."""
+        clip = self.read_condition(request, inputs)
+        guidance = text_guidance(request.guidance_scale)
+        texts = self.encode_prompts(request, guidance)
+        after = (Segment(self.encode_frames(clip), CUT_POSITION, clean=True),)
+        conditions = {name: Conditioning(text, after=after) for name, text in texts.items()}
+        frames = latent_frames(request.frames_out + 1)  # latent frames hold 4k+1 frames; the last one is not written
+        noise = self.noise(request, frames, self.runtime.generator(request.seed))
+        latents = self.denoise(request, noise, conditions, guidance)
+        yield Pass(latents.cpu(), islice(self.decode(latents, rounding=False), request.frames_out))

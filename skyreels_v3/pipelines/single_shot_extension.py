@@ -1,0 +1,49 @@
+"""single_shot_extension: the input clip goes on in the same shot, rolled out 5 seconds at a time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skyreels_v3.media.inputs import Inputs
+from skyreels_v3.models.transformer import Segment
+from skyreels_v3.pipelines.steps import Frame, Pass, Steps
+from skyreels_v3.sampling.denoise import Conditioning
+from skyreels_v3.sampling.guidance import text_guidance
+from skyreels_v3.tasks import GenerationRequest, plan_roll_outs
+
+
+class SingleShotExtension(Steps):
+    """The last frames of the clip stand clean in front of the new ones; each roll-out goes on from the one before."""
+
+    def __call__(self, request: GenerationRequest, inputs: Inputs) -> Iterator[Pass]:
+        """A pass for each roll-out."""
+        clip = self.read_condition(request, inputs)
+        guidance = text_guidance(request.guidance_scale)
+        texts = self.encode_prompts(request, guidance)
+        missing = request.frames_out
+        rolls = plan_roll_outs(request.duration)
+        for number, frames in enumerate(rolls, start=1):
+            prefix = self.encode_frames(clip)
+            before = (Segment(prefix, clean=True),)
+            conditions = {name: Conditioning(text, prefix.shape[2], before) for name, text in texts.items()}
+            noise = self.noise(request, frames, self.runtime.generator(request.seed))  # the same in every roll-out
+            latents = self.denoise(request, noise, conditions, guidance, f"denoising {number}/{len(rolls)}")
+            tail: deque[Frame] = deque(maxlen=len(clip))
+            new = islice(self.new_frames(prefix, latents, tail), missing)
+            yield Pass(latents.cpu(), new)
+            missing -= 4 * frames
+            if number < len(rolls):
+                clip = np.stack(tail)
+
+    def new_frames(self, prefix: Tensor, latents: Tensor, tail: deque[Frame]) -> Iterator[Frame]:
+        """Decode condition and new frames together and give the new ones; `tail` ends up with the last of them."""
+        condition_frames = 4 * (prefix.shape[2] - 1) + 1
+        for frame in islice(self.decode(torch.cat((prefix, latents), dim=2), rounding=False), condition_frames, None):
+            tail.append(frame)
+            yield frame

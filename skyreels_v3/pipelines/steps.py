@@ -1,0 +1,103 @@
+"""What every task is made of: encode the prompt, encode pictures, denoise, decode to frames.
+
+A task's pipeline is a generator of passes. A `Pass` is what one run of the denoising loop made: its latents, and its
+frames as a stream that is decoded while it is read. The frames of a pass must be read before the next pass is asked
+for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skyreels_v3.media.inputs import Inputs, condition_clip
+from skyreels_v3.pipelines.components import Components
+from skyreels_v3.runtime import Runtime
+from skyreels_v3.sampling.denoise import Conditioning, denoise
+from skyreels_v3.sampling.guidance import Guidance
+from skyreels_v3.sampling.schedules import unipc
+from skyreels_v3.tasks import VAE_STRIDE, GenerationRequest
+
+Frame = np.ndarray  # uint8 [H, W, 3]
+LATENT_CHANNELS = 16
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Normalised latents (B, C, F, H, W) of the generated frames, float32 on the CPU, and the frames to write."""
+
+    latents: Tensor
+    frames: Iterator[Frame]
+
+
+def frames_to_video(frames: Sequence[Frame] | np.ndarray) -> Tensor:
+    """uint8 [F, H, W, 3] frames -> (1, 3, F, H, W) in [-1, 1]."""
+    video = torch.from_numpy(np.stack(list(frames)))
+    return (video.permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0).contiguous()
+
+
+def video_to_frames(video: Tensor, rounding: bool) -> np.ndarray:
+    """(1, 3, F, H, W) in [-1, 1] -> uint8 [F, H, W, 3], rounded, or cut off as the extension models were made with."""
+    levels = (video[0] / 2 + 0.5).clamp(0, 1) * 255
+    levels = levels.round() if rounding else levels
+    return levels.to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+
+
+class Steps:
+    """The steps of a pipeline, on the components and the device of a run."""
+
+    def __init__(self, components: Components, runtime: Runtime) -> None:
+        self.components = components
+        self.runtime = runtime
+
+    def read_condition(self, request: GenerationRequest, inputs: Inputs) -> np.ndarray:
+        """The input clip's last frames, uint8 [F, H, W, 3] of the output's size."""
+        assert inputs.clip is not None
+        with self.runtime.bar("reading the clip", inputs.clip.frames) as bar:
+            return condition_clip(request, inputs, bar.update)
+
+    def encode_prompts(self, request: GenerationRequest, guidance: Guidance) -> dict[str, Tensor]:
+        """Context (1, 512, D) of each condition of `guidance`: the prompt, or the negative one."""
+        prompts = [request.prompt if name == "full" else request.negative_prompt for name in guidance.conditions]
+        encoder = self.components.text_encoder
+        with self.runtime.resident(encoder.module):
+            contexts = {prompt: encoder([prompt]) for prompt in dict.fromkeys(prompts)}
+        return {name: contexts[prompt] for name, prompt in zip(guidance.conditions, prompts, strict=True)}
+
+    def encode_frames(self, frames: np.ndarray, generator: torch.Generator | None = None) -> Tensor:
+        """uint8 [F, H, W, 3] -> latents on the device."""
+        vae = self.components.vae
+        with self.runtime.resident(vae.module):
+            return vae.encode(frames_to_video(frames).to(self.runtime.device), generator)
+
+    def noise(self, request: GenerationRequest, latent_frames: int, generator: torch.Generator) -> Tensor:
+        """Gaussian noise (1, 16, F, H/8, W/8), float32 on the CPU."""
+        assert request.height is not None and request.width is not None
+        size = (request.height // VAE_STRIDE[1], request.width // VAE_STRIDE[2])
+        return torch.randn((1, LATENT_CHANNELS, latent_frames, *size), generator=generator)
+
+    def denoise(
+        self,
+        request: GenerationRequest,
+        noise: Tensor,
+        conditions: Mapping[str, Conditioning],
+        guidance: Guidance,
+        name: str = "denoising",
+    ) -> Tensor:
+        """Latents (1, 16, F, h, w) from noise, on the device."""
+        transformer = self.components.transformer
+        scheduler = unipc(request.num_inference_steps, request.shift)
+
+        with self.runtime.resident(transformer), self.runtime.bar(name, len(scheduler.timesteps)) as bar:
+            return denoise(transformer, scheduler, noise.to(self.runtime.device), conditions, guidance, bar.update)
+
+    def decode(self, latents: Tensor, rounding: bool) -> Iterator[Frame]:
+        """Frames of latents (1, 16, F, h, w), decoded as they are asked for."""
+        vae = self.components.vae
+        with self.runtime.resident(vae.module):
+            for chunk in vae.decode_stream(latents):
+                yield from video_to_frames(chunk, rounding)

@@ -1,0 +1,39 @@
+"""What must be known of this machine before anything long begins: device, checkpoint, outputs, inputs. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from skyreels_v3.checkpoints.hub import TINY, locate
+from skyreels_v3.media.files import check_writable
+from skyreels_v3.media.inputs import Inputs, open_inputs
+from skyreels_v3.runtime import check_device
+from skyreels_v3.tasks import GenerationRequest
+
+
+def preflight(request: GenerationRequest, downloads: Path) -> tuple[GenerationRequest, Inputs, Path | None]:
+    """Check `request` against this machine, quick checks first.
+
+    Args:
+        downloads: a folder of this run for inputs that are URLs.
+
+    Returns:
+        The request with output and size filled in, its inputs, and the checkpoint's folder, or None where it is yet to
+        be fetched or made.
+
+    Raises:
+        UserError: what cannot work, with the flag to change.
+    """
+    check_device(request.device)
+    checkpoint = None if request.model_id == TINY else locate(request)
+    if request.output is None:
+        name = f"{request.seed}_{datetime.now():%Y%m%d-%H%M%S}.mp4"
+        request = replace(request, output=Path("result") / request.task.name / name)
+    assert request.output is not None
+    check_writable(request.output, "--output")
+    if request.save_latents is not None:
+        check_writable(request.save_latents, "--save_latents")
+    request, inputs = open_inputs(request, downloads)
+    return request, inputs, checkpoint

@@ -1,0 +1,118 @@
+"""Whole runs through the command line, against what the official code computed for the same checkpoint and inputs.
+
+Tolerances are those of the recordings' README: latents of the first pass 2e-3, of later passes 2e-2 (they see frames
+that went through 8 bits), frames at most two levels apart and under 2 % of the values different.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+CPU = ("--device", "cpu", "--dtype", "float32", "--quiet")
+FIRST_PASS, LATER_PASS = 2e-3, 2e-2
+
+
+def run_recorded(generate, folder: Path, *arguments: object) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Latents and frames [F, H, W, 3] that the command line makes."""
+    run = generate(*arguments, *CPU, "--save_latents", folder / "latents.safetensors", "--output", f"{folder}/frames/")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == str(folder / "frames")
+    frames = [np.asarray(Image.open(path)) for path in sorted((folder / "frames").glob("*.png"))]
+    return load_file(folder / "latents.safetensors"), np.stack(frames)
+
+
+def check_frames(frames: np.ndarray, recorded: Path) -> None:
+    stored = np.load(recorded)
+    kept = [position for position, index in enumerate(frame_indices(stored)) if index < len(frames)]
+    expected = stored["frames"][kept].astype(int)
+    difference = np.abs(frames[frame_indices(stored)[kept]] - expected)
+    assert difference.max() <= 2
+    assert (difference > 0).mean() < 0.02
+
+
+def frame_indices(stored: np.lib.npyio.NpzFile) -> np.ndarray:
+    """Which frames of the run a file holds; all of them where it does not say."""
+    return stored["index"] if "index" in stored else np.arange(len(stored["frames"]))
+
+
+def recorded_clip(reference: Path, write_lossless, path: Path, height: int, width: int) -> Path:
+    """The recorded input clip, in the size of the run: the recordings took the nearest pixel, index floor(i*in/out)."""
+    stored = np.load(reference / "pipelines" / "video_input" / "input_frames.npz")
+    frames = stored[stored.files[0]]
+    rows = np.arange(height) * frames.shape[1] // height
+    columns = np.arange(width) * frames.shape[2] // width
+    return write_lossless(path, frames[:, rows][:, :, columns])
+
+
+@pytest.mark.parametrize("references", [1, 3])
+def test_reference_to_video(generate, reference, tmp_path, references):
+    folder = reference / "pipelines" / "reference_to_video"
+    meta = json.loads((folder / "meta.json").read_text())
+    images = ",".join(str(folder / name) for name in meta["refs"][:references])
+    latents, frames = run_recorded(
+        generate, tmp_path, "--task_type", "reference_to_video", "--prompt", meta["prompt"], "--ref_imgs", images,
+        "--model_id", reference / "pipelines" / "checkpoints" / "reference_to_video", "--duration", 1,
+        "--height", meta["height"], "--width", meta["width"], "--seed", meta["seed"],
+    )  # fmt: skip
+    recorded = load_file(folder / f"duration_1_refs_{references}.safetensors")
+    assert list(latents) == ["latents.0"]
+    np.testing.assert_allclose(latents["latents.0"], recorded["final_latents"], atol=FIRST_PASS, rtol=0)
+    assert len(frames) == 25
+    check_frames(frames, folder / f"duration_1_refs_{references}_frames.npz")
+
+
+def test_reference_to_video_with_dual_guidance(generate, reference, tmp_path):
+    folder = reference / "pipelines" / "reference_to_video"
+    meta = json.loads((folder / "meta.json").read_text())
+    guided = meta["dual_guidance"]
+    latents, frames = run_recorded(
+        generate, tmp_path, "--task_type", "reference_to_video", "--prompt", meta["prompt"],
+        "--ref_imgs", ",".join(str(folder / name) for name in meta["refs"]),
+        "--model_id", reference / "pipelines" / "checkpoints" / "reference_to_video",
+        "--height", meta["height"], "--width", meta["width"], "--seed", guided["seed"],
+        "--num_frames", guided["num_frames"], "--num_inference_steps", guided["steps"],
+        "--guidance_scale", guided["guidance_scale"], "--image_guidance_scale", guided["guidance_scale_img"],
+        "--negative_prompt", guided["negative_prompt"],
+    )  # fmt: skip
+    recorded = load_file(folder / "dual_guidance.safetensors")
+    np.testing.assert_allclose(latents["latents.0"], recorded["final_latents"], atol=FIRST_PASS, rtol=0)
+    assert len(frames) == guided["num_frames"]
+
+
+EXTENSIONS = [
+    ("single_shot_extension", 5, "single_shot_extension/duration_10_frames.npz"),
+    ("single_shot_extension", 7, "single_shot_extension/duration_7_frames.npz"),
+    ("single_shot_extension", 10, "single_shot_extension/duration_10_frames.npz"),
+    ("shot_switching_extension", 2, "shot_switching_extension/duration_2_frames.npz"),
+    ("shot_switching_extension", 5, "shot_switching_extension/duration_5_frames.npz"),
+]
+
+
+@pytest.mark.parametrize(("task", "duration", "recorded_frames"), EXTENSIONS)
+def test_extension(generate, reference, write_lossless, tmp_path, task, duration, recorded_frames):
+    folder = reference / "pipelines" / task
+    meta = json.loads((folder / "meta.json").read_text())
+    case = next(case for case in meta["cases"] if case["duration"] == duration)
+    clip = recorded_clip(reference, write_lossless, tmp_path / "clip.mp4", case["height"], case["width"])
+    latents, frames = run_recorded(
+        generate, tmp_path, "--task_type", task, "--prompt", meta["prompt"], "--input_video", clip,
+        "--model_id", reference / "pipelines" / "checkpoints" / "video_extension", "--duration", duration,
+        "--height", case["height"], "--width", case["width"], "--seed", meta["seed"],
+    )  # fmt: skip
+    recorded = load_file(folder / f"duration_{duration}.safetensors")
+    assert list(latents) == [f"latents.{number}" for number in range(len(case["rolls"]))]
+    for number in range(len(case["rolls"])):
+        np.testing.assert_allclose(
+            latents[f"latents.{number}"],
+            recorded[f"roll{number}.final_latents"],
+            atol=LATER_PASS if number else FIRST_PASS,
+            rtol=0,
+        )
+    assert len(frames) == duration * 24
+    check_frames(frames, reference / "pipelines" / recorded_frames)
