@@ -20,10 +20,18 @@ import yaml
 
 from skyreels_v3 import __version__
 from skyreels_v3.errors import UserError
-from skyreels_v3.tasks import RESOLUTIONS, SIZE_MULTIPLE, TASK_NAMES, GenerationRequest, TaskSpec, load_yaml, task_spec
+from skyreels_v3.tasks import (
+    REFERENCE_SLOTS,
+    RESOLUTIONS,
+    SIZE_MULTIPLE,
+    TASK_NAMES,
+    GenerationRequest,
+    TaskSpec,
+    load_yaml,
+    task_spec,
+)
 
 MAX_PROMPT = 10_000  # characters; the model reads 512 tokens
-MAX_REFERENCES = 4
 MAX_SIDE = 2048
 MAX_PIXELS = 1920 * 1088
 MAX_SEED = 2**63 - 1
@@ -131,6 +139,7 @@ def build_parser() -> Parser:
     tasks = "\n".join(f"  {name:26}{task_spec(name).summary}" for name in TASK_NAMES)
     parser = Parser(
         prog="generate_video.py",
+        usage="%(prog)s --task_type TASK --prompt TEXT [flags]",
         description="Make video with the SkyReels V3 models.",
         epilog=f"tasks:\n{tasks}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -245,9 +254,9 @@ def check_values(spec: TaskSpec, values: Mapping[str, Any]) -> None:
             "--height", f"{values['height']} x {values['width']} is {pixels} pixels; give at most {MAX_PIXELS}"
         )
     references = values.get("ref_imgs", "")
-    if "ref_imgs" in values and not (1 <= len(references.split(",")) <= MAX_REFERENCES and all(split(references))):
+    if "ref_imgs" in values and not (1 <= len(references.split(",")) <= REFERENCE_SLOTS and all(split(references))):
         raise UserError(
-            "--ref_imgs", f"{brief(references)}: give 1 to {MAX_REFERENCES} images, comma-separated, none empty"
+            "--ref_imgs", f"{brief(references)}: give 1 to {REFERENCE_SLOTS} images, comma-separated, none empty"
         )
     check_paths(values)
 

@@ -46,6 +46,18 @@ def has_library(name: str) -> bool:
     return True
 
 
+def expected_dtype(request: GenerationRequest) -> str:
+    """The dtype that `start` will choose, as far as it can be told without torch."""
+    device = request.device
+    if device == "auto":
+        device = "cuda" if any(has_library(name) for name in GPU_DRIVERS) else "cpu"
+    return request.dtype or default_dtype(device)
+
+
+def default_dtype(device: str) -> str:
+    return "float32" if device == "cpu" else "bfloat16"
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Where and how a run computes."""
@@ -92,7 +104,7 @@ def start(request: GenerationRequest) -> Runtime:
     name = request.device if request.device != "auto" else next(name for name, there in usable.items() if there)
     if not usable[name]:
         raise UserError("--device", f"{name}: torch {torch.__version__} cannot use it; install a build that can")
-    dtype = getattr(torch, request.dtype or ("float32" if name == "cpu" else "bfloat16"))
+    dtype = getattr(torch, request.dtype or default_dtype(name))
     device = torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
     logger.info("device %s, dtype %s%s", device, dtype, ", offload" if request.offload else "")
     return Runtime(device, dtype, request.offload and name != "cpu", request.verbosity >= 0)

@@ -12,8 +12,10 @@ import logging
 import re
 import struct
 import zipfile
+from collections.abc import Container
 from pathlib import Path
 
+from skyreels_v3.checkpoints.key_maps import NATIVE_CONFIG
 from skyreels_v3.errors import CheckpointError, UserError
 from skyreels_v3.tasks import GenerationRequest, TaskSpec
 
@@ -129,6 +131,25 @@ def indexed_files(index: Path) -> list[Path]:
     if missing := [str(file) for file in files if file.parent != index.parent or not file.is_file()]:
         raise CheckpointError(f"missing shards {', '.join(missing)}; download them again")
     return files
+
+
+def transformer_config(folder: Path, names: Container[str]) -> dict[str, int]:
+    """The entries of a transformer's config.json, native or diffusers, that are among our `names`."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    renamed = {NATIVE_CONFIG.get(key) or key: value for key, value in config.items()}
+    if "dim" in config:
+        renamed["attention_head_dim"] = config["dim"] // config["num_heads"]
+    return {key: value for key, value in renamed.items() if key in names}
+
+
+def stored_bytes(folder: Path, task: TaskSpec) -> tuple[int, int]:
+    """Bytes on disk of the text encoder and the VAE of a checked folder."""
+    if task.layout == "diffusers":
+        components = [weight_files(folder / "text_encoder"), weight_files(folder / "vae")]
+    else:
+        components = [[folder / NATIVE_TEXT_ENCODER_FILE], [folder / NATIVE_VAE_FILE]]
+    text_encoder, vae = (sum(file.stat().st_size for file in files) for files in components)
+    return text_encoder, vae
 
 
 def check_safetensors(file: Path) -> None:

@@ -13,9 +13,7 @@ from skyreels_v3.models.transformer import Segment
 from skyreels_v3.pipelines.steps import Pass, Steps
 from skyreels_v3.sampling.denoise import Conditioning
 from skyreels_v3.sampling.guidance import NO_TEXT_NO_IMAGE, dual_guidance
-from skyreels_v3.tasks import GenerationRequest, latent_frames
-
-REFERENCE_SLOTS = 4
+from skyreels_v3.tasks import REFERENCE_SLOTS, GenerationRequest, latent_frames
 
 
 class ReferenceToVideo(Steps):

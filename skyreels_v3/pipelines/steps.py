@@ -20,10 +20,9 @@ from skyreels_v3.runtime import Runtime
 from skyreels_v3.sampling.denoise import Conditioning, denoise
 from skyreels_v3.sampling.guidance import Guidance
 from skyreels_v3.sampling.schedules import unipc
-from skyreels_v3.tasks import VAE_STRIDE, GenerationRequest
+from skyreels_v3.tasks import LATENT_CHANNELS, VAE_STRIDE, GenerationRequest
 
 Frame = np.ndarray  # uint8 [H, W, 3]
-LATENT_CHANNELS = 16
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,7 @@ class Steps:
     def decode(self, latents: Tensor, rounding: bool) -> Iterator[Frame]:
         """Frames of latents (1, 16, F, h, w), decoded as they are asked for."""
         vae = self.components.vae
-        with self.runtime.resident(vae.module):
+        with self.runtime.resident(vae.module), self.runtime.bar("decoding", latents.shape[2]) as bar:
             for chunk in vae.decode_stream(latents):
+                bar.update()
                 yield from video_to_frames(chunk, rounding)
