@@ -1,16 +1,18 @@
-"""Loading a transformer: memory and time beside the least that a read can take, and beside diffusers' `from_pretrained`.
+"""Loading a transformer: memory and time beside a plain memory-mapped read, and beside diffusers' `from_pretrained`.
 
-A random checkpoint is written in both published layouts (the same tensors; Wan-native has its own names), then four ways
-of getting at every weight take turns, each in a fresh process:
+A random checkpoint is written in both published layouts (the same tensors; Wan-native has its own names). Three loads
+take turns, each in a fresh process:
 
-    plain      the native files memory-mapped, nothing built: the floor
-    ours       our loader on the native files
-    ours-diffusers    our loader on the diffusers files
-    diffusers  `WanTransformer3DModel.from_pretrained` on the diffusers files
+    ours, native       our loader on the Wan-native files
+    ours, diffusers    our loader on the diffusers files
+    diffusers          `WanTransformer3DModel.from_pretrained` on the diffusers files
 
-Each way ends with reading all bytes of all weights, or mapped weights would seem to cost nothing. The clock starts and
-memory counts from after the imports. Memory is the peak resident size (VmHWM, reset after the imports): mapped pages
-count as well as allocated ones. The files are in the page cache unless `--cold` drops them before every run. Linux only.
+In the same process the same files are read plainly: mapped and nothing built, the least that a load can take. Which of
+the two comes first alternates; the ratio of such a pair says more than medians on a busy machine do.
+
+Loads and plain reads end with reading all bytes of all weights, or mapped weights would seem to cost nothing. The clock
+starts, and memory counts, from after the imports. Memory is the peak resident size (VmHWM, reset before each): mapped
+pages count as well as allocated ones. The files are in the page cache, unless `--cold` drops them. Linux only.
 
     python benchmarks/load.py
 """
@@ -18,21 +20,26 @@ count as well as allocated ones. The files are in the page cache unless `--cold`
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import gc
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout, nothing installed
 
 import accelerate  # noqa: F401  from_pretrained imports it; not part of what is timed
+import diffusers
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors import safe_open
@@ -75,27 +82,23 @@ NATIVE_BLOCK_NORMS = ("self_attn.norm_q", "self_attn.norm_k", "cross_attn.norm_q
 
 def main() -> None:
     args = parse_arguments()
-    if args.measure:
-        print(json.dumps(measure(args.measure, args.keep)))
-        return
     with tempfile.TemporaryDirectory(prefix="load-benchmark-") as temporary:
         folder = args.keep or Path(temporary)
         if not (folder / "native" / INDEX_NAME).is_file():
             write_checkpoints(folder, args.size_gb * GB)
-        runs = take_turns(folder, args.runs, args.cold)
-        report(args, runs, weight_bytes(folder / "native"))
+        pairs = take_turns(folder, args.pairs, args.cold)
+        report(args, pairs, weight_bytes(folder / "native"))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size-gb", type=float, default=1.6, help="least size of the weights; twice that on disk")
-    parser.add_argument("--runs", type=int, default=7, help="of each way; at least 2")
-    parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each run")
+    parser.add_argument("--pairs", type=int, default=9, help="timed pairs of each load; at least 2")
+    parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each read")
     parser.add_argument("--keep", type=Path, help="folder to leave the checkpoints in, or to find them in")
-    parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)  # one run, in the process of its own
     args = parser.parse_args()
-    if args.runs < 2:
-        parser.error("--runs must be at least 2")
+    if args.pairs < 2:
+        parser.error("--pairs must be at least 2")
     return args
 
 
@@ -167,52 +170,84 @@ def weight_bytes(folder: Path) -> int:
     return json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["metadata"]["total_size"]
 
 
-# One run, in its own process
+# One pair, in a process of its own
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds, and bytes of peak memory growth, until every weight has been read."""
+
+    seconds: float
+    growth: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A load and a plain read of the same files, one right after the other."""
+
+    load: Cost
+    plain: Cost
 
 
 def read_plain(folder: Path) -> list[Tensor]:
     tensors = []
-    for file in sorted((folder / "native").glob("*.safetensors")):
+    for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as handle:
             tensors += [handle.get_tensor(key) for key in handle.keys()]  # noqa: SIM118  not a mapping
     return tensors
 
 
 def load_ours(folder: Path) -> Iterable[Tensor]:
-    return load_transformer(folder / "native", "native", torch.float32).parameters()
-
-
-def load_ours_diffusers(folder: Path) -> Iterable[Tensor]:
-    return load_transformer(folder / "diffusers", "diffusers", torch.float32).parameters()
+    return load_transformer(folder, folder.name, torch.float32).parameters()
 
 
 def load_diffusers(folder: Path) -> Iterable[Tensor]:
-    return WanTransformer3DModel.from_pretrained(folder / "diffusers").parameters()
+    return WanTransformer3DModel.from_pretrained(folder).parameters()
 
 
-WAYS: dict[str, Callable[[Path], Iterable[Tensor]]] = {
-    "plain": read_plain,
-    "ours": load_ours,
-    "ours-diffusers": load_ours_diffusers,
-    "diffusers": load_diffusers,
+Read = Callable[[Path], Iterable[Tensor]]
+LOADS: dict[str, tuple[Read, str]] = {  # loader and layout
+    "ours, native": (load_ours, "native"),
+    "ours, diffusers": (load_ours, "diffusers"),
+    "diffusers": (load_diffusers, "diffusers"),
 }
 
 
-def measure(way: str, folder: Path) -> dict[str, float]:
-    """Seconds and peak memory growth in bytes of one way to have read every weight."""
+def measure_pair(name: str, folder: Path, plain_first: bool, cold: bool) -> Pair:
+    """Measure a load and a plain read of its files."""
     torch.set_grad_enabled(False)
+    diffusers.utils.logging.disable_progress_bar()
     read_all([torch.ones(1 << 20)])  # starts torch's threads
+    load, layout = LOADS[name]
+    reads = (read_plain, load) if plain_first else (load, read_plain)
+    costs = [measure(read, folder / layout, cold) for read in reads]
+    return Pair(*reversed(costs)) if plain_first else Pair(*costs)
+
+
+def measure(read: Read, folder: Path, cold: bool) -> Cost:
+    """Do it once; what it made is gone on return."""
+    if cold:
+        drop_from_cache(folder)
     before = reset_peak_memory()
     start = time.perf_counter()
-    read_all(WAYS[way](folder))
+    read_all(read(folder))
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "growth": peak_memory() - before}
+    growth = peak_memory() - before
+    gc.collect()  # models hold cycles
+    return Cost(seconds, growth)
 
 
 def read_all(tensors: Iterable[Tensor]) -> float:
     """Read every byte."""
     tensors = list(tensors)  # held until the last is read, as a model's weights are
     return sum(tensor.sum().item() for tensor in tensors)
+
+
+def drop_from_cache(folder: Path) -> None:
+    """Have the next read of a folder's weights come from the disk."""
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as handle:
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def reset_peak_memory() -> int:
@@ -227,58 +262,62 @@ def peak_memory() -> int:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
-# All runs
+# All pairs
 
 
-def take_turns(folder: Path, count: int, cold: bool) -> list[dict[str, dict[str, float]]]:
-    """Measure all ways `count` times, each time from the other end of their list; the first round is not counted."""
-    rounds = []
+def take_turns(folder: Path, count: int, cold: bool) -> dict[str, list[Pair]]:
+    """`count` pairs of each load, all loads before the next pair; a first round, which fills the caches, is dropped."""
+    pairs: dict[str, list[Pair]] = {name: [] for name in LOADS}
     for index in range(count + 1):
-        order = list(WAYS) if index % 2 else list(reversed(WAYS))
-        taken = {way: run_fresh(way, folder, cold) for way in order}
-        rounds.append(taken)
-    return rounds[1:]
+        for name in LOADS:
+            pairs[name].append(run_fresh(name, folder, plain_first=index % 2 == 0, cold=cold))
+    return {name: taken[1:] for name, taken in pairs.items()}
 
 
-def run_fresh(way: str, folder: Path, cold: bool) -> dict[str, float]:
-    """`measure` in a new process."""
-    if cold:
-        for file in folder.glob("*/*.safetensors"):
-            drop_from_cache(file)
-    command = [sys.executable, __file__, "--measure", way, "--keep", str(folder)]
-    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(out.splitlines()[-1])
+def run_fresh(name: str, folder: Path, plain_first: bool, cold: bool) -> Pair:
+    """`measure_pair` in a new process, which takes a while to import everything."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as fresh:
+        return fresh.submit(measure_pair, name, folder, plain_first, cold).result()
 
 
-def drop_from_cache(file: Path) -> None:
-    """Have the next read of `file` come from the disk."""
-    with file.open("rb") as handle:
-        os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def report(args: argparse.Namespace, runs: list[dict[str, dict[str, float]]], size: int) -> None:
+def report(args: argparse.Namespace, pairs: dict[str, list[Pair]], size: int) -> None:
     """A table for people, then one JSON line."""
-    seconds = {way: statistics.median(run[way]["seconds"] for run in runs) for way in WAYS}
-    memory = {way: max(run[way]["growth"] for run in runs) / size for way in WAYS}
-    times = {way: spread([run[way]["seconds"] / run["plain"]["seconds"] for run in runs]) for way in WAYS}
-    met = all(memory[way] <= MEMORY_LIMIT and times[way]["median"] <= TIME_LIMIT for way in ("ours", "ours-diffusers"))
+    figures = {name: summarise(taken, size) for name, taken in pairs.items()}
+    met = all(
+        figure["time_over_plain"]["median"] <= TIME_LIMIT and figure["peak_growth_over_size"] <= MEMORY_LIMIT
+        for name, figure in figures.items()
+        if LOADS[name][0] is load_ours
+    )
     cache = "cold" if args.cold else "warm"
-    print(f"a transformer of {size / GB:.2f} GB, float32, {SHARDS} shards, page cache {cache}, {len(runs)} runs of each")
-    rows = [(way, f"{seconds[way]:.3f}", f"{times[way]['median']:.2f}", f"{memory[way]:.3f}") for way in WAYS]
-    print(table(("", "median s", "time / plain", "peak growth / size"), rows))
+    print(f"transformer of {size / GB:.2f} GB, float32, {SHARDS} shards, page cache {cache}, {args.pairs} pairs each")
+    print(table(("", "median s", "plain s", "time / plain", "(quartiles)", "peak growth / size"), [
+        (
+            name,
+            f"{figure['seconds']:.3f}",
+            f"{figure['plain_seconds']:.3f}",
+            f"{figure['time_over_plain']['median']:.2f}",
+            f"({figure['time_over_plain']['q1']:.2f} to {figure['time_over_plain']['q3']:.2f})",
+            f"{figure['peak_growth_over_size']:.3f}",
+        )
+        for name, figure in figures.items()
+    ]))
     print(f"ours within {TIME_LIMIT} x plain and {MEMORY_LIMIT} x size: {'yes' if met else 'NO'}")
-    figures = {
-        "bytes": size,
-        "shards": SHARDS,
-        "page_cache": cache,
-        "runs": len(runs),
-        "seconds": {way: round(value, 4) for way, value in seconds.items()},
-        "time_over_plain": times,
-        "peak_growth_over_size": {way: round(value, 4) for way, value in memory.items()},
-        "limits": {"time_over_plain": TIME_LIMIT, "peak_growth_over_size": MEMORY_LIMIT},
-        "met": met,
+    sizes = {"bytes": size, "dtype": "float32", "shards": SHARDS, "page_cache": cache, "pairs": args.pairs}
+    limits = {"time_over_plain": TIME_LIMIT, "peak_growth_over_size": MEMORY_LIMIT}
+    line = {**environment("load", torch.device("cpu")), **sizes, **figures, "limits": limits, "met": met}
+    print(json.dumps(line))
+
+
+def summarise(pairs: Sequence[Pair], size: int) -> dict[str, Any]:
+    """Medians of the times, of their ratios within the pairs, and the largest memory."""
+    return {
+        "seconds": round(statistics.median(pair.load.seconds for pair in pairs), 4),
+        "plain_seconds": round(statistics.median(pair.plain.seconds for pair in pairs), 4),
+        "time_over_plain": spread([pair.load.seconds / pair.plain.seconds for pair in pairs]),
+        "peak_growth_over_size": round(max(pair.load.growth for pair in pairs) / size, 4),
+        "plain_peak_growth_over_size": round(max(pair.plain.growth for pair in pairs) / size, 4),
     }
-    print(json.dumps({**environment("load", torch.device("cpu")), **figures}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,33 @@
+# make demo: a video from each task, on any machine; make test: everything that can be tested without a GPU.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python generate_video.py --model_id tiny
+
+.PHONY: demo test lint clean
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+demo: $(VENV)/installed
+	$(RUN) --task_type reference_to_video --ref_imgs assets/fox.png,assets/lantern.png --duration 2 \
+	    --height 128 --width 192 --prompt "A fox carries a red lantern through the snow"
+	$(RUN) --task_type single_shot_extension --input_video assets/boat.mp4 --include_input \
+	    --height 112 --width 192 --prompt "The boat sails on into the dusk"
+	$(RUN) --task_type shot_switching_extension --input_video assets/boat.mp4 --duration 2 \
+	    --height 112 --width 192 --prompt "[ZOOM_IN_CUT] The sail of the boat, lit by the sun"
+
+test: $(VENV)/installed-dev
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache

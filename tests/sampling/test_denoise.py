@@ -1,0 +1,59 @@
+"""The loop and what it hands to the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from skyreels_v3.models.transformer import Segment
+from skyreels_v3.sampling.denoise import Conditioning, denoise, spread_timestep
+from skyreels_v3.sampling.guidance import FULL, NO_TEXT, text_guidance
+from skyreels_v3.sampling.schedules import unipc
+
+SHAPE = (1, 16, 2, 4, 4)
+
+
+def latents(frames: int) -> torch.Tensor:
+    return torch.zeros(1, 16, frames, 4, 4)
+
+
+def test_clean_segments_stand_at_timestep_zero():
+    segments = (Segment(latents(2), clean=True), Segment(latents(3), 2))
+    assert spread_timestep(torch.tensor(875), segments).tolist() == [[0, 0, 875, 875, 875]]
+    assert spread_timestep(torch.tensor(875), segments[1:]).tolist() == [875]
+
+
+def test_the_latents_own_prediction_is_taken():
+    seen = []
+
+    def model(segments, timestep, text):
+        seen.append(([segment.start_frame for segment in segments], timestep.tolist()))
+        return tuple(segment.latents + number for number, segment in enumerate(segments))
+
+    condition = Conditioning(torch.zeros(1), 2, (Segment(latents(2), clean=True),), (Segment(latents(1), 9),))
+    out = condition.predict(model, latents(3), torch.tensor(7))
+    assert torch.equal(out, latents(3) + 1)
+    assert seen == [([0, 2, 9], [[0, 0, 7, 7, 7, 7]])]
+
+
+def test_guidance_reaches_the_scheduler():
+    """The straight line from noise to data: guided velocity 3 * 2 - 2 * 1 = 4, so the loop ends at noise - 4."""
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+
+    def model(segments, timestep, text):
+        return (torch.full_like(segments[0].latents, text.item()),)
+
+    conditions = {FULL: Conditioning(torch.tensor(2.0)), NO_TEXT: Conditioning(torch.tensor(1.0))}
+    steps = []
+    scheduler = unipc(8, 5.0)
+    out = denoise(model, scheduler, noise, conditions, text_guidance(3.0), lambda: steps.append(1))
+    torch.testing.assert_close(out, noise - 4.0 * scheduler.sigmas[0], atol=1e-4, rtol=0)
+    assert len(steps) == 8
+
+
+def test_latents_that_are_not_finite_are_an_error():
+    def model(segments, timestep, text):
+        return (torch.full_like(segments[0].latents, float("nan")),)
+
+    with pytest.raises(FloatingPointError, match="not finite after step 1 of 8"):
+        denoise(model, unipc(8, 5.0), latents(2), {FULL: Conditioning(torch.zeros(1))}, text_guidance(1.0))

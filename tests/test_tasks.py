@@ -1,0 +1,44 @@
+"""Sizes and counts, against the official tables."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from skyreels_v3.tasks import RESOLUTIONS, TASK_NAMES, choose_size, latent_frames, plan_roll_outs, task_spec
+
+
+@pytest.fixture(scope="module")
+def tables(reference):
+    return json.loads((reference / "misc" / "tables.json").read_text())
+
+
+@pytest.mark.parametrize("task", TASK_NAMES)
+@pytest.mark.parametrize("resolution", RESOLUTIONS)
+def test_sizes(tables, task, resolution):
+    for row in tables["size_choice"]:
+        assert choose_size(task_spec(task), resolution, row["height"], row["width"]) == tuple(row[resolution])
+
+
+def test_roll_outs(tables):
+    for duration, row in tables["extension_rollouts"].items():
+        rolls = plan_roll_outs(int(duration))
+        assert rolls == row["latent_frames"]
+        assert 4 * sum(rolls) == row["output_frames"]
+
+
+def test_roll_outs_are_never_too_short():
+    spec = task_spec("single_shot_extension")
+    for duration in range(spec.min_duration, spec.max_duration + 1):
+        assert 4 * sum(plan_roll_outs(duration)) >= duration * spec.fps
+
+
+def test_condition_frames():
+    spec = task_spec("shot_switching_extension")
+    assert [spec.condition_frames_for(duration) for duration in (2, 3, 4, 5)] == [9, 17, 25, 33]
+    assert task_spec("single_shot_extension").condition_frames_for(30) == 25
+
+
+def test_latent_frames():
+    assert [latent_frames(frames) for frames in (1, 5, 25, 121)] == [1, 2, 7, 31]
