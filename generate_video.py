@@ -51,9 +51,13 @@ def fetch(request: GenerationRequest) -> Path:
 
     if request.model_id != TINY:
         return download(request)
-    from skyreels_v3.checkpoints.tiny import make_tiny
+    from skyreels_v3.checkpoints.tiny import cache_folder, make_tiny
 
-    return make_tiny(request.task)
+    try:
+        return make_tiny(request.task)
+    except OSError as error:
+        reason = f"{TINY} cannot be made in {cache_folder()} ({error.strerror or error})"
+        raise UserError("--model_id", f"{reason}; set SKYREELS_CACHE to a folder that can be written to") from error
 
 
 def generate(request: GenerationRequest, inputs: Inputs, checkpoint: Path) -> Path:
@@ -71,10 +75,10 @@ def generate(request: GenerationRequest, inputs: Inputs, checkpoint: Path) -> Pa
     frames = all_frames(request, inputs, pipeline(request, inputs), latents)
     assert request.output is not None and request.height is not None and request.width is not None
     if request.frame_folder:
-        path = write_frame_folder(frames, request.output, comment=comment(request))
+        path = write_frame_folder(frames, request.output, comment=comment(request, device.dtype))
     else:
         size = {"height": request.height, "width": request.width, "fps": request.task.fps}
-        path = write_video(frames, request.output, **size, comment=comment(request))
+        path = write_video(frames, request.output, **size, comment=comment(request, device.dtype))
     if request.save_latents is not None:
         save_latents(latents, request.save_latents)
     return path
@@ -94,10 +98,11 @@ def all_frames(
         yield from made.frames
 
 
-def comment(request: GenerationRequest) -> str:
-    """What made a video, as JSON: put `flags` into a file for --config to run it again."""
-    size = {"height": request.height, "width": request.width}
-    return json.dumps({"skyreels_v3": __version__, "model_id": request.model_id, **size, "flags": dict(request.flags)})
+def comment(request: GenerationRequest, dtype: object) -> str:
+    """What made a video, as JSON: put `flags` into a file for --config to make it again."""
+    used = {"height": request.height, "width": request.width, "dtype": str(dtype).removeprefix("torch.")}
+    flags = {**request.flags, **used}
+    return json.dumps({"skyreels_v3": __version__, "flags": flags}, ensure_ascii=False)
 
 
 def set_up_logging(verbosity: int) -> None:

@@ -12,7 +12,8 @@ the two comes first alternates; the ratio of such a pair says more than medians 
 
 Loads and plain reads end with reading all bytes of all weights, or mapped weights would seem to cost nothing. The clock
 starts, and memory counts, from after the imports. Memory is the peak resident size (VmHWM, reset before each): mapped
-pages count as well as allocated ones. The files are in the page cache, unless `--cold` drops them. Linux only.
+pages count as well as allocated ones. The files are brought into the page cache before each read, or dropped from it
+with `--cold`. Linux only.
 
     python benchmarks/load.py
 """
@@ -226,8 +227,8 @@ def measure_pair(name: str, folder: Path, plain_first: bool, cold: bool) -> Pair
 
 def measure(read: Read, folder: Path, cold: bool) -> Cost:
     """Do it once; what it made is gone on return."""
-    if cold:
-        drop_from_cache(folder)
+    for file in folder.glob("*.safetensors"):
+        drop_from_cache(file) if cold else bring_into_cache(file)
     before = reset_peak_memory()
     start = time.perf_counter()
     read_all(read(folder))
@@ -243,11 +244,18 @@ def read_all(tensors: Iterable[Tensor]) -> float:
     return sum(tensor.sum().item() for tensor in tensors)
 
 
-def drop_from_cache(folder: Path) -> None:
-    """Have the next read of a folder's weights come from the disk."""
-    for file in folder.glob("*.safetensors"):
-        with file.open("rb") as handle:
-            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+def drop_from_cache(file: Path) -> None:
+    """Have the next read of `file` come from the disk."""
+    with file.open("rb") as handle:
+        os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def bring_into_cache(file: Path) -> None:
+    """Have the next read of `file` come from memory; without mapping it here."""
+    buffer = bytearray(1 << 20)
+    with file.open("rb", buffering=0) as handle:
+        while handle.readinto(buffer):
+            pass
 
 
 def reset_peak_memory() -> int:
@@ -266,12 +274,12 @@ def peak_memory() -> int:
 
 
 def take_turns(folder: Path, count: int, cold: bool) -> dict[str, list[Pair]]:
-    """`count` pairs of each load, all loads before the next pair; a first round, which fills the caches, is dropped."""
+    """`count` pairs of each load, one of every load before the next."""
     pairs: dict[str, list[Pair]] = {name: [] for name in LOADS}
-    for index in range(count + 1):
+    for index in range(count):
         for name in LOADS:
             pairs[name].append(run_fresh(name, folder, plain_first=index % 2 == 0, cold=cold))
-    return {name: taken[1:] for name, taken in pairs.items()}
+    return pairs
 
 
 def run_fresh(name: str, folder: Path, plain_first: bool, cold: bool) -> Pair:
@@ -291,22 +299,26 @@ def report(args: argparse.Namespace, pairs: dict[str, list[Pair]], size: int) ->
     )
     cache = "cold" if args.cold else "warm"
     print(f"transformer of {size / GB:.2f} GB, float32, {SHARDS} shards, page cache {cache}, {args.pairs} pairs each")
-    print(table(("", "median s", "plain s", "time / plain", "(quartiles)", "peak growth / size"), [
-        (
-            name,
-            f"{figure['seconds']:.3f}",
-            f"{figure['plain_seconds']:.3f}",
-            f"{figure['time_over_plain']['median']:.2f}",
-            f"({figure['time_over_plain']['q1']:.2f} to {figure['time_over_plain']['q3']:.2f})",
-            f"{figure['peak_growth_over_size']:.3f}",
-        )
-        for name, figure in figures.items()
-    ]))
+    header = ("", "median s", "plain s", "time / plain", "quartiles", "peak growth / size")
+    print(table(header, [row(name, figure) for name, figure in figures.items()]))
     print(f"ours within {TIME_LIMIT} x plain and {MEMORY_LIMIT} x size: {'yes' if met else 'NO'}")
     sizes = {"bytes": size, "dtype": "float32", "shards": SHARDS, "page_cache": cache, "pairs": args.pairs}
     limits = {"time_over_plain": TIME_LIMIT, "peak_growth_over_size": MEMORY_LIMIT}
-    line = {**environment("load", torch.device("cpu")), **sizes, **figures, "limits": limits, "met": met}
+    line = {**environment("load", torch.device("cpu")), **sizes, "loads": figures, "limits": limits, "met": met}
     print(json.dumps(line))
+
+
+def row(name: str, figure: dict[str, Any]) -> tuple[str, ...]:
+    """A line of the table."""
+    ratio = figure["time_over_plain"]
+    return (
+        name,
+        f"{figure['seconds']:.3f}",
+        f"{figure['plain_seconds']:.3f}",
+        f"{ratio['median']:.2f}",
+        f"{ratio['q1']:.2f} to {ratio['q3']:.2f}",
+        f"{figure['peak_growth_over_size']:.3f}",
+    )
 
 
 def summarise(pairs: Sequence[Pair], size: int) -> dict[str, Any]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import os
+import re
 import secrets
-import textwrap
-from collections.abc import Mapping, Sequence
+import stat
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +21,7 @@ from typing import Any, NoReturn
 import yaml
 
 from skyreels_v3 import __version__
-from skyreels_v3.errors import UserError
+from skyreels_v3.errors import UserError, shown
 from skyreels_v3.tasks import (
     REFERENCE_SLOTS,
     RESOLUTIONS,
@@ -27,11 +29,12 @@ from skyreels_v3.tasks import (
     TASK_NAMES,
     GenerationRequest,
     TaskSpec,
-    load_yaml,
     task_spec,
 )
 
-MAX_PROMPT = 10_000  # characters; the model reads 512 tokens
+MAX_TEXT = 10_000  # characters of one value; of a prompt the model reads 512 tokens
+MAX_CONFIG_BYTES = 1 << 20
+MAX_HINTED = 100  # characters that are compared with what was probably meant
 MAX_SIDE = 2048
 MAX_PIXELS = 1920 * 1088
 MAX_SEED = 2**63 - 1
@@ -63,11 +66,11 @@ FLAGS = (
     Flag("negative_prompt", "what to keep away from; needs --guidance_scale above 1"),
     Flag("ref_imgs", "1-4 reference images, paths or URLs", metavar="IMAGE[,IMAGE...]"),
     Flag("input_video", "clip to go on from, path or URL", metavar="CLIP"),
-    Flag("duration", "seconds of new video, a whole number", int, low=1, high=3600),
+    Flag("duration", "seconds of new video, a whole number", int),
     Flag("num_frames", "frames of new video, 4k+1, instead of --duration (reference_to_video)", int, low=1, high=1025),
     Flag("resolution", "size bucket (default: 720P); the input's shape chooses the sides", choices=RESOLUTIONS),
-    Flag("height", "height in pixels, a multiple of 16, instead of the bucket's", int, low=1, high=100_000),
-    Flag("width", "width in pixels, a multiple of 16, instead of the bucket's", int, low=1, high=100_000),
+    Flag("height", "in pixels, a multiple of 16, instead of the bucket's", int, low=SIZE_MULTIPLE, high=MAX_SIDE),
+    Flag("width", "in pixels, a multiple of 16, instead of the bucket's", int, low=SIZE_MULTIPLE, high=MAX_SIDE),
     Flag("seed", "same seed, same video; -1 draws one (default: 42)", int, low=-1, high=MAX_SEED),
     Flag("num_inference_steps", "denoising steps (default: the task's)", int, low=1, high=200),
     Flag("shift", "shift of the noise schedule (default: the task's)", float, low=0.01, high=100),
@@ -101,13 +104,20 @@ ONLY_FOR = {
     "input_video": "input_video",
     "include_input": "input_video",
 }
+EXCLUSIVE = (("duration", "num_frames"), ("quiet", "verbose"))
+# what a run does besides its video; not needed to make the same video again
+NOT_RECORDED = ("output", "save_latents", "dry_run", "quiet", "verbose")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors."""
+    """argparse with one-line errors that begin with the flag."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError("command line", f"{message}; see --help")
+        named = re.fullmatch(r"argument (--\w+): (.+)", message, re.DOTALL)
+        flag, problem = named.groups() if named else ("command line", message)
+        if problem == "expected one argument":
+            problem = "no value given"
+        raise UserError(flag, f"{problem}; see --help")
 
 
 def parse_request(argv: Sequence[str]) -> GenerationRequest:
@@ -117,12 +127,13 @@ def parse_request(argv: Sequence[str]) -> GenerationRequest:
         UserError: whatever is wrong with it, the first thing found.
         SystemExit: 0, after --help or --version.
     """
-    given = vars(build_parser().parse_args(argv))
-    given = {name: value for name, value in given.items() if value is not None}
+    found, unknown = build_parser().parse_known_args(join_values(argv))
+    refuse_unknown(unknown)
+    given = {name: value for name, value in vars(found).items() if value is not None}
     config = given.pop("config", None)
     values = {name: convert(BY_NAME[name], value) for name, value in given.items()}
     if config is not None:
-        values = read_config_file(Path(config)) | values
+        values = without_overruled(read_config_file(config), values) | values
     if "task_type" not in values:
         raise UserError("--task_type", f"missing; choose one of {', '.join(TASK_NAMES)}")
     for name, reason in NOT_BUILT.items():
@@ -132,6 +143,33 @@ def parse_request(argv: Sequence[str]) -> GenerationRequest:
     check_conflicts(spec, values)
     check_values(spec, values)
     return make_request(spec, values)
+
+
+def join_values(argv: Sequence[str]) -> list[str]:
+    """`--flag value` as `--flag=value` where the value begins with one dash: argparse would take it for a flag."""
+    takes_value = {f"--{flag.name}" for flag in FLAGS if flag.kind is not bool} | {"--config"}
+    words: list[str] = []
+    for word in argv:
+        if words and words[-1] in takes_value and re.match(r"-(?!-)", word):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
+
+
+def refuse_unknown(words: Sequence[str]) -> None:
+    """Raise UserError for what argparse did not know what to do with."""
+    for word in words[:1]:
+        name = word.split("=")[0]
+        if name.startswith("--") and len(name) > 2:
+            raise UserError(shown(name), f"there is no such flag{hint(name, (f'--{n}' for n in (*BY_NAME, 'config')))}")
+        raise UserError("command line", f"{told(word)} belongs to no flag; put quotes around values with spaces")
+
+
+def hint(word: str, known: Iterable[str]) -> str:
+    """What was probably meant, or where to look."""
+    close = difflib.get_close_matches(word[:MAX_HINTED], known, 1)
+    return f"; did you mean {close[0]}?" if close else "; see --help"
 
 
 def build_parser() -> Parser:
@@ -159,135 +197,177 @@ def build_parser() -> Parser:
 
 def convert(flag: Flag, value: Any) -> Any:
     """A value from the command line (text) or a config file (any YAML) as the flag's kind, in its range."""
-    name = f"--{flag.name}"
-    if flag.kind is bool or flag.kind is str:
-        if type(value) is not flag.kind:
-            raise UserError(name, f"{brief(value)} is not {'true or false' if flag.kind is bool else 'text'}")
-        if flag.choices and value not in flag.choices:
-            close = difflib.get_close_matches(value, flag.choices, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(name, f"{brief(value)}: choose {' or '.join(flag.choices)}{hint}")
+    if flag.kind is bool:
+        if not isinstance(value, bool):
+            raise UserError(f"--{flag.name}", f"{told(value)}: give true or false")
         return value
-    kind = "a whole number" if flag.kind is int else "a number"
+    return convert_text(flag, value) if flag.kind is str else convert_number(flag, value)
+
+
+def convert_text(flag: Flag, value: Any) -> str:
+    """A text that can be written down: no half characters, not endless, one of the choices if there are any."""
+    name = f"--{flag.name}"
+    if flag.choices and value not in flag.choices:
+        close = difflib.get_close_matches(str(value)[:MAX_HINTED], flag.choices, 1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(name, f"{told(value)}: choose {' or '.join(flag.choices)}{meant}")
+    if not isinstance(value, str):
+        raise UserError(name, f"{told(value)} is not text; put it in quotes")
+    if len(value) > MAX_TEXT:
+        raise UserError(name, f"{shown(value)}: {len(value)} characters are too many; give at most {MAX_TEXT}")
     try:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float | str)
-            or (flag.kind is int and isinstance(value, float))
-        ):
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(name, f"{shown(value)} is not UTF-8; type it again, or rename the file") from None
+    return value
+
+
+def convert_number(flag: Flag, value: Any) -> int | float:
+    kind = "a whole number" if flag.kind is int else "a number"
+    limits = "" if math.isinf(flag.low) else f" from {flag.low} to {flag.high}"
+    allowed = int | str if flag.kind is int else int | float | str
+    try:
+        if isinstance(value, bool) or not isinstance(value, allowed):
             raise ValueError
         number = flag.kind(value)
-    except ValueError:
-        raise UserError(name, f"{brief(value)} is not {kind}") from None
+    except (ValueError, OverflowError):
+        raise UserError(f"--{flag.name}", f"{told(value)} is not {kind}; give {kind}{limits}") from None
     if not flag.low <= number <= flag.high:  # not true of NaN either
-        raise UserError(name, f"{brief(value)} is out of range; give {kind} from {flag.low:g} to {flag.high:g}")
+        raise UserError(f"--{flag.name}", f"{told(value)} is out of range; give {kind}{limits}")
     return number
 
 
-def brief(value: Any) -> str:
+def told(value: Any) -> str:
     """A value for a one-line message."""
-    return textwrap.shorten(str(value), 80, placeholder="...") if str(value).strip() else "an empty value"
-
-
-def read_config_file(path: Path) -> dict[str, Any]:
-    """The flags in a YAML file, converted."""
+    if isinstance(value, Mapping | list):
+        return "a mapping" if isinstance(value, Mapping) else "a list"
     try:
-        content = load_yaml(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("--config", f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    except yaml.YAMLError as error:
-        raise UserError("--config", f"{path} is not YAML ({brief(error)})") from error
+        text = str(value)
+    except ValueError:  # Python does not print numbers of thousands of digits
+        return "an endless number"
+    return shown(text) if text.strip() else "an empty value"
+
+
+def read_config_file(name: str) -> dict[str, Any]:
+    """The flags in a YAML file, converted."""
+    content = read_yaml(name)
     if not isinstance(content, Mapping):
-        raise UserError("--config", f"{path} holds no 'flag: value' lines")
+        raise UserError("--config", f"{shown(name)} holds no 'flag: value' lines; write some, such as 'seed: 1'")
     values = {}
     for key, value in content.items():
         if key not in BY_NAME:
-            close = difflib.get_close_matches(str(key), BY_NAME, 1)
-            hint = f"; did you mean {close[0]}?" if close else "; see --help for the flags"
-            raise UserError("--config", f"{path}: unknown key {brief(key)}{hint}")
-        if key == "ref_imgs" and isinstance(value, list) and all(isinstance(item, str) for item in value):
-            value = ",".join(value)
+            raise UserError("--config", f"{shown(name)}: unknown key {told(key)}{hint(told(key), BY_NAME)}")
         try:
-            values[key] = convert(BY_NAME[key], value)
+            if key == "ref_imgs" and isinstance(value, list):
+                values[key] = [convert(BY_NAME[key], entry) for entry in value]
+            else:
+                values[key] = convert(BY_NAME[key], value)
         except UserError as error:
-            raise UserError("--config", f"{path}: {error}") from None
+            raise UserError("--config", f"{shown(name)}: {error}") from None
     return values
+
+
+def read_yaml(name: str) -> Any:
+    """The content of a YAML file of a user's. PyYAML's own parser: libyaml's dies of deeply nested brackets."""
+    path = Path(os.path.expanduser(name))
+    try:
+        status = path.stat()
+        if not name or not stat.S_ISREG(status.st_mode) or status.st_size > MAX_CONFIG_BYTES:
+            raise UserError("--config", f"{told(name)} is not a file of at most {MAX_CONFIG_BYTES} bytes; give one")
+        return yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError("--config", f"{shown(name)} cannot be read ({error.strerror}); check the path") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates and numbers that are none
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}: {getattr(error, 'problem', error)}" if mark else shown(error)
+        raise UserError("--config", f"{shown(name)} is not YAML ({place}); write 'flag: value' lines") from error
+
+
+def without_overruled(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A config file's values without those that contradict a flag of the command line, which wins."""
+    overruled = {pair[1 - side] for pair in EXCLUSIVE for side in (0, 1) if pair[side] in given}
+    return {name: value for name, value in config.items() if name not in overruled}
 
 
 def check_conflicts(spec: TaskSpec, values: Mapping[str, Any]) -> None:
     """Flags that the task needs, does not take, or that contradict each other."""
     for name, needs in ONLY_FOR.items():
-        if values.get(name) and needs not in spec.inputs:
+        if values.get(name, False) is not False and needs not in spec.inputs:
             raise UserError(f"--{name}", f"{spec.name} does not take it; leave it out")
     for name in spec.inputs:
         if name not in values:
             raise UserError(f"--{name}", f"missing; {spec.name} needs {BY_NAME[name].help}")
-    for one, other in (("duration", "num_frames"), ("quiet", "verbose")):
-        if values.get(one) and values.get(other):
-            raise UserError(f"--{one}", f"conflicts with --{other}; give one of them")
+    for one, other in EXCLUSIVE:
+        if values.get(one, False) is not False and values.get(other, False) is not False:
+            value = "" if values[one] is True else f"{values[one]} "
+            raise UserError(f"--{one}", f"{value}conflicts with --{other}; give one of them")
     for one, other in (("height", "width"), ("width", "height")):
         if one in values and other not in values:
             raise UserError(f"--{one}", f"{values[one]} alone is no size; give --{other} as well")
     guided = values.get("guidance_scale", 1.0) > 1.0
     for name in ("image_guidance_scale", "negative_prompt"):
-        if values.get(name) and not guided and values[name] != 1.0:
-            raise UserError(f"--{name}", "has no effect without text guidance; give --guidance_scale above 1 as well")
+        if values.get(name, "") not in ("", 1.0) and not guided:
+            reason = f"{shown(values[name])} has no effect without text guidance"
+            raise UserError(f"--{name}", f"{reason}; give --guidance_scale above 1 as well")
 
 
 def check_values(spec: TaskSpec, values: Mapping[str, Any]) -> None:
     """Values that are wrong for the task or impossible."""
-    check_prompts(values)
+    if not values.get("prompt", "").strip():
+        raise UserError("--prompt", "missing or empty; say what happens in the video")
     duration = values.get("duration", spec.default_duration)
     if not spec.min_duration <= duration <= spec.max_duration:
-        raise UserError(
-            "--duration", f"{duration}: {spec.name} takes {spec.min_duration} to {spec.max_duration} whole seconds"
-        )
+        limits = f"{spec.min_duration} to {spec.max_duration}"
+        raise UserError("--duration", f"{told(duration)} is out of range; {spec.name} takes {limits} whole seconds")
     if values.get("num_frames", 1) % 4 != 1:
         frames = values["num_frames"] // 4 * 4 + 1
         raise UserError("--num_frames", f"{values['num_frames']} is not 4k+1; give {frames} or {frames + 4}")
+    check_size(values)
+    check_references(values)
+    check_outputs(values)
+
+
+def check_size(values: Mapping[str, Any]) -> None:
     for name in ("height", "width"):
         side = values.get(name, SIZE_MULTIPLE)
-        if side % SIZE_MULTIPLE or side > MAX_SIDE:
-            raise UserError(f"--{name}", f"{side}: give a multiple of {SIZE_MULTIPLE} up to {MAX_SIDE}")
+        if side % SIZE_MULTIPLE:
+            below = side // SIZE_MULTIPLE * SIZE_MULTIPLE
+            near = f"{below} or {below + SIZE_MULTIPLE}"
+            raise UserError(f"--{name}", f"{side} is not a multiple of {SIZE_MULTIPLE}; give {near}")
     if (pixels := values.get("height", 0) * values.get("width", 0)) > MAX_PIXELS:
-        raise UserError(
-            "--height", f"{values['height']} x {values['width']} is {pixels} pixels; give at most {MAX_PIXELS}"
-        )
-    references = values.get("ref_imgs", "")
-    if "ref_imgs" in values and not (1 <= len(references.split(",")) <= REFERENCE_SLOTS and all(split(references))):
-        raise UserError(
-            "--ref_imgs", f"{brief(references)}: give 1 to {REFERENCE_SLOTS} images, comma-separated, none empty"
-        )
-    check_paths(values)
+        size = f"{values['height']} x {values['width']}"
+        raise UserError("--height", f"{size} is {pixels} pixels; give a size of at most {MAX_PIXELS}")
 
 
-def check_prompts(values: Mapping[str, Any]) -> None:
-    if not values.get("prompt", "").strip():
-        raise UserError("--prompt", "missing or empty; say what happens in the video")
-    for name in ("prompt", "negative_prompt"):
-        if (length := len(values.get(name, ""))) > MAX_PROMPT:
-            raise UserError(f"--{name}", f"{length} characters are too many; give at most {MAX_PROMPT}")
+def check_references(values: Mapping[str, Any]) -> None:
+    if "ref_imgs" not in values:
+        return
+    references = split(values["ref_imgs"])
+    if not (1 <= len(references) <= REFERENCE_SLOTS and all(references)):
+        reason = f"{told(', '.join(references))}: {len(references)} entries" if any(references) else "an empty value"
+        raise UserError("--ref_imgs", f"{reason}; give 1 to {REFERENCE_SLOTS} images, comma-separated, none empty")
 
 
-def check_paths(values: Mapping[str, Any]) -> None:
+def check_outputs(values: Mapping[str, Any]) -> None:
     output = values.get("output", "video.mp4")
     if not output.endswith("/") and Path(output).suffix != ".mp4":
-        raise UserError("--output", f"{brief(output)}: give a name ending in .mp4, or in / for a folder of PNG frames")
-    latents = values.get("save_latents", "latents.safetensors")
-    if Path(latents).suffix != ".safetensors":
-        raise UserError("--save_latents", f"{brief(latents)}: give a name ending in .safetensors")
+        raise UserError("--output", f"{told(output)}: give a name ending in .mp4, or in / for a folder of PNG frames")
+    latents = Path(values.get("save_latents", "latents.safetensors"))
+    if latents.suffix != ".safetensors":
+        raise UserError("--save_latents", f"{told(values['save_latents'])}: give a name ending in .safetensors")
+    if not output.endswith("/") and Path(output) in latents.parents:
+        raise UserError("--save_latents", f"{shown(latents)} is inside the file --output; give another path")
 
 
-def split(references: str) -> list[str]:
-    """The entries of a comma-separated list."""
-    return [entry.strip() for entry in references.split(",")]
+def split(references: str | Sequence[str]) -> list[str]:
+    """The entries of a comma-separated list; a config file may have a YAML list instead."""
+    entries = references.split(",") if isinstance(references, str) else references
+    return [entry.strip() for entry in entries]
 
 
-def make_request(spec: TaskSpec, values: dict[str, Any]) -> GenerationRequest:
+def make_request(spec: TaskSpec, values: Mapping[str, Any]) -> GenerationRequest:
     """A request from checked values, the preset's where none was given."""
     seed = values.get("seed", 42)
-    seed = secrets.randbelow(2**32) if seed == -1 else seed
-    flags = {"task_type": spec.name, **values, "seed": seed}
     values = {
         "model_id": spec.model_id,
         "duration": spec.default_duration,
@@ -295,13 +375,15 @@ def make_request(spec: TaskSpec, values: dict[str, Any]) -> GenerationRequest:
         "num_inference_steps": spec.num_inference_steps,
         "shift": spec.shift,
         **values,
-        "seed": seed,
+        "seed": secrets.randbelow(2**32) if seed == -1 else seed,
     }
+    recorded = {"task_type": spec.name} | {name: value for name, value in values.items() if name not in NOT_RECORDED}
+    if "num_frames" in values:
+        del recorded["duration"]
     values["verbosity"] = int(values.pop("verbose", False)) - int(values.pop("quiet", False))
     values["ref_imgs"] = tuple(split(values["ref_imgs"])) if "ref_imgs" in values else ()
-    if "output" in values:
-        values["frame_folder"] = values["output"].endswith("/")
-        values["output"] = Path(values["output"]).expanduser()
-    if "save_latents" in values:
-        values["save_latents"] = Path(values["save_latents"]).expanduser()
-    return GenerationRequest(task=spec, flags=flags, **values)
+    values["frame_folder"] = values.get("output", "").endswith("/")
+    for name in ("output", "save_latents"):
+        if name in values:
+            values[name] = Path(os.path.expanduser(values[name]))
+    return GenerationRequest(task=spec, flags=recorded, **values)

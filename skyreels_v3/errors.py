@@ -6,6 +6,22 @@ that goes wrong is a bug or the machine's fault and exits with 1.
 
 from __future__ import annotations
 
+SHOWN_CHARACTERS = 100  # of a value in a message
+
+
+def shown(value: object) -> str:
+    """`value` for a one-line message: its middle left out when it is long, control characters escaped."""
+    text = str(value)
+    if len(text) > SHOWN_CHARACTERS:
+        half = SHOWN_CHARACTERS // 2 - 2
+        text = f"{text[:half]}...{text[-half:]}"
+    return one_line(text)
+
+
+def one_line(text: str) -> str:
+    """`text` with everything escaped that would leave its line or act on a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
 
 class UserError(Exception):
     """A request that cannot be carried out as it stands.
@@ -16,7 +32,7 @@ class UserError(Exception):
     """
 
     def __init__(self, flag: str, message: str) -> None:
-        super().__init__(f"{flag}: {message}")
+        super().__init__(one_line(f"{flag}: {message}"))  # libraries' own reasons come in many lines
         self.flag = flag
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import re
 import struct
 import zipfile
-from collections.abc import Container
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from skyreels_v3.checkpoints.key_maps import NATIVE_CONFIG
-from skyreels_v3.errors import CheckpointError, UserError
-from skyreels_v3.tasks import GenerationRequest, TaskSpec
+from skyreels_v3.errors import CheckpointError, UserError, shown
+from skyreels_v3.tasks import TASK_NAMES, GenerationRequest, TaskSpec, task_spec
 
 logger = logging.getLogger(__name__)
 
@@ -25,53 +27,72 @@ NATIVE_VAE_FILE = "Wan2.1_VAE.pth"
 NATIVE_TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 NATIVE_TOKENIZER = "google/umt5-xxl"
 TINY = "tiny"  # the embedded model, made on the spot
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as in the library that reads it
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def locate(request: GenerationRequest) -> Path | None:
     """The folder of a checkpoint that is on this machine, checked; None for one that must be fetched from its hub."""
-    folder = Path(request.model_id).expanduser()
-    if folder.is_dir():
+    given = shown(request.model_id) if request.model_id.strip() else "an empty value"
+    folder = Path(os.path.expanduser(request.model_id))
+    if request.model_id.strip() and os.path.isdir(folder):  # unlike Path's, it takes impossible names
         check_folder(folder, request.task)
         return folder
-    if folder.exists():
-        raise UserError("--model_id", f"{request.model_id} is a file; give a checkpoint's folder or a hub id")
+    if os.path.isfile(folder):
+        raise UserError("--model_id", f"{given} is a file; give a checkpoint's folder or a hub id")
     if not HUB_ID.fullmatch(request.model_id):
-        raise UserError(
-            "--model_id",
-            f"{request.model_id} is neither a folder nor a hub id; give a folder, an id such as "
-            f"{request.task.model_id}, or {TINY}",
-        )
+        remedy = f"give a folder, an id such as {request.task.model_id}, or {TINY}"
+        raise UserError("--model_id", f"{given} is neither a folder nor a hub id; {remedy}")
+    refuse_other_tasks(request)
     if request.model_source == "modelscope" and importlib.util.find_spec("modelscope") is None:
-        raise UserError("--model_source", "modelscope needs its package: pip install modelscope")
+        raise UserError("--model_source", "modelscope needs its package; pip install modelscope, or use huggingface")
     return None
+
+
+def refuse_other_tasks(request: GenerationRequest) -> None:
+    """Raise UserError for the hub id of another task's checkpoint: better now than after tens of gigabytes."""
+    for other in map(task_spec, TASK_NAMES):
+        published = request.model_id in (other.model_id, *other.also_published_as)
+        if published and other.model_id != request.task.model_id:
+            reason = f"{request.model_id} is the checkpoint of {other.name}"
+            raise UserError("--model_id", f"{reason}; {request.task.name} needs {request.task.model_id}")
 
 
 def download(request: GenerationRequest) -> Path:
     """Fetch the files that the task needs and return their folder.
 
     Raises:
-        UserError: the hub cannot be reached, or does not have the model; says what to do.
+        UserError: the hub cannot be reached, or does not have the model or all of its files; says what to do.
     """
     patterns = download_patterns(request.task)
     logger.info("fetching %s from %s: %s", request.model_id, request.model_source, ", ".join(patterns))
+    other = "huggingface" if request.model_source == "modelscope" else "modelscope"
     try:
-        if request.model_source == "modelscope":
-            from modelscope import snapshot_download
-        else:
-            from huggingface_hub import snapshot_download
-        folder = Path(snapshot_download(request.model_id, allow_patterns=patterns))
+        folder = fetch_snapshot(request, patterns)
     except Exception as error:  # the hubs' clients raise anything from OSError to their HTTP library's own errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             "--model_id",
-            f"{request.model_id} could not be fetched from {request.model_source} ({reason}). Check the id and the "
-            "connection; try --model_source modelscope (or huggingface), or download it elsewhere and give its folder",
+            f"{request.model_id} could not be fetched from {request.model_source} ({reason}); check the id and the "
+            f"connection, try --model_source {other}, or download it elsewhere and give its folder",
         ) from error
     check_folder(folder, request.task)
     return folder
+
+
+def fetch_snapshot(request: GenerationRequest, patterns: list[str]) -> Path:
+    """The hub client's folder of a model, with the files of those patterns that there are."""
+    if request.model_source == "modelscope":
+        from modelscope import snapshot_download
+    else:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.utils import disable_progress_bars
+
+        if request.verbosity < 0:
+            disable_progress_bars()
+    return Path(snapshot_download(request.model_id, allow_patterns=patterns))
 
 
 def download_patterns(task: TaskSpec) -> list[str]:
@@ -99,9 +120,11 @@ def check_folder(folder: Path, task: TaskSpec) -> None:
         missing.append(f"{tokenizer.relative_to(folder)}/{TOKENIZER_FILES[0]}")
     if missing:
         raise CheckpointError(
-            f"{folder} is not a {task.name} checkpoint: missing {', '.join(missing)}; "
-            f"the files are those of {task.model_id}"
+            f"{folder} is no complete {task.name} checkpoint: missing {', '.join(missing)}; "
+            f"download these files of {task.model_id}"
         )
+    for config in configs:
+        read_json(config)
     for model in models:
         for file in weight_files(model):
             check_safetensors(file)
@@ -113,11 +136,11 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model's folder: the shards that its index names, or the one file."""
     for index in sorted(folder.glob("*.safetensors.index.json")):
         return indexed_files(index)
-    files = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()] or sorted(
-        folder.glob("*.safetensors")
-    )
+    found = [file for file in sorted(folder.glob("*.safetensors")) if file.is_file()]
+    files = [file for file in found if file.name in WEIGHT_FILES] or found
     if len(files) != 1:
-        raise CheckpointError(f"{folder} holds {len(files)} safetensors files and no index; expected {WEIGHT_FILES[0]}")
+        reason = f"{folder} holds {len(files)} safetensors files and no index"
+        raise CheckpointError(f"{reason}; expected {WEIGHT_FILES[0]}, download it again")
     return files
 
 
@@ -133,13 +156,28 @@ def indexed_files(index: Path) -> list[Path]:
     return files
 
 
-def transformer_config(folder: Path, names: Container[str]) -> dict[str, int]:
+def transformer_config(folder: Path, names: Collection[str]) -> dict[str, int]:
     """The entries of a transformer's config.json, native or diffusers, that are among our `names`."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     renamed = {NATIVE_CONFIG.get(key) or key: value for key, value in config.items()}
+    needed = {"dim", "num_attention_heads"} if "dim" in config else set()
+    for key in needed | (renamed.keys() & set(names)):
+        if type(value := renamed.get(key)) is not int or value < 1:
+            raise CheckpointError(f"{folder}/config.json: {key} = {shown(value)} is no size; download it again")
     if "dim" in config:
-        renamed["attention_head_dim"] = config["dim"] // config["num_heads"]
+        renamed["attention_head_dim"] = config["dim"] // renamed["num_attention_heads"]
     return {key: value for key, value in renamed.items() if key in names}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a checkpoint's JSON file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no JSON object; download it again")
+    return content
 
 
 def stored_bytes(folder: Path, task: TaskSpec) -> tuple[int, int]:
@@ -158,14 +196,13 @@ def check_safetensors(file: Path) -> None:
     try:
         with file.open("rb") as handle:
             (header_size,) = struct.unpack("<Q", handle.read(8))
-            header = json.loads(handle.read(min(header_size, size)))
+            header = json.loads(handle.read(min(header_size, size, MAX_HEADER_BYTES)))
         data = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is no safetensors file; download it again") from error
-    if size != 8 + header_size + data:
-        raise CheckpointError(
-            f"{file} is truncated or damaged ({size} bytes instead of {8 + header_size + data}); download it again"
-        )
+        expected = 8 + header_size + data
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is truncated or no safetensors file; download it again") from error
+    if size != expected:
+        raise CheckpointError(f"{file} is truncated or damaged ({size} bytes instead of {expected}); download it again")
 
 
 def check_pickle(file: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from skyreels_v3.checkpoints.hub import weight_files
 from skyreels_v3.checkpoints.key_maps import KeyMap, translate
 from skyreels_v3.errors import CheckpointError
+from skyreels_v3.models.parameters import replace_tensors
 
 NAMED_KEYS = 5  # keys spelled out in an error message
 
@@ -88,7 +89,11 @@ def rename(tensors: Mapping[str, Tensor], key_map: KeyMap, source: Path) -> dict
 
 
 def load_model(
-    build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], source: Path, dtype: torch.dtype
+    build: Callable[[], nn.Module],
+    tensors: Mapping[str, Tensor],
+    source: Path,
+    dtype: torch.dtype,
+    float32_names: Sequence[str] = (),
 ) -> nn.Module:
     """Build a model on meta and give it its weights.
 
@@ -96,20 +101,18 @@ def load_model(
         build: makes the model; called with meta as the default device.
         tensors: weights under the model's own names; all of them and no others.
         source: what the tensors were read from, for error messages.
-        dtype: of all weights but those the model's `_keep_in_fp32_modules` names.
+        dtype: of the weights.
+        float32_names: parts of the names of weights that are float32 in every case.
     """
     with torch.device("meta"):
         model = build()
     parameters = dict(model.named_parameters())  # tied weights once, under their first name
     check_keys(parameters, tensors, source)
-    float32_names = getattr(model, "_keep_in_fp32_modules", None) or ()
-    loaded: dict[int, nn.Parameter] = {}
+    loaded = {}
     for name, parameter in parameters.items():
         target = torch.float32 if any(part in name for part in float32_names) else dtype
         loaded[id(parameter)] = nn.Parameter(tensors[name].to(target), requires_grad=False)
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            module.register_parameter(name, loaded[id(parameter)])
+    replace_tensors(model, lambda tensor: loaded[id(tensor)])
     return model.eval()
 
 

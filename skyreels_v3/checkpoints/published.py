@@ -33,7 +33,8 @@ def load_transformer(folder: Path, layout: str, dtype: torch.dtype) -> SkyReelsT
     else:
         arguments = native_arguments(config, tensors, folder)
         tensors = rename(tensors, key_maps.NATIVE_TRANSFORMER, folder)
-    model = load_model(lambda: SkyReelsTransformer3DModel(**arguments), tensors, folder, dtype)
+    float32_names = SkyReelsTransformer3DModel._keep_in_fp32_modules
+    model = load_model(lambda: SkyReelsTransformer3DModel(**arguments), tensors, folder, dtype, float32_names)
     return cast(SkyReelsTransformer3DModel, model)
 
 

@@ -15,23 +15,13 @@ import tempfile
 from itertools import count
 from pathlib import Path
 
-from skyreels_v3.errors import UserError
+from skyreels_v3.errors import UserError, shown
 
 logger = logging.getLogger(__name__)
 
-SHOWN_CHARACTERS = 100  # of a value in a message
 NAME_BYTES = 255  # longest file name of the usual file systems
 NAME_RESERVE = 16  # for what `publish` and `partial_name` may add to a name
 NO_HARD_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV}
-
-
-def shown(value: object) -> str:
-    """`value` for a one-line message: its middle left out when it is long, control characters escaped."""
-    text = str(value)
-    if len(text) > SHOWN_CHARACTERS:
-        half = SHOWN_CHARACTERS // 2 - 2
-        text = f"{text[:half]}...{text[-half:]}"
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def check_readable(path: Path, flag: str) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from skyreels_v3.errors import UserError
-from skyreels_v3.media.files import check_readable, shown
+from skyreels_v3.errors import UserError, shown
+from skyreels_v3.media.files import check_readable
 
 logger = logging.getLogger(__name__)
 

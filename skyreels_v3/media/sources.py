@@ -19,8 +19,8 @@ from typing import IO, TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies
 
-from skyreels_v3.errors import UserError
-from skyreels_v3.media.files import check_readable, shown
+from skyreels_v3.errors import UserError, shown
+from skyreels_v3.media.files import check_readable
 
 if TYPE_CHECKING:
     import httpx

@@ -26,8 +26,8 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from skyreels_v3.errors import UserError
-from skyreels_v3.media.files import check_readable, partial_name, publish, shown, temporary_name
+from skyreels_v3.errors import UserError, shown
+from skyreels_v3.media.files import check_readable, partial_name, publish, temporary_name
 from skyreels_v3.media.image import cover_crop
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from skyreels_v3.models.parameters import replace_tensors
 
 
 @contextmanager
@@ -16,11 +18,16 @@ def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
     The host's weights stay as they are, memory-mapped or not, and are taken back at the end: nothing is copied back,
     since inference changes no weight.
     """
-    host = {parameter: parameter.data for parameter in module.parameters() if parameter.device != device}
-    for parameter in host:
-        parameter.data = parameter.data.to(device, non_blocking=True)
+    host: dict[int, Tensor] = {}
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = tensor.detach().to(device, non_blocking=True)
+        moved = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+        host[id(moved)] = tensor
+        return moved
+
+    replace_tensors(module, move)
     try:
         yield
     finally:
-        for parameter, data in host.items():
-            parameter.data = data
+        replace_tensors(module, lambda tensor: host[id(tensor)])

@@ -18,7 +18,7 @@ from skyreels_v3.media.inputs import Inputs, condition_clip
 from skyreels_v3.pipelines.components import Components
 from skyreels_v3.runtime import Runtime
 from skyreels_v3.sampling.denoise import Conditioning, denoise
-from skyreels_v3.sampling.guidance import Guidance
+from skyreels_v3.sampling.guidance import FULL, Guidance
 from skyreels_v3.sampling.schedules import unipc
 from skyreels_v3.tasks import LATENT_CHANNELS, VAE_STRIDE, GenerationRequest
 
@@ -61,7 +61,7 @@ class Steps:
 
     def encode_prompts(self, request: GenerationRequest, guidance: Guidance) -> dict[str, Tensor]:
         """Context (1, 512, D) of each condition of `guidance`: the prompt, or the negative one."""
-        prompts = [request.prompt if name == "full" else request.negative_prompt for name in guidance.conditions]
+        prompts = [request.prompt if name == FULL else request.negative_prompt for name in guidance.conditions]
         encoder = self.components.text_encoder
         with self.runtime.resident(encoder.module):
             contexts = {prompt: encoder([prompt]) for prompt in dict.fromkeys(prompts)}

@@ -13,8 +13,6 @@ from skyreels_v3.errors import CheckpointError
 
 
 class Net(nn.Module):
-    _keep_in_fp32_modules = ("norm",)
-
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(3, 3, bias=False)
@@ -28,7 +26,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def test_tied_weights_stay_tied_and_dtypes_follow_the_rule(tmp_path):
-    model = load_model(Net, tensors(), tmp_path, torch.bfloat16)
+    model = load_model(Net, tensors(), tmp_path, torch.bfloat16, ["norm"])
     assert model.tied.weight is model.first.weight
     assert model.first.weight.dtype == torch.bfloat16
     assert model.norm.weight.dtype == torch.float32

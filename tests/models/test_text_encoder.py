@@ -50,6 +50,15 @@ def test_states_do_not_depend_on_the_batch(reference, cases, recorded):
         torch.testing.assert_close(encoder([prompt])[0], expected, atol=ATOL, rtol=0)
 
 
+def test_bfloat16_stays_close(reference, cases):
+    exact = load_text_encoder(reference / "umt5", "native", torch.float32)(cases["prompts"][:1])
+    encoder = load_text_encoder(reference / "umt5", "native", torch.bfloat16)
+    assert {parameter.dtype for parameter in encoder.module.parameters()} == {torch.bfloat16}
+    out = encoder(cases["prompts"][:1])
+    assert out.dtype == torch.bfloat16
+    assert (out - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
 def test_diffusers_layout_states(reference, cases, recorded, tmp_path):
     shutil.copytree(reference / "umt5" / "hf_text_encoder", tmp_path / "text_encoder")
     shutil.copytree(reference / "umt5" / "google" / "umt5-xxl", tmp_path / "tokenizer")
