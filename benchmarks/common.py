@@ -37,9 +37,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns padded to their widest cell: the first to the left, the others to the right."""
-    lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(cells))
-        for cells in (list(zip(line, widths, strict=True)) for line in lines)
-    )
+    columns = []
+    for index, cells in enumerate(zip(header, *rows, strict=True)):
+        width = max(map(len, cells))
+        columns.append([cell.rjust(width) if index else cell.ljust(width) for cell in cells])
+    return "\n".join("  ".join(line) for line in zip(*columns, strict=True))

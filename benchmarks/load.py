@@ -1,6 +1,6 @@
 """Loading a transformer: memory and time beside a plain memory-mapped read, and beside diffusers' `from_pretrained`.
 
-A random checkpoint is written in both published layouts (the same tensors; Wan-native has its own names). Three loads
+A random checkpoint is written in both published layouts (same shapes; Wan-native has its own names). Three loads
 take turns, each in a fresh process:
 
     ours, native       our loader on the Wan-native files
@@ -82,6 +82,7 @@ NATIVE_BLOCK_NORMS = ("self_attn.norm_q", "self_attn.norm_k", "cross_attn.norm_q
 
 
 def main() -> None:
+    """Make the files, take turns, print."""
     args = parse_arguments()
     with tempfile.TemporaryDirectory(prefix="load-benchmark-") as temporary:
         folder = args.keep or Path(temporary)
@@ -92,6 +93,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size-gb", type=float, default=1.6, help="least size of the weights; twice that on disk")
     parser.add_argument("--pairs", type=int, default=9, help="timed pairs of each load; at least 2")
@@ -107,7 +109,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def write_checkpoints(folder: Path, size: float) -> None:
-    """The same random weights of at least `size` bytes in both layouts: `native` and `diffusers`."""
+    """Random weights of at least `size` bytes in both layouts: `native` and `diffusers`."""
     layers = next(count for count in itertools.count(1) if model_bytes(meta_model(count)) >= size)
     model = meta_model(layers)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -191,6 +193,7 @@ class Pair:
 
 
 def read_plain(folder: Path) -> list[Tensor]:
+    """All tensors, memory-mapped."""
     tensors = []
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as handle:
@@ -199,10 +202,12 @@ def read_plain(folder: Path) -> list[Tensor]:
 
 
 def load_ours(folder: Path) -> Iterable[Tensor]:
+    """Weights of our model; the folder is named after its layout."""
     return load_transformer(folder, folder.name, torch.float32).parameters()
 
 
 def load_diffusers(folder: Path) -> Iterable[Tensor]:
+    """Weights of diffusers' model."""
     return WanTransformer3DModel.from_pretrained(folder).parameters()
 
 

@@ -48,6 +48,7 @@ class Pair:
 
     @property
     def ratio(self) -> float:
+        """Below 1 where ours is faster."""
         return self.ours / self.diffusers
 
 
@@ -69,10 +70,11 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="a torch device")
     parser.add_argument("--dtype", default="float32", choices=TOLERANCES)
-    parser.add_argument("--pairs", type=int, default=12, help="timed forwards of each model; at least 2")
+    parser.add_argument("--pairs", type=int, default=20, help="timed forwards of each model; at least 2")
     parser.add_argument("--dim", type=int, default=1280, help=f"model width, a multiple of {HEAD_DIM}")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--frames", type=int, default=5, help="latent frames")

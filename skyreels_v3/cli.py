@@ -208,7 +208,7 @@ def convert_text(flag: Flag, value: Any) -> str:
     """A text that can be written down: no half characters, not endless, one of the choices if there are any."""
     name = f"--{flag.name}"
     if flag.choices and value not in flag.choices:
-        close = difflib.get_close_matches(str(value)[:MAX_HINTED], flag.choices, 1)
+        close = difflib.get_close_matches(told(value)[:MAX_HINTED], flag.choices, 1)
         meant = f"; did you mean {close[0]}?" if close else ""
         raise UserError(name, f"{told(value)}: choose {' or '.join(flag.choices)}{meant}")
     if not isinstance(value, str):
@@ -260,6 +260,7 @@ def read_config_file(name: str) -> dict[str, Any]:
         try:
             if key == "ref_imgs" and isinstance(value, list):
                 values[key] = [convert(BY_NAME[key], entry) for entry in value]
+                convert(BY_NAME[key], ",".join(value))  # the limit is for all of them together
             else:
                 values[key] = convert(BY_NAME[key], value)
         except UserError as error:
@@ -293,7 +294,8 @@ def check_conflicts(spec: TaskSpec, values: Mapping[str, Any]) -> None:
     """Flags that the task needs, does not take, or that contradict each other."""
     for name, needs in ONLY_FOR.items():
         if values.get(name, False) is not False and needs not in spec.inputs:
-            raise UserError(f"--{name}", f"{spec.name} does not take it; leave it out")
+            value = "" if values[name] is True else f"{told(values[name])}: "
+            raise UserError(f"--{name}", f"{value}{spec.name} does not take it; leave it out")
     for name in spec.inputs:
         if name not in values:
             raise UserError(f"--{name}", f"missing; {spec.name} needs {BY_NAME[name].help}")

@@ -6,6 +6,8 @@ that goes wrong is a bug or the machine's fault and exits with 1.
 
 from __future__ import annotations
 
+import re
+
 SHOWN_CHARACTERS = 100  # of a value in a message
 
 
@@ -32,7 +34,8 @@ class UserError(Exception):
     """
 
     def __init__(self, flag: str, message: str) -> None:
-        super().__init__(one_line(f"{flag}: {message}"))  # libraries' own reasons come in many lines
+        message = re.sub(r"\s*\n\s*", " ", message)  # libraries' own reasons come in many lines
+        super().__init__(one_line(f"{flag}: {message}"))
         self.flag = flag
 
 

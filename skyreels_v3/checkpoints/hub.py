@@ -125,6 +125,7 @@ def check_folder(folder: Path, task: TaskSpec) -> None:
         )
     for config in configs:
         read_json(config)
+    transformer_config(transformer, task.transformer)
     for model in models:
         for file in weight_files(model):
             check_safetensors(file)
@@ -159,14 +160,16 @@ def indexed_files(index: Path) -> list[Path]:
 def transformer_config(folder: Path, names: Collection[str]) -> dict[str, int]:
     """The entries of a transformer's config.json, native or diffusers, that are among our `names`."""
     config = read_json(folder / "config.json")
-    renamed = {NATIVE_CONFIG.get(key) or key: value for key, value in config.items()}
-    needed = {"dim", "num_attention_heads"} if "dim" in config else set()
-    for key in needed | (renamed.keys() & set(names)):
-        if type(value := renamed.get(key)) is not int or value < 1:
+    ours = {key: NATIVE_CONFIG.get(key) or key for key in config}
+    for key, value in config.items():
+        if (ours[key] in names or key == "dim") and (type(value) is not int or value < 1):
             raise CheckpointError(f"{folder}/config.json: {key} = {shown(value)} is no size; download it again")
+    sizes = {ours[key]: value for key, value in config.items() if ours[key] in names}
     if "dim" in config:
-        renamed["attention_head_dim"] = config["dim"] // renamed["num_attention_heads"]
-    return {key: value for key, value in renamed.items() if key in names}
+        if "num_heads" not in config:
+            raise CheckpointError(f"{folder}/config.json lacks num_heads; download it again")
+        sizes["attention_head_dim"] = config["dim"] // config["num_heads"]
+    return sizes
 
 
 def read_json(path: Path) -> dict[str, Any]:

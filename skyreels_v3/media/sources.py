@@ -118,7 +118,7 @@ class _Download:
         except BaseException:
             path.unlink(missing_ok=True)
             raise
-        logger.info("downloaded %s (%d bytes)", self.url, path.stat().st_size)
+        logger.debug("downloaded %s (%d bytes)", self.url, path.stat().st_size)
         return path
 
     def _copy(self, response: httpx.Response, file: IO[bytes], length: int | None) -> None:

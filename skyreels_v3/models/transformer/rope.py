@@ -71,9 +71,9 @@ def rotary_tables(segments: Sequence[Segment], patch_size: Sequence[int], head_d
     return torch.cat(tables).unsqueeze(1)
 
 
-def rotations(angles: Tensor) -> Rotary:
+def rotations(angle: Tensor) -> Rotary:
     """e^(i angle), complex64."""
-    return torch.complex(angles.cos().float(), angles.sin().float())
+    return torch.complex(angle.cos().float(), angle.sin().float())
 
 
 def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:

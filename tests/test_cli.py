@@ -1,0 +1,182 @@
+"""Requests that work: flags, presets, config files and which of them wins."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from skyreels_v3 import __version__
+from skyreels_v3.cli import FLAGS, build_parser, parse_request
+from skyreels_v3.errors import UserError
+from skyreels_v3.tasks import TASK_NAMES, task_spec
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = ["--task_type", "reference_to_video", "--prompt", "a fox", "--ref_imgs", "a.png"]
+EXTENSION = ["--task_type", "single_shot_extension", "--prompt", "a fox", "--input_video", "a.mp4"]
+SHOT = ["--task_type", "shot_switching_extension", "--prompt", "a fox", "--input_video", "a.mp4"]
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Write a config file and return the flags that name it."""
+
+    def write(content: object) -> list[str]:
+        path = tmp_path / "config.yaml"
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
+        return ["--config", str(path)]
+
+    return write
+
+
+@pytest.mark.parametrize("argv", [REFERENCE, EXTENSION, SHOT])
+def test_what_is_not_given_comes_from_the_preset(argv):
+    request = parse_request(argv)
+    spec = task_spec(argv[1])
+    assert request.task is spec
+    assert (request.model_id, request.duration) == (spec.model_id, spec.default_duration)
+    assert (request.resolution, request.shift) == (spec.resolution, spec.shift)
+    assert request.num_inference_steps == spec.num_inference_steps == 8
+    assert (request.seed, request.guidance_scale, request.device, request.dtype) == (42, 1.0, "auto", None)
+    assert (request.output, request.height, request.width, request.verbosity) == (None, None, None, 0)
+
+
+def test_every_flag_reaches_the_request():
+    request = parse_request([
+        *REFERENCE, "--ref_imgs", "a.png, b.png", "--model_id", "x/y", "--model_source", "modelscope",
+        "--negative_prompt", "blur", "--num_frames", "17", "--resolution", "540P", "--height", "320", "--width", "480",
+        "--seed", "7", "--num_inference_steps", "3", "--shift", "2.5", "--guidance_scale", "3",
+        "--image_guidance_scale", "1.5", "--device", "cpu", "--dtype", "float32", "--offload", "--output", "f/",
+        "--save_latents", "l.safetensors", "--url_timeout", "9", "--dry_run", "--verbose",
+    ])  # fmt: skip
+    assert request.ref_imgs == ("a.png", "b.png")
+    assert (request.model_id, request.model_source, request.negative_prompt) == ("x/y", "modelscope", "blur")
+    assert (request.num_frames, request.frames_out, request.resolution) == (17, 17, "540P")
+    assert (request.height, request.width, request.seed, request.num_inference_steps) == (320, 480, 7, 3)
+    assert (request.shift, request.guidance_scale, request.image_guidance_scale) == (2.5, 3.0, 1.5)
+    assert (request.device, request.dtype, request.offload, request.dry_run) == ("cpu", "float32", True, True)
+    assert (request.output, request.frame_folder) == (Path("f"), True)
+    assert (request.save_latents, request.url_timeout, request.verbosity) == (Path("l.safetensors"), 9.0, 1)
+    clip = parse_request([*EXTENSION, "--include_input", "--duration", "10", "--quiet"])
+    assert (clip.include_input, clip.duration, clip.frames_out, clip.verbosity) == (True, 10, 240, -1)
+
+
+def test_a_value_may_begin_with_a_dash():
+    request = parse_request([*REFERENCE, "--prompt", "-a fox-", "--shift=5"])
+    assert request.prompt == "-a fox-"
+    assert parse_request([*REFERENCE, "--prompt", "-fox"]).prompt == "-fox"
+    assert parse_request([*REFERENCE, "--prompt=--fox"]).prompt == "--fox"
+
+
+def test_home_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    request = parse_request([*REFERENCE, "--output", "~/a.mp4", "--save_latents", "~/a.safetensors"])
+    assert (request.output, request.save_latents) == (Path("/home/someone/a.mp4"), Path("/home/someone/a.safetensors"))
+
+
+def test_minus_one_draws_a_seed():
+    seeds = {parse_request([*REFERENCE, "--seed", "-1"]).seed for _ in range(5)}
+    assert len(seeds) == 5
+    assert min(seeds) >= 0
+
+
+def test_a_config_file_holds_any_flag(config):
+    content = {
+        "task_type": "reference_to_video", "prompt": "ein Fuchs: \u00fcber 'Stock'", "ref_imgs": ["a.png", "b,c.png"],
+        "seed": 7, "shift": 3, "guidance_scale": 2.5, "num_frames": 9, "height": 32, "width": 48, "quiet": True,
+        "offload": False, "output": "x.mp4", "device": "cpu",
+    }  # fmt: skip
+    request = parse_request(config(content))
+    assert request.prompt == content["prompt"]
+    assert request.ref_imgs == ("a.png", "b,c.png")
+    assert (request.seed, request.shift, request.guidance_scale, request.num_frames) == (7, 3.0, 2.5, 9)
+    assert isinstance(request.shift, float)
+    assert (request.height, request.width, request.verbosity, request.offload) == (32, 48, -1, False)
+    assert (request.output, request.device) == (Path("x.mp4"), "cpu")
+
+
+def test_the_command_line_wins(config):
+    flags = config({"prompt": "a dog", "seed": 7, "shift": 3, "duration": 4, "quiet": True})
+    for argv in ([*flags, *REFERENCE], [*REFERENCE, *flags]):
+        request = parse_request([*argv, "--seed", "8", "--num_frames", "5", "--verbose"])
+        assert (request.prompt, request.seed, request.shift) == ("a fox", 8, 3.0)
+        assert (request.num_frames, request.verbosity) == (5, 1)  # also over what contradicts it in the file
+
+
+def test_the_config_file_wins_over_the_preset(config):
+    assert parse_request([*EXTENSION, *config({"shift": 3, "duration": 10})]).duration == 10
+
+
+def test_texts_and_references_in_config_files(config):
+    assert parse_request([*REFERENCE, *config('shift: "2.5"\nseed: "9"\n')]).shift == 2.5
+    assert parse_request([*REFERENCE[:4], *config("ref_imgs: a.png,b.png\n")]).ref_imgs == ("a.png", "b.png")
+    assert parse_request([*REFERENCE, *config("\ufeffseed: 3\n")]).seed == 3  # as Windows' editors write it
+    assert parse_request([*REFERENCE, *config("{}")]).seed == 42
+    for references in ([], ["a.png", ""], ["a"] * 5):
+        with pytest.raises(UserError, match=r"--ref_imgs: .*give 1 to 4 images"):
+            parse_request([*REFERENCE[:4], *config({"ref_imgs": references})])
+
+
+def test_the_record_makes_the_same_request_again(config):
+    argv = [*REFERENCE, "--ref_imgs", "a.png,b.png", "--seed", "-1", "--num_frames", "9", "--shift", "3", "--offload"]
+    request = parse_request([*argv, "--output", "a.mp4", "--save_latents", "l.safetensors", "--quiet", "--dry_run"])
+    record = json.loads(json.dumps(dict(request.flags)))
+    assert record["seed"] == request.seed
+    assert record["num_inference_steps"] == 8  # a preset's values too: the presets may change
+    assert not {"output", "save_latents", "quiet", "dry_run", "duration"} & record.keys()
+    again = parse_request(config(json.dumps(record)))
+    assert again.flags == request.flags
+    assert (again.output, again.dry_run, again.verbosity) == (None, False, 0)
+    assert (again.ref_imgs, again.num_frames, again.offload) == (request.ref_imgs, 9, True)
+
+
+@pytest.mark.parametrize(("task", "durations"), [(REFERENCE, (1, 10)), (EXTENSION, (5, 30)), (SHOT, (2, 5))])
+def test_limits_are_allowed(task, durations):
+    for duration in durations:
+        assert parse_request([*task, "--duration", str(duration)]).duration == duration
+    for name, values in {
+        "seed": (0, 2**63 - 1),
+        "shift": (0.01, 100),
+        "num_inference_steps": (1, 200),
+        "guidance_scale": (0, 100),
+        "prompt": ("x" * 10_000,),
+    }.items():
+        for value in values:
+            assert getattr(parse_request([*task, f"--{name}", str(value)]), name) == value
+    assert parse_request([*task, "--height", "1088", "--width", "1920"]).height == 1088
+
+
+def test_flags_that_change_nothing_are_no_conflict():
+    assert not parse_request([*REFERENCE, "--negative_prompt", ""]).negative_prompt
+    assert parse_request([*REFERENCE, "--image_guidance_scale", "1"]).image_guidance_scale == 1
+
+
+def test_help_names_every_flag_and_task():
+    text = build_parser().format_help()
+    for flag in FLAGS:
+        assert f"--{flag.name} " in text or f"--{flag.name}\n" in text
+    for name in TASK_NAMES:
+        assert name in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def run(*argv: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    start = time.perf_counter()
+    command = [sys.executable, str(ROOT / "generate_video.py"), *argv]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    return made, time.perf_counter() - start
+
+
+def test_help_and_version_are_quick():
+    runs = [run("--help") for _ in range(3)]
+    assert min(seconds for _, seconds in runs) < 0.5
+    made = runs[0][0]
+    assert (made.returncode, made.stderr) == (0, "")
+    assert made.stdout.startswith("usage: generate_video.py --task_type TASK")
+    made, _ = run("--version")
+    assert (made.returncode, made.stdout, made.stderr) == (0, f"skyreels_v3 {__version__}\n", "")

@@ -1,0 +1,248 @@
+"""Whole runs of the command: what is printed where, what is written, and what is left when a run ends early.
+
+The built-in toy model makes them short. Runs that need no process of their own call `main` here, which saves importing
+torch once more.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from imageio_ffmpeg import get_ffmpeg_exe
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+import generate_video
+from skyreels_v3.media.video import probe, read_frames
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ("--device", "cpu", "--height", "32", "--width", "48", "--num_inference_steps", "2")
+REFERENCE = ("--task_type", "reference_to_video", "--prompt", "a fox: \u00fcber 'Stock' = \"Stein\"", *SMALL)
+TOY_WARNING = "WARNING: tiny is a toy with random weights: it shows that everything runs, its pictures are noise"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """Where the toy model is made, once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    Image.effect_noise((60, 40), 80).convert("RGB").save(path)
+    return path
+
+
+@pytest.fixture
+def start(tmp_path, cache) -> Callable[..., subprocess.Popen[str]]:
+    """Start the command in a folder of its own, with its temporary files beside that."""
+    environment = os.environ | {"SKYREELS_CACHE": str(cache), "TMPDIR": str(tmp_path / "temporary")}
+    for name in ("working", "temporary"):
+        (tmp_path / name).mkdir()
+
+    def start(*arguments: object) -> subprocess.Popen[str]:
+        command = [sys.executable, str(ROOT / "generate_video.py"), *map(str, arguments)]
+        return subprocess.Popen(
+            command, cwd=tmp_path / "working", env=environment,
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells start jobs with it ignored
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.fixture
+def main(tmp_path, cache, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Run the command in this process; returns exit code, stdout and stderr."""
+    monkeypatch.setenv("SKYREELS_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    on_terminate = signal.getsignal(signal.SIGTERM)
+
+    def main(*arguments: object) -> tuple[int, str, str]:
+        code = generate_video.main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    yield main
+    signal.signal(signal.SIGTERM, on_terminate)
+    logging.getLogger("skyreels_v3").setLevel(logging.NOTSET)
+
+
+def files_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+
+
+def comment_of(video: Path) -> dict[str, object]:
+    command = [get_ffmpeg_exe(), "-v", "error", "-i", video, "-f", "ffmetadata", "-"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    comment = re.search(r"^comment=((?:[^\\\n]|\\.|\\\n)*)$", text, re.MULTILINE)[1]
+    return json.loads(re.sub(r"\\(.)", r"\1", comment, flags=re.DOTALL))
+
+
+def test_a_run_and_its_repetition_twice_at_once(start, picture, tmp_path):
+    working = tmp_path / "working"
+    flags = ("--model_id", "tiny", "--ref_imgs", picture, "--num_frames", "5", "--seed", "-1")
+    run = start(*REFERENCE, *flags, "--save_latents", "latents.safetensors")
+    stdout, stderr = run.communicate()
+    assert run.returncode == 0, stderr
+    path = stdout.removesuffix("\n")
+    seed = re.fullmatch(r"result/reference_to_video/(\d+)_\d{8}-\d{6}\.mp4", path)[1]
+    assert files_in(working) == {path, "latents.safetensors"}
+    assert not files_in(tmp_path / "temporary")
+    assert f"seed {seed}" in stderr
+    assert TOY_WARNING in stderr
+    for bar, total in (("loading", 3), ("denoising", 2), ("decoding", 2)):
+        assert re.search(rf"{bar}: 100%.* {total}/{total} ", stderr)
+    assert probe(working / path, "", 24).frames == 5
+
+    comment = comment_of(working / path)
+    assert comment.keys() == {"skyreels_v3", "flags"}
+    assert comment["flags"]["prompt"] == REFERENCE[3]
+    assert comment["flags"]["seed"] == int(seed) != 42
+    (working / "again.yaml").write_text(json.dumps(comment["flags"]))
+    again = ("--config", "again.yaml", "--quiet", "--output", "again.mp4", "--save_latents", "again.safetensors")
+    runs = [start(*again), start(*again)]
+    outputs = [run.communicate() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    assert sorted(stdout for stdout, _ in outputs) == ["again-2.mp4\n", "again.mp4\n"]
+    warnings = [line for _, stderr in outputs for line in stderr.splitlines()]
+    assert warnings.count(TOY_WARNING) == 2
+    assert sorted(warnings)[:-2] == [  # of the run that came second, and nothing else
+        f"WARNING: again.{suffix} exists already; the output is again-2.{suffix}" for suffix in ("mp4", "safetensors")
+    ]
+    expected = load_file(working / "latents.safetensors")
+    assert expected["latents.0"].shape == (1, 16, 2, 4, 6)
+    for name in ("again.safetensors", "again-2.safetensors"):
+        np.testing.assert_array_equal(load_file(working / name)["latents.0"], expected["latents.0"])
+    assert {name for name in files_in(working) if name.endswith("mp4")} == {path, "again.mp4", "again-2.mp4"}
+
+
+def stop_at(run: subprocess.Popen[str], pattern: str, number: int) -> str:
+    """Send a signal when stderr says `pattern`; returns all of it."""
+    said = b""
+    while not re.search(pattern.encode(), said):
+        more = os.read(run.stderr.fileno(), 4096)
+        assert more, said.decode()
+        said += more
+    run.send_signal(number)
+    return said.decode() + run.communicate(timeout=60)[1]
+
+
+def test_ctrl_c_keeps_the_frames_that_there_are(start, picture, tmp_path):
+    run = start(*REFERENCE, "--model_id", "tiny", "--ref_imgs", picture, "--num_frames", "241", "--output", "a/b.mp4")
+    stderr = stop_at(run, r"decoding: .* [3-9]/61 ", signal.SIGINT)
+    assert run.returncode == 130
+    assert stderr.splitlines()[-1] == "interrupted"
+    kept = int(re.search(r"interrupted; the first (\d+) frames are in a/b\.partial\.mp4", stderr)[1])
+    assert files_in(tmp_path / "working") == {"a/b.partial.mp4"}
+    assert not files_in(tmp_path / "temporary")
+    frames = list(read_frames(tmp_path / "working" / "a" / "b.partial.mp4", 24))
+    assert 0 < len(frames) == kept < 241
+
+
+def test_interrupted_before_the_first_frame_nothing_is_left(start, picture, tmp_path):
+    run = start(*REFERENCE, "--model_id", "tiny", "--ref_imgs", picture, "--num_frames", "5")
+    stderr = stop_at(run, "INFO: device", signal.SIGTERM)
+    assert run.returncode == 130
+    assert stderr.splitlines()[-1] == "interrupted"
+    assert not files_in(tmp_path / "working")
+    assert not files_in(tmp_path / "temporary")
+
+
+def test_input_and_extension_as_one_video(main, write_lossless, tmp_path):
+    frames = np.random.default_rng(1).integers(0, 256, (12, 32, 48, 3), np.uint8)
+    clip = write_lossless(tmp_path / "clip.mp4", frames)
+    code, stdout, stderr = main(
+        "--task_type", "shot_switching_extension", "--prompt", "a", "--input_video", clip, "--model_id", "tiny", *SMALL,
+        "--duration", "2", "--include_input", "--output", "frames/", "--save_latents", "latents.safetensors",
+    )  # fmt: skip
+    assert code == 0, stderr
+    assert stdout == "frames\n"
+    written = sorted((tmp_path / "frames").glob("*.png"))
+    assert len(written) == 12 + 2 * 24
+    np.testing.assert_array_equal([np.asarray(Image.open(path)) for path in written[:12]], frames)
+    latents = load_file(tmp_path / "latents.safetensors")
+    assert {name: value.shape for name, value in latents.items()} == {"latents.0": (1, 16, 13, 4, 6)}
+    assert json.loads(Image.open(written[0]).text["comment"])["flags"]["include_input"] is True
+
+
+def checkpoint(
+    reference: Path, folder: Path, change: Callable[[dict[str, np.ndarray]], object], model: str = "transformer"
+) -> Path:
+    """A copy of a small checkpoint, one of its models changed."""
+    root = shutil.copytree(reference / "pipelines" / "checkpoints" / "reference_to_video", folder / "checkpoint")
+    path = root / model / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    return root
+
+
+def test_latents_that_are_no_numbers_make_no_video(main, reference, picture, tmp_path):
+    root = checkpoint(reference, tmp_path, lambda tensors: tensors["proj_out.bias"].fill(np.nan))
+    flags = ("--model_id", root, "--ref_imgs", picture, "--num_frames", "5", "--output", "out/a.mp4", "--quiet")
+    code, stdout, stderr = main(*REFERENCE, *flags, "--save_latents", "out/a.safetensors")
+    assert (code, stdout) == (1, "")
+    assert len(stderr.splitlines()) == 1
+    assert "the latents are not finite after step 1 of 2; the checkpoint or the inputs are damaged" in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_with_a_missing_key(main, reference, picture, tmp_path):
+    root = checkpoint(reference, tmp_path, lambda tensors: tensors.pop("proj_out.bias"))
+    flags = ("--model_id", root, "--ref_imgs", picture, "--num_frames", "5", "--output", "out/a.mp4", "--quiet")
+    code, stdout, stderr = main(*REFERENCE, *flags)
+    assert (code, stdout) == (2, "")
+    assert stderr == f"error: --model_id: {root}/transformer does not fit its model: missing keys proj_out.bias\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cache_that_cannot_be_written(main, picture, monkeypatch):
+    monkeypatch.setenv("SKYREELS_CACHE", "/proc/nothere")
+    code, stdout, stderr = main(*REFERENCE, "--model_id", "tiny", "--ref_imgs", picture)
+    assert (code, stdout) == (2, "")
+    assert stderr.splitlines()[-1].startswith("error: --model_id: tiny cannot be made in /proc/nothere (")
+    assert "set SKYREELS_CACHE to a folder that can be written to" in stderr
+
+
+def test_other_errors_are_one_line_and_exit_code_1(main, picture, monkeypatch, caplog):
+    def fail(*_: object) -> None:
+        raise RuntimeError("the disk is full\nand more")
+
+    monkeypatch.setattr(generate_video, "run", fail)
+    flags = (*REFERENCE, "--ref_imgs", picture)
+    code, stdout, stderr = main(*flags)
+    assert (code, stdout) == (1, "")
+    assert stderr == "error: RuntimeError: the disk is full (--verbose shows where)\n"
+    assert not caplog.records
+    main(*flags, "--verbose")
+    assert caplog.records[0].exc_info[0] is RuntimeError
+
+
+@pytest.mark.parametrize("model_id", ["tiny", "some/model", "{reference}/pipelines/checkpoints/reference_to_video"])
+def test_a_dry_run_loads_and_leaves_nothing(reference, picture, tmp_path, model_id):
+    model_id = model_id.format(reference=reference)
+    code = "import sys, generate_video; generate_video.main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    argv = [*REFERENCE, "--model_id", model_id, "--ref_imgs", picture, "--dry_run", "--save_latents", "a.safetensors"]
+    caches = {"SKYREELS_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, "-c", code, *argv], cwd=tmp_path, env=os.environ | caches, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert (run.returncode, run.stderr) == (0, "")
+    plan = dict(re.split(r"  +|(?<=pass 1) +", line, maxsplit=1) for line in run.stdout.splitlines())
+    assert plan["video"].startswith("48 x 32, 121 new frames at 24 fps")
+    assert plan["checkpoint"].startswith(model_id)
+    assert ("to fetch" in plan) == (model_id == "some/model")
+    assert not any(tmp_path.iterdir())
