@@ -67,7 +67,9 @@ FLAGS = (
     Flag("ref_imgs", "1-4 reference images, paths or URLs", metavar="IMAGE[,IMAGE...]"),
     Flag("input_video", "clip to go on from, path or URL", metavar="CLIP"),
     Flag("duration", "seconds of new video, a whole number", int),
-    Flag("num_frames", "frames of new video, 4k+1, instead of --duration (reference_to_video)", int, low=1, high=1025),
+    Flag(
+        "num_frames", "frames of new video, 4k+1, instead of --duration (reference_to_video)", int, low=1, high=100_000
+    ),
     Flag("resolution", "size bucket (default: 720P); the input's shape chooses the sides", choices=RESOLUTIONS),
     Flag("height", "in pixels, a multiple of 16, instead of the bucket's", int, low=SIZE_MULTIPLE, high=MAX_SIDE),
     Flag("width", "in pixels, a multiple of 16, instead of the bucket's", int, low=SIZE_MULTIPLE, high=MAX_SIDE),
@@ -90,7 +92,7 @@ FLAGS = (
     ),
     Flag("save_latents", "also write the final latents of each pass", metavar="FILE.safetensors"),
     Flag("include_input", "write the input clip and its extension as one video", bool),
-    Flag("url_timeout", "seconds to wait for a server's answer (default: 1.5)", float, low=0.05, high=600),
+    Flag("url_timeout", "seconds to wait for a server's answer (default: 1.2)", float, low=0.05, high=600),
     Flag("dry_run", "check everything, print the plan, load and fetch no weights", bool),
     Flag("quiet", "warnings and the result only", bool),
     Flag("verbose", "more on what is done, tracebacks of errors", bool),
@@ -324,6 +326,10 @@ def check_values(spec: TaskSpec, values: Mapping[str, Any]) -> None:
     if values.get("num_frames", 1) % 4 != 1:
         frames = values["num_frames"] // 4 * 4 + 1
         raise UserError("--num_frames", f"{values['num_frames']} is not 4k+1; give {frames} or {frames + 4}")
+    if values.get("num_frames", 1) > (most := spec.max_duration * spec.fps + 1):
+        raise UserError(
+            "--num_frames", f"{values['num_frames']} is out of range; {spec.name} makes up to {most} frames"
+        )
     check_size(values)
     check_references(values)
     check_outputs(values)

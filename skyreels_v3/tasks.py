@@ -84,7 +84,7 @@ class GenerationRequest:
     include_input: bool = False
     offload: bool = False
     dry_run: bool = False
-    url_timeout: float = 1.5
+    url_timeout: float = 1.2
     verbosity: int = 0
     flags: Mapping[str, Any] = field(default_factory=dict)  # as given, to run it again
 

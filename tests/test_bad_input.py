@@ -636,6 +636,11 @@ WRONG_CONTENT: dict[str, tuple[str, str, Callable[[dict], object], str]] = {
     "transformer-sizes-missing": (
         "native", f"transformer/{SHARD}", lambda t: t.pop("text_embedding.0.weight"), "text_embedding.0.weight",
     ),
+    "transformer-sizes-misshapen": (
+        "native", f"transformer/{SHARD}",
+        lambda t: t.update({"text_embedding.0.weight": t["text_embedding.0.bias"].clone()}),
+        "wrong shape text_embedding.0.weight",
+    ),
     "transformer-config": (
         "diffusers", "transformer/config.json", lambda c: c.update(magic=1, wand=2), "unknown entries magic, wand",
     ),
@@ -645,19 +650,36 @@ WRONG_CONTENT: dict[str, tuple[str, str, Callable[[dict], object], str]] = {
     "unsupported-config": (
         "diffusers", "transformer/config.json", lambda c: c.update(qk_norm="layer_norm"), "qk_norm = layer_norm",
     ),
-    "vae-missing": ("native", NATIVE_VAE, lambda t: t.pop("conv1.bias"), "missing keys quant_conv.bias"),
+    "vae-missing": ("native", NATIVE_VAE, lambda t: t.pop("conv1.bias"), "missing keys conv1.bias"),
     "vae-extra": ("native", NATIVE_VAE, lambda t: t.update(surplus=t["conv1.bias"]), "unexpected keys surplus"),
     "vae-misshapen": (
         "native", NATIVE_VAE, lambda t: t.update({"conv1.bias": t["conv1.bias"][:5]}),
-        "wrong shapes quant_conv.bias ([5] instead of [32])",
+        "wrong shapes conv1.bias ([5] instead of [32])",
     ),
-    "vae-no-tensor": ("native", NATIVE_VAE, lambda t: t.update(epoch=3), "tensors"),
-    "vae-nested": ("native", NATIVE_VAE, lambda t: t.update(state_dict=dict(t)), "tensors"),
-    "vae-class": ("native", NATIVE_VAE, lambda t: t.update(unpickled=Path("/")), "download it again"),
+    "vae-sizes-misshapen": (
+        "native", NATIVE_VAE, lambda t: t.update({"conv2.weight": t["conv2.weight"].sum()}),
+        "wrong shape conv2.weight",
+    ),
+    "vae-config": ("diffusers", "vae/config.json", lambda c: c.update(magic=1), "unknown entries magic"),
+    "vae-config-type": ("diffusers", "vae/config.json", lambda c: c.update(base_dim="x"), "no model has the sizes"),
+    "vae-statistics": (
+        "diffusers", "vae/config.json", lambda c: c.update(latents_std=[1]), "latents_std = [1] is not 16 numbers",
+    ),
+    "vae-no-tensor": ("native", NATIVE_VAE, lambda t: t.update(epoch=3), "other than a dictionary of tensors"),
+    "vae-nested": ("native", NATIVE_VAE, lambda t: t.update(state_dict=dict(t)), "other than a dictionary of tensors"),
+    "vae-class": ("native", NATIVE_VAE, lambda t: t.update(unpickled=Path("/")), "something other than tensors"),
     "text-encoder-missing": (
-        "native", TEXT_ENCODER, lambda t: t.pop("norm.weight"), "missing keys encoder.final_layer_norm.weight",
+        "native", TEXT_ENCODER, lambda t: t.pop("norm.weight"), "missing keys norm.weight",
     ),
     "text-encoder-sizes-missing": ("native", TEXT_ENCODER, lambda t: t.pop("token_embedding.weight"), "lacks"),
+    "text-encoder-sizes-misshapen": (
+        "native", TEXT_ENCODER, lambda t: t.update({"token_embedding.weight": t["norm.weight"]}),
+        "wrong shape token_embedding.weight",
+    ),
+    "text-encoder-config-type": (
+        "diffusers", "text_encoder/config.json", lambda c: c.update(d_model="x"), "no model has the sizes",
+    ),
+    "tokenizer": ("diffusers", "tokenizer/tokenizer.json", lambda c: c.clear(), "cannot be read"),
     "text-encoder-extra": (
         "native", TEXT_ENCODER, lambda t: t.update(surplus=t["norm.weight"]), "unexpected keys surplus",
     ),

@@ -199,6 +199,16 @@ def test_latents_that_are_no_numbers_make_no_video(main, reference, picture, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_frames_that_are_no_numbers_make_no_video(main, reference, picture, tmp_path):
+    """A VAE whose decoder is damaged: the latents are fine, its frames would be black."""
+    root = checkpoint(reference, tmp_path, lambda tensors: tensors["decoder.conv_in.bias"].fill(np.nan), "vae")
+    flags = ("--model_id", root, "--ref_imgs", picture, "--num_frames", "5", "--output", "out/a.mp4", "--quiet")
+    code, stdout, stderr = main(*REFERENCE, *flags)
+    assert (code, stdout) == (1, "")
+    assert "the decoded video is not finite in latent frame 0; the VAE is damaged" in stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_checkpoint_with_a_missing_key(main, reference, picture, tmp_path):
     root = checkpoint(reference, tmp_path, lambda tensors: tensors.pop("proj_out.bias"))
     flags = ("--model_id", root, "--ref_imgs", picture, "--num_frames", "5", "--output", "out/a.mp4", "--quiet")

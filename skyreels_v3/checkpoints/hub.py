@@ -30,7 +30,7 @@ TINY = "tiny"  # the embedded model, made on the spot
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as in the library that reads it
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILE = "tokenizer.json"
 
 
 def locate(request: GenerationRequest) -> Path | None:
@@ -116,8 +116,8 @@ def check_folder(folder: Path, task: TaskSpec) -> None:
     missing += [
         f"{m.relative_to(folder)}/*.safetensors" for m in models if m.is_dir() and not any(m.glob("*.safetensors"))
     ]
-    if not any((tokenizer / name).is_file() for name in TOKENIZER_FILES[:2]):
-        missing.append(f"{tokenizer.relative_to(folder)}/{TOKENIZER_FILES[0]}")
+    if not (tokenizer / TOKENIZER_FILE).is_file():
+        missing.append(f"{tokenizer.relative_to(folder)}/{TOKENIZER_FILE}")
     if missing:
         raise CheckpointError(
             f"{folder} is no complete {task.name} checkpoint: missing {', '.join(missing)}; "

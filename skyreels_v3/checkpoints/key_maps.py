@@ -157,12 +157,12 @@ def translate(key: str, key_map: KeyMap) -> Target:
 
 
 def invert(key_map: KeyMap) -> KeyMap:
-    """The map from our names back to the checkpoint's, for maps without stacked weights and dropped keys.
+    """The map from our names back to the checkpoint's; stacked weights and dropped keys have no way back.
 
     Each pattern's groups become references in the new target, each target's references the groups they stand for.
     """
     inverse: list[tuple[str, Target]] = []
-    for pattern, target in key_map:
+    for pattern, target in reversed(key_map):  # plain names after spellings that are also known
         if not isinstance(target, str):
             continue
         groups = re.findall(r"\((?!\?:)(?:[^()]|\([^()]*\))*\)", pattern)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from skyreels_v3.checkpoints.hub import weight_files
-from skyreels_v3.checkpoints.key_maps import KeyMap, translate
+from skyreels_v3.checkpoints.key_maps import IDENTITY, KeyMap, invert, translate
 from skyreels_v3.errors import CheckpointError
 from skyreels_v3.models.parameters import replace_tensors
 
@@ -50,11 +50,13 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
     """The tensors of one .pth file, memory-mapped; nothing but tensors is unpickled."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:  # its own message advises to unpickle anything
+        raise CheckpointError(f"{file} is damaged or holds something other than tensors; download it again") from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{file} cannot be read ({reason}); download it again") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"{file} holds no plain state dict of tensors")
+        raise CheckpointError(f"{file} holds something other than a dictionary of tensors; download it again")
     return content
 
 
@@ -93,21 +95,27 @@ def load_model(
     tensors: Mapping[str, Tensor],
     source: Path,
     dtype: torch.dtype,
+    key_map: KeyMap = IDENTITY,
     float32_names: Sequence[str] = (),
 ) -> nn.Module:
     """Build a model on meta and give it its weights.
 
     Args:
         build: makes the model; called with meta as the default device.
-        tensors: weights under the model's own names; all of them and no others.
+        tensors: all weights of a checkpoint, under its own names.
         source: what the tensors were read from, for error messages.
-        dtype: of the weights.
+        dtype: of the model's weights.
+        key_map: from the checkpoint's names to the model's; together they must give all weights and no others.
         float32_names: parts of the names of weights that are float32 in every case.
     """
-    with torch.device("meta"):
-        model = build()
+    try:
+        with torch.device("meta"):
+            model = build()
+    except Exception as error:  # the libraries' classes raise whatever a strange size or name leads to
+        raise CheckpointError(f"{source}: no model has the sizes of its config ({error}); download it again") from error
+    tensors = rename(tensors, key_map, source)
     parameters = dict(model.named_parameters())  # tied weights once, under their first name
-    check_keys(parameters, tensors, source)
+    check_keys(parameters, tensors, source, key_map)
     loaded = {}
     for name, parameter in parameters.items():
         target = torch.float32 if any(part in name for part in float32_names) else dtype
@@ -116,22 +124,33 @@ def load_model(
     return model.eval()
 
 
-def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: Path) -> None:
-    """Raise CheckpointError unless `found` has exactly the keys and shapes of `expected`."""
+def check_keys(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: Path, key_map: KeyMap = IDENTITY
+) -> None:
+    """Raise CheckpointError, in the checkpoint's own names, unless `found` has the keys and shapes of `expected`."""
+    names = invert(key_map)
     problems = []
     if missing := expected.keys() - found.keys():
-        problems.append(f"missing keys {name_some(missing)}")
+        problems.append(f"missing keys {name_some(restore(key, names) for key in missing)}")
     if unexpected := found.keys() - expected.keys():
-        problems.append(f"unexpected keys {name_some(unexpected)}")
+        problems.append(f"unexpected keys {name_some(restore(key, names) for key in unexpected)}")
     misshapen = [
-        f"{key} ({list(found[key].shape)} instead of {list(expected[key].shape)})"
-        for key in sorted(expected.keys() & found.keys())
+        f"{restore(key, names)} ({list(found[key].shape)} instead of {list(expected[key].shape)})"
+        for key in expected.keys() & found.keys()
         if found[key].shape != expected[key].shape
     ]
     if misshapen:
         problems.append(f"wrong shapes {name_some(misshapen)}")
     if problems:
         raise CheckpointError(f"{source} does not fit its model: {'; '.join(problems)}")
+
+
+def restore(key: str, inverse: KeyMap) -> str:
+    """A model's key in the words of its checkpoint; a part of a stacked weight keeps the model's name."""
+    try:
+        return str(translate(key, inverse))
+    except KeyError:
+        return key
 
 
 def name_some(names: Iterable[str]) -> str:

@@ -16,8 +16,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from skyreels_v3.checkpoints import key_maps
-from skyreels_v3.checkpoints.hub import NATIVE_TEXT_ENCODER_FILE, NATIVE_TOKENIZER, NATIVE_VAE_FILE
-from skyreels_v3.checkpoints.load import load_model, read_config, read_tensors, rename
+from skyreels_v3.checkpoints.hub import (
+    NATIVE_TEXT_ENCODER_FILE,
+    NATIVE_TOKENIZER,
+    NATIVE_VAE_FILE,
+    transformer_config,
+)
+from skyreels_v3.checkpoints.load import load_model, read_config, read_tensors
 from skyreels_v3.errors import CheckpointError
 from skyreels_v3.models.text_encoder import TextEncoder
 from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
@@ -32,9 +37,9 @@ def load_transformer(folder: Path, layout: str, dtype: torch.dtype) -> SkyReelsT
         arguments = diffusers_arguments(config, folder)
     else:
         arguments = native_arguments(config, tensors, folder)
-        tensors = rename(tensors, key_maps.NATIVE_TRANSFORMER, folder)
+    key_map = key_maps.IDENTITY if layout == "diffusers" else key_maps.NATIVE_TRANSFORMER
     float32_names = SkyReelsTransformer3DModel._keep_in_fp32_modules
-    model = load_model(lambda: SkyReelsTransformer3DModel(**arguments), tensors, folder, dtype, float32_names)
+    model = load_model(lambda: SkyReelsTransformer3DModel(**arguments), tensors, folder, dtype, key_map, float32_names)
     return cast(SkyReelsTransformer3DModel, model)
 
 
@@ -51,19 +56,25 @@ def native_arguments(config: Mapping[str, Any], tensors: Mapping[str, Tensor], f
     """Arguments of our transformer from a Wan-native config and the shapes of the tensors it leaves out."""
     check_constants(config, key_maps.NATIVE_CONSTANTS, folder)
     refuse_unknown(config.keys() - key_maps.NATIVE_CONFIG.keys() - key_maps.NATIVE_CONSTANTS.keys(), folder)
-    try:
-        arguments = {
-            ours: config[theirs] for theirs, ours in key_maps.NATIVE_CONFIG.items() if ours and theirs in config
-        }
-        arguments["attention_head_dim"] = config["dim"] // config["num_heads"]
-        arguments["text_dim"] = tensors["text_embedding.0.weight"].shape[1]
-        if "img_emb.proj.1.weight" in tensors:
-            arguments["image_dim"] = tensors["img_emb.proj.1.weight"].shape[1]
-        if "audio_window" in config:
-            arguments["audio_features"] = tensors["audio_proj.proj1.weight"].shape[1] // config["audio_window"]
-    except KeyError as error:
-        raise CheckpointError(f"{folder} lacks {error}, which the model's sizes are read from") from error
+    arguments = {ours: config[theirs] for theirs, ours in key_maps.NATIVE_CONFIG.items() if ours and theirs in config}
+    arguments |= transformer_config(folder, arguments.keys() - {"eps"})
+    arguments["text_dim"] = shape_of("text_embedding.0.weight", 2, tensors, folder)[1]
+    if "img_emb.proj.1.weight" in tensors:
+        arguments["image_dim"] = shape_of("img_emb.proj.1.weight", 2, tensors, folder)[1]
+    if "audio_window" in config:
+        width = shape_of("audio_proj.proj1.weight", 2, tensors, folder)[1]
+        arguments["audio_features"] = width // config["audio_window"]
     return arguments
+
+
+def shape_of(key: str, axes: int, tensors: Mapping[str, Tensor], source: Path) -> torch.Size:
+    """The shape of a tensor that a model's sizes are read from."""
+    if key not in tensors:
+        raise CheckpointError(f"{source} lacks {key}, which the model's sizes are read from; download it again")
+    shape = tensors[key].shape
+    if len(shape) != axes or 0 in shape:
+        raise CheckpointError(f"{source}: wrong shape {key} ({list(shape)}); download it again")
+    return shape
 
 
 def check_constants(config: Mapping[str, Any], constants: Mapping[str, object], folder: Path) -> None:
@@ -84,66 +95,64 @@ def refuse_unknown(keys: set[str], folder: Path) -> None:
 def load_vae(root: Path, layout: str, dtype: torch.dtype) -> VideoVAE:
     """The VAE of the checkpoint at `root`."""
     if layout == "diffusers":
-        source = root / "vae"
+        source, key_map = root / "vae", key_maps.IDENTITY
         tensors, arguments = read_tensors(source), read_config(source / "config.json")
+        refuse_unknown(arguments.keys() - AutoencoderKLWan._get_init_keys(AutoencoderKLWan), source)
     else:
-        source = root / NATIVE_VAE_FILE
-        tensors = rename(read_tensors(source), key_maps.NATIVE_VAE, source)
+        source, key_map = root / NATIVE_VAE_FILE, key_maps.NATIVE_VAE
+        tensors = read_tensors(source)
         arguments = native_vae_arguments(tensors, source)
-    return VideoVAE(cast(AutoencoderKLWan, load_model(lambda: AutoencoderKLWan(**arguments), tensors, source, dtype)))
+    module = cast(AutoencoderKLWan, load_model(lambda: AutoencoderKLWan(**arguments), tensors, source, dtype, key_map))
+    for name in ("latents_mean", "latents_std"):
+        values = module.config[name]
+        if len(values) != module.config.z_dim or not all(isinstance(value, int | float) for value in values):
+            raise CheckpointError(f"{source}/config.json: {name} = {values} is not {module.config.z_dim} numbers")
+    return VideoVAE(module)
 
 
 def native_vae_arguments(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
-    """Sizes of a VAE from its tensors (under diffusers' names)."""
-    try:
-        return {
-            "base_dim": tensors["encoder.conv_in.weight"].shape[0],
-            "decoder_base_dim": tensors["decoder.norm_out.gamma"].shape[0],
-            "z_dim": tensors["post_quant_conv.weight"].shape[0],
-        }
-    except KeyError as error:
-        raise CheckpointError(f"{source} lacks {error}, which the model's sizes are read from") from error
+    """Sizes of a VAE from its tensors."""
+    return {
+        "base_dim": shape_of("encoder.conv1.weight", 5, tensors, source)[0],
+        "decoder_base_dim": shape_of("decoder.head.0.gamma", 4, tensors, source)[0],
+        "z_dim": shape_of("conv2.weight", 5, tensors, source)[0],
+    }
 
 
 def load_text_encoder(root: Path, layout: str, dtype: torch.dtype) -> TextEncoder:
     """The UMT5 text encoder of the checkpoint at `root`, with its tokenizer."""
     if layout == "diffusers":
-        source, tokenizer = root / "text_encoder", root / "tokenizer"
-        tensors = rename(read_tensors(source), key_maps.TRANSFORMERS_TEXT_ENCODER, source)
-        config = UMT5Config(**read_config(source / "config.json"))
+        source, tokenizer, key_map = root / "text_encoder", root / "tokenizer", key_maps.TRANSFORMERS_TEXT_ENCODER
+        tensors, sizes = read_tensors(source), read_config(source / "config.json")
     else:
         source, tokenizer = root / NATIVE_TEXT_ENCODER_FILE, root / NATIVE_TOKENIZER
-        tensors = rename(read_tensors(source), key_maps.NATIVE_TEXT_ENCODER, source)
-        config = native_text_config(tensors, source)
-    module = load_model(lambda: UMT5EncoderModel(config), tensors, source, dtype)
+        key_map, tensors = key_maps.NATIVE_TEXT_ENCODER, read_tensors(source)
+        sizes = native_text_sizes(tensors, source)
+    module = load_model(lambda: UMT5EncoderModel(UMT5Config(**sizes)), tensors, source, dtype, key_map)
     return TextEncoder(cast(UMT5EncoderModel, module), load_tokenizer(tokenizer))
 
 
-def native_text_config(tensors: Mapping[str, Tensor], source: Path) -> UMT5Config:
+def native_text_sizes(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
     """Sizes of a UMT5 encoder from its tensors; the heads from its position table."""
-    first = "encoder.block.0.layer."
-    try:
-        vocabulary, width = tensors["shared.weight"].shape
-        buckets, heads = tensors[first + "0.SelfAttention.relative_attention_bias.weight"].shape
-        return UMT5Config(
-            vocab_size=vocabulary,
-            d_model=width,
-            d_kv=tensors[first + "0.SelfAttention.q.weight"].shape[0] // heads,
-            d_ff=tensors[first + "1.DenseReluDense.wi_0.weight"].shape[0],
-            num_layers=sum(key.endswith("SelfAttention.q.weight") for key in tensors),
-            num_heads=heads,
-            relative_attention_num_buckets=buckets,
-            feed_forward_proj="gated-gelu",
-            is_encoder_decoder=False,
-            use_cache=False,
-        )
-    except KeyError as error:
-        raise CheckpointError(f"{source} lacks {error}, which the model's sizes are read from") from error
+    vocabulary, width = shape_of("token_embedding.weight", 2, tensors, source)
+    buckets, heads = shape_of("blocks.0.pos_embedding.embedding.weight", 2, tensors, source)
+    return {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_kv": shape_of("blocks.0.attn.q.weight", 2, tensors, source)[0] // heads,
+        "d_ff": shape_of("blocks.0.ffn.fc1.weight", 2, tensors, source)[0],
+        "num_layers": sum(key.endswith("attn.q.weight") for key in tensors),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+        "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": False,
+        "use_cache": False,
+    }
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in `folder`."""
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises nothing more special
         raise CheckpointError(f"the tokenizer in {folder} cannot be read ({error}); download it again") from error

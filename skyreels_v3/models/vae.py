@@ -43,6 +43,9 @@ class VideoVAE:
 
         Yields:
             (B, 3, f, 8h, 8w) in [-1, 1]: f = 1 for the first latent frame, then 4 each.
+
+        Raises:
+            FloatingPointError: the video is infinite or not a number, which would be written as black frames.
         """
         raw = latents * self.std.to(latents.device) + self.mean.to(latents.device)
         decoder = self.module.decoder
@@ -50,4 +53,6 @@ class VideoVAE:
         for index, frame in enumerate(raw.to(self.dtype).split(1, dim=2)):
             z = self.module.post_quant_conv(frame)
             chunk = decoder(z, feat_cache=caches, feat_idx=[0], first_chunk=index == 0)
+            if not torch.isfinite(chunk).all():
+                raise FloatingPointError(f"the decoded video is not finite in latent frame {index}; the VAE is damaged")
             yield chunk.float().clamp(-1.0, 1.0)

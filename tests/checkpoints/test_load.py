@@ -26,7 +26,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def test_tied_weights_stay_tied_and_dtypes_follow_the_rule(tmp_path):
-    model = load_model(Net, tensors(), tmp_path, torch.bfloat16, ["norm"])
+    model = load_model(Net, tensors(), tmp_path, torch.bfloat16, float32_names=["norm"])
     assert model.tied.weight is model.first.weight
     assert model.first.weight.dtype == torch.bfloat16
     assert model.norm.weight.dtype == torch.float32
