@@ -7,8 +7,9 @@ take turns, each in a fresh process:
     ours, diffusers    our loader on the diffusers files
     diffusers          `WanTransformer3DModel.from_pretrained` on the diffusers files
 
-In the same process the same files are read plainly: mapped and nothing built, the least that a load can take. Which of
-the two comes first alternates; the ratio of such a pair says more than medians on a busy machine do.
+In the same process the same files are read plainly: mapped and nothing built, the least that a load can take. Plain
+reads and loads come as A B B A or B A A B in turn: what else the machine does falls on both alike, and the ratio within
+a process says more than two medians do.
 
 Loads and plain reads end with reading all bytes of all weights, or mapped weights would seem to cost nothing. The clock
 starts, and memory counts, from after the imports. Memory is the peak resident size (VmHWM, reset before each): mapped
@@ -88,20 +89,20 @@ def main() -> None:
         folder = args.keep or Path(temporary)
         if not (folder / "native" / INDEX_NAME).is_file():
             write_checkpoints(folder, args.size_gb * GB)
-        pairs = take_turns(folder, args.pairs, args.cold)
-        report(args, pairs, weight_bytes(folder / "native"))
+        runs = take_turns(folder, args.runs, args.cold)
+        report(args, runs, weight_bytes(folder / "native"))
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size-gb", type=float, default=1.6, help="least size of the weights; twice that on disk")
-    parser.add_argument("--pairs", type=int, default=9, help="timed pairs of each load; at least 2")
+    parser.add_argument("--runs", type=int, default=10, help="processes for each load; at least 2")
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each read")
     parser.add_argument("--keep", type=Path, help="folder to leave the checkpoints in, or to find them in")
     args = parser.parse_args()
-    if args.pairs < 2:
-        parser.error("--pairs must be at least 2")
+    if args.runs < 2:
+        parser.error("--runs must be at least 2")
     return args
 
 
@@ -173,7 +174,7 @@ def weight_bytes(folder: Path) -> int:
     return json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["metadata"]["total_size"]
 
 
-# One pair, in a process of its own
+# One comparison, in a process of its own
 
 
 @dataclass(frozen=True)
@@ -185,11 +186,16 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A load and a plain read of the same files, one right after the other."""
+class Comparison:
+    """Two loads and two plain reads of the same files, in one process."""
 
-    load: Cost
-    plain: Cost
+    loads: tuple[Cost, Cost]
+    plains: tuple[Cost, Cost]
+
+    @property
+    def ratio(self) -> float:
+        """Time of the loads over time of the plain reads."""
+        return sum(cost.seconds for cost in self.loads) / sum(cost.seconds for cost in self.plains)
 
 
 def read_plain(folder: Path) -> list[Tensor]:
@@ -219,15 +225,16 @@ LOADS: dict[str, tuple[Read, str]] = {  # loader and layout
 }
 
 
-def measure_pair(name: str, folder: Path, plain_first: bool, cold: bool) -> Pair:
-    """Measure a load and a plain read of its files."""
+def compare(name: str, folder: Path, plain_first: bool, cold: bool) -> Comparison:
+    """Measure a loader and plain reads of its files, as A B B A."""
     torch.set_grad_enabled(False)
     diffusers.utils.logging.disable_progress_bar()
     read_all([torch.ones(1 << 20)])  # starts torch's threads
     load, layout = LOADS[name]
-    reads = (read_plain, load) if plain_first else (load, read_plain)
-    costs = [measure(read, folder / layout, cold) for read in reads]
-    return Pair(*reversed(costs)) if plain_first else Pair(*costs)
+    first, second = (read_plain, load) if plain_first else (load, read_plain)
+    costs = [measure(read, folder / layout, cold) for read in (first, second, second, first)]
+    outer, inner = (costs[0], costs[3]), (costs[1], costs[2])
+    return Comparison(loads=inner, plains=outer) if plain_first else Comparison(loads=outer, plains=inner)
 
 
 def measure(read: Read, folder: Path, cold: bool) -> Cost:
@@ -275,39 +282,39 @@ def peak_memory() -> int:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
-# All pairs
+# All comparisons
 
 
-def take_turns(folder: Path, count: int, cold: bool) -> dict[str, list[Pair]]:
-    """`count` pairs of each load, one of every load before the next."""
-    pairs: dict[str, list[Pair]] = {name: [] for name in LOADS}
+def take_turns(folder: Path, count: int, cold: bool) -> dict[str, list[Comparison]]:
+    """`count` comparisons of each loader, one of every loader before the next."""
+    runs: dict[str, list[Comparison]] = {name: [] for name in LOADS}
     for index in range(count):
         for name in LOADS:
-            pairs[name].append(run_fresh(name, folder, plain_first=index % 2 == 0, cold=cold))
-    return pairs
+            runs[name].append(run_fresh(name, folder, plain_first=index % 2 == 0, cold=cold))
+    return runs
 
 
-def run_fresh(name: str, folder: Path, plain_first: bool, cold: bool) -> Pair:
-    """`measure_pair` in a new process, which takes a while to import everything."""
+def run_fresh(name: str, folder: Path, plain_first: bool, cold: bool) -> Comparison:
+    """`compare` in a new process, which takes a while to import everything."""
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as fresh:
-        return fresh.submit(measure_pair, name, folder, plain_first, cold).result()
+        return fresh.submit(compare, name, folder, plain_first, cold).result()
 
 
-def report(args: argparse.Namespace, pairs: dict[str, list[Pair]], size: int) -> None:
+def report(args: argparse.Namespace, runs: dict[str, list[Comparison]], size: int) -> None:
     """A table for people, then one JSON line."""
-    figures = {name: summarise(taken, size) for name, taken in pairs.items()}
+    figures = {name: summarise(taken, size) for name, taken in runs.items()}
     met = all(
         figure["time_over_plain"]["median"] <= TIME_LIMIT and figure["peak_growth_over_size"] <= MEMORY_LIMIT
         for name, figure in figures.items()
         if LOADS[name][0] is load_ours
     )
     cache = "cold" if args.cold else "warm"
-    print(f"transformer of {size / GB:.2f} GB, float32, {SHARDS} shards, page cache {cache}, {args.pairs} pairs each")
+    print(f"transformer of {size / GB:.2f} GB, float32, {SHARDS} shards, page cache {cache}, {args.runs} runs each")
     header = ("", "median s", "plain s", "time / plain", "quartiles", "peak growth / size")
     print(table(header, [row(name, figure) for name, figure in figures.items()]))
     print(f"ours within {TIME_LIMIT} x plain and {MEMORY_LIMIT} x size: {'yes' if met else 'NO'}")
-    sizes = {"bytes": size, "dtype": "float32", "shards": SHARDS, "page_cache": cache, "pairs": args.pairs}
+    sizes = {"bytes": size, "dtype": "float32", "shards": SHARDS, "page_cache": cache, "runs": args.runs}
     limits = {"time_over_plain": TIME_LIMIT, "peak_growth_over_size": MEMORY_LIMIT}
     line = {**environment("load", torch.device("cpu")), **sizes, "loads": figures, "limits": limits, "met": met}
     print(json.dumps(line))
@@ -326,14 +333,16 @@ def row(name: str, figure: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def summarise(pairs: Sequence[Pair], size: int) -> dict[str, Any]:
-    """Medians of the times, of their ratios within the pairs, and the largest memory."""
+def summarise(runs: Sequence[Comparison], size: int) -> dict[str, Any]:
+    """Medians of the times, of their ratios within a process, and the largest memory."""
+    loads = [cost for run in runs for cost in run.loads]
+    plains = [cost for run in runs for cost in run.plains]
     return {
-        "seconds": round(statistics.median(pair.load.seconds for pair in pairs), 4),
-        "plain_seconds": round(statistics.median(pair.plain.seconds for pair in pairs), 4),
-        "time_over_plain": spread([pair.load.seconds / pair.plain.seconds for pair in pairs]),
-        "peak_growth_over_size": round(max(pair.load.growth for pair in pairs) / size, 4),
-        "plain_peak_growth_over_size": round(max(pair.plain.growth for pair in pairs) / size, 4),
+        "seconds": round(statistics.median(cost.seconds for cost in loads), 4),
+        "plain_seconds": round(statistics.median(cost.seconds for cost in plains), 4),
+        "time_over_plain": spread([run.ratio for run in runs]),
+        "peak_growth_over_size": round(max(cost.growth for cost in loads) / size, 4),
+        "plain_peak_growth_over_size": round(max(cost.growth for cost in plains) / size, 4),
     }
 
 

@@ -19,8 +19,8 @@ BACKGROUND_POSITION = 12.0
 SPEAKER_POSITIONS = (2.0, 22.0)
 
 
-class SelfAttention(nn.Module):
-    """Attention among all video tokens, with RMS-normed and rotated queries and keys."""
+class NormedAttention(nn.Module):
+    """The layers that self- and cross-attention share: projections, and RMS norms of queries and keys."""
 
     def __init__(self, dim: int, heads: int, eps: float) -> None:
         super().__init__()
@@ -32,6 +32,10 @@ class SelfAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.norm_q = nn.RMSNorm(dim, eps=eps)  # over the whole width, not per head
         self.norm_k = nn.RMSNorm(dim, eps=eps)
+
+
+class SelfAttention(NormedAttention):
+    """Attention among all video tokens, with rotated queries and keys."""
 
     def rotated(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """Queries and keys (B, L, N, D) of tokens x (B, L, N*D)."""
@@ -50,19 +54,11 @@ class SelfAttention(nn.Module):
         return out, speaker_positions(query, key[:, : speaker_masks.shape[1]], speaker_masks)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(NormedAttention):
     """Attention to the text and, where the checkpoint has it, to the image; the two are added."""
 
     def __init__(self, dim: int, heads: int, eps: float, with_image: bool) -> None:
-        super().__init__()
-        self.heads = heads
-        self.attention: AttentionFn = sdpa
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.norm_q = nn.RMSNorm(dim, eps=eps)
-        self.norm_k = nn.RMSNorm(dim, eps=eps)
+        super().__init__(dim, heads, eps)
         if with_image:
             self.add_k_proj = nn.Linear(dim, dim)
             self.add_v_proj = nn.Linear(dim, dim)
