@@ -78,7 +78,8 @@ def generate(request: GenerationRequest, inputs: Inputs, checkpoint: Path) -> Pa
         path = write_frame_folder(frames, request.output, comment=comment(request, device.dtype))
     else:
         size = {"height": request.height, "width": request.width, "fps": request.task.fps}
-        path = write_video(frames, request.output, **size, comment=comment(request, device.dtype))
+        sound = None if inputs.audio is None else inputs.audio.path
+        path = write_video(frames, request.output, **size, comment=comment(request, device.dtype), audio=sound)
     if request.save_latents is not None:
         save_latents(latents, request.save_latents)
     return path
@@ -94,7 +95,8 @@ def all_frames(
         assert inputs.clip is not None and request.height is not None and request.width is not None
         yield from resized(read_frames(inputs.clip.path, request.task.fps), request.height, request.width)
     for made in passes:
-        latents.append(made.latents)
+        if request.save_latents is not None:
+            latents.append(made.latents)
         yield from made.frames
 
 

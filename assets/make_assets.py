@@ -1,14 +1,20 @@
 #!/usr/bin/env python3
-"""Draws the sample inputs in this folder: two reference images and a clip. Run from the repository's root."""
+"""Draws the sample inputs in this folder: reference images, a portrait and a clip; and has espeak-ng speak.
+
+Needs the program espeak-ng for the speech; everything else is drawn here.
+"""
 
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image, ImageDraw
 
 ASSETS = Path(__file__).resolve().parent
@@ -18,6 +24,7 @@ from skyreels_v3.media.video import write_video  # noqa: E402  needs the path ab
 
 SCALE = 2  # drawn larger and scaled down, for smooth edges
 FPS, SECONDS = 24, 3
+SPEECH = "Good morning. The boat leaves at nine, and the fox has found its lantern."
 
 
 def canvas(width: int, height: int, top: str, bottom: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
@@ -85,6 +92,33 @@ def boat(frame: int) -> Image.Image:
     return finish(picture)
 
 
+def portrait() -> Image.Image:
+    """A person who looks at us."""
+    picture, pen = canvas(480, 480, "#b8d4e3", "#e6eef2")
+    pen.ellipse(scaled(110, 60, 370, 400), fill="#3a2317")
+    pen.rectangle(scaled(200, 330, 280, 420), fill="#e0ad8c")
+    pen.polygon(scaled(60, 480, 100, 410, 200, 385, 240, 420, 280, 385, 380, 410, 420, 480), fill="#a3262e")
+    pen.ellipse(scaled(150, 100, 330, 365), fill="#efc1a1")
+    pen.pieslice(scaled(140, 70, 340, 300), 180, 360, fill="#3a2317")
+    for x in (203, 277):
+        pen.ellipse(scaled(x - 18, 205, x + 18, 229), fill="white")
+        pen.ellipse(scaled(x - 8, 208, x + 8, 226), fill="#3b5b2e")
+        pen.ellipse(scaled(x - 4, 212, x + 4, 222), fill="black")
+        pen.arc(scaled(x - 24, 182, x + 24, 215), 200, 340, fill="#3a2317", width=4 * SCALE)
+    pen.line(scaled(240, 225, 233, 270, 246, 272), fill="#c98f6d", width=3 * SCALE)
+    pen.ellipse(scaled(210, 298, 270, 322), fill="#b5474d")
+    pen.line(scaled(212, 310, 268, 310), fill="#7d2a30", width=2 * SCALE)
+    return finish(picture)
+
+
+def speak(path: Path) -> None:
+    """SPEECH, spoken by espeak-ng, as an mp3 file."""
+    with tempfile.TemporaryDirectory() as folder:
+        wave = Path(folder) / "speech.wav"
+        subprocess.run(["espeak-ng", "-v", "en-gb", "-s", "150", "-w", str(wave), SPEECH], check=True)
+        subprocess.run([get_ffmpeg_exe(), "-v", "error", "-y", "-i", str(wave), "-b:a", "96k", str(path)], check=True)
+
+
 def frames() -> Iterator[np.ndarray]:
     for frame in range(FPS * SECONDS):
         yield np.asarray(boat(frame))
@@ -93,6 +127,8 @@ def frames() -> Iterator[np.ndarray]:
 def main() -> None:
     fox().save(ASSETS / "fox.png", optimize=True)
     lantern().save(ASSETS / "lantern.png", optimize=True)
+    portrait().save(ASSETS / "portrait.png", optimize=True)
+    speak(ASSETS / "speech.mp3")
     (ASSETS / "boat.mp4").unlink(missing_ok=True)
     write_video(frames(), ASSETS / "boat.mp4", height=272, width=480, fps=FPS, comment="made by make_assets.py")
 

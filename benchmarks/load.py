@@ -17,6 +17,7 @@ pages count as well as allocated ones. The files are brought into the page cache
 with `--cold`. Linux only.
 
     python benchmarks/load.py
+    python benchmarks/load.py --blocks 1.3B
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.common import environment, spread, table
-from skyreels_v3.checkpoints.key_maps import NATIVE_TRANSFORMER, translate
+from skyreels_v3.checkpoints.key_maps import IDENTITY, NATIVE_TRANSFORMER, invert, translate
 from skyreels_v3.checkpoints.published import load_transformer
 
 GB = 1e9
@@ -59,27 +60,20 @@ SHARDS = 3
 SHARD_NAME = "diffusion_pytorch_model-{:05}-of-{:05}.safetensors"
 INDEX_NAME = "diffusion_pytorch_model.safetensors.index.json"
 
-# Blocks of Wan 2.1 1.3B; as many as it takes. float32 throughout, so that neither loader has anything to convert.
-DIM, HEADS, FFN_DIM, TEXT_DIM = 1536, 12, 8960, 4096
-NATIVE_CONFIG = {
-    "_class_name": "WanModel",
-    "model_type": "t2v",
-    "dim": DIM,
-    "num_heads": HEADS,
-    "ffn_dim": FFN_DIM,
-    "freq_dim": 256,
-    "in_dim": 16,
-    "out_dim": 16,
-    "text_len": 512,
-    "eps": 1e-6,
-}
-NATIVE_PARTS = ("patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2")
-NATIVE_PARTS += ("time_projection.1", "head.head")
-NATIVE_BLOCK_PARTS = (
-    *(f"{attention}.{part}" for attention in ("self_attn", "cross_attn") for part in "qkvo"),
-    *("norm3", "ffn.0", "ffn.2"),
-)
-NATIVE_BLOCK_NORMS = ("self_attn.norm_q", "self_attn.norm_k", "cross_attn.norm_q", "cross_attn.norm_k")
+TEXT_DIM = 4096
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Sizes of a transformer's blocks."""
+
+    dim: int
+    heads: int
+    ffn_dim: int
+
+
+# Of Wan 2.1; the checkpoints' are the larger ones. What a load costs besides reading goes with the number of tensors.
+BLOCKS = {"14B": Blocks(5120, 40, 13824), "1.3B": Blocks(1536, 12, 8960)}
 
 
 def main() -> None:
@@ -88,15 +82,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="load-benchmark-") as temporary:
         folder = args.keep or Path(temporary)
         if not (folder / "native" / INDEX_NAME).is_file():
-            write_checkpoints(folder, args.size_gb * GB)
+            write_checkpoints(folder, args.size_gb * GB, BLOCKS[args.blocks])
         runs = take_turns(folder, args.runs, args.cold)
-        report(args, runs, weight_bytes(folder / "native"))
+        report(runs, describe(folder / "native", args))
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size-gb", type=float, default=1.6, help="least size of the weights; twice that on disk")
+    parser.add_argument("--blocks", default="14B", choices=BLOCKS, help="whose; as many as the size takes")
     parser.add_argument("--runs", type=int, default=10, help="processes for each load; at least 2")
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each read")
     parser.add_argument("--keep", type=Path, help="folder to leave the checkpoints in, or to find them in")
@@ -109,47 +104,52 @@ def parse_arguments() -> argparse.Namespace:
 # Making the checkpoints
 
 
-def write_checkpoints(folder: Path, size: float) -> None:
+def write_checkpoints(folder: Path, size: float, blocks: Blocks) -> None:
     """Random weights of at least `size` bytes in both layouts: `native` and `diffusers`."""
-    layers = next(count for count in itertools.count(1) if model_bytes(meta_model(count)) >= size)
-    model = meta_model(layers)
+    layers = next(count for count in itertools.count(1) if model_bytes(meta_model(count, blocks)) >= size)
+    model = meta_model(layers, blocks)
+    to_native = invert(NATIVE_TRANSFORMER)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    natives = {translate(key, NATIVE_TRANSFORMER): key for key in native_keys(layers)}
-    assert natives.keys() == shapes.keys(), natives.keys() ^ shapes.keys()
-    for layout, names in (("native", natives), ("diffusers", {name: name for name in shapes})):
+    for layout, key_map in (("native", to_native), ("diffusers", IDENTITY)):
         (folder / layout).mkdir(parents=True)
-        write_shards(folder / layout, {names[name]: shape for name, shape in shapes.items()})
+        write_shards(folder / layout, {str(translate(name, key_map)): shape for name, shape in shapes.items()})
     model.save_config(folder / "diffusers")
-    config = json.dumps({**NATIVE_CONFIG, "num_layers": layers})
-    (folder / "native" / "config.json").write_text(config, encoding="utf-8")
+    (folder / "native" / "config.json").write_text(json.dumps(native_config(layers, blocks)), encoding="utf-8")
     os.sync()  # what is not on disk yet cannot be dropped from the cache, and would be written while the clock runs
 
 
-def meta_model(layers: int) -> WanTransformer3DModel:
+def meta_model(layers: int, blocks: Blocks) -> WanTransformer3DModel:
     """diffusers' model without weights."""
     with torch.device("meta"):
         return WanTransformer3DModel(
-            num_attention_heads=HEADS,
-            attention_head_dim=DIM // HEADS,
+            num_attention_heads=blocks.heads,
+            attention_head_dim=blocks.dim // blocks.heads,
             text_dim=TEXT_DIM,
-            ffn_dim=FFN_DIM,
+            ffn_dim=blocks.ffn_dim,
             num_layers=layers,
         )
+
+
+def native_config(layers: int, blocks: Blocks) -> dict[str, Any]:
+    """What a Wan-native config.json says of the same model."""
+    return {
+        "_class_name": "WanModel",
+        "model_type": "t2v",
+        "dim": blocks.dim,
+        "num_heads": blocks.heads,
+        "num_layers": layers,
+        "ffn_dim": blocks.ffn_dim,
+        "freq_dim": 256,
+        "in_dim": 16,
+        "out_dim": 16,
+        "text_len": 512,
+        "eps": 1e-6,
+    }
 
 
 def model_bytes(model: torch.nn.Module) -> int:
     """Size of the weights in float32."""
     return sum(4 * parameter.numel() for parameter in model.parameters())
-
-
-def native_keys(layers: int) -> Iterator[str]:
-    """Names of all weights of the model in the Wan-native layout."""
-    blocks = [f"blocks.{index}." for index in range(layers)]
-    parts = [*NATIVE_PARTS, *(block + part for block in blocks for part in NATIVE_BLOCK_PARTS)]
-    yield from (f"{part}.{kind}" for part in parts for kind in ("weight", "bias"))
-    yield from (f"{block}{norm}.weight" for block in blocks for norm in NATIVE_BLOCK_NORMS)
-    yield from (f"{block}modulation" for block in blocks)
-    yield "head.modulation"
 
 
 def write_shards(folder: Path, shapes: dict[str, torch.Size]) -> None:
@@ -169,9 +169,19 @@ def write_shards(folder: Path, shapes: dict[str, torch.Size]) -> None:
     (folder / INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
 
 
-def weight_bytes(folder: Path) -> int:
-    """Size of all weights of a checkpoint."""
-    return json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["metadata"]["total_size"]
+def describe(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """What was loaded, and how: read from the files, which may have been kept from another run."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+    return {
+        "bytes": index["metadata"]["total_size"],
+        "dtype": "float32",
+        "dim": config["dim"],
+        "layers": config["num_layers"],
+        "shards": SHARDS,
+        "page_cache": "cold" if args.cold else "warm",
+        "runs": args.runs,
+    }
 
 
 # One comparison, in a process of its own
@@ -301,20 +311,19 @@ def run_fresh(name: str, folder: Path, plain_first: bool, cold: bool) -> Compari
         return fresh.submit(compare, name, folder, plain_first, cold).result()
 
 
-def report(args: argparse.Namespace, runs: dict[str, list[Comparison]], size: int) -> None:
+def report(runs: dict[str, list[Comparison]], sizes: dict[str, Any]) -> None:
     """A table for people, then one JSON line."""
-    figures = {name: summarise(taken, size) for name, taken in runs.items()}
+    figures = {name: summarise(taken, sizes["bytes"]) for name, taken in runs.items()}
     met = all(
         figure["time_over_plain"]["median"] <= TIME_LIMIT and figure["peak_growth_over_size"] <= MEMORY_LIMIT
         for name, figure in figures.items()
         if LOADS[name][0] is load_ours
     )
-    cache = "cold" if args.cold else "warm"
-    print(f"transformer of {size / GB:.2f} GB, float32, {SHARDS} shards, page cache {cache}, {args.runs} runs each")
+    model = f"{sizes['bytes'] / GB:.2f} GB, {sizes['layers']} block(s) of width {sizes['dim']}, {sizes['dtype']}"
+    print(f"{model}, {sizes['shards']} shards, page cache {sizes['page_cache']}, {sizes['runs']} runs of each")
     header = ("", "median s", "plain s", "time / plain", "quartiles", "peak growth / size")
     print(table(header, [row(name, figure) for name, figure in figures.items()]))
     print(f"ours within {TIME_LIMIT} x plain and {MEMORY_LIMIT} x size: {'yes' if met else 'NO'}")
-    sizes = {"bytes": size, "dtype": "float32", "shards": SHARDS, "page_cache": cache, "runs": args.runs}
     limits = {"time_over_plain": TIME_LIMIT, "peak_growth_over_size": MEMORY_LIMIT}
     line = {**environment("load", torch.device("cpu")), **sizes, "loads": figures, "limits": limits, "met": met}
     print(json.dumps(line))

@@ -35,6 +35,7 @@ from skyreels_v3.tasks import (
 MAX_TEXT = 10_000  # characters of one value; of a prompt the model reads 512 tokens
 MAX_CONFIG_BYTES = 1 << 20
 MAX_HINTED = 100  # characters that are compared with what was probably meant
+SAME_PROMPT = "same"
 MAX_SIDE = 2048
 MAX_PIXELS = 1920 * 1088
 MAX_SEED = 2**63 - 1
@@ -66,6 +67,8 @@ FLAGS = (
     Flag("negative_prompt", "what to keep away from; needs --guidance_scale above 1"),
     Flag("ref_imgs", "1-4 reference images, paths or URLs", metavar="IMAGE[,IMAGE...]"),
     Flag("input_video", "clip to go on from, path or URL", metavar="CLIP"),
+    Flag("input_image", "portrait, path or URL", metavar="IMAGE"),
+    Flag("input_audio", "what is said: a sound file, or a video's sound track, path or URL", metavar="SOUND"),
     Flag("duration", "seconds of new video, a whole number", int),
     Flag(
         "num_frames", "frames of new video, 4k+1, instead of --duration (reference_to_video)", int, low=1, high=100_000
@@ -77,6 +80,10 @@ FLAGS = (
     Flag("num_inference_steps", "denoising steps (default: the task's)", int, low=1, high=200),
     Flag("shift", "shift of the noise schedule (default: the task's)", float, low=0.01, high=100),
     Flag("guidance_scale", "text guidance; 1 is off (default)", float, low=0, high=100),
+    Flag("text_guidance_scale", "text guidance of talking_avatar; 1 is off (default)", float, low=0, high=100),
+    Flag("audio_guidance_scale", "guidance by the sound; 1 is off (default)", float, low=0, high=100),
+    Flag("color_correction_strength", "1 keeps the portrait's colours (default), 0 is off", float, low=0, high=1),
+    Flag("window_prompt", "prompt of all windows but the first pass; 'same' for --prompt"),
     Flag("image_guidance_scale", "guidance by the reference images, beside text guidance", float, low=0, high=100),
     Flag("device", "where to compute (default: auto)", choices=("auto", "cuda", "cpu", "mps")),
     Flag(
@@ -98,13 +105,21 @@ FLAGS = (
     Flag("verbose", "more on what is done, tracebacks of errors", bool),
 )
 BY_NAME = {flag.name: flag for flag in FLAGS}
-# flags that only some tasks take, and the inputs of the tasks that do
+# flags that only some tasks take, and the inputs by which those tasks are known
 ONLY_FOR = {
-    "ref_imgs": "ref_imgs",
-    "num_frames": "ref_imgs",
-    "image_guidance_scale": "ref_imgs",
-    "input_video": "input_video",
-    "include_input": "input_video",
+    "ref_imgs": ("ref_imgs",),
+    "num_frames": ("ref_imgs",),
+    "image_guidance_scale": ("ref_imgs",),
+    "input_video": ("input_video",),
+    "include_input": ("input_video",),
+    "duration": ("ref_imgs", "input_video"),
+    "guidance_scale": ("ref_imgs", "input_video"),
+    "input_image": ("input_audio",),
+    "input_audio": ("input_audio",),
+    "text_guidance_scale": ("input_audio",),
+    "audio_guidance_scale": ("input_audio",),
+    "color_correction_strength": ("input_audio",),
+    "window_prompt": ("input_audio",),
 }
 EXCLUSIVE = (("duration", "num_frames"), ("quiet", "verbose"))
 # what a run does besides its video; not needed to make the same video again
@@ -295,7 +310,7 @@ def without_overruled(config: Mapping[str, Any], given: Mapping[str, Any]) -> di
 def check_conflicts(spec: TaskSpec, values: Mapping[str, Any]) -> None:
     """Flags that the task needs, does not take, or that contradict each other."""
     for name, needs in ONLY_FOR.items():
-        if values.get(name, False) is not False and needs not in spec.inputs:
+        if values.get(name, False) is not False and not set(needs) & set(spec.inputs):
             value = "" if values[name] is True else f"{told(values[name])}: "
             raise UserError(f"--{name}", f"{value}{spec.name} does not take it; leave it out")
     for name in spec.inputs:
@@ -308,11 +323,12 @@ def check_conflicts(spec: TaskSpec, values: Mapping[str, Any]) -> None:
     for one, other in (("height", "width"), ("width", "height")):
         if one in values and other not in values:
             raise UserError(f"--{one}", f"{values[one]} alone is no size; give --{other} as well")
-    guided = values.get("guidance_scale", 1.0) > 1.0
+    text_scale = "text_guidance_scale" if "input_audio" in spec.inputs else "guidance_scale"
+    guided = values.get(text_scale, 1.0) > 1.0
     for name in ("image_guidance_scale", "negative_prompt"):
         if values.get(name, "") not in ("", 1.0) and not guided:
             reason = f"{shown(values[name])} has no effect without text guidance"
-            raise UserError(f"--{name}", f"{reason}; give --guidance_scale above 1 as well")
+            raise UserError(f"--{name}", f"{reason}; give --{text_scale} above 1 as well")
 
 
 def check_values(spec: TaskSpec, values: Mapping[str, Any]) -> None:
@@ -320,6 +336,8 @@ def check_values(spec: TaskSpec, values: Mapping[str, Any]) -> None:
     if not values.get("prompt", "").strip():
         raise UserError("--prompt", "missing or empty; say what happens in the video")
     duration = values.get("duration", spec.default_duration)
+    if "window_prompt" in values and not values["window_prompt"].strip():
+        raise UserError("--window_prompt", "an empty value; give what happens, 'same' for --prompt, or leave it out")
     if not spec.min_duration <= duration <= spec.max_duration:
         limits = f"{spec.min_duration} to {spec.max_duration}"
         raise UserError("--duration", f"{told(duration)} is out of range; {spec.name} takes {limits} whole seconds")
@@ -376,16 +394,22 @@ def split(references: str | Sequence[str]) -> list[str]:
 def make_request(spec: TaskSpec, values: Mapping[str, Any]) -> GenerationRequest:
     """A request from checked values, the preset's where none was given."""
     seed = values.get("seed", 42)
-    values = {
+    defaults: dict[str, Any] = {
         "model_id": spec.model_id,
-        "duration": spec.default_duration,
         "resolution": spec.resolution,
         "num_inference_steps": spec.num_inference_steps,
         "shift": spec.shift,
-        **values,
-        "seed": secrets.randbelow(2**32) if seed == -1 else seed,
     }
+    if spec.default_duration:
+        defaults["duration"] = spec.default_duration
+    if spec.window_prompt:
+        defaults["window_prompt"] = spec.window_prompt
+    if values.get("text_guidance_scale", 1.0) > 1.0:
+        defaults["negative_prompt"] = spec.negative_prompt
+    values = {**defaults, **values, "seed": secrets.randbelow(2**32) if seed == -1 else seed}
     recorded = {"task_type": spec.name} | {name: value for name, value in values.items() if name not in NOT_RECORDED}
+    if values.get("window_prompt") == SAME_PROMPT:
+        values["window_prompt"] = values["prompt"]
     if "num_frames" in values:
         del recorded["duration"]
     values["verbosity"] = int(values.pop("verbose", False)) - int(values.pop("quiet", False))

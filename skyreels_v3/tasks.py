@@ -6,6 +6,7 @@ and counts that follow from the two alone are worked out here: the dry run and t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,7 +16,7 @@ from typing import Any
 import yaml
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
-TASK_NAMES = ("reference_to_video", "single_shot_extension", "shot_switching_extension")
+TASK_NAMES = ("reference_to_video", "single_shot_extension", "shot_switching_extension", "talking_avatar")
 RESOLUTIONS = ("480P", "540P", "720P")
 
 SIZE_MULTIPLE = 16  # VAE stride 8 times patch 2
@@ -42,13 +43,15 @@ class TaskSpec:
     size_buckets: str
     resolution: str
     fps: int
-    default_duration: int
-    min_duration: int
-    max_duration: int
     num_inference_steps: int
     shift: float
     transformer: Mapping[str, int]
+    default_duration: int = 0  # 0 where the length is that of the sound
+    min_duration: int = 0
+    max_duration: int = 0
     condition_frames: int | Mapping[int, int] = 0
+    negative_prompt: str = ""
+    window_prompt: str = ""
 
     def condition_frames_for(self, duration: int) -> int:
         """Number of last frames of the input clip that the model sees."""
@@ -57,7 +60,7 @@ class TaskSpec:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """Everything one run needs, checked. `height` and `width` are None until the input has been looked at."""
+    """Everything one run needs, checked. `height` and `width` are None until the inputs have been seen."""
 
     task: TaskSpec
     model_id: str
@@ -66,6 +69,10 @@ class GenerationRequest:
     negative_prompt: str = ""
     ref_imgs: tuple[str, ...] = ()
     input_video: str | None = None
+    input_image: str | None = None
+    input_audio: str | None = None
+    audio_seconds: float | None = None  # None until the input has been looked at
+    window_prompt: str = ""
     duration: int = 5
     num_frames: int | None = None
     resolution: str = "720P"
@@ -76,6 +83,9 @@ class GenerationRequest:
     shift: float = 5.0
     guidance_scale: float = 1.0
     image_guidance_scale: float = 1.0
+    text_guidance_scale: float = 1.0
+    audio_guidance_scale: float = 1.0
+    color_correction_strength: float = 1.0
     device: str = "auto"
     dtype: str | None = None
     output: Path | None = None
@@ -91,6 +101,8 @@ class GenerationRequest:
     @property
     def frames_out(self) -> int:
         """Number of newly generated frames that are written."""
+        if self.audio_seconds is not None:
+            return math.ceil(self.audio_seconds * self.task.fps)
         if self.task.condition_frames:
             return self.duration * self.task.fps
         return self.num_frames or self.duration * self.task.fps + 1
@@ -105,7 +117,7 @@ class GenerationRequest:
 def task_spec(name: str) -> TaskSpec:
     """The preset of task `name`, read from `configs/`."""
     raw = load_yaml(CONFIG_DIR / f"{name}.yaml")
-    duration = raw.pop("duration")
+    duration = raw.pop("duration", {"default": 0, "min": 0, "max": 0})
     return TaskSpec(
         name=name,
         default_duration=duration["default"],

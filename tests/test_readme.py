@@ -16,7 +16,7 @@ COMMANDS = re.findall(r"^    python3 generate_video\.py (.+)$", README, re.MULTI
 
 
 def test_there_is_a_command_for_each_task():
-    assert len(COMMANDS) == 3
+    assert len(COMMANDS) == 4
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=[shlex.split(command)[1] for command in COMMANDS])
@@ -25,9 +25,9 @@ def test_command(generate, command):
     assert run.returncode == 0, run.stderr
     plan = dict(line.split(maxsplit=1) for line in run.stdout.splitlines())
     assert plan["checkpoint"].startswith("Skywork/SkyReels-V3-")
-    assert "transformer/*" in plan["to"]
-    assert float(re.search(r"([\d.]+) PFLOP a forward", plan["pass"])[1]) > 10
-    assert re.search(r"2\d\.\d GB weights \(bfloat16|5\d\.\d GB weights \(float32", plan["transformer"])
+    assert "Wan2.1_VAE.pth" in plan["to"] or "vae/*" in plan["to"]
+    assert float(re.search(r"([\d.]+) PFLOP a forward", plan["pass"])[1]) > 5
+    assert re.search(r"[23]\d\.\d GB weights \(bfloat16|[57]\d\.\d GB weights \(float32", plan["transformer"])
     assert "with --offload" in plan["peak"]
 
 

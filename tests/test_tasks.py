@@ -6,7 +6,16 @@ import json
 
 import pytest
 
-from skyreels_v3.tasks import RESOLUTIONS, TASK_NAMES, choose_size, latent_frames, plan_roll_outs, task_spec
+from skyreels_v3.tasks import (
+    CONFIG_DIR,
+    RESOLUTIONS,
+    TASK_NAMES,
+    choose_size,
+    latent_frames,
+    load_yaml,
+    plan_roll_outs,
+    task_spec,
+)
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +23,7 @@ def tables(reference):
     return json.loads((reference / "misc" / "tables.json").read_text())
 
 
-@pytest.mark.parametrize("task", TASK_NAMES)
+@pytest.mark.parametrize("task", [name for name in TASK_NAMES if name != "talking_avatar"])
 @pytest.mark.parametrize("resolution", RESOLUTIONS)
 def test_sizes(tables, task, resolution):
     for row in tables["size_choice"]:
@@ -42,3 +51,21 @@ def test_condition_frames():
 
 def test_latent_frames():
     assert [latent_frames(frames) for frames in (1, 5, 25, 121)] == [1, 2, 7, 31]
+
+
+@pytest.mark.parametrize("resolution", ["480P", "720P"])
+def test_avatar_sizes(tables, resolution):
+    for row in tables["size_choice"]:
+        expected = tuple(row[f"avatar_{resolution}"])
+        assert choose_size(task_spec("talking_avatar"), resolution, row["height"], row["width"]) == expected
+
+
+def test_avatar_540p_is_made_like_the_others():
+    """Sides of multiples of 16, within 3 % of 544 x 960 pixels, the ratio as its key says."""
+    buckets = load_yaml(CONFIG_DIR / "size_buckets.yaml")["talking_avatar"]["540P"]
+    assert len(buckets) > 10
+    for ratio, (height, width) in buckets.items():
+        assert height % 16 == width % 16 == 0
+        assert height * width == pytest.approx(544 * 960, rel=0.03)
+        assert height / width == pytest.approx(ratio, abs=0.006)
+    assert choose_size(task_spec("talking_avatar"), "540P", 1080, 1920) == (544, 960)

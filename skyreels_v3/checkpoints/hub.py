@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 NATIVE_VAE_FILE = "Wan2.1_VAE.pth"
 NATIVE_TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 NATIVE_TOKENIZER = "google/umt5-xxl"
+NATIVE_IMAGE_ENCODER_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+AUDIO_ENCODER = "chinese-wav2vec2-base"
+AUDIO_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 TINY = "tiny"  # the embedded model, made on the spot
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as in the library that reads it
@@ -100,7 +103,12 @@ def download_patterns(task: TaskSpec) -> list[str]:
     if task.layout == "diffusers":
         folders = (task.transformer_folder, "vae", "text_encoder", "tokenizer")
         return ["model_index.json", *(f"{folder}/*" for folder in folders)]
-    return [f"{task.transformer_folder}/*", NATIVE_VAE_FILE, NATIVE_TEXT_ENCODER_FILE, f"{NATIVE_TOKENIZER}/*"]
+    flat = task.transformer_folder == "."
+    transformer = (
+        ["config.json", "*.safetensors", "*.safetensors.index.json"] if flat else [task.transformer_folder + "/*"]
+    )
+    encoders = [NATIVE_IMAGE_ENCODER_FILE, f"{AUDIO_ENCODER}/*"] if "input_audio" in task.inputs else []
+    return [*transformer, NATIVE_VAE_FILE, NATIVE_TEXT_ENCODER_FILE, f"{NATIVE_TOKENIZER}/*", *encoders]
 
 
 def check_folder(folder: Path, task: TaskSpec) -> None:
@@ -112,6 +120,9 @@ def check_folder(folder: Path, task: TaskSpec) -> None:
         models, tokenizer = [transformer], folder / NATIVE_TOKENIZER
         files = [folder / NATIVE_VAE_FILE, folder / NATIVE_TEXT_ENCODER_FILE]
     configs = [model / "config.json" for model in models]
+    if "input_audio" in task.inputs:
+        files += [folder / NATIVE_IMAGE_ENCODER_FILE, audio_weights(folder)]
+        configs.append(folder / AUDIO_ENCODER / "config.json")
     missing = [str(path.relative_to(folder)) for path in (*configs, *files) if not path.is_file()]
     missing += [
         f"{m.relative_to(folder)}/*.safetensors" for m in models if m.is_dir() and not any(m.glob("*.safetensors"))
@@ -130,7 +141,13 @@ def check_folder(folder: Path, task: TaskSpec) -> None:
         for file in weight_files(model):
             check_safetensors(file)
     for file in files:
-        check_pickle(file)
+        (check_safetensors if file.suffix == ".safetensors" else check_pickle)(file)
+
+
+def audio_weights(folder: Path) -> Path:
+    """The audio encoder's weights: safetensors where there are some."""
+    files = [folder / AUDIO_ENCODER / name for name in AUDIO_WEIGHT_FILES]
+    return next((file for file in files if file.is_file()), files[-1])
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -183,14 +200,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def stored_bytes(folder: Path, task: TaskSpec) -> tuple[int, int]:
-    """Bytes on disk of the text encoder and the VAE of a checked folder."""
+def stored_bytes(folder: Path, task: TaskSpec) -> dict[str, int]:
+    """Bytes on disk of a checked folder's components but the transformer."""
     if task.layout == "diffusers":
-        components = [weight_files(folder / "text_encoder"), weight_files(folder / "vae")]
+        files = {"text encoder": weight_files(folder / "text_encoder"), "VAE": weight_files(folder / "vae")}
     else:
-        components = [[folder / NATIVE_TEXT_ENCODER_FILE], [folder / NATIVE_VAE_FILE]]
-    text_encoder, vae = (sum(file.stat().st_size for file in files) for files in components)
-    return text_encoder, vae
+        files = {"text encoder": [folder / NATIVE_TEXT_ENCODER_FILE], "VAE": [folder / NATIVE_VAE_FILE]}
+    if "input_audio" in task.inputs:
+        files |= {"image encoder": [folder / NATIVE_IMAGE_ENCODER_FILE], "audio encoder": [audio_weights(folder)]}
+    return {name: sum(file.stat().st_size for file in parts) for name, parts in files.items()}
 
 
 def check_safetensors(file: Path) -> None:

@@ -74,6 +74,38 @@ NATIVE_TEXT_ENCODER: KeyMap = (
 # transformers' own files may hold the tied token embedding once or twice.
 TRANSFORMERS_TEXT_ENCODER: KeyMap = ((r"encoder\.embed_tokens\.weight", r"shared.weight"), *IDENTITY)
 
+# Wan-native CLIP -> transformers.CLIPVisionModel. The file holds the text tower as well, which no task uses.
+_LAYER = r"visual\.transformer\.(\d+)\."
+NATIVE_IMAGE_ENCODER: KeyMap = (
+    (r"visual\.cls_embedding", r"embeddings.class_embedding"),
+    (r"visual\.pos_embedding", r"embeddings.position_embedding.weight"),
+    (r"visual\.patch_embedding\.weight", r"embeddings.patch_embedding.weight"),
+    (r"visual\.pre_norm\.(.+)", r"pre_layrnorm.\1"),
+    (r"visual\.post_norm\.(.+)", r"post_layernorm.\1"),
+    (_LAYER + r"norm([12])\.(.+)", r"encoder.layers.\1.layer_norm\2.\3"),
+    (
+        _LAYER + r"attn\.to_qkv\.(.+)",
+        (
+            r"encoder.layers.\1.self_attn.q_proj.\2",
+            r"encoder.layers.\1.self_attn.k_proj.\2",
+            r"encoder.layers.\1.self_attn.v_proj.\2",
+        ),
+    ),
+    (_LAYER + r"attn\.proj\.(.+)", r"encoder.layers.\1.self_attn.out_proj.\2"),
+    (_LAYER + r"mlp\.0\.(.+)", r"encoder.layers.\1.mlp.fc1.\2"),
+    (_LAYER + r"mlp\.2\.(.+)", r"encoder.layers.\1.mlp.fc2.\2"),
+    (r"visual\.head|textual\..+|log_scale", None),
+)
+
+# transformers' wav2vec2 files: older ones spell the weight norm differently, pre-training heads may be there.
+_POSITIONS = "encoder.pos_conv_embed.conv.parametrizations.weight.original"
+TRANSFORMERS_AUDIO_ENCODER: KeyMap = (
+    (r"encoder\.pos_conv_embed\.conv\.weight_g", f"{_POSITIONS}0"),
+    (r"encoder\.pos_conv_embed\.conv\.weight_v", f"{_POSITIONS}1"),
+    (r"quantizer\..+|project_(?:hid|q)\..+", None),
+    *IDENTITY,
+)
+
 
 def _native_vae() -> KeyMap:
     """Wan-native VAE -> diffusers.AutoencoderKLWan. The decoder's stages are numbered through in the native file."""
@@ -172,3 +204,17 @@ def invert(key_map: KeyMap) -> KeyMap:
             template = template.replace(group, rf"\{number}", 1)
         inverse.append((back, template.replace(r"\.", ".")))
     return tuple(inverse)
+
+
+def part(key_map: KeyMap, number: int) -> KeyMap:
+    """The entries of stacked weights alone, each with its target of that number."""
+    stacked = ((pattern, target) for pattern, target in key_map if isinstance(target, tuple))
+    return tuple((pattern, target[number]) for pattern, target in stacked if number < len(target))
+
+
+def restore(key: str, inverse: KeyMap) -> str:
+    """A model's key in the words of its checkpoint; a key that `inverse` has no way back for stays as it is."""
+    try:
+        return str(translate(key, inverse))
+    except KeyError:
+        return key

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from skyreels_v3.checkpoints.hub import weight_files
-from skyreels_v3.checkpoints.key_maps import IDENTITY, KeyMap, invert, translate
+from skyreels_v3.checkpoints.key_maps import IDENTITY, KeyMap, invert, restore, translate
 from skyreels_v3.errors import CheckpointError
 from skyreels_v3.models.parameters import replace_tensors
 
@@ -97,6 +97,7 @@ def load_model(
     dtype: torch.dtype,
     key_map: KeyMap = IDENTITY,
     float32_names: Sequence[str] = (),
+    buffers: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Build a model on meta and give it its weights.
 
@@ -107,6 +108,7 @@ def load_model(
         dtype: of the model's weights.
         key_map: from the checkpoint's names to the model's; together they must give all weights and no others.
         float32_names: parts of the names of weights that are float32 in every case.
+        buffers: the model's constants that are in no checkpoint, by name; on meta they have no values.
     """
     try:
         with torch.device("meta"):
@@ -116,7 +118,7 @@ def load_model(
     tensors = rename(tensors, key_map, source)
     parameters = dict(model.named_parameters())  # tied weights once, under their first name
     check_keys(parameters, tensors, source, key_map)
-    loaded = {}
+    loaded: dict[int, Tensor] = {id(buffer): (buffers or {})[name] for name, buffer in model.named_buffers()}
     for name, parameter in parameters.items():
         target = torch.float32 if any(part in name for part in float32_names) else dtype
         loaded[id(parameter)] = nn.Parameter(tensors[name].to(target), requires_grad=False)
@@ -143,14 +145,6 @@ def check_keys(
         problems.append(f"wrong shapes {name_some(misshapen)}")
     if problems:
         raise CheckpointError(f"{source} does not fit its model: {'; '.join(problems)}")
-
-
-def restore(key: str, inverse: KeyMap) -> str:
-    """A model's key in the words of its checkpoint; a part of a stacked weight keeps the model's name."""
-    try:
-        return str(translate(key, inverse))
-    except KeyError:
-        return key
 
 
 def name_some(names: Iterable[str]) -> str:

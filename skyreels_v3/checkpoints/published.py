@@ -6,6 +6,7 @@ avatar): the transformer under its native names and two .pth files, whose sizes 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -13,20 +14,34 @@ from typing import Any, cast
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
-from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    UMT5Config,
+    UMT5EncoderModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+)
 
 from skyreels_v3.checkpoints import key_maps
 from skyreels_v3.checkpoints.hub import (
+    NATIVE_IMAGE_ENCODER_FILE,
     NATIVE_TEXT_ENCODER_FILE,
     NATIVE_TOKENIZER,
     NATIVE_VAE_FILE,
+    audio_weights,
     transformer_config,
 )
 from skyreels_v3.checkpoints.load import load_model, read_config, read_tensors
 from skyreels_v3.errors import CheckpointError
+from skyreels_v3.models.audio_encoder import AudioEncoder
+from skyreels_v3.models.image_encoder import ImageEncoder
 from skyreels_v3.models.text_encoder import TextEncoder
 from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
 from skyreels_v3.models.vae import VideoVAE
+
+CLIP_HEADS = 16  # ViT-H/14
 
 
 def load_transformer(folder: Path, layout: str, dtype: torch.dtype) -> SkyReelsTransformer3DModel:
@@ -148,6 +163,51 @@ def native_text_sizes(tensors: Mapping[str, Tensor], source: Path) -> dict[str, 
         "is_encoder_decoder": False,
         "use_cache": False,
     }
+
+
+def load_image_encoder(root: Path, dtype: torch.dtype, heads: int = CLIP_HEADS) -> ImageEncoder:
+    """The CLIP image encoder of the checkpoint at `root`; nothing in the file tells its heads."""
+    source = root / NATIVE_IMAGE_ENCODER_FILE
+    tensors = read_tensors(source)
+    sizes = native_image_sizes(tensors, source) | {"num_attention_heads": heads}
+    # class and position embedding have leading axes of size one there
+    for key, axes in (("visual.cls_embedding", 1), ("visual.pos_embedding", 2)):
+        tensors[key] = tensors[key].reshape(tensors[key].shape[-axes:])
+
+    def build() -> CLIPVisionModel:
+        return CLIPVisionModel(CLIPVisionConfig(**sizes))
+
+    positions = {"embeddings.position_ids": torch.arange(len(tensors["visual.pos_embedding"]))[None]}
+    module = load_model(build, tensors, source, dtype, key_maps.NATIVE_IMAGE_ENCODER, buffers=positions)
+    return ImageEncoder(cast(CLIPVisionModel, module))
+
+
+def native_image_sizes(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
+    """Sizes of a CLIP image encoder from its tensors."""
+    patch = shape_of("visual.patch_embedding.weight", 4, tensors, source)
+    positions = shape_of("visual.pos_embedding", 3, tensors, source)[1]
+    width = shape_of("visual.cls_embedding", 3, tensors, source)[2]
+    return {
+        "hidden_size": width,
+        "intermediate_size": shape_of("visual.transformer.0.mlp.0.weight", 2, tensors, source)[0],
+        "num_hidden_layers": sum(key.endswith("attn.to_qkv.weight") for key in tensors),
+        "patch_size": patch[-1],
+        "image_size": math.isqrt(positions - 1) * patch[-1],
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+    }
+
+
+def load_audio_encoder(root: Path, dtype: torch.dtype) -> AudioEncoder:
+    """The wav2vec2 audio encoder of the checkpoint at `root`."""
+    source = audio_weights(root)
+    sizes = read_config(source.parent / "config.json")
+
+    def build() -> Wav2Vec2Model:
+        return Wav2Vec2Model(Wav2Vec2Config(**sizes))
+
+    module = load_model(build, read_tensors(source), source, dtype, key_maps.TRANSFORMERS_AUDIO_ENCODER)
+    return AudioEncoder(cast(Wav2Vec2Model, module))
 
 
 def load_tokenizer(folder: Path) -> Any:

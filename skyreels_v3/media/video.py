@@ -37,6 +37,8 @@ CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,apng,webp_anim,mpeg,mpegts,mpegvideo,m4v,h264,hevc,av1,ivf,obu,flv,"
     "asf,ogg,nut,mxf,dv,mjpeg,yuv4mpegpipe,wtv,rm"
 )
+# Containers that are taken as sound: those of a clip, for its sound track, and those that hold nothing else.
+SOUND_CONTAINERS = CONTAINERS + ",mp3,wav,flac,aac,aiff,w64,au,caf,amr,ac3,eac3,tta,ape,wv"
 # Only from containers with an index: recordings of a broadcast stream may begin and end in the middle of a packet.
 TRUNCATED = re.compile(r"partial file|ended prematurely|moov atom not found|/(mov|avi)[^]]*\] corrupt input packet")
 UNKNOWN_TIME = -(2**63)  # ffmpeg's "no timestamp"
@@ -50,6 +52,10 @@ TO_YUV = (
 )
 CRF = 16  # x264's constant quality: 0 is lossless, 18 is usually called visually lossless
 PRESET = "medium"
+AAC_BITS = "256k"  # a second; the encoder takes less where the sample rate allows no more
+# Samples one after the other from time 0, as `audio.read_audio` hands them to the model: a track that begins late or
+# has gaps in its timestamps must not run away from the lips. Whole numbers clip what float files have beyond [-1, 1].
+SOUND_FROM_ZERO = "asetpts=N/SR/TB,aformat=sample_fmts=s32:channel_layouts=mono|stereo"
 COMMENT_BYTES = 120_000  # one argument of a Linux program may have 128 KiB
 PNG_COMPRESSION = 3  # of 9; higher levels take much longer for a few percent
 ERROR_LINES = 5
@@ -152,7 +158,16 @@ def resized(frames: Iterable[np.ndarray], height: int, width: int) -> Iterator[n
             yield np.asarray(cover_crop(Image.fromarray(frame), height, width))
 
 
-def write_video(frames: Iterable[np.ndarray], path: Path, *, height: int, width: int, fps: int, comment: str) -> Path:
+def write_video(
+    frames: Iterable[np.ndarray],
+    path: Path,
+    *,
+    height: int,
+    width: int,
+    fps: int,
+    comment: str,
+    audio: Path | None = None,
+) -> Path:
     """Encode frames, uint8 [height, width, 3], as they come: H.264, yuv420p, BT.709, index in front.
 
     The file gets its name when it is complete, and another one if the name was taken meanwhile. When `frames` raises,
@@ -161,16 +176,20 @@ def write_video(frames: Iterable[np.ndarray], path: Path, *, height: int, width:
     Args:
         height, width: even numbers.
         comment: the file's comment, for what made it.
+        audio: a sound file, or a clip for its sound track, that `audio.probe_audio` has accepted. It is heard from the
+            first frame on as AAC, at its own sample rate (the nearest that AAC has) and in its own channels (at most
+            two), cut or filled with silence to the length of the frames; in a partial file likewise.
 
     Returns:
         The path of the file, `path` unless that was taken.
 
     Raises:
-        RuntimeError: there are no frames, or ffmpeg fails.
+        RuntimeError: there are no frames, or ffmpeg fails. When only the sound could not be added, the silent frames
+            are kept as a partial file.
     """
     if len(comment.encode()) > COMMENT_BYTES:
         raise ValueError(f"comment of more than {COMMENT_BYTES} bytes")
-    return _deliver(frames, _VideoSink(temporary_name(path), height, width, fps, comment), path)
+    return _deliver(frames, _VideoSink(temporary_name(path), height, width, fps, comment, audio), path)
 
 
 def write_frame_folder(frames: Iterable[np.ndarray], folder: Path, *, comment: str) -> Path:
@@ -229,17 +248,24 @@ def _keep_partial(sink: _Sink, final: Path) -> None:
 
 
 class _VideoSink:
-    """An ffmpeg process that encodes the raw frames it gets. It is started by the first frame."""
+    """An ffmpeg process that encodes the raw frames it gets. It is started by the first frame.
+
+    The sound is added to the finished file, by another process. So its length is known, no process waits for two
+    inputs at once, and sound that cannot be encoded does not cost the frames.
+    """
 
     is_folder = False
 
-    def __init__(self, temporary: Path, height: int, width: int, fps: int, comment: str) -> None:
+    def __init__(self, temporary: Path, height: int, width: int, fps: int, comment: str, audio: Path | None) -> None:
         self.temporary = temporary
         self.added = 0
+        self._fps = fps
+        self._comment = comment
+        self._audio = audio  # None as soon as it is in the file, or cannot get there
         self._shape = (height, width, 3)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed by discard
         self._process: subprocess.Popen[bytes] | None = None
-        self._command = _ffmpeg_command(
+        self._command = ffmpeg_command(
             ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "pipe:0"]
             + ["-vf", TO_YUV, "-c:v", "libx264", "-crf", str(CRF), "-preset", PRESET, "-movflags", "+faststart"]
             + ["-metadata", f"comment={comment}", "-f", "mp4", "-n", f"file:{temporary}"]
@@ -269,6 +295,27 @@ class _VideoSink:
             pass  # the exit status tells more
         if self._process.wait():
             raise RuntimeError(f"ffmpeg could not write {self.temporary.name}: {_last_lines(self._log)}")
+        if self._audio is not None and self.added:
+            self._add_sound(self._audio)
+
+    def _add_sound(self, audio: Path) -> None:
+        """Replace the silent file by one with sound. A failure leaves the silent file, and is not tried again."""
+        both = temporary_name(self.temporary)
+        streams = "-map 0:v -map 1:a:0 -map_chapters -1 -c:v copy -c:a aac".split()
+        filters = f"{SOUND_FROM_ZERO},apad,atrim=end={self.added / self._fps:.6f}"
+        try:
+            run_ffmpeg(
+                ["-i", f"file:{self.temporary}", *sound_input(audio), *streams, "-b:a", AAC_BITS, "-af", filters]
+                + ["-metadata", f"comment={self._comment}", "-movflags", "+faststart", "-f", "mp4", f"file:{both}"],
+                f"add the sound of {audio}",
+            )
+            both.replace(self.temporary)
+            self._audio = None
+        except RuntimeError:
+            self._audio = None
+            raise
+        finally:
+            both.unlink(missing_ok=True)
 
     def discard(self) -> None:
         if self._process is not None and self._process.poll() is None:
@@ -312,7 +359,7 @@ def _packet_times(path: Path, flag: str) -> list[tuple[Fraction, Fraction]]:
     Raises:
         UserError: not a video, damaged or cut off.
     """
-    command = _ffmpeg_command(_input(path) + ["-c", "copy", "-f", "framecrc", "pipe:1"])
+    command = ffmpeg_command(_input(path) + ["-c", "copy", "-f", "framecrc", "pipe:1"])
     run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     log = run.stderr.decode(errors="replace")
     if "matches no streams" in log:
@@ -383,7 +430,7 @@ def _reading(arguments: list[str]) -> Iterator[IO[bytes]]:
     """ffmpeg's standard output. Leaving early ends ffmpeg; its failure is a RuntimeError with its last words."""
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            _ffmpeg_command(arguments),
+            ffmpeg_command(arguments),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -399,8 +446,27 @@ def _reading(arguments: list[str]) -> Iterator[IO[bytes]]:
             _pipe(process.stdout).close()
 
 
-def _ffmpeg_command(arguments: list[str]) -> list[str]:
+def ffmpeg_command(arguments: list[str]) -> list[str]:
     return [get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-nostats", "-v", "warning", *arguments]
+
+
+def run_ffmpeg(arguments: list[str], purpose: str) -> None:
+    """Run ffmpeg to its end, for nothing but the files that it writes; an exception ends it.
+
+    Raises:
+        RuntimeError: it fails. The message has its last words, after "ffmpeg could not" and `purpose`.
+    """
+    with tempfile.TemporaryFile() as log:
+        command = ffmpeg_command(arguments)
+        # a session of its own: `run` ends it on Ctrl-C, after which nothing of it must appear in the terminal
+        run = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=log, start_new_session=True, check=False)
+        if run.returncode:
+            raise RuntimeError(f"ffmpeg could not {purpose}: {_last_lines(log)}")
+
+
+def sound_input(path: Path) -> list[str]:
+    """Options for reading a local sound file or clip, and never anything but that file."""
+    return ["-protocol_whitelist", "file,pipe", "-format_whitelist", SOUND_CONTAINERS, "-i", f"file:{path}"]
 
 
 def _input(path: Path) -> list[str]:

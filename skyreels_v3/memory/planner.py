@@ -13,7 +13,7 @@ from pathlib import Path
 
 from skyreels_v3.checkpoints import hub
 from skyreels_v3.runtime import expected_dtype
-from skyreels_v3.sampling.guidance import dual_guidance
+from skyreels_v3.sampling.guidance import Guidance, text_audio_guidance, text_guidance, text_image_guidance
 from skyreels_v3.tasks import (
     CONFIG_DIR,
     LATENT_CHANNELS,
@@ -25,16 +25,21 @@ from skyreels_v3.tasks import (
     load_yaml,
     plan_roll_outs,
 )
+from skyreels_v3.windows import WINDOW_FRAMES, plan_windows
 
 TEXT_TOKENS = 512
+IMAGE_TOKENS = 257
 BYTES = {"bfloat16": 2, "float32": 4}
 # Parameters of the published components; the VAE is float32 always.
 VAE_PARAMETERS = 126_892_531
 TEXT_ENCODER_PARAMETERS = 5_680_910_336
+IMAGE_ENCODER_PARAMETERS = 630_766_080
+AUDIO_ENCODER_PARAMETERS = 94_371_712
 # Live bytes at the peak of a forward: of a token for each channel of the model's width; of a pixel of the video's size.
 ATTENTION_PEAK = {"bfloat16": 27, "float32": 37}
 VAE_ENCODE_PEAK = 14_500
 VAE_DECODE_PEAK = 19_700
+TINY_BYTES = 1 << 20  # of each of the toy's components, roughly
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,12 @@ class Sizes:
     freq_dim: int
     in_channels: int
     out_channels: int
+    image_dim: int | None = None
+    audio_window: int = 5
+    audio_features: int = 12 * 768
+    audio_hidden_dim: int = 512
+    audio_tokens: int = 32
+    audio_dim: int | None = None
 
     @property
     def dim(self) -> int:
@@ -62,7 +73,30 @@ class Sizes:
         ends = dim * (patch * self.in_channels + 1) + (self.text_dim + 1) * dim + (dim + 1) * dim
         time = (self.freq_dim + 1) * dim + (dim + 1) * dim + 6 * (dim + 1) * dim
         head = (dim + 1) * patch * self.out_channels + 2 * dim
-        return self.num_layers * block + ends + time + head, self.num_layers * block_float32 + time + head
+        float32 = self.num_layers * block_float32 + time + head
+        everything = self.num_layers * block + ends + time + head
+        for more, more_float32 in (self.image_parameters(), self.audio_parameters()):
+            everything, float32 = everything + more, float32 + more_float32
+        return everything, float32
+
+    def image_parameters(self) -> tuple[int, int]:
+        """As `parameters`, of the image embedding and attention."""
+        if self.image_dim is None:
+            return 0, 0
+        norms = 2 * self.image_dim + 2 * self.dim + self.num_layers * self.dim
+        layers = (self.image_dim + 1) * self.image_dim + (self.image_dim + 1) * self.dim
+        return norms + layers + self.num_layers * 2 * (self.dim + 1) * self.dim, norms
+
+    def audio_parameters(self) -> tuple[int, int]:
+        """As `parameters`, of the audio projection and attention."""
+        if self.audio_dim is None:
+            return 0, 0
+        entries = self.audio_window + self.audio_window // 2 * 2 + 4  # of the first frame's window and of later ones
+        hidden, tokens = self.audio_hidden_dim, self.audio_tokens * self.audio_dim
+        projection = hidden * (entries * self.audio_features + 2) + (hidden + 1) * hidden + (hidden + 1) * tokens
+        norms = 2 * self.audio_dim + self.num_layers * 2 * self.dim
+        block = 2 * (self.dim + 1) * self.dim + 2 * (self.audio_dim + 1) * self.dim
+        return norms + projection + self.num_layers * block, norms
 
     def weight_bytes(self, dtype: str) -> int:
         everything, float32 = self.parameters()
@@ -72,7 +106,10 @@ class Sizes:
         """Floating-point operations of one forward on a sequence of `tokens`."""
         dim = self.dim
         attention = 4 * tokens**2 * dim + 8 * tokens * dim**2
-        cross = 4 * tokens * dim**2 + 4 * TEXT_TOKENS * dim**2 + 4 * tokens * TEXT_TOKENS * dim
+        context = TEXT_TOKENS + (IMAGE_TOKENS if self.image_dim is not None else 0)
+        cross = 4 * tokens * dim**2 + 4 * context * dim**2 + 4 * tokens * context * dim
+        if self.audio_dim is not None:
+            cross += 4 * tokens * dim**2 + 4 * tokens * self.audio_tokens * dim
         feed_forward = 4 * tokens * dim * self.ffn_dim
         return self.num_layers * (attention + cross + feed_forward)
 
@@ -108,10 +145,7 @@ def plan(request: GenerationRequest, checkpoint: Path | None) -> Plan:
     assert request.height is not None and request.width is not None
     dtype = expected_dtype(request)
     sizes = transformer_sizes(request, checkpoint)
-    terms = len(dual_guidance(request.guidance_scale, request.image_guidance_scale).terms)
-    if "ref_imgs" not in request.task.inputs:
-        terms = 1 + (request.guidance_scale > 1.0)
-    forwards = request.num_inference_steps * terms
+    forwards = request.num_inference_steps * len(guidance_of(request).terms)
     passes = tuple(
         PassPlan(
             (1, LATENT_CHANNELS, new, request.height // VAE_STRIDE[1], request.width // VAE_STRIDE[2]),
@@ -121,6 +155,15 @@ def plan(request: GenerationRequest, checkpoint: Path | None) -> Plan:
         for new, condition in latent_frames_of_passes(request)
     )
     return Plan(request, checkpoint, dtype, passes, forwards, stages(request, checkpoint, sizes, passes, dtype))
+
+
+def guidance_of(request: GenerationRequest) -> Guidance:
+    """The guidance that the task's pipeline will use."""
+    if "ref_imgs" in request.task.inputs:
+        return text_image_guidance(request.guidance_scale, request.image_guidance_scale)
+    if "input_audio" in request.task.inputs:
+        return text_audio_guidance(request.text_guidance_scale, request.audio_guidance_scale)
+    return text_guidance(request.guidance_scale)
 
 
 def tokens_per_frame(request: GenerationRequest) -> int:
@@ -136,6 +179,9 @@ def latent_frames_of_passes(request: GenerationRequest) -> Iterator[tuple[int, i
     elif request.task.name == "single_shot_extension":
         for new in plan_roll_outs(request.duration):
             yield new, latent_frames(request.condition_frames)
+    elif request.task.name == "talking_avatar":
+        for _ in range(1 + len(plan_windows(request.frames_out).windows)):
+            yield latent_frames(WINDOW_FRAMES), 0
     else:
         yield latent_frames(request.frames_out + 1), latent_frames(request.condition_frames)
 
@@ -144,7 +190,9 @@ def transformer_sizes(request: GenerationRequest, checkpoint: Path | None) -> Si
     """Sizes from the checkpoint's own config where it is on this machine, else the published ones."""
     published = dict(request.task.transformer)
     if request.model_id == hub.TINY:
-        return Sizes(**load_yaml(CONFIG_DIR / "tiny.yaml")["transformer"])
+        toy = load_yaml(CONFIG_DIR / "tiny.yaml")
+        more = toy["avatar_transformer"] if "input_audio" in request.task.inputs else {}
+        return Sizes(**(toy["transformer"] | more))
     if checkpoint is not None:
         published |= hub.transformer_config(checkpoint / request.task.transformer_folder, published)
     return Sizes(**published)
@@ -156,18 +204,27 @@ def stages(
     """Weights and activations of each stage, in bytes."""
     assert request.height is not None and request.width is not None
     pixels = request.height * request.width
-    text_encoder, vae = TEXT_ENCODER_PARAMETERS * BYTES[dtype], VAE_PARAMETERS * BYTES["float32"]
+    parameters = {"text encoder": TEXT_ENCODER_PARAMETERS, "VAE": VAE_PARAMETERS}
+    if "input_audio" in request.task.inputs:
+        parameters |= {"image encoder": IMAGE_ENCODER_PARAMETERS, "audio encoder": AUDIO_ENCODER_PARAMETERS}
+    weights = {name: count * BYTES[stage_dtype(name, dtype)] for name, count in parameters.items()}
     if checkpoint is not None:
-        text_encoder, vae = hub.stored_bytes(checkpoint, request.task)
+        weights = hub.stored_bytes(checkpoint, request.task)
     elif request.model_id == hub.TINY:
-        text_encoder = vae = 1 << 20
+        weights = dict.fromkeys(parameters, TINY_BYTES)
     tokens = max(made.tokens for made in passes)
+    vae = weights.pop("VAE")
     return {
-        "text encoder": (text_encoder, 0),
+        **{name: (size, 0) for name, size in weights.items()},
         "VAE encode": (vae, pixels * VAE_ENCODE_PEAK),
         "transformer": (sizes.weight_bytes(dtype), sizes.activation_bytes(tokens, dtype)),
         "VAE decode": (vae, pixels * VAE_DECODE_PEAK),
     }
+
+
+def stage_dtype(name: str, dtype: str) -> str:
+    """The dtype of a stage's weights in a run of `dtype`."""
+    return "float32" if name.startswith(("VAE", "audio")) else dtype
 
 
 def describe(plan: Plan) -> str:
@@ -185,15 +242,18 @@ def describe(plan: Plan) -> str:
         work = f"{peta(made.flop / plan.forwards)} a forward, {peta(made.flop)} in all"
         lines += [(f"pass {number}", f"latents {list(made.latents)}, {made.tokens:,} tokens, {work}")]
     for name, (weights, activations) in plan.stages.items():
-        dtype = "float32" if name.startswith("VAE") else plan.dtype
-        lines += [(name, f"{giga(weights)} weights ({dtype}), about {giga(activations)} activations")]
+        lines += [
+            (name, f"{giga(weights)} weights ({stage_dtype(name, plan.dtype)}), about {giga(activations)} activations")
+        ]
     lines += [("peak", describe_peak(plan.stages)), ("output", str(request.output))]
     return "\n".join(f"{name:14}{text}" for name, text in lines)
 
 
 def describe_peak(stages: Mapping[str, tuple[int, int]]) -> str:
     """The most memory that is in use at one time, with and without --offload."""
-    components = {name.split()[0]: weights for name, (weights, _) in stages.items()}  # the VAE has two stages
+    components = {
+        name.removesuffix(" decode").removesuffix(" encode"): weights for name, (weights, _) in stages.items()
+    }  # the VAE has two stages
     everything = sum(components.values()) + max(activations for _, activations in stages.values())
     alone = max(weights + activations for weights, activations in stages.values())
     return f"about {giga(everything)} with all components on the device, {giga(alone)} with --offload"

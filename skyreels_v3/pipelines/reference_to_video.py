@@ -12,7 +12,7 @@ from skyreels_v3.media.inputs import Inputs
 from skyreels_v3.models.transformer import Segment
 from skyreels_v3.pipelines.steps import Pass, Steps
 from skyreels_v3.sampling.denoise import Conditioning
-from skyreels_v3.sampling.guidance import NO_TEXT_NO_IMAGE, dual_guidance
+from skyreels_v3.sampling.guidance import NO_TEXT_NO_IMAGE, text_image_guidance
 from skyreels_v3.tasks import REFERENCE_SLOTS, GenerationRequest, latent_frames
 
 
@@ -22,7 +22,7 @@ class ReferenceToVideo(Steps):
     def __call__(self, request: GenerationRequest, inputs: Inputs) -> Iterator[Pass]:
         """One pass."""
         assert request.height is not None and request.width is not None
-        guidance = dual_guidance(request.guidance_scale, request.image_guidance_scale)
+        guidance = text_image_guidance(request.guidance_scale, request.image_guidance_scale)
         texts = self.encode_prompts(request, guidance)
         generator = self.runtime.generator(request.seed)
         frames = latent_frames(request.frames_out)

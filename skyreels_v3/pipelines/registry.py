@@ -10,6 +10,7 @@ from skyreels_v3.pipelines.reference_to_video import ReferenceToVideo
 from skyreels_v3.pipelines.shot_switching_extension import ShotSwitchingExtension
 from skyreels_v3.pipelines.single_shot_extension import SingleShotExtension
 from skyreels_v3.pipelines.steps import Pass
+from skyreels_v3.pipelines.talking_avatar import TalkingAvatar
 from skyreels_v3.runtime import Runtime
 from skyreels_v3.tasks import GenerationRequest, TaskSpec
 
@@ -19,6 +20,7 @@ PIPELINES: dict[str, Callable[[Components, Runtime], Pipeline]] = {
     "reference_to_video": ReferenceToVideo,
     "single_shot_extension": SingleShotExtension,
     "shot_switching_extension": ShotSwitchingExtension,
+    "talking_avatar": TalkingAvatar,
 }
 
 

@@ -7,8 +7,9 @@ for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from skyreels_v3.media.inputs import Inputs, condition_clip
 from skyreels_v3.pipelines.components import Components
 from skyreels_v3.runtime import Runtime
 from skyreels_v3.sampling.denoise import Conditioning, denoise
-from skyreels_v3.sampling.guidance import FULL, Guidance
+from skyreels_v3.sampling.guidance import NEGATIVE_PROMPT, Guidance
 from skyreels_v3.sampling.schedules import unipc
 from skyreels_v3.tasks import LATENT_CHANNELS, VAE_STRIDE, GenerationRequest
 
@@ -49,6 +50,8 @@ def video_to_frames(video: Tensor, rounding: bool) -> np.ndarray:
 class Steps:
     """The steps of a pipeline, on the components and the device of a run."""
 
+    make_schedule: ClassVar[Callable[[int, float], Any]] = staticmethod(unipc)
+
     def __init__(self, components: Components, runtime: Runtime) -> None:
         self.components = components
         self.runtime = runtime
@@ -61,11 +64,17 @@ class Steps:
 
     def encode_prompts(self, request: GenerationRequest, guidance: Guidance) -> dict[str, Tensor]:
         """Context (1, 512, D) of each condition of `guidance`: the prompt, or the negative one."""
-        prompts = [request.prompt if name == FULL else request.negative_prompt for name in guidance.conditions]
+        prompts = {
+            name: request.negative_prompt if name in NEGATIVE_PROMPT else request.prompt for name in guidance.conditions
+        }
+        contexts = self.encode_texts(prompts.values())
+        return {name: contexts[prompt] for name, prompt in prompts.items()}
+
+    def encode_texts(self, texts: Iterable[str]) -> dict[str, Tensor]:
+        """Context (1, 512, D) of each text; each is encoded once."""
         encoder = self.components.text_encoder
         with self.runtime.resident(encoder.module):
-            contexts = {prompt: encoder([prompt]) for prompt in dict.fromkeys(prompts)}
-        return {name: contexts[prompt] for name, prompt in zip(guidance.conditions, prompts, strict=True)}
+            return {text: encoder([text]) for text in dict.fromkeys(texts)}
 
     def encode_frames(self, frames: np.ndarray, generator: torch.Generator | None = None) -> Tensor:
         """uint8 [F, H, W, 3] -> latents on the device."""
@@ -86,18 +95,24 @@ class Steps:
         conditions: Mapping[str, Conditioning],
         guidance: Guidance,
         name: str = "denoising",
+        pin: Callable[[Tensor, float], Tensor] = lambda latents, sigma: latents,
     ) -> Tensor:
         """Latents (1, 16, F, h, w) from noise, on the device."""
         transformer = self.components.transformer
-        scheduler = unipc(request.num_inference_steps, request.shift)
-
+        scheduler = self.make_schedule(request.num_inference_steps, request.shift)
+        start = noise.to(self.runtime.device)
         with self.runtime.resident(transformer), self.runtime.bar(name, len(scheduler.timesteps)) as bar:
-            return denoise(transformer, scheduler, noise.to(self.runtime.device), conditions, guidance, bar.update)
+            return denoise(transformer, scheduler, start, conditions, guidance, bar.update, pin)
 
-    def decode(self, latents: Tensor, rounding: bool) -> Iterator[Frame]:
-        """Frames of latents (1, 16, F, h, w), decoded as they are asked for."""
+    def decode_video(self, latents: Tensor) -> Iterator[Tensor]:
+        """Video (1, 3, f, H, W) in [-1, 1] of latents (1, 16, F, h, w), piece by piece as it is asked for."""
         vae = self.components.vae
         with self.runtime.resident(vae.module), self.runtime.bar("decoding", latents.shape[2]) as bar:
             for chunk in vae.decode_stream(latents):
                 bar.update()
-                yield from video_to_frames(chunk, rounding)
+                yield chunk
+
+    def decode(self, latents: Tensor, rounding: bool) -> Iterator[Frame]:
+        """Frames of latents (1, 16, F, h, w), decoded as they are asked for."""
+        for chunk in self.decode_video(latents):
+            yield from video_to_frames(chunk, rounding)

@@ -21,17 +21,25 @@ class Conditioning:
         text: (B, 512, text_dim).
         start_frame: place of the latents on the time axis.
         before, after: segments in front of the latents in the sequence, and behind them.
+        channels: (B, C', F, H, W) joined to the latents' channels, for models that take more than they predict.
+        image, audio, speaker_masks: as the transformer takes them.
     """
 
     text: Tensor
     start_frame: int = 0
     before: tuple[Segment, ...] = ()
     after: tuple[Segment, ...] = ()
+    channels: Tensor | None = None
+    image: Tensor | None = None
+    audio: Tensor | None = None
+    speaker_masks: Tensor | None = None
 
     def predict(self, model: SkyReelsTransformer3DModel, latents: Tensor, timestep: Tensor) -> Tensor:
         """Velocity (B, C, F, H, W) of the latents at `timestep`, one number."""
-        segments = (*self.before, Segment(latents, self.start_frame), *self.after)
-        return model(segments, spread_timestep(timestep, segments), self.text)[len(self.before)]
+        seen = latents if self.channels is None else torch.cat((latents, self.channels), dim=1)
+        segments = (*self.before, Segment(seen, self.start_frame), *self.after)
+        conditions = (self.text, self.image, self.audio, self.speaker_masks)
+        return model(segments, spread_timestep(timestep, segments), *conditions)[len(self.before)]
 
 
 def spread_timestep(timestep: Tensor, segments: Iterable[Segment]) -> Tensor:
@@ -52,6 +60,7 @@ def denoise(
     conditions: Mapping[str, Conditioning],
     guidance: Guidance,
     progress: Callable[[], object] = lambda: None,
+    pin: Callable[[Tensor, float], Tensor] = lambda latents, sigma: latents,
 ) -> Tensor:
     """Turn noise (B, C, F, H, W) into latents.
 
@@ -61,13 +70,17 @@ def denoise(
         latents: noise, float32, on the model's device.
         conditions: by the names that `guidance` asks for.
         progress: called after each step.
+        pin: called with the latents and their noise level before the first step and after each; gives the latents to
+            go on with, such as ones whose first frames are known.
 
     Raises:
         FloatingPointError: latents became infinite or not a number.
     """
+    latents = pin(latents, float(scheduler.sigmas[0]))
     for step, timestep in enumerate(scheduler.timesteps):
         velocity = guidance(lambda name: conditions[name].predict(model, latents, timestep))  # noqa: B023  called at once
         latents = scheduler.step(velocity, timestep, latents).prev_sample
+        latents = pin(latents, float(scheduler.sigmas[step + 1]))
         if not torch.isfinite(latents).all():
             raise FloatingPointError(
                 f"the latents are not finite after step {step + 1} of {len(scheduler.timesteps)}; "

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 FULL = "full"  # all conditions
 NO_TEXT = "no_text"  # the negative prompt in place of the prompt
 NO_TEXT_NO_IMAGE = "no_text_no_image"  # moreover without the reference images
+NO_AUDIO = "no_audio"  # silence in place of the sound
+NO_TEXT_NO_AUDIO = "no_text_no_audio"
+NEGATIVE_PROMPT = (NO_TEXT, NO_TEXT_NO_IMAGE, NO_TEXT_NO_AUDIO)  # conditions under which it takes the prompt's place
 
 
 @dataclass(frozen=True)
@@ -38,19 +41,33 @@ class Guidance:
         return total
 
 
-def text_guidance(scale: float) -> Guidance:
-    """no_text + scale * (full - no_text); scale <= 1 means none."""
+def one_condition(scale: float, weaker: str) -> Guidance:
+    """weaker + scale * (full - weaker); scale <= 1 means none."""
     if scale <= 1.0:
         return Guidance(((FULL, 1.0),))
-    return Guidance(((FULL, scale), (NO_TEXT, 1.0 - scale)))
+    return Guidance(((FULL, scale), (weaker, 1.0 - scale)))
 
 
-def dual_guidance(text_scale: float, image_scale: float) -> Guidance:
-    """no_text_no_image + image_scale * (no_text - no_text_no_image) + text_scale * (full - no_text).
+def two_conditions(text_scale: float, other_scale: float, weakest: str) -> Guidance:
+    """weakest + other_scale * (no_text - weakest) + text_scale * (full - no_text). Terms of weight 0 are left out."""
+    terms = ((FULL, text_scale), (NO_TEXT, other_scale - text_scale), (weakest, 1.0 - other_scale))
+    return Guidance(tuple(term for term in terms if term[1] != 0.0))
 
-    text_scale <= 1 means no guidance at all, as in the published model. Terms of weight 0 are not evaluated.
-    """
+
+def text_guidance(scale: float) -> Guidance:
+    """By the text alone."""
+    return one_condition(scale, NO_TEXT)
+
+
+def text_image_guidance(text_scale: float, image_scale: float) -> Guidance:
+    """By text and reference images; text_scale <= 1 means no guidance at all, as in the published model."""
     if text_scale <= 1.0:
         return text_guidance(text_scale)
-    terms = ((FULL, text_scale), (NO_TEXT, image_scale - text_scale), (NO_TEXT_NO_IMAGE, 1.0 - image_scale))
-    return Guidance(tuple(term for term in terms if term[1] != 0.0))
+    return two_conditions(text_scale, image_scale, NO_TEXT_NO_IMAGE)
+
+
+def text_audio_guidance(text_scale: float, audio_scale: float) -> Guidance:
+    """By text and sound; one scale alone above 1 guides by that condition only."""
+    if text_scale > 1.0 and audio_scale > 1.0:
+        return two_conditions(text_scale, audio_scale, NO_TEXT_NO_AUDIO)
+    return one_condition(audio_scale, NO_AUDIO) if audio_scale > 1.0 else text_guidance(text_scale)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from diffusers import UniPCMultistepScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 FIRST_SIGMA = 0.999
+LAST_EULER_SIGMA = 0.001
 
 
 def unipc(num_inference_steps: int, shift: float) -> UniPCMultistepScheduler:
@@ -25,4 +26,15 @@ def unipc(num_inference_steps: int, shift: float) -> UniPCMultistepScheduler:
     )
     scheduler.set_timesteps(sigmas=np.linspace(FIRST_SIGMA, 0.0, num_inference_steps + 1)[:-1])
     scheduler.set_begin_index(0)  # many steps repeat a timestep, and a timestep could then not tell its own index
+    return scheduler
+
+
+def euler(num_inference_steps: int, shift: float) -> FlowMatchEulerDiscreteScheduler:
+    """Euler steps of a flow model, ready for the first one.
+
+    Sigmas fall evenly from 1 to 0.001, are shifted as above, and end in 0; timesteps are 1000 * sigma, not integers.
+    """
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, LAST_EULER_SIGMA, num_inference_steps))
+    scheduler.set_begin_index(0)
     return scheduler

@@ -205,7 +205,7 @@ def test_a_model_that_is_not_on_the_hub(served, fetch):
 def test_published_ids_are_hub_ids(name):
     spec = task_spec(name)
     for model_id in (spec.model_id, *spec.also_published_as):
-        source = ["--ref_imgs", "a"] if "ref_imgs" in spec.inputs else ["--input_video", "a"]
+        source = [word for flag in spec.inputs for word in (f"--{flag}", "a")]
         request = parse_request(["--task_type", name, "--prompt", "a", *source, "--model_id", model_id])
         assert hub.locate(request) is None
 

@@ -11,7 +11,7 @@ from skyreels_v3.checkpoints.hub import check_folder
 from skyreels_v3.checkpoints.tiny import make_tiny
 from skyreels_v3.pipelines.components import load_components
 from skyreels_v3.runtime import Runtime
-from skyreels_v3.tasks import task_spec
+from skyreels_v3.tasks import TASK_NAMES, task_spec
 
 
 def digest(folder):
@@ -20,7 +20,7 @@ def digest(folder):
     return [(str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
 
 
-@pytest.mark.parametrize("task", ["reference_to_video", "single_shot_extension", "shot_switching_extension"])
+@pytest.mark.parametrize("task", TASK_NAMES)
 def test_it_is_a_complete_checkpoint(task, tmp_path, monkeypatch):
     monkeypatch.setenv("SKYREELS_CACHE", str(tmp_path))
     spec = task_spec(task)
@@ -31,7 +31,7 @@ def test_it_is_a_complete_checkpoint(task, tmp_path, monkeypatch):
     stamp = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert make_tiny(spec) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == stamp
-    assert [path.name for path in folder.parent.iterdir()] == [spec.layout]
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def test_it_is_the_same_everywhere(tmp_path, monkeypatch):

@@ -23,7 +23,16 @@ from PIL import Image
 
 from skyreels_v3.errors import UserError
 from skyreels_v3.media.image import cover_crop
-from skyreels_v3.media.video import last_frames, probe, read_frames, resized, write_frame_folder, write_video
+from skyreels_v3.media.video import (
+    TO_YUV,
+    last_frames,
+    probe,
+    read_frames,
+    resized,
+    run_ffmpeg,
+    write_frame_folder,
+    write_video,
+)
 
 FLAG = "--input_video"
 ROOT = Path(__file__).parent.parent.parent
@@ -458,6 +467,183 @@ def test_ctrl_c_keeps_what_there_is(tmp_path: Path) -> None:
     frames = probe(tmp_path / "a.partial.mp4", FLAG, 24).frames
     assert frames >= 11
     assert len(list(read_frames(tmp_path / "a.partial.mp4", 24))) == frames
+
+
+# writing with sound
+
+
+def clicks(path: Path, rate: int, seconds: float, times: tuple[float, ...], channels: int = 1) -> Path:
+    """A sound file of silence with a click of 2 ms at every one of `times`; the codec is that of its suffix."""
+    levels = np.zeros((round(seconds * rate), channels), "<f4")
+    for begin in times:
+        levels[round(begin * rate) : round((begin + 0.002) * rate)] = 0.8
+    run = ffmpeg("-f", "f32le", "-ar", rate, "-ac", channels, "-i", "-", path, data=levels.tobytes())
+    assert run.returncode == 0, run.stderr.decode()
+    return path
+
+
+def heard(path: Path) -> np.ndarray:
+    """The first channel of what a player plays, at 48 kHz and with timestamps obeyed."""
+    options = ["-af", "aresample=48000:async=1:first_pts=0,pan=mono|c0=c0", "-f", "f32le", "-"]
+    return np.frombuffer(ffmpeg("-i", path, *options).stdout, "<f4")
+
+
+def click_times(path: Path) -> list[float]:
+    """When the clicks of a file begin, in seconds."""
+    loud = np.flatnonzero(np.abs(heard(path)) > 0.2)
+    return [float(i) / 48_000 for i, before in zip(loud, [-(10**6), *loud[:-1]], strict=True) if i - before > 4800]
+
+
+def lengths(path: Path) -> tuple[float, float]:
+    """Seconds of picture and sound according to the packets."""
+    totals = []
+    for stream in ("0:v", "0:a"):
+        listing = ffmpeg("-i", path, "-map", stream, "-c", "copy", "-f", "framecrc", "-").stdout.decode().splitlines()
+        base = Fraction(next(line for line in listing if line.startswith("#tb 0:")).split(":")[1].strip())
+        packets = [[int(word) for word in line.split(",")[2:4]] for line in listing if line[0] != "#"]
+        totals.append(float(max(sum(packet) for packet in packets) * base))
+    return totals[0], totals[1]
+
+
+def write_with(audio: Path, count: int, path: Path, fps: int = 25, comment: str = "") -> Path:
+    return write_video(smooth(count), path, height=64, width=96, fps=fps, comment=comment, audio=audio)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("rate", [16_000, 22_050, 44_100, 48_000, 96_000])
+def test_sound_is_heard_in_time_at_its_own_quality(tmp_path: Path, rate: int, channels: int) -> None:
+    """AAC begins with a frame of nothing, which must not delay the sound."""
+    path = write_with(clicks(tmp_path / "a.wav", rate, 2.0, (0.2, 1.0, 1.9), channels), 50, tmp_path / "a.mp4")
+    assert click_times(path) == pytest.approx([0.2, 1.0, 1.9], abs=0.004)
+    picture, sound = lengths(path)
+    assert picture == pytest.approx(2.0, abs=1e-3)
+    assert sound == pytest.approx(2.0, abs=1e-3)
+    layout = "mono" if channels == 1 else "stereo"
+    assert f"Audio: aac (LC) (mp4a / 0x6134706D), {rate} Hz, {layout}" in ffmpeg("-i", path).stderr.decode()
+
+
+@pytest.mark.parametrize("name", ["a.mp3", "a.m4a", "a.ogg", "a.flac", "a.opus", "a.mkv"])
+def test_sound_of_other_formats(tmp_path: Path, name: str) -> None:
+    path = write_with(clicks(tmp_path / name, 48_000, 2.0, (0.2, 1.0), 2), 50, tmp_path / "a.mp4")
+    assert click_times(path) == pytest.approx([0.2, 1.0], abs=0.025)
+
+
+@pytest.mark.parametrize(
+    "rate, channels, expected", [(192_000, 2, "96000 Hz, stereo"), (48_000, 6, "48000 Hz, stereo")]
+)
+def test_sound_beyond_aac_or_stereo(tmp_path: Path, rate: int, channels: int, expected: str) -> None:
+    path = write_with(clicks(tmp_path / "a.wav", rate, 2.0, (0.2, 1.0), channels), 50, tmp_path / "a.mp4")
+    assert expected in ffmpeg("-i", path).stderr.decode()
+    assert click_times(path) == pytest.approx([0.2, 1.0], abs=0.004)
+
+
+@pytest.mark.parametrize("seconds", [0.4, 1.97, 1.999, 2.001, 2.04, 9.0])
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_the_picture_decides_the_length(tmp_path: Path, seconds: float, rate: int) -> None:
+    path = write_with(clicks(tmp_path / "a.wav", rate, seconds, (0.3,)), 50, tmp_path / "a.mp4")
+    assert len(list(read_frames(path, 25))) == probe(path, FLAG, 25).frames == 50
+    assert lengths(path) == pytest.approx((2.0, 2.0), abs=1e-3)
+    assert click_times(path) == pytest.approx([0.3], abs=0.004)
+
+
+def test_sound_leaves_picture_and_file_as_they_are(tmp_path: Path) -> None:
+    comment = json.dumps({"prompt": 'a = # "cat"; gr\u00fc\u00df ' + "x" * 30_000})
+    silent = write_video(smooth(30), tmp_path / "b.mp4", height=64, width=96, fps=24, comment=comment)
+    sound = clicks(tmp_path / "a.wav", 44_100, 2.0, (0.3,))
+    path = write_with(sound, 30, tmp_path / "new" / "a.mp4", 24, comment)
+    assert os.listdir(path.parent) == ["a.mp4"]
+    assert all(np.array_equal(a, b) for a, b in zip(read_frames(path, 24), read_frames(silent, 24), strict=True))
+    names = atoms(path)
+    assert names.index("moov") < names.index("mdat")
+    described = [ffmpeg("-i", file).stderr.decode() for file in (path, silent)]
+    assert "h264 (High) (avc1 / 0x31637661), yuv420p(tv, bt709, progressive), 96x64" in described[0]
+    written = [re.search(r"^    comment +: (.*)$", text, re.MULTILINE) for text in described]
+    assert written[0] and written[1]
+    assert written[0][1] == written[1][1]
+    assert lengths(path) == pytest.approx((1.25, 1.25), abs=1e-3)
+
+
+def test_late_sound_track_begins_with_the_picture(tmp_path: Path) -> None:
+    """As `read_audio` hands it to the model."""
+    sound = clicks(tmp_path / "a.flac", 44_100, 1.0, (0.3,))
+    picture = encode(smooth(50), tmp_path / "b.mp4", 25)
+    late = tmp_path / "late.mkv"
+    assert ffmpeg("-i", picture, "-itsoffset", 0.7, "-i", sound, "-c", "copy", late).returncode == 0
+    assert click_times(late) == pytest.approx([1.0], abs=0.004)
+    assert click_times(write_with(late, 50, tmp_path / "c.mp4")) == pytest.approx([0.3], abs=0.004)
+
+
+def test_level_is_kept_and_excess_clipped(tmp_path: Path) -> None:
+    t = np.arange(88_200) / 44_100
+    for level, tolerance in ((0.5, 0.01), (3.0, 0.06)):  # the encoder takes sound at full scale down by 5 %
+        sound = (level * np.sin(2 * np.pi * 441 * t)).astype("<f4")
+        path = tmp_path / f"{level}.wav"
+        ffmpeg("-f", "f32le", "-ar", 44_100, "-i", "-", "-c:a", "pcm_f32le", path, data=sound.tobytes())
+        back = heard(write_with(path, 50, tmp_path / f"{level}.mp4"))[4800:-4800]
+        clipped = (level * np.sin(2 * np.pi * 441 * np.arange(len(back)) / 48_000)).clip(-1, 1)
+        assert np.sqrt(np.mean(back**2)) == pytest.approx(np.sqrt(np.mean(clipped**2)), rel=tolerance)
+        assert np.abs(back).max() < 1.1
+
+
+def test_partial_file_has_sound(tmp_path: Path) -> None:
+    sound = clicks(tmp_path / "a.wav", 44_100, 3.0, (0.1, 0.5, 2.0))
+    for error in (ValueError("no"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            write_video(
+                failing(20, error), tmp_path / "out" / "a.mp4", height=64, width=96, fps=25, comment="", audio=sound
+            )
+    assert sorted(os.listdir(tmp_path / "out")) == ["a.partial-2.mp4", "a.partial.mp4"]
+    for path in (tmp_path / "out").iterdir():
+        assert len(list(read_frames(path, 25))) == 20
+        assert click_times(path) == pytest.approx([0.1, 0.5], abs=0.004)
+        assert lengths(path) == pytest.approx((0.8, 0.8), abs=1e-3)
+
+
+def test_unusable_sound_does_not_cost_the_frames(tmp_path: Path) -> None:
+    """It was whole when it was probed, hours ago."""
+    (tmp_path / "a.wav").write_text("hello " * 100)
+    with pytest.raises(RuntimeError, match=r"could not add the sound of .*a\.wav: .*"):
+        write_with(tmp_path / "a.wav", 20, tmp_path / "out" / "a.mp4")
+    assert os.listdir(tmp_path / "out") == ["a.partial.mp4"]
+    assert len(list(read_frames(tmp_path / "out" / "a.partial.mp4", 25))) == 20
+
+
+def test_ctrl_c_while_the_sound_is_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All frames are there: what is kept has them, and the sound, which gets a second try."""
+    sound = clicks(tmp_path / "a.wav", 44_100, 3.0, (0.1,))
+    calls = []
+
+    def interrupted(*arguments: object) -> None:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        run_ffmpeg(*arguments)
+
+    monkeypatch.setattr("skyreels_v3.media.video.run_ffmpeg", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_with(sound, 20, tmp_path / "out" / "a.mp4")
+    assert os.listdir(tmp_path / "out") == ["a.partial.mp4"]
+    assert len(list(read_frames(tmp_path / "out" / "a.partial.mp4", 25))) == 20
+    assert click_times(tmp_path / "out" / "a.partial.mp4") == pytest.approx([0.1], abs=0.004)
+
+
+def test_without_sound_nothing_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process, with the same options as ever."""
+    started: list[list[str]] = []
+
+    class Recorded(subprocess.Popen):
+        def __init__(self, command: list[str], **options: object) -> None:
+            super().__init__(command, **options)
+            started.append(command)
+
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
+    write(smooth(3), tmp_path / "a.mp4", "c")
+    assert len(started) == 1
+    assert started[0][1:-1] == (
+        "-hide_banner -nostdin -nostats -v warning -f rawvideo -pix_fmt rgb24 -s 96x64 -r 24 -i pipe:0 -vf "
+        f"{TO_YUV} -c:v libx264 -crf 16 -preset medium -movflags +faststart -metadata comment=c -f mp4 -n"
+    ).split(" ")
+    assert "Audio" not in ffmpeg("-i", tmp_path / "a.mp4").stderr.decode()
 
 
 def test_frame_folder_is_lossless(tmp_path: Path) -> None:

@@ -12,7 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    UMT5Config,
+    UMT5EncoderModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+)
 
 from skyreels_v3.memory import planner
 from skyreels_v3.models.transformer import Segment, SkyReelsTransformer3DModel
@@ -40,12 +47,13 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def published() -> planner.Sizes:
-    return planner.Sizes(**task_spec("reference_to_video").transformer)
+def published(task: str = "reference_to_video") -> planner.Sizes:
+    return planner.Sizes(**task_spec(task).transformer)
 
 
 def small_model(dtype: torch.dtype, **changes: int) -> tuple[planner.Sizes, SkyReelsTransformer3DModel]:
-    sizes = replace(published(), num_attention_heads=4, num_layers=2, ffn_dim=1382, text_dim=64, freq_dim=32, **changes)
+    small = {"num_attention_heads": 4, "num_layers": 2, "ffn_dim": 1382, "text_dim": 64, "freq_dim": 32}
+    sizes = replace(published(), **small, **changes)
     model = SkyReelsTransformer3DModel(**vars(sizes)).eval()
     for name, parameter in model.named_parameters():
         if not any(part in name for part in model._keep_in_fp32_modules):
@@ -53,8 +61,9 @@ def small_model(dtype: torch.dtype, **changes: int) -> tuple[planner.Sizes, SkyR
     return sizes, model
 
 
-def test_parameters_of_the_published_transformer():
-    sizes = published()
+@pytest.mark.parametrize("task", ["reference_to_video", "single_shot_extension", "talking_avatar"])
+def test_parameters_of_the_published_transformer(task):
+    sizes = published(task)
     with torch.device("meta"):
         model = SkyReelsTransformer3DModel(**vars(sizes))
     float32 = sum(
@@ -71,6 +80,14 @@ def test_parameters_of_the_other_components():
         text_encoder = UMT5EncoderModel(
             UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
         )
+        image_encoder = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14
+            )
+        )
+        audio_encoder = Wav2Vec2Model(Wav2Vec2Config())
+    assert sum(parameter.numel() for parameter in image_encoder.parameters()) == planner.IMAGE_ENCODER_PARAMETERS
+    assert sum(parameter.numel() for parameter in audio_encoder.parameters()) == planner.AUDIO_ENCODER_PARAMETERS
     assert sum(parameter.numel() for parameter in vae.parameters()) == planner.VAE_PARAMETERS
     assert sum(parameter.numel() for parameter in text_encoder.parameters()) == planner.TEXT_ENCODER_PARAMETERS
 
@@ -119,3 +136,24 @@ def test_the_published_sizes(task, tokens, petaflop):
     (made,) = planner.plan(request, None).passes
     assert made.tokens == tokens
     assert made.flop / 8 == pytest.approx(petaflop * 1e15, rel=0.005)
+
+
+def test_the_published_avatar():
+    """Windows at 720 x 1280; 8 s are the key-frame pass and three windows."""
+    spec = task_spec("talking_avatar")
+    request = GenerationRequest(
+        task=spec, model_id="a/b", prompt="p", height=720, width=1280, audio_seconds=8.0, num_inference_steps=4
+    )
+    plan = planner.plan(request, None)
+    assert [made.tokens for made in plan.passes] == [75_600] * 4
+
+
+@torch.inference_mode()
+def test_work_of_an_avatar_forward():
+    """With image and audio attention; the embeddings and the audio projection are left out of the plan."""
+    sizes, model = small_model(torch.float32, in_channels=36, image_dim=64, audio_dim=48, audio_hidden_dim=8)
+    image, audio = torch.randn(1, 257, 64), torch.randn(1, 1, 13, 5, 12, 768)
+    inputs = ([Segment(torch.randn(1, 36, 4, 32, 32))], torch.tensor([500]), torch.randn(1, 512, 64), image, audio)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(*inputs)
+    assert sizes.forward_flop(4 * 16 * 16) == pytest.approx(counter.get_total_flops(), rel=0.03)

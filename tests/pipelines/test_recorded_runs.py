@@ -116,3 +116,27 @@ def test_extension(generate, reference, write_lossless, tmp_path, task, duration
         )
     assert len(frames) == duration * 24
     check_frames(frames, reference / "pipelines" / recorded_frames)
+
+
+@pytest.mark.parametrize("name", ["2s", "2s_guided", "5p8s", "8s"])
+def test_talking_avatar(generate, reference, tmp_path, name):
+    folder = reference / "pipelines" / "talking_avatar"
+    meta = json.loads((folder / "meta.json").read_text())
+    case = next(case for case in meta["cases"] if case["name"] == name)
+    changed = {"sampling_steps": 4, "text_guide_scale": 1.0, "audio_guide_scale": 1.0} | case["overrides"]
+    latents, frames = run_recorded(
+        generate, tmp_path, "--task_type", "talking_avatar", "--prompt", meta["prompt"],
+        "--input_image", folder / meta["portrait"], "--input_audio", folder / case["wav"],
+        "--model_id", reference / "pipelines" / "checkpoints" / "talking_avatar",
+        "--height", case["height"], "--width", case["width"], "--seed", meta["seed"],
+        "--num_inference_steps", changed["sampling_steps"], "--text_guidance_scale", changed["text_guide_scale"],
+        "--audio_guidance_scale", changed["audio_guide_scale"],
+    )  # fmt: skip
+    recorded = load_file(folder / f"{name}.safetensors")
+    assert list(latents) == [f"latents.{number}" for number in range(len(case["passes"]))]
+    for number in range(len(case["passes"])):
+        expected = recorded[f"pass{number}.final_latents"][None]
+        tolerance = LATER_PASS if number else FIRST_PASS
+        np.testing.assert_allclose(latents[f"latents.{number}"], expected, atol=tolerance, rtol=0)
+    assert len(frames) == case["audio_frames"]
+    check_frames(frames, folder / f"{name}_frames.npz")

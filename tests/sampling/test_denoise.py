@@ -8,7 +8,7 @@ import torch
 from skyreels_v3.models.transformer import Segment
 from skyreels_v3.sampling.denoise import Conditioning, denoise, spread_timestep
 from skyreels_v3.sampling.guidance import FULL, NO_TEXT, text_guidance
-from skyreels_v3.sampling.schedules import unipc
+from skyreels_v3.sampling.schedules import euler, unipc
 
 SHAPE = (1, 16, 2, 4, 4)
 
@@ -26,7 +26,7 @@ def test_clean_segments_stand_at_timestep_zero():
 def test_the_latents_own_prediction_is_taken():
     seen = []
 
-    def model(segments, timestep, text):
+    def model(segments, timestep, text, *more):
         seen.append(([segment.start_frame for segment in segments], timestep.tolist()))
         return tuple(segment.latents + number for number, segment in enumerate(segments))
 
@@ -40,7 +40,7 @@ def test_guidance_reaches_the_scheduler():
     """The straight line from noise to data: guided velocity 3 * 2 - 2 * 1 = 4, so the loop ends at noise - 4."""
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
 
-    def model(segments, timestep, text):
+    def model(segments, timestep, text, *more):
         return (torch.full_like(segments[0].latents, text.item()),)
 
     conditions = {FULL: Conditioning(torch.tensor(2.0)), NO_TEXT: Conditioning(torch.tensor(1.0))}
@@ -52,8 +52,34 @@ def test_guidance_reaches_the_scheduler():
 
 
 def test_latents_that_are_not_finite_are_an_error():
-    def model(segments, timestep, text):
+    def model(segments, timestep, text, *more):
         return (torch.full_like(segments[0].latents, float("nan")),)
 
     with pytest.raises(FloatingPointError, match="not finite after step 1 of 8"):
         denoise(model, unipc(8, 5.0), latents(2), {FULL: Conditioning(torch.zeros(1))}, text_guidance(1.0))
+
+
+def test_pinned_latents_reach_every_step():
+    """Called before the first step and after each, with the noise level that the latents then have."""
+    seen, levels = [], []
+
+    def model(segments, timestep, text, *more):
+        seen.append(float(segments[0].latents[0, 0, 0, 0, 0]))
+        return (torch.zeros_like(segments[0].latents),)
+
+    def pin(latents, sigma):
+        levels.append(sigma)
+        return torch.full_like(latents, len(levels))
+
+    scheduler = euler(3, 11.0)
+    out = denoise(model, scheduler, latents(2), {FULL: Conditioning(torch.zeros(1))}, text_guidance(1.0), pin=pin)
+    assert seen == [1, 2, 3]
+    assert levels == scheduler.sigmas.tolist()
+    assert float(out.max()) == 4
+
+
+def test_channels_are_joined_to_the_latents():
+    condition = Conditioning(torch.zeros(1), channels=torch.ones(1, 20, 3, 4, 4))
+    out = condition.predict(lambda s, *more: (s[0].latents,), latents(3), torch.tensor(7))
+    assert out.shape[1] == 36
+    assert torch.equal(out[:, 16:], condition.channels)

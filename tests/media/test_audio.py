@@ -1,0 +1,341 @@
+"""Sound of any format is what librosa makes of it, has its loudness set as in training, and can be put together."""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import librosa
+import numpy as np
+import pyloudnorm
+import pytest
+import soundfile
+from imageio_ffmpeg import get_ffmpeg_exe
+from PIL import Image
+from safetensors.numpy import load_file
+
+from skyreels_v3.errors import UserError
+from skyreels_v3.media.audio import AudioInfo, mix, normalise_loudness, probe_audio, read_audio
+
+FLAG = "--input_audio"
+ROOT = Path(__file__).resolve().parent.parent.parent
+REFERENCE = ROOT / "tests" / "data" / "reference" / "wav2vec2"
+SPEECH = REFERENCE / "speech_16k_2s.wav"
+RECORDINGS = ["speech_16k_2s", "speech_22k_1p3s"]
+PICTURE = ["-f", "lavfi", "-i", "color=s=32x32:r=25:d=2"]
+
+
+def ffmpeg(*arguments: object) -> None:
+    command = [get_ffmpeg_exe(), "-hide_banner", "-v", "error", "-y", *map(str, arguments)]
+    run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    assert run.returncode == 0, run.stderr.decode()
+
+
+def save(path: Path, samples: np.ndarray, rate: int = 16_000, subtype: str = "PCM_16") -> Path:
+    """Write [samples] or [samples, channels] by libsndfile."""
+    soundfile.write(path, samples, rate, subtype=subtype)
+    return path
+
+
+def tone(seconds: float, rate: int = 16_000, hertz: float = 440.0, level: float = 0.5) -> np.ndarray:
+    return level * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    length = min(len(a), len(b))
+    return float(np.corrcoef(a[:length], b[:length])[0, 1])
+
+
+# reading
+
+
+@pytest.mark.parametrize("name", RECORDINGS)
+def test_recordings_are_read_as_librosa_reads_them(name: str) -> None:
+    samples = read_audio(REFERENCE / f"{name}.wav", FLAG)
+    expected = librosa.load(REFERENCE / f"{name}.wav", sr=16_000)[0]
+    assert samples.dtype == np.float32
+    assert samples.shape == expected.shape
+    assert np.abs(samples - expected).max() <= 1e-7
+
+
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
+@pytest.mark.parametrize("rate, channels", [(16_000, 1), (48_000, 2), (44_100, 6)])
+def test_wav_files_are_read_as_librosa_reads_them(tmp_path: Path, subtype: str, rate: int, channels: int) -> None:
+    levels = np.random.default_rng(0).uniform(-0.9, 0.9, (rate, channels))
+    path = save(tmp_path / "a.wav", levels, rate, subtype)
+    samples, expected = read_audio(path, FLAG), librosa.load(path, sr=16_000)[0]
+    assert samples.shape == expected.shape == (16_000,)
+    assert np.abs(samples - expected).max() <= 1e-7
+    assert probe_audio(path, FLAG) == AudioInfo(path, 1.0)
+
+
+@pytest.mark.parametrize("name, codec", [("a.flac", "flac"), ("a.m4a", "alac"), ("a.aiff", "pcm_s16be")])
+def test_lossless_formats(tmp_path: Path, name: str, codec: str) -> None:
+    ffmpeg("-i", SPEECH, "-c:a", codec, tmp_path / name)
+    assert np.abs(read_audio(tmp_path / name, FLAG) - read_audio(SPEECH, FLAG)).max() <= 1e-7
+    assert probe_audio(tmp_path / name, FLAG).seconds == 2.0
+
+
+@pytest.mark.parametrize("rate, channels", [(16_000, 1), (48_000, 2)])
+@pytest.mark.parametrize("name", ["a.mp3", "a.m4a", "a.ogg", "a.opus", "a.mka", "a.mp4", "a.mkv", "a.webm", "a.mov"])
+def test_lossy_formats_and_sound_tracks(tmp_path: Path, name: str, rate: int, channels: int) -> None:
+    picture = PICTURE if name.endswith(("mp4", "mkv", "webm", "mov")) else []
+    speed = ["-deadline", "realtime"] if name.endswith("webm") else []
+    ffmpeg(*picture, "-i", SPEECH, "-ar", rate, "-ac", channels, "-b:a", "96k", *speed, tmp_path / name)
+    samples = read_audio(tmp_path / name, FLAG)
+    assert correlation(samples, read_audio(SPEECH, FLAG)) > 0.99
+    seconds = probe_audio(tmp_path / name, FLAG).seconds
+    assert seconds == pytest.approx(2.0, abs=0.05)
+    assert len(samples) == pytest.approx(seconds * 16_000, abs=1)
+
+
+def test_mp3_with_a_cover(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40), (200, 0, 0)).save(tmp_path / "cover.jpg")
+    ffmpeg("-i", SPEECH, "-i", tmp_path / "cover.jpg", "-map", 0, "-map", 1, "-c:v", "copy", tmp_path / "a.mp3")
+    assert probe_audio(tmp_path / "a.mp3", FLAG).seconds == pytest.approx(2.0)
+
+
+def test_late_sound_track_begins_at_its_first_sample(tmp_path: Path) -> None:
+    ffmpeg(*PICTURE, "-itsoffset", 0.7, "-i", SPEECH, "-c:a", "flac", tmp_path / "a.mkv")
+    assert np.abs(read_audio(tmp_path / "a.mkv", FLAG) - read_audio(SPEECH, FLAG)).max() <= 1e-7
+    assert probe_audio(tmp_path / "a.mkv", FLAG).seconds == pytest.approx(2.0)
+
+
+def test_wav_of_unknown_length(tmp_path: Path) -> None:
+    """As programs write it into a pipe, which cannot go back to the header."""
+    content = bytearray(SPEECH.read_bytes())
+    for size in (0, 0xFFFFFFFF):
+        content[40:44] = size.to_bytes(4, "little")
+        (tmp_path / "a.wav").write_bytes(content)
+        assert probe_audio(tmp_path / "a.wav", FLAG).seconds == 2.0
+
+
+def test_name_is_not_an_option_or_a_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("-version.wav", "concat:a|b.wav", "50%d 'x'.wav"):
+        Path(name).write_bytes(SPEECH.read_bytes())
+        assert probe_audio(Path(name), FLAG).seconds == 2.0
+        assert len(read_audio(Path(name), FLAG)) == 32_000
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_samples_that_are_no_numbers(tmp_path: Path, value: float) -> None:
+    levels = tone(1.0)
+    levels[500] = value
+    path = save(tmp_path / "a.wav", levels, subtype="FLOAT")
+    with pytest.raises(UserError, match=r"--input_audio: .*a\.wav has samples that are not finite .*; export"):
+        read_audio(path, FLAG)
+
+
+def test_clipping(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = save(tmp_path / "a.wav", tone(1.0, level=2.0), subtype="FLOAT")
+    with caplog.at_level(logging.WARNING):
+        samples = read_audio(path, FLAG)
+    assert np.abs(samples - tone(1.0, level=2.0).clip(-1, 1)).max() < 1e-6
+    assert re.search(r"a\.wav: the sound peaks at 2 times full scale and is clipped", caplog.text)
+    caplog.clear()
+    read_audio(save(tmp_path / "b.wav", tone(1.0, level=1.0), subtype="FLOAT"), FLAG)
+    assert not caplog.records
+
+
+# probing
+
+
+def check_refused(path: Path, *words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        probe_audio(path, FLAG)
+    message = str(caught.value)
+    assert message.startswith(f"{FLAG}: ")
+    assert "\n" not in message
+    for word in (path.name, *words):
+        assert word in message
+
+
+def test_not_sound(tmp_path: Path) -> None:
+    (tmp_path / "empty.mp3").touch()
+    (tmp_path / "folder.wav").mkdir()
+    for name in ("notes.txt", "text.mp3", "text.wav", "text.m4a", "text.aac"):
+        (tmp_path / name).write_text("hello world\n" * 500)
+        check_refused(tmp_path / name, "give a")
+    for name, content in {
+        "list.m3u8": f"#EXTM3U\n#EXTINF:2,\nfile://{SPEECH}\n#EXT-X-ENDLIST\n",
+        "list.txt": f"ffconcat version 1.0\nfile '{SPEECH}'\n",
+    }.items():
+        (tmp_path / name).write_text(content)
+        check_refused(tmp_path / name, "sound file")
+    (tmp_path / "noise.mp3").write_bytes(np.random.default_rng(0).bytes(50_000))
+    check_refused(tmp_path / "noise.mp3", "not a sound file or damaged", "give a")
+    for name in ("still.png", "still.jpg"):
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+        check_refused(tmp_path / name, "picture", "give a sound file")
+    ffmpeg(*PICTURE, tmp_path / "mute.mp4")
+    check_refused(tmp_path / "mute.mp4", "has no sound", "a video with sound")
+    check_refused(tmp_path / "missing.wav", "does not exist")
+    check_refused(tmp_path / "empty.mp3", "is empty")
+    check_refused(tmp_path / "folder.wav", "is a folder")
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.m4a", "a.mp3", "a.ogg"])
+def test_zero_length(tmp_path: Path, name: str) -> None:
+    ffmpeg("-i", SPEECH, "-t", 0, tmp_path / name)
+    check_refused(tmp_path / name, "give a")
+    with pytest.raises(UserError, match=f"--input_audio: .*{re.escape(name)} .*give a"):
+        read_audio(tmp_path / name, FLAG)
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.6, 0.95])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("a.wav", []),
+        ("a.flac", []),
+        ("a.m4a", []),
+        ("fast.m4a", ["-movflags", "+faststart"]),
+        ("a.mp3", ["-b:a", "64k"]),
+        ("vbr.mp3", ["-q:a", 4]),
+        ("a.ogg", []),
+        ("a.opus", []),
+        ("a.mka", []),
+        ("a.aiff", []),
+    ],
+)
+def test_truncated(tmp_path: Path, name: str, options: list[object], kept: float) -> None:
+    save(tmp_path / "noise.wav", np.random.default_rng(0).normal(0, 0.1, 80_000))
+    ffmpeg("-i", tmp_path / "noise.wav", *options, tmp_path / name)
+    assert probe_audio(tmp_path / name, FLAG).seconds == pytest.approx(5.0, abs=0.05)
+    content = (tmp_path / name).read_bytes()
+    short = tmp_path / f"cut_{name}"
+    short.write_bytes(content[: int(len(content) * kept)])
+    check_refused(short, "damaged", "give a complete sound file")
+
+
+@pytest.mark.parametrize("name", ["a.m4a", "a.mp3", "a.flac"])
+def test_overwritten_with_zeros(tmp_path: Path, name: str) -> None:
+    ffmpeg("-i", SPEECH, "-movflags", "+faststart", tmp_path / name)
+    content = bytearray((tmp_path / name).read_bytes())
+    begin = max(len(content) // 3, content.find(b"mdat") + 4)
+    content[begin:] = bytes(len(content) - begin)
+    (tmp_path / name).write_bytes(content)
+    check_refused(tmp_path / name, "damaged")
+
+
+def test_limits(tmp_path: Path) -> None:
+    for samples in (6_400, 3_200_000):
+        assert probe_audio(save(tmp_path / "a.wav", np.zeros(samples)), FLAG).seconds == samples / 16_000
+    check_refused(save(tmp_path / "short.wav", np.zeros(6_384)), "has 0.399 s", "0.4 to 200 s", "give a longer")
+    check_refused(save(tmp_path / "long.wav", np.zeros(3_200_016)), "has 200.001 s", "0.4 to 200 s", "cut it")
+    ffmpeg("-f", "lavfi", "-i", "sine=r=16000:d=300", "-b:a", "32k", tmp_path / "long.mp3")
+    with pytest.raises(UserError, match=r"has 300\.\d+ s of sound"):
+        probe_audio(tmp_path / "long.mp3", FLAG)
+
+
+def test_probe_is_fast(tmp_path: Path) -> None:
+    ffmpeg("-f", "lavfi", "-i", "sine=r=44100:d=200", "-ac", 2, "-q:a", 6, tmp_path / "a.mp3")
+    begin = time.monotonic()
+    assert probe_audio(tmp_path / "a.mp3", FLAG).seconds == pytest.approx(200.0)
+    assert time.monotonic() - begin < 1.5  # 0.3 s on an idle machine
+
+
+def test_importing_and_probing_need_no_large_library() -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from skyreels_v3.media.audio import probe_audio
+assert probe_audio(Path({str(SPEECH)!r}), "--input_audio").seconds == 2
+loaded = {{"torch", "librosa", "pyloudnorm", "scipy", "soundfile", "numba"}} & set(sys.modules)
+assert not loaded, loaded
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+# loudness
+
+
+@pytest.mark.parametrize("name", RECORDINGS)
+def test_loudness_as_recorded(name: str) -> None:
+    expected = load_file(REFERENCE / "cases.safetensors")[f"{name}.normalised"]
+    samples = normalise_loudness(read_audio(REFERENCE / f"{name}.wav", FLAG))
+    assert samples.dtype == np.float32
+    assert np.abs(samples - expected).max() <= 1e-6
+
+
+@pytest.mark.parametrize("seconds, level", [(0.4, 0.01), (0.4, 0.9), (5.0, 0.002), (5.0, 0.9)])
+def test_loudness_is_reached(seconds: float, level: float) -> None:
+    samples = normalise_loudness(tone(seconds, level=level).astype(np.float32))
+    assert pyloudnorm.Meter(16_000).integrated_loudness(samples) == pytest.approx(-23, abs=0.01)
+
+
+def test_unmeasurable_loudness_is_left_alone() -> None:
+    silence = np.zeros(16_000, np.float32)
+    murmur = (1e-5 * tone(1.0)).astype(np.float32)
+    short = tone(0.399).astype(np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for samples in (silence, murmur, short, silence[:0]):
+            assert np.array_equal(normalise_loudness(samples), samples)
+
+
+def test_loud_peaks_are_kept_without_a_warning() -> None:
+    samples = (1e-3 * tone(3.0)).astype(np.float32)
+    samples[20_000] = 0.9
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        louder = normalise_loudness(samples)
+    assert louder[20_000] > 1
+    assert louder[20_000] / 0.9 == pytest.approx(float(louder[5] / samples[5]), rel=1e-5)
+
+
+# two recordings together
+
+
+def test_mix_parallel(tmp_path: Path) -> None:
+    a = save(tmp_path / "a.wav", tone(2.0, hertz=440, level=0.4))
+    b = save(tmp_path / "b.wav", np.stack([tone(1.0, 44_100, 1000, 0.3)] * 2, 1), 44_100)
+    target = mix([a, b], False, tmp_path / "mixed.wav")
+    assert target == tmp_path / "mixed.wav"
+    samples, rate = soundfile.read(target)
+    assert (rate, samples.shape) == (48_000, (96_000, 2))
+    assert np.abs(samples[:, 0] - samples[:, 1]).max() < 1e-6
+    inner = slice(500, 47_500)  # away from the ends, where resampling rings
+    expected = tone(2.0, 48_000, 440, 0.4)
+    expected[:48_000] += tone(1.0, 48_000, 1000, 0.3)
+    assert np.abs(samples[inner, 0] - expected[inner]).max() < 1e-3
+    assert np.abs(samples[48_500:95_500, 0] - expected[48_500:95_500]).max() < 1e-3
+
+
+def test_mix_sequential(tmp_path: Path) -> None:
+    a = save(tmp_path / "a.wav", tone(1.0, hertz=440, level=0.4))
+    b = save(tmp_path / "b.wav", tone(1.5, 48_000, 1000, 0.3), 48_000)
+    for paths, parts in {
+        (a, b): ((1.0, 440, 0.4), (1.5, 1000, 0.3)),
+        (b, a): ((1.5, 1000, 0.3), (1.0, 440, 0.4)),
+    }.items():
+        samples = soundfile.read(mix(paths, True, tmp_path / "mixed.wav"))[0]
+        assert samples.shape == (120_000, 2)
+        expected = np.concatenate([tone(seconds, 48_000, hertz, level) for seconds, hertz, level in parts])
+        seam = round(parts[0][0] * 48_000)
+        for inner in (slice(500, seam - 500), slice(seam + 500, 119_500)):
+            assert np.abs(samples[inner] - expected[inner, None]).max() < 1e-3
+
+
+def test_loud_mix_is_limited_not_clipped(tmp_path: Path) -> None:
+    a = save(tmp_path / "a.wav", tone(2.0, 48_000, 440, 0.9), 48_000)
+    samples = soundfile.read(mix([a, a], False, tmp_path / "mixed.wav"))[0][:, 0]
+    assert 0.9 < np.abs(samples).max() < 0.999
+    spectrum = np.abs(np.fft.rfft(samples[24_000:72_000] * np.hanning(48_000)))
+    assert spectrum[1300:1340].max() < 0.03 * spectrum[430:450].max()  # a clipped sine has a third harmonic of 25 %
+
+
+def test_mix_of_different_formats(tmp_path: Path) -> None:
+    ffmpeg("-i", SPEECH, "-b:a", "128k", tmp_path / "a.mp3")
+    ffmpeg(*PICTURE, "-itsoffset", 0.5, "-i", SPEECH, "-c:a", "flac", tmp_path / "b.mkv")
+    target = mix([tmp_path / "a.mp3", tmp_path / "b.mkv"], False, tmp_path / "mixed.wav")
+    assert correlation(read_audio(target, FLAG), 2 * read_audio(SPEECH, FLAG)) > 0.98
+    with pytest.raises(RuntimeError, match="could not mix the recordings"):
+        mix([tmp_path / "a.mp3", tmp_path / "missing.wav"], False, tmp_path / "mixed.wav")
