@@ -22,7 +22,7 @@ demo: $(VENV)/installed
 	$(RUN) --task_type shot_switching_extension --input_video assets/boat.mp4 --duration 2 \
 	    --height 112 --width 192 --prompt "[ZOOM_IN_CUT] The sail of the boat, lit by the sun"
 	$(RUN) --task_type talking_avatar --input_image assets/portrait.png --input_audio assets/speech.mp3 \
-	    --height 128 --width 128 --prompt "A woman in a red coat talks to the camera"
+	    --height 64 --width 64 --prompt "A woman in a red coat talks to the camera"
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest

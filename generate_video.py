@@ -63,26 +63,44 @@ def fetch(request: GenerationRequest) -> Path:
 def generate(request: GenerationRequest, inputs: Inputs, checkpoint: Path) -> Path:
     """Make the video; returns its path."""
     from skyreels_v3 import runtime
-    from skyreels_v3.media.video import write_frame_folder, write_video
     from skyreels_v3.pipelines.components import load_components
     from skyreels_v3.pipelines.outputs import save_latents
     from skyreels_v3.pipelines.registry import make_pipeline
+    from skyreels_v3.pipelines.state import open_state
 
+    assert request.output is not None and request.height is not None and request.width is not None
     device = runtime.start(request)
-    pipeline = make_pipeline(request.task, load_components(checkpoint, request.task, device), device)
-    latents: list[Any] = []
-    logger.info("seed %d, %d x %d", request.seed, request.height, request.width)
-    frames = all_frames(request, inputs, pipeline(request, inputs), latents)
+    flags = recorded_flags(request, device.dtype)
+    state = open_state(request.output, flags, request.resume)
+    completed = False
+    try:
+        pipeline = make_pipeline(request.task, load_components(checkpoint, request.task, device), device, state)
+        latents: list[Any] = []
+        logger.info("seed %d, %d x %d", request.seed, request.height, request.width)
+        frames = all_frames(request, inputs, pipeline(request, inputs), latents)
+        path = write(request, inputs, frames, comment(flags))
+        if request.save_latents is not None:
+            save_latents(latents, request.save_latents)
+        completed = True
+    finally:
+        state.close(completed)
+    return path
+
+
+def write(request: GenerationRequest, inputs: Inputs, frames: Iterator[np.ndarray], made_by: str) -> Path:
+    """Write the frames as the request wants them; returns the path."""
+    from skyreels_v3.media.audio import mix
+    from skyreels_v3.media.video import write_frame_folder, write_video
+
     assert request.output is not None and request.height is not None and request.width is not None
     if request.frame_folder:
-        path = write_frame_folder(frames, request.output, comment=comment(request, device.dtype))
-    else:
-        size = {"height": request.height, "width": request.width, "fps": request.task.fps}
-        sound = None if inputs.audio is None else inputs.audio.path
-        path = write_video(frames, request.output, **size, comment=comment(request, device.dtype), audio=sound)
-    if request.save_latents is not None:
-        save_latents(latents, request.save_latents)
-    return path
+        return write_frame_folder(frames, request.output, comment=made_by)
+    size = {"height": request.height, "width": request.width, "fps": request.task.fps}
+    with tempfile.TemporaryDirectory(prefix="skyreels-") as folder:
+        sounds = [audio.path for audio in inputs.audio]
+        if len(sounds) > 1:
+            sounds = [mix(sounds, request.audio_type == "sequential", Path(folder) / "mixed.wav")]
+        return write_video(frames, request.output, **size, comment=made_by, audio=sounds[0] if sounds else None)
 
 
 def all_frames(
@@ -100,10 +118,14 @@ def all_frames(
         yield from made.frames
 
 
-def comment(request: GenerationRequest, dtype: object) -> str:
-    """What made a video, as JSON: put `flags` into a file for --config to make it again."""
+def recorded_flags(request: GenerationRequest, dtype: object) -> dict[str, Any]:
+    """The flags that make the same video again."""
     used = {"height": request.height, "width": request.width, "dtype": str(dtype).removeprefix("torch.")}
-    flags = {**request.flags, **used}
+    return {**request.flags, **used}
+
+
+def comment(flags: dict[str, Any]) -> str:
+    """What made a video, as JSON: put `flags` into a file for --config to make it again."""
     return json.dumps({"skyreels_v3": __version__, "flags": flags}, ensure_ascii=False)
 
 

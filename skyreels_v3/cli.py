@@ -35,6 +35,7 @@ from skyreels_v3.tasks import (
 MAX_TEXT = 10_000  # characters of one value; of a prompt the model reads 512 tokens
 MAX_CONFIG_BYTES = 1 << 20
 MAX_HINTED = 100  # characters that are compared with what was probably meant
+MAX_SPEAKERS = 2
 SAME_PROMPT = "same"
 MAX_SIDE = 2048
 MAX_PIXELS = 1920 * 1088
@@ -68,7 +69,14 @@ FLAGS = (
     Flag("ref_imgs", "1-4 reference images, paths or URLs", metavar="IMAGE[,IMAGE...]"),
     Flag("input_video", "clip to go on from, path or URL", metavar="CLIP"),
     Flag("input_image", "portrait, path or URL", metavar="IMAGE"),
-    Flag("input_audio", "what is said: a sound file, or a video's sound track, path or URL", metavar="SOUND"),
+    Flag(
+        "input_audio", "what is said: sound file or video, path or URL; two for two speakers", metavar="SOUND[,SOUND]"
+    ),
+    Flag("audio_type", "two speakers at once (default) or one after the other", choices=("parallel", "sequential")),
+    Flag(
+        "speaker_boxes", "where the two speakers are in the portrait (default: its halves)", metavar="X0,Y0,X1,Y1;..."
+    ),
+    Flag("keyframes", "how windows shall end, in place of made key frames", metavar="IMAGE@SECONDS[,...]"),
     Flag("duration", "seconds of new video, a whole number", int),
     Flag(
         "num_frames", "frames of new video, 4k+1, instead of --duration (reference_to_video)", int, low=1, high=100_000
@@ -100,6 +108,7 @@ FLAGS = (
     Flag("save_latents", "also write the final latents of each pass", metavar="FILE.safetensors"),
     Flag("include_input", "write the input clip and its extension as one video", bool),
     Flag("url_timeout", "seconds to wait for a server's answer (default: 1.2)", float, low=0.05, high=600),
+    Flag("resume", "go on with the interrupted run of the same flags and --output", bool),
     Flag("dry_run", "check everything, print the plan, load and fetch no weights", bool),
     Flag("quiet", "warnings and the result only", bool),
     Flag("verbose", "more on what is done, tracebacks of errors", bool),
@@ -110,7 +119,7 @@ ONLY_FOR = {
     "ref_imgs": ("ref_imgs",),
     "num_frames": ("ref_imgs",),
     "image_guidance_scale": ("ref_imgs",),
-    "input_video": ("input_video",),
+    "input_video": ("input_video", "input_audio"),
     "include_input": ("input_video",),
     "duration": ("ref_imgs", "input_video"),
     "guidance_scale": ("ref_imgs", "input_video"),
@@ -120,10 +129,19 @@ ONLY_FOR = {
     "audio_guidance_scale": ("input_audio",),
     "color_correction_strength": ("input_audio",),
     "window_prompt": ("input_audio",),
+    "audio_type": ("input_audio",),
+    "speaker_boxes": ("input_audio",),
+    "keyframes": ("input_audio",),
 }
-EXCLUSIVE = (("duration", "num_frames"), ("quiet", "verbose"))
+EXCLUSIVE = (
+    ("duration", "num_frames"),
+    ("quiet", "verbose"),
+    ("input_image", "input_video"),
+    ("keyframes", "input_video"),
+    ("resume", "dry_run"),
+)
 # what a run does besides its video; not needed to make the same video again
-NOT_RECORDED = ("output", "save_latents", "dry_run", "quiet", "verbose")
+NOT_RECORDED = ("output", "save_latents", "resume", "dry_run", "quiet", "verbose")
 
 
 class Parser(argparse.ArgumentParser):
@@ -275,7 +293,7 @@ def read_config_file(name: str) -> dict[str, Any]:
         if key not in BY_NAME:
             raise UserError("--config", f"{shown(name)}: unknown key {told(key)}{hint(told(key), BY_NAME)}")
         try:
-            if key == "ref_imgs" and isinstance(value, list):
+            if key in ("ref_imgs", "input_audio") and isinstance(value, list):
                 values[key] = [convert(BY_NAME[key], entry) for entry in value]
                 convert(BY_NAME[key], ",".join(value))  # the limit is for all of them together
             else:
@@ -314,6 +332,8 @@ def check_conflicts(spec: TaskSpec, values: Mapping[str, Any]) -> None:
             value = "" if values[name] is True else f"{told(values[name])}: "
             raise UserError(f"--{name}", f"{value}{spec.name} does not take it; leave it out")
     for name in spec.inputs:
+        if name == "input_image" and "input_video" in values:  # an existing video is dubbed
+            continue
         if name not in values:
             raise UserError(f"--{name}", f"missing; {spec.name} needs {BY_NAME[name].help}")
     for one, other in EXCLUSIVE:
@@ -350,6 +370,7 @@ def check_values(spec: TaskSpec, values: Mapping[str, Any]) -> None:
         )
     check_size(values)
     check_references(values)
+    check_speakers(values)
     check_outputs(values)
 
 
@@ -372,6 +393,51 @@ def check_references(values: Mapping[str, Any]) -> None:
     if not (1 <= len(references) <= REFERENCE_SLOTS and all(references)):
         reason = f"{told(', '.join(references))}: {len(references)} entries" if any(references) else "an empty value"
         raise UserError("--ref_imgs", f"{reason}; give 1 to {REFERENCE_SLOTS} images, comma-separated, none empty")
+
+
+def check_speakers(values: Mapping[str, Any]) -> None:
+    """One or two sounds; where two people are and how they take turns only if there are two."""
+    sounds = split(values.get("input_audio", "one"))
+    if len(sounds) > MAX_SPEAKERS or not all(sounds):
+        reason = f"{told(', '.join(sounds))}: {len(sounds)} sounds, or an empty one"
+        raise UserError("--input_audio", f"{reason}; give one, or two for two speakers, comma-separated")
+    for name in ("audio_type", "speaker_boxes"):
+        if name in values and len(sounds) != MAX_SPEAKERS:
+            raise UserError(f"--{name}", f"{told(values[name])}: is for two speakers; give two sounds, or leave it out")
+    if "input_audio" in values and len(sounds) == MAX_SPEAKERS and "input_video" in values:
+        raise UserError("--input_video", "a video can be dubbed with one speaker only; give one --input_audio")
+    parse_boxes(values)
+    parse_keyframes(values)
+    if values.get("resume") and "output" not in values:
+        raise UserError("--resume", "needs the --output of the interrupted run; give it")
+
+
+def parse_boxes(values: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
+    """--speaker_boxes as numbers."""
+    text = values.get("speaker_boxes")
+    if text is None:
+        return ()
+    boxes = [box.split(",") for box in text.split(";")]
+    if len(boxes) != MAX_SPEAKERS or not all(
+        len(box) == 4 and all(re.fullmatch(r" *\d{1,6} *", n) for n in box) for box in boxes
+    ):
+        raise UserError("--speaker_boxes", f"{told(text)}: give two boxes as x0,y0,x1,y1;x0,y0,x1,y1 in pixels")
+    numbers = tuple(tuple(int(number) for number in box) for box in boxes)
+    for x0, y0, x1, y1 in numbers:
+        if x0 >= x1 or y0 >= y1:
+            raise UserError("--speaker_boxes", f"{x0},{y0},{x1},{y1} is empty; give x0 < x1 and y0 < y1")
+    return numbers
+
+
+def parse_keyframes(values: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
+    """--keyframes as images and seconds."""
+    found = []
+    for entry in split(values["keyframes"]) if "keyframes" in values else ():
+        image, _, seconds = entry.rpartition("@")
+        if not image or not re.fullmatch(r"\d{1,4}(\.\d{1,6})?", seconds):
+            raise UserError("--keyframes", f"{told(entry)}: give an image and its time in seconds, such as a.png@2.5")
+        found.append((image, float(seconds)))
+    return tuple(found)
 
 
 def check_outputs(values: Mapping[str, Any]) -> None:
@@ -413,7 +479,9 @@ def make_request(spec: TaskSpec, values: Mapping[str, Any]) -> GenerationRequest
     if "num_frames" in values:
         del recorded["duration"]
     values["verbosity"] = int(values.pop("verbose", False)) - int(values.pop("quiet", False))
-    values["ref_imgs"] = tuple(split(values["ref_imgs"])) if "ref_imgs" in values else ()
+    for name in ("ref_imgs", "input_audio"):
+        values[name] = tuple(split(values[name])) if name in values else ()
+    values |= {"speaker_boxes": parse_boxes(values), "keyframes": parse_keyframes(values)}
     values["frame_folder"] = values.get("output", "").endswith("/")
     for name in ("output", "save_latents"):
         if name in values:

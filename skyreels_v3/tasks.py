@@ -70,7 +70,10 @@ class GenerationRequest:
     ref_imgs: tuple[str, ...] = ()
     input_video: str | None = None
     input_image: str | None = None
-    input_audio: str | None = None
+    input_audio: tuple[str, ...] = ()  # one for each speaker
+    audio_type: str = "parallel"  # or "sequential": how two speakers' sounds lie in time
+    speaker_boxes: tuple[tuple[int, int, int, int], ...] = ()  # (x0, y0, x1, y1) in pixels of the portrait
+    keyframes: tuple[tuple[str, float], ...] = ()  # (image, seconds)
     audio_seconds: float | None = None  # None until the input has been looked at
     window_prompt: str = ""
     duration: int = 5
@@ -94,6 +97,7 @@ class GenerationRequest:
     include_input: bool = False
     offload: bool = False
     dry_run: bool = False
+    resume: bool = False
     url_timeout: float = 1.2
     verbosity: int = 0
     flags: Mapping[str, Any] = field(default_factory=dict)  # as given, to run it again

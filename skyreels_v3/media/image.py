@@ -66,10 +66,26 @@ def cover_crop(image: Image.Image, height: int, width: int, resample: Image.Resa
     """The centre of `image`, scaled so that it just covers `height` x `width` pixels; unchanged if it has that size."""
     if image.size == (width, height):
         return image
-    scale = max(height / image.height, width / image.width)
-    size = (math.ceil(scale * image.width), math.ceil(scale * image.height))
-    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)  # halves to even, like torchvision
+    size, left, top = _cover(image.size, height, width)
     return _resize(image, size, resample).crop((left, top, left + width, top + height))
+
+
+def covered_box(
+    box: tuple[int, int, int, int], size: tuple[int, int], height: int, width: int
+) -> tuple[float, float, float, float]:
+    """Where a box (x0, y0, x1, y1) of a picture of `size` (width, height) ends up after `cover_crop`, cut to it."""
+    (wide, high), left, top = _cover(size, height, width)
+    across, down = wide / size[0], high / size[1]
+    x0, x1 = (min(max(x * across - left, 0.0), width) for x in (box[0], box[2]))
+    y0, y1 = (min(max(y * down - top, 0.0), height) for y in (box[1], box[3]))
+    return x0, y0, x1, y1
+
+
+def _cover(size: tuple[int, int], height: int, width: int) -> tuple[tuple[int, int], int, int]:
+    """The size (width, height) at which a picture just covers the frame, and what is cut off left and above."""
+    scale = max(height / size[1], width / size[0])
+    wide, high = math.ceil(scale * size[0]), math.ceil(scale * size[1])
+    return (wide, high), round((wide - width) / 2), round((high - height) / 2)  # halves to even, like torchvision
 
 
 def _resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,11 +11,12 @@ import numpy as np
 from PIL import Image
 
 from skyreels_v3.errors import UserError, shown
-from skyreels_v3.media.audio import AudioInfo, probe_audio
+from skyreels_v3.media.audio import MAX_SECONDS, AudioInfo, probe_audio
 from skyreels_v3.media.image import open_image
 from skyreels_v3.media.sources import MAX_IMAGE_BYTES, localise
 from skyreels_v3.media.video import ClipInfo, last_frames, probe, resized, too_short
 from skyreels_v3.tasks import GenerationRequest, choose_size
+from skyreels_v3.windows import WINDOW_FRAMES
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Inputs:
 
     images: tuple[Image.Image, ...] = ()
     clip: ClipInfo | None = None
-    audio: AudioInfo | None = None
+    audio: tuple[AudioInfo, ...] = ()
+    keyframes: tuple[tuple[Image.Image, float], ...] = ()  # with their times in seconds
 
 
 def open_inputs(request: GenerationRequest, folder: Path) -> tuple[GenerationRequest, Inputs]:
@@ -40,14 +42,45 @@ def open_inputs(request: GenerationRequest, folder: Path) -> tuple[GenerationReq
     if request.input_image is not None:
         images.append(open_picture(request.input_image, "--input_image", request, folder))
     clip = None if request.input_video is None else open_clip(request.input_video, request, folder)
-    audio = None if request.input_audio is None else open_sound(request.input_audio, request, folder)
-    if audio is not None:
-        request = replace(request, audio_seconds=audio.seconds)
+    audio = tuple(open_sound(source, request, folder) for source in request.input_audio)
+    if audio:
+        lengths = [sound.seconds for sound in audio]
+        request = replace(request, audio_seconds=sum(lengths) if request.audio_type == "sequential" else max(lengths))
+        check_times(request, clip)
+    keyframes = tuple(
+        (open_picture(source, "--keyframes", request, folder), seconds) for source, seconds in request.keyframes
+    )
+    check_boxes(request, images)
     if request.height is None:
         width, height = (clip.width, clip.height) if clip is not None else images[0].size
         height, width = choose_size(request.task, request.resolution, height, width)
         request = replace(request, height=height, width=width)
-    return request, Inputs(tuple(images), clip, audio)
+    return request, Inputs(tuple(images), clip, audio, keyframes)
+
+
+def check_times(request: GenerationRequest, clip: ClipInfo | None) -> None:
+    """Raise UserError for sound, key frames and a dubbed clip whose lengths do not go together."""
+    seconds = request.audio_seconds or 0.0
+    if seconds > MAX_SECONDS:
+        raise UserError(
+            "--input_audio", f"{seconds:.2f} s one after the other are too long; give {MAX_SECONDS:g} s at most"
+        )
+    if clip is not None and clip.seconds + 1 / request.task.fps < seconds:
+        reason = f"{shown(request.input_video)} is {clip.seconds:.2f} s long, the sound {seconds:.2f} s"
+        raise UserError("--input_video", f"{reason}; give a longer clip or a shorter sound")
+    for source, time in request.keyframes:
+        if time > seconds or request.frames_out < WINDOW_FRAMES:
+            reason = f"{shown(source)} at {time:g} s, the sound is {seconds:.2f} s long"
+            shortest = WINDOW_FRAMES / request.task.fps
+            raise UserError("--keyframes", f"{reason}; give times within it, and sound of at least {shortest:g} s")
+
+
+def check_boxes(request: GenerationRequest, images: Sequence[Image.Image]) -> None:
+    """Raise UserError for a speaker's box that is not inside the portrait."""
+    for x0, y0, x1, y1 in request.speaker_boxes:
+        if x1 > images[0].width or y1 > images[0].height:
+            reason = f"{x0},{y0},{x1},{y1} is not inside the portrait of {images[0].width} x {images[0].height} pixels"
+            raise UserError("--speaker_boxes", f"{reason}; give boxes inside it")
 
 
 def open_picture(source: str, flag: str, request: GenerationRequest, folder: Path) -> Image.Image:

@@ -180,7 +180,8 @@ def latent_frames_of_passes(request: GenerationRequest) -> Iterator[tuple[int, i
         for new in plan_roll_outs(request.duration):
             yield new, latent_frames(request.condition_frames)
     elif request.task.name == "talking_avatar":
-        for _ in range(1 + len(plan_windows(request.frames_out).windows)):
+        windows = len(plan_windows(request.frames_out).windows)
+        for _ in range(max(1, windows) if request.input_video else 1 + windows):  # a dubbed clip needs no key frames
             yield latent_frames(WINDOW_FRAMES), 0
     else:
         yield latent_frames(request.frames_out + 1), latent_frames(request.condition_frames)

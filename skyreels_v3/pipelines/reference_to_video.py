@@ -38,5 +38,5 @@ class ReferenceToVideo(Steps):
             )
             for name, text in texts.items()
         }
-        latents = self.denoise(request, noise, conditions, guidance)
+        latents = self.denoise(request, noise, lambda: conditions, guidance, generator)
         yield Pass(latents.cpu(), self.decode(latents, rounding=True))

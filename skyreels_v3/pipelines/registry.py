@@ -9,6 +9,7 @@ from skyreels_v3.pipelines.components import Components
 from skyreels_v3.pipelines.reference_to_video import ReferenceToVideo
 from skyreels_v3.pipelines.shot_switching_extension import ShotSwitchingExtension
 from skyreels_v3.pipelines.single_shot_extension import SingleShotExtension
+from skyreels_v3.pipelines.state import RunState
 from skyreels_v3.pipelines.steps import Pass
 from skyreels_v3.pipelines.talking_avatar import TalkingAvatar
 from skyreels_v3.runtime import Runtime
@@ -16,7 +17,7 @@ from skyreels_v3.tasks import GenerationRequest, TaskSpec
 
 Pipeline = Callable[[GenerationRequest, Inputs], Iterator[Pass]]
 
-PIPELINES: dict[str, Callable[[Components, Runtime], Pipeline]] = {
+PIPELINES: dict[str, Callable[[Components, Runtime, RunState], Pipeline]] = {
     "reference_to_video": ReferenceToVideo,
     "single_shot_extension": SingleShotExtension,
     "shot_switching_extension": ShotSwitchingExtension,
@@ -24,6 +25,6 @@ PIPELINES: dict[str, Callable[[Components, Runtime], Pipeline]] = {
 }
 
 
-def make_pipeline(task: TaskSpec, components: Components, runtime: Runtime) -> Pipeline:
+def make_pipeline(task: TaskSpec, components: Components, runtime: Runtime, state: RunState) -> Pipeline:
     """The pipeline of `task`: called with a request and its inputs, it gives the passes of the generation."""
-    return PIPELINES[task.name](components, runtime)
+    return PIPELINES[task.name](components, runtime, state)

@@ -26,6 +26,7 @@ class ShotSwitchingExtension(Steps):
         after = (Segment(self.encode_frames(clip), CUT_POSITION, clean=True),)
         conditions = {name: Conditioning(text, after=after) for name, text in texts.items()}
         frames = latent_frames(request.frames_out + 1)  # latent frames hold 4k+1 frames; the last one is not written
-        noise = self.noise(request, frames, self.runtime.generator(request.seed))
-        latents = self.denoise(request, noise, conditions, guidance)
+        generator = self.runtime.generator(request.seed)
+        noise = self.noise(request, frames, generator)
+        latents = self.denoise(request, noise, lambda: conditions, guidance, generator)
         yield Pass(latents.cpu(), islice(self.decode(latents, rounding=False), request.frames_out))

@@ -32,8 +32,10 @@ class SingleShotExtension(Steps):
             prefix = self.encode_frames(clip)
             before = (Segment(prefix, clean=True),)
             conditions = {name: Conditioning(text, prefix.shape[2], before) for name, text in texts.items()}
-            noise = self.noise(request, frames, self.runtime.generator(request.seed))  # the same in every roll-out
-            latents = self.denoise(request, noise, conditions, guidance, f"denoising {number}/{len(rolls)}")
+            generator = self.runtime.generator(request.seed)  # the same noise in every roll-out
+            noise = self.noise(request, frames, generator)
+            name = f"denoising {number}/{len(rolls)}"
+            latents = self.denoise(request, noise, lambda made=conditions: made, guidance, generator, name)
             tail: deque[Frame] = deque(maxlen=len(clip))
             new = islice(self.new_frames(prefix, latents, tail), missing)
             yield Pass(latents.cpu(), new)

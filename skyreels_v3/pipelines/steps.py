@@ -17,6 +17,7 @@ from torch import Tensor
 
 from skyreels_v3.media.inputs import Inputs, condition_clip
 from skyreels_v3.pipelines.components import Components
+from skyreels_v3.pipelines.state import RunState
 from skyreels_v3.runtime import Runtime
 from skyreels_v3.sampling.denoise import Conditioning, denoise
 from skyreels_v3.sampling.guidance import NEGATIVE_PROMPT, Guidance
@@ -48,13 +49,14 @@ def video_to_frames(video: Tensor, rounding: bool) -> np.ndarray:
 
 
 class Steps:
-    """The steps of a pipeline, on the components and the device of a run."""
+    """The steps of a pipeline, on the components, the device and the state of a run."""
 
     make_schedule: ClassVar[Callable[[int, float], Any]] = staticmethod(unipc)
 
-    def __init__(self, components: Components, runtime: Runtime) -> None:
+    def __init__(self, components: Components, runtime: Runtime, state: RunState) -> None:
         self.components = components
         self.runtime = runtime
+        self.state = state
 
     def read_condition(self, request: GenerationRequest, inputs: Inputs) -> np.ndarray:
         """The input clip's last frames, uint8 [F, H, W, 3] of the output's size."""
@@ -92,17 +94,29 @@ class Steps:
         self,
         request: GenerationRequest,
         noise: Tensor,
-        conditions: Mapping[str, Conditioning],
+        conditions: Callable[[], Mapping[str, Conditioning]],
         guidance: Guidance,
+        generator: torch.Generator,
         name: str = "denoising",
         pin: Callable[[Tensor, float], Tensor] = lambda latents, sigma: latents,
     ) -> Tensor:
-        """Latents (1, 16, F, h, w) from noise, on the device."""
+        """Latents (1, 16, F, h, w) from noise, on the device; those of an interrupted run where it had finished them.
+
+        Args:
+            conditions: makes the conditions; not called for a pass that was finished before.
+            generator: where the noise comes from.
+        """
+        saved = self.state.recall(generator)
+        if saved is not None:
+            return saved.to(self.runtime.device)
+        made = conditions()
         transformer = self.components.transformer
         scheduler = self.make_schedule(request.num_inference_steps, request.shift)
         start = noise.to(self.runtime.device)
         with self.runtime.resident(transformer), self.runtime.bar(name, len(scheduler.timesteps)) as bar:
-            return denoise(transformer, scheduler, start, conditions, guidance, bar.update, pin)
+            latents = denoise(transformer, scheduler, start, made, guidance, bar.update, pin)
+        self.state.save(latents, generator)
+        return latents
 
     def decode_video(self, latents: Tensor) -> Iterator[Tensor]:
         """Video (1, 3, f, H, W) in [-1, 1] of latents (1, 16, F, h, w), piece by piece as it is asked for."""

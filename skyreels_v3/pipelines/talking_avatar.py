@@ -6,8 +6,9 @@ Between the windows only the last few frames are kept, so memory does not grow w
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -18,33 +19,53 @@ from torch import Tensor
 
 from skyreels_v3.media.audio import normalise_loudness, read_audio
 from skyreels_v3.media.color import match_color
-from skyreels_v3.media.image import cover_crop
+from skyreels_v3.media.image import cover_crop, covered_box
 from skyreels_v3.media.inputs import Inputs
+from skyreels_v3.media.video import read_frames, resized
 from skyreels_v3.pipelines.steps import Frame, Pass, Steps, frames_to_video, video_to_frames
 from skyreels_v3.sampling.denoise import Conditioning
 from skyreels_v3.sampling.guidance import NO_AUDIO, NO_TEXT_NO_AUDIO, Guidance, text_audio_guidance
 from skyreels_v3.sampling.schedules import euler
-from skyreels_v3.tasks import VAE_STRIDE, GenerationRequest, latent_frames
-from skyreels_v3.windows import MOTION_FRAMES, WINDOW_FRAMES, Window, plan_windows
+from skyreels_v3.tasks import PATCH_SIZE, SIZE_MULTIPLE, VAE_STRIDE, GenerationRequest, latent_frames
+from skyreels_v3.windows import MOTION_FRAMES, WINDOW_FRAMES, Window, WindowPlan, plan_windows
+
+logger = logging.getLogger(__name__)
 
 AUDIO_REACH = 2  # a video frame sees the sound of so many frames before and after it
 SILENT = (NO_AUDIO, NO_TEXT_NO_AUDIO)
 
 
 @dataclass(frozen=True)
-class Voice:
-    """What all windows of a run share.
+class Scene:
+    """What all passes of a run share.
 
     Attributes:
-        portrait: (1, 3, 1, H, W) in [-1, 1].
+        portrait: (1, 3, 1, H, W) in [-1, 1]; its colours are those of the video.
         features: (P, F, layers, D) wav2vec2 features of P speakers, F frames with the padding.
+        speaker_masks: (3, H/8, W/8) first speaker, second speaker, background; None for one speaker.
         generator: where all noise comes from, in the order of the passes.
     """
 
     portrait: Tensor
     features: Tensor
+    speaker_masks: Tensor | None
     guidance: Guidance
     generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class Given:
+    """The frames of a pass that are known, (1, 3, K, H, W) in [-1, 1].
+
+    Attributes:
+        first: the portrait, or the last frames of the window before.
+        last: what the window ends in, or None.
+        pinned: the first frames are held in place while denoising, as they go on from another window.
+    """
+
+    first: Tensor
+    last: Tensor | None = None
+    pinned: bool = False
 
 
 class TalkingAvatar(Steps):
@@ -54,99 +75,210 @@ class TalkingAvatar(Steps):
 
     def __call__(self, request: GenerationRequest, inputs: Inputs) -> Iterator[Pass]:
         """The key-frame pass, and a pass for each window of a longer video."""
+        if inputs.clip is not None or len(inputs.audio) > 1:
+            logger.warning("experimental: the published weights are said to be trained on one speaker and a portrait")
         guidance = text_audio_guidance(request.text_guidance_scale, request.audio_guidance_scale)
         texts = self.encode_prompts(request, guidance)
         features = self.encode_audio(request, inputs)
         plan = plan_windows(features.shape[1])
-        padding = features[:, plan.audio_frames * 2 - plan.padded_frames :].flip(1)
-        voice = Voice(
-            self.portrait(request, inputs),
-            torch.cat((features, padding), dim=1) if plan.windows else features,
-            guidance,
-            self.runtime.generator(request.seed),
+        padding = features[:, 2 * plan.audio_frames - plan.padded_frames :].flip(1)
+        scene = Scene(
+            portrait=self.portrait(request, inputs),
+            features=torch.cat((features, padding), dim=1) if plan.windows else features,
+            speaker_masks=self.speaker_masks(request, inputs),
+            guidance=guidance,
+            generator=self.runtime.generator(request.seed),
         )
-        total = len(plan.windows) + 1
-        latents = self.make_window(request, voice, texts, voice.portrait, None, 0, f"denoising 1/{total}")
-        decoded = self.decode_matched(request, latents, voice)
+        if inputs.clip is not None:
+            yield from self.dub(request, inputs, scene, plan, texts)
+            return
+        name = f"denoising 1/{len(plan.windows) + 1}"
+        latents = self.make_window(request, scene, texts, Given(scene.portrait), 0, name)
+        decoded = self.decode_matched(request, latents, scene)
         if not plan.windows:
             yield Pass(latents.cpu(), islice(to_frames(decoded), plan.audio_frames))
             return
+        keys = self.key_frames(request, inputs, plan, decoded)
+        yield Pass(latents.cpu(), iter(()))
+        yield from self.make_windows(request, scene, plan, keys)
+
+    def make_windows(
+        self, request: GenerationRequest, scene: Scene, plan: WindowPlan, keys: Mapping[int, Tensor]
+    ) -> Iterator[Pass]:
+        """A pass for each window; `keys` are the key frames (1, 3, 1, H, W) by the windows' starts."""
+        texts = self.encode_prompts(replace(request, prompt=request.window_prompt), scene.guidance)
+        given = scene.portrait
+        total = len(plan.windows) + 1
+        with self.runtime.bar("windows", total) as bar:
+            bar.update()  # the key-frame pass
+            for number, window in enumerate(plan.windows, start=2):
+                key = keys[window.start].expand(-1, -1, MOTION_FRAMES, -1, -1)
+                known = Given(given, key, pinned=window.start > 0)
+                latents = self.make_window(request, scene, texts, known, window.start, f"denoising {number}/{total}")
+                tail: deque[Tensor] = deque(maxlen=MOTION_FRAMES)
+                yield Pass(latents.cpu(), self.new_frames(request, latents, scene, window, tail))
+                given = torch.cat(list(tail), dim=2)
+                bar.update()
+
+    def dub(
+        self, request: GenerationRequest, inputs: Inputs, scene: Scene, plan: WindowPlan, texts: dict[str, Tensor]
+    ) -> Iterator[Pass]:
+        """Passes over an existing clip: each begins and ends in the clip's own frames at that time."""
+        windows = plan.windows or (Window(0, 0, 0, plan.audio_frames),)
+        starts = [window.start for window in windows]
+        clip = self.clip_frames(request, inputs, starts)
+        with self.runtime.bar("windows", len(windows)) as bar:
+            for number, window in enumerate(windows, start=1):
+                known = Given(*next(clip), pinned=window.start > 0)
+                name = f"denoising {number}/{len(windows)}"
+                latents = self.make_window(request, scene, texts, known, window.start, name)
+                yield Pass(latents.cpu(), self.new_frames(request, latents, scene, window, deque(maxlen=1)))
+                bar.update()
+
+    def clip_frames(
+        self, request: GenerationRequest, inputs: Inputs, starts: list[int]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The first and last known frames of each window, read in one go; the clip's last frame goes on for ever."""
+        assert inputs.clip is not None and request.height is not None and request.width is not None
+        frames = resized(read_frames(inputs.clip.path, request.task.fps), request.height, request.width)
+        held: deque[Frame] = deque(maxlen=WINDOW_FRAMES)
+        read = 0
+        for start in starts:
+            while read < start + WINDOW_FRAMES:
+                held.append(next(frames, held[-1] if held else None))
+                read += 1
+            window = list(held)
+            yield tuple(
+                frames_to_video(part).to(self.runtime.device)
+                for part in (window[:MOTION_FRAMES], window[-MOTION_FRAMES:])
+            )
+
+    def key_frames(
+        self, request: GenerationRequest, inputs: Inputs, plan: WindowPlan, decoded: Iterator[Tensor]
+    ) -> dict[int, Tensor]:
+        """The frame (1, 3, 1, H, W) that each window ends in, by the windows' starts; the user's before made ones."""
         wanted = {window.key_frame for window in plan.windows}
         # on the host: there may be as many as the pass has frames
-        keys = {index: frame.cpu() for index, frame in enumerate(decoded) if index in wanted}
-        yield Pass(latents.cpu(), iter(()))
-        texts = self.encode_prompts(replace(request, prompt=request.window_prompt), guidance)
-        given = voice.portrait
-        for number, window in enumerate(plan.windows, start=2):
-            name = f"denoising {number}/{total}"
-            latents = self.make_window(request, voice, texts, given, keys[window.key_frame], window.start, name)
-            tail: deque[Tensor] = deque(maxlen=MOTION_FRAMES)
-            yield Pass(latents.cpu(), self.new_frames(request, latents, voice, window, tail))
-            given = torch.cat(list(tail), dim=2)
+        made = {index: frame.cpu() for index, frame in enumerate(decoded) if index in wanted}
+        keys = {window.start: made[window.key_frame] for window in plan.windows}
+        for picture, seconds in inputs.keyframes:
+            time = seconds * request.task.fps
+            nearest = min(keys, key=lambda start: abs(start + WINDOW_FRAMES - time))
+            keys[nearest] = frames_to_video([self.fitted(request, picture)])
+        return keys
+
+    def fitted(self, request: GenerationRequest, picture: Image.Image) -> Frame:
+        """A picture in the output's size."""
+        assert request.height is not None and request.width is not None
+        return np.asarray(cover_crop(picture, request.height, request.width, Image.Resampling.BILINEAR))
 
     def portrait(self, request: GenerationRequest, inputs: Inputs) -> Tensor:
-        """The portrait in the output's size, (1, 3, 1, H, W) on the device."""
+        """The portrait, or a dubbed clip's first frame, (1, 3, 1, H, W) on the device."""
+        if inputs.clip is not None:
+            picture = Image.fromarray(next(read_frames(inputs.clip.path, request.task.fps)))
+        else:
+            picture = inputs.images[0]
+        return frames_to_video([self.fitted(request, picture)]).to(self.runtime.device)
+
+    def speaker_masks(self, request: GenerationRequest, inputs: Inputs) -> Tensor | None:
+        """Where the two speakers are, in latent pixels; the portrait's halves unless there are boxes."""
+        if len(inputs.audio) < 2:
+            return None
         assert request.height is not None and request.width is not None
-        picture = cover_crop(inputs.images[0], request.height, request.width, Image.Resampling.BILINEAR)
-        return frames_to_video([np.asarray(picture)]).to(self.runtime.device)
+        image = inputs.images[0]
+        middle = image.width // 2
+        boxes = request.speaker_boxes or ((0, 0, middle, image.height), (middle, 0, image.width, image.height))
+        masks = torch.zeros(3, request.height // VAE_STRIDE[1], request.width // VAE_STRIDE[2])
+        for person, box in enumerate(boxes):
+            x0, y0, x1, y1 = covered_box(box, image.size, request.height, request.width)
+            masks[person, token_span(y0, y1, request.height), token_span(x0, x1, request.width)] = 1
+        masks[2] = (masks[0] + masks[1] == 0).float()
+        return masks.to(self.runtime.device)
 
     def encode_audio(self, request: GenerationRequest, inputs: Inputs) -> Tensor:
-        """Features (P, F, layers, D) of each speaker's sound."""
+        """Features (P, F, layers, D) of each speaker's sound, silent while only the other one speaks."""
         encoder = self.components.audio_encoder
-        assert encoder is not None and inputs.audio is not None
-        samples = normalise_loudness(read_audio(inputs.audio.path, "--input_audio"))
+        assert encoder is not None
+        voices = [normalise_loudness(read_audio(sound.path, "--input_audio")) for sound in inputs.audio]
         with self.runtime.resident(encoder.module):
-            features = encoder(torch.from_numpy(samples).to(self.runtime.device), request.task.fps)
-        return features[None]
+            return torch.stack(
+                [
+                    encoder(torch.from_numpy(samples).to(self.runtime.device), request.task.fps)
+                    for samples in in_turn(voices, request.audio_type == "sequential")
+                ]
+            )
 
     def make_window(
         self,
         request: GenerationRequest,
-        voice: Voice,
-        texts: dict[str, Tensor],
-        given: Tensor,
-        key: Tensor | None,
+        scene: Scene,
+        texts: Mapping[str, Tensor],
+        given: Given,
         start: int,
         name: str,
     ) -> Tensor:
-        """Latents (1, 16, 21, h, w) of one pass.
+        """Latents (1, 16, 21, h, w) of one pass that begins at frame `start` of the sound.
 
-        Args:
-            texts: context of each condition.
-            given: (1, 3, K, H, W) frames that the window begins with: the portrait, or the last ones before it.
-            key: (1, 3, 1, H, W) the frame it ends in, if any.
-            start: its first frame in the sound.
+        `texts` is the context of each condition.
         """
-        channels = self.known_frames(given, key)
-        image = self.encode_image(given[:, :, 0])
-        audio = audio_windows(voice.features, start)[None]
-        conditions = {
+        noise = self.noise(request, latent_frames(WINDOW_FRAMES), scene.generator)
+        if not given.pinned:
+            make = lambda: self.conditions(scene, texts, self.known_frames(given), given, start)  # noqa: E731
+            return self.denoise(request, noise, make, scene.guidance, scene.generator, name)
+        return self.denoise_pinned(request, noise, scene, texts, given, start, name)
+
+    def denoise_pinned(
+        self,
+        request: GenerationRequest,
+        noise: Tensor,
+        scene: Scene,
+        texts: Mapping[str, Tensor],
+        given: Given,
+        start: int,
+        name: str,
+    ) -> Tensor:
+        """As `make_window`; the first latent frames are held to the given ones, at the noise level of each step."""
+        known: list[Tensor] = []
+
+        def conditions() -> dict[str, Conditioning]:
+            known.append(self.known_frames(given))
+            return self.conditions(scene, texts, known[0], given, start)
+
+        def pin(latents: Tensor, sigma: float) -> Tensor:
+            motion = known[0][:, VAE_STRIDE[0] :, : latent_frames(MOTION_FRAMES)]
+            fresh = torch.randn(motion.shape, generator=scene.generator).to(latents.device)
+            held = (1 - sigma) * motion + sigma * fresh
+            return torch.cat((held, latents[:, :, motion.shape[2] :]), dim=2)
+
+        return self.denoise(request, noise, conditions, scene.guidance, scene.generator, name, pin)
+
+    def conditions(
+        self, scene: Scene, texts: Mapping[str, Tensor], known: Tensor, given: Given, start: int
+    ) -> dict[str, Conditioning]:
+        """What a pass is conditioned on, for each condition of the guidance."""
+        image = self.encode_image(given.first[:, :, 0])
+        audio = audio_windows(scene.features, start)[None]
+        return {
             name: Conditioning(
-                text, channels=channels, image=image, audio=torch.zeros_like(audio) if name in SILENT else audio
+                text,
+                channels=known,
+                image=image,
+                audio=torch.zeros_like(audio) if name in SILENT else audio,
+                speaker_masks=scene.speaker_masks,
             )
             for name, text in texts.items()
         }
-        noise = self.noise(request, channels.shape[2], voice.generator)
-        motion = channels[:, 4:, : latent_frames(MOTION_FRAMES)]
 
-        def pin(latents: Tensor, sigma: float) -> Tensor:
-            fresh = torch.randn(motion.shape, generator=voice.generator).to(latents.device)
-            known = (1 - sigma) * motion + sigma * fresh
-            return torch.cat((known, latents[:, :, motion.shape[2] :]), dim=2)
-
-        if given.shape[2] < MOTION_FRAMES:
-            return self.denoise(request, noise, conditions, voice.guidance, name)
-        return self.denoise(request, noise, conditions, voice.guidance, name, pin)
-
-    def known_frames(self, given: Tensor, key: Tensor | None) -> Tensor:
-        """(1, 4 + 16, 21, h, w): which frames of a window are known, and the latents of those on grey."""
-        video = given.new_zeros((*given.shape[:2], WINDOW_FRAMES, *given.shape[3:]))
+    def known_frames(self, given: Given) -> Tensor:
+        """(1, 4 + 16, 21, h, w): which frames of a pass are known, and the latents of those on grey."""
+        first = given.first
+        video = first.new_zeros((*first.shape[:2], WINDOW_FRAMES, *first.shape[3:]))
         known = torch.zeros(WINDOW_FRAMES)
-        video[:, :, : given.shape[2]] = given
-        known[: given.shape[2]] = 1
-        if key is not None:
-            video[:, :, -MOTION_FRAMES:] = key.to(video)
-            known[-MOTION_FRAMES:] = 1
+        video[:, :, : first.shape[2]] = first
+        known[: first.shape[2]] = 1
+        if given.last is not None:
+            video[:, :, -given.last.shape[2] :] = given.last.to(video)
+            known[-given.last.shape[2] :] = 1
         vae = self.components.vae
         with self.runtime.resident(vae.module):
             latents = vae.encode(video)
@@ -162,16 +294,16 @@ class TalkingAvatar(Steps):
         with self.runtime.resident(encoder.module):
             return encoder(picture)
 
-    def decode_matched(self, request: GenerationRequest, latents: Tensor, voice: Voice) -> Iterator[Tensor]:
+    def decode_matched(self, request: GenerationRequest, latents: Tensor, scene: Scene) -> Iterator[Tensor]:
         """Frames (1, 3, 1, H, W) of latents, in the portrait's colours."""
         for chunk in self.decode_video(latents):
-            yield from match_color(chunk, voice.portrait, request.color_correction_strength).split(1, dim=2)
+            yield from match_color(chunk, scene.portrait, request.color_correction_strength).split(1, dim=2)
 
     def new_frames(
-        self, request: GenerationRequest, latents: Tensor, voice: Voice, window: Window, tail: deque[Tensor]
+        self, request: GenerationRequest, latents: Tensor, scene: Scene, window: Window, tail: deque[Tensor]
     ) -> Iterator[Frame]:
         """The frames of a window that are written; `tail` ends up with the last of them."""
-        for index, frame in enumerate(islice(self.decode_matched(request, latents, voice), window.end)):
+        for index, frame in enumerate(islice(self.decode_matched(request, latents, scene), window.end)):
             tail.append(frame)
             if index >= window.first:
                 yield video_to_frames(frame, rounding=False)[0]
@@ -181,6 +313,25 @@ def to_frames(video: Iterator[Tensor]) -> Iterator[Frame]:
     """Frames (1, 3, 1, H, W) in [-1, 1] as uint8 [H, W, 3]."""
     for frame in video:
         yield video_to_frames(frame, rounding=False)[0]
+
+
+def in_turn(voices: list[np.ndarray], sequential: bool) -> list[np.ndarray]:
+    """Speakers' samples brought to one length: one after the other, or all from the start; silence elsewhere."""
+    if not sequential:
+        length = max(map(len, voices))
+        return [np.pad(samples, (0, length - len(samples))) for samples in voices]
+    total = sum(map(len, voices))
+    begins = np.cumsum([0, *map(len, voices[:-1])])
+    return [
+        np.pad(samples, (begin, total - begin - len(samples))) for begin, samples in zip(begins, voices, strict=True)
+    ]
+
+
+def token_span(start: float, end: float, side: int) -> slice:
+    """Latent pixels of the tokens between two places on a side in pixels: at least one token."""
+    first = min(int(start / SIZE_MULTIPLE), side // SIZE_MULTIPLE - 1)
+    last = max(round(end / SIZE_MULTIPLE), first + 1)
+    return slice(first * PATCH_SIZE[1], last * PATCH_SIZE[1])
 
 
 def audio_windows(features: Tensor, start: int) -> Tensor:

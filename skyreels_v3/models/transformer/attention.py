@@ -136,7 +136,7 @@ def speaker_positions(query: Tensor, first_frame_key: Tensor, masks: Tensor) -> 
     over that person's range by how strongly they look, from the weakest to the strongest token.
     """
     weights = attention_map(query, first_frame_key)  # (B, L, S)
-    regions = masks.to(weights) / masks.sum(dim=1, keepdim=True)
+    regions = masks.to(weights) / masks.sum(dim=1, keepdim=True).clamp(min=1)  # the background may be empty
     looks = torch.einsum("bls,ps->bpl", weights, regions)  # (B, 3, L)
     low, high = looks.amin(dim=-1, keepdim=True), looks.amax(dim=-1, keepdim=True)
     spread = (looks - low) / (high - low)
