@@ -18,6 +18,7 @@ TASKS = {
     "reference_to_video": ("--ref_imgs", ASSETS / "fox.png", "--num_frames", 9),
     "single_shot_extension": ("--input_video", ASSETS / "boat.mp4"),
     "shot_switching_extension": ("--input_video", ASSETS / "boat.mp4", "--duration", 2),
+    "talking_avatar": ("--input_image", ASSETS / "portrait.png", "--input_audio", ASSETS / "speech.mp3"),
 }
 
 

@@ -37,10 +37,11 @@ class SingleShotExtension(Steps):
             name = f"denoising {number}/{len(rolls)}"
             latents = self.denoise(request, noise, lambda made=conditions: made, guidance, generator, name)
             tail: deque[Frame] = deque(maxlen=len(clip))
-            new = islice(self.new_frames(prefix, latents, tail), missing)
-            yield Pass(latents.cpu(), new)
+            new = self.new_frames(prefix, latents, tail)
+            yield Pass(latents.cpu(), islice(new, max(0, missing)))
             missing -= 4 * frames
             if number < len(rolls):
+                deque(new, maxlen=0)  # roll-outs can make too much before the last one; it conditions that all the same
                 clip = np.stack(tail)
 
     def new_frames(self, prefix: Tensor, latents: Tensor, tail: deque[Frame]) -> Iterator[Frame]:

@@ -1,0 +1,38 @@
+"""Roll-outs of any length, with the toy model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from skyreels_v3.checkpoints.tiny import make_tiny
+from skyreels_v3.cli import parse_request
+from skyreels_v3.media.inputs import open_inputs
+from skyreels_v3.pipelines.components import load_components
+from skyreels_v3.pipelines.single_shot_extension import SingleShotExtension
+from skyreels_v3.pipelines.state import open_state
+from skyreels_v3.runtime import Runtime
+
+CLIP = Path(__file__).resolve().parents[2] / "assets" / "boat.mp4"
+
+
+@pytest.mark.parametrize("duration", [6, 11, 26])
+def test_exactly_the_seconds_asked_for(tmp_path, monkeypatch, duration):
+    """After 26 s five roll-outs have already made more than enough, and the sixth is made all the same, as official."""
+    monkeypatch.setenv("SKYREELS_CACHE", str(tmp_path))
+    request = parse_request(
+        ["--task_type", "single_shot_extension", "--model_id", "tiny", "--prompt", "a", "--input_video", str(CLIP),
+         "--height", "16", "--width", "32", "--num_inference_steps", "1", "--duration", str(duration)]
+    )  # fmt: skip
+    request, inputs = open_inputs(request, tmp_path)
+    runtime = Runtime(torch.device("cpu"), torch.float32, offload=False, show_progress=False)
+    components = load_components(make_tiny(request.task), request.task, runtime)
+    state = open_state(tmp_path / "a.mp4", {}, resume=False)
+    passes, frames = 0, 0
+    for made in SingleShotExtension(components, runtime, state)(request, inputs):
+        passes += 1
+        frames += sum(1 for _ in made.frames)
+    assert frames == duration * 24
+    assert passes == (duration + 4) // 5
