@@ -67,18 +67,19 @@ def generate(request: GenerationRequest, inputs: Inputs, checkpoint: Path) -> Pa
     from skyreels_v3.pipelines.outputs import save_latents
     from skyreels_v3.pipelines.registry import make_pipeline
     from skyreels_v3.pipelines.state import open_state
+    from skyreels_v3.preflight import recorded_flags
 
     assert request.output is not None and request.height is not None and request.width is not None
     device = runtime.start(request)
-    flags = recorded_flags(request, device.dtype)
-    state = open_state(request.output, flags, request.resume)
+    flags = recorded_flags(request) | {"dtype": str(device.dtype).removeprefix("torch.")}
+    state = open_state(request.output, flags, request.resume, request.frame_folder)
     completed = False
     try:
         pipeline = make_pipeline(request.task, load_components(checkpoint, request.task, device), device, state)
         latents: list[Any] = []
         logger.info("seed %d, %d x %d", request.seed, request.height, request.width)
         frames = all_frames(request, inputs, pipeline(request, inputs), latents)
-        path = write(request, inputs, frames, comment(flags))
+        path = write(request, inputs, frames, comment(flags), state.folder)
         if request.save_latents is not None:
             save_latents(latents, request.save_latents)
         completed = True
@@ -87,20 +88,22 @@ def generate(request: GenerationRequest, inputs: Inputs, checkpoint: Path) -> Pa
     return path
 
 
-def write(request: GenerationRequest, inputs: Inputs, frames: Iterator[np.ndarray], made_by: str) -> Path:
+def write(
+    request: GenerationRequest, inputs: Inputs, frames: Iterator[np.ndarray], made_by: str, workspace: Path
+) -> Path:
     """Write the frames as the request wants them; returns the path."""
     from skyreels_v3.media.audio import mix
     from skyreels_v3.media.video import write_frame_folder, write_video
 
     assert request.output is not None and request.height is not None and request.width is not None
     if request.frame_folder:
-        return write_frame_folder(frames, request.output, comment=made_by)
+        return write_frame_folder(frames, request.output, comment=made_by, workspace=workspace)
     size = {"height": request.height, "width": request.width, "fps": request.task.fps}
-    with tempfile.TemporaryDirectory(prefix="skyreels-") as folder:
-        sounds = [audio.path for audio in inputs.audio]
-        if len(sounds) > 1:
-            sounds = [mix(sounds, request.audio_type == "sequential", Path(folder) / "mixed.wav")]
-        return write_video(frames, request.output, **size, comment=made_by, audio=sounds[0] if sounds else None)
+    sounds = [audio.path for audio in inputs.audio]
+    if len(sounds) > 1:
+        sounds = [mix(sounds, request.audio_type == "sequential", workspace / "mixed.wav")]
+    sound = sounds[0] if sounds else None
+    return write_video(frames, request.output, **size, comment=made_by, audio=sound, workspace=workspace)
 
 
 def all_frames(
@@ -116,12 +119,6 @@ def all_frames(
         if request.save_latents is not None:
             latents.append(made.latents)
         yield from made.frames
-
-
-def recorded_flags(request: GenerationRequest, dtype: object) -> dict[str, Any]:
-    """The flags that make the same video again."""
-    used = {"height": request.height, "width": request.width, "dtype": str(dtype).removeprefix("torch.")}
-    return {**request.flags, **used}
 
 
 def comment(flags: dict[str, Any]) -> str:

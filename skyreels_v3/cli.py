@@ -410,6 +410,8 @@ def check_speakers(values: Mapping[str, Any]) -> None:
     parse_keyframes(values)
     if values.get("resume") and "output" not in values:
         raise UserError("--resume", "needs the --output of the interrupted run; give it")
+    if values.get("resume") and values.get("seed") == -1:
+        raise UserError("--resume", "the seed of the interrupted run is not drawn again; give its number as --seed")
 
 
 def parse_boxes(values: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:

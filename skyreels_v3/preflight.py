@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from skyreels_v3.checkpoints.hub import TINY, locate
 from skyreels_v3.media.files import check_writable
 from skyreels_v3.media.inputs import Inputs, open_inputs
+from skyreels_v3.pipelines.state import check_left
 from skyreels_v3.runtime import check_device
 from skyreels_v3.tasks import GenerationRequest
 
@@ -36,4 +38,12 @@ def preflight(request: GenerationRequest, downloads: Path) -> tuple[GenerationRe
     if request.save_latents is not None:
         check_writable(request.save_latents, "--save_latents")
     request, inputs = open_inputs(request, downloads)
+    if request.resume:
+        assert request.output is not None
+        check_left(request.output, recorded_flags(request))
     return request, inputs, checkpoint
+
+
+def recorded_flags(request: GenerationRequest) -> dict[str, Any]:
+    """The flags that make the same video again, but for the dtype where torch chooses it."""
+    return {**request.flags, "height": request.height, "width": request.width}

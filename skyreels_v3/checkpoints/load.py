@@ -7,7 +7,6 @@ unknown entry of a config or a damaged file is a `CheckpointError` that names fi
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from skyreels_v3.checkpoints.hub import weight_files
+from skyreels_v3.checkpoints.hub import read_json, weight_files
 from skyreels_v3.checkpoints.key_maps import IDENTITY, KeyMap, invert, restore, translate
 from skyreels_v3.errors import CheckpointError
 from skyreels_v3.models.parameters import replace_tensors
@@ -62,13 +61,7 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """A checkpoint's config.json without the library's own underscored entries."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no JSON object")
-    return {key: value for key, value in content.items() if not key.startswith("_")}
+    return {key: value for key, value in read_json(path).items() if not key.startswith("_")}
 
 
 def rename(tensors: Mapping[str, Tensor], key_map: KeyMap, source: Path) -> dict[str, Tensor]:

@@ -167,6 +167,7 @@ def write_video(
     fps: int,
     comment: str,
     audio: Path | None = None,
+    workspace: Path | None = None,
 ) -> Path:
     """Encode frames, uint8 [height, width, 3], as they come: H.264, yuv420p, BT.709, index in front.
 
@@ -179,6 +180,7 @@ def write_video(
         audio: a sound file, or a clip for its sound track, that `audio.probe_audio` has accepted. It is heard from the
             first frame on as AAC, at its own sample rate (the nearest that AAC has) and in its own channels (at most
             two), cut or filled with silence to the length of the frames; in a partial file likewise.
+        workspace: a folder of the same file system for the unfinished file; that of `path` if there is none.
 
     Returns:
         The path of the file, `path` unless that was taken.
@@ -189,16 +191,20 @@ def write_video(
     """
     if len(comment.encode()) > COMMENT_BYTES:
         raise ValueError(f"comment of more than {COMMENT_BYTES} bytes")
-    return _deliver(frames, _VideoSink(temporary_name(path), height, width, fps, comment, audio), path)
+    temporary = temporary_name((workspace or path.parent) / path.name)
+    return _deliver(frames, _VideoSink(temporary, height, width, fps, comment, audio), path)
 
 
-def write_frame_folder(frames: Iterable[np.ndarray], folder: Path, *, comment: str) -> Path:
+def write_frame_folder(
+    frames: Iterable[np.ndarray], folder: Path, *, comment: str, workspace: Path | None = None
+) -> Path:
     """Write frames, uint8 [H, W, 3], as they come to 00000.png, 00001.png, ... in a new folder, lossless.
 
     Names and interruptions as in `write_video`: the folder gets its name at the end, or `<name>.partial`. Every file
     carries `comment` in a PNG text chunk of that name, so that a frame copied elsewhere still tells what made it.
     """
-    return _deliver(frames, _FolderSink(temporary_name(folder), comment), folder)
+    temporary = temporary_name((workspace or folder.parent) / folder.name)
+    return _deliver(frames, _FolderSink(temporary, comment), folder)
 
 
 class _Sink(Protocol):

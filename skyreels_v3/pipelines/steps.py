@@ -19,7 +19,7 @@ from skyreels_v3.media.inputs import Inputs, condition_clip
 from skyreels_v3.pipelines.components import Components
 from skyreels_v3.pipelines.state import RunState
 from skyreels_v3.runtime import Runtime
-from skyreels_v3.sampling.denoise import Conditioning, denoise
+from skyreels_v3.sampling.denoise import Conditioning, Pin, denoise, leave
 from skyreels_v3.sampling.guidance import NEGATIVE_PROMPT, Guidance
 from skyreels_v3.sampling.schedules import unipc
 from skyreels_v3.tasks import LATENT_CHANNELS, VAE_STRIDE, GenerationRequest
@@ -98,7 +98,7 @@ class Steps:
         guidance: Guidance,
         generator: torch.Generator,
         name: str = "denoising",
-        pin: Callable[[Tensor, float], Tensor] = lambda latents, sigma: latents,
+        pin: Pin = leave,
     ) -> Tensor:
         """Latents (1, 16, F, h, w) from noise, on the device; those of an interrupted run where it had finished them.
 

@@ -23,7 +23,7 @@ from skyreels_v3.media.image import cover_crop, covered_box
 from skyreels_v3.media.inputs import Inputs
 from skyreels_v3.media.video import read_frames, resized
 from skyreels_v3.pipelines.steps import Frame, Pass, Steps, frames_to_video, video_to_frames
-from skyreels_v3.sampling.denoise import Conditioning
+from skyreels_v3.sampling.denoise import Conditioning, leave
 from skyreels_v3.sampling.guidance import NO_AUDIO, NO_TEXT_NO_AUDIO, Guidance, text_audio_guidance
 from skyreels_v3.sampling.schedules import euler
 from skyreels_v3.tasks import PATCH_SIZE, SIZE_MULTIPLE, VAE_STRIDE, GenerationRequest, latent_frames
@@ -219,25 +219,9 @@ class TalkingAvatar(Steps):
     ) -> Tensor:
         """Latents (1, 16, 21, h, w) of one pass that begins at frame `start` of the sound.
 
-        `texts` is the context of each condition.
+        `texts` is the context of each condition. Where `given` says so, the first latent frames are held to the given
+        ones, at the noise level of each step.
         """
-        noise = self.noise(request, latent_frames(WINDOW_FRAMES), scene.generator)
-        if not given.pinned:
-            make = lambda: self.conditions(scene, texts, self.known_frames(given), given, start)  # noqa: E731
-            return self.denoise(request, noise, make, scene.guidance, scene.generator, name)
-        return self.denoise_pinned(request, noise, scene, texts, given, start, name)
-
-    def denoise_pinned(
-        self,
-        request: GenerationRequest,
-        noise: Tensor,
-        scene: Scene,
-        texts: Mapping[str, Tensor],
-        given: Given,
-        start: int,
-        name: str,
-    ) -> Tensor:
-        """As `make_window`; the first latent frames are held to the given ones, at the noise level of each step."""
         known: list[Tensor] = []
 
         def conditions() -> dict[str, Conditioning]:
@@ -250,7 +234,9 @@ class TalkingAvatar(Steps):
             held = (1 - sigma) * motion + sigma * fresh
             return torch.cat((held, latents[:, :, motion.shape[2] :]), dim=2)
 
-        return self.denoise(request, noise, conditions, scene.guidance, scene.generator, name, pin)
+        noise = self.noise(request, latent_frames(WINDOW_FRAMES), scene.generator)
+        hold = pin if given.pinned else leave
+        return self.denoise(request, noise, conditions, scene.guidance, scene.generator, name, hold)
 
     def conditions(
         self, scene: Scene, texts: Mapping[str, Tensor], known: Tensor, given: Given, start: int

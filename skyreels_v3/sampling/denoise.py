@@ -52,6 +52,14 @@ def spread_timestep(timestep: Tensor, segments: Iterable[Segment]) -> Tensor:
     )
 
 
+Pin = Callable[[Tensor, float], Tensor]
+
+
+def leave(latents: Tensor, sigma: float) -> Tensor:
+    """The pin that holds nothing."""
+    return latents
+
+
 @torch.inference_mode()
 def denoise(
     model: SkyReelsTransformer3DModel,
@@ -60,7 +68,7 @@ def denoise(
     conditions: Mapping[str, Conditioning],
     guidance: Guidance,
     progress: Callable[[], object] = lambda: None,
-    pin: Callable[[Tensor, float], Tensor] = lambda latents, sigma: latents,
+    pin: Pin = leave,
 ) -> Tensor:
     """Turn noise (B, C, F, H, W) into latents.
 
