@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from imageio_ffmpeg import write_frames
 
+import generate_video
+
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "tests" / "data" / "reference"
+SECONDS = 2.0  # in which every error must be there
+# main, and an exit code that tells when it imported what takes seconds
+DRIVER = """
+import sys
+from generate_video import main
+code = main(sys.argv[1:])
+heavy = {"torch", "diffusers", "transformers"} & sys.modules.keys()
+sys.exit(f"imported {sorted(heavy)}" if heavy else code)
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command line, with places in braces, and what its error must say: flag, value, way out."""
+
+    name: str
+    argv: list[str]
+    flag: str
+    value: str
+    remedy: str
+
+
+def bad(base: list[str], flag: str, value: str, remedy: str, shown: str | None = None, name: str = "") -> Case:
+    """A good command line made bad by one flag's value."""
+    name = f"{base[1].split('_')[0]}{flag}={name or value[:40]}"
+    return Case(name, [*base, flag, value], flag, value if shown is None else shown, remedy)
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +83,105 @@ def write_lossless() -> Callable[[Path, np.ndarray, int], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def refuse(tmp_path, monkeypatch) -> Callable[..., str]:
+    """Run a bad command line, check all that every error has in common, and return its line."""
+    home = tmp_path / "home"
+    working = tmp_path / "working"
+    working.mkdir()
+    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    caches = {"HF_HOME": str(home), "HF_ENDPOINT": "http://127.0.0.1:9", "SKYREELS_CACHE": str(home)}
+
+    def run(argv: list[str]) -> tuple[subprocess.CompletedProcess[str], float]:
+        start = time.perf_counter()
+        made = subprocess.run(
+            [sys.executable, "-c", DRIVER, *argv],
+            cwd=working, env=kept | caches | {"PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True, errors="surrogateescape", check=False, timeout=60,
+        )  # fmt: skip
+        return made, time.perf_counter() - start
+
+    def refuse(argv: list[str]) -> str:
+        made, seconds = run(argv)
+        for _ in range(2):
+            if seconds >= SECONDS:  # the machine may have been busy
+                seconds = run(argv)[1]
+        assert made.returncode == 2, made.stderr
+        assert made.stdout == ""
+        assert made.stderr.startswith("error: ") and made.stderr.endswith("\n")
+        line = made.stderr[:-1]
+        assert line.isprintable()
+        assert len(line) < 600
+        assert seconds < SECONDS
+        assert not home.exists()
+        assert not any(working.iterdir())
+        return line
+
+    return refuse
+
+
+def check_refused(case: Case, refuse: Callable[[list[str]], str], **places: object) -> None:
+    """Run a bad command line with its places filled in, and check what its error says."""
+    line = refuse([argument.format(**places) for argument in case.argv])
+    assert line.startswith(f"error: {case.flag}: ")
+    value = case.value.format(**places)
+    start, _, end = value.partition("...")
+    assert start in line and end in line
+    assert case.remedy in line.replace(value, "", 1)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """Where the toy model is made, once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def start(tmp_path, cache) -> Callable[..., subprocess.Popen[str]]:
+    """Start the command in a folder of its own, with its temporary files beside that."""
+    environment = os.environ | {"SKYREELS_CACHE": str(cache), "TMPDIR": str(tmp_path / "temporary")}
+    for name in ("working", "temporary"):
+        (tmp_path / name).mkdir()
+
+    def start(*arguments: object) -> subprocess.Popen[str]:
+        command = [sys.executable, str(ROOT / "generate_video.py"), *map(str, arguments)]
+        return subprocess.Popen(
+            command, cwd=tmp_path / "working", env=environment,
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells start jobs with it ignored
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.fixture
+def main(tmp_path, cache, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Run the command in this process; returns exit code, stdout and stderr."""
+    monkeypatch.setenv("SKYREELS_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    on_terminate = signal.getsignal(signal.SIGTERM)
+
+    def main(*arguments: object) -> tuple[int, str, str]:
+        code = generate_video.main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    yield main
+    signal.signal(signal.SIGTERM, on_terminate)
+    logging.getLogger("skyreels_v3").setLevel(logging.NOTSET)
+
+
+def files_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+
+
+def stop_at(run: subprocess.Popen[str], pattern: str, number: int) -> str:
+    """Send a signal when stderr says `pattern`; returns all of it."""
+    said = b""
+    while not re.search(pattern.encode(), said):
+        more = os.read(run.stderr.fileno(), 4096)
+        assert more, said.decode()
+        said += more
+    run.send_signal(number)
+    return said.decode() + run.communicate(timeout=60)[1]

@@ -13,9 +13,7 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -25,19 +23,10 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
 
 from skyreels_v3.runtime import GPU_DRIVERS, has_library
+from tests.conftest import Case, bad, check_refused
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "assets"
-SECONDS = 2.0  # in which every error must be there
-# main, and an exit code that tells when it imported what takes seconds
-DRIVER = """
-import sys
-from generate_video import main
-code = main(sys.argv[1:])
-heavy = {"torch", "diffusers", "transformers"} & sys.modules.keys()
-sys.exit(f"imported {sorted(heavy)}" if heavy else code)
-"""
-
 REFERENCE = [
     *("--task_type", "reference_to_video", "--prompt", "a", "--ref_imgs", "{files}/good.png"),
     *("--model_id", "tiny", "--device", "cpu"),
@@ -48,23 +37,6 @@ EXTENSION = [
 ]
 SHOT = [*EXTENSION, "--task_type", "shot_switching_extension"]
 URL = ["--url_timeout", "0.5"]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A command line, with places in braces, and what its error must say: flag, value, way out."""
-
-    name: str
-    argv: list[str]
-    flag: str
-    value: str
-    remedy: str
-
-
-def bad(base: list[str], flag: str, value: str, remedy: str, shown: str | None = None, name: str = "") -> Case:
-    """A good command line made bad by one flag's value."""
-    name = f"{base[1].split('_')[0]}{flag}={name or value[:40]}"
-    return Case(name, [*base, flag, value], flag, value if shown is None else shown, remedy)
 
 
 def config(name: str, shown: str, remedy: str) -> Case:
@@ -550,54 +522,11 @@ def write_configs(folder: Path) -> None:
     (folder / "binary.yaml").write_bytes(bytes(range(256)))
 
 
-@pytest.fixture
-def refuse(tmp_path, monkeypatch) -> Callable[..., str]:
-    """Run a bad command line, check all that every error has in common, and return its line."""
-    home = tmp_path / "home"
-    working = tmp_path / "working"
-    working.mkdir()
-    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    caches = {"HF_HOME": str(home), "HF_ENDPOINT": "http://127.0.0.1:9", "SKYREELS_CACHE": str(home)}
-
-    def run(argv: list[str]) -> tuple[subprocess.CompletedProcess[str], float]:
-        start = time.perf_counter()
-        made = subprocess.run(
-            [sys.executable, "-c", DRIVER, *argv],
-            cwd=working, env=kept | caches | {"PYTHONPATH": str(ROOT)},
-            capture_output=True, text=True, errors="surrogateescape", check=False, timeout=60,
-        )  # fmt: skip
-        return made, time.perf_counter() - start
-
-    def refuse(argv: list[str]) -> str:
-        made, seconds = run(argv)
-        for _ in range(2):
-            if seconds >= SECONDS:  # the machine may have been busy
-                seconds = run(argv)[1]
-        assert made.returncode == 2, made.stderr
-        assert made.stdout == ""
-        assert made.stderr.startswith("error: ") and made.stderr.endswith("\n")
-        line = made.stderr[:-1]
-        assert line.isprintable()
-        assert len(line) < 600
-        assert seconds < SECONDS
-        assert not home.exists()
-        assert not any(working.iterdir())
-        return line
-
-    return refuse
-
-
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_bad_request(refuse, files, server, case):
     if case.name in NOT_BAD:
         pytest.skip("it would work on this machine")
-    places = {"files": files, "assets": ASSETS, "server": server}
-    line = refuse([argument.format(**places) for argument in case.argv])
-    assert line.startswith(f"error: {case.flag}: ")
-    value = case.value.format(**places)
-    start, _, end = value.partition("...")
-    assert start in line and end in line
-    assert case.remedy in line.replace(value, "", 1)
+    check_refused(case, refuse, files=files, assets=ASSETS, server=server)
 
 
 def damaged(reference: Path, folder: Path, name: str) -> Path:

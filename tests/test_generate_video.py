@@ -7,7 +7,6 @@ torch once more.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -25,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 import generate_video
 from skyreels_v3.media.video import probe, read_frames
+from tests.conftest import files_in, stop_at
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--device", "cpu", "--height", "32", "--width", "48", "--num_inference_steps", "2")
@@ -33,54 +33,10 @@ TOY_WARNING = "WARNING: tiny is a toy with random weights: it shows that everyth
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    """Where the toy model is made, once."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def picture(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("picture") / "picture.png"
     Image.effect_noise((60, 40), 80).convert("RGB").save(path)
     return path
-
-
-@pytest.fixture
-def start(tmp_path, cache) -> Callable[..., subprocess.Popen[str]]:
-    """Start the command in a folder of its own, with its temporary files beside that."""
-    environment = os.environ | {"SKYREELS_CACHE": str(cache), "TMPDIR": str(tmp_path / "temporary")}
-    for name in ("working", "temporary"):
-        (tmp_path / name).mkdir()
-
-    def start(*arguments: object) -> subprocess.Popen[str]:
-        command = [sys.executable, str(ROOT / "generate_video.py"), *map(str, arguments)]
-        return subprocess.Popen(
-            command, cwd=tmp_path / "working", env=environment,
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells start jobs with it ignored
-        )  # fmt: skip
-
-    return start
-
-
-@pytest.fixture
-def main(tmp_path, cache, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """Run the command in this process; returns exit code, stdout and stderr."""
-    monkeypatch.setenv("SKYREELS_CACHE", str(cache))
-    monkeypatch.chdir(tmp_path)
-    on_terminate = signal.getsignal(signal.SIGTERM)
-
-    def main(*arguments: object) -> tuple[int, str, str]:
-        code = generate_video.main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    yield main
-    signal.signal(signal.SIGTERM, on_terminate)
-    logging.getLogger("skyreels_v3").setLevel(logging.NOTSET)
-
-
-def files_in(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
 
 
 def comment_of(video: Path) -> dict[str, object]:
@@ -128,24 +84,14 @@ def test_a_run_and_its_repetition_twice_at_once(start, picture, tmp_path):
     assert {name for name in files_in(working) if name.endswith("mp4")} == {path, "again.mp4", "again-2.mp4"}
 
 
-def stop_at(run: subprocess.Popen[str], pattern: str, number: int) -> str:
-    """Send a signal when stderr says `pattern`; returns all of it."""
-    said = b""
-    while not re.search(pattern.encode(), said):
-        more = os.read(run.stderr.fileno(), 4096)
-        assert more, said.decode()
-        said += more
-    run.send_signal(number)
-    return said.decode() + run.communicate(timeout=60)[1]
-
-
 def test_ctrl_c_keeps_the_frames_that_there_are(start, picture, tmp_path):
     run = start(*REFERENCE, "--model_id", "tiny", "--ref_imgs", picture, "--num_frames", "241", "--output", "a/b.mp4")
     stderr = stop_at(run, r"decoding: .* [3-9]/61 ", signal.SIGINT)
     assert run.returncode == 130
     assert stderr.splitlines()[-1] == "interrupted"
     kept = int(re.search(r"interrupted; the first (\d+) frames are in a/b\.partial\.mp4", stderr)[1])
-    assert files_in(tmp_path / "working") == {"a/b.partial.mp4"}
+    left = {"a/b.partial.mp4", "a/b.state/request.json", "a/b.state/pass-000.safetensors"}
+    assert files_in(tmp_path / "working") == left
     assert not files_in(tmp_path / "temporary")
     frames = list(read_frames(tmp_path / "working" / "a" / "b.partial.mp4", 24))
     assert 0 < len(frames) == kept < 241
@@ -206,7 +152,7 @@ def test_frames_that_are_no_numbers_make_no_video(main, reference, picture, tmp_
     code, stdout, stderr = main(*REFERENCE, *flags)
     assert (code, stdout) == (1, "")
     assert "the decoded video is not finite in latent frame 0; the VAE is damaged" in stderr
-    assert not (tmp_path / "out").exists()
+    assert files_in(tmp_path / "out") == {"a.state/request.json", "a.state/pass-000.safetensors"}
 
 
 def test_a_checkpoint_with_a_missing_key(main, reference, picture, tmp_path):

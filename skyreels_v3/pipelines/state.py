@@ -147,13 +147,13 @@ def find_left(output: Path, flags: Mapping[str, Any]) -> tuple[Path, IO[str]]:
 def claim(folder: Path, flags: Mapping[str, Any]) -> IO[str]:
     """The request file of an interrupted run with `flags`, locked."""
     try:
-        request = (folder / REQUEST_FILE).open("r+", encoding="utf-8")
+        request = (folder / REQUEST_FILE).open("r+", encoding="utf-8", errors="replace")
     except OSError as error:
         raise nothing_left(folder, error.strerror) from error
     try:
         lock(request)
         check_same_run(folder, request.read(), flags)
-    except OSError as error:
+    except BlockingIOError as error:
         request.close()
         reason = f"{shown(folder)} is in use by a run that has not ended"
         raise UserError("--resume", f"{reason}; wait for it, or stop it first") from error
@@ -184,8 +184,14 @@ def nothing_left(folder: Path, reason: str | None) -> UserError:
 
 def lock(request: IO[str]) -> None:
     """Lock an open file for this process; raises BlockingIOError if another one has it."""
-    if fcntl is not None:
+    if fcntl is None:
+        return
+    try:
         fcntl.flock(request, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if isinstance(error, BlockingIOError):
+            raise
+        logger.debug("%s: this file system has no locks (%s)", request.name, error)
 
 
 def state_folder(output: Path, number: int = 1) -> Path:
