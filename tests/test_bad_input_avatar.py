@@ -87,6 +87,10 @@ SPEAKERS = [
     bad(TWO, "--speaker_boxes", "9,9,0,0;0,0,9,9", "give x0 < x1 and y0 < y1", "9,9,0,0 is empty"),
     bad(TWO, "--speaker_boxes", "0,0,9,9;0,0,481,480", "give boxes inside it", "0,0,481,480 is not inside"),
     bad(TWO, "--speaker_boxes", "0,0,9,481;0,0,9,9", "of 480 x 480 pixels; give boxes inside it", "0,0,9,481"),
+    bad(
+        (*TWO, "--height", "256", "--width", "480"), "--speaker_boxes", "0,0,40,40;100,200,400,400",
+        "give a box nearer to the middle", "0,0,40,40 is cut off",
+    ),
     bad(AVATAR, "--speaker_boxes", "0,0,9,9;9,0,19,9", "is for two speakers; give two sounds, or leave it out"),
     bad(AVATAR, "--audio_type", "sequential", "is for two speakers; give two sounds, or leave it out"),
     bad(TWO, "--audio_type", "serial", "choose parallel or sequential"),

@@ -12,7 +12,7 @@ from PIL import Image
 
 from skyreels_v3.errors import UserError, shown
 from skyreels_v3.media.audio import MAX_SECONDS, AudioInfo, probe_audio
-from skyreels_v3.media.image import open_image
+from skyreels_v3.media.image import covered_box, open_image
 from skyreels_v3.media.sources import MAX_IMAGE_BYTES, localise
 from skyreels_v3.media.video import ClipInfo, last_frames, probe, resized, too_short
 from skyreels_v3.tasks import GenerationRequest, choose_size
@@ -50,11 +50,11 @@ def open_inputs(request: GenerationRequest, folder: Path) -> tuple[GenerationReq
     keyframes = tuple(
         (open_picture(source, "--keyframes", request, folder), seconds) for source, seconds in request.keyframes
     )
-    check_boxes(request, images)
     if request.height is None:
         width, height = (clip.width, clip.height) if clip is not None else images[0].size
         height, width = choose_size(request.task, request.resolution, height, width)
         request = replace(request, height=height, width=width)
+    check_boxes(request, images)
     return request, Inputs(tuple(images), clip, audio, keyframes)
 
 
@@ -76,11 +76,16 @@ def check_times(request: GenerationRequest, clip: ClipInfo | None) -> None:
 
 
 def check_boxes(request: GenerationRequest, images: Sequence[Image.Image]) -> None:
-    """Raise UserError for a speaker's box that is not inside the portrait."""
+    """Raise UserError for a speaker's box that is not inside the portrait, or not in the picture after its crop."""
     for x0, y0, x1, y1 in request.speaker_boxes:
         if x1 > images[0].width or y1 > images[0].height:
             reason = f"{x0},{y0},{x1},{y1} is not inside the portrait of {images[0].width} x {images[0].height} pixels"
             raise UserError("--speaker_boxes", f"{reason}; give boxes inside it")
+        assert request.height is not None and request.width is not None
+        left, top, right, bottom = covered_box((x0, y0, x1, y1), images[0].size, request.height, request.width)
+        if left >= right or top >= bottom:
+            reason = f"{x0},{y0},{x1},{y1} is cut off when the portrait becomes {request.width} x {request.height}"
+            raise UserError("--speaker_boxes", f"{reason}; give a box nearer to the middle, or another size")
 
 
 def open_picture(source: str, flag: str, request: GenerationRequest, folder: Path) -> Image.Image:

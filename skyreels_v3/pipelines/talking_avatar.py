@@ -161,9 +161,15 @@ class TalkingAvatar(Steps):
         # on the host: there may be as many as the pass has frames
         made = {index: frame.cpu() for index, frame in enumerate(decoded) if index in wanted}
         keys = {window.start: made[window.key_frame] for window in plan.windows}
+        replaced: set[int] = set()
         for picture, seconds in inputs.keyframes:
             time = seconds * request.task.fps
             nearest = min(keys, key=lambda start: abs(start + WINDOW_FRAMES - time))
+            if nearest in replaced:
+                logger.warning(
+                    "two --keyframes are nearest to the end of one window; the one at %g s is taken", seconds
+                )
+            replaced.add(nearest)
             keys[nearest] = frames_to_video([self.fitted(request, picture)])
         return keys
 
