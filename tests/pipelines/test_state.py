@@ -36,7 +36,7 @@ TINY = (
     "--output",
     "o/a.mp4",
 )
-STEPS = 25  # enough to be stopped in
+STEPS = 60  # enough to be stopped in
 SECONDS = {"talking_avatar": 5.6, "single_shot_extension": 6}  # of three passes, and of two
 
 
