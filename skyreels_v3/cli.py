@@ -22,6 +22,7 @@ import yaml
 
 from skyreels_v3 import __version__
 from skyreels_v3.errors import UserError, shown
+from skyreels_v3.runtime import DEVICES, DTYPES
 from skyreels_v3.tasks import (
     REFERENCE_SLOTS,
     RESOLUTIONS,
@@ -93,11 +94,11 @@ FLAGS = (
     Flag("color_correction_strength", "1 keeps the portrait's colours (default), 0 is off", float, low=0, high=1),
     Flag("window_prompt", "prompt of all windows but the first pass; 'same' for --prompt"),
     Flag("image_guidance_scale", "guidance by the reference images, beside text guidance", float, low=0, high=100),
-    Flag("device", "where to compute (default: auto)", choices=("auto", "cuda", "cpu", "mps")),
+    Flag("device", "where to compute (default: auto)", choices=DEVICES),
     Flag(
         "dtype",
         "of the matrix products (default: bfloat16 on a GPU, float32 on a CPU)",
-        choices=("bfloat16", "float32"),
+        choices=DTYPES,
     ),
     Flag("offload", "keep only the working component on the device", bool),
     Flag("low_vram", "FP8 weights and block streaming (not built yet)", bool),

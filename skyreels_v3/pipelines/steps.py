@@ -80,9 +80,13 @@ class Steps:
 
     def encode_frames(self, frames: np.ndarray, generator: torch.Generator | None = None) -> Tensor:
         """uint8 [F, H, W, 3] -> latents on the device."""
+        return self.encode_video(frames_to_video(frames).to(self.runtime.device), generator)
+
+    def encode_video(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """(1, 3, F, H, W) in [-1, 1] on the device -> latents."""
         vae = self.components.vae
         with self.runtime.resident(vae.module):
-            return vae.encode(frames_to_video(frames).to(self.runtime.device), generator)
+            return vae.encode(video, generator)
 
     def noise(self, request: GenerationRequest, latent_frames: int, generator: torch.Generator) -> Tensor:
         """Gaussian noise (1, 16, F, H/8, W/8), float32 on the CPU."""

@@ -78,9 +78,12 @@ class TalkingAvatar(Steps):
         if inputs.clip is not None or len(inputs.audio) > 1:
             logger.warning("experimental: the published weights are said to be trained on one speaker and a portrait")
         guidance = text_audio_guidance(request.text_guidance_scale, request.audio_guidance_scale)
-        texts = self.encode_prompts(request, guidance)
         features = self.encode_audio(request, inputs)
         plan = plan_windows(features.shape[1])
+        with self.runtime.resident(self.components.text_encoder.module):  # one stay for both prompts
+            texts = self.encode_prompts(request, guidance)
+            if plan.windows and inputs.clip is None:
+                window_texts = self.encode_prompts(replace(request, prompt=request.window_prompt), guidance)
         padding = features[:, 2 * plan.audio_frames - plan.padded_frames :].flip(1)
         scene = Scene(
             portrait=self.portrait(request, inputs),
@@ -100,13 +103,17 @@ class TalkingAvatar(Steps):
             return
         keys = self.key_frames(request, inputs, plan, decoded)
         yield Pass(latents.cpu(), iter(()))
-        yield from self.make_windows(request, scene, plan, keys)
+        yield from self.make_windows(request, scene, plan, window_texts, keys)
 
     def make_windows(
-        self, request: GenerationRequest, scene: Scene, plan: WindowPlan, keys: Mapping[int, Tensor]
+        self,
+        request: GenerationRequest,
+        scene: Scene,
+        plan: WindowPlan,
+        texts: Mapping[str, Tensor],
+        keys: Mapping[int, Tensor],
     ) -> Iterator[Pass]:
         """A pass for each window; `keys` are the key frames (1, 3, 1, H, W) by the windows' starts."""
-        texts = self.encode_prompts(replace(request, prompt=request.window_prompt), scene.guidance)
         given = scene.portrait
         total = len(plan.windows) + 1
         with self.runtime.bar("windows", total) as bar:
@@ -271,9 +278,7 @@ class TalkingAvatar(Steps):
         if given.last is not None:
             video[:, :, -given.last.shape[2] :] = given.last.to(video)
             known[-given.last.shape[2] :] = 1
-        vae = self.components.vae
-        with self.runtime.resident(vae.module):
-            latents = vae.encode(video)
+        latents = self.encode_video(video)
         # the first frame fills a latent frame alone: it counts for all four
         mask = torch.cat((known[:1].expand(VAE_STRIDE[0]), known[1:])).unflatten(0, (-1, VAE_STRIDE[0])).T  # (4, 21)
         mask = mask[None, :, :, None, None].to(latents).expand(-1, -1, -1, *latents.shape[3:])

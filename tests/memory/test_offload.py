@@ -35,3 +35,13 @@ def test_tied_weights_go_once():
     with on_device(module, ELSEWHERE):
         assert module[1].weight is module[0].weight
     assert module[1].weight.device.type == "cpu"
+
+
+def test_a_stay_within_a_stay_ends_with_the_outer_one():
+    module = nn.Linear(2, 2)
+    before = module.weight
+    with on_device(module, ELSEWHERE):
+        with on_device(module, ELSEWHERE):
+            assert module.weight.device == ELSEWHERE
+        assert module.weight.device == ELSEWHERE
+    assert module.weight is before
