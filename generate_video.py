@@ -13,7 +13,8 @@ import logging
 import signal
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +79,9 @@ def generate(request: GenerationRequest, inputs: Inputs, checkpoint: Path) -> Pa
         pipeline = make_pipeline(request.task, load_components(checkpoint, request.task, device), device, state)
         latents: list[Any] = []
         logger.info("seed %d, %d x %d", request.seed, request.height, request.width)
-        frames = all_frames(request, inputs, pipeline(request, inputs), latents)
-        path = write(request, inputs, frames, comment(flags), state.folder)
+        # closed before anything is said of how it ended: a progress bar that is open would write after it
+        with closing(all_frames(request, inputs, pipeline(request, inputs), latents)) as frames:
+            path = write(request, inputs, frames, comment(flags), state.folder)
         if request.save_latents is not None:
             save_latents(latents, request.save_latents)
         completed = True
@@ -108,7 +110,7 @@ def write(
 
 def all_frames(
     request: GenerationRequest, inputs: Inputs, passes: Iterable[Pass], latents: list[Any]
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, None]:
     """The frames to write, in order; the latents of each pass are added to `latents` as they are made."""
     from skyreels_v3.media.video import read_frames, resized
 

@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +97,18 @@ def test_ctrl_c_keeps_the_frames_that_there_are(start, picture, tmp_path):
     assert not files_in(tmp_path / "temporary")
     frames = list(read_frames(tmp_path / "working" / "a" / "b.partial.mp4", 24))
     assert 0 < len(frames) == kept < 241
+
+
+def test_interrupted_while_writing_no_bar_comes_after_the_last_word(main, picture, monkeypatch):
+    def interrupted(frames: Iterator[np.ndarray], *_: object, **__: object) -> None:
+        next(frames)  # the bar of decoding is open
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("skyreels_v3.media.video.write_video", interrupted)
+    code, stdout, stderr = main(*REFERENCE, "--model_id", "tiny", "--ref_imgs", picture, "--num_frames", "5")
+    assert (code, stdout) == (130, "")
+    assert re.search(r"decoding: .* 1/2 ", stderr)
+    assert stderr.splitlines()[-1] == "interrupted"
 
 
 def test_interrupted_before_the_first_frame_nothing_is_left(start, picture, tmp_path):
