@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a local folder, checked, or a hub that it is downloaded from. No torch.
+"""Where a checkpoint or a LoRA is: on this machine, checked, or on a hub that it is downloaded from. No torch.
 
 Only the files that the task needs are fetched, downloads resume where they broke off, and a second run finds them in
 the hub's own cache.
@@ -6,6 +6,7 @@ the hub's own cache.
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import json
 import logging
@@ -13,7 +14,9 @@ import os
 import re
 import struct
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,11 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as in the library that reads it
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 TOKENIZER_FILE = "tokenizer.json"
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # as diffusers and PEFT call theirs
+LORA_CONFIG = "adapter_config.json"
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+HUB_LORA = re.compile(rf"({HUB_ID.pattern})(?:/((?:[^/.][^/]*/)*[^/.][^/]*\.safetensors))?", re.ASCII)
+LORA_REMEDY = "give a .safetensors file, a folder with one, or a hub id: OWNER/NAME or OWNER/NAME/FILE.safetensors"
 
 
 def locate(request: GenerationRequest) -> Path | None:
@@ -49,9 +57,14 @@ def locate(request: GenerationRequest) -> Path | None:
         remedy = f"give a folder, an id such as {request.task.model_id}, or {TINY}"
         raise UserError("--model_id", f"{given} is neither a folder nor a hub id; {remedy}")
     refuse_other_tasks(request)
+    check_client(request)
+    return None
+
+
+def check_client(request: GenerationRequest) -> None:
+    """Raise UserError when the hub's client, an optional package, is not installed."""
     if request.model_source == "modelscope" and importlib.util.find_spec("modelscope") is None:
         raise UserError("--model_source", "modelscope needs its package; pip install modelscope, or use huggingface")
-    return None
 
 
 def refuse_other_tasks(request: GenerationRequest) -> None:
@@ -69,20 +82,24 @@ def download(request: GenerationRequest) -> Path:
     Raises:
         UserError: the hub cannot be reached, or does not have the model or all of its files; says what to do.
     """
-    patterns = download_patterns(request.task)
+    folder = fetch(request, download_patterns(request.task), "--model_id")
+    check_folder(folder, request.task)
+    return folder
+
+
+def fetch(request: GenerationRequest, patterns: list[str], flag: str) -> Path:
+    """The folder of a hub's model with the files of those patterns; failures are UserErrors about `flag`."""
     logger.info("fetching %s from %s: %s", request.model_id, request.model_source, ", ".join(patterns))
     other = "huggingface" if request.model_source == "modelscope" else "modelscope"
     try:
-        folder = fetch_snapshot(request, patterns)
+        return fetch_snapshot(request, patterns)
     except Exception as error:  # the hubs' clients raise anything from OSError to their HTTP library's own errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            "--model_id",
+            flag,
             f"{request.model_id} could not be fetched from {request.model_source} ({reason}); check the id and the "
             f"connection, try --model_source {other}, or download it elsewhere and give its folder",
         ) from error
-    check_folder(folder, request.task)
-    return folder
 
 
 def fetch_snapshot(request: GenerationRequest, patterns: list[str]) -> Path:
@@ -230,3 +247,113 @@ def check_pickle(file: Path) -> None:
     """Raise CheckpointError when a .pth file is not the complete zip archive that torch writes."""
     if not zipfile.is_zipfile(file):
         raise CheckpointError(f"{file} is truncated or no .pth checkpoint; download it again")
+
+
+class LoraError(CheckpointError):
+    """A LoRA that is missing, damaged or does not fit the model; names the file and the keys."""
+
+    def __init__(self, message: str) -> None:
+        UserError.__init__(self, "--lora", message)
+
+
+@contextmanager
+def lora_errors() -> Iterator[None]:
+    """Have what goes wrong with a file be about --lora, whatever it was read by."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise LoraError(str(error).removeprefix(f"{error.flag}: ")) from error
+    except OSError as error:
+        raise LoraError(f"{error.filename} cannot be read ({error.strerror})") from error
+
+
+def locate_lora(name: str) -> Path | None:
+    """The file of a LoRA that is on this machine, checked; None for one that must be fetched from its hub.
+
+    Args:
+        name: a safetensors file, a folder that holds one, or a hub id (OWNER/NAME or OWNER/NAME/FILE.safetensors).
+
+    Raises:
+        UserError: nothing of that, or a file that is damaged.
+    """
+    given = shown(name) if name.strip() else "an empty value"
+    path = Path(os.path.expanduser(name))
+    if name.strip() and os.path.isdir(path):  # unlike Path's, it takes impossible names
+        with lora_errors():
+            path = path / choose_lora(os.listdir(path), given)
+    elif not os.path.isfile(path):
+        if is_hub_lora(name):
+            return None
+        raise UserError("--lora", f"{given} is no file or folder; {LORA_REMEDY}")
+    check_lora_file(path)
+    return path
+
+
+def is_hub_lora(name: str) -> bool:
+    """Whether `name`, which is not here, can be on a hub: not when it looks like a mistyped file."""
+    match = HUB_LORA.fullmatch(name)
+    if match is None:
+        return False
+    if match[2] is not None:
+        return not os.path.isdir(os.path.dirname(name))
+    return Path(name).suffix not in WEIGHT_SUFFIXES
+
+
+def choose_lora(names: Collection[str], where: str) -> str:
+    """The LoRA among the files of a folder or of a hub's model: one of the usual name, or the only one."""
+    found = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
+    usual = [name for name in LORA_FILES if name in found]
+    if not usual and len(found) != 1:
+        some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        held = f"{len(found)} .safetensors files ({some})" if found else "no .safetensors file"
+        raise LoraError(f"{where} holds {held}; give the LoRA's own file, {where.rstrip('/')}/FILE.safetensors")
+    return (usual or found)[0]
+
+
+def check_lora_file(file: Path) -> None:
+    """Raise LoraError unless `file` is a complete safetensors file."""
+    if file.suffix != ".safetensors":
+        raise LoraError(f"{shown(file)} is no .safetensors file; other formats can run code, convert it to this one")
+    with lora_errors():
+        check_safetensors(file)
+
+
+def download_lora(name: str, request: GenerationRequest) -> Path:
+    """Fetch a LoRA from the request's hub, with PEFT's settings beside it, and return its file, checked.
+
+    Args:
+        name: a hub id for which `locate_lora` gave None.
+
+    Raises:
+        UserError: the hub cannot be reached or does not have the file; says what to do.
+    """
+    check_client(request)
+    match = HUB_LORA.fullmatch(name)
+    assert match, f"{name} is no hub id of a LoRA"
+    request, file = replace(request, model_id=match[1]), match[2]
+    if file is None and (listed := list_files(request)):
+        file = choose_lora(listed, name)
+    wanted = LORA_FILES if file is None else [file]
+    settings = (Path(file or LORA_CONFIG).parent / LORA_CONFIG).as_posix()
+    folder = fetch(request, [glob.escape(pattern) for pattern in (*wanted, settings)], "--lora")
+    path = folder / (file or choose_lora(os.listdir(folder), name))
+    if not path.is_file():
+        raise UserError("--lora", f"{request.model_id} on {request.model_source} has no {file}; check the file's name")
+    check_lora_file(path)
+    return path
+
+
+def list_files(request: GenerationRequest) -> list[str]:
+    """The files of a hub's model; none when it cannot be asked: what is in the cache may still do."""
+    try:
+        if request.model_source == "modelscope":
+            from modelscope.hub.api import HubApi
+
+            entries = HubApi().get_model_files(request.model_id, recursive=True)
+            return [entry["Path"] for entry in entries if entry["Type"] != "tree"]
+        from huggingface_hub import list_repo_files
+
+        return list_repo_files(request.model_id)
+    except Exception as error:  # as for a download, which follows and tells the user
+        logger.debug("the files of %s cannot be listed: %s", request.model_id, error)
+        return []

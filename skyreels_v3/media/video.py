@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections import deque
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock, Thread
 from typing import IO, Protocol
 
 import numpy as np
@@ -58,6 +61,7 @@ AAC_BITS = "256k"  # a second; the encoder takes less where the sample rate allo
 SOUND_FROM_ZERO = "asetpts=N/SR/TB,aformat=sample_fmts=s32:channel_layouts=mono|stereo"
 COMMENT_BYTES = 120_000  # one argument of a Linux program may have 128 KiB
 PNG_COMPRESSION = 3  # of 9; higher levels take much longer for a few percent
+FRAMES_AHEAD = 16  # frames that may wait to be written while the next ones are made: 44 MB at 1280 x 720
 ERROR_LINES = 5
 
 
@@ -175,6 +179,8 @@ def write_video(
     what there is is kept as `<stem>.partial.mp4` and the exception goes on.
 
     Args:
+        frames: asked for the next one while up to `FRAMES_AHEAD` wait to be encoded; so a frame must not be changed
+            after it was given.
         height, width: even numbers.
         comment: the file's comment, for what made it.
         audio: a sound file, or a clip for its sound track, that `audio.probe_audio` has accepted. It is heard from the
@@ -200,8 +206,8 @@ def write_frame_folder(
 ) -> Path:
     """Write frames, uint8 [H, W, 3], as they come to 00000.png, 00001.png, ... in a new folder, lossless.
 
-    Names and interruptions as in `write_video`: the folder gets its name at the end, or `<name>.partial`. Every file
-    carries `comment` in a PNG text chunk of that name, so that a frame copied elsewhere still tells what made it.
+    Frames, names and interruptions as in `write_video`: the folder gets its name at the end, or `<name>.partial`. Every
+    file carries `comment` in a PNG text chunk of that name, so that a frame copied elsewhere still tells what made it.
     """
     temporary = temporary_name((workspace or folder.parent) / folder.name)
     return _deliver(frames, _FolderSink(temporary, comment), folder)
@@ -220,25 +226,86 @@ class _Sink(Protocol):
         """Make `temporary` complete; once more is harmless. Raises RuntimeError if that fails."""
 
     def discard(self) -> None:
-        """Remove what is left of `temporary`."""
+        """End what is under way and remove what is left of `temporary`; once more is harmless."""
 
 
 def _deliver(frames: Iterable[np.ndarray], sink: _Sink, final: Path) -> Path:
     """Put all frames into the sink and its file under the name `final`; on an exception what there is as a partial."""
+    writer = _Writer(sink)
     try:
-        for frame in frames:
-            if not sink.added:
+        for number, frame in enumerate(frames):
+            if number == 0:
                 final.parent.mkdir(parents=True, exist_ok=True)
-            sink.add(frame)
+            writer.add(frame)
+        writer.wait()
+        writer.check()
         sink.finish()
         if not sink.added:
             raise RuntimeError(f"{final}: there are no frames to write")
         return publish(sink.temporary, final)
     except BaseException:
+        writer.wait()
         _keep_partial(sink, final)
         raise
     finally:
-        sink.discard()
+        writer.discard()
+
+
+class _Writer:
+    """Adds frames to a sink in a thread of its own, so that the next frames are made while one is written.
+
+    A frame must not be changed after `add`. The first error of the sink ends the writing: what it has then are whole
+    frames, in order. The sink may be used directly after `wait`.
+    """
+
+    def __init__(self, sink: _Sink) -> None:
+        self._sink = sink
+        self._error: BaseException | None = None
+        # simple queues, because an interrupt cannot leave one of their operations half done
+        self._frames: SimpleQueue[np.ndarray | None] = SimpleQueue()  # None: no more
+        self._room: SimpleQueue[None] = SimpleQueue()
+        for _ in range(FRAMES_AHEAD):
+            self._room.put(None)
+        self._writing = Lock()  # until the end of the thread, whose `join` returns too early after an interrupted one
+        self._writing.acquire()
+        Thread(target=self._write, name="frame writer", daemon=True).start()
+
+    def add(self, frame: np.ndarray) -> None:
+        """Hand over a frame; waits while too many do. Raises the sink's error."""
+        self._frames.put(frame)  # before waiting: an interrupt then does not cost the frame
+        self._room.get()
+        self.check()
+
+    def check(self) -> None:
+        """Raise the sink's error, if there was one."""
+        if self._error is not None:
+            raise self._error
+
+    def wait(self) -> None:
+        """Wait until all frames are written, or one cannot be; once more is harmless."""
+        self._frames.put(None)
+        with self._writing:
+            pass
+
+    def discard(self) -> None:
+        """Give up the frames that wait, end the thread, and remove what is left of the sink."""
+        self._error = self._error or RuntimeError("given up")
+        self._sink.discard()  # ends a write that hangs, with its process
+        self.wait()
+        self._sink.discard()  # what that write may have begun meanwhile
+
+    def _write(self) -> None:
+        if hasattr(signal, "pthread_sigmask"):  # not on Windows
+            # ffmpeg inherits this: Ctrl-C in the terminal must not end it before it is in its own session
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        while (frame := self._frames.get()) is not None:
+            try:
+                if self._error is None:
+                    self._sink.add(frame)
+            except BaseException as error:
+                self._error = error
+            self._room.put(None)
+        self._writing.release()
 
 
 def _keep_partial(sink: _Sink, final: Path) -> None:

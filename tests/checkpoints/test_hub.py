@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -29,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NOWHERE = "http://127.0.0.1:9"
 DRIVER = """
+import os
 import sys
 from generate_video import set_up_logging
 from skyreels_v3.checkpoints.hub import download
@@ -42,6 +45,9 @@ except UserError as error:
     sys.exit(str(error))
 assert "torch" not in sys.modules
 """
+LORA_DRIVER = DRIVER.replace("import download", "import download_lora").replace(
+    "download(request)", "download_lora(os.environ['LORA'], request)"
+)
 REFERENCE = ["--task_type", "reference_to_video", "--prompt", "a", "--ref_imgs", "a.png", "--model_id", "some/model"]
 EXTENSION = ["--task_type", "single_shot_extension", "--prompt", "a", "--input_video", "a", "--model_id", "some/model"]
 UNNEEDED = ("original.ckpt", "vae_old/weights.bin", "image_encoder/model.safetensors", "README.md")
@@ -69,7 +75,7 @@ class Hub:
         threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        path = handler.path.split("?")[0]
+        path = unquote(handler.path.split("?")[0])
         name = path.partition("/resolve/")[2].partition("/")[2]
         headers = {"Content-Type": "application/json"}
         if name in self.files:
@@ -123,10 +129,10 @@ def served(reference) -> Iterator[Callable[[str], Hub]]:
 def fetch(tmp_path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Fetch in a process of its own, from `url`, into this test's cache."""
 
-    def fetch(url: str, *argv: str, **more: str) -> subprocess.CompletedProcess[str]:
+    def fetch(url: str, *argv: str, driver: str = DRIVER, **more: str) -> subprocess.CompletedProcess[str]:
         kept = {key: v for key, v in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()}
         places = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", DRIVER, *argv]
+        command = [sys.executable, "-c", driver, *argv]
         return subprocess.run(
             command, env=kept | places | more, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
         )
@@ -237,3 +243,187 @@ def test_modelscope_gets_the_same_patterns(monkeypatch, reference):
     assert hub.download(parse_request([*REFERENCE, "--model_source", "modelscope"])) == root
     patterns = ["model_index.json", "transformer/*", "vae/*", "text_encoder/*", "tokenizer/*"]
     assert calls == [(("some/model",), {"allow_patterns": patterns})]
+
+
+def tensor_file(*names: str) -> bytes:
+    """A safetensors file of empty tensors, made by hand: no torch here."""
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps(dict.fromkeys(names or ("a",), entry)).encode()
+    return struct.pack("<Q", len(header)) + header
+
+
+@pytest.fixture
+def fetch_lora(fetch) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Fetch a LoRA, for a request whose model is another one."""
+
+    def fetch_lora(url: str, name: str, **more: str) -> subprocess.CompletedProcess[str]:
+        argv = [*REFERENCE, "--model_id", "other/model", "--quiet"]
+        return fetch(url, *argv, driver=LORA_DRIVER, LORA=name, **more)
+
+    return fetch_lora
+
+
+@pytest.fixture
+def lora_hub() -> Iterator[Callable[..., Hub]]:
+    """Serve a model of these files."""
+    hubs = []
+
+    def serve(*names: str) -> Hub:
+        files = {name: tensor_file(name) if name.endswith(".safetensors") else b"{}" for name in names}
+        hubs.append(Hub(files))
+        return hubs[-1]
+
+    yield serve
+    for server in hubs:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "asked"),
+    [
+        (["style.safetensors", "README.md", "shards/1.safetensors"], "some/model", ["style.safetensors"]),
+        (["adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors"], "some/model",
+         ["adapter_config.json", "adapter_model.safetensors"]),
+        (["pytorch_lora_weights.safetensors", "model.safetensors"], "some/model", ["pytorch_lora_weights.safetensors"]),
+        (["a.safetensors", "b [v2].safetensors"], "some/model/b [v2].safetensors", ["b [v2].safetensors"]),
+        (["one/a.safetensors", "one/adapter_config.json", "two/a.safetensors"], "some/model/one/a.safetensors",
+         ["one/a.safetensors", "one/adapter_config.json"]),
+    ],
+)  # fmt: skip
+def test_a_lora_is_fetched_alone_and_found_again_offline(lora_hub, fetch_lora, files, name, asked):
+    server = lora_hub(*files)
+    run = fetch_lora(server.url, name)
+    assert run.returncode == 0, run.stderr
+    file = Path(run.stdout.strip())
+    assert file.read_bytes() in server.files.values()
+    assert sorted(set(server.asked)) == asked
+    again = fetch_lora(NOWHERE, name)
+    assert (again.stdout, again.stderr) == (run.stdout, "")
+    assert fetch_lora(NOWHERE, name, HF_HUB_OFFLINE="1").stdout == run.stdout
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "message"),
+    [
+        (["a.safetensors", "b.safetensors"], "some/model",
+         "some/model holds 2 .safetensors files (a.safetensors, b.safetensors); give the LoRA's own file, "
+         "some/model/FILE.safetensors"),
+        (["a.bin"], "some/model", "some/model holds no .safetensors file"),
+        (["a.safetensors"], "some/model/b.safetensors", "some/model on huggingface has no b.safetensors"),
+        (["a.safetensors"], "some/other", "some/other could not be fetched from huggingface ("),
+    ],
+)  # fmt: skip
+def test_a_lora_that_is_not_on_the_hub(lora_hub, fetch_lora, files, name, message):
+    server = lora_hub(*files)
+    run = fetch_lora(server.url, name)
+    assert run.returncode == 1
+    assert run.stderr.startswith(f"--lora: {message}")
+    assert len(run.stderr.splitlines()) == 1
+    assert not [name for name in server.asked if name.endswith(".safetensors")]
+
+
+def test_a_lora_offline_without_a_cache(fetch_lora):
+    run = fetch_lora(NOWHERE, "some/model")
+    assert run.returncode == 1
+    assert run.stderr.startswith("--lora: some/model could not be fetched from huggingface (")
+    assert "download it elsewhere and give its folder" in run.stderr
+
+
+def test_a_damaged_lora_on_the_hub(lora_hub, fetch_lora):
+    server = lora_hub("a.safetensors")
+    server.files["a.safetensors"] = b"<html>"
+    run = fetch_lora(server.url, "some/model")
+    assert run.returncode == 1
+    assert re.match(r"--lora: .*a\.safetensors is truncated or no safetensors file", run.stderr)
+
+
+def test_a_lora_from_modelscope(monkeypatch, tmp_path):
+    """The package is not installed here: what is tested is the calls."""
+    (tmp_path / "style.safetensors").write_bytes(tensor_file())
+    calls = []
+    package, api = type(sys)("modelscope"), type(sys)("modelscope.hub.api")
+    package.snapshot_download = lambda *args, **options: calls.append((args, options)) or str(tmp_path)
+    entries = [{"Path": "old.safetensors", "Type": "tree"}, {"Path": "style.safetensors", "Type": "blob"}]
+    api.HubApi = lambda: type("Api", (), {"get_model_files": lambda self, name, recursive: entries})()
+    modules = {"modelscope": package, "modelscope.hub": type(sys)("modelscope.hub"), "modelscope.hub.api": api}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    request = parse_request([*REFERENCE, "--model_source", "modelscope"])
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: object())
+    assert hub.download_lora("a/style", request) == tmp_path / "style.safetensors"
+    assert calls == [(("a/style",), {"allow_patterns": ["style.safetensors", "adapter_config.json"]})]
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--model_source: modelscope needs its package"):
+        hub.download_lora("a/style", request)
+
+
+def test_loras_on_this_machine(tmp_path, monkeypatch):
+    file = tmp_path / "owner" / "style" / "b.safetensors"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(tensor_file())
+    (file.parent / "optimizer.pt").write_bytes(b"x")
+    assert hub.locate_lora(str(file)) == file
+    assert hub.locate_lora(str(file.parent)) == file
+    assert hub.locate_lora(f"{file.parent}/") == file
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert hub.locate_lora("owner/style") == Path("owner/style/b.safetensors")  # before any hub
+    assert hub.locate_lora("~/owner/style/b.safetensors") == file
+    for usual in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
+        (file.parent / usual).write_bytes(tensor_file())
+        assert hub.locate_lora("owner/style") == Path("owner/style") / usual
+
+
+@pytest.mark.parametrize(
+    "name", ["owner/name", "o-1/n.a_me-v1.5", "owner/name/a.safetensors", "owner/name/dir/some style (v2).safetensors"]
+)
+def test_loras_on_a_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()  # a folder of that name alone makes no difference
+    assert hub.locate_lora(name) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "an empty value is no file or folder; give a .safetensors file, a folder with one, or a hub id: OWNER/"),
+        (" ", "an empty value is"),
+        ("style", "style is no file or folder"),
+        ("style.safetensors", "style.safetensors is no file or folder"),
+        ("loras/style.safetensors", "loras/style.safetensors is no file or folder"),  # it could be a hub's, but hardly
+        ("loras/style.pt", "loras/style.pt is no file or folder"),
+        ("owner/name/style.pt", "owner/name/style.pt is no file or folder"),
+        ("owner/name/../a.safetensors", "owner/name/../a.safetensors is no file or folder"),
+        ("/owner/name", "/owner/name is no file or folder"),
+        ("https://hub/owner/name", "https://hub/owner/name is no file or folder"),
+        ("here/now/a.safetensors", "here/now/a.safetensors is no file or folder"),  # the folder is here
+        ("a\0b/c\n", r"a\x00b/c\n is no file or folder"),
+        ("here", "here holds no .safetensors file; give the LoRA's own file, here/FILE.safetensors"),
+        ("here/two/", "here/two/ holds 2 .safetensors files (a.safetensors, b.safetensors); give the LoRA's own file, "
+         "here/two/FILE.safetensors"),
+        ("here/a.pt", "here/a.pt is no .safetensors file; other formats can run code, convert it to this one"),
+        ("here/cut/a.safetensors", "here/cut/a.safetensors is truncated or damaged ("),
+        ("here/cut", "here/cut/a.safetensors is truncated or damaged ("),
+    ],
+)  # fmt: skip
+def test_loras_that_are_nowhere(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = ("a.pt", "now/b", "cut/a.safetensors", "two/a.safetensors", "two/b.safetensors")
+    for file in (tmp_path / "here" / path for path in files):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(tensor_file())
+    (tmp_path / "here/cut/a.safetensors").write_bytes(tensor_file() + b"x")
+    with pytest.raises(UserError) as caught:
+        hub.locate_lora(name)
+    assert str(caught.value).startswith(f"--lora: {message}")
+
+
+def test_a_lora_that_may_not_be_read(tmp_path, monkeypatch):
+    (tmp_path / "a.safetensors").write_bytes(tensor_file())
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path / "a.safetensors"))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match=r"--lora: .*a\.safetensors cannot be read \(Permission denied\)"):
+        hub.locate_lora(str(tmp_path / "a.safetensors"))

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from PIL import Image
 from skyreels_v3.errors import UserError
 from skyreels_v3.media.image import cover_crop
 from skyreels_v3.media.video import (
+    FRAMES_AHEAD,
     TO_YUV,
     last_frames,
     probe,
@@ -467,6 +469,141 @@ def test_ctrl_c_keeps_what_there_is(tmp_path: Path) -> None:
     frames = probe(tmp_path / "a.partial.mp4", FLAG, 24).frames
     assert frames >= 11
     assert len(list(read_frames(tmp_path / "a.partial.mp4", 24))) == frames
+
+
+# making frames while others are written
+
+
+@pytest.fixture
+def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """ffmpeg does not begin, and takes no frame, before this file is there."""
+    path, slow = tmp_path / "go", tmp_path / "ffmpeg"
+    slow.write_text(f'#!/bin/sh\nwhile [ ! -e "{path}" ]; do sleep 0.01; done\nexec "{get_ffmpeg_exe()}" "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(slow))
+    yield path
+    path.touch()  # a test that fails must not hang
+
+
+class Producer:
+    """Counts the frames that it was asked for, each a grey of its own; they are larger than a pipe."""
+
+    def __init__(self, count: int, error: BaseException | None = None) -> None:
+        self.made = 0
+        self.count = count
+        self.error = error
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for number in range(self.count):
+            self.made += 1
+            yield np.full((240, 320, 3), 5 * number, np.uint8)
+        if self.error is not None:
+            raise self.error
+
+    def has_made(self, count: int) -> bool:
+        """Whether it comes to make `count` frames, and no more while one could wait for them."""
+        end = time.monotonic() + 10
+        while self.made < count and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        return self.made == count
+
+
+def write_large(frames: Producer, path: Path) -> Path:
+    return write_video(frames, path, height=240, width=320, fps=24, comment="")
+
+
+def written(path: Path) -> list[int]:
+    """Which of a producer's frames are in a file."""
+    return [round(frame.mean() / 5) for frame in read_frames(path, 24)]
+
+
+def writers() -> list[str]:
+    """Threads that still write frames, a moment after they should have ended."""
+    time.sleep(0.05)
+    return [thread.name for thread in threading.enumerate() if thread.name == "frame writer"]
+
+
+def test_frames_are_made_while_one_is_written(tmp_path: Path, gate: Path) -> None:
+    """As many as the bound allows, and none is lost or changes its place."""
+    frames = Producer(3 * FRAMES_AHEAD)
+    run = threading.Thread(target=write_large, args=(frames, tmp_path / "a.mp4"))
+    run.start()
+    assert frames.has_made(FRAMES_AHEAD + 1)  # one is being written
+    gate.touch()
+    run.join()
+    assert frames.made == 3 * FRAMES_AHEAD
+    assert written(tmp_path / "a.mp4") == list(range(3 * FRAMES_AHEAD))
+    assert not writers()
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
+def test_frames_that_wait_are_in_the_partial_file(tmp_path: Path, gate: Path, error: BaseException) -> None:
+    frames = Producer(FRAMES_AHEAD, error)
+    threading.Timer(0.2, gate.touch).start()
+    with pytest.raises(type(error)) as caught:
+        write_large(frames, tmp_path / "a.mp4")
+    assert caught.value is error
+    assert written(tmp_path / "a.partial.mp4") == list(range(FRAMES_AHEAD))
+    assert not writers()
+
+
+@pytest.mark.parametrize("count", [FRAMES_AHEAD - 6, 3 * FRAMES_AHEAD])
+def test_ctrl_c_while_waiting_for_the_encoder(tmp_path: Path, gate: Path, count: int) -> None:
+    """For its end, and for room: every frame that was made is kept."""
+    frames = Producer(count)
+    made = min(count, FRAMES_AHEAD + 1)
+
+    def interrupt() -> None:
+        frames.has_made(made)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        gate.touch()
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        write_large(frames, tmp_path / "a.mp4")
+    assert frames.made == made
+    assert written(tmp_path / "a.partial.mp4") == list(range(made))
+    assert not writers()
+
+
+def test_second_ctrl_c_does_not_wait_for_the_encoder(tmp_path: Path, gate: Path) -> None:
+    """The encoder hangs for good; it is ended, and nothing is left."""
+    frames = Producer(3 * FRAMES_AHEAD)
+
+    def interrupt() -> None:
+        frames.has_made(FRAMES_AHEAD + 1)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        write_large(frames, tmp_path / "out" / "a.mp4")
+    assert not os.listdir(tmp_path / "out")
+    assert not writers()
+
+
+def test_dead_encoder_stops_the_making(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = tmp_path / "ffmpeg"
+    fake.write_text("#!/bin/sh\nhead -c 500000 >/dev/null\necho 'No space left' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(fake))
+    frames = Producer(10_000)
+    with pytest.raises(RuntimeError, match="ffmpeg"):
+        write_large(frames, tmp_path / "a.mp4")
+    assert frames.made <= 4 + FRAMES_AHEAD
+    assert not writers()
+
+
+def test_only_whole_frames_before_a_failure_are_kept(tmp_path: Path) -> None:
+    """A frame that cannot be written ends the file, also where good ones wait behind it."""
+    frames = [*smooth(5), np.zeros((64, 95, 3), np.uint8), *smooth(5)]
+    with pytest.raises(ValueError, match="frame 5 is"):
+        write_video(iter(frames), tmp_path / "a.mp4", height=64, width=96, fps=24, comment="")
+    assert len(list(read_frames(tmp_path / "a.partial.mp4", 24))) == 5
+    assert not writers()
 
 
 # writing with sound

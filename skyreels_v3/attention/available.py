@@ -1,0 +1,69 @@
+"""Which attention kernels there are, and what each needs. No torch: the command line checks a choice with this.
+
+Whether a kernel really works on a GPU is found out by `backends.choose_attention`, which tries it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from skyreels_v3.errors import UserError
+
+FLAG = "--attention"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a kernel needs.
+
+    `backend` is its name in diffusers' attention dispatcher, None for what torch has itself. `package` is the one to
+    import and `install` what to tell pip, None where nothing is needed. `half_only`: no float32.
+    """
+
+    backend: str | None = None
+    package: str | None = None
+    install: str | None = None
+    devices: tuple[str, ...] = ("cuda",)
+    half_only: bool = True
+
+
+KERNELS = {
+    "sdpa": Kernel(devices=("cuda", "cpu", "mps"), half_only=False),
+    "cudnn": Kernel(),
+    "flash": Kernel("flash", "flash_attn", "flash-attn --no-build-isolation"),
+    "flash3": Kernel("_flash_3", "flash_attn_3", "flash-attn-3 --index-url https://download.pytorch.org/whl/cu130"),
+    # the package index has version 1 only, which diffusers does not take
+    "sage": Kernel("sage", "sageattention", "git+https://github.com/thu-ml/SageAttention --no-build-isolation"),
+    "xformers": Kernel("xformers", "xformers", "xformers", half_only=False),
+}
+ATTENTIONS = ("auto", *KERNELS)
+
+
+def is_installed(name: str) -> bool:
+    """Whether the package that a kernel needs is there; nothing is imported."""
+    package = KERNELS[name].package
+    return package is None or find_spec(package) is not None
+
+
+def check_attention(name: str, device: str, dtype: str | None = None) -> None:
+    """Check a choice as far as it can be without torch; "auto" is always possible.
+
+    Args:
+        name: one of `ATTENTIONS`.
+        device: cuda, cpu or mps, or auto where it is not known yet.
+        dtype: of queries, keys and values, if it is known.
+
+    Raises:
+        UserError: the kernel does not work on the device or in the dtype, or its package is not installed.
+    """
+    if name == "auto":
+        return
+    kernel = KERNELS[name]
+    if device not in ("auto", *kernel.devices):
+        raise UserError(FLAG, f"{name}: works on a GPU (cuda) only, not on {device}; use --attention auto or sdpa")
+    if kernel.half_only and dtype == "float32":
+        raise UserError(FLAG, f"{name}: does not compute in float32; use --dtype bfloat16 or --attention auto")
+    if not is_installed(name):
+        way = f"pip install {kernel.install}, or use --attention auto"
+        raise UserError(FLAG, f"{name}: the package {kernel.package} is not installed; {way}")

@@ -1,0 +1,200 @@
+"""Kernels against plain arithmetic in float64, and which of them is taken where."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
+from torch import Tensor
+
+from skyreels_v3.attention import available, backends
+from skyreels_v3.attention.available import KERNELS, Kernel
+from skyreels_v3.attention.backends import attention_map, choose_attention, cudnn, dispatched, preferred, sdpa
+from skyreels_v3.errors import UserError
+
+CPU = torch.device("cpu")
+HOPPER, BLACKWELL, RTX_4090, RTX_5090, A100 = (9, 0), (10, 0), (8, 9), (12, 0), (8, 0)
+EVERYTHING = tuple(KERNELS)
+HALF = (torch.bfloat16, torch.float16)
+
+
+def exact(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention (B, Lq, N, D) and its weights (B, N, Lq, Lk), term by term in float64."""
+    scores = torch.einsum("bqnd,bknd->bnqk", query.double(), key.double()) / query.shape[-1] ** 0.5
+    weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+    return torch.einsum("bnqk,bknd->bqnd", weights, value.double()), weights
+
+
+def inputs(batch: int, queries: int, keys: int, heads: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(queries)
+    return tuple(torch.randn(batch, length, heads, size, generator=generator) for length in (queries, keys, keys))
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """A choice that this machine has: the dispatcher's own way to torch."""
+    monkeypatch.setitem(KERNELS, "plain", Kernel("native", devices=("cpu",), half_only=False))
+    return "plain"
+
+
+# self, text, image; a batch of frames with their audio
+SHAPES = [(1, 60, 60, 3, 128), (2, 70, 33, 2, 16), (1, 65, 257, 2, 64), (5, 12, 32, 2, 128)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("attention", [sdpa, dispatched("native")], ids=["sdpa", "dispatched"])
+def test_attention_is_softmax(attention, shape):
+    query, key, value = inputs(*shape)
+    torch.testing.assert_close(attention(query, key, value).double(), exact(query, key, value)[0], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("attention", [sdpa, dispatched("native")], ids=["sdpa", "dispatched"])
+def test_inputs_may_lie_in_memory_in_any_order(attention):
+    """As slices of one tensor, which is what a joint projection gives."""
+    joint = torch.randn(2, 40, 3, 4, 16, generator=torch.Generator().manual_seed(0))
+    query, key, value = joint.unbind(2)
+    torch.testing.assert_close(attention(query, key, value).double(), exact(query, key, value)[0], rtol=0, atol=2e-6)
+
+
+def test_attention_map_is_the_mean_of_the_heads():
+    query, key, value = inputs(2, 20, 9, 3, 16)
+    expected = exact(query, key, value)[1].mean(1)
+    torch.testing.assert_close(attention_map(query, key).double(), expected, rtol=0, atol=1e-6)
+
+
+def test_cudnn_and_no_other():
+    """It does not quietly take another kernel."""
+    with pytest.raises(RuntimeError):
+        cudnn(*inputs(1, 8, 8, 1, 8))
+
+
+def test_the_dispatcher_knows_our_names():
+    names = {kernel.backend for kernel in KERNELS.values() if kernel.backend}
+    assert names <= {member.value for member in AttentionBackendName}
+
+
+def test_the_dispatcher_checks_packages():
+    """In words of its own, which end up in the message."""
+    missing = [name for name in KERNELS if not available.is_installed(name)]
+    for name in missing:
+        with pytest.raises(RuntimeError, match=r"install|build"):
+            dispatched(KERNELS[name].backend)
+    with pytest.raises(ValueError, match="nonsense"):
+        dispatched("nonsense")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["auto", "sdpa"])
+def test_sdpa_on_a_cpu(name, dtype, caplog):
+    with caplog.at_level(logging.INFO):
+        assert choose_attention(name, CPU, dtype) is sdpa
+    assert [record.message.split(",")[0] for record in caplog.records] == ["attention sdpa"]
+
+
+def test_a_choice_through_the_dispatcher(plain, caplog):
+    state = torch.get_rng_state()
+    with caplog.at_level(logging.INFO):
+        attention = choose_attention(plain, CPU, torch.float32)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert "attention plain" in caplog.text
+    tensors = inputs(1, 20, 9, 2, 16)
+    assert torch.equal(attention(*tensors), sdpa(*tensors))
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != "sdpa"])
+def test_gpu_only(name):
+    with pytest.raises(UserError, match=f"--attention: {name}: .*not on cpu"):
+        choose_attention(name, CPU, torch.bfloat16)
+
+
+def test_unknown_to_the_dispatcher(monkeypatch):
+    monkeypatch.setitem(KERNELS, "new", Kernel("not_yet", devices=("cpu",)))
+    with pytest.raises(UserError, match=r"--attention: new: does not work here \('not_yet' .*; use --attention auto"):
+        choose_attention("new", CPU, torch.bfloat16)
+
+
+def fails(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    raise RuntimeError("no kernel image for this GPU\n  in a long " + "story " * 1000)
+
+
+def silent(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    raise AssertionError
+
+
+BROKEN = {
+    "raises": (fails, r"\(no kernel image for this GPU in a long story .* \[\.\.\.\]\)"),
+    "says nothing": (silent, r"\(AssertionError\)"),
+    "zeros": (lambda query, key, value: torch.zeros_like(query), r"\(its values are off by up to 0\.\d+\)"),
+    "not a number": (lambda query, key, value: query / 0 * 0, r"\(its values are off by up to nan\)"),
+    "another layout": (lambda q, k, v: sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)), "does not work"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_kernel_that_does_not_work(case, plain, monkeypatch, caplog):
+    """An explicit choice is refused, auto takes another one."""
+    attention, reason = BROKEN[case]
+    monkeypatch.setattr(backends, "dispatched", lambda backend: attention)
+    with pytest.raises(UserError, match=reason) as caught:
+        choose_attention(plain, CPU, torch.float32)
+    assert str(caught.value).startswith("--attention: plain: ")
+    assert str(caught.value).endswith("; use --attention auto")
+    assert len(str(caught.value)) < 500
+    monkeypatch.setattr(backends, "preferred", lambda *facts: plain)
+    with caplog.at_level(logging.INFO):
+        assert choose_attention("auto", CPU, torch.float32) is sdpa
+    assert "attention sdpa; preferred, but unusable: " in caplog.text
+
+
+def test_auto_takes_what_is_preferred(plain, monkeypatch, caplog):
+    seen = []
+    monkeypatch.setattr(backends, "gpu_facts", lambda device: (HOPPER, 92000))
+    monkeypatch.setattr(backends, "preferred", lambda *facts: seen.append(facts) or plain)
+    with caplog.at_level(logging.INFO):
+        choose_attention("auto", CPU, torch.bfloat16)
+    assert seen[0][:2] == (HOPPER, 92000)
+    assert {"sdpa", "cudnn"} <= set(seen[0][2])
+    assert "attention plain, for compute capability (9, 0), cuDNN 92000, torch.bfloat16" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(
+    "capability, cudnn_version, installed, expected",
+    [
+        (None, 0, (), "sdpa"),
+        (None, 92000, EVERYTHING, "sdpa"),
+        (HOPPER, 92000, EVERYTHING, "cudnn"),
+        (HOPPER, 91501, (), "cudnn"),
+        (HOPPER, 91500, (), "sdpa"),
+        (HOPPER, 91002, ("sdpa", "cudnn", "flash", "flash3"), "flash3"),
+        (HOPPER, 0, EVERYTHING, "flash3"),
+        (HOPPER, 8907, ("sdpa", "cudnn", "flash", "sage"), "sdpa"),
+        (BLACKWELL, 91900, EVERYTHING, "cudnn"),
+        ((10, 3), 91900, (), "cudnn"),
+        (BLACKWELL, 91002, EVERYTHING, "sdpa"),
+        (RTX_5090, 92000, EVERYTHING, "sdpa"),
+        (RTX_4090, 92000, EVERYTHING, "sdpa"),
+        (A100, 92000, EVERYTHING, "sdpa"),
+    ],
+)
+def test_preferred(capability, cudnn_version, installed, expected, dtype):
+    assert preferred(capability, cudnn_version, installed, dtype) == expected
+    assert preferred(capability, cudnn_version, installed, torch.float32) == "sdpa"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", ["auto", *KERNELS])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_on_a_gpu(name, shape):
+    """Whatever this GPU has is right at the shapes of the models; 8-bit kernels in their precision."""
+    device = torch.device("cuda", 0)
+    try:
+        attention = choose_attention(name, device, torch.bfloat16)
+    except UserError as error:
+        pytest.skip(str(error))
+    tensors = [tensor.to(device, torch.bfloat16) for tensor in inputs(*shape)]
+    tolerance = 0.1 if name == "sage" else 0.01
+    torch.testing.assert_close(attention(*tensors).double(), exact(*tensors)[0], rtol=0, atol=tolerance)

@@ -1,0 +1,458 @@
+"""LoRAs in every spelling, against W x + scale * (alpha / rank) * B A x in float64; files of PEFT's and diffusers'."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from skyreels_v3.checkpoints import key_maps
+from skyreels_v3.checkpoints.load import read_tensors
+from skyreels_v3.checkpoints.lora import apply_loras, model_names, read_lora
+from skyreels_v3.checkpoints.published import load_transformer
+from skyreels_v3.errors import CheckpointError
+from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
+
+SMALL = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "text_dim": 24,
+    "freq_dim": 16,
+    "ffn_dim": 64,
+    "num_layers": 2,
+    "image_dim": 8,
+    "audio_dim": 12,
+    "audio_features": 6,
+    "audio_hidden_dim": 10,
+    "audio_tokens": 3,
+}
+# ours, native, out, in; the last one is stacked in native files
+LAYERS = (
+    ("blocks.0.attn1.to_q", "blocks.0.self_attn.q", 32, 32),
+    ("blocks.1.attn1.to_out.0", "blocks.1.self_attn.o", 32, 32),
+    ("blocks.0.attn2.to_k", "blocks.0.cross_attn.k", 32, 32),
+    ("blocks.0.attn2.add_k_proj", "blocks.0.cross_attn.k_img", 32, 32),
+    ("blocks.1.ffn.net.0.proj", "blocks.1.ffn.0", 64, 32),
+    ("blocks.1.ffn.net.2", "blocks.1.ffn.2", 32, 64),
+    ("blocks.1.attn_audio.to_q", "blocks.1.audio_cross_attn.q_linear", 32, 32),
+    ("condition_embedder.text_embedder.linear_1", "text_embedding.0", 32, 24),
+    ("condition_embedder.time_proj", "time_projection.1", 192, 32),
+    ("condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1", 8, 8),
+    ("audio_projection.later_frames", "audio_proj.proj1_vf", 10, 48),
+    ("proj_out", "head.head", 64, 32),
+)
+STACKED = "blocks.0.audio_cross_attn.kv_linear"
+Pairs = dict[str, tuple[Tensor, Tensor]]  # A and B of a layer
+
+
+def build(**more: object) -> SkyReelsTransformer3DModel:
+    torch.manual_seed(0)
+    return SkyReelsTransformer3DModel(**SMALL | more).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A checkpoint in bfloat16, but for the weights that are always float32: mapped as it is, with no cast."""
+    path = tmp_path_factory.mktemp("model")
+    build().save_pretrained(path / "float32")
+    load_transformer(path / "float32", "diffusers", torch.bfloat16).save_pretrained(path / "bfloat16")
+    return path
+
+
+def mapped(folder: Path, dtype: torch.dtype = torch.float32) -> SkyReelsTransformer3DModel:
+    return load_transformer(folder / str(dtype).removeprefix("torch."), "diffusers", dtype)
+
+
+def random_pairs(seed: int = 0, native: bool = False) -> Pairs:
+    """A LoRA for all of LAYERS, with ranks from 2 to 4."""
+    torch.manual_seed(seed)
+    names = [(theirs if native else ours, rows, columns) for ours, theirs, rows, columns in LAYERS]
+    ranks = (2 + number % 3 for number in range(len(names)))
+    return {
+        name: (torch.randn(rank, columns) / columns, torch.randn(rows, rank))
+        for rank, (name, rows, columns) in zip(ranks, names, strict=True)
+    }
+
+
+def write(
+    path: Path,
+    pairs: Pairs,
+    template: str = "{}.lora_{}.weight",
+    alpha: float | None = None,
+    parts: tuple[str, str] = ("A", "B"),
+) -> Path:
+    """Write A and B, called as in `parts`, under the names that `template` makes, and an alpha for each layer."""
+    tensors = {template.format(name, part): t for name, p in pairs.items() for part, t in zip(parts, p, strict=True)}
+    if alpha is not None:
+        tensors |= {f"{template.partition('{}')[0]}{name}.alpha": torch.tensor(alpha) for name in pairs}
+    save_file(tensors, path)
+    return path
+
+
+def expected(layer: nn.Linear, updates: list[tuple[tuple[Tensor, Tensor], float]], x: Tensor) -> Tensor:
+    """W x + b + the sum of factor * B A x, in float64."""
+    out = x.double() @ layer.weight.double().T + layer.bias.double()
+    for (down, up), factor in updates:
+        out = out + factor * (x.double() @ down.double().T @ up.double().T)
+    return out
+
+
+def check_layers(model: nn.Module, base: nn.Module, loras: list[tuple[Pairs, float, float | None]]) -> None:
+    """Every linear layer of `model` is `base`'s plus the LoRAs, each with its scale and alpha (None: the rank)."""
+    changed = 0
+    for name, layer in base.named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        found = [(pairs[name], scale, alpha) for pairs, scale, alpha in loras if name in pairs]
+        updates = [(pair, scale * (alpha or len(pair[0])) / len(pair[0])) for pair, scale, alpha in found]
+        x = torch.randn(5, layer.in_features)
+        want = expected(layer, updates, x)
+        torch.testing.assert_close(model.get_submodule(name)(x).double(), want, atol=1e-5, rtol=1e-5)
+        if updates:
+            assert (want - expected(layer, [], x)).abs().max() > 1e-2, name
+            changed += 1
+    assert changed == len(set().union(*(pairs for pairs, _, _ in loras)))
+
+
+AB, DOWN_UP = ("A", "B"), ("down", "up")
+FORMATS = {
+    "diffusers": ("transformer.{}.lora_{}.weight", AB, False),
+    "diffusers, older": ("transformer.{}.lora.{}.weight", DOWN_UP, False),
+    "plain": ("{}.lora_{}.weight", AB, False),
+    "PEFT": ("base_model.model.{}.lora_{}.weight", AB, False),
+    "PEFT, not saved by it": ("base_model.model.{}.lora_{}.default.weight", AB, False),
+    "native": ("{}.lora_{}.weight", AB, True),
+    "native, ComfyUI": ("diffusion_model.{}.lora_{}.weight", AB, True),
+    "native, down and up": ("diffusion_model.{}.lora_{}.weight", DOWN_UP, True),
+    "native, an adapter's name": ("{}.lora_{}.other_1.weight", AB, True),
+}
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
+@pytest.mark.parametrize("alpha", [None, 1.5], ids=["no alpha", "alpha"])
+@pytest.mark.parametrize("spelling", FORMATS)
+def test_spellings(tmp_path, folder, spelling, alpha, fuse):
+    template, parts, native = FORMATS[spelling]
+    file = write(tmp_path / "a.safetensors", random_pairs(native=native), template, alpha, parts)
+    model = mapped(folder)
+    apply_loras(model, [(file, 0.7)], fuse)
+    check_layers(model, mapped(folder), [(random_pairs(), 0.7, alpha)])
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
+def test_kohya_names(tmp_path, folder, fuse):
+    """Underscores for dots: which is which, the native names tell."""
+    flat = {name.replace(".", "_"): pair for name, pair in random_pairs(native=True).items()}
+    file = write(tmp_path / "a.safetensors", flat, "lora_unet_{}.lora_{}.weight", 2.0, DOWN_UP)
+    assert "lora_unet_blocks_0_cross_attn_k_img.lora_down.weight" in read_tensors(file)
+    model = mapped(folder)
+    apply_loras(model, [(file, -1.5)], fuse)
+    check_layers(model, mapped(folder), [(random_pairs(), -1.5, 2.0)])
+
+
+def test_every_native_linear_layer_has_its_flat_name(folder):
+    """Dotted or flat, native names lead to the same layers, and together to all there are."""
+    inverse = key_maps.invert(key_maps.NATIVE_TRANSFORMER)
+    layers = {name for name, module in mapped(folder).named_modules() if isinstance(module, nn.Linear)}
+    found = set()
+    for name in layers:
+        native = key_maps.restore(f"{name}.weight", inverse).removesuffix(".weight")
+        native = re.sub(r"attn_audio\.to_[kv]", "audio_cross_attn.kv_linear", native)  # no way back: two in one
+        assert native != name
+        dotted = model_names(native, Path())
+        assert model_names("lora_unet_" + native.replace(".", "_"), Path()) == dotted
+        assert name in dotted
+        found.update(dotted)
+    assert found == layers
+
+
+@pytest.mark.parametrize("name", [STACKED, f"lora_unet_{STACKED.replace('.', '_')}"])
+@pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
+def test_a_stacked_layer_becomes_two(tmp_path, folder, name, fuse):
+    down, up = torch.randn(3, 12), torch.randn(64, 3)
+    file = write(tmp_path / "a.safetensors", {name: (down, up)}, alpha=6.0)
+    model = mapped(folder)
+    apply_loras(model, [(file, 1.0)], fuse)
+    layer = "blocks.0.attn_audio.to_"
+    check_layers(model, mapped(folder), [({layer + "k": (down, up[:32]), layer + "v": (down, up[32:])}, 1.0, 6.0)])
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
+def test_several_loras_add_up(tmp_path, folder, fuse, recwarn):
+    """Different layers, ranks, formats and scales; one of them twice."""
+    first = dict(list(random_pairs(1).items())[:6])
+    second = random_pairs(2, native=True)
+    files = [write(tmp_path / "1.safetensors", first), write(tmp_path / "2.safetensors", second, alpha=1.0)]
+    model = mapped(folder)
+    apply_loras(model, [(files[0], 0.5), (files[1], -2.0), (files[0], 1.0), (files[0], 0.0)], fuse)
+    loras = [(first, 0.5, None), (random_pairs(2), -2.0, 1.0), (first, 1.0, None)]
+    check_layers(model, mapped(folder), loras)
+    assert not recwarn.list
+
+
+def test_no_lora_changes_nothing(folder):
+    model = mapped(folder)
+    apply_loras(model, [], fuse=False)
+    assert model.state_dict().keys() == mapped(folder).state_dict().keys()
+
+
+def test_live_keeps_the_mapped_weights(tmp_path, folder):
+    """The same memory with the same bits, and LoRA weights of each layer's dtype that need no gradient."""
+    model = mapped(folder, torch.bfloat16)
+    before = dict(model.named_parameters())
+    copies = {name: tensor.clone() for name, tensor in before.items()}
+    files = [write(tmp_path / f"{seed}.safetensors", random_pairs(seed), alpha=1.0) for seed in range(2)]
+    apply_loras(model, [(file, 1.0) for file in files], fuse=False)
+    after = {name.replace("base_layer.", ""): tensor for name, tensor in model.named_parameters()}
+    for name, tensor in before.items():
+        assert after[name].data_ptr() == tensor.data_ptr()
+        assert torch.equal(tensor, copies[name])
+    for layer, _, _, _ in LAYERS:
+        wrapped = model.get_submodule(layer)
+        for pair in (*wrapped.lora_A.values(), *wrapped.lora_B.values()):
+            assert pair.weight.dtype == wrapped.weight.dtype
+    assert model.proj_out.weight.dtype == torch.float32
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_lora_of_the_right_dtype_is_mapped_too(tmp_path, folder):
+    file = write(tmp_path / "mapped_lora.safetensors", random_pairs())
+    model = mapped(folder)
+    apply_loras(model, [(file, 1.0)], fuse=False)
+    maps = (line for line in open("/proc/self/maps") if file.name in line)  # noqa: SIM115
+    spans = [tuple(int(end, 16) for end in line.split()[0].split("-")) for line in maps]
+    weight = model.proj_out.lora_B["adapter_0"].weight
+    assert any(start <= weight.data_ptr() < end for start, end in spans)
+
+
+def test_fused_weights_are_new_and_rounded_once(tmp_path, folder):
+    """As float64 sums would be, but for what float32 cannot tell; nothing else is touched, PEFT leaves nothing."""
+    model = mapped(folder, torch.bfloat16)
+    before = dict(model.named_parameters())
+    copies = {name: tensor.clone() for name, tensor in before.items()}
+    loras = [(random_pairs(1), 0.3), (random_pairs(2), 1.7)]
+    files = [(write(tmp_path / f"{scale}.safetensors", pairs), scale) for pairs, scale in loras]
+    apply_loras(model, files, fuse=True)
+    assert all(torch.equal(tensor, copies[name]) for name, tensor in before.items())
+    after = dict(model.named_parameters())
+    assert list(after) == list(before)
+    assert not hasattr(model, "peft_config")
+    fused = {f"{layer}.weight" for layer, _, _, _ in LAYERS}
+    for name, tensor in after.items():
+        assert (tensor is before[name]) == (name not in fused)
+        assert tensor.dtype == before[name].dtype
+        assert not tensor.requires_grad
+        if name in fused:
+            layer = name.removesuffix(".weight")
+            exact = copies[name].double()
+            for pairs, scale in loras:
+                exact = exact + scale * pairs[layer][1].double() @ pairs[layer][0].double()
+            if tensor.dtype == torch.float32:
+                torch.testing.assert_close(tensor.double(), exact, atol=1e-6, rtol=1e-6)
+            else:
+                assert (tensor == exact.to(tensor.dtype)).double().mean() > 0.99
+
+
+def test_live_equals_fused_in_bfloat16(tmp_path, folder):
+    file = write(tmp_path / "a.safetensors", random_pairs())
+    live, fused = mapped(folder, torch.bfloat16), mapped(folder, torch.bfloat16)
+    apply_loras(live, [(file, 0.8)], fuse=False)
+    apply_loras(fused, [(file, 0.8)], fuse=True)
+    for layer, _, _, columns in LAYERS:
+        x = torch.randn(7, columns, dtype=live.get_submodule(layer).weight.dtype)
+        one, other = live.get_submodule(layer)(x), fused.get_submodule(layer)(x)
+        assert one.dtype == other.dtype == x.dtype
+        assert (one - other).abs().mean() < 0.02 * other.std()
+
+
+def uneven() -> LoraConfig:
+    """Random A and B, with ranks and alphas of their own for some layers."""
+    return LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["to_q", "to_k", "net.0.proj", "net.2", "proj_out"],
+        rank_pattern={"attn1.to_q": 2, r"blocks\.1\.ffn\.net\.2": 3},
+        alpha_pattern={"attn2.to_k": 10, "^blocks.0.ffn.net.0.proj": 1},
+        init_lora_weights=False,
+    )
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
+def test_what_peft_saves(tmp_path, folder, fuse):
+    """A folder of PEFT's own making, alphas in its settings beside the file."""
+    theirs = get_peft_model(mapped(folder), uneven())
+    theirs.save_pretrained(tmp_path)
+    model = mapped(folder)
+    apply_loras(model, [(tmp_path / "adapter_model.safetensors", 1.0)], fuse)
+    compare_layers(model, theirs.base_model.model, folder)
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
+def test_what_diffusers_saves(tmp_path, folder, fuse):
+    """A file of diffusers' own making, alphas in its header."""
+    theirs = mapped(folder)
+    theirs.add_adapter(uneven())
+    theirs.save_lora_adapter(tmp_path)
+    model = mapped(folder)
+    apply_loras(model, [(tmp_path / "pytorch_lora_weights.safetensors", 1.0)], fuse)
+    compare_layers(model, theirs, folder)
+
+
+def compare_layers(ours: nn.Module, theirs: nn.Module, folder: Path) -> None:
+    changed = 0
+    for name, layer in mapped(folder).named_modules():
+        if isinstance(layer, nn.Linear):
+            x = torch.randn(5, layer.in_features)
+            want = theirs.get_submodule(name)(x)
+            torch.testing.assert_close(ours.get_submodule(name)(x), want, atol=1e-5, rtol=1e-5)
+            changed += not torch.allclose(want, layer(x), atol=1e-3)
+    assert changed == 2 * 8 + 2 + 1  # of two blocks, the image embedding and the head
+
+
+def test_settings_beside_are_of_files_with_pefts_names_and_no_alpha(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 8}))
+    pairs = dict(list(random_pairs().items())[:1])
+    (up,) = (pair[1] for pair in pairs.values())
+    key = f"{LAYERS[0][0]}.lora_B.weight"
+    for template, alpha, factor in (
+        ("base_model.model.{}.lora_{}.weight", None, 4),
+        ("base_model.model.{}.lora_{}.weight", 1.0, 0.5),
+        ("transformer.{}.lora_{}.weight", None, 1),
+    ):
+        read = read_lora(write(tmp_path / "a.safetensors", pairs, template, alpha))
+        torch.testing.assert_close(read[key], factor * up)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_dora": True}, "use_dora = True not supported"),
+        ({"use_rslora": True}, "use_rslora = True not supported"),
+        ({"peft_type": "LOHA"}, "peft_type = LOHA not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = pissa not supported"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern that cannot be read"),
+        ({"alpha_pattern": [1]}, "alpha_pattern that cannot be read"),
+        ({"lora_alpha": None}, "give None for the lora_alpha of blocks.0"),
+    ],
+)
+@pytest.mark.parametrize("place", ["beside", "header"])
+def test_settings_that_mean_something_else(tmp_path, change, message, place):
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "use_dora": False, "init_lora_weights": True} | change
+    tensors = {
+        "base_model.model.blocks.0.attn1.to_q.lora_A.weight": torch.randn(2, 32),
+        "base_model.model.blocks.0.attn1.to_q.lora_B.weight": torch.randn(32, 2),
+    }
+    header = {}
+    if place == "beside":
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    else:
+        header["lora_adapter_metadata"] = json.dumps({f"transformer.{key}": v for key, v in settings.items()})
+    save_file(tensors, tmp_path / "a.safetensors", metadata=header)
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        read_lora(tmp_path / "a.safetensors")
+
+
+def pair(name: str, rows: int = 32, columns: int = 32, rank: int = 2) -> dict[str, Tensor]:
+    return {f"{name}.lora_A.weight": torch.ones(rank, columns), f"{name}.lora_B.weight": torch.ones(rows, rank)}
+
+
+QUERY = "blocks.0.attn1.to_q"
+REFUSED = {
+    "nothing": ({}, "no entries"),
+    "a checkpoint": ({f"{QUERY}.weight": torch.ones(32, 32)}, f"not supported: {QUERY}.weight"),
+    "full weights": (
+        pair(QUERY) | {"diffusion_model.blocks.0.self_attn.q.diff": torch.ones(32, 32)},
+        "not supported: diffusion_model.blocks.0.self_attn.q.diff; give a LoRA of lora_A and lora_B",
+    ),
+    "biases": (pair(QUERY) | {f"{QUERY}.diff_b": torch.ones(32)}, f"not supported: {QUERY}.diff_b"),
+    "DoRA": (pair(QUERY) | {f"{QUERY}.dora_scale": torch.ones(32)}, f"not supported: {QUERY}.dora_scale"),
+    "LoKr": ({f"{QUERY}.lokr_w1": torch.ones(2, 2)}, f"not supported: {QUERY}.lokr_w1"),
+    "biases of B": (pair(QUERY) | {f"{QUERY}.lora_B.bias": torch.ones(32)}, f"not supported: {QUERY}.lora_B.bias"),
+    "text encoder": (
+        pair(QUERY) | pair("text_encoder.encoder.block.0"),
+        "LoRAs of text encoders are not supported: text_encoder.encoder.block.0.lora_A.weight, text_encoder",
+    ),
+    "kohya's text encoder": (pair("lora_te_text_model"), "text encoders are not supported: lora_te_text_model.lora_A"),
+    "B alone": ({f"{QUERY}.lora_B.weight": torch.ones(32, 2)}, f"A or B is missing of {QUERY}"),
+    "alpha alone": ({f"{QUERY}.alpha": torch.tensor(1.0)}, f"A or B is missing of {QUERY}"),
+    "ranks": (
+        pair(QUERY) | {f"{QUERY}.lora_B.weight": torch.ones(32, 3)},
+        f"wrong shapes {QUERY} (A [2, 32], B [32, 3])",
+    ),
+    "no rank": (pair(QUERY, rank=0), f"wrong shapes {QUERY} (A [0, 32], B [32, 0])"),
+    "convolution": (
+        {
+            "patch_embedding.lora_A.weight": torch.ones(2, 16, 1, 2, 2),
+            "patch_embedding.lora_B.weight": torch.ones(32, 2, 1, 1, 1),
+        },
+        "wrong shapes patch_embedding (A [2, 16, 1, 2, 2]",
+    ),
+    "alphas": (pair(QUERY) | {f"{QUERY}.alpha": torch.ones(2)}, f"wrong shapes {QUERY} (alpha [2], A"),
+    "odd halves": (pair(STACKED, rows=63, columns=12), f"wrong shape {STACKED} (B [63, 2], which is to be 2 weights)"),
+    "two names": (pair(QUERY) | pair("blocks.0.self_attn.q"), f"more than one LoRA of {QUERY}.lora_A.weight, {QUERY}"),
+    "two prefixes": (pair(QUERY) | pair(f"transformer.{QUERY}"), "more than one LoRA of "),
+    "an unknown flat name": (pair("lora_unet_blocks_0_attn9_q"), "unexpected keys lora_unet_blocks_0_attn9_q"),
+    "no such block": (
+        pair("blocks.7.self_attn.q"),
+        "does not fit its model: unexpected keys blocks.7.attn1.to_q.lora_A",
+    ),
+    "no such layer": (pair("blocks.0.attn9.to_q"), "unexpected keys blocks.0.attn9.to_q.lora_A.weight"),
+    "not linear": (pair("patch_embedding"), "unexpected keys patch_embedding.lora_A.weight"),
+    "a norm": (pair("blocks.0.norm2"), "unexpected keys blocks.0.norm2.lora_A.weight"),
+    "another width": (
+        pair(QUERY, rows=48, columns=40),
+        f"wrong shapes {QUERY}.lora_A.weight ([2, 40] instead of [2, 32]), "
+        f"{QUERY}.lora_B.weight ([48, 2] instead of [32, 2])",
+    ),
+}
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
+@pytest.mark.parametrize("case", REFUSED)
+def test_files_that_do_not_fit(tmp_path, folder, case, fuse):
+    tensors, message = REFUSED[case]
+    good = write(tmp_path / "good.safetensors", random_pairs())
+    bad = tmp_path / "bad.safetensors"
+    save_file(tensors, bad)
+    model = mapped(folder)
+    with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
+        apply_loras(model, [(good, 1.0), (bad, 1.0)], fuse)
+    assert str(caught.value).startswith(f"--lora: {bad}")
+    assert "\n" not in str(caught.value)
+    assert model.state_dict().keys() == mapped(folder).state_dict().keys()  # none is applied unless all are good
+    check_layers(model, mapped(folder), [({}, 1.0, None)])
+
+
+def test_files_that_are_none(tmp_path):
+    file = write(tmp_path / "a.safetensors", random_pairs())
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"--lora: .*a\.safetensors is truncated"):
+        read_lora(file)
+    torch.save(random_pairs(), tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"--lora: .*a\.pt is no \.safetensors file"):
+        read_lora(tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"--lora: .*none\.safetensors cannot be read"):
+        read_lora(tmp_path / "none.safetensors")
+
+
+def test_a_model_without_the_conditions(tmp_path):
+    """A LoRA of the avatar's on a model without sound is refused."""
+    build(image_dim=None, audio_dim=None).save_pretrained(tmp_path)
+    model = load_transformer(tmp_path, "diffusers", torch.float32)
+    with pytest.raises(CheckpointError, match="unexpected keys audio_projection"):
+        apply_loras(model, [(write(tmp_path / "a.safetensors", random_pairs()), 1.0)], fuse=True)
+
+
+def test_what_is_applied_is_logged(tmp_path, folder, caplog):
+    file = write(tmp_path / "a.safetensors", random_pairs())
+    with caplog.at_level(logging.INFO, logger="skyreels_v3"):
+        apply_loras(mapped(folder), [(file, 0.5)], fuse=True)
+    assert f"LoRA {file}: {len(LAYERS)} layers, scale 0.5, fused" in caplog.text
