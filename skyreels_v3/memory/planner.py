@@ -37,8 +37,8 @@ IMAGE_ENCODER_PARAMETERS = 630_766_080
 AUDIO_ENCODER_PARAMETERS = 94_371_712
 # Live bytes at the peak of a forward: of a token for each channel of the model's width; of a pixel of the video's size.
 ATTENTION_PEAK = {"bfloat16": 27, "float32": 37}
-VAE_ENCODE_PEAK = 14_500
-VAE_DECODE_PEAK = 19_700
+VAE_ENCODE_PEAK = 14_250
+VAE_DECODE_PEAK = 18_200
 TINY_BYTES = 1 << 20  # of each of the toy's components, roughly
 
 

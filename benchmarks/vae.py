@@ -1,0 +1,210 @@
+"""The VAE's encode and decode, whole and in tiles, in bfloat16 and with channels-last weights.
+
+All modes have the same random weights and inputs and run in one process. Each round runs all of them, beginning with
+another one each time, so that what else the machine does meanwhile falls on all alike; a ratio is within a round. The
+first, untimed round shows how far each mode's result is from that of the whole frame in float32, and on a GPU what
+memory it takes over weights and inputs.
+
+The defaults are for a CPU: a VAE of a third of the width and a small frame, whose halos make a fifth more work (at
+720 x 1280 a twenty-fifth). The frame is high because torch has another, several times slower CPU kernel for float32
+inputs of few channels, frames and rows. Tiles of a lower frame would get it in so narrow a VAE; the real one's do not.
+
+    python benchmarks/vae.py
+    python benchmarks/vae.py --device cuda --base_dim 96 --frames 17 --height 720 --width 1280 --json vae.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout, nothing installed
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+
+from benchmarks.common import environment, spread, table
+from skyreels_v3.models.vae import VideoVAE
+
+BASELINE = "whole"
+TILES = (2, 2)
+CPU_BASE_DIM, FULL_BASE_DIM = 32, 96
+
+Work = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a mode's untimed run gave."""
+
+    max_difference: float  # from the baseline's
+    psnr: float | None  # dB, over the span of the baseline's result; None where they are equal
+    peak_bytes: int | None  # over what was there before; None without a GPU
+
+
+def main() -> None:
+    """Compare, time, print."""
+    args = parse_arguments()
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    works = bind_inputs(build_modes(args.base_dim, device), args, device)
+    figures = {}
+    for part, modes in works.items():
+        results = compare(modes, device)
+        rounds = time_rounds(modes, args.rounds)
+        figures[part] = {mode: summarise(results[mode], rounds, mode, args.frames) for mode in modes}
+    report(args, device, figures)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="a torch device")
+    parser.add_argument(
+        "--base_dim", type=int, help=f"width; {FULL_BASE_DIM}, the real one, or {CPU_BASE_DIM} on a CPU"
+    )
+    parser.add_argument("--frames", type=int, default=5, help="4k + 1")
+    parser.add_argument("--height", type=int, default=512, help="of a frame, a multiple of 8")
+    parser.add_argument("--width", type=int, default=96, help="of a frame, a multiple of 8")
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each mode; at least 2")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the last line to this file too")
+    args = parser.parse_args()
+    if args.frames % 4 != 1 or args.height % 8 or args.width % 8 or args.rounds < 2:
+        parser.error("--frames must be 4k + 1, --height and --width multiples of 8, --rounds at least 2")
+    args.base_dim = args.base_dim or (CPU_BASE_DIM if args.device == "cpu" else FULL_BASE_DIM)
+    return args
+
+
+def build_modes(base_dim: int, device: torch.device) -> dict[str, VideoVAE]:
+    """The same weights in every mode."""
+    with device:
+        module = AutoencoderKLWan(base_dim=base_dim).eval()
+    tiled = VideoVAE(module)
+    tiled.set_tiles(*TILES)
+    half = copy.deepcopy(module).to(torch.bfloat16)
+    half_tiled = VideoVAE(half)
+    half_tiled.set_tiles(*TILES)
+    return {
+        BASELINE: VideoVAE(module),
+        f"tiled {TILES[0]} x {TILES[1]}": tiled,
+        "channels-last": VideoVAE(channels_last(module)),
+        "bfloat16": VideoVAE(half),
+        f"bfloat16, tiled {TILES[0]} x {TILES[1]}": half_tiled,
+        "bfloat16, channels-last": VideoVAE(channels_last(half)),
+    }
+
+
+def channels_last(module: AutoencoderKLWan) -> AutoencoderKLWan:
+    """A copy whose 3D convolutions have their weights in that order."""
+    module = copy.deepcopy(module)
+    for part in module.modules():
+        if isinstance(part, nn.Conv3d):  # the module as a whole cannot be converted: it has 2D convolutions too
+            part.to(memory_format=torch.channels_last_3d)
+    return module
+
+
+def bind_inputs(
+    modes: Mapping[str, VideoVAE], args: argparse.Namespace, device: torch.device
+) -> dict[str, dict[str, Work]]:
+    """An encode and a decode of noise in each mode."""
+    video = torch.rand(1, 3, args.frames, args.height, args.width, device=device) * 2 - 1
+    latents = torch.randn(1, 16, args.frames // 4 + 1, args.height // 8, args.width // 8, device=device)
+    return {
+        "encode": {name: partial(vae.encode, video) for name, vae in modes.items()},
+        "decode": {name: partial(decode, vae, latents) for name, vae in modes.items()},
+    }
+
+
+def decode(vae: VideoVAE, latents: Tensor) -> Tensor:
+    """The whole video (1, 3, F, H, W)."""
+    return torch.cat([*vae.decode_stream(latents)], dim=2)
+
+
+def compare(modes: Mapping[str, Work], device: torch.device) -> dict[str, Result]:
+    """Every mode's first, slower run beside the baseline's."""
+    expected, results = modes[BASELINE]().cpu(), {}
+    for name, work in modes.items():
+        out, peak = measure_peak(work, device)
+        error = out - expected
+        noise, span = error.square().mean(), expected.max() - expected.min()
+        psnr = float(10 * torch.log10(span**2 / noise)) if noise else None
+        results[name] = Result(error.abs().max().item(), psnr, peak)
+    return results
+
+
+def measure_peak(work: Work, device: torch.device) -> tuple[Tensor, int | None]:
+    """The result, on the CPU, and the memory that it took on a GPU."""
+    if device.type != "cuda":
+        return work().cpu(), None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    out = work().cpu()
+    return out, torch.cuda.max_memory_allocated(device) - before
+
+
+def time_rounds(modes: Mapping[str, Work], rounds: int) -> list[dict[str, float]]:
+    """Seconds of each mode, round by round; each begins with another mode."""
+    names = list(modes)
+    orders = [names[number % len(names) :] + names[: number % len(names)] for number in range(rounds)]
+    return [{name: seconds(modes[name]) for name in order} for order in orders]
+
+
+def seconds(work: Work) -> float:
+    """Wall time, with all that was started on the device."""
+    start = time.perf_counter()
+    out = work()
+    if out.device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
+
+
+def summarise(result: Result, rounds: list[dict[str, float]], mode: str, frames: int) -> dict[str, Any]:
+    """One mode's figures."""
+    return {
+        "seconds_per_frame": round(statistics.median(taken[mode] for taken in rounds) / frames, 5),
+        "ratio": spread([taken[mode] / taken[BASELINE] for taken in rounds]),
+        "max_difference": result.max_difference,
+        "psnr": result.psnr and round(result.psnr, 1),
+        "peak_bytes": result.peak_bytes,
+    }
+
+
+def report(args: argparse.Namespace, device: torch.device, figures: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """A table for people, then one JSON line."""
+    size = f"{args.frames} frames of {args.height} x {args.width}"
+    print(f"{size}, base_dim {args.base_dim}, {args.rounds} rounds; all beside {BASELINE}, in float32")
+    header = ("", "ms a frame", "ratio", "quartiles", "max difference", "PSNR, dB", "peak, GB")
+    print(table(header, [row(f"{part}, {mode}", of) for part, modes in figures.items() for mode, of in modes.items()]))
+    sizes = {key: getattr(args, key) for key in ("base_dim", "frames", "height", "width", "rounds")}
+    line = json.dumps({**environment("vae", device), **sizes, "baseline": BASELINE, **figures})
+    if args.json:
+        args.json.write_text(line + "\n", encoding="utf-8")
+    print(line)
+
+
+def row(name: str, figure: dict[str, Any]) -> tuple[str, ...]:
+    """A line of the table."""
+    ratio, psnr, peak = figure["ratio"], figure["psnr"], figure["peak_bytes"]
+    return (
+        name,
+        f"{figure['seconds_per_frame'] * 1e3:.1f}",
+        f"{ratio['median']:.2f}",
+        f"{ratio['q1']:.2f} to {ratio['q3']:.2f}",
+        f"{figure['max_difference']:.1e}",
+        "equal" if psnr is None else f"{psnr:.1f}",
+        "-" if peak is None else f"{peak / 1e9:.2f}",
+    )
+
+
+if __name__ == "__main__":
+    main()
