@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skyreels_v3.models.transformer import Segment, SkyReelsTransformer3DModel
+from skyreels_v3.models.transformer import Context, Segment, SkyReelsTransformer3DModel
 from skyreels_v3.sampling.guidance import Guidance
 
 
@@ -34,12 +34,15 @@ class Conditioning:
     audio: Tensor | None = None
     speaker_masks: Tensor | None = None
 
-    def predict(self, model: SkyReelsTransformer3DModel, latents: Tensor, timestep: Tensor) -> Tensor:
+    def embed(self, model: SkyReelsTransformer3DModel) -> Context:
+        """What does not change from step to step, as the model takes it."""
+        return model.embed_context(self.text, self.image, self.audio, self.speaker_masks)
+
+    def predict(self, model: SkyReelsTransformer3DModel, context: Context, latents: Tensor, timestep: Tensor) -> Tensor:
         """Velocity (B, C, F, H, W) of the latents at `timestep`, one number."""
         seen = latents if self.channels is None else torch.cat((latents, self.channels), dim=1)
         segments = (*self.before, Segment(seen, self.start_frame), *self.after)
-        conditions = (self.text, self.image, self.audio, self.speaker_masks)
-        return model(segments, spread_timestep(timestep, segments), *conditions)[len(self.before)]
+        return model(segments, spread_timestep(timestep, segments), context)[len(self.before)]
 
 
 def spread_timestep(timestep: Tensor, segments: Iterable[Segment]) -> Tensor:
@@ -84,9 +87,10 @@ def denoise(
     Raises:
         FloatingPointError: latents became infinite or not a number.
     """
+    contexts = {name: condition.embed(model) for name, condition in conditions.items()}
     latents = pin(latents, float(scheduler.sigmas[0]))
     for step, timestep in enumerate(scheduler.timesteps):
-        velocity = guidance(lambda name: conditions[name].predict(model, latents, timestep))  # noqa: B023  called at once
+        velocity = guidance(lambda name: conditions[name].predict(model, contexts[name], latents, timestep))  # noqa: B023  called at once
         latents = scheduler.step(velocity, timestep, latents).prev_sample
         latents = pin(latents, float(scheduler.sigmas[step + 1]))
         if not torch.isfinite(latents).all():

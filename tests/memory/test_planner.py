@@ -96,7 +96,11 @@ def test_parameters_of_the_other_components():
 def test_work_of_a_forward():
     """torch's own counter sees the embeddings and the head as well, which are left out of the plan."""
     sizes, model = small_model(torch.float32)
-    inputs = ([Segment(torch.randn(1, 16, 4, 32, 32))], torch.tensor([500]), torch.randn(1, 512, 64))
+    inputs = (
+        [Segment(torch.randn(1, 16, 4, 32, 32))],
+        torch.tensor([500]),
+        model.embed_context(torch.randn(1, 512, 64)),
+    )
     # the counter does not know every fused kernel, but the products of the plain one
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(*inputs)
@@ -109,7 +113,7 @@ def test_work_of_a_forward():
 def test_activations_of_a_forward(dtype, per_frame):
     sizes, model = small_model(getattr(torch, dtype))
     timestep = torch.full((1, 4), 500) if per_frame else torch.tensor([500])
-    inputs = ([Segment(torch.randn(1, 16, 4, 32, 32))], timestep, torch.randn(1, 8, 64))
+    inputs = ([Segment(torch.randn(1, 16, 4, 32, 32))], timestep, model.embed_context(torch.randn(1, 8, 64)))
     with LiveBytes() as counter:
         model(*inputs)
     assert sizes.activation_bytes(4 * 16 * 16, dtype) == pytest.approx(counter.peak, rel=0.05)
@@ -153,7 +157,8 @@ def test_work_of_an_avatar_forward():
     """With image and audio attention; the embeddings and the audio projection are left out of the plan."""
     sizes, model = small_model(torch.float32, in_channels=36, image_dim=64, audio_dim=48, audio_hidden_dim=8)
     image, audio = torch.randn(1, 257, 64), torch.randn(1, 1, 13, 5, 12, 768)
-    inputs = ([Segment(torch.randn(1, 36, 4, 32, 32))], torch.tensor([500]), torch.randn(1, 512, 64), image, audio)
+    text = torch.randn(1, 512, 64)
+    segments, timestep = [Segment(torch.randn(1, 36, 4, 32, 32))], torch.tensor([500])
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(*inputs)
+        model(segments, timestep, model.embed_context(text, image, audio))
     assert sizes.forward_flop(4 * 16 * 16) == pytest.approx(counter.get_total_flops(), rel=0.03)

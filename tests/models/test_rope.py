@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cmath
 
+import pytest
 import torch
 
 from skyreels_v3.models.transformer.rope import Segment, apply_rotary, rotary_tables
@@ -27,10 +28,12 @@ def test_tables_follow_the_segments():
         (start + f, h, w) for start, n in ((0, 2), (1024, 3)) for f in range(n) for h in range(2) for w in range(3)
     ]
     expected = torch.tensor([rotations(*place) for place in places], dtype=torch.complex128)
-    torch.testing.assert_close(table[:, 0].to(torch.complex128), expected, atol=1e-7, rtol=0)
+    torch.testing.assert_close(torch.view_as_complex(table[:, 0].double()), expected, atol=1e-7, rtol=0)
 
 
-def test_adjacent_channels_turn_together():
+@pytest.mark.parametrize("compiling", [False, True])
+def test_adjacent_channels_turn_together(monkeypatch, compiling):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     torch.manual_seed(0)
     segment = Segment(torch.zeros(1, 16, 2, 4, 4), 7)
     x = torch.randn(2, 8, 3, HEAD_DIM)

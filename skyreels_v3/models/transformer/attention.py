@@ -1,9 +1,13 @@
 """The three attentions of a block: among the video tokens, to the text and image, to the sound.
 
-Each takes its kernel as an `AttentionFn`, an attribute that is set from outside and never chosen here.
+Each takes its kernel as an `AttentionFn`, an attribute that is set from outside and never chosen here. What depends on
+the conditions alone, keys and values of text, image and sound, has a method of its own: it is computed once and kept
+(see `block.Context`), and does not change from step to step.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +21,8 @@ from skyreels_v3.models.transformer.rope import THETA, Rotary, apply_rotary, rot
 SPEAKER_RANGES = ((0.0, 4.0), (20.0, 24.0))
 BACKGROUND_POSITION = 12.0
 SPEAKER_POSITIONS = (2.0, 22.0)
+
+KeysValues = tuple[Tensor, Tensor]  # (B, T, N, D) each
 
 
 class NormedAttention(nn.Module):
@@ -37,21 +43,12 @@ class NormedAttention(nn.Module):
 class SelfAttention(NormedAttention):
     """Attention among all video tokens, with rotated queries and keys."""
 
-    def rotated(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """Queries and keys (B, L, N, D) of tokens x (B, L, N*D)."""
+    def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, L, N, D) of tokens x (B, L, N*D)."""
         query = rms_norm(self.to_q(x), self.norm_q).unflatten(-1, (self.heads, -1))
         query = apply_rotary(query, rotary).type_as(x)
         key = rms_norm(self.to_k(x), self.norm_k).unflatten(-1, (self.heads, -1))
-        return query, apply_rotary(key, rotary).type_as(x)
-
-    def forward(self, x: Tensor, rotary: Rotary, speaker_masks: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Update (B, L, D), and where two people speak the tokens' positions (B, L) on the speakers' axis."""
-        query, key = self.rotated(x, rotary)
-        value = self.to_v(x).unflatten(-1, (self.heads, -1))
-        out = self.to_out[0](self.attention(query, key, value).flatten(2))
-        if speaker_masks is None:
-            return out, None
-        return out, speaker_positions(query, key[:, : speaker_masks.shape[1]], speaker_masks)
+        return query, apply_rotary(key, rotary).type_as(x), self.to_v(x).unflatten(-1, (self.heads, -1))
 
 
 class CrossAttention(NormedAttention):
@@ -64,19 +61,22 @@ class CrossAttention(NormedAttention):
             self.add_v_proj = nn.Linear(dim, dim)
             self.norm_added_k = nn.RMSNorm(dim, eps=eps)
 
-    def forward(self, x: Tensor, text: Tensor, image: Tensor | None) -> Tensor:
-        """Update (B, L, D) from text (B, 512, D) and image (B, 257, D) tokens."""
-        query = rms_norm(self.to_q(x), self.norm_q).type_as(x)
-        out = self.attend(query, rms_norm(self.to_k(text), self.norm_k), self.to_v(text))
+    def keys_values(self, text: Tensor, image: Tensor | None) -> tuple[KeysValues, ...]:
+        """Keys and values of text (B, 512, D) and, if there is one, image (B, 257, D) tokens."""
+        key = rms_norm(self.to_k(text), self.norm_k).type_as(text)
+        pairs = [(key, self.to_v(text))]
         if image is not None:
-            key = rms_norm(self.add_k_proj(image), self.norm_added_k)
-            out = out + self.attend(query, key, self.add_v_proj(image))
-        return self.to_out[0](out)
+            key = rms_norm(self.add_k_proj(image), self.norm_added_k).type_as(image)
+            pairs.append((key, self.add_v_proj(image)))
+        return tuple(
+            (key.unflatten(-1, (self.heads, -1)), value.unflatten(-1, (self.heads, -1))) for key, value in pairs
+        )
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of (B, L, N*D) tensors, heads split and joined again."""
-        query, key, value = (t.type_as(query).unflatten(-1, (self.heads, -1)) for t in (query, key, value))
-        return self.attention(query, key, value).flatten(2)
+    def forward(self, x: Tensor, keys_values: Sequence[KeysValues]) -> Tensor:
+        """Update (B, L, D) of tokens x."""
+        query = rms_norm(self.to_q(x), self.norm_q).type_as(x).unflatten(-1, (self.heads, -1))
+        out = sum_of(self.attention(query, key, value) for key, value in keys_values)
+        return self.to_out[0](out.flatten(2))
 
 
 class AudioAttention(nn.Module):
@@ -91,24 +91,39 @@ class AudioAttention(nn.Module):
         self.to_v = nn.Linear(audio_dim, dim)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
-    def forward(self, x: Tensor, audio: Tensor, positions: Tensor | None) -> Tensor:
-        """Update (B, L, D) from audio (B, F, T, A), L = F * tokens of a frame.
+    def keys_values(self, audio: Tensor, two_people: bool) -> KeysValues:
+        """Keys and values (B, F, T, N, D) of audio (B, F, T, A).
 
-        Where two people speak, T holds the first one's tokens, then the second one's, and `positions` (B, L) says on
-        the speakers' axis whom a video token belongs to.
+        Where two people speak, T holds the first one's tokens, then the second one's, and the keys are turned to each
+        one's place on the speakers' axis.
         """
-        frames = audio.shape[1]
-        query, key, value = (
-            tensor.unflatten(-1, (self.heads, -1)) for tensor in (self.to_q(x), self.to_k(audio), self.to_v(audio))
-        )
+        key, value = (layer(audio).unflatten(-1, (self.heads, -1)) for layer in (self.to_k, self.to_v))
+        if two_people:
+            own = torch.tensor(SPEAKER_POSITIONS, device=audio.device).repeat_interleave(audio.shape[2] // 2)
+            key = apply_rotary(key.flatten(0, 1), line_tables(own[:, None], key.shape[-1])).type_as(key).view_as(key)
+        return key, value
+
+    def forward(self, x: Tensor, keys_values: KeysValues, positions: Tensor | None) -> Tensor:
+        """Update (B, L, D), L = F * tokens of a frame.
+
+        `positions` (B, L, N), where two people speak, say on the speakers' axis whom a head sees a token belong to.
+        """
+        key, value = keys_values
+        frames = key.shape[1]
+        query = self.to_q(x).unflatten(-1, (self.heads, -1))
         if positions is not None:
-            own = torch.tensor(SPEAKER_POSITIONS, device=x.device).repeat_interleave(audio.shape[2] // 2)
-            places = head_positions(positions, frames, self.heads)
-            query = apply_rotary(query, line_tables(places, query.shape[-1])).type_as(x)
-            key = apply_rotary(key, line_tables(own[:, None], key.shape[-1])).type_as(x)
+            query = apply_rotary(query, line_tables(positions, query.shape[-1])).type_as(x)
         query = query.unflatten(1, (frames, -1)).flatten(0, 1)  # (B*F, L/F, N, D)
         out = self.attention(query, key.flatten(0, 1), value.flatten(0, 1)).flatten(2)  # (B*F, L/F, N*D)
         return self.to_out[0](out.unflatten(0, (-1, frames)).flatten(1, 2))
+
+
+def sum_of(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of at least one tensor; the first is overwritten by it."""
+    first, *others = parts
+    for part in others:
+        first = first.add_(part)
+    return first
 
 
 def head_positions(positions: Tensor, frames: int, heads: int) -> Tensor:

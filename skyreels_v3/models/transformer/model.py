@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from skyreels_v3.attention.backends import AttentionFn
 from skyreels_v3.models.transformer.attention import AudioAttention, CrossAttention, SelfAttention
 from skyreels_v3.models.transformer.audio_projection import AudioProjection
-from skyreels_v3.models.transformer.block import Context, TransformerBlock
+from skyreels_v3.models.transformer.block import Context, TransformerBlock, of_frames, token_spans
 from skyreels_v3.models.transformer.embeddings import ConditionEmbedding
 from skyreels_v3.models.transformer.norms import layer_norm, modulate
 from skyreels_v3.models.transformer.rope import Segment, rotary_tables
@@ -93,44 +93,53 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             elif isinstance(module, CrossAttention | AudioAttention):
                 module.attention = cross_attention or attention
 
-    def forward(
-        self,
-        segments: Sequence[Segment],
-        timestep: Tensor,
-        text: Tensor,
-        image: Tensor | None = None,
-        audio: Tensor | None = None,
-        speaker_masks: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
+    def forward(self, segments: Sequence[Segment], timestep: Tensor, context: Context) -> tuple[Tensor, ...]:
         """Velocities (B, out_channels, F, H, W) of all segments, float32.
 
         Args:
             segments: latents (B, in_channels, F, H, W) each, all of one height and width.
             timestep: (B,) one per sample, or (B, F) one per latent frame of the segments laid end to end.
+            context: what `embed_context` made of the conditions; the same for all steps of a generation.
+        """
+        dtype = self.patch_embedding.weight.dtype
+        tokens = [self.patch_embedding(part.latents.to(dtype)).flatten(2).transpose(1, 2) for part in segments]
+        lengths = [part.shape[1] for part in tokens]
+        hidden = torch.cat(tokens, dim=1)  # (B, L, D)
+        del tokens
+        rotary = rotary_tables(segments, self.config.patch_size, self.config.attention_head_dim)
+        embedding, modulation = self.condition_embedder.time(timestep.reshape(timestep.shape[0], -1))
+        for block in self.blocks:
+            hidden = block(hidden, context, modulation, rotary)
+        out = self.head(hidden, embedding)
+        return tuple(
+            self.unpatchify(part, segment) for part, segment in zip(out.split(lengths, 1), segments, strict=True)
+        )
+
+    def head(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        """Tokens (B, L, D) and embedding (B, F, D) of the timesteps -> (B, L, out_channels * patch), float32."""
+        modulation = self.scale_shift_table.unsqueeze(1) + embedding.unsqueeze(2)
+        pieces = []
+        for tokens, frames in token_spans(hidden.shape[1], modulation.shape[1]):
+            shift, scale = of_frames(modulation, frames).unbind(2)
+            pieces.append(self.proj_out(modulate(layer_norm(hidden[:, tokens], self.norm_out), shift, scale)))
+        return torch.cat(pieces, dim=1)
+
+    def embed_context(
+        self,
+        text: Tensor,
+        image: Tensor | None = None,
+        audio: Tensor | None = None,
+        speaker_masks: Tensor | None = None,
+    ) -> Context:
+        """Bring all conditions to the blocks' width, once for all steps.
+
+        Args:
             text: (B, 512, text_dim) UMT5 states; padding rows are zero and are attended to.
             image: (B, 257, image_dim) CLIP states.
             audio: (B, P, F, window, layers, channels) wav2vec2 states of P speakers around each of 4k+1 video frames.
             speaker_masks: (3, H, W) in latent pixels, needed for two speakers: first, second, background.
         """
-        dtype = self.patch_embedding.weight.dtype
-        tokens = [self.patch_embedding(part.latents.to(dtype)).flatten(2).transpose(1, 2) for part in segments]
-        hidden = torch.cat(tokens, dim=1)  # (B, L, D)
-        rotary = rotary_tables(segments, self.config.patch_size, self.config.attention_head_dim)
-        embedding, modulation = self.condition_embedder.time(timestep.reshape(timestep.shape[0], -1))
-        context = self.embed_context(text.to(dtype), image, audio, speaker_masks)
-        for block in self.blocks:
-            hidden = block(hidden, context, modulation, rotary)
-        shift, scale = (self.scale_shift_table.unsqueeze(1) + embedding.unsqueeze(2)).unbind(2)
-        out = self.proj_out(modulate(layer_norm(hidden, self.norm_out), shift, scale))
-        lengths = [part.shape[1] for part in tokens]
-        return tuple(
-            self.unpatchify(part, segment) for part, segment in zip(out.split(lengths, 1), segments, strict=True)
-        )
-
-    def embed_context(
-        self, text: Tensor, image: Tensor | None, audio: Tensor | None, speaker_masks: Tensor | None
-    ) -> Context:
-        """Bring all conditions to the blocks' width; arguments as in `forward`."""
+        text = text.to(self.patch_embedding.weight.dtype)
         if audio is not None:
             people = audio.shape[1]
             tokens = self.audio_projection(audio.to(text.dtype).flatten(0, 1)).unflatten(0, (-1, people))

@@ -35,7 +35,7 @@ class Segment:
     clean: bool = False
 
 
-Rotary = Tensor  # unit complex numbers, complex64, one for each channel pair: (B, L, N, D/2) or what broadcasts to it
+Rotary = Tensor  # cosine and sine for each channel pair, float32: (L, 1, D/2, 2), or (B, L, N, D/2, 2)
 
 
 def angles(positions: Tensor, channels: int) -> Tensor:
@@ -45,7 +45,7 @@ def angles(positions: Tensor, channels: int) -> Tensor:
 
 
 def rotary_tables(segments: Sequence[Segment], patch_size: Sequence[int], head_dim: int) -> Rotary:
-    """Rotations (L, 1, head_dim/2) of all tokens of `segments`, on the segments' device.
+    """Rotations (L, 1, head_dim/2, 2) of all tokens of `segments`, on the segments' device.
 
     The angles of each axis are computed in float64 on the CPU (a few thousand numbers; not every device has float64)
     and spread over the grid of tokens on the device.
@@ -63,23 +63,24 @@ def rotary_tables(segments: Sequence[Segment], patch_size: Sequence[int], head_d
         # rotations before the move and the spreading: a small float64 table for an axis, not one for a token
         frames, rows, columns = (rotations(axis).to(device) for axis in axes)
         spread = [
-            frames[:, None, None].expand(-1, grid[1], grid[2], -1),
-            rows[None, :, None].expand(grid[0], -1, grid[2], -1),
-            columns[None, None, :].expand(grid[0], grid[1], -1, -1),
+            frames[:, None, None].expand(-1, grid[1], grid[2], -1, -1),
+            rows[None, :, None].expand(grid[0], -1, grid[2], -1, -1),
+            columns[None, None, :].expand(grid[0], grid[1], -1, -1, -1),
         ]
-        tables.append(torch.cat(spread, dim=-1).flatten(0, 2))  # (L, D/2)
+        tables.append(torch.cat(spread, dim=-2).flatten(0, 2))  # (L, D/2, 2)
     return torch.cat(tables).unsqueeze(1)
 
 
 def rotations(angle: Tensor) -> Rotary:
-    """e^(i angle), complex64."""
-    return torch.complex(angle.cos().float(), angle.sin().float())
+    """Cosine and sine of each angle, float32: one axis more."""
+    return torch.stack((angle.cos(), angle.sin()), dim=-1).float()
 
 
 def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn each adjacent channel pair of x (B, L, N, D) by its token's angle; computed in float32, returned so.
-
-    A pair is taken as a complex number: one pass over x, where sines and cosines in real arithmetic take seven.
-    """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, L, N, D/2)
-    return torch.view_as_real(pairs * rotary).flatten(-2)
+    """Turn each adjacent channel pair of x (B, L, N, D) by its token's angle; computed in float32, returned so."""
+    pairs = x.float().unflatten(-1, (-1, 2))  # (B, L, N, D/2, 2)
+    if torch.compiler.is_compiling():  # fuses real arithmetic only
+        (even, odd), (cos, sin) = pairs.unbind(-1), rotary.unbind(-1)
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    # one pass over x, where the same in real arithmetic takes seven
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotary)).flatten(-2)
