@@ -52,7 +52,8 @@ def fetch(request: GenerationRequest) -> Path:
 
     if request.model_id != TINY:
         return download(request)
-    from skyreels_v3.checkpoints.tiny import cache_folder, make_tiny
+    from skyreels_v3.cache import cache_folder
+    from skyreels_v3.checkpoints.tiny import make_tiny
 
     try:
         return make_tiny(request.task)
@@ -64,6 +65,9 @@ def fetch(request: GenerationRequest) -> Path:
 def generate(request: GenerationRequest, inputs: Inputs, checkpoint: Path) -> Path:
     """Make the video; returns its path."""
     from skyreels_v3 import runtime
+    from skyreels_v3.checkpoints.hub import download_lora, locate_lora
+    from skyreels_v3.checkpoints.save import save_quantized
+    from skyreels_v3.memory.planner import plan
     from skyreels_v3.pipelines.components import load_components
     from skyreels_v3.pipelines.outputs import save_latents
     from skyreels_v3.pipelines.registry import make_pipeline
@@ -71,12 +75,16 @@ def generate(request: GenerationRequest, inputs: Inputs, checkpoint: Path) -> Pa
     from skyreels_v3.preflight import recorded_flags
 
     assert request.output is not None and request.height is not None and request.width is not None
-    device = runtime.start(request)
+    loras = [locate_lora(name) or download_lora(name, request) for name, _ in request.lora]
+    device = runtime.start(request, plan(request, checkpoint))
     flags = recorded_flags(request) | {"dtype": str(device.dtype).removeprefix("torch.")}
     state = open_state(request.output, flags, request.resume, request.frame_folder)
     completed = False
     try:
-        pipeline = make_pipeline(request.task, load_components(checkpoint, request.task, device), device, state)
+        components = load_components(checkpoint, request, device, loras)
+        if request.save_quantized is not None:
+            save_quantized(components.transformer, checkpoint, request.save_quantized, request.task)
+        pipeline = make_pipeline(request.task, components, device, state)
         latents: list[Any] = []
         logger.info("seed %d, %d x %d", request.seed, request.height, request.width)
         # closed before anything is said of how it ended: a progress bar that is open would write after it

@@ -21,8 +21,9 @@ from typing import Any, NoReturn
 import yaml
 
 from skyreels_v3 import __version__
+from skyreels_v3.attention.available import ATTENTIONS
 from skyreels_v3.errors import UserError, shown
-from skyreels_v3.runtime import DEVICES, DTYPES
+from skyreels_v3.runtime import DEVICES, DTYPES, MEMORY_MODES, QUANTIZATIONS
 from skyreels_v3.tasks import (
     REFERENCE_SLOTS,
     RESOLUTIONS,
@@ -42,8 +43,6 @@ MAX_SIDE = 2048
 MAX_PIXELS = 1920 * 1088
 MAX_SEED = 2**63 - 1
 NOT_BUILT = {
-    "low_vram": "FP8 weights and block streaming are not built yet; use --offload, which keeps only the component that "
-    "works on the device",
     "use_usp": "running on several GPUs is not built yet; run without it on one",
 }
 
@@ -100,8 +99,17 @@ FLAGS = (
         "of the matrix products (default: bfloat16 on a GPU, float32 on a CPU)",
         choices=DTYPES,
     ),
-    Flag("offload", "keep only the working component on the device", bool),
-    Flag("low_vram", "FP8 weights and block streaming (not built yet)", bool),
+    Flag("memory", "where components live (default: auto, by what is free)", choices=("auto", *MEMORY_MODES)),
+    Flag("offload", "keep only the working component on the device: --memory offload", bool),
+    Flag("low_vram", "stream the transformer's blocks, in FP8: --memory stream --quant fp8", bool),
+    Flag("stream_blocks", "blocks of a streamed transformer that stay on the device", int, low=0, high=999),
+    Flag("quant", "weights in FP8; fp8_dynamic computes in FP8 as well (Ada GPUs and later)", choices=QUANTIZATIONS),
+    Flag("save_quantized", "also save the checkpoint with its FP8 weights, for --model_id", metavar="FOLDER"),
+    Flag("vae_dtype", "of the VAE (default: float32)", choices=DTYPES),
+    Flag("attention", "attention kernel (default: auto)", choices=ATTENTIONS),
+    Flag("compile", "compile the transformer's blocks; the first step takes longer", bool),
+    Flag("lora", "LoRAs to add: files, folders or hub ids, each with a scale", metavar="LORA[:SCALE][,...]"),
+    Flag("no_cache", "do not keep encoded prompts for later runs, nor use those kept", bool),
     Flag("use_usp", "several GPUs (not built yet)", bool),
     Flag(
         "output", "an .mp4, or a folder ending in / for PNG frames (default: result/TASK/SEED_TIME.mp4)", metavar="PATH"
@@ -140,9 +148,15 @@ EXCLUSIVE = (
     ("input_image", "input_video"),
     ("keyframes", "input_video"),
     ("resume", "dry_run"),
+    ("offload", "low_vram"),
+    ("memory", "offload"),
+    ("memory", "low_vram"),
 )
 # what a run does besides its video; not needed to make the same video again
-NOT_RECORDED = ("output", "save_latents", "resume", "dry_run", "quiet", "verbose")
+NOT_RECORDED = (
+    *("output", "save_latents", "save_quantized", "resume", "dry_run", "quiet", "verbose"),
+    *("memory", "stream_blocks", "no_cache"),
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -371,6 +385,7 @@ def check_values(spec: TaskSpec, values: Mapping[str, Any]) -> None:
         )
     check_size(values)
     check_references(values)
+    check_memory(values)
     check_speakers(values)
     check_outputs(values)
 
@@ -394,6 +409,34 @@ def check_references(values: Mapping[str, Any]) -> None:
     if not (1 <= len(references) <= REFERENCE_SLOTS and all(references)):
         reason = f"{told(', '.join(references))}: {len(references)} entries" if any(references) else "an empty value"
         raise UserError("--ref_imgs", f"{reason}; give 1 to {REFERENCE_SLOTS} images, comma-separated, none empty")
+
+
+def check_memory(values: Mapping[str, Any]) -> None:
+    """Flags that belong to streaming and to quantised weights, and the LoRAs' form."""
+    streamed = values.get("low_vram") or values.get("memory") == "stream"
+    if "stream_blocks" in values and not streamed:
+        reason = f"{values['stream_blocks']} blocks can only stay if the others are streamed"
+        raise UserError("--stream_blocks", f"{reason}; add --memory stream or --low_vram")
+    if "save_quantized" in values and not (values.get("low_vram") or "quant" in values):
+        reason = f"{told(values['save_quantized'])}: no weights are quantised"
+        raise UserError("--save_quantized", f"{reason}; add --quant fp8 or --low_vram")
+    parse_loras(values)
+
+
+def parse_loras(values: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
+    """--lora as names and scales; a scale is what follows the last colon, if it is a number."""
+    loras = []
+    for entry in split(values["lora"]) if "lora" in values else ():
+        name, colon, end = entry.rpartition(":")
+        try:
+            scale = float(end) if colon else 1.0
+        except ValueError:
+            name, scale = entry, 1.0
+        name = name if colon and name else entry
+        if not name.strip() or not math.isfinite(scale):
+            raise UserError("--lora", f"{told(entry)}: give FILE, FOLDER or OWNER/NAME, and after a colon its scale")
+        loras.append((name, scale))
+    return tuple(loras)
 
 
 def check_speakers(values: Mapping[str, Any]) -> None:
@@ -475,6 +518,11 @@ def make_request(spec: TaskSpec, values: Mapping[str, Any]) -> GenerationRequest
         defaults["window_prompt"] = spec.window_prompt
     if values.get("text_guidance_scale", 1.0) > 1.0:
         defaults["negative_prompt"] = spec.negative_prompt
+    if values.get("offload") or values.get("low_vram"):
+        defaults["memory"] = "offload" if values.get("offload") else "stream"
+    if values.get("low_vram"):
+        defaults["quant"] = "fp8"
+    values = {name: value for name, value in values.items() if name not in ("offload", "low_vram")}
     values = {**defaults, **values, "seed": secrets.randbelow(2**32) if seed == -1 else seed}
     recorded = {"task_type": spec.name} | {name: value for name, value in values.items() if name not in NOT_RECORDED}
     if values.get("window_prompt") == SAME_PROMPT:
@@ -484,9 +532,9 @@ def make_request(spec: TaskSpec, values: Mapping[str, Any]) -> GenerationRequest
     values["verbosity"] = int(values.pop("verbose", False)) - int(values.pop("quiet", False))
     for name in ("ref_imgs", "input_audio"):
         values[name] = tuple(split(values[name])) if name in values else ()
-    values |= {"speaker_boxes": parse_boxes(values), "keyframes": parse_keyframes(values)}
+    values |= {"speaker_boxes": parse_boxes(values), "keyframes": parse_keyframes(values), "lora": parse_loras(values)}
     values["frame_folder"] = values.get("output", "").endswith("/")
-    for name in ("output", "save_latents"):
+    for name in ("output", "save_latents", "save_quantized"):
         if name in values:
             values[name] = Path(os.path.expanduser(values[name]))
     return GenerationRequest(task=spec, flags=recorded, **values)

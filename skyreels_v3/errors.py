@@ -44,3 +44,7 @@ class CheckpointError(UserError):
 
     def __init__(self, message: str) -> None:
         super().__init__("--model_id", message)
+
+
+class OutOfMemory(RuntimeError):
+    """A stage of a run asked for more memory than there is; says how much, and which flags would ask for less."""

@@ -7,11 +7,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from skyreels_v3.checkpoints.hub import TINY, locate
+from skyreels_v3.checkpoints.hub import TINY, check_client, locate, locate_lora
 from skyreels_v3.media.files import check_writable
 from skyreels_v3.media.inputs import Inputs, open_inputs
 from skyreels_v3.pipelines.state import check_left
-from skyreels_v3.runtime import check_device
+from skyreels_v3.runtime import check_compute, check_device
 from skyreels_v3.tasks import GenerationRequest
 
 
@@ -29,14 +29,18 @@ def preflight(request: GenerationRequest, downloads: Path) -> tuple[GenerationRe
         UserError: what cannot work, with the flag to change.
     """
     check_device(request.device)
+    check_compute(request)
     checkpoint = None if request.model_id == TINY else locate(request)
+    if any(locate_lora(name) is None for name, _ in request.lora):
+        check_client(request)
     if request.output is None:
         name = f"{request.seed}_{datetime.now():%Y%m%d-%H%M%S}.mp4"
         request = replace(request, output=Path("result") / request.task.name / name)
     assert request.output is not None
     check_writable(request.output, "--output")
-    if request.save_latents is not None:
-        check_writable(request.save_latents, "--save_latents")
+    for flag, path in (("--save_latents", request.save_latents), ("--save_quantized", request.save_quantized)):
+        if path is not None:
+            check_writable(path, flag)
     request, inputs = open_inputs(request, downloads)
     if request.resume:
         assert request.output is not None

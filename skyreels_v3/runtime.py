@@ -6,14 +6,19 @@ torch is imported when `start` runs and not before, so that a request can be che
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import logging
+import os
 import platform
+import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from skyreels_v3.attention.available import check_attention
 from skyreels_v3.errors import UserError
 from skyreels_v3.tasks import GenerationRequest
 
@@ -22,10 +27,19 @@ if TYPE_CHECKING:
     from torch import nn
     from tqdm import tqdm
 
+    from skyreels_v3.attention.backends import AttentionFn
+    from skyreels_v3.memory.planner import Plan
+    from skyreels_v3.memory.policy import Policy
+    from skyreels_v3.memory.stream import BlockStream
+
 logger = logging.getLogger(__name__)
 
 DEVICES = ("auto", "cuda", "cpu", "mps")
 DTYPES = ("bfloat16", "float32")
+MEMORY_MODES = ("resident", "offload", "stream")  # where components live, see memory/policy.py; fastest first
+QUANTIZATIONS = ("fp8", "fp8_dynamic")
+FP8_CAPABILITY = (8, 9)  # of the first GPUs with FP8 matrix units, Ada
+COMPILERS = ("c++", "g++", "clang++", "cl")
 GPU_DRIVERS = ("libcuda.so.1", "nvcuda.dll", "libamdhip64.so")  # torch calls AMD's devices cuda, too
 
 
@@ -46,12 +60,32 @@ def has_library(name: str) -> bool:
     return True
 
 
+def check_compute(request: GenerationRequest) -> None:
+    """Raise UserError when a kernel, FP8 products, streaming or a compiler are asked for that cannot be had here."""
+    device = expected_device(request)
+    check_attention(request.attention, device, expected_dtype(request))
+    if request.quant == "fp8_dynamic" and device == "mps":
+        raise UserError("--quant", "fp8_dynamic: works on NVIDIA GPUs of the Ada generation or later; use --quant fp8")
+    if request.memory == "stream" and device == "mps":
+        raise UserError("--memory", "stream: this device shares the host's memory; use --memory auto")
+    if request.compile and device == "cpu" and not any(map(shutil.which, COMPILERS)):
+        raise UserError("--compile", f"needs a C++ compiler ({' or '.join(COMPILERS)}); install one, or leave it out")
+    if request.compile and device == "cuda" and importlib.util.find_spec("triton") is None:
+        raise UserError("--compile", "needs the package triton; pip install triton, or leave it out")
+
+
+def expected_device(request: GenerationRequest) -> str:
+    """The device that `start` will choose, as far as it can be told without torch."""
+    if request.device != "auto":
+        return request.device
+    if any(has_library(name) for name in GPU_DRIVERS):
+        return "cuda"
+    return "mps" if (sys.platform, platform.machine()) == ("darwin", "arm64") else "cpu"
+
+
 def expected_dtype(request: GenerationRequest) -> str:
     """The dtype that `start` will choose, as far as it can be told without torch."""
-    device = request.device
-    if device == "auto":
-        device = "cuda" if any(has_library(name) for name in GPU_DRIVERS) else "cpu"
-    return request.dtype or default_dtype(device)
+    return request.dtype or default_dtype(expected_device(request))
 
 
 def default_dtype(device: str) -> str:
@@ -64,20 +98,47 @@ class Runtime:
 
     device: torch.device
     dtype: torch.dtype
-    offload: bool
     show_progress: bool
+    policy: Policy
+    plan: Plan
+    attention: AttentionFn
+    streams: dict[nn.Module, BlockStream] = field(default_factory=dict)
 
     @contextmanager
-    def resident(self, module: nn.Module) -> Iterator[None]:
-        """Have `module` on the device for the length of a `with` block; without offload it stays there."""
-        from skyreels_v3.memory.offload import on_device
+    def resident(self, module: nn.Module, stage: str, blocks: Sequence[nn.Module] = ()) -> Iterator[None]:
+        """Have `module` on the device for the length of a `with` block, as far as the memory policy lets it.
 
-        if self.offload:
-            with on_device(module, self.device):
-                yield
-        else:
-            module.to(self.device)
+        Args:
+            stage: what it is needed for, in case memory runs out.
+            blocks: parts of it that may come one after the other.
+        """
+        from skyreels_v3.memory.offload import on_device
+        from skyreels_v3.memory.shortage import explained
+
+        with explained(stage, self.plan, self.policy.mode, self.free_memory), ExitStack() as stack:
+            if self.policy.mode == "resident":
+                module.to(self.device)
+            elif self.policy.mode == "stream" and blocks:
+                stack.enter_context(self.stream(module, blocks).active())
+            else:
+                stack.enter_context(on_device(module, self.device))
             yield
+
+    def stream(
+        self, module: nn.Module, blocks: Sequence[nn.Module], keep: int = 0, pinned: bool = False
+    ) -> BlockStream:
+        """The stream of a module's blocks, made when it is first asked for."""
+        from skyreels_v3.memory.stream import BlockStream
+
+        if module not in self.streams:
+            self.streams[module] = BlockStream(module, blocks, self.device, keep, pin if pinned else None)
+        return self.streams[module]
+
+    def free_memory(self) -> int | None:
+        """Free bytes of the device's own memory, None where it has none of its own."""
+        import torch
+
+        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
 
     def generator(self, seed: int) -> torch.Generator:
         """A source of noise. Always the CPU's: the same numbers on every device."""
@@ -92,13 +153,21 @@ class Runtime:
         return tqdm(desc=name, total=total, disable=not self.show_progress, file=sys.stderr)
 
 
-def start(request: GenerationRequest) -> Runtime:
-    """Choose device and dtype for `request`; bfloat16 on a GPU and float32 on a CPU unless it says otherwise.
+def start(request: GenerationRequest, plan: Plan) -> Runtime:
+    """Choose device, dtype, attention kernel and memory policy for `request`.
+
+    bfloat16 on a GPU and float32 on a CPU unless it says otherwise.
 
     Raises:
-        UserError: the torch that is installed cannot use the device.
+        UserError: the torch that is installed cannot use the device, or a choice cannot be met on it.
     """
+    # stages of different sizes follow one another: room that one leaves must fit the next
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    import psutil
     import torch
+
+    from skyreels_v3.attention.backends import choose_attention
+    from skyreels_v3.memory.policy import choose
 
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = request.device if request.device != "auto" else next(name for name, there in usable.items() if there)
@@ -106,5 +175,29 @@ def start(request: GenerationRequest) -> Runtime:
         raise UserError("--device", f"{name}: torch {torch.__version__} cannot use it; install a build that can")
     dtype = getattr(torch, request.dtype or default_dtype(name))
     device = torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
-    logger.info("device %s, dtype %s%s", device, dtype, ", offload" if request.offload else "")
-    return Runtime(device, dtype, request.offload and name != "cpu", request.verbosity >= 0)
+    if request.quant == "fp8_dynamic" and name == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        raise UserError("--quant", f"fp8_dynamic: {torch.cuda.get_device_name(device)} has no FP8 units; use fp8")
+    free = torch.cuda.mem_get_info(device)[0] if name == "cuda" else None
+    policy = choose(plan, free, psutil.virtual_memory().available)
+    logger.info("device %s, dtype %s, memory %s (%s)", device, dtype, policy.mode, policy.reason)
+    if policy.mode == "stream" and free is not None and not policy.pinned:
+        logger.warning("there is not enough free host memory to pin the transformer; it streams unpinned, slower")
+    attention = choose_attention(request.attention, device, dtype)
+    return Runtime(device, dtype, request.verbosity >= 0, policy, plan, attention)
+
+
+def pin(room: torch.Tensor) -> bool:
+    """Make host memory known to the GPU's driver, so that it is copied from at full speed; False if that fails.
+
+    The memory is registered where it is: torch's own allocator of pinned memory rounds sizes up to powers of two, which
+    for a transformer's blocks wastes half as much again. A device without transfers needs nothing.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return True
+    runtime = torch.cuda.cudart()
+    if int(runtime.cudaHostRegister(room.data_ptr(), room.nbytes, 0)) != 0:
+        return False
+    weakref.finalize(room, runtime.cudaHostUnregister, room.data_ptr())
+    return True

@@ -95,7 +95,15 @@ class GenerationRequest:
     frame_folder: bool = False  # the output is a folder of PNG files
     save_latents: Path | None = None
     include_input: bool = False
-    offload: bool = False
+    memory: str = "auto"  # where components live, see memory/policy.py
+    stream_blocks: int = 0  # blocks of the transformer that stay on the device when it is streamed
+    quant: str | None = None  # "fp8" or "fp8_dynamic", see memory/quantize.py
+    save_quantized: Path | None = None
+    vae_dtype: str = "float32"
+    attention: str = "auto"
+    compile: bool = False
+    lora: tuple[tuple[str, float], ...] = ()  # (file, folder or hub id; scale)
+    no_cache: bool = False
     dry_run: bool = False
     resume: bool = False
     url_timeout: float = 1.2

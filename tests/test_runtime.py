@@ -10,36 +10,45 @@ from torch import nn
 
 from skyreels_v3 import runtime
 from skyreels_v3.errors import UserError
+from skyreels_v3.memory.planner import plan
+from skyreels_v3.memory.policy import Policy
 from skyreels_v3.tasks import GenerationRequest, task_spec
 
-REQUEST = GenerationRequest(task=task_spec("reference_to_video"), model_id="tiny", prompt="p", device="cpu")
+
+def start(request: GenerationRequest) -> runtime.Runtime:
+    return runtime.start(request, plan(request, None))
+
+
+REQUEST = GenerationRequest(
+    task=task_spec("reference_to_video"), model_id="tiny", prompt="p", device="cpu", height=32, width=48
+)
 
 
 def test_float32_on_the_cpu_unless_told_otherwise():
-    assert runtime.start(REQUEST).dtype == torch.float32
-    assert runtime.start(replace(REQUEST, dtype="bfloat16")).dtype == torch.bfloat16
+    assert start(REQUEST).dtype == torch.float32
+    assert start(replace(REQUEST, dtype="bfloat16")).dtype == torch.bfloat16
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU")
 def test_auto_takes_the_cpu_when_there_is_no_other():
-    assert runtime.start(replace(REQUEST, device="auto")).device.type in ("cpu", "mps")
+    assert start(replace(REQUEST, device="auto")).device.type in ("cpu", "mps")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU")
 def test_a_driver_without_a_torch_that_can_use_it():
     with pytest.raises(UserError, match=r"--device: cuda: torch .* cannot use it"):
-        runtime.start(replace(REQUEST, device="cuda"))
+        start(replace(REQUEST, device="cuda"))
 
 
 def test_noise_is_that_of_a_cpu_generator():
-    made = torch.randn(4, generator=runtime.start(REQUEST).generator(42))
+    made = torch.randn(4, generator=start(REQUEST).generator(42))
     assert torch.equal(made, torch.randn(4, generator=torch.Generator("cpu").manual_seed(42)))
 
 
-@pytest.mark.parametrize("offload", [True, False])
-def test_residence(offload):
+@pytest.mark.parametrize("mode", runtime.MEMORY_MODES)
+def test_residence(mode):
     module = nn.Linear(2, 2)
-    there = runtime.Runtime(torch.device("meta"), torch.float32, offload, show_progress=False)
-    with there.resident(module):
+    there = replace(start(REQUEST), device=torch.device("meta"), policy=Policy(mode, "for a test"))
+    with there.resident(module, "a test"):
         assert module.weight.device.type == "meta"
-    assert module.weight.device.type == ("cpu" if offload else "meta")
+    assert module.weight.device.type == ("meta" if mode == "resident" else "cpu")

@@ -219,13 +219,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def stored_bytes(folder: Path, task: TaskSpec) -> dict[str, int]:
     """Bytes on disk of a checked folder's components but the transformer."""
-    if task.layout == "diffusers":
-        files = {"text encoder": weight_files(folder / "text_encoder"), "VAE": weight_files(folder / "vae")}
-    else:
-        files = {"text encoder": [folder / NATIVE_TEXT_ENCODER_FILE], "VAE": [folder / NATIVE_VAE_FILE]}
+    vae = weight_files(folder / "vae") if task.layout == "diffusers" else [folder / NATIVE_VAE_FILE]
+    files = {"text encoder": text_encoder_files(folder, task), "VAE": vae}
     if "input_audio" in task.inputs:
         files |= {"image encoder": [folder / NATIVE_IMAGE_ENCODER_FILE], "audio encoder": [audio_weights(folder)]}
     return {name: sum(file.stat().st_size for file in parts) for name, parts in files.items()}
+
+
+def text_encoder_files(folder: Path, task: TaskSpec) -> list[Path]:
+    """The text encoder's weights in a checked folder."""
+    if task.layout == "diffusers":
+        return weight_files(folder / "text_encoder")
+    return [folder / NATIVE_TEXT_ENCODER_FILE]
 
 
 def check_safetensors(file: Path) -> None:

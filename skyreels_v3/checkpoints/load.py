@@ -114,6 +114,8 @@ def load_model(
     loaded: dict[int, Tensor] = {id(buffer): (buffers or {})[name] for name, buffer in model.named_buffers()}
     for name, parameter in parameters.items():
         target = torch.float32 if any(part in name for part in float32_names) else dtype
+        if parameter.dtype == tensors[name].dtype and parameter.element_size() == 1:  # quantised
+            target = parameter.dtype
         loaded[id(parameter)] = nn.Parameter(tensors[name].to(target), requires_grad=False)
     replace_tensors(model, lambda tensor: loaded[id(tensor)])
     return model.eval()

@@ -35,6 +35,7 @@ from skyreels_v3.checkpoints.hub import (
 )
 from skyreels_v3.checkpoints.load import load_model, read_config, read_tensors
 from skyreels_v3.errors import CheckpointError
+from skyreels_v3.memory.quantize import SCALE, with_fp8_layers
 from skyreels_v3.models.audio_encoder import AudioEncoder
 from skyreels_v3.models.image_encoder import ImageEncoder
 from skyreels_v3.models.text_encoder import TextEncoder
@@ -44,17 +45,19 @@ from skyreels_v3.models.vae import VideoVAE
 CLIP_HEADS = 16  # ViT-H/14
 
 
-def load_transformer(folder: Path, layout: str, dtype: torch.dtype) -> SkyReelsTransformer3DModel:
-    """The transformer in `folder` (config.json and safetensors)."""
+def load_transformer(folder: Path, dtype: torch.dtype) -> SkyReelsTransformer3DModel:
+    """The transformer in `folder` (config.json and safetensors), under diffusers' names or Wan-native ones."""
     config = read_config(folder / "config.json")
     tensors = read_tensors(folder)
-    if layout == "diffusers":
-        arguments = diffusers_arguments(config, folder)
-    else:
-        arguments = native_arguments(config, tensors, folder)
-    key_map = key_maps.IDENTITY if layout == "diffusers" else key_maps.NATIVE_TRANSFORMER
-    float32_names = SkyReelsTransformer3DModel._keep_in_fp32_modules
-    model = load_model(lambda: SkyReelsTransformer3DModel(**arguments), tensors, folder, dtype, key_map, float32_names)
+    native = "num_heads" in config
+    arguments = native_arguments(config, tensors, folder) if native else diffusers_arguments(config, folder)
+    key_map = key_maps.NATIVE_TRANSFORMER if native else key_maps.IDENTITY
+    float32_names = [*SkyReelsTransformer3DModel._keep_in_fp32_modules, SCALE]
+
+    def build() -> SkyReelsTransformer3DModel:
+        return cast(SkyReelsTransformer3DModel, with_fp8_layers(SkyReelsTransformer3DModel(**arguments), tensors))
+
+    model = load_model(build, tensors, folder, dtype, key_map, float32_names)
     return cast(SkyReelsTransformer3DModel, model)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import shutil
 import string
 import tempfile
@@ -32,6 +31,7 @@ from transformers import (
     Wav2Vec2Model,
 )
 
+from skyreels_v3.cache import cache_folder
 from skyreels_v3.checkpoints import key_maps
 from skyreels_v3.checkpoints.hub import (
     AUDIO_ENCODER,
@@ -49,12 +49,6 @@ logger = logging.getLogger(__name__)
 VERSION = 1  # a new number where the files change, so that an older cache is not taken for them
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SIZES = load_yaml(CONFIG_DIR / "tiny.yaml")
-
-
-def cache_folder() -> Path:
-    """Where made files are kept: $SKYREELS_CACHE, or skyreels_v3 in the user's cache folder."""
-    base = os.environ.get("SKYREELS_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skyreels_v3"
 
 
 def make_tiny(task: TaskSpec) -> Path:

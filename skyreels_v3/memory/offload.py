@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,8 +12,10 @@ from skyreels_v3.models.parameters import replace_tensors
 
 
 @contextmanager
-def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Hold `module` on `device` for the length of a `with` block.
+def on_device(
+    module: nn.Module, device: torch.device, wanted: Callable[[Tensor], bool] = lambda _: True
+) -> Iterator[None]:
+    """Hold `module`, or what is `wanted` of it, on `device` for the length of a `with` block.
 
     The host's weights stay as they are, memory-mapped or not, and are taken back at the end: nothing is copied back,
     since inference changes no weight.
@@ -21,6 +23,8 @@ def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
     host: dict[int, Tensor] = {}
 
     def move(tensor: Tensor) -> Tensor:
+        if not wanted(tensor):
+            return tensor
         moved = tensor.detach().to(device, non_blocking=True)
         moved = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
         host[id(moved)] = tensor
@@ -30,4 +34,4 @@ def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        replace_tensors(module, lambda tensor: host[id(tensor)])
+        replace_tensors(module, lambda tensor: host.get(id(tensor), tensor))

@@ -7,12 +7,13 @@ what the kernels need for themselves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from skyreels_v3.checkpoints import hub
-from skyreels_v3.runtime import expected_dtype
+from skyreels_v3.runtime import MEMORY_MODES, expected_dtype
 from skyreels_v3.sampling.guidance import Guidance, text_audio_guidance, text_guidance, text_image_guidance
 from skyreels_v3.tasks import (
     CONFIG_DIR,
@@ -35,10 +36,23 @@ VAE_PARAMETERS = 126_892_531
 TEXT_ENCODER_PARAMETERS = 5_680_910_336
 IMAGE_ENCODER_PARAMETERS = 630_766_080
 AUDIO_ENCODER_PARAMETERS = 94_371_712
-# Live bytes at the peak of a forward: of a token for each channel of the model's width; of a pixel of the video's size.
-ATTENTION_PEAK = {"bfloat16": 27, "float32": 37}
-VAE_ENCODE_PEAK = 14_250
-VAE_DECODE_PEAK = 18_200
+TEXT_ENCODER_BLOCKS = 24
+TEXT_ENCODER_BLOCK = 4 * 4096**2 + 3 * 4096 * 10240 + 2 * 4096 + 32 * 64
+TEXT_ENCODER_MATRICES = 24 * (4 * 4096**2 + 2 * 4096 * 10240)  # parameters that are quantised
+# Live bytes of a forward, of each channel of the model's width: of all tokens while self-attention works (the tokens,
+# their queries, keys and values, and what comes out; a little for the rotary positions), of all tokens while a few are
+# worked on, and of those few. As many are worked on at a time as models/transformer/block.py says.
+ATTENTION_BYTES = {"bfloat16": 10.12, "float32": 20.2}
+WAITING_BYTES = {"bfloat16": 8.0, "float32": 16.0}
+WORKING_BYTES = {"bfloat16": 20.6, "float32": 33.4}
+TOKENS_AT_ONCE = 8192
+# Live bytes at the VAE's peak for each pixel of a frame: whole; in tiles for each pixel, and for each of a tile's.
+VAE_WHOLE = {"encode": {"float32": 14_250, "bfloat16": 7_620}, "decode": {"float32": 18_200, "bfloat16": 9_880}}
+VAE_SHARED = {"encode": {"float32": 6_250, "bfloat16": 3_150}, "decode": {"float32": 10_200, "bfloat16": 5_150}}
+VAE_TILE = {"encode": {"float32": 8_000, "bfloat16": 4_500}, "decode": {"float32": 8_000, "bfloat16": 4_750}}
+VAE_HALO = {"encode": 16, "decode": 8}  # pixels that a tile sees beyond its own, on one side
+TILINGS = ((1, 1), (1, 2), (2, 2), (2, 3))  # rows and columns; with more of them the halos cost more than is saved
+STREAM_SLOTS = 2  # blocks on the device at one time, those that stay aside; see memory/stream.py
 TINY_BYTES = 1 << 20  # of each of the toy's components, roughly
 
 
@@ -98,9 +112,34 @@ class Sizes:
         block = 2 * (self.dim + 1) * self.dim + 2 * (self.audio_dim + 1) * self.dim
         return norms + projection + self.num_layers * block, norms
 
-    def weight_bytes(self, dtype: str) -> int:
+    def matrices(self) -> tuple[int, int]:
+        """Elements and rows of the blocks' matrices, which are what is quantised."""
+        dim = self.dim
+        elements, rows = 8 * dim**2 + 2 * dim * self.ffn_dim, 9 * dim + self.ffn_dim
+        if self.image_dim is not None:
+            elements, rows = elements + 2 * dim**2, rows + 2 * dim
+        if self.audio_dim is not None:
+            elements, rows = elements + 2 * dim**2 + 2 * dim * self.audio_dim, rows + 4 * dim
+        return self.num_layers * elements, self.num_layers * rows
+
+    def weight_bytes(self, dtype: str, quantized: bool = False) -> int:
+        """Bytes of all weights."""
         everything, float32 = self.parameters()
-        return (everything - float32) * BYTES[dtype] + float32 * BYTES["float32"]
+        size = (everything - float32) * BYTES[dtype] + float32 * BYTES["float32"]
+        if quantized:
+            elements, rows = self.matrices()
+            size += elements * (1 - BYTES[dtype]) + rows * BYTES["float32"]
+        return size
+
+    def block_bytes(self, dtype: str, quantized: bool = False) -> int:
+        """Bytes of one block's weights."""
+        one, none = (replace(self, num_layers=layers).weight_bytes(dtype, quantized) for layers in (1, 0))
+        return one - none
+
+    def streamed_bytes(self, dtype: str, quantized: bool, keep: int) -> int:
+        """Bytes on the device while all blocks but `keep` are streamed."""
+        there = min(self.num_layers, keep + STREAM_SLOTS)
+        return self.weight_bytes(dtype, quantized) - (self.num_layers - there) * self.block_bytes(dtype, quantized)
 
     def forward_flop(self, tokens: int) -> int:
         """Floating-point operations of one forward on a sequence of `tokens`."""
@@ -115,8 +154,16 @@ class Sizes:
 
     def activation_bytes(self, tokens: int, dtype: str) -> int:
         """Live bytes at the peak of a forward, weights not counted."""
-        feed_forward = BYTES[dtype] * (self.dim + 2 * self.ffn_dim)
-        return tokens * max(ATTENTION_PEAK[dtype] * self.dim, feed_forward)
+        working = min(tokens, TOKENS_AT_ONCE) * max(
+            WORKING_BYTES[dtype] * self.dim, BYTES[dtype] * (self.dim + 2 * self.ffn_dim)
+        )
+        return int(max(ATTENTION_BYTES[dtype] * self.dim * tokens, WAITING_BYTES[dtype] * self.dim * tokens + working))
+
+    def context_bytes(self, frames: int, dtype: str) -> int:
+        """Bytes of the keys and values of one condition, which are kept from step to step."""
+        tokens = TEXT_TOKENS + (IMAGE_TOKENS if self.image_dim is not None else 0)
+        tokens += self.audio_tokens * frames if self.audio_dim is not None else 0
+        return self.num_layers * 2 * tokens * self.dim * BYTES[dtype]
 
 
 @dataclass(frozen=True)
@@ -129,6 +176,18 @@ class PassPlan:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """Bytes of one component at work: of its weights, of those while its blocks are streamed, of all that it computes.
+
+    The VAE's `activations` are those without tiles.
+    """
+
+    weights: int
+    streamed: int
+    activations: int = 0
+
+
+@dataclass(frozen=True)
 class Plan:
     """All that `--dry_run` prints."""
 
@@ -137,7 +196,25 @@ class Plan:
     dtype: str
     passes: tuple[PassPlan, ...]
     forwards: int  # of one pass
-    stages: Mapping[str, tuple[int, int]]  # name -> bytes of weights, bytes of activations
+    stages: Mapping[str, Stage]
+    streamed_from_host: int  # bytes of the transformer's blocks that are not kept on the device
+
+    def peak(self, mode: str, tiles: tuple[int, int] = (1, 1)) -> int:
+        """The most bytes on the device at one time in a mode of memory/policy.py, with a tiling of the VAE."""
+        vae = {f"VAE {part}": vae_bytes(self.request, part, tiles) for part in ("encode", "decode")}
+        activations = {name: vae.get(name, stage.activations) for name, stage in self.stages.items()}
+        if mode == "resident":
+            together = sum(stage.weights for name, stage in self.stages.items() if name != "VAE encode")
+            return together + max(activations.values())
+        return max(
+            (stage.streamed if mode == "stream" else stage.weights) + activations[name]
+            for name, stage in self.stages.items()
+        )
+
+    def peak_without_vae(self, mode: str) -> int:
+        """The same of all stages but the VAE's."""
+        stages = {name: stage for name, stage in self.stages.items() if not name.startswith("VAE")}
+        return replace(self, stages=stages).peak(mode)
 
 
 def plan(request: GenerationRequest, checkpoint: Path | None) -> Plan:
@@ -154,7 +231,11 @@ def plan(request: GenerationRequest, checkpoint: Path | None) -> Plan:
         )
         for new, condition in latent_frames_of_passes(request)
     )
-    return Plan(request, checkpoint, dtype, passes, forwards, stages(request, checkpoint, sizes, passes, dtype))
+    quantized = request.quant is not None
+    streamed = max(0, sizes.num_layers - request.stream_blocks) * sizes.block_bytes(dtype, quantized)
+    return Plan(
+        request, checkpoint, dtype, passes, forwards, stages(request, checkpoint, sizes, passes, dtype), streamed
+    )
 
 
 def guidance_of(request: GenerationRequest) -> Guidance:
@@ -201,31 +282,64 @@ def transformer_sizes(request: GenerationRequest, checkpoint: Path | None) -> Si
 
 def stages(
     request: GenerationRequest, checkpoint: Path | None, sizes: Sizes, passes: tuple[PassPlan, ...], dtype: str
-) -> dict[str, tuple[int, int]]:
+) -> dict[str, Stage]:
     """Weights and activations of each stage, in bytes."""
-    assert request.height is not None and request.width is not None
-    pixels = request.height * request.width
+    weights = component_bytes(request, checkpoint, dtype)
+    quantized = request.quant is not None
+    longest = max(passes, key=lambda made: made.tokens)
+    contexts = len(guidance_of(request).terms) * sizes.context_bytes(longest.latents[2], dtype)
+    transformer = Stage(
+        sizes.weight_bytes(dtype, quantized),
+        sizes.streamed_bytes(dtype, quantized, request.stream_blocks),
+        sizes.activation_bytes(longest.tokens, dtype) + contexts,
+    )
+    vae = weights.pop("VAE")
+    made = {name: Stage(size, size) for name, size in weights.items()}
+    made["text encoder"] = text_encoder_stage(weights["text encoder"], dtype, quantized)
+    for part in ("encode", "decode"):
+        made[f"VAE {part}"] = Stage(vae, vae, vae_bytes(request, part, (1, 1)))
+        made.setdefault("transformer", transformer)  # between the two
+    return made
+
+
+def component_bytes(request: GenerationRequest, checkpoint: Path | None, dtype: str) -> dict[str, int]:
+    """Bytes of the weights of all components but the transformer."""
     parameters = {"text encoder": TEXT_ENCODER_PARAMETERS, "VAE": VAE_PARAMETERS}
     if "input_audio" in request.task.inputs:
         parameters |= {"image encoder": IMAGE_ENCODER_PARAMETERS, "audio encoder": AUDIO_ENCODER_PARAMETERS}
-    weights = {name: count * BYTES[stage_dtype(name, dtype)] for name, count in parameters.items()}
     if checkpoint is not None:
-        weights = hub.stored_bytes(checkpoint, request.task)
-    elif request.model_id == hub.TINY:
-        weights = dict.fromkeys(parameters, TINY_BYTES)
-    tokens = max(made.tokens for made in passes)
-    vae = weights.pop("VAE")
-    return {
-        **{name: (size, 0) for name, size in weights.items()},
-        "VAE encode": (vae, pixels * VAE_ENCODE_PEAK),
-        "transformer": (sizes.weight_bytes(dtype), sizes.activation_bytes(tokens, dtype)),
-        "VAE decode": (vae, pixels * VAE_DECODE_PEAK),
-    }
+        return hub.stored_bytes(checkpoint, request.task)
+    if request.model_id == hub.TINY:
+        return dict.fromkeys(parameters, TINY_BYTES)
+    return {name: count * BYTES[stage_dtype(request, name, dtype)] for name, count in parameters.items()}
 
 
-def stage_dtype(name: str, dtype: str) -> str:
-    """The dtype of a stage's weights in a run of `dtype`."""
-    return "float32" if name.startswith(("VAE", "audio")) else dtype
+def text_encoder_stage(size: int, dtype: str, quantized: bool) -> Stage:
+    """The text encoder, of which `size` bytes are loaded."""
+    saved = size * TEXT_ENCODER_MATRICES // TEXT_ENCODER_PARAMETERS * (BYTES[dtype] - 1) // BYTES[dtype]
+    blocks = size * TEXT_ENCODER_BLOCKS * TEXT_ENCODER_BLOCK // TEXT_ENCODER_PARAMETERS - saved * quantized
+    weights = size - saved * quantized
+    return Stage(weights, weights - blocks * (TEXT_ENCODER_BLOCKS - STREAM_SLOTS) // TEXT_ENCODER_BLOCKS)
+
+
+def vae_bytes(request: GenerationRequest, part: str, tiles: tuple[int, int]) -> int:
+    """Live bytes at the peak of the VAE's `part`, "encode" or "decode", weights not counted."""
+    assert request.height is not None and request.width is not None
+    dtype, pixels = request.vae_dtype, request.height * request.width
+    if tiles == (1, 1):
+        return pixels * VAE_WHOLE[part][dtype]
+    sides = (
+        min(side, math.ceil(side / count) + VAE_HALO[part] * min(count - 1, 2))
+        for side, count in zip((request.height, request.width), tiles, strict=True)
+    )
+    return pixels * VAE_SHARED[part][dtype] + math.prod(sides) * VAE_TILE[part][dtype]
+
+
+def stage_dtype(request: GenerationRequest, name: str, dtype: str) -> str:
+    """The dtype of a stage's weights in a run of `dtype`, those aside that are quantised."""
+    if name.startswith("VAE"):
+        return request.vae_dtype
+    return "float32" if name.startswith("audio") else dtype
 
 
 def describe(plan: Plan) -> str:
@@ -242,22 +356,20 @@ def describe(plan: Plan) -> str:
     for number, made in enumerate(plan.passes, start=1):
         work = f"{peta(made.flop / plan.forwards)} a forward, {peta(made.flop)} in all"
         lines += [(f"pass {number}", f"latents {list(made.latents)}, {made.tokens:,} tokens, {work}")]
-    for name, (weights, activations) in plan.stages.items():
-        lines += [
-            (name, f"{giga(weights)} weights ({stage_dtype(name, plan.dtype)}), about {giga(activations)} activations")
-        ]
-    lines += [("peak", describe_peak(plan.stages)), ("output", str(request.output))]
+    for name, stage in plan.stages.items():
+        quantized = f", {request.quant}" if request.quant and name in ("transformer", "text encoder") else ""
+        weights = f"{giga(stage.weights)} weights ({stage_dtype(request, name, plan.dtype)}{quantized})"
+        lines += [(name, f"{weights}, about {giga(stage.activations)} activations")]
+    lines += [("memory", describe_memory(plan)), ("output", str(request.output))]
     return "\n".join(f"{name:14}{text}" for name, text in lines)
 
 
-def describe_peak(stages: Mapping[str, tuple[int, int]]) -> str:
-    """The most memory that is in use at one time, with and without --offload."""
-    components = {
-        name.removesuffix(" decode").removesuffix(" encode"): weights for name, (weights, _) in stages.items()
-    }  # the VAE has two stages
-    everything = sum(components.values()) + max(activations for _, activations in stages.values())
-    alone = max(weights + activations for weights, activations in stages.values())
-    return f"about {giga(everything)} with all components on the device, {giga(alone)} with --offload"
+def describe_memory(plan: Plan) -> str:
+    """The most memory that is in use at one time, for each --memory; in brackets with the VAE in tiles."""
+    told = (
+        f"{mode} {giga(plan.peak(mode, TILINGS[0]))} ({giga(plan.peak(mode, TILINGS[-1]))})" for mode in MEMORY_MODES
+    )
+    return f"about {', '.join(told)} on the device at most; in brackets with the VAE in tiles, made when needed"
 
 
 def giga(size: float) -> str:

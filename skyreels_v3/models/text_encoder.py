@@ -6,10 +6,11 @@ import html
 import logging
 import re
 from collections.abc import Sequence
+from typing import cast
 
 import ftfy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,11 @@ class TextEncoder:
         self.module = module
         self.tokenizer = tokenizer
 
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The layers, which may come one after the other."""
+        return cast(Sequence[nn.Module], self.module.encoder.block)
+
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids and mask (B, L) of the cleaned prompts, padded to the longest, at most 512."""
         texts = [clean_prompt(prompt) for prompt in prompts]
@@ -42,6 +48,11 @@ class TextEncoder:
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Context (B, 512, D) on the module's device."""
-        ids, mask = (tensor.to(self.module.device) for tensor in self.tokenize(prompts))
+        ids, mask = (tensor.to(self.module.shared.weight.device) for tensor in self.tokenize(prompts))
         states = self.module(ids, attention_mask=mask).last_hidden_state * mask[..., None]  # (B, L, D)
-        return torch.nn.functional.pad(states, (0, 0, 0, MAX_TOKENS - states.shape[1]))
+        return pad_context(states)
+
+
+def pad_context(states: Tensor) -> Tensor:
+    """(B, L, D) -> (B, 512, D): zeros behind."""
+    return torch.nn.functional.pad(states, (0, 0, 0, MAX_TOKENS - states.shape[1]))

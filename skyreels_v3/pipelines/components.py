@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from skyreels_v3.cache import PromptCache, cache_folder, identity_of
+from skyreels_v3.checkpoints.hub import text_encoder_files
+from skyreels_v3.checkpoints.lora import apply_loras
 from skyreels_v3.checkpoints.published import (
     load_audio_encoder,
     load_image_encoder,
@@ -16,35 +20,46 @@ from skyreels_v3.checkpoints.published import (
     load_transformer,
     load_vae,
 )
+from skyreels_v3.compile import compile_blocks
+from skyreels_v3.memory.quantize import quantize
 from skyreels_v3.models.audio_encoder import AudioEncoder
 from skyreels_v3.models.image_encoder import ImageEncoder
 from skyreels_v3.models.text_encoder import TextEncoder
 from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
 from skyreels_v3.models.vae import VideoVAE
 from skyreels_v3.runtime import Runtime
-from skyreels_v3.tasks import TaskSpec
+from skyreels_v3.tasks import GenerationRequest
 
 
 @dataclass(frozen=True)
 class Components:
     """A checkpoint's networks.
 
-    The VAE and the audio encoder are float32 whatever the rest is: errors of the one are seen, the other is small.
+    The audio encoder is float32 whatever the rest is, and so is the VAE unless it is asked for otherwise: errors of the
+    one are seen, the other is small.
     """
 
     transformer: SkyReelsTransformer3DModel
     vae: VideoVAE
     text_encoder: TextEncoder
+    prompts: PromptCache
+    quant: str | None = None  # of the text encoder, to be done when it is needed
     image_encoder: ImageEncoder | None = None
     audio_encoder: AudioEncoder | None = None
 
 
-def load_components(folder: Path, task: TaskSpec, runtime: Runtime) -> Components:
-    """Map the checkpoint in `folder` into memory; every file is checked before anything long begins."""
+def load_components(
+    folder: Path, request: GenerationRequest, runtime: Runtime, loras: Sequence[Path] = ()
+) -> Components:
+    """Map the checkpoint in `folder` into memory; every file is checked before anything long begins.
+
+    `loras` are the files of the request's LoRAs.
+    """
+    task = request.task
     loaders: dict[str, Callable[[], Any]] = {
-        "vae": lambda: load_vae(folder, task.layout, torch.float32),
+        "vae": lambda: load_vae(folder, task.layout, getattr(torch, request.vae_dtype)),
         "text_encoder": lambda: load_text_encoder(folder, task.layout, runtime.dtype),
-        "transformer": lambda: load_transformer(folder / task.transformer_folder, task.layout, runtime.dtype),
+        "transformer": lambda: load_transformer(folder / task.transformer_folder, runtime.dtype),
     }
     if "input_audio" in task.inputs:
         loaders["image_encoder"] = lambda: load_image_encoder(folder, runtime.dtype)
@@ -54,4 +69,33 @@ def load_components(folder: Path, task: TaskSpec, runtime: Runtime) -> Component
         for name, load in loaders.items():
             loaded[name] = load()
             bar.update()
-    return Components(**loaded)
+    identity = identity_of(text_encoder_files(folder, task), runtime.dtype, request.quant)
+    prompts = PromptCache(None if request.no_cache else cache_folder() / "prompts", identity)
+    components = Components(**loaded, prompts=prompts, quant=request.quant)
+    components.vae.set_tiles(*runtime.policy.tiles)
+    set_up_transformer(components.transformer, request, loras, runtime)
+    return components
+
+
+def set_up_transformer(
+    transformer: SkyReelsTransformer3DModel, request: GenerationRequest, loras: Sequence[Path], runtime: Runtime
+) -> None:
+    """What is done to the transformer from outside: adapters, quantisation, attention, compilation, its stream."""
+    if loras:
+        scales = [scale for _, scale in request.lora]
+        apply_loras(transformer, list(zip(loras, scales, strict=True)), fuse=request.quant is not None)
+    if request.quant is not None:
+        quantize_blocks(transformer.blocks, "quantising", request.quant, runtime)
+    transformer.set_attention(runtime.attention)
+    if request.compile:
+        compile_blocks(transformer, cache_folder())
+    if runtime.policy.mode == "stream":
+        runtime.stream(transformer, transformer.blocks, runtime.policy.keep, runtime.policy.pinned)
+
+
+def quantize_blocks(blocks: Sequence[nn.Module], name: str, quant: str, runtime: Runtime) -> None:
+    """Quantise a model's blocks, with a progress bar of that name; those that are so already stay."""
+    with runtime.bar(name, len(blocks)) as bar:
+        for block in blocks:
+            quantize([block], runtime.device, dynamic=quant == "fp8_dynamic")
+            bar.update()

@@ -8,6 +8,7 @@ for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from skyreels_v3.media.inputs import Inputs, condition_clip
-from skyreels_v3.pipelines.components import Components
+from skyreels_v3.models.text_encoder import TextEncoder, pad_context
+from skyreels_v3.pipelines.components import Components, quantize_blocks
 from skyreels_v3.pipelines.state import RunState
 from skyreels_v3.runtime import Runtime
 from skyreels_v3.sampling.denoise import Conditioning, Pin, denoise, leave
@@ -64,19 +66,34 @@ class Steps:
         with self.runtime.bar("reading the clip", inputs.clip.frames) as bar:
             return condition_clip(request, inputs, bar.update)
 
-    def encode_prompts(self, request: GenerationRequest, guidance: Guidance) -> dict[str, Tensor]:
-        """Context (1, 512, D) of each condition of `guidance`: the prompt, or the negative one."""
-        prompts = {
-            name: request.negative_prompt if name in NEGATIVE_PROMPT else request.prompt for name in guidance.conditions
-        }
-        contexts = self.encode_texts(prompts.values())
-        return {name: contexts[prompt] for name, prompt in prompts.items()}
+    def encode_prompts(self, guidance: Guidance, *requests: GenerationRequest) -> list[dict[str, Tensor]]:
+        """For each request the context (1, 512, D) of each condition: its prompt, or the negative one."""
+        wanted = [
+            {name: made.negative_prompt if name in NEGATIVE_PROMPT else made.prompt for name in guidance.conditions}
+            for made in requests
+        ]
+        contexts = self.encode_texts(prompt for prompts in wanted for prompt in prompts.values())
+        return [{name: contexts[prompt] for name, prompt in prompts.items()} for prompts in wanted]
 
     def encode_texts(self, texts: Iterable[str]) -> dict[str, Tensor]:
-        """Context (1, 512, D) of each text; each is encoded once."""
-        encoder = self.components.text_encoder
-        with self.runtime.resident(encoder.module):
-            return {text: encoder([text]) for text in dict.fromkeys(texts)}
+        """Context (1, 512, D) of each text on the device; each is encoded once, and kept for later runs."""
+        texts, prompts = [*dict.fromkeys(texts)], self.components.prompts
+        known = {text: context for text in texts if (context := prompts.recall(text)) is not None}
+        if missing := [text for text in texts if text not in known]:
+            with self.text_encoder() as encoder:
+                known |= {text: encoder([text]) for text in missing}
+            for text in missing:
+                prompts.store(text, known[text])
+        return {text: pad_context(known[text]).to(self.runtime.device) for text in texts}
+
+    @contextmanager
+    def text_encoder(self) -> Iterator[TextEncoder]:
+        """The text encoder at work; quantised, if it is to be, when it is first needed."""
+        encoder, quant = self.components.text_encoder, self.components.quant
+        if quant is not None:
+            quantize_blocks(encoder.blocks, "quantising the text encoder", quant, self.runtime)
+        with self.runtime.resident(encoder.module, "the text encoder", encoder.blocks):
+            yield encoder
 
     def encode_frames(self, frames: np.ndarray, generator: torch.Generator | None = None) -> Tensor:
         """uint8 [F, H, W, 3] -> latents on the device."""
@@ -85,7 +102,7 @@ class Steps:
     def encode_video(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """(1, 3, F, H, W) in [-1, 1] on the device -> latents."""
         vae = self.components.vae
-        with self.runtime.resident(vae.module):
+        with self.runtime.resident(vae.module, "encoding with the VAE"):
             return vae.encode(video, generator)
 
     def noise(self, request: GenerationRequest, latent_frames: int, generator: torch.Generator) -> Tensor:
@@ -117,7 +134,8 @@ class Steps:
         transformer = self.components.transformer
         scheduler = self.make_schedule(request.num_inference_steps, request.shift)
         start = noise.to(self.runtime.device)
-        with self.runtime.resident(transformer), self.runtime.bar(name, len(scheduler.timesteps)) as bar:
+        resident = self.runtime.resident(transformer, "denoising", transformer.blocks)
+        with resident, self.runtime.bar(name, len(scheduler.timesteps)) as bar:
             latents = denoise(transformer, scheduler, start, made, guidance, bar.update, pin)
         self.state.save(latents, generator)
         return latents
@@ -125,7 +143,8 @@ class Steps:
     def decode_video(self, latents: Tensor) -> Iterator[Tensor]:
         """Video (1, 3, f, H, W) in [-1, 1] of latents (1, 16, F, h, w), piece by piece as it is asked for."""
         vae = self.components.vae
-        with self.runtime.resident(vae.module), self.runtime.bar("decoding", latents.shape[2]) as bar:
+        resident = self.runtime.resident(vae.module, "decoding with the VAE")
+        with resident, self.runtime.bar("decoding", latents.shape[2]) as bar:
             for chunk in vae.decode_stream(latents):
                 bar.update()
                 yield chunk

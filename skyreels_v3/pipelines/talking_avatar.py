@@ -80,10 +80,8 @@ class TalkingAvatar(Steps):
         guidance = text_audio_guidance(request.text_guidance_scale, request.audio_guidance_scale)
         features = self.encode_audio(request, inputs)
         plan = plan_windows(features.shape[1])
-        with self.runtime.resident(self.components.text_encoder.module):  # one stay for both prompts
-            texts = self.encode_prompts(request, guidance)
-            if plan.windows and inputs.clip is None:
-                window_texts = self.encode_prompts(replace(request, prompt=request.window_prompt), guidance)
+        window_request = replace(request, prompt=request.window_prompt if plan.windows else request.prompt)
+        texts, window_texts = self.encode_prompts(guidance, request, window_request)
         padding = features[:, 2 * plan.audio_frames - plan.padded_frames :].flip(1)
         scene = Scene(
             portrait=self.portrait(request, inputs),
@@ -213,7 +211,7 @@ class TalkingAvatar(Steps):
         encoder = self.components.audio_encoder
         assert encoder is not None
         voices = [normalise_loudness(read_audio(sound.path, "--input_audio")) for sound in inputs.audio]
-        with self.runtime.resident(encoder.module):
+        with self.runtime.resident(encoder.module, "encoding the sound"):
             return torch.stack(
                 [
                     encoder(torch.from_numpy(samples).to(self.runtime.device), request.task.fps)
@@ -288,7 +286,7 @@ class TalkingAvatar(Steps):
         """CLIP tokens (1, 257, D) of a picture (1, 3, H, W)."""
         encoder = self.components.image_encoder
         assert encoder is not None
-        with self.runtime.resident(encoder.module):
+        with self.runtime.resident(encoder.module, "encoding the portrait"):
             return encoder(picture)
 
     def decode_matched(self, request: GenerationRequest, latents: Tensor, scene: Scene) -> Iterator[Tensor]:

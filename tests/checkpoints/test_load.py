@@ -63,9 +63,7 @@ def test_every_key_must_fit(tmp_path, change, message):
 
 @pytest.mark.parametrize("folder", ["transformer", "shot_transformer"])
 def test_one_file_and_shards(reference, folder):
-    model = load_transformer(
-        reference / "pipelines" / "checkpoints" / "video_extension" / folder, "native", torch.float32
-    )
+    model = load_transformer(reference / "pipelines" / "checkpoints" / "video_extension" / folder, torch.float32)
     assert model.config.num_attention_heads * model.config.attention_head_dim == 32
     assert model.config.text_dim == 4096
     assert not any(parameter.is_meta for parameter in model.parameters())

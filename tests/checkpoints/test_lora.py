@@ -62,12 +62,12 @@ def folder(tmp_path_factory) -> Path:
     """A checkpoint in bfloat16, but for the weights that are always float32: mapped as it is, with no cast."""
     path = tmp_path_factory.mktemp("model")
     build().save_pretrained(path / "float32")
-    load_transformer(path / "float32", "diffusers", torch.bfloat16).save_pretrained(path / "bfloat16")
+    load_transformer(path / "float32", torch.bfloat16).save_pretrained(path / "bfloat16")
     return path
 
 
 def mapped(folder: Path, dtype: torch.dtype = torch.float32) -> SkyReelsTransformer3DModel:
-    return load_transformer(folder / str(dtype).removeprefix("torch."), "diffusers", dtype)
+    return load_transformer(folder / str(dtype).removeprefix("torch."), dtype)
 
 
 def random_pairs(seed: int = 0, native: bool = False) -> Pairs:
@@ -446,7 +446,7 @@ def test_files_that_are_none(tmp_path):
 def test_a_model_without_the_conditions(tmp_path):
     """A LoRA of the avatar's on a model without sound is refused."""
     build(image_dim=None, audio_dim=None).save_pretrained(tmp_path)
-    model = load_transformer(tmp_path, "diffusers", torch.float32)
+    model = load_transformer(tmp_path, torch.float32)
     with pytest.raises(CheckpointError, match="unexpected keys audio_projection"):
         apply_loras(model, [(write(tmp_path / "a.safetensors", random_pairs()), 1.0)], fuse=True)
 

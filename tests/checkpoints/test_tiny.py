@@ -9,9 +9,10 @@ import torch
 
 from skyreels_v3.checkpoints.hub import check_folder
 from skyreels_v3.checkpoints.tiny import make_tiny
+from skyreels_v3.memory.planner import plan
 from skyreels_v3.pipelines.components import load_components
-from skyreels_v3.runtime import Runtime
-from skyreels_v3.tasks import TASK_NAMES, task_spec
+from skyreels_v3.runtime import start
+from skyreels_v3.tasks import TASK_NAMES, GenerationRequest, task_spec
 
 
 def digest(folder):
@@ -26,7 +27,10 @@ def test_it_is_a_complete_checkpoint(task, tmp_path, monkeypatch):
     spec = task_spec(task)
     folder = make_tiny(spec)
     check_folder(folder, spec)
-    components = load_components(folder, spec, Runtime(torch.device("cpu"), torch.float32, False, False))
+    request = GenerationRequest(
+        task=spec, model_id="tiny", prompt="p", device="cpu", height=32, width=32, audio_seconds=1.0
+    )
+    components = load_components(folder, request, start(request, plan(request, folder)))
     assert components.text_encoder(["A b"]).shape == (1, 512, 32)
     stamp = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert make_tiny(spec) == folder

@@ -34,7 +34,7 @@ def padded(context: torch.Tensor) -> torch.Tensor:
 @torch.inference_mode()
 def test_extension(reference, case):
     folder = reference / "extension_dit"
-    model = load_transformer(folder, "native", torch.float32)
+    model = load_transformer(folder, torch.float32)
     cases = load_file(folder / "cases.safetensors")
     recorded = {key.removeprefix(f"{case}."): value for key, value in cases.items() if key.startswith(f"{case}.")}
     segments = [Segment(recorded["x"])]
@@ -49,7 +49,7 @@ def test_extension(reference, case):
 @torch.inference_mode()
 def test_reference(reference, case):
     folder = reference / "reference_dit"
-    model = load_transformer(folder, "diffusers", torch.float32)
+    model = load_transformer(folder, torch.float32)
     recorded = load_file(folder / "cases.safetensors")
     latents = recorded[f"{case}.latents"]
     segments = [Segment(latents), Segment(recorded[f"{case}.reference"], latents.shape[2])]
@@ -61,7 +61,7 @@ def test_reference(reference, case):
 @torch.inference_mode()
 def test_avatar(reference, case):
     folder = reference / "avatar_dit"
-    model = load_transformer(reference / "pipelines" / "checkpoints" / "talking_avatar", "native", torch.float32)
+    model = load_transformer(reference / "pipelines" / "checkpoints" / "talking_avatar", torch.float32)
     scales = json.loads((folder / "cases.json").read_text())
     recorded = load_file(folder / "cases.safetensors")
     features = torch.from_numpy(np.load(folder / f"audio_{case}_int8.npz")["emb"]) * scales["audio_scale"]
@@ -176,7 +176,7 @@ def test_saves_and_loads_like_any_diffusers_model(tmp_path):
     model = SkyReelsTransformer3DModel(**SMALL, image_dim=8, audio_dim=12, audio_hidden_dim=4, audio_tokens=3)
     model.save_pretrained(tmp_path)
     for again in (
-        load_transformer(tmp_path, "diffusers", torch.float32),
+        load_transformer(tmp_path, torch.float32),
         SkyReelsTransformer3DModel.from_pretrained(tmp_path),
     ):
         for name, parameter in model.named_parameters():

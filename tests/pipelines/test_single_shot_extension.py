@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from skyreels_v3.checkpoints.tiny import make_tiny
 from skyreels_v3.cli import parse_request
 from skyreels_v3.media.inputs import open_inputs
+from skyreels_v3.memory.planner import plan
 from skyreels_v3.pipelines.components import load_components
 from skyreels_v3.pipelines.single_shot_extension import SingleShotExtension
 from skyreels_v3.pipelines.state import open_state
-from skyreels_v3.runtime import Runtime
+from skyreels_v3.runtime import start
 
 CLIP = Path(__file__).resolve().parents[2] / "assets" / "boat.mp4"
 
@@ -27,8 +28,8 @@ def test_exactly_the_seconds_asked_for(tmp_path, monkeypatch, duration):
          "--height", "16", "--width", "32", "--num_inference_steps", "1", "--duration", str(duration)]
     )  # fmt: skip
     request, inputs = open_inputs(request, tmp_path)
-    runtime = Runtime(torch.device("cpu"), torch.float32, offload=False, show_progress=False)
-    components = load_components(make_tiny(request.task), request.task, runtime)
+    runtime = start(replace(request, device="cpu"), plan(request, None))
+    components = load_components(make_tiny(request.task), request, runtime)
     state = open_state(tmp_path / "a.mp4", {}, resume=False)
     passes, frames = 0, 0
     for made in SingleShotExtension(components, runtime, state)(request, inputs):

@@ -17,15 +17,27 @@ from skyreels_v3.checkpoints.tiny import make_tiny
 from skyreels_v3.cli import parse_request
 from skyreels_v3.errors import UserError
 from skyreels_v3.media.inputs import Inputs, open_inputs
+from skyreels_v3.memory.planner import plan
 from skyreels_v3.pipelines.components import Components, load_components
 from skyreels_v3.pipelines.state import open_state
 from skyreels_v3.pipelines.steps import video_to_frames
 from skyreels_v3.pipelines.talking_avatar import Given, Scene, TalkingAvatar, audio_windows, in_turn, token_span
-from skyreels_v3.runtime import Runtime
+from skyreels_v3.runtime import start
 from skyreels_v3.tasks import GenerationRequest, task_spec
 from skyreels_v3.windows import plan_windows
 
-RUNTIME = Runtime(torch.device("cpu"), torch.float32, offload=False, show_progress=False)
+REQUEST = GenerationRequest(
+    task=task_spec("talking_avatar"),
+    model_id="tiny",
+    prompt="p",
+    device="cpu",
+    height=32,
+    width=32,
+    audio_seconds=4.0,
+    num_inference_steps=1,
+    verbosity=-1,
+)
+RUNTIME = start(REQUEST, plan(REQUEST, None))
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 Made = tuple[TalkingAvatar, GenerationRequest, Inputs]
 
@@ -34,8 +46,7 @@ Made = tuple[TalkingAvatar, GenerationRequest, Inputs]
 def components(cache) -> Components:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SKYREELS_CACHE", str(cache))
-        task = task_spec("talking_avatar")
-        return load_components(make_tiny(task), task, RUNTIME)
+        return load_components(make_tiny(REQUEST.task), REQUEST, RUNTIME)
 
 
 @pytest.fixture

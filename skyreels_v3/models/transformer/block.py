@@ -27,7 +27,7 @@ from skyreels_v3.models.transformer.attention import (
 from skyreels_v3.models.transformer.norms import gated_residual, layer_norm, modulate
 from skyreels_v3.models.transformer.rope import Rotary
 
-TOKENS_AT_ONCE = 4096  # enough to fill a large GPU with each product
+TOKENS_AT_ONCE = 8192  # enough to fill a large GPU with each product
 
 
 @dataclass(frozen=True)

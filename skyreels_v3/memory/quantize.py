@@ -1,0 +1,115 @@
+"""FP8 weights: half the bytes of bfloat16, as plain tensors that stream and save like any others.
+
+A row of a weight matrix is kept as float8 (e4m3: 3 bits of mantissa) times a power of two. Such a scale costs no
+accuracy, since float8 is a floating-point format, and is exact in bfloat16: the products are those of a bfloat16 model
+whose weights were rounded to 4 significant bits, nothing else.
+
+`fp8` computes with those weights in the activations' dtype, on any device. `fp8_dynamic` rounds the activations as
+well, each token by its own scale, for the FP8 matrix units of newer GPUs.
+
+Only the matrices inside the repeated blocks are quantised. Norms, modulation, embeddings and the output head, which are
+few and steer everything, stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FP8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FP8).max  # 448
+SCALE = "weight_scale"  # name of the scales beside a weight; a checkpoint that has them is quantised
+MULTIPLE = 16  # sizes that the FP8 matrix units take
+KEPT = ("wo",)  # transformers casts what goes into this layer of UMT5 to the dtype of its weight
+
+
+class Fp8Linear(nn.Module):
+    """A linear layer whose weight is float8 times a scale for each row.
+
+    Attributes:
+        weight: (out, in) float8_e4m3fn.
+        weight_scale: (out,) float32, powers of two.
+        bias: (out,) in the dtype of the activations, or None.
+        dynamic: multiply in FP8, activations rounded token by token.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, dynamic: bool = False) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.dynamic = dynamic
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=FP8), requires_grad=False)
+        self.weight_scale = nn.Parameter(torch.empty(out_features, dtype=torch.float32), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in the dtype of x."""
+        if self.dynamic:
+            return self.multiplied_in_fp8(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        weight = self.weight.to(x.dtype).mul_(self.weight_scale.to(x.dtype)[:, None])
+        return F.linear(x, weight, self.bias)
+
+    def multiplied_in_fp8(self, x: Tensor) -> Tensor:
+        """(L, in) -> (L, out): both factors float8, sums in float32, both scales applied to them."""
+        scale = (x.abs().amax(dim=-1, keepdim=True).float() / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+        rounded = (x.float() / scale).to(FP8)
+        bias = None if self.bias is None else self.bias.to(torch.bfloat16)
+        out = torch._scaled_mm(
+            rounded, self.weight.t(), scale, self.weight_scale[None], bias=bias, out_dtype=torch.bfloat16
+        )  # rows by rows: the one form of the product that has no public name
+        return out.to(x.dtype)
+
+
+def quantize(blocks: Iterable[nn.Module], device: torch.device, dynamic: bool = False) -> None:
+    """Exchange the linear layers within `blocks` for FP8 ones, computed on `device` and kept where the weights were.
+
+    Layers that are FP8 already, as those of a checkpoint saved so, stay and take on `dynamic`; with it, layers whose
+    sizes FP8 matrix units do not take stay in the dtype they have.
+    """
+    for block in blocks:
+        for module in [*block.modules()]:
+            if isinstance(module, Fp8Linear):
+                module.dynamic = dynamic and fits(module)
+            for name, layer in [*module.named_children()]:
+                if type(layer) is nn.Linear and name not in KEPT and (fits(layer) or not dynamic):
+                    setattr(module, name, quantized(layer, device, dynamic))
+
+
+def fits(layer: nn.Linear | Fp8Linear) -> bool:
+    """Whether FP8 matrix units take a layer of this size."""
+    return layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0
+
+
+def quantized(layer: nn.Linear, device: torch.device, dynamic: bool) -> Fp8Linear:
+    """The FP8 layer closest to `layer`; the bias is shared."""
+    with torch.device("meta"):
+        made = Fp8Linear(layer.in_features, layer.out_features, layer.bias is not None, dynamic)
+    weight, scale = round_rows(layer.weight.detach().to(device))
+    home = layer.weight.device
+    made.weight = nn.Parameter(weight.to(home), requires_grad=False)
+    made.weight_scale = nn.Parameter(scale.to(home), requires_grad=False)
+    made.bias = layer.bias
+    return made.eval()
+
+
+def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, in) -> float8 of that shape and scales (out,): the smallest powers of two that keep each row in range."""
+    largest = weight.abs().amax(dim=1).float()
+    exponents = torch.ceil(torch.log2(largest / LARGEST)).nan_to_num(neginf=0.0)  # rows of zeros
+    scale = torch.exp2(exponents)
+    return (weight.float() / scale[:, None]).clamp_(-LARGEST, LARGEST).to(FP8), scale
+
+
+def with_fp8_layers(model: nn.Module, keys: Iterable[str]) -> nn.Module:
+    """`model`, on meta, with FP8 layers where a checkpoint's `keys` have scales."""
+    for key in keys:
+        if key.endswith(f".{SCALE}"):
+            path, _, name = key.removesuffix(f".{SCALE}").rpartition(".")
+            parent = model.get_submodule(path)
+            layer = cast(Any, parent.get_submodule(name))
+            with torch.device("meta"):
+                setattr(parent, name, Fp8Linear(layer.in_features, layer.out_features, layer.bias is not None))
+    return model

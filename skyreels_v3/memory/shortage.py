@@ -1,0 +1,64 @@
+"""When memory runs out: which stage, how much it asked for, and what would ask for less."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from skyreels_v3.errors import OutOfMemory
+from skyreels_v3.memory.planner import TILINGS, Plan, giga
+from skyreels_v3.runtime import MEMORY_MODES
+
+# torch has a class for a GPU's memory; of the host's it says it in words only, with the number of bytes
+HOST_SHORTAGE = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
+ASKED = re.compile(r"Tried to allocate ([\d.]+ \wiB)")
+
+
+@contextmanager
+def explained(stage: str, plan: Plan, mode: str, free: Callable[[], int | None]) -> Iterator[None]:
+    """Raise OutOfMemory instead of torch's own errors.
+
+    Args:
+        stage: what the `with` block does.
+        mode: the memory mode it does it in.
+        free: asked for the free bytes of the device.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        asked = asked_for(error)
+        if asked is None:
+            raise
+        there = free()
+        left = "" if there is None else f", {giga(there)} are free"
+        raise OutOfMemory(
+            f"out of memory in {stage}: {asked} more were asked for{left}; {way_out(plan, mode)}"
+        ) from error
+
+
+def asked_for(error: Exception) -> str | None:
+    """How much an error of torch's says that was asked for; None for an error about something else."""
+    if isinstance(error, torch.OutOfMemoryError):
+        found = ASKED.search(str(error))
+        return found[1] if found else "some memory"
+    if isinstance(error, MemoryError):
+        return "some host memory"
+    found = HOST_SHORTAGE.search(str(error))
+    return f"{giga(int(found[1]))} of host memory" if found else None
+
+
+def way_out(plan: Plan, mode: str) -> str:
+    """Flags that ask for less than a run in `mode`, with the peak that the plan has for them."""
+    smaller = MEMORY_MODES[MEMORY_MODES.index(mode) + 1 :]
+    ways = [f"--memory {name} (about {giga(plan.peak(name, TILINGS[-1]))})" for name in smaller]
+    if plan.request.quant is None:
+        ways.append("--low_vram (streamed, in FP8)")
+    if plan.request.vae_dtype == "float32":
+        ways.append("--vae_dtype bfloat16")
+    ways.append(
+        "a smaller --resolution" if plan.request.task.max_duration == 0 else "a smaller --resolution or --duration"
+    )
+    return f"ask for less with {', '.join(ways)}"
