@@ -53,13 +53,18 @@ def test_every_flag_reaches_the_request():
         "--seed", "7", "--num_inference_steps", "3", "--shift", "2.5", "--guidance_scale", "3",
         "--image_guidance_scale", "1.5", "--device", "cpu", "--dtype", "float32", "--offload", "--output", "f/",
         "--save_latents", "l.safetensors", "--url_timeout", "9", "--dry_run", "--verbose",
+        "--quant", "fp8_dynamic", "--save_quantized", "q", "--vae_dtype", "bfloat16", "--attention", "sdpa",
+        "--compile", "--lora", "a.safetensors:0.5,C:\\b.safetensors,c/d:-1", "--no_cache",
     ])  # fmt: skip
     assert request.ref_imgs == ("a.png", "b.png")
     assert (request.model_id, request.model_source, request.negative_prompt) == ("x/y", "modelscope", "blur")
     assert (request.num_frames, request.frames_out, request.resolution) == (17, 17, "540P")
     assert (request.height, request.width, request.seed, request.num_inference_steps) == (320, 480, 7, 3)
     assert (request.shift, request.guidance_scale, request.image_guidance_scale) == (2.5, 3.0, 1.5)
-    assert (request.device, request.dtype, request.offload, request.dry_run) == ("cpu", "float32", True, True)
+    assert (request.device, request.dtype, request.memory, request.dry_run) == ("cpu", "float32", "offload", True)
+    assert (request.quant, request.save_quantized, request.vae_dtype) == ("fp8_dynamic", Path("q"), "bfloat16")
+    assert (request.attention, request.compile, request.no_cache) == ("sdpa", True, True)
+    assert request.lora == (("a.safetensors", 0.5), ("C:\\b.safetensors", 1.0), ("c/d", -1.0))
     assert (request.output, request.frame_folder) == (Path("f"), True)
     assert (request.save_latents, request.url_timeout, request.verbosity) == (Path("l.safetensors"), 9.0, 1)
     clip = parse_request([*EXTENSION, "--include_input", "--duration", "10", "--quiet"])
@@ -96,7 +101,7 @@ def test_a_config_file_holds_any_flag(config):
     assert request.ref_imgs == ("a.png", "b,c.png")
     assert (request.seed, request.shift, request.guidance_scale, request.num_frames) == (7, 3.0, 2.5, 9)
     assert isinstance(request.shift, float)
-    assert (request.height, request.width, request.verbosity, request.offload) == (32, 48, -1, False)
+    assert (request.height, request.width, request.verbosity, request.memory) == (32, 48, -1, "auto")
     assert (request.output, request.device) == (Path("x.mp4"), "cpu")
 
 
@@ -123,7 +128,7 @@ def test_texts_and_references_in_config_files(config):
 
 
 def test_the_record_makes_the_same_request_again(config):
-    argv = [*REFERENCE, "--ref_imgs", "a.png,b.png", "--seed", "-1", "--num_frames", "9", "--shift", "3", "--offload"]
+    argv = [*REFERENCE, "--ref_imgs", "a.png,b.png", "--seed", "-1", "--num_frames", "9", "--shift", "3", "--low_vram"]
     request = parse_request([*argv, "--output", "a.mp4", "--save_latents", "l.safetensors", "--quiet", "--dry_run"])
     record = json.loads(json.dumps(dict(request.flags)))
     assert record["seed"] == request.seed
@@ -132,7 +137,8 @@ def test_the_record_makes_the_same_request_again(config):
     again = parse_request(config(json.dumps(record)))
     assert again.flags == request.flags
     assert (again.output, again.dry_run, again.verbosity) == (None, False, 0)
-    assert (again.ref_imgs, again.num_frames, again.offload) == (request.ref_imgs, 9, True)
+    assert (again.ref_imgs, again.num_frames, again.quant) == (request.ref_imgs, 9, "fp8")
+    assert (request.memory, again.memory) == ("stream", "auto")  # the same video wherever its weights live
 
 
 @pytest.mark.parametrize(("task", "durations"), [(REFERENCE, (1, 10)), (EXTENSION, (5, 30)), (SHOT, (2, 5))])

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from skyreels_v3.cache import PromptCache
 from skyreels_v3.checkpoints.tiny import make_tiny
 from skyreels_v3.cli import parse_request
 from skyreels_v3.errors import UserError
@@ -223,16 +224,19 @@ def test_the_prompt_of_the_windows(make, sound, monkeypatch, components, flags, 
 
     class Spy:
         module = components.text_encoder.module
+        blocks = ()
 
         def __call__(self, texts: list[str]) -> Tensor:
             heard.extend(texts)
             return torch.full((1, 512, 8), float(len(heard)))
 
-    monkeypatch.setattr(made[0], "components", replace(components, text_encoder=Spy()))
+    unknown = PromptCache(None, "")
+    monkeypatch.setattr(made[0], "components", replace(components, text_encoder=Spy(), prompts=unknown))
     calls = spy_on_windows(made[0], monkeypatch)
     read_all(made)
-    assert heard == ["she sings", windows]
-    assert [texts["full"].unique().item() for texts, *_ in calls] == [1, 2, 2]
+    assert heard == [*dict.fromkeys(["she sings", windows])]  # each prompt once
+    own, shared = 1, heard.index(windows) + 1
+    assert [texts["full"].unique().item() for texts, *_ in calls] == [own, shared, shared]
 
 
 def numbered(write_lossless, path: Path, frames: int) -> Path:
