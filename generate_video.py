@@ -35,14 +35,16 @@ logger = logging.getLogger("skyreels_v3")
 def run(request: GenerationRequest) -> None:
     """Carry out a request and print the path of what it made, or its plan."""
     from skyreels_v3.preflight import preflight
+    from skyreels_v3.runtime import expected_dtype, set_environment
 
     with tempfile.TemporaryDirectory(prefix="skyreels-") as downloads:
         request, inputs, checkpoint = preflight(request, Path(downloads))
         if request.dry_run:
             from skyreels_v3.memory.planner import describe, plan
 
-            print(describe(plan(request, checkpoint)))  # noqa: T201  the result
+            print(describe(plan(request, checkpoint, expected_dtype(request))))  # noqa: T201  the result
         else:
+            set_environment()
             print(generate(request, inputs, checkpoint or fetch(request)))  # noqa: T201  the result
 
 
@@ -76,7 +78,7 @@ def generate(request: GenerationRequest, inputs: Inputs, checkpoint: Path) -> Pa
 
     assert request.output is not None and request.height is not None and request.width is not None
     loras = [locate_lora(name) or download_lora(name, request) for name, _ in request.lora]
-    device = runtime.start(request, plan(request, checkpoint))
+    device = runtime.start(request, plan(request, checkpoint, runtime.expected_dtype(request)))
     flags = recorded_flags(request) | {"dtype": str(device.dtype).removeprefix("torch.")}
     state = open_state(request.output, flags, request.resume, request.frame_folder)
     completed = False

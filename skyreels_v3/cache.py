@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,6 +80,9 @@ class PromptCache:
                 old.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             logger.debug("an encoded prompt cannot be kept: %s", error)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def _file(self, prompt: str) -> Path:
         assert self.folder is not None

@@ -23,8 +23,10 @@ import yaml
 from skyreels_v3 import __version__
 from skyreels_v3.attention.available import ATTENTIONS
 from skyreels_v3.errors import UserError, shown
-from skyreels_v3.runtime import DEVICES, DTYPES, MEMORY_MODES, QUANTIZATIONS
+from skyreels_v3.runtime import DEVICES, DTYPES
 from skyreels_v3.tasks import (
+    MEMORY_MODES,
+    QUANTIZATIONS,
     REFERENCE_SLOTS,
     RESOLUTIONS,
     SIZE_MULTIPLE,

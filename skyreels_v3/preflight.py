@@ -7,7 +7,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from skyreels_v3.checkpoints.hub import TINY, check_client, locate, locate_lora
+from skyreels_v3.checkpoints.hub import TINY, check_client, is_quantized, locate, locate_lora
+from skyreels_v3.errors import UserError, shown
 from skyreels_v3.media.files import check_writable
 from skyreels_v3.media.inputs import Inputs, open_inputs
 from skyreels_v3.pipelines.state import check_left
@@ -31,6 +32,12 @@ def preflight(request: GenerationRequest, downloads: Path) -> tuple[GenerationRe
     check_device(request.device)
     check_compute(request)
     checkpoint = None if request.model_id == TINY else locate(request)
+    transformer = None if checkpoint is None else checkpoint / request.task.transformer_folder
+    if transformer is not None and is_quantized(transformer):
+        if request.lora:
+            reason = f"{shown(request.lora[0][0])}: the checkpoint's weights are quantised already"
+            raise UserError("--lora", f"{reason}; give it to the run that quantises them, with --save_quantized")
+        request = replace(request, quant=request.quant or "fp8")  # the text encoder too, as when it was saved
     if any(locate_lora(name) is None for name, _ in request.lora):
         check_client(request)
     if request.output is None:

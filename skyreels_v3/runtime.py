@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from skyreels_v3.attention.available import check_attention
+from skyreels_v3.cache import cache_folder
 from skyreels_v3.errors import UserError
 from skyreels_v3.tasks import GenerationRequest
 
@@ -36,8 +37,6 @@ logger = logging.getLogger(__name__)
 
 DEVICES = ("auto", "cuda", "cpu", "mps")
 DTYPES = ("bfloat16", "float32")
-MEMORY_MODES = ("resident", "offload", "stream")  # where components live, see memory/policy.py; fastest first
-QUANTIZATIONS = ("fp8", "fp8_dynamic")
 FP8_CAPABILITY = (8, 9)  # of the first GPUs with FP8 matrix units, Ada
 COMPILERS = ("c++", "g++", "clang++", "cl")
 GPU_DRIVERS = ("libcuda.so.1", "nvcuda.dll", "libamdhip64.so")  # torch calls AMD's devices cuda, too
@@ -153,6 +152,13 @@ class Runtime:
         return tqdm(desc=name, total=total, disable=not self.show_progress, file=sys.stderr)
 
 
+def set_environment() -> None:
+    """Set what torch reads when it is imported, unless the user has set it."""
+    # stages of different sizes follow one another: room that one leaves must fit the next
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+
+
 def start(request: GenerationRequest, plan: Plan) -> Runtime:
     """Choose device, dtype, attention kernel and memory policy for `request`.
 
@@ -161,8 +167,6 @@ def start(request: GenerationRequest, plan: Plan) -> Runtime:
     Raises:
         UserError: the torch that is installed cannot use the device, or a choice cannot be met on it.
     """
-    # stages of different sizes follow one another: room that one leaves must fit the next
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     import psutil
     import torch
 

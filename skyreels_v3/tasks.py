@@ -19,6 +19,9 @@ CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 TASK_NAMES = ("reference_to_video", "single_shot_extension", "shot_switching_extension", "talking_avatar")
 RESOLUTIONS = ("480P", "540P", "720P")
 
+MEMORY_MODES = ("resident", "offload", "stream")  # where components live, see memory/policy.py; fastest first
+QUANTIZATIONS = ("fp8", "fp8_dynamic")  # see memory/quantize.py
+
 SIZE_MULTIPLE = 16  # VAE stride 8 times patch 2
 VAE_STRIDE = (4, 8, 8)  # frames, height, width
 PATCH_SIZE = (1, 2, 2)

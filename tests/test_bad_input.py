@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
+from safetensors.numpy import save_file
 
 from skyreels_v3.runtime import GPU_DRIVERS, has_library
 from tests.conftest import Case, bad, check_refused
@@ -290,6 +291,58 @@ MODELS = [
 ]  # fmt: skip
 
 
+STREAM = [*REFERENCE, "--memory", "stream"]
+MEMORY = [
+    bad(REFERENCE, "--memory", "ofload", "did you mean offload?"),
+    bad(REFERENCE, "--memory", "", "choose auto or resident or offload or stream", "an empty value", "empty"),
+    bad(REFERENCE, "--quant", "int4", "choose fp8 or fp8_dynamic"),
+    bad(REFERENCE, "--quant", "FP8", "choose fp8 or fp8_dynamic; did you mean fp8"),
+    bad(REFERENCE, "--attention", "flash2", "did you mean flash?"),
+    bad(REFERENCE, "--attention", "none", "choose auto or sdpa or cudnn or flash or flash3 or sage or xformers"),
+    bad(REFERENCE, "--vae_dtype", "float16", "choose bfloat16 or float32"),
+    *[
+        bad(
+            [*REFERENCE, "--dtype", "bfloat16"],
+            "--attention",
+            kernel,
+            "use --attention auto or sdpa",
+            f"{kernel}: works on a GPU",
+        )
+        for kernel in ("cudnn", "flash", "flash3", "sage", "xformers")
+    ],
+    *[bad(REFERENCE, "--stream_blocks", value, "add --memory stream or --low_vram") for value in ("0", "3")],
+    bad([*REFERENCE, "--offload"], "--stream_blocks", "1", "add --memory stream or --low_vram"),
+    *[bad(STREAM, "--stream_blocks", v, "whole number from 0 to 999") for v in ("-1", "1000", "1.5", "all", "nan")],
+    bad(REFERENCE, "--save_quantized", "{files}/q", "add --quant fp8 or --low_vram"),
+    bad([*REFERENCE, "--quant", "fp8"], "--save_quantized", "{files}/folder", "give", "exists already"),
+    bad([*REFERENCE, "--low_vram"], "--save_quantized", "{files}/good.png", "give another name", "exists already"),
+    bad([*REFERENCE, "--quant", "fp8"], "--save_quantized", "{files}/good.png/q", "give another path"),
+    bad([*REFERENCE, "--quant", "fp8"], "--save_quantized", "/proc/q", "give another path"),
+    Case("offload+low_vram", [*REFERENCE, "--offload", "--low_vram"], "--offload", "--low_vram", "give one of them"),
+    bad([*REFERENCE, "--offload"], "--memory", "stream", "conflicts with --offload; give one of them"),
+    bad([*REFERENCE, "--low_vram"], "--memory", "resident", "conflicts with --low_vram; give one of them"),
+    Case("offload=no", [*REFERENCE, "--offload=no"], "--offload", "no", "see --help"),
+]
+
+LORAS = [
+    bad(REFERENCE, "--lora", "", "give FILE, FOLDER or OWNER/NAME", "an empty value", "empty"),
+    bad(REFERENCE, "--lora", "{files}/good.lora.safetensors,", "give FILE, FOLDER or OWNER/NAME", "an empty value"),
+    bad(REFERENCE, "--lora", "{files}/good.lora.safetensors:nan", "after a colon its scale"),
+    bad(REFERENCE, "--lora", "{files}/good.lora.safetensors:inf", "after a colon its scale"),
+    bad(REFERENCE, "--lora", "{files}/nothere.safetensors", "give a .safetensors file", "is no file or folder"),
+    bad(REFERENCE, "--lora", "{files}/nothere.safetensors:0.5", "give a .safetensors file", "{files}/nothere"),
+    bad(REFERENCE, "--lora", "{files}/good.lora.safetensors:half", "give a .safetensors file", "safetensors:half"),
+    bad(REFERENCE, "--lora", "{files}/good.lora.safetensors,{files}/nothere.safetensors", "give a", "nothere"),
+    bad(REFERENCE, "--lora", "{files}/good.png", "convert it", "is no .safetensors file"),
+    bad(REFERENCE, "--lora", "{files}/folder", "give the LoRA's own file", "no .safetensors file"),
+    bad(REFERENCE, "--lora", "{files}/good.safetensors", "download it again", "is truncated or no safetensors"),
+    bad(REFERENCE, "--lora", "{files}/cut.lora.safetensors", "download it again", "is truncated or damaged"),
+    bad(REFERENCE, "--lora", "{files}/dangling", "give a .safetensors file", "is no file or folder"),
+    bad(REFERENCE, "--lora", "/dev/zero", "give a .safetensors file", "is no file or folder"),
+    bad(REFERENCE, "--lora", "x" * 5000, "give a .safetensors file", "xxx...xxx"),
+]
+
+
 def cut(path: Path, size: int = -100) -> None:
     """Cut a file off; a negative size counts from its end."""
     path.write_bytes(path.read_bytes()[:size])
@@ -428,7 +481,7 @@ NOT_BAD = {
 }
 CASES = [
     *TASK, *COMMAND_LINE, *NUMBERS, *SIZES, *CONFLICTS, *PROMPTS, *IMAGES, *CLIPS, *ADDRESSES, *OUTPUTS, *CONFIGS,
-    *MODELS,
+    *MODELS, *MEMORY, *LORAS,
 ]  # fmt: skip
 
 
@@ -490,6 +543,8 @@ def files(tmp_path_factory, write_lossless) -> Path:
     write_lossless(folder / "short.mp4", np.zeros((5, 48, 64, 3), np.uint8))
     tone = [get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", "sine=duration=1"]
     subprocess.run([*tone, folder / "sound.m4a", folder / "sound.wav"], check=True)
+    save_file({"blocks.0.attn1.to_q.lora_A.weight": np.zeros((1, 96), "f4")}, folder / "good.lora.safetensors")
+    (folder / "cut.lora.safetensors").write_bytes((folder / "good.lora.safetensors").read_bytes()[:-4])
     write_configs(folder)
     return folder
 
@@ -526,6 +581,23 @@ def test_bad_request(refuse, files, server, case):
     if case.name in NOT_BAD:
         pytest.skip("it would work on this machine")
     check_refused(case, refuse, files=files, assets=ASSETS, server=server)
+
+
+def needs(flags: list[str], files: Path) -> list[str]:
+    return [argument.format(files=files) for argument in (*REFERENCE, *flags)]
+
+
+def test_compiling_without_a_compiler(refuse, files, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    line = refuse(needs(["--compile"], files))
+    assert line.startswith("error: --compile: needs a C++ compiler (c++ or g++")
+    assert line.endswith("install one, or leave it out")
+
+
+@pytest.mark.skipif(any(map(has_library, GPU_DRIVERS)), reason="the GPU's default dtype is another one")
+def test_flash_attention_as_it_would_be_chosen_here(refuse, files):
+    argv = [argument for argument in needs(["--attention", "flash"], files) if argument not in ("--device", "cpu")]
+    assert "works on a GPU (cuda) only, not on cpu" in refuse(argv)
 
 
 def damaged(reference: Path, folder: Path, name: str) -> Path:

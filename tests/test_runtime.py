@@ -12,7 +12,7 @@ from skyreels_v3 import runtime
 from skyreels_v3.errors import UserError
 from skyreels_v3.memory.planner import plan
 from skyreels_v3.memory.policy import Policy
-from skyreels_v3.tasks import GenerationRequest, task_spec
+from skyreels_v3.tasks import MEMORY_MODES, GenerationRequest, task_spec
 
 
 def start(request: GenerationRequest) -> runtime.Runtime:
@@ -45,10 +45,53 @@ def test_noise_is_that_of_a_cpu_generator():
     assert torch.equal(made, torch.randn(4, generator=torch.Generator("cpu").manual_seed(42)))
 
 
-@pytest.mark.parametrize("mode", runtime.MEMORY_MODES)
+@pytest.mark.parametrize("mode", MEMORY_MODES)
 def test_residence(mode):
     module = nn.Linear(2, 2)
     there = replace(start(REQUEST), device=torch.device("meta"), policy=Policy(mode, "for a test"))
     with there.resident(module, "a test"):
         assert module.weight.device.type == "meta"
     assert module.weight.device.type == ("meta" if mode == "resident" else "cpu")
+
+
+def test_a_stream_is_made_once_and_keeps_what_it_was_made_with():
+    """As the transformer's is, before it is first needed."""
+    run = replace(start(REQUEST), policy=Policy("stream", "for a test"))
+    module = nn.ModuleList([nn.Linear(2, 2) for _ in range(5)])
+    made = run.stream(module, module, keep=2, pinned=True)
+    assert len(made.streamed) == 3 and made.pin is runtime.pin
+    assert run.stream(module, module) is made
+    with run.resident(module, "a test", module):
+        assert made._stays == 1
+    other = nn.ModuleList([nn.Linear(2, 2)])
+    assert run.stream(other, other) is not made and run.stream(other, other).pin is None
+
+
+@pytest.mark.parametrize("mode", MEMORY_MODES)
+def test_results_do_not_depend_on_the_mode(mode):
+    torch.manual_seed(0)
+    module = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    x = torch.randn(2, 4)
+    expected = module(x)
+    run = replace(start(REQUEST), policy=Policy(mode, "for a test"))
+    for _ in range(2):
+        with run.resident(module, "a test", module):
+            assert torch.equal(module(x), expected)
+
+
+def test_only_the_blocks_of_a_module_stream():
+    """One without blocks is on the device as a whole."""
+    run = replace(start(REQUEST), policy=Policy("stream", "for a test"))
+    with run.resident(nn.Linear(2, 2), "a test"):
+        assert not run.streams
+
+
+def test_a_cpu_has_no_memory_of_its_own():
+    assert start(REQUEST).free_memory() is None
+    assert start(REQUEST).policy.mode == "resident"
+    assert start(replace(REQUEST, memory="stream", stream_blocks=1)).policy.keep == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU")
+def test_pinning_takes_nothing_where_nothing_is_transferred():
+    assert runtime.pin(torch.empty(3, dtype=torch.uint8))

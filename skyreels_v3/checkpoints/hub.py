@@ -233,6 +233,20 @@ def text_encoder_files(folder: Path, task: TaskSpec) -> list[Path]:
     return [folder / NATIVE_TEXT_ENCODER_FILE]
 
 
+def is_quantized(transformer: Path) -> bool:
+    """Whether the checked transformer's folder holds FP8 weights, see memory/quantize.py."""
+    return any(name.endswith(".weight_scale") for file in weight_files(transformer) for name in header_of(file))
+
+
+def header_of(file: Path) -> dict[str, Any]:
+    """The header of a safetensors file: what it says of each tensor, by name."""
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        (header_size,) = struct.unpack("<Q", handle.read(8))
+        header = json.loads(handle.read(min(header_size, size, MAX_HEADER_BYTES)))
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
+
+
 def check_safetensors(file: Path) -> None:
     """Raise CheckpointError when the file's length is not what its own header says."""
     size = file.stat().st_size

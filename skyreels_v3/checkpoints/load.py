@@ -7,11 +7,14 @@ unknown entry of a config or a damaged file is a `CheckpointError` that names fi
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -57,6 +60,22 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{file} holds something other than a dictionary of tensors; download it again")
     return content
+
+
+def read_ahead(files: Sequence[Path]) -> None:
+    """Have the system read files into free memory in the background, so that mapped weights are there when needed."""
+    if (
+        not hasattr(os, "posix_fadvise")
+        or sum(file.stat().st_size for file in files) > psutil.virtual_memory().available
+    ):
+        return
+
+    def read() -> None:
+        for file in files:
+            with file.open("rb") as handle:
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+    Thread(target=read, daemon=True).start()
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -8,7 +8,9 @@ import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
+import torch
 from huggingface_hub import save_torch_state_dict
+from torch import Tensor
 
 from skyreels_v3.checkpoints.hub import download_patterns
 from skyreels_v3.media.files import publish, temporary_name
@@ -39,13 +41,19 @@ def save_quantized(transformer: SkyReelsTransformer3DModel, checkpoint: Path, fo
         target = temporary / task.transformer_folder
         target.mkdir(parents=True, exist_ok=True)
         transformer.save_config(target)
-        state = {name: parameter.detach().contiguous() for name, parameter in transformer.named_parameters()}
+        state = {name: standing_alone(parameter.detach()) for name, parameter in transformer.named_parameters()}
         save_torch_state_dict(state, target, filename_pattern=WEIGHTS)
         made = publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     logger.info("the quantised checkpoint is in %s", made)
     return made
+
+
+def standing_alone(tensor: Tensor) -> Tensor:
+    """`tensor`, copied where it is a part of another one: stacked weights are split without copying."""
+    alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def needed_files(checkpoint: Path, task: TaskSpec) -> list[Path]:

@@ -22,6 +22,7 @@ def on_device(
     """
     host: dict[int, Tensor] = {}
 
+    @torch.inference_mode(False)  # whoever asks, the same kind of tensor: compiled code is for one
     def move(tensor: Tensor) -> Tensor:
         if not wanted(tensor):
             return tensor

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from skyreels_v3.checkpoints import hub
-from skyreels_v3.runtime import MEMORY_MODES, expected_dtype
 from skyreels_v3.sampling.guidance import Guidance, text_audio_guidance, text_guidance, text_image_guidance
 from skyreels_v3.tasks import (
     CONFIG_DIR,
     LATENT_CHANNELS,
+    MEMORY_MODES,
     PATCH_SIZE,
     REFERENCE_SLOTS,
     VAE_STRIDE,
@@ -217,10 +217,10 @@ class Plan:
         return replace(self, stages=stages).peak(mode)
 
 
-def plan(request: GenerationRequest, checkpoint: Path | None) -> Plan:
-    """Work out a request whose inputs have been looked at."""
+def plan(request: GenerationRequest, checkpoint: Path | None, default_dtype: str = "float32") -> Plan:
+    """Work out a request whose inputs have been looked at; `default_dtype` is that of a request that names none."""
     assert request.height is not None and request.width is not None
-    dtype = expected_dtype(request)
+    dtype = request.dtype or default_dtype
     sizes = transformer_sizes(request, checkpoint)
     forwards = request.num_inference_steps * len(guidance_of(request).terms)
     passes = tuple(
@@ -231,7 +231,7 @@ def plan(request: GenerationRequest, checkpoint: Path | None) -> Plan:
         )
         for new, condition in latent_frames_of_passes(request)
     )
-    quantized = request.quant is not None
+    quantized = is_quantized(request, checkpoint)
     streamed = max(0, sizes.num_layers - request.stream_blocks) * sizes.block_bytes(dtype, quantized)
     return Plan(
         request, checkpoint, dtype, passes, forwards, stages(request, checkpoint, sizes, passes, dtype), streamed
@@ -285,7 +285,7 @@ def stages(
 ) -> dict[str, Stage]:
     """Weights and activations of each stage, in bytes."""
     weights = component_bytes(request, checkpoint, dtype)
-    quantized = request.quant is not None
+    quantized = is_quantized(request, checkpoint)
     longest = max(passes, key=lambda made: made.tokens)
     contexts = len(guidance_of(request).terms) * sizes.context_bytes(longest.latents[2], dtype)
     transformer = Stage(
@@ -295,11 +295,18 @@ def stages(
     )
     vae = weights.pop("VAE")
     made = {name: Stage(size, size) for name, size in weights.items()}
-    made["text encoder"] = text_encoder_stage(weights["text encoder"], dtype, quantized)
+    made["text encoder"] = text_encoder_stage(weights["text encoder"], dtype, request.quant is not None)
     for part in ("encode", "decode"):
         made[f"VAE {part}"] = Stage(vae, vae, vae_bytes(request, part, (1, 1)))
         made.setdefault("transformer", transformer)  # between the two
     return made
+
+
+def is_quantized(request: GenerationRequest, checkpoint: Path | None) -> bool:
+    """Whether the transformer's weights are FP8, in the checkpoint or by request."""
+    if request.quant is not None:
+        return True
+    return checkpoint is not None and hub.is_quantized(checkpoint / request.task.transformer_folder)
 
 
 def component_bytes(request: GenerationRequest, checkpoint: Path | None, dtype: str) -> dict[str, int]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from skyreels_v3.memory.planner import TILINGS, Plan, giga
-from skyreels_v3.runtime import MEMORY_MODES
+from skyreels_v3.tasks import MEMORY_MODES
 
 MARGIN = 1.1  # for what kernels need for themselves and for fragmentation
 RESERVE = 500_000_000  # bytes: the driver's own
@@ -24,7 +24,7 @@ class Policy:
     """What was decided.
 
     Attributes:
-        mode: one of `runtime.MEMORY_MODES`.
+        mode: one of `tasks.MEMORY_MODES`.
         reason: for people.
         keep: blocks of the transformer that stay on the device when it is streamed.
         pinned: the transformer's blocks are held in pinned memory.

@@ -13,6 +13,7 @@ few and steer everything, stay as they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
+LOWEST = -126  # exponent of the smallest scale: what is below it, not every device computes with
 SCALE = "weight_scale"  # name of the scales beside a weight; a checkpoint that has them is quantised
 MULTIPLE = 16  # sizes that the FP8 matrix units take
 KEPT = ("wo",)  # transformers casts what goes into this layer of UMT5 to the dtype of its weight
@@ -55,7 +57,7 @@ class Fp8Linear(nn.Module):
     def multiplied_in_fp8(self, x: Tensor) -> Tensor:
         """(L, in) -> (L, out): both factors float8, sums in float32, both scales applied to them."""
         scale = (x.abs().amax(dim=-1, keepdim=True).float() / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
-        rounded = (x.float() / scale).to(FP8)
+        rounded = (x.float() / scale).to(FP8).contiguous()  # row after row, which the matrix units need
         bias = None if self.bias is None else self.bias.to(torch.bfloat16)
         out = torch._scaled_mm(
             rounded, self.weight.t(), scale, self.weight_scale[None], bias=bias, out_dtype=torch.bfloat16
@@ -98,9 +100,11 @@ def quantized(layer: nn.Linear, device: torch.device, dynamic: bool) -> Fp8Linea
 def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(out, in) -> float8 of that shape and scales (out,): the smallest powers of two that keep each row in range."""
     largest = weight.abs().amax(dim=1).float()
-    exponents = torch.ceil(torch.log2(largest / LARGEST)).nan_to_num(neginf=0.0)  # rows of zeros
-    scale = torch.exp2(exponents)
-    return (weight.float() / scale[:, None]).clamp_(-LARGEST, LARGEST).to(FP8), scale
+    mantissa, exponent = torch.frexp(largest)  # exact, as a logarithm would not be
+    limit, highest = math.frexp(LARGEST)
+    scale = torch.exp2((exponent - highest + (mantissa > limit)).float().clamp_(min=LOWEST))
+    scale = torch.where(largest.isfinite(), scale, torch.nan)  # the cast to float8 would hide an infinity
+    return (weight.float() / scale[:, None]).to(FP8), scale
 
 
 def with_fp8_layers(model: nn.Module, keys: Iterable[str]) -> nn.Module:

@@ -10,7 +10,7 @@ import torch
 
 from skyreels_v3.errors import OutOfMemory
 from skyreels_v3.memory.planner import TILINGS, Plan, giga
-from skyreels_v3.runtime import MEMORY_MODES
+from skyreels_v3.tasks import MEMORY_MODES, RESOLUTIONS
 
 # torch has a class for a GPU's memory; of the host's it says it in words only, with the number of bytes
 HOST_SHORTAGE = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
@@ -35,7 +35,7 @@ def explained(stage: str, plan: Plan, mode: str, free: Callable[[], int | None])
         there = free()
         left = "" if there is None else f", {giga(there)} are free"
         raise OutOfMemory(
-            f"out of memory in {stage}: {asked} more were asked for{left}; {way_out(plan, mode)}"
+            f"out of memory in {stage}: {asked} more were asked for{left}; {way_out(plan, mode, there is not None)}"
         ) from error
 
 
@@ -50,15 +50,20 @@ def asked_for(error: Exception) -> str | None:
     return f"{giga(int(found[1]))} of host memory" if found else None
 
 
-def way_out(plan: Plan, mode: str) -> str:
-    """Flags that ask for less than a run in `mode`, with the peak that the plan has for them."""
-    smaller = MEMORY_MODES[MEMORY_MODES.index(mode) + 1 :]
+def way_out(plan: Plan, mode: str, own_memory: bool) -> str:
+    """What asks for less than a run in `mode`, with the peak that the plan has for it.
+
+    Where components live makes a difference only on a device with memory of its own.
+    """
+    request = plan.request
+    smaller = MEMORY_MODES[MEMORY_MODES.index(mode) + 1 :] if own_memory else ()
     ways = [f"--memory {name} (about {giga(plan.peak(name, TILINGS[-1]))})" for name in smaller]
-    if plan.request.quant is None:
+    if request.quant is None:
         ways.append("--low_vram (streamed, in FP8)")
-    if plan.request.vae_dtype == "float32":
+    if request.vae_dtype == "float32":
         ways.append("--vae_dtype bfloat16")
-    ways.append(
-        "a smaller --resolution" if plan.request.task.max_duration == 0 else "a smaller --resolution or --duration"
-    )
-    return f"ask for less with {', '.join(ways)}"
+    if request.resolution != RESOLUTIONS[0]:
+        ways.append("a smaller --resolution")
+    if request.duration > request.task.min_duration > 0 and len(plan.passes) == 1:  # else there are fewer, as long
+        ways.append("a smaller --duration" if request.num_frames is None else "a smaller --num_frames")
+    return f"ask for less with {', '.join(ways)}" if ways else "it takes a machine with more memory"

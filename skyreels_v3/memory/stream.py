@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,7 @@ def size_of(tensors: Sequence[Tensor]) -> int:
     return sum(math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT for tensor in tensors)
 
 
+@torch.inference_mode(False)  # always of one kind, or compiled code would not be that for the others
 def laid_out(room: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Tensors of the shapes and dtypes of `tensors` one after the other in `room`, bytes."""
     places, start = [], 0
@@ -95,12 +97,17 @@ class BlockStream:
         self._packed: list[Tensor | None] = []  # the same in one piece, where it is pinned
         self._slots: list[Slot] = []
         self._stays = 0
+        self._beginning: Future[None] | None = None
+
+    def begin(self) -> None:
+        """Prepare while something else works."""
+        pool = ThreadPoolExecutor(1)
+        self._beginning = pool.submit(self.prepare)
+        pool.shutdown(wait=False)
 
     def prepare(self) -> None:
         """Bring the blocks into the form that they are copied from; if pinned, a pass over all weights."""
-        if self._host:
-            return
-        for block in self.streamed:
+        for block in self.streamed[len(self._host) :]:
             packed = self._pack(block) if self.pin is not None else None
             self._packed.append(packed)
             self._host.append(tensors_of(block))
@@ -116,7 +123,7 @@ class BlockStream:
             return None
         places = laid_out(room, tensors)
         for place, tensor in zip(places, tensors, strict=True):
-            place.copy_(tensor)
+            place.copy_(tensor.detach())
         give(block, places)
         return room
 
@@ -131,6 +138,8 @@ class BlockStream:
             if self._stays > 1:
                 yield
                 return
+            if self._beginning is not None:
+                self._beginning.result()
             self.prepare()
             with self._on_the_way():
                 yield
@@ -139,17 +148,11 @@ class BlockStream:
 
     @contextmanager
     def _on_the_way(self) -> Iterator[None]:
-        streamed = {id(tensor) for block in self.streamed for tensor in tensors_of(block)}
+        staying = self._staying()
         size = max((size_of(tensors) for tensors in self._host), default=0)
-        with on_device(self.module, self.device, lambda tensor: id(tensor) not in streamed):
-            self._slots = [
-                Slot(
-                    torch.empty(size, dtype=torch.uint8, device=self.device),
-                    self._backend.Event(),
-                    self._backend.Event(),
-                )
-                for _ in range(min(SLOTS, len(self.streamed)))
-            ]
+        with on_device(self.module, self.device, lambda tensor: id(tensor) in staying):
+            self._slots = [self._slot(size) for _ in range(min(SLOTS, len(self.streamed)))]
+            self._side.wait_stream(self._backend.current_stream(self.device))  # which may still use what room was
             hooks = [hook for index, block in enumerate(self.streamed) for hook in self._hooks(index, block)]
             for index, slot in enumerate(self._slots):
                 self._fetch(index, slot)
@@ -162,6 +165,21 @@ class BlockStream:
                 for block, tensors in zip(self.streamed, self._host, strict=True):
                     give(block, tensors)
                 self._slots = []
+
+    @torch.inference_mode(False)
+    def _slot(self, size: int) -> Slot:
+        room = torch.empty(size, dtype=torch.uint8, device=self.device)
+        return Slot(room, self._backend.Event(), self._backend.Event())
+
+    def _staying(self) -> set[int]:
+        """The tensors that stand elsewhere than in the streamed blocks, tied to one in there or not."""
+        streamed = {part for block in self.streamed for part in block.modules()}
+        others = (module for module in self.module.modules() if module not in streamed)
+        return {
+            id(tensor)
+            for module in others
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        }
 
     def _hooks(self, index: int, block: nn.Module) -> Iterator[Any]:
         yield block.register_forward_pre_hook(lambda *_: self._before(index))
@@ -199,7 +217,7 @@ class BlockStream:
                 slot.room[: len(packed)].copy_(packed, non_blocking=True)
             else:
                 for place, tensor in zip(places, self._host[index], strict=True):
-                    place.copy_(tensor, non_blocking=True)
+                    place.copy_(tensor.detach(), non_blocking=True)
             slot.arrived.record(self._side)
         give(self.streamed[index], places)
         slot.block = index

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from skyreels_v3.cache import PromptCache, cache_folder, identity_of
-from skyreels_v3.checkpoints.hub import text_encoder_files
+from skyreels_v3.checkpoints.hub import text_encoder_files, weight_files
+from skyreels_v3.checkpoints.load import read_ahead
 from skyreels_v3.checkpoints.lora import apply_loras
 from skyreels_v3.checkpoints.published import (
     load_audio_encoder,
@@ -71,6 +72,7 @@ def load_components(
             bar.update()
     identity = identity_of(text_encoder_files(folder, task), runtime.dtype, request.quant)
     prompts = PromptCache(None if request.no_cache else cache_folder() / "prompts", identity)
+    read_ahead(weight_files(folder / task.transformer_folder))  # while the prompt and the pictures are encoded
     components = Components(**loaded, prompts=prompts, quant=request.quant)
     components.vae.set_tiles(*runtime.policy.tiles)
     set_up_transformer(components.transformer, request, loras, runtime)
@@ -90,7 +92,7 @@ def set_up_transformer(
     if request.compile:
         compile_blocks(transformer, cache_folder())
     if runtime.policy.mode == "stream":
-        runtime.stream(transformer, transformer.blocks, runtime.policy.keep, runtime.policy.pinned)
+        runtime.stream(transformer, transformer.blocks, runtime.policy.keep, runtime.policy.pinned).begin()
 
 
 def quantize_blocks(blocks: Sequence[nn.Module], name: str, quant: str, runtime: Runtime) -> None:

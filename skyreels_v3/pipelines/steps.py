@@ -7,9 +7,11 @@ for.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,6 +27,8 @@ from skyreels_v3.sampling.denoise import Conditioning, Pin, denoise, leave
 from skyreels_v3.sampling.guidance import NEGATIVE_PROMPT, Guidance
 from skyreels_v3.sampling.schedules import unipc
 from skyreels_v3.tasks import LATENT_CHANNELS, VAE_STRIDE, GenerationRequest
+
+logger = logging.getLogger(__name__)
 
 Frame = np.ndarray  # uint8 [H, W, 3]
 
@@ -48,6 +52,13 @@ def video_to_frames(video: Tensor, rounding: bool) -> np.ndarray:
     levels = (video[0] / 2 + 0.5).clamp(0, 1) * 255
     levels = levels.round() if rounding else levels
     return levels.to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+
+
+def log_step_times(ends: Sequence[float]) -> None:
+    """Say how long the first step took and the others, from the times of the beginning and of each step's end."""
+    first = ends[1] - ends[0]
+    later = f", the others {(ends[-1] - ends[1]) / (len(ends) - 2):.1f} s each" if len(ends) > 2 else ""
+    logger.info("the first step, with compilation, took %.1f s%s", first, later)
 
 
 class Steps:
@@ -136,7 +147,15 @@ class Steps:
         start = noise.to(self.runtime.device)
         resident = self.runtime.resident(transformer, "denoising", transformer.blocks)
         with resident, self.runtime.bar(name, len(scheduler.timesteps)) as bar:
-            latents = denoise(transformer, scheduler, start, made, guidance, bar.update, pin)
+            ends = [perf_counter()]
+
+            def progress() -> None:
+                ends.append(perf_counter())
+                bar.update()
+
+            latents = denoise(transformer, scheduler, start, made, guidance, progress, pin)
+        if request.compile:
+            log_step_times(ends)
         self.state.save(latents, generator)
         return latents
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,10 +22,14 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from skyreels_v3.memory import planner
-from skyreels_v3.models.transformer import Segment, SkyReelsTransformer3DModel
+from skyreels_v3.memory import planner, stream
+from skyreels_v3.memory.quantize import quantize
+from skyreels_v3.memory.stream import SLOTS, BlockStream
+from skyreels_v3.models import vae
+from skyreels_v3.models.parameters import replace_tensors
+from skyreels_v3.models.transformer import Segment, SkyReelsTransformer3DModel, block
 from skyreels_v3.models.vae import VideoVAE
-from skyreels_v3.tasks import GenerationRequest, task_spec
+from skyreels_v3.tasks import TASK_NAMES, GenerationRequest, task_spec
 
 
 class LiveBytes(TorchDispatchMode):
@@ -107,28 +112,142 @@ def test_work_of_a_forward():
     assert sizes.forward_flop(4 * 16 * 16) == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
+def on_meta(sizes: planner.Sizes, dtype: str) -> SkyReelsTransformer3DModel:
+    """The real model without its numbers, in the dtypes that it is loaded in."""
+    with torch.device("meta"):
+        model = SkyReelsTransformer3DModel(**vars(sizes)).eval()
+    for name, parameter in [*model.named_parameters()]:
+        if not any(part in name for part in model._keep_in_fp32_modules):
+            path, _, own = name.rpartition(".")
+            cast = nn.Parameter(parameter.to(getattr(torch, dtype)), requires_grad=False)
+            setattr(model.get_submodule(path), own, cast)
+    return model
+
+
+def empty(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, device="meta")
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("per_frame", [False, True])
+@pytest.mark.parametrize(
+    ("task", "frames", "height", "width"),
+    [
+        ("reference_to_video", 35, 90, 160),
+        ("reference_to_video", 35, 60, 104),
+        ("single_shot_extension", 40, 90, 160),
+        ("talking_avatar", 21, 90, 160),
+        ("talking_avatar", 21, 60, 104),
+    ],
+)
 @torch.inference_mode()
-def test_activations_of_a_forward(dtype, per_frame):
-    sizes, model = small_model(getattr(torch, dtype))
-    timestep = torch.full((1, 4), 500) if per_frame else torch.tensor([500])
-    inputs = ([Segment(torch.randn(1, 16, 4, 32, 32))], timestep, model.embed_context(torch.randn(1, 8, 64)))
+def test_activations_of_a_forward(task, frames, height, width, dtype):
+    """At the official sizes, without numbers; and what is kept of the conditions, to the byte."""
+    sizes = replace(published(task), num_layers=1)
+    model = on_meta(sizes, dtype)
+    image = empty(1, 257, sizes.image_dim) if sizes.image_dim else None
+    audio = empty(1, 1, 4 * frames - 3, 5, 12, 768) if sizes.audio_dim else None
+    context = model.embed_context(empty(1, 512, 4096), image, audio)
+    latents = empty(1, sizes.in_channels, frames, height, width)
+    segments, timestep = [Segment(latents)], torch.tensor([500])
+    if task == "single_shot_extension":
+        segments = [Segment(latents[:, :, :7], clean=True), Segment(latents[:, :, 7:], 7)]
+        timestep = torch.tensor([[0] * 7 + [500] * (frames - 7)])
     with LiveBytes() as counter:
-        model(*inputs)
-    assert sizes.activation_bytes(4 * 16 * 16, dtype) == pytest.approx(counter.peak, rel=0.05)
+        model(segments, timestep, context)
+    kept = sum(tensor.nbytes for made in context._kept.values() for tensor in tree_leaves(made))
+    assert sizes.context_bytes(frames, dtype) == kept
+    planned = sizes.activation_bytes(frames * height * width // 4, dtype) + kept
+    assert planned == pytest.approx(counter.peak, rel=0.05)
 
 
-@torch.inference_mode()
-def test_activations_of_the_vae():
-    vae = VideoVAE(AutoencoderKLWan().eval())
+def test_numbers_that_the_plan_repeats():
+    """It is made without torch, and knows these of the modules that do the work."""
+    assert planner.TOKENS_AT_ONCE == block.TOKENS_AT_ONCE
+    assert planner.STREAM_SLOTS == stream.SLOTS
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("height", "width"), [(720, 1280), (480, 832)])
+@pytest.mark.parametrize("tiles", [(1, 1), (2, 3)])
+def test_activations_of_the_vae(monkeypatch, dtype, height, width, tiles):
+    """At the official sizes, without numbers. Three latent frames: no more is alive at one time in a longer video."""
+    monkeypatch.setattr(vae, "displayable", lambda chunk, index: chunk)  # it looks at values
+    with torch.device("meta"):
+        model = VideoVAE(AutoencoderKLWan().eval())
+    replace_tensors(model.module, lambda tensor: nn.Parameter(tensor.detach().to(getattr(torch, dtype))))
+    model.set_tiles(*tiles)
     with LiveBytes() as encoding:
-        vae.encode(torch.randn(1, 3, 9, 32, 32))
+        model.mean, model.std = model.mean.to("meta"), model.std.to("meta")
+        model.encode(empty(1, 3, 9, height, width))
     with LiveBytes() as decoding:
-        for _ in vae.decode_stream(torch.randn(1, 16, 3, 4, 4)):
+        for _ in model.decode_stream(empty(1, 16, 3, height // 8, width // 8)):
             pass
-    assert encoding.peak / 32**2 == pytest.approx(planner.VAE_ENCODE_PEAK, rel=0.05)
-    assert decoding.peak / 32**2 == pytest.approx(planner.VAE_DECODE_PEAK, rel=0.05)
+    request = GenerationRequest(
+        task=task_spec("reference_to_video"), model_id="a/b", prompt="p", height=height, width=width, vae_dtype=dtype
+    )
+    assert planner.vae_bytes(request, "encode", tiles) == pytest.approx(encoding.peak, rel=0.05)
+    assert planner.vae_bytes(request, "decode", tiles) == pytest.approx(decoding.peak, rel=0.05)
+
+
+def bytes_of(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in module.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("task", TASK_NAMES)
+def test_bytes_of_the_published_transformers(task, dtype):
+    """To the byte: whole, in FP8, and while blocks are streamed."""
+    sizes = published(task)
+    model = on_meta(sizes, dtype)
+    for quantized in (False, True):
+        if quantized:
+            quantize(model.blocks, torch.device("meta"))
+        whole, one = bytes_of(model), bytes_of(model.blocks[0])
+        assert sizes.weight_bytes(dtype, quantized) == whole
+        assert sizes.block_bytes(dtype, quantized) == one
+        for keep in (0, 1, 38, 39, 40, 99):
+            held = BlockStream(model, model.blocks, torch.device("cpu"), keep)
+            away = len(held.streamed) - min(SLOTS, len(held.streamed))
+            assert sizes.streamed_bytes(dtype, quantized, keep) == whole - away * one
+
+
+def umt5() -> UMT5EncoderModel:
+    """The published text encoder, on meta."""
+    config = UMT5Config(
+        vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+        feed_forward_proj="gated-gelu", is_encoder_decoder=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return UMT5EncoderModel(config).eval()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("quant", [None, "fp8"])
+def test_bytes_of_the_text_encoder(dtype, quant):
+    request = GenerationRequest(
+        task=task_spec("reference_to_video"), model_id="a/b", prompt="p", height=720, width=1280, dtype=dtype,
+        quant=quant,
+    )  # fmt: skip
+    model = umt5().to(getattr(torch, dtype))
+    if quant:
+        quantize(model.encoder.block, torch.device("meta"))
+    stage = planner.plan(request, None).stages["text encoder"]
+    away = sum(map(bytes_of, model.encoder.block[SLOTS:]))
+    assert stage.weights == pytest.approx(bytes_of(model), rel=0.02)
+    assert stage.streamed == pytest.approx(bytes_of(model) - away, rel=0.02)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 40, 99])
+@pytest.mark.parametrize("quant", [None, "fp8"])
+def test_what_is_streamed_from_the_host(keep, quant):
+    request = GenerationRequest(
+        task=task_spec("talking_avatar"), model_id="a/b", prompt="p", height=720, width=1280, dtype="bfloat16",
+        quant=quant, stream_blocks=keep, memory="stream", audio_seconds=8.0,
+    )  # fmt: skip
+    made = planner.plan(request, None)
+    sizes = published("talking_avatar")
+    assert made.streamed_from_host == max(0, 40 - keep) * sizes.block_bytes("bfloat16", quant is not None)
+    assert made.stages["transformer"].streamed == sizes.streamed_bytes("bfloat16", quant is not None, keep)
 
 
 @pytest.mark.parametrize(

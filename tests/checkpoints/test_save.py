@@ -1,0 +1,209 @@
+"""Saving FP8 checkpoints from the command line, in every layout, and making the same video with them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import wave
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_tensors
+
+from skyreels_v3.checkpoints.hub import check_folder
+from skyreels_v3.checkpoints.published import load_transformer
+from skyreels_v3.checkpoints.save import save_quantized
+from skyreels_v3.checkpoints.tiny import make_tiny
+from skyreels_v3.memory.quantize import FP8
+from skyreels_v3.tasks import task_spec
+from tests.conftest import ROOT, files_in
+
+ASSETS = ROOT / "assets"
+BASE = ("--device", "cpu", "--prompt", "a boat", "--height", 32, "--width", 48, "--num_inference_steps", 1, "--quiet")
+INPUTS = {
+    "reference_to_video": ("--ref_imgs", ASSETS / "fox.png", "--num_frames", 5),
+    "single_shot_extension": ("--input_video", ASSETS / "boat.mp4"),
+    "shot_switching_extension": ("--input_video", ASSETS / "boat.mp4", "--duration", 2),
+    "talking_avatar": ("--input_image", ASSETS / "portrait.png", "--input_audio", "{sound}"),
+}
+RECORDED = {
+    "reference_to_video": "reference_to_video",
+    "single_shot_extension": "video_extension",
+    "shot_switching_extension": "video_extension",
+    "talking_avatar": "talking_avatar",
+}
+Make = Callable[..., dict[str, np.ndarray]]
+
+
+@pytest.fixture
+def make(main, tmp_path_factory) -> Make:
+    """Run a task; gives its latents."""
+    folder = tmp_path_factory.mktemp("runs")
+    with wave.open(str(folder / "sound.wav"), "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes((8000 * np.sin(np.arange(8000) / 6)).astype("<i2").tobytes())
+    runs = iter(range(100))
+
+    def make(task: str, *flags: object) -> dict[str, np.ndarray]:
+        name = folder / f"{next(runs)}.safetensors"
+        inputs = [str(value).format(sound=folder / "sound.wav") for value in INPUTS[task]]
+        files = ("--save_latents", name, "--output", name.with_suffix(".mp4"))
+        code, _, stderr = main("--task_type", task, *BASE, *inputs, *files, *flags)
+        assert code == 0, stderr
+        return load_file(name)
+
+    return make
+
+
+def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    """But for the last bit: mapped weights lie elsewhere in the new file, which the CPU's products depend on."""
+    assert one.keys() == other.keys()
+    for name, latents in one.items():
+        np.testing.assert_allclose(latents, other[name], atol=1e-5, rtol=0)
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a transformer's folder."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_tensors(file).items()}
+
+
+def in_cache(source: Path, folder: Path) -> Path:
+    """A checkpoint as the hub's client keeps it: blobs, and a snapshot of links to them."""
+    for number, file in enumerate(sorted(path for path in source.rglob("*") if path.is_file())):
+        blob = folder / "blobs" / f"{number:064x}"
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, blob)
+        link = folder / "snapshots" / "revision" / file.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return folder / "snapshots" / "revision"
+
+
+@pytest.mark.parametrize("task", INPUTS)
+def test_the_saved_checkpoint_makes_the_same_video(make, task, tmp_path, cache):
+    saved, transformer = tmp_path / "deep" / "saved", task_spec(task).transformer_folder
+    expected = make(task, "--model_id", "tiny", "--quant", "fp8", "--save_quantized", saved)
+    assert not [name for name in files_in(tmp_path) if ".tmp" in name]
+    check_folder(saved, task_spec(task))
+    assert_same(make(task, "--model_id", saved, "--quant", "fp8"), expected)
+    assert_same(make(task, "--model_id", saved), expected)
+    assert_same(make(task, "--model_id", saved, "--low_vram"), make(task, "--model_id", "tiny", "--low_vram"))
+    # saving it once more changes nothing
+    make(task, "--model_id", saved, "--quant", "fp8", "--save_quantized", tmp_path / "again")
+    tensors, again = weights_of(saved / transformer), weights_of(tmp_path / "again" / transformer)
+    assert tensors.keys() == again.keys()
+    assert all(tensor.dtype == again[name].dtype for name, tensor in tensors.items())
+    assert all(torch.equal(tensor.view(torch.uint8), again[name].view(torch.uint8)) for name, tensor in tensors.items())
+    source = make_tiny(task_spec(task))
+    assert all(file.stat().st_nlink >= 2 for file in saved.rglob("*.pth"))
+    for name in files_in(saved):
+        if not name.startswith(("transformer/", "shot_transformer/", "config.json", "diffusion_pytorch_model")):
+            assert (saved / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.mark.parametrize("task", INPUTS)
+def test_a_recorded_checkpoint_behind_links(make, reference, task, tmp_path):
+    """Shards, links into a cache, and files that the task does not need."""
+    source = in_cache(reference / "pipelines" / "checkpoints" / RECORDED[task], tmp_path / "hub")
+    (source / "README.md").write_text("words")
+    (source / ".git").mkdir()
+    before = files_in(tmp_path)
+    saved = tmp_path / "saved"
+    expected = make(task, "--model_id", source, "--quant", "fp8", "--save_quantized", saved)
+    assert_same(make(task, "--model_id", saved), expected)
+    shutil.rmtree(source)  # links would now lead nowhere
+    shutil.rmtree(tmp_path / "hub")
+    assert_same(make(task, "--model_id", saved), expected)
+    assert before and not {name for name in files_in(saved) if name.endswith("README.md")}
+    assert not any(path.is_symlink() for path in saved.rglob("*"))
+
+
+def test_dynamic_products_are_chosen_by_the_run(make, tmp_path):
+    task, saved = "reference_to_video", tmp_path / "saved"
+    expected = make(task, "--model_id", "tiny", "--quant", "fp8_dynamic", "--save_quantized", saved)
+    assert_same(make(task, "--model_id", saved, "--quant", "fp8_dynamic"), expected)
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("bfloat16", 0.5), ("float32", 0.25)])
+def test_size(make, tmp_path, dtype, share):
+    """The matrices of the blocks shrink; the scales, four bytes a row of the toy's 96, and all else are as before."""
+    task, saved = "reference_to_video", tmp_path / "saved"
+    make(task, "--model_id", "tiny", "--dtype", dtype, "--quant", "fp8", "--save_quantized", saved)
+    plain = load_transformer(make_tiny(task_spec(task)) / "transformer", getattr(torch, dtype))
+    before = {name: tensor.nbytes for name, tensor in plain.named_parameters()}
+    after = {name: tensor.nbytes for name, tensor in weights_of(saved / "transformer").items()}
+    tensors = weights_of(saved / "transformer")
+    matrices = [name for name, tensor in tensors.items() if tensor.dtype == FP8]
+    assert len(matrices) == 2 * 10
+    assert sum(after[name] for name in matrices) == share * sum(before[name] for name in matrices)
+    kept = before.keys() - set(matrices)
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    assert after.keys() - before.keys() == {f"{name}_scale" for name in matrices}
+    assert sum(f.stat().st_size for f in (saved / "transformer").glob("*.safetensors")) < sum(after.values()) + 20_000
+
+
+def test_another_file_system_gets_copies(make, tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr("skyreels_v3.checkpoints.save.os.link", refuse)
+    task, saved = "shot_switching_extension", tmp_path / "saved"
+    expected = make(task, "--model_id", "tiny", "--quant", "fp8", "--save_quantized", saved)
+    assert all(path.stat().st_nlink == 1 for path in saved.rglob("*") if path.is_file())
+    assert_same(make(task, "--model_id", saved), expected)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("place", ["link_or_copy", "save_torch_state_dict", "publish"])
+def test_interrupted_saving_leaves_nothing(main, tmp_path, monkeypatch, error, place):
+    def stop(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(f"skyreels_v3.checkpoints.save.{place}", stop)
+    flags = (
+        "--model_id",
+        "tiny",
+        "--quant",
+        "fp8",
+        "--save_quantized",
+        tmp_path / "a" / "saved",
+        "--output",
+        "b/a.mp4",
+    )
+    task = "reference_to_video"
+    code, stdout, stderr = main("--task_type", task, *BASE, *INPUTS[task], *flags)
+    assert (code, stdout) == (130 if error is KeyboardInterrupt else 1, "")
+    assert "interrupted" in stderr or "No space left on device" in stderr
+    assert not files_in(tmp_path)
+    assert not (tmp_path / "a" / "saved").exists()
+
+
+def test_a_folder_that_was_made_meanwhile_is_kept(tmp_path, cache, monkeypatch, caplog):
+    monkeypatch.setenv("SKYREELS_CACHE", str(cache))
+    task = task_spec("reference_to_video")
+    source = make_tiny(task)
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "mine.txt").write_text("mine")
+    transformer = load_transformer(source / "transformer", torch.float32)
+    made = save_quantized(transformer, source, tmp_path / "saved", task)
+    assert made == tmp_path / "saved-2"
+    assert files_in(tmp_path / "saved") == {"mine.txt"}
+    check_folder(made, task)
+
+
+@pytest.mark.parametrize("task", INPUTS)
+def test_the_plan_of_a_saved_checkpoint(main, make, tmp_path, task):
+    saved, inputs = tmp_path / "saved", INPUTS[task]
+    make(task, "--model_id", "tiny", "--quant", "fp8", "--save_quantized", saved)
+    sound = next(path for path in tmp_path.parent.glob("runs*/sound.wav"))
+    inputs = [str(value).format(sound=sound) for value in INPUTS[task]]
+    plans = [
+        main("--task_type", task, *BASE, *inputs, "--model_id", saved, "--dry_run", *flags)[1]
+        for flags in ((), ("--quant", "fp8"))
+    ]
+    lines = [[line for line in plan.splitlines() if not line.startswith("output")] for plan in plans]
+    assert lines[0] == lines[1]

@@ -1,0 +1,304 @@
+"""FP8 weights, against a search through all float8 numbers in float64 and plain products of what they stand for."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+from skyreels_v3.memory import quantize as module
+from skyreels_v3.memory.quantize import FP8, SCALE, Fp8Linear, quantize, quantized, round_rows, with_fp8_layers
+from skyreels_v3.models.transformer import Segment, SkyReelsTransformer3DModel
+
+CPU = torch.device("cpu")
+SMALLEST_NORMAL = 2.0**-126
+AVATAR = {
+    **{"num_attention_heads": 2, "attention_head_dim": 24, "text_dim": 16, "freq_dim": 32, "ffn_dim": 64},
+    **{"num_layers": 2, "image_dim": 8, "audio_dim": 16, "audio_hidden_dim": 4, "audio_tokens": 3},
+}
+MATRICES = {  # of one block, by hand
+    *(f"{attention}.{layer}" for attention in ("attn1", "attn2", "attn_audio") for layer in ("to_q", "to_k", "to_v")),
+    *(f"{attention}.to_out.0" for attention in ("attn1", "attn2", "attn_audio")),
+    *("attn2.add_k_proj", "attn2.add_v_proj", "ffn.net.0.proj", "ffn.net.2"),
+}
+
+
+def float8_numbers() -> np.ndarray:
+    """All finite e4m3 numbers, from the format's definition: bias 7, 3 bits of mantissa, no infinity."""
+    positive = [mantissa / 8 * 2.0**-6 for mantissa in range(8)]
+    positive += [(1 + mantissa / 8) * 2.0 ** (exponent - 7) for exponent in range(1, 16) for mantissa in range(8)]
+    positive.pop()  # that code is not a number
+    return np.array([*(-number for number in positive[:0:-1]), *positive])
+
+
+def dequantized(layer: Fp8Linear) -> torch.Tensor:
+    return layer.weight.double() * layer.weight_scale.double()[:, None]
+
+
+def random_layer(out: int = 48, dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(64, out, bias=bias).to(dtype)
+
+
+def odd_rows() -> torch.Tensor:
+    """Rows that are ordinary, of zeros, huge, tiny, of one spike, at and just over float8's largest number."""
+    torch.manual_seed(0)
+    ordinary = torch.randn(8, 200) * torch.tensor([1e-6, 0.02, 0.02, 1.0, 3.0, 448.0, 1e4, 1e20])[:, None]
+    spike = torch.randn(200) * 1e-3
+    spike[7] = -100.0
+    over = 448.0 * 2**10 * torch.tensor([1.0, 1 + 2**-23, 1 - 2**-24])
+    huge, tiny, denormal = torch.full((200,), 3e38), torch.randn(200) * 1e-30, torch.linspace(-1e-39, 1e-39, 200)
+    at = [torch.linspace(-float(edge), float(edge), 200) for edge in over]
+    return torch.stack((*ordinary, torch.zeros(200), huge, -huge, tiny, denormal, spike, *at))
+
+
+def test_the_numbers_are_those_of_torch():
+    codes = torch.arange(256, dtype=torch.uint8).view(FP8).double()
+    assert np.array_equal(np.unique(codes[codes.isfinite()].numpy()), float8_numbers())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_rounded_to_the_nearest(dtype):
+    rows = odd_rows().to(dtype)
+    weight, scale = round_rows(rows)
+    assert weight.dtype == FP8 and scale.dtype == torch.float32
+    numbers = float8_numbers()
+    for row, rounded, factor in zip(rows.double().numpy(), weight.double().numpy(), scale.tolist(), strict=True):
+        least = np.abs(numbers[:, None] - row / factor).min(axis=0)
+        assert np.array_equal(np.abs(rounded - row / factor), least)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_are_the_smallest_powers_of_two(dtype):
+    rows = odd_rows().to(dtype)
+    _, scale = round_rows(rows)
+    for largest, factor in zip(rows.abs().amax(dim=1).tolist(), scale.tolist(), strict=True):
+        assert math.frexp(factor)[0] == 0.5 and factor >= SMALLEST_NORMAL
+        assert largest <= 448 * factor
+        assert largest == 0 or largest > 448 * factor / 2 or factor == SMALLEST_NORMAL
+
+
+def test_rows_that_are_representable_stay():
+    """Every float8 number times every scale that leaves it a float32."""
+    numbers = torch.from_numpy(float8_numbers())
+    rows = torch.stack([numbers * 2.0**exponent for exponent in range(-117, 119)]).float()
+    weight, scale = round_rows(rows)
+    assert torch.equal(weight.double() * scale.double()[:, None], rows.double())
+    assert torch.equal(scale.log2(), torch.arange(-117, 119).float())
+
+
+def test_not_a_number_is_not_hidden():
+    weight, scale = round_rows(torch.tensor([[1.0, math.nan], [1.0, math.inf]]))
+    assert not (weight.float() * scale[:, None]).isfinite().all(dim=1).any()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_forward(dtype, tolerance, bias):
+    layer = random_layer(dtype=dtype, bias=bias)
+    made = quantized(layer, CPU, dynamic=False)
+    x = torch.randn(2, 5, 64).to(dtype)
+    exact = F.linear(x.double(), dequantized(made), layer.bias.double() if bias else None)
+    assert made(x).dtype == dtype
+    torch.testing.assert_close(made(x).double(), exact, atol=tolerance, rtol=tolerance)
+    assert (dequantized(made) - layer.weight.double()).abs().max() > 0.1 * 2**-4 * layer.weight.abs().max()  # rounded
+
+
+def test_dequantised_weights_are_exact_in_bfloat16(monkeypatch):
+    """Ordinary rows: a factor of 2 ** 240 apart."""
+    made = quantized(random_layer(dtype=torch.bfloat16), CPU, dynamic=False)
+    made.weight_scale.mul_(2.0 ** torch.arange(-110, 110).float()[:: 220 // 48][:48])
+    seen = []
+    monkeypatch.setattr(module.F, "linear", lambda x, weight, bias: seen.append(weight) or x)
+    made(torch.zeros(1, 64, dtype=torch.bfloat16))
+    (weight,) = seen
+    assert weight.dtype == torch.bfloat16
+    assert torch.equal(weight.double(), dequantized(made))
+
+
+def tokens(kind: str, dtype: torch.dtype) -> torch.Tensor:
+    """Tokens (..., 64) of widely different sizes, some zero, in several layouts."""
+    torch.manual_seed(1)
+    x = (torch.randn(3, 10, 64) * 10.0 ** torch.randint(-6, 6, (3, 10, 1))).to(dtype)
+    x[1, 4:7] = 0
+    return {
+        "3-D": x,
+        "2-D": x[0],
+        "4-D": x.unflatten(1, (2, 5)),
+        "transposed": x.transpose(0, 1),
+        "columns first": x.mT.contiguous().mT,
+        "columns first, 2-D": x[0].t().contiguous().t(),
+        "a slice": x[:, 2:7],
+        "every other": torch.cat((x, x), dim=-1)[..., ::2],
+        "no tokens": x[:, :0],
+    }[kind]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "kind",
+    ["3-D", "2-D", "4-D", "transposed", "columns first", "columns first, 2-D", "a slice", "every other", "no tokens"],
+)
+def test_dynamic(kind, dtype):
+    """Against the same rounding in float64; and, beyond 4 significant bits of each factor, against the layer itself."""
+    layer = random_layer(dtype=dtype)
+    made = quantized(layer, CPU, dynamic=True)
+    x = tokens(kind, dtype)
+    out = made(x)
+    assert out.dtype == dtype and out.shape == (*x.shape[:-1], 48)
+    scale = (x.double().abs().amax(dim=-1, keepdim=True) / 448).clamp(min=SMALLEST_NORMAL)
+    rounded = (x.float() / scale.float()).to(FP8).double() * scale
+    emulated = F.linear(rounded, dequantized(made), layer.bias.bfloat16().double())
+    float32_sums = 64 * 2**-24 * F.linear(rounded.abs(), dequantized(made).abs(), layer.bias.double().abs())
+    assert ((out.double() - emulated).abs() <= 2**-8 * emulated.abs() + float32_sums).all()  # bfloat16 comes out
+    if x.numel():
+        exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+        error = (out.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+        assert 0 < error < 0.05  # two roundings to 4 significant bits, 2 ** -4 / sqrt(3) each at most
+    assert torch.equal(
+        out[(x == 0).all(dim=-1)], layer.bias.bfloat16().to(dtype).expand((x == 0).all(dim=-1).sum(), -1)
+    )
+
+
+def test_dynamic_without_bias():
+    made = quantized(random_layer(bias=False), CPU, dynamic=True)
+    assert made.bias is None
+    assert torch.equal(made(torch.zeros(2, 64)), torch.zeros(2, 48))
+
+
+def layers_of(model: nn.Module, kind: type) -> set[str]:
+    return {name for name, part in model.named_modules() if type(part) is kind}
+
+
+def test_what_is_quantised_in_the_transformer():
+    torch.manual_seed(0)
+    model = SkyReelsTransformer3DModel(**AVATAR).eval()
+    linear = layers_of(model, nn.Linear)
+    names = {f"blocks.{index}.{name}" for index in range(2) for name in MATRICES}
+    before = dict(model.named_parameters())
+    weights = {name: (parameter, parameter.clone()) for name, parameter in before.items()}
+    quantize(model.blocks, CPU)
+    assert layers_of(model, Fp8Linear) == names
+    assert layers_of(model, nn.Linear) == linear - names
+    after = dict(model.named_parameters())
+    assert after.keys() - before.keys() == {f"{name}.{SCALE}" for name in names}
+    assert before.keys() <= after.keys()
+    for name, (parameter, value) in weights.items():
+        assert torch.equal(parameter, value)  # the originals, for whoever has them
+        assert (after[name] is parameter) == (name.removesuffix(".weight") not in names)  # biases are shared
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes(dtype):
+    """A byte for each element and a float32 for each row, where each element took two or four bytes."""
+    model = SkyReelsTransformer3DModel(**AVATAR).to(dtype)
+    before = {name: model.blocks[0].get_submodule(name).weight for name in MATRICES}
+    quantize(model.blocks, CPU)
+    for name, weight in before.items():
+        layer = model.blocks[0].get_submodule(name)
+        assert layer.weight.untyped_storage().nbytes() * dtype.itemsize == weight.untyped_storage().nbytes()
+        assert layer.weight_scale.untyped_storage().nbytes() == 4 * weight.shape[0]
+
+
+def text_encoder() -> UMT5EncoderModel:
+    config = UMT5Config(
+        vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return UMT5EncoderModel(config).eval()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@torch.inference_mode()
+def test_the_text_encoder(dynamic):
+    model = text_encoder().bfloat16()
+    ids = torch.arange(20)[None]
+    exact = text_encoder()(ids).last_hidden_state
+    quantize(model.encoder.block, CPU, dynamic=dynamic)
+    parts = [*(f"0.SelfAttention.{name}" for name in "qkvo"), "1.DenseReluDense.wi_0", "1.DenseReluDense.wi_1"]
+    assert layers_of(model, Fp8Linear) == {f"encoder.block.{i}.layer.{name}" for i in range(2) for name in parts}
+    assert layers_of(model, nn.Linear) == {f"encoder.block.{i}.layer.1.DenseReluDense.wo" for i in range(2)}
+    out = model(ids).last_hidden_state
+    assert out.dtype == torch.bfloat16
+    assert 0 < (out - exact).square().mean() < 0.1**2 * exact.square().mean()
+
+
+@torch.inference_mode()
+def test_the_model_stays_close():
+    torch.manual_seed(0)
+    model = SkyReelsTransformer3DModel(**AVATAR).eval()
+    context = (torch.randn(1, 512, 16), torch.randn(1, 257, 8), torch.randn(1, 1, 5, 5, 12, 768))
+    segments, timestep = [Segment(torch.randn(1, 16, 2, 4, 6))], torch.tensor([500])
+    exact = model(segments, timestep, model.embed_context(*context))[0]
+    for dynamic in (False, True):
+        quantize(model.blocks, CPU, dynamic=dynamic)
+        out = model(segments, timestep, model.embed_context(*context))[0]
+        assert 0 < (out - exact).abs().mean() < 0.05 * exact.std()
+
+
+def test_what_is_quantised_stays_so():
+    block = nn.ModuleDict({"a": random_layer(), "b": random_layer(out=40)})
+    quantize([block], CPU)
+    layers = {name: (layer, layer.weight, layer.weight_scale) for name, layer in block.items()}
+    for dynamic in (True, False):
+        quantize([block], CPU, dynamic=dynamic)
+        for name, (layer, weight, scale) in layers.items():
+            assert block[name] is layer and layer.weight is weight and layer.weight_scale is scale
+            assert layer.dynamic == (dynamic and name == "a")  # the sizes of b are no multiples of 16
+
+
+def test_dynamic_leaves_what_the_units_do_not_take():
+    block = nn.ModuleDict({"a": random_layer(), "b": random_layer(out=40)})
+    quantize([block], CPU, dynamic=True)
+    assert type(block["a"]) is Fp8Linear and type(block["b"]) is nn.Linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_of_fp8_weights(tmp_path, dtype):
+    """Through safetensors and a model built on meta, as `load_transformer` does it."""
+    model = SkyReelsTransformer3DModel(**AVATAR).to(dtype).eval()
+    quantize(model.blocks, CPU)
+    save_file(dict(model.named_parameters()), tmp_path / "a.safetensors")
+    stored = load_file(tmp_path / "a.safetensors")
+    with torch.device("meta"):
+        again = with_fp8_layers(SkyReelsTransformer3DModel(**AVATAR), stored).eval()
+    assert layers_of(again, Fp8Linear) == layers_of(model, Fp8Linear)
+    assert {parameter.device.type for parameter in again.parameters()} == {"meta"}
+    again.load_state_dict(stored, strict=True, assign=True)
+    for name, parameter in again.named_parameters():
+        expected = model.get_parameter(name)
+        assert parameter.dtype == expected.dtype
+        assert torch.equal(bits(parameter), bits(expected))
+    x = torch.randn(1, 7, 48).to(dtype)
+    assert torch.equal(again.blocks[1].ffn(x), model.blocks[1].ffn(x))
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().view(torch.uint8) if tensor.dtype == FP8 else tensor.detach()
+
+
+def test_no_scales_no_fp8_layers():
+    with torch.device("meta"):
+        model = SkyReelsTransformer3DModel(**AVATAR)
+    assert not layers_of(with_fp8_layers(model, [name for name, _ in model.named_parameters()]), Fp8Linear)
+
+
+def test_copies_and_state_dicts():
+    made = quantized(random_layer(), CPU, dynamic=True)
+    x = torch.randn(3, 64)
+    again = copy.deepcopy(made)
+    assert again.dynamic and again.weight.dtype == FP8 and again.weight.data_ptr() != made.weight.data_ptr()
+    other = Fp8Linear(64, 48, bias=True, dynamic=True)
+    other.load_state_dict(made.state_dict())
+    for layer in (again, other):
+        assert torch.equal(layer(x), made(x))
+    assert made.state_dict().keys() == {"weight", SCALE, "bias"}
+    assert not made.training and not any(part.requires_grad for part in (made.weight, made.weight_scale))

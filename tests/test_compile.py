@@ -1,0 +1,100 @@
+"""Compiled blocks: the same results, and one set of graphs for however many blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from skyreels_v3.compile import compile_blocks
+from skyreels_v3.memory.quantize import quantize
+from skyreels_v3.memory.stream import BlockStream
+from skyreels_v3.models.transformer import Segment, SkyReelsTransformer3DModel, block
+from skyreels_v3.runtime import COMPILERS
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler"),
+]
+
+CPU = torch.device("cpu")
+SMALL = {"num_attention_heads": 2, "attention_head_dim": 24, "text_dim": 16, "freq_dim": 32, "ffn_dim": 64}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """One folder of compiled code for all tests, as for all runs of a user."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def own_compiler(cache, monkeypatch):
+    """Nothing of an earlier test is compiled, and the settings are put back."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache / "compiled"))
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
+        yield
+    torch._dynamo.reset()
+
+
+def transformer(layers: int) -> SkyReelsTransformer3DModel:
+    torch.manual_seed(0)
+    return SkyReelsTransformer3DModel(**SMALL, num_layers=layers).eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def run(model: SkyReelsTransformer3DModel) -> torch.Tensor:
+    """Two steps with a timestep per frame, one of them clean."""
+    draw = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, 16, 3, 4, 6, generator=draw)
+    context = model.embed_context(torch.randn(1, 512, 16, generator=draw))
+    segments = [Segment(latents[:, :, :1], clean=True), Segment(latents[:, :, 1:], 1)]
+    steps = (torch.tensor([[0, time, time]]) for time in (900, 40))
+    return torch.cat([part for timestep in steps for part in model(segments, timestep, context)], dim=2)
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def test_the_same_results_and_no_more_graphs_for_more_blocks(cache):
+    made = []
+    for layers in (2, 4):
+        torch._dynamo.reset()
+        counters.clear()
+        model = transformer(layers)
+        expected = run(model)
+        assert graphs() == 0
+        compile_blocks(model, cache)
+        torch.testing.assert_close(run(model), expected, atol=1e-5, rtol=0)
+        made.append(graphs())
+    assert made == [2, 2]  # before and after attention
+    assert any((cache / "compiled").iterdir())
+
+
+def test_streamed(cache):
+    """Blocks whose weights change places; in FP8 as well, where the weights are of another kind."""
+    model = transformer(4)
+    compile_blocks(model, cache)
+    for kinds in (1, 2):
+        expected = run(model)
+        for keep, pin in ((0, None), (1, lambda room: True)):
+            for mode in (torch.inference_mode, contextlib.nullcontext):
+                with mode(), BlockStream(model, model.blocks, CPU, keep, pin).active():
+                    torch.testing.assert_close(run(model), expected, atol=1e-5, rtol=0)
+        assert graphs() == 2 * kinds  # none for each block, none for a place
+        quantize(model.blocks, CPU)
+
+
+def test_a_few_tokens_at_a_time(cache, monkeypatch):
+    """Pieces of two sizes take no graph for each size that follows."""
+    monkeypatch.setattr(block, "TOKENS_AT_ONCE", 12)
+    model = transformer(3)
+    expected = run(model)
+    compile_blocks(model, cache)
+    torch.testing.assert_close(run(model), expected, atol=1e-5, rtol=0)
+    assert graphs() <= 4

@@ -1,0 +1,118 @@
+"""--lora from the command line, with the built-in toy model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
+
+from tests.conftest import ROOT
+
+BASE = (
+    *("--task_type", "reference_to_video", "--model_id", "tiny", "--device", "cpu", "--prompt", "a boat", "--quiet"),
+    *("--ref_imgs", ROOT / "assets" / "fox.png", "--num_frames", 5, "--num_inference_steps", 2),
+    *("--height", 32, "--width", 48),
+)
+LAYERS = {"attn1.to_q": (96, 96), "attn2.to_out.0": (96, 96), "ffn.net.0.proj": (192, 96)}
+Make = Callable[..., np.ndarray]
+
+
+def write_lora(path: Path, seed: int = 0, rank: int = 4, **layers: tuple[int, int]) -> Path:
+    """A LoRA for some layers of the toy's first block."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, (rows, columns) in (layers or LAYERS).items():
+        layer = f"transformer.blocks.0.{name}"
+        tensors[f"{layer}.lora_A.weight"] = torch.randn(rank, columns, generator=generator) / columns**0.5
+        tensors[f"{layer}.lora_B.weight"] = torch.randn(rows, rank, generator=generator)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.fixture
+def make(main, tmp_path) -> Make:
+    runs = iter(range(100))
+
+    def make(*flags: object) -> np.ndarray:
+        name = tmp_path / f"{next(runs)}.safetensors"
+        code, _, stderr = main(*BASE, "--save_latents", name, "--output", name.with_suffix(".mp4"), *flags)
+        assert code == 0, stderr
+        return load_file(name)["latents.0"]
+
+    return make
+
+
+@pytest.fixture
+def lora(tmp_path) -> Path:
+    return write_lora(tmp_path / "one.safetensors")
+
+
+def relative(made: np.ndarray, expected: np.ndarray) -> float:
+    return float((made - expected).std() / expected.std())
+
+
+def test_scales_and_several(make, lora, tmp_path):
+    other = write_lora(tmp_path / "other.safetensors", seed=1, rank=2)
+    plain, one = make(), make("--lora", lora)
+    assert relative(one, plain) > 1e-2
+    np.testing.assert_array_equal(make("--lora", f"{lora}:1"), one)
+    np.testing.assert_allclose(make("--lora", f"{lora}:0"), plain, atol=1e-5, rtol=0)
+    half = make("--lora", f"{lora}:0.5")
+    assert 0 < relative(half, plain) < relative(one, plain)
+    assert relative(make("--lora", f"{lora}:-1"), one) > relative(one, plain)
+    both = make("--lora", f"{lora},{other}")
+    assert relative(both, one) > 1e-2 and relative(both, make("--lora", other)) > 1e-2
+    np.testing.assert_allclose(make("--lora", f"{other},{lora}"), both, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(make("--lora", f"{lora}:0.5,{lora}:0.5"), one, atol=1e-4, rtol=0)
+
+
+def test_a_lora_with_the_memory_flags(make, lora):
+    one = make("--lora", lora)
+    for flags in (("--memory", "stream"), ("--memory", "stream", "--stream_blocks", 1), ("--offload",)):
+        np.testing.assert_allclose(make("--lora", lora, *flags), one, atol=1e-5, rtol=0)
+    plain = make("--quant", "fp8")
+    fused = make("--lora", lora, "--quant", "fp8")
+    assert relative(fused, one) < 0.3 * relative(plain, one)
+    np.testing.assert_array_equal(make("--lora", lora, "--low_vram"), fused)
+    np.testing.assert_allclose(make("--lora", lora, "--compile"), one, atol=2e-3, rtol=0)
+
+
+def test_a_saved_checkpoint_holds_the_lora(make, main, lora, tmp_path):
+    fused = make("--lora", lora, "--quant", "fp8", "--save_quantized", tmp_path / "saved")
+    np.testing.assert_allclose(make("--model_id", tmp_path / "saved"), fused, atol=1e-5, rtol=0)
+    code, stdout, stderr = main(*BASE, "--model_id", tmp_path / "saved", "--lora", lora)
+    assert (code, stdout) == (2, "")
+    assert stderr.startswith(f"error: --lora: {str(lora)[:40]}") and "--save_quantized" in stderr
+
+
+WRONG = {
+    "layer": ({"attn9.to_q": (96, 96)}, "unexpected keys blocks.0.attn9.to_q.lora_A.weight"),
+    "rows": ({"attn1.to_q": (95, 96)}, "wrong shapes blocks.0.attn1.to_q.lora_B.weight ([95, 4] instead of [96, 4])"),
+    "columns": ({"attn1.to_q": (96, 32)}, "wrong shapes blocks.0.attn1.to_q.lora_A.weight ([4, 32] instead of [4, 96]"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("flags", [(), ("--quant", "fp8")], ids=["live", "fused"])
+def test_a_lora_that_does_not_fit(main, tmp_path, name, flags):
+    layers, says = WRONG[name]
+    file = write_lora(tmp_path / "wrong.safetensors", **layers)
+    code, stdout, stderr = main(*BASE, "--lora", file, "--output", "out/a.mp4", *flags)
+    assert (code, stdout) == (2, "")
+    assert stderr.splitlines()[-1] == f"error: --lora: {file} does not fit its model: {says}" + (
+        ")" if name == "columns" else ""
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_lora(main, tmp_path):
+    save_file({"blocks.0.attn1.to_q.weight": torch.zeros(96, 96)}, tmp_path / "weights.safetensors")
+    code, stdout, stderr = main(*BASE, "--lora", tmp_path / "weights.safetensors", "--output", "out/a.mp4")
+    assert (code, stdout) == (2, "")
+    assert stderr.splitlines()[-1].startswith(f"error: --lora: {tmp_path}/weights.safetensors: not supported: blocks.0")
+    assert not (tmp_path / "out").exists()

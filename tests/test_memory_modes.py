@@ -1,0 +1,255 @@
+"""--memory, --quant, --vae_dtype, --compile and the prompt cache from the command line, with the built-in toy model."""
+
+from __future__ import annotations
+
+import re
+import wave
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+
+from skyreels_v3.models.text_encoder import TextEncoder
+from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
+from skyreels_v3.models.vae import VideoVAE
+from tests.conftest import files_in
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+BASE = ("--model_id", "tiny", "--device", "cpu", "--prompt", "a boat", "--height", 32, "--width", 48, "--quiet")
+INPUTS = {
+    "reference_to_video": ("--ref_imgs", ASSETS / "fox.png", "--num_frames", 5, "--guidance_scale", 2),
+    "single_shot_extension": ("--input_video", ASSETS / "boat.mp4"),
+    "shot_switching_extension": ("--input_video", ASSETS / "boat.mp4", "--duration", 2),
+    "talking_avatar": ("--input_image", ASSETS / "portrait.png", "--input_audio", "{sound}"),
+}
+STEPS = ("--num_inference_steps", 2)
+EXACT = {
+    "resident": ("--memory", "resident"),
+    "offload": ("--offload",),
+    "stream": ("--memory", "stream"),
+    "stream, one stays": ("--memory", "stream", "--stream_blocks", 1),
+    "stream, all stay": ("--memory", "stream", "--stream_blocks", 999),
+}
+FP8 = (("--quant", "fp8"), ("--low_vram",), ("--quant", "fp8_dynamic"))
+LEAST_PSNR = 30.0
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a run wrote."""
+
+    latents: dict[str, np.ndarray]
+    frames: np.ndarray
+    stderr: str
+
+
+def write_hum(path: Path) -> Path:
+    """Half a second of sound."""
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes((8000 * np.sin(np.arange(8000) / 6)).astype("<i2").tobytes())
+    return path
+
+
+@pytest.fixture
+def make(main, tmp_path) -> Callable[..., Made]:
+    """Run a task with the toy; prompts are encoded anew unless the flags say otherwise."""
+    sound = write_hum(tmp_path / "sound.wav")
+    runs = iter(range(100))
+
+    def make(task: str, *flags: object, cached: bool = False) -> Made:
+        folder = tmp_path / f"run-{next(runs)}"
+        inputs = [str(value).format(sound=sound) for value in INPUTS[task]]
+        files = ("--save_latents", folder / "latents.safetensors", "--output", f"{folder}/frames/")
+        fresh = () if cached else ("--no_cache",)
+        code, stdout, stderr = main("--task_type", task, *BASE, *STEPS, *inputs, *files, *fresh, *flags)
+        assert (code, stdout) == (0, f"{folder}/frames\n"), stderr
+        frames = [np.asarray(Image.open(path)) for path in sorted((folder / "frames").glob("*.png"))]
+        return Made(load_file(folder / "latents.safetensors"), np.stack(frames), stderr)
+
+    return make
+
+
+def assert_same(one: Made, other: Made) -> None:
+    assert one.latents.keys() == other.latents.keys()
+    for name, latents in one.latents.items():
+        np.testing.assert_array_equal(latents, other.latents[name])
+    np.testing.assert_array_equal(one.frames, other.frames)
+
+
+def psnr(made: np.ndarray, expected: np.ndarray) -> float:
+    error = np.mean((made.astype(float) - expected) ** 2)
+    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
+
+
+@pytest.mark.parametrize("task", INPUTS)
+def test_modes_make_the_same_video(make, task):
+    """In bfloat16, which the files are not in: weights are copies. Mapped ones may lie at any place, and the CPU's
+    products of those differ in the last bit from the products of weights that begin where a cache line does."""
+    plain = make(task, "--dtype", "bfloat16")
+    for mode in EXACT.values():
+        assert_same(make(task, "--dtype", "bfloat16", *mode), plain)
+
+
+def test_modes_make_the_same_video_of_mapped_weights(make):
+    plain = make("reference_to_video")
+    for name, mode in EXACT.items():
+        made = make("reference_to_video", *mode)
+        tolerance = 1e-5 if name.startswith("stream") else 0
+        np.testing.assert_allclose(made.latents["latents.0"], plain.latents["latents.0"], atol=tolerance, rtol=0)
+
+
+def test_modes_make_the_same_video_in_fp8(make):
+    plain = make("reference_to_video", "--dtype", "bfloat16", "--quant", "fp8")
+    for mode in EXACT.values():
+        assert_same(make("reference_to_video", "--dtype", "bfloat16", "--quant", "fp8", *mode), plain)
+
+
+@pytest.mark.parametrize("task", INPUTS)
+def test_fp8_changes_a_little(make, task):
+    plain = make(task, "--dtype", "bfloat16")
+    made = {flags: make(task, "--dtype", "bfloat16", *flags) for flags in FP8}
+    for run in made.values():
+        assert not np.array_equal(run.latents["latents.0"], plain.latents["latents.0"])
+        assert psnr(run.frames, plain.frames) > LEAST_PSNR
+    weights, low_vram, dynamic = made.values()
+    assert_same(low_vram, weights)
+    assert not np.array_equal(dynamic.latents["latents.0"], weights.latents["latents.0"])
+
+
+def test_a_bfloat16_vae_changes_little(make):
+    plain = make("shot_switching_extension")
+    made = make("shot_switching_extension", "--vae_dtype", "bfloat16")
+    assert not np.array_equal(made.frames, plain.frames)
+    assert psnr(made.frames, plain.frames) > LEAST_PSNR
+
+
+def test_low_vram_streams(make, monkeypatch):
+    """That the modes are equal would also be so if nothing streamed."""
+    from skyreels_v3.memory.stream import BlockStream
+
+    fetched: list[tuple[type, int]] = []
+    fetch = BlockStream._fetch
+
+    def spy(self: BlockStream, index: int, slot: object) -> None:
+        fetched.append((type(self.module), index))
+        fetch(self, index, slot)
+
+    monkeypatch.setattr(BlockStream, "_fetch", spy)
+    make("shot_switching_extension", "--low_vram")
+    assert {(module.__name__, index) for module, index in fetched} == {
+        (name, index) for name in ("SkyReelsTransformer3DModel", "UMT5EncoderModel") for index in (0, 1)
+    }
+
+
+@pytest.fixture
+def encoded(monkeypatch) -> list[str]:
+    """The texts that the text encoder has worked on."""
+    texts: list[str] = []
+    call = TextEncoder.__call__
+
+    def spy(self: TextEncoder, prompts: list[str]) -> torch.Tensor:
+        texts.extend(prompts)
+        return call(self, prompts)
+
+    monkeypatch.setattr(TextEncoder, "__call__", spy)
+    return texts
+
+
+def test_a_prompt_is_encoded_once(make, encoded, monkeypatch, tmp_path, cache):
+    """Once for a checkpoint, a dtype and a quantisation, until it is told not to remember."""
+    for name in cache.glob("tiny-*"):
+        (tmp_path / "own" / name.name).parent.mkdir(exist_ok=True)
+        (tmp_path / "own" / name.name).symlink_to(name)
+    monkeypatch.setenv("SKYREELS_CACHE", str(tmp_path / "own"))
+    task = "reference_to_video"
+    first = make(task, cached=True)
+    negative = encoded[1]
+    assert encoded == ["a boat", negative]
+    for flags in ((), ("--memory", "stream"), ("--seed", 42, "--num_inference_steps", 2)):
+        assert_same(make(task, *flags, cached=True), first)
+    assert len(encoded) == 2
+    assert_same(make(task), first)
+    assert encoded == ["a boat", negative] * 2
+    make(task, "--prompt", "another boat", cached=True)
+    assert encoded[4:] == ["another boat"]
+    for number, flags in enumerate([("--dtype", "bfloat16"), ("--quant", "fp8"), ("--quant", "fp8_dynamic")], start=1):
+        once = make(task, *flags, cached=True)
+        assert_same(make(task, *flags, cached=True), once)
+        assert encoded[5:] == ["a boat", negative] * number
+    make("shot_switching_extension", cached=True)  # another checkpoint
+    assert encoded[-1] == "a boat" and len(encoded) == 12
+
+
+def test_no_cache_leaves_nothing(make, monkeypatch, tmp_path):
+    monkeypatch.setenv("SKYREELS_CACHE", str(tmp_path / "own"))
+    make("reference_to_video")
+    assert not any(name.startswith("prompts") for name in files_in(tmp_path / "own"))
+    make("reference_to_video", cached=True)
+    assert sum(name.startswith("prompts") for name in files_in(tmp_path / "own")) == 2
+
+
+def test_a_damaged_cache_is_not_used(make, encoded, monkeypatch, tmp_path):
+    monkeypatch.setenv("SKYREELS_CACHE", str(tmp_path / "own"))
+    first = make("reference_to_video", cached=True)
+    for file in (tmp_path / "own" / "prompts").iterdir():
+        file.write_bytes(file.read_bytes()[:-1])
+    assert_same(make("reference_to_video", cached=True), first)
+    assert len(encoded) == 4
+    assert_same(make("reference_to_video", cached=True), first)
+    assert len(encoded) == 4
+
+
+def ask_for_too_much(*_: object, **__: object) -> None:
+    torch.empty(1 << 62, dtype=torch.uint8)
+
+
+# stage: what is patched to ask for too much, and what is left of the run
+FINISHED_PASS = {"out/a.state/request.json", "out/a.state/pass-000.safetensors"}  # for --resume
+SHORTAGES: dict[str, tuple[type, str, set[str]]] = {
+    "the text encoder": (TextEncoder, "__call__", set()),
+    "encoding with the VAE": (VideoVAE, "encode", set()),
+    "denoising": (SkyReelsTransformer3DModel, "forward", set()),
+    "decoding with the VAE": (VideoVAE, "decode_stream", FINISHED_PASS),
+}
+
+
+@pytest.mark.parametrize("stage", SHORTAGES)
+@pytest.mark.parametrize("mode", ["resident", "stream"])
+def test_out_of_memory(main, monkeypatch, tmp_path, stage, mode):
+    owner, name, left = SHORTAGES[stage]
+    monkeypatch.setattr(owner, name, ask_for_too_much)
+    before = files_in(tmp_path)
+    flags = ("--memory", mode, "--no_cache", "--output", "out/a.mp4", "--save_latents", "out/a.safetensors")
+    task = "reference_to_video"
+    code, stdout, stderr = main("--task_type", task, *BASE, *STEPS, *INPUTS[task], *flags)
+    assert (code, stdout) == (1, "")
+    lines = [line for line in stderr.splitlines() if not line.startswith("WARNING: tiny is a toy")]
+    assert len(lines) == 1
+    assert re.match(
+        rf"error: OutOfMemory: out of memory in {stage}: [\d.]+ GB of host memory more were asked", lines[0]
+    )
+    for way in ("--low_vram", "--vae_dtype bfloat16", "a smaller --resolution"):
+        assert way in lines[0]
+    assert files_in(tmp_path) - before == left
+
+
+def test_other_runtime_errors_are_not_taken_for_shortages(main, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(SkyReelsTransformer3DModel, "forward", fail)
+    code, _, stderr = main("--task_type", "reference_to_video", *BASE, *INPUTS["reference_to_video"])
+    assert code == 1
+    assert stderr.splitlines()[-1] == "error: RuntimeError: shapes do not match (--verbose shows where)"
+
+
+def test_compiled_blocks_make_nearly_the_same_video(make):
+    plain = make("reference_to_video")
+    made = make("reference_to_video", "--compile")
+    np.testing.assert_allclose(made.latents["latents.0"], plain.latents["latents.0"], atol=2e-3, rtol=0)
