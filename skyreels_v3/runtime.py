@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 DEVICES = ("auto", "cuda", "cpu", "mps")
 DTYPES = ("bfloat16", "float32")
 FP8_CAPABILITY = (8, 9)  # of the first GPUs with FP8 matrix units, Ada
+PORTABLE = 1  # pinned for every GPU, whichever is current
 COMPILERS = ("c++", "g++", "clang++", "cl")
 GPU_DRIVERS = ("libcuda.so.1", "nvcuda.dll", "libamdhip64.so")  # torch calls AMD's devices cuda, too
 
@@ -201,7 +202,7 @@ def pin(room: torch.Tensor) -> bool:
     if not torch.cuda.is_available():
         return True
     runtime = torch.cuda.cudart()
-    if int(runtime.cudaHostRegister(room.data_ptr(), room.nbytes, 0)) != 0:
+    if int(runtime.cudaHostRegister(room.data_ptr(), room.nbytes, PORTABLE)) != 0:
         return False
     weakref.finalize(room, runtime.cudaHostUnregister, room.data_ptr())
     return True

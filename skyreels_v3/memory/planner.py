@@ -159,10 +159,10 @@ class Sizes:
         )
         return int(max(ATTENTION_BYTES[dtype] * self.dim * tokens, WAITING_BYTES[dtype] * self.dim * tokens + working))
 
-    def context_bytes(self, frames: int, dtype: str) -> int:
+    def context_bytes(self, frames: int, speakers: int, dtype: str) -> int:
         """Bytes of the keys and values of one condition, which are kept from step to step."""
         tokens = TEXT_TOKENS + (IMAGE_TOKENS if self.image_dim is not None else 0)
-        tokens += self.audio_tokens * frames if self.audio_dim is not None else 0
+        tokens += self.audio_tokens * speakers * frames if self.audio_dim is not None else 0
         return self.num_layers * 2 * tokens * self.dim * BYTES[dtype]
 
 
@@ -287,7 +287,7 @@ def stages(
     weights = component_bytes(request, checkpoint, dtype)
     quantized = is_quantized(request, checkpoint)
     longest = max(passes, key=lambda made: made.tokens)
-    contexts = len(guidance_of(request).terms) * sizes.context_bytes(longest.latents[2], dtype)
+    contexts = len(guidance_of(request).terms) * sizes.context_bytes(longest.latents[2], len(request.input_audio), dtype)
     transformer = Stage(
         sizes.weight_bytes(dtype, quantized),
         sizes.streamed_bytes(dtype, quantized, request.stream_blocks),

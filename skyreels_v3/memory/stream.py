@@ -139,7 +139,8 @@ class BlockStream:
                 yield
                 return
             if self._beginning is not None:
-                self._beginning.result()
+                beginning, self._beginning = self._beginning, None
+                beginning.result()
             self.prepare()
             with self._on_the_way():
                 yield

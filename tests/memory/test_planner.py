@@ -140,13 +140,13 @@ def empty(*shape: int) -> torch.Tensor:
     ],
 )
 @torch.inference_mode()
-def test_activations_of_a_forward(task, frames, height, width, dtype):
+def test_activations_of_a_forward(task, frames, height, width, dtype, speakers=1):
     """At the official sizes, without numbers; and what is kept of the conditions, to the byte."""
     sizes = replace(published(task), num_layers=1)
     model = on_meta(sizes, dtype)
     image = empty(1, 257, sizes.image_dim) if sizes.image_dim else None
-    audio = empty(1, 1, 4 * frames - 3, 5, 12, 768) if sizes.audio_dim else None
-    context = model.embed_context(empty(1, 512, 4096), image, audio)
+    audio = empty(1, speakers, 4 * frames - 3, 5, 12, 768) if sizes.audio_dim else None
+    context = model.embed_context(empty(1, 512, 4096), image, audio, empty(3, height, width) if speakers > 1 else None)
     latents = empty(1, sizes.in_channels, frames, height, width)
     segments, timestep = [Segment(latents)], torch.tensor([500])
     if task == "single_shot_extension":
@@ -155,9 +155,14 @@ def test_activations_of_a_forward(task, frames, height, width, dtype):
     with LiveBytes() as counter:
         model(segments, timestep, context)
     kept = sum(tensor.nbytes for made in context._kept.values() for tensor in tree_leaves(made))
-    assert sizes.context_bytes(frames, dtype) == kept
+    assert sizes.context_bytes(frames, speakers, dtype) == kept
     planned = sizes.activation_bytes(frames * height * width // 4, dtype) + kept
     assert planned == pytest.approx(counter.peak, rel=0.05)
+
+
+@torch.inference_mode()
+def test_activations_with_two_speakers():
+    test_activations_of_a_forward("talking_avatar", 21, 90, 160, "bfloat16", speakers=2)
 
 
 def test_numbers_that_the_plan_repeats():

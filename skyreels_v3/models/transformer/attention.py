@@ -21,6 +21,7 @@ from skyreels_v3.models.transformer.rope import THETA, Rotary, apply_rotary, rot
 SPEAKER_RANGES = ((0.0, 4.0), (20.0, 24.0))
 BACKGROUND_POSITION = 12.0
 SPEAKER_POSITIONS = (2.0, 22.0)
+MAPPED_AT_ONCE = 4096  # tokens
 
 KeysValues = tuple[Tensor, Tensor]  # (B, T, N, D) each
 
@@ -150,9 +151,15 @@ def speaker_positions(query: Tensor, first_frame_key: Tensor, masks: Tensor) -> 
     each mask (3, S) of person one, person two and the background. The winner decides; a person's tokens are spread
     over that person's range by how strongly they look, from the weakest to the strongest token.
     """
-    weights = attention_map(query, first_frame_key)  # (B, L, S)
-    regions = masks.to(weights) / masks.sum(dim=1, keepdim=True).clamp(min=1)  # the background may be empty
-    looks = torch.einsum("bls,ps->bpl", weights, regions)  # (B, 3, L)
+    regions = masks.float() / masks.sum(dim=1, keepdim=True).clamp(min=1)  # the background may be empty
+    # some tokens at a time: the weights of all tokens at once would be the largest tensor of a forward
+    looks = torch.cat(
+        [
+            torch.einsum("bls,ps->bpl", attention_map(some, first_frame_key), regions)
+            for some in query.split(MAPPED_AT_ONCE, dim=1)
+        ],
+        dim=-1,
+    )  # (B, 3, L)
     low, high = looks.amin(dim=-1, keepdim=True), looks.amax(dim=-1, keepdim=True)
     spread = (looks - low) / (high - low)
     places = torch.full_like(spread, BACKGROUND_POSITION)
