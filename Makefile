@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python generate_video.py --model_id tiny
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench bench-gpu clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,12 @@ test: $(VENV)/installed-dev
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+bench: $(VENV)/installed
+	$(VENV)/bin/python benchmarks/run_all.py cpu
+
+bench-gpu: $(VENV)/installed
+	$(VENV)/bin/python benchmarks/run_all.py gpu
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache

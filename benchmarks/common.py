@@ -1,16 +1,113 @@
-"""What the benchmarks share: the line about the machine, the middle of some numbers, a table for people."""
+"""What the benchmarks share: flags, taking time and memory, the table for people and the line at the end."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from torch import Tensor
+
+Work = Callable[[], Tensor]
+Rounds = list[dict[str, float]]  # seconds of each work, round by round
+
+
+# Flags
+
+
+def parser_of(text: str | None, device: bool = True) -> argparse.ArgumentParser:
+    """A parser with the flags that all have."""
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    if device:
+        parser.add_argument("--device", type=torch_device, default="cpu", help="a torch device (default: cpu)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the last line to this file too")
+    return parser
+
+
+def torch_device(text: str) -> torch.device:
+    """A device that is there."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from error
+    device = torch.device(text)
+    return torch.device("cuda", torch.cuda.current_device()) if text == "cuda" else device
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """A type for whole numbers from `low` on."""
+
+    def number(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number from {low} on")
+        return int(text)
+
+    return number
+
+
+# Measuring
+
+
+def seconds(work: Work) -> float:
+    """Wall time, with all that was started on the device."""
+    start = time.perf_counter()
+    wait_for(work().device)
+    return time.perf_counter() - start
+
+
+def wait_for(device: torch.device) -> None:
+    """Until a device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def time_rounds(works: Mapping[str, Work], rounds: int) -> Rounds:
+    """Seconds of each work, round by round; each begins with another one."""
+    names = list(works)
+    orders = [names[number % len(names) :] + names[: number % len(names)] for number in range(rounds)]
+    return [{name: seconds(works[name]) for name in order} for order in orders]
+
+
+def median_of(rounds: Rounds, name: str) -> float:
+    """Seconds of a work."""
+    return statistics.median(taken[name] for taken in rounds)
+
+
+def ratio_of(rounds: Rounds, name: str, baseline: str) -> dict[str, float]:
+    """Its time over that of another within a round."""
+    return spread([taken[name] / taken[baseline] for taken in rounds])
+
+
+def measure_peak(work: Work, device: torch.device) -> tuple[Tensor, int | None]:
+    """The result, on the CPU, and the memory that it took on a GPU."""
+    if device.type != "cuda":
+        return work().cpu(), None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    out = work().cpu()
+    return out, torch.cuda.max_memory_allocated(device) - before
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, quartiles and extremes of at least two values."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    numbers = {"median": statistics.median(values), "q1": low, "q3": high, "min": min(values), "max": max(values)}
+    return {key: round(value, 4) for key, value in numbers.items()}
+
+
+# Telling
 
 
 def environment(name: str, device: torch.device) -> dict[str, Any]:
@@ -28,11 +125,14 @@ def environment(name: str, device: torch.device) -> dict[str, Any]:
     }
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, quartiles and extremes of at least two values."""
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    numbers = {"median": statistics.median(values), "q1": low, "q3": high, "min": min(values), "max": max(values)}
-    return {key: round(value, 4) for key, value in numbers.items()}
+def quartiles(ratio: Mapping[str, float], digits: int = 2) -> str:
+    """How far a ratio goes, for people."""
+    return f"{ratio['q1']:.{digits}f} to {ratio['q3']:.{digits}f}"
+
+
+def gigabytes(size: float | None) -> str:
+    """A size for people; a dash where there is none."""
+    return "-" if size is None else f"{size / 1e9:.2f}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -42,3 +142,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         width = max(map(len, cells))
         columns.append([cell.rjust(width) if index else cell.ljust(width) for cell in cells])
     return "\n".join("  ".join(line) for line in zip(*columns, strict=True))
+
+
+def report(
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    notes: Sequence[str],
+    line: Mapping[str, Any],
+    file: Path | None,
+) -> None:
+    """Tell people, then print all as one JSON line, the table too, and write it to `file`."""
+    print("\n".join((title, table(header, rows), *notes)))
+    text = json.dumps({**line, "title": title, "table": [header, *rows], "notes": notes})
+    if file is not None:
+        file.write_text(text + "\n", encoding="utf-8")
+    print(text)

@@ -27,6 +27,7 @@ import concurrent.futures
 import gc
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -49,7 +50,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.common import environment, spread, table
+from benchmarks.common import at_least, environment, parser_of, quartiles, report, spread
 from skyreels_v3.checkpoints.key_maps import IDENTITY, NATIVE_TRANSFORMER, invert, translate
 from skyreels_v3.checkpoints.published import load_transformer
 
@@ -84,20 +85,20 @@ def main() -> None:
         if not (folder / "native" / INDEX_NAME).is_file():
             write_checkpoints(folder, args.size_gb * GB, BLOCKS[args.blocks])
         runs = take_turns(folder, args.runs, args.cold)
-        report(runs, describe(folder / "native", args))
+        tell(runs, describe(folder / "native", args), args.json)
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line, checked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, device=False)
     parser.add_argument("--size-gb", type=float, default=1.6, help="least size of the weights; twice that on disk")
     parser.add_argument("--blocks", default="14B", choices=BLOCKS, help="whose; as many as the size takes")
-    parser.add_argument("--runs", type=int, default=10, help="processes for each load; at least 2")
+    parser.add_argument("--runs", type=at_least(2), default=10, help="processes for each load; at least 2")
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each read")
     parser.add_argument("--keep", type=Path, help="folder to leave the checkpoints in, or to find them in")
     args = parser.parse_args()
-    if args.runs < 2:
-        parser.error("--runs must be at least 2")
+    if not 0 < args.size_gb < math.inf:
+        parser.error("--size-gb must be above 0")
     return args
 
 
@@ -218,8 +219,8 @@ def read_plain(folder: Path) -> list[Tensor]:
 
 
 def load_ours(folder: Path) -> Iterable[Tensor]:
-    """Weights of our model; the folder is named after its layout."""
-    return load_transformer(folder, folder.name, torch.float32).parameters()
+    """Weights of our model."""
+    return load_transformer(folder, torch.float32).parameters()
 
 
 def load_diffusers(folder: Path) -> Iterable[Tensor]:
@@ -311,7 +312,7 @@ def run_fresh(name: str, folder: Path, plain_first: bool, cold: bool) -> Compari
         return fresh.submit(compare, name, folder, plain_first, cold).result()
 
 
-def report(runs: dict[str, list[Comparison]], sizes: dict[str, Any]) -> None:
+def tell(runs: dict[str, list[Comparison]], sizes: dict[str, Any], file: Path | None) -> None:
     """A table for people, then one JSON line."""
     figures = {name: summarise(taken, sizes["bytes"]) for name, taken in runs.items()}
     met = all(
@@ -320,13 +321,12 @@ def report(runs: dict[str, list[Comparison]], sizes: dict[str, Any]) -> None:
         if LOADS[name][0] is load_ours
     )
     model = f"{sizes['bytes'] / GB:.2f} GB, {sizes['layers']} block(s) of width {sizes['dim']}, {sizes['dtype']}"
-    print(f"{model}, {sizes['shards']} shards, page cache {sizes['page_cache']}, {sizes['runs']} runs of each")
+    title = f"{model}, {sizes['shards']} shards, page cache {sizes['page_cache']}, {sizes['runs']} runs of each"
     header = ("", "median s", "plain s", "time / plain", "quartiles", "peak growth / size")
-    print(table(header, [row(name, figure) for name, figure in figures.items()]))
-    print(f"ours within {TIME_LIMIT} x plain and {MEMORY_LIMIT} x size: {'yes' if met else 'NO'}")
+    notes = [f"ours within {TIME_LIMIT} x plain and {MEMORY_LIMIT} x size: {'yes' if met else 'NO'}"]
     limits = {"time_over_plain": TIME_LIMIT, "peak_growth_over_size": MEMORY_LIMIT}
     line = {**environment("load", torch.device("cpu")), **sizes, "loads": figures, "limits": limits, "met": met}
-    print(json.dumps(line))
+    report(title, header, [row(name, figure) for name, figure in figures.items()], notes, line, file)
 
 
 def row(name: str, figure: dict[str, Any]) -> tuple[str, ...]:
@@ -337,7 +337,7 @@ def row(name: str, figure: dict[str, Any]) -> tuple[str, ...]:
         f"{figure['seconds']:.3f}",
         f"{figure['plain_seconds']:.3f}",
         f"{ratio['median']:.2f}",
-        f"{ratio['q1']:.2f} to {ratio['q3']:.2f}",
+        quartiles(ratio),
         f"{figure['peak_growth_over_size']:.3f}",
     )
 

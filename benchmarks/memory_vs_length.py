@@ -11,7 +11,6 @@ peak resident size (ru_maxrss) is read at its end: imports, weights, inputs and 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import subprocess
@@ -27,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 import torch
 from imageio_ffmpeg import get_ffmpeg_exe
 
-from benchmarks.common import environment, table
+from benchmarks.common import at_least, environment, parser_of, report
 
 ROOT = Path(__file__).resolve().parents[1]
 MB = 1e6
@@ -52,15 +51,18 @@ def main() -> None:
             task: [measure(task, seconds, args, Path(folder)) for seconds in lengths]
             for task, lengths in LENGTHS.items()
         }
-    report(costs, args)
+    tell(costs, args)
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", type=int, default=32, help="of the square pictures, a multiple of 16")
-    parser.add_argument("--steps", type=int, default=1, help="of the denoising")
-    return parser.parse_args()
+    parser = parser_of(__doc__, device=False)
+    parser.add_argument("--side", type=at_least(16), default=32, help="of the square pictures, a multiple of 16")
+    parser.add_argument("--steps", type=at_least(1), default=1, help="of the denoising")
+    args = parser.parse_args()
+    if args.side % 16:
+        parser.error("--side must be a multiple of 16")
+    return args
 
 
 def measure(task: str, seconds: int, args: argparse.Namespace, folder: Path) -> Cost:
@@ -92,17 +94,16 @@ def make_inputs(task: str, seconds: int, folder: Path) -> list[str]:
     return ["--input_image", str(ASSETS / "portrait.png"), "--input_audio", str(sound)]
 
 
-def report(costs: dict[str, list[Cost]], args: argparse.Namespace) -> None:
+def tell(costs: dict[str, list[Cost]], args: argparse.Namespace) -> None:
     """A table for people, then one JSON line."""
     figures = {task: summarise(task, short, long) for task, (short, long) in costs.items()}
     met = all(figure["ratio"] <= LIMIT for figure in figures.values())
-    print(f"peak resident memory, tiny, {args.side} x {args.side}, {args.steps} step(s)")
+    title = f"peak resident memory, tiny, {args.side} x {args.side}, {args.steps} step(s)"
     header = ("", "short", "MB", "s", "long", "MB", "s", "long / short")
-    print(table(header, [row(task, figure) for task, figure in figures.items()]))
-    print(f"long within {LIMIT} x short: {'yes' if met else 'NO'}")
-    sizes = {"side": args.side, "steps": args.steps}
-    line = {**environment("memory_vs_length", torch.device("cpu")), **sizes, "tasks": figures}
-    print(json.dumps(line | {"limit": LIMIT, "met": met}))
+    notes = [f"long within {LIMIT} x short: {'yes' if met else 'NO'}"]
+    line = {**environment("memory_vs_length", torch.device("cpu")), "side": args.side, "steps": args.steps}
+    line |= {"tasks": figures, "limit": LIMIT, "met": met}
+    report(title, header, [row(task, figure) for task, figure in figures.items()], notes, line, args.json)
 
 
 def summarise(task: str, short: Cost, long: Cost) -> dict[str, Any]:

@@ -1,182 +1,292 @@
-"""One forward of our transformer beside diffusers' `WanTransformer3DModel`: same weights, same inputs, same process.
+"""One forward of our transformer in each mode beside diffusers' `WanTransformer3DModel`: same weights, same inputs.
 
-Both are first shown to compute the same thing, so that the times compare equal work. Then they run in pairs whose order
-alternates (ours first, diffusers first, ...): what else the machine does meanwhile falls on both alike, and the ratio
-within a pair says more than two medians do. The defaults are the 14B model's proportions at a quarter of its width.
+    exact        as the product runs it, with the attention kernel that it chooses on the device
+    compile      as with --compile
+    fp8          as with --quant fp8
+    fp8_dynamic  as with --quant fp8_dynamic
+    stream       as with --memory stream: weights in host memory, pinned on a GPU
+
+All are first shown to compute the same thing as diffusers, FP8 but for its rounding, so that the times compare equal
+work. Then they take turns, each round beginning with another one: what else the machine does meanwhile falls on all
+alike, and the ratio within a round says more than two medians do. The weights are held once; FP8 and streaming have
+copies of their own.
+
+Work is counted by the planner, the same for all: also what depends on the conditions alone, which ours computes once
+for a generation and not in the step (4 * 512 * width^2 a layer). The ceiling is the fastest product of square matrices,
+in the dtype of the run, that was found on the device just before.
+
+The defaults are the 14B model's proportions at a quarter of its width. --official has its real sizes; with fewer
+--layers than it has, seconds are also shown scaled to all.
 
     python benchmarks/transformer_step.py
-    python benchmarks/transformer_step.py --device cuda --dtype bfloat16 --dim 5120 --frames 21 --height 60 --width 104
+    python benchmarks/transformer_step.py --device cuda --official r2v-720p --layers 3 --rounds 3
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
+import shutil
 import sys
-import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout, nothing installed
 
 import torch
-from diffusers import WanTransformer3DModel
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from benchmarks.common import environment, spread, table
-from skyreels_v3.models.transformer import Segment, SkyReelsTransformer3DModel
+from benchmarks.common import (
+    Rounds,
+    Work,
+    at_least,
+    environment,
+    gigabytes,
+    median_of,
+    parser_of,
+    quartiles,
+    ratio_of,
+    report,
+    seconds,
+    time_rounds,
+)
+from benchmarks.models import (
+    Case,
+    add_case_flags,
+    case_of,
+    diffusers_forward_of,
+    diffusers_twin,
+    embedded,
+    forward_of,
+    make_inputs,
+    outputs_of,
+    random_transformer,
+    twin,
+)
+from skyreels_v3.attention.backends import choose_attention
+from skyreels_v3.compile import compile_blocks
+from skyreels_v3.memory.quantize import quantize
+from skyreels_v3.memory.stream import BlockStream
+from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
+from skyreels_v3.runtime import COMPILERS, FP8_CAPABILITY, pin
 
-HEAD_DIM = 128
-FFN_RATIO = 2.7  # 13824 / 5120
-TEXT_DIM = 4096
-TEXT_TOKENS = 512  # rows of a padded prompt, all of them attended to
-LIMIT = 1.0  # ours / diffusers
-TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-1}  # on outputs of the order of 1
+BASELINE = "diffusers"
+EXACT = ("exact", "stream")  # in which the same is computed, and has to be at least as fast
+MODES = ("exact", "compile", "fp8", "fp8_dynamic", "stream")
+CPU_MODES = ("exact", "compile", "fp8", "stream")
+LIMIT = 1.0  # a mode / diffusers
+TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}  # root mean square of a difference, over that of the output
+FP8_TOLERANCE = 0.3
+PRODUCT_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192, 16384)}
+PRODUCT_RUNS = 5  # of each size, the fastest counts
 
-Forward = Callable[[], Tensor]
+Model = SkyReelsTransformer3DModel
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Seconds of one forward each, taken one right after the other."""
+class Result:
+    """What a mode's untimed runs gave."""
 
-    ours: float
-    diffusers: float
-
-    @property
-    def ratio(self) -> float:
-        """Below 1 where ours is faster."""
-        return self.ours / self.diffusers
+    difference: float  # relative root mean square, from the baseline
+    peak_bytes: int | None
 
 
 def main() -> int:
-    """Compare, time, print; 1 when the two models do not compute the same."""
-    args = parse_arguments()
+    """Compare, time, print; 1 when a mode does not compute the same."""
+    args, case = parse_arguments()
     torch.manual_seed(0)
-    device = torch.device(args.device)
-    theirs, ours = build_models(args.dim, args.layers, device, getattr(torch, args.dtype))
-    forwards = bind_inputs(ours, theirs, (args.frames, args.height, args.width), device)
-    with torch.no_grad():
-        difference = max_difference(*forwards)
-        if difference > TOLERANCES[args.dtype]:
-            print(f"the outputs differ by {difference:.2e}, more than {TOLERANCES[args.dtype]:.0e}", file=sys.stderr)
-            return 1
-        pairs = time_pairs(*forwards, args.pairs)
-    report(args, device, difference, pairs)
+    dtype = getattr(torch, args.dtype)
+    ceiling = max(product_rate(size, args.device, dtype) for size in PRODUCT_SIZES.get(args.device.type, (4096,)))
+    with ExitStack() as stays:
+        models = build_models(case, args, stays)
+        with torch.inference_mode():  # the forwards alone, as in the product
+            works = bind_inputs(models, case, args.device, dtype)
+            results = compare(works, models, args.device)
+            if not agree(results, args.dtype):
+                return 1
+            rounds = time_rounds(works, args.rounds)
+    tell(args, case, ceiling, summarise(case, results, rounds, ceiling))
     return 0
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments() -> tuple[argparse.Namespace, Case]:
     """The command line, checked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="a torch device")
-    parser.add_argument("--dtype", default="float32", choices=TOLERANCES)
-    parser.add_argument("--pairs", type=int, default=20, help="timed forwards of each model; at least 2")
-    parser.add_argument("--dim", type=int, default=1280, help=f"model width, a multiple of {HEAD_DIM}")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--frames", type=int, default=5, help="latent frames")
-    parser.add_argument("--height", type=int, default=40, help="latent rows, even")
-    parser.add_argument("--width", type=int, default=40, help="latent columns, even")
+    parser = parser_of(__doc__)
+    parser.add_argument("--modes", help=f"some of {','.join(MODES)} (default: all; without fp8_dynamic on a CPU)")
+    parser.add_argument("--rounds", type=at_least(2), default=7, help="timed forwards of each; at least 2")
+    add_case_flags(parser)
     args = parser.parse_args()
-    if args.pairs < 2 or args.dim % HEAD_DIM or args.height % 2 or args.width % 2:
-        parser.error(f"--pairs must be at least 2, --dim a multiple of {HEAD_DIM}, --height and --width even")
-    return args
+    case = case_of(parser, args)
+    args.modes = args.modes.split(",") if args.modes else [*(CPU_MODES if args.device.type == "cpu" else MODES)]
+    if len({*args.modes}) < len(args.modes) or "exact" not in args.modes or not {*args.modes} <= {*MODES}:
+        parser.error(f"--modes must be exact and any of {','.join(MODES[1:])}, each once")
+    if reason := impossible(args.modes, args.device):
+        parser.error(f"--modes: {reason}; leave it out")
+    return args, case
 
 
-def build_models(
-    dim: int, layers: int, device: torch.device, dtype: torch.dtype
-) -> tuple[WanTransformer3DModel, SkyReelsTransformer3DModel]:
-    """diffusers' model with random weights, and ours with the same."""
-    sizes = {
-        "num_attention_heads": dim // HEAD_DIM,
-        "attention_head_dim": HEAD_DIM,
-        "text_dim": TEXT_DIM,
-        "ffn_dim": round(FFN_RATIO * dim),
-        "num_layers": layers,
+def impossible(modes: list[str], device: torch.device) -> str | None:
+    """Why one of the modes cannot be had here."""
+    if "compile" in modes and device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
+        return "compile needs a C++ compiler"
+    if "fp8_dynamic" in modes and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        return "fp8_dynamic needs a GPU with FP8 units"
+    return None
+
+
+def product_rate(size: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a product of square matrices."""
+    left, right = torch.randn(2, size, size, device=device, dtype=dtype)
+    torch.mm(left, right)
+    return 2 * size**3 / min(seconds(lambda: torch.mm(left, right)) for _ in range(PRODUCT_RUNS))
+
+
+# The modes
+
+
+def build_models(case: Case, args: argparse.Namespace, stays: ExitStack) -> dict[str, Any]:
+    """diffusers' model and ours in every mode, with the same weights."""
+    attention = choose_attention("auto", args.device, getattr(torch, args.dtype))
+    exact = random_transformer(case.sizes, getattr(torch, args.dtype), args.device)
+    exact.set_attention(attention)
+    models: dict[str, Any] = {} if case.sizes.audio_dim is not None else {BASELINE: diffusers_twin(exact, case.sizes)}
+    for mode in args.modes:
+        models[mode] = exact if mode == "exact" else MAKERS[mode](models.get("fp8", exact), exact, args.device, stays)
+        models[mode].set_attention(attention)
+    return models
+
+
+def compiled(_: Model, exact: Model, device: torch.device, stays: ExitStack) -> Model:
+    """The same weights under compiled blocks."""
+    model = twin(exact)
+    compile_blocks(model)
+    return model
+
+
+def in_fp8(_: Model, exact: Model, device: torch.device, stays: ExitStack) -> Model:
+    """Blocks with weights of their own, in FP8."""
+    model = twin(exact)
+    quantize(model.blocks, device)
+    return model
+
+
+def in_fp8_dynamic(fp8: Model, exact: Model, device: torch.device, stays: ExitStack) -> Model:
+    """The FP8 weights, multiplied in FP8."""
+    model = twin(fp8)
+    quantize(model.blocks, device, dynamic=True)
+    return model
+
+
+def streamed(_: Model, exact: Model, device: torch.device, stays: ExitStack) -> Model:
+    """Weights in host memory; the stream runs until `stays` ends."""
+    model = twin(exact, torch.device("cpu"))
+    pinned = pin if device.type == "cuda" else None  # as the product has it
+    stays.enter_context(BlockStream(model, model.blocks, device, pin=pinned).active())
+    return model
+
+
+MAKERS: dict[str, Callable[[Model, Model, torch.device, ExitStack], Model]] = {
+    "compile": compiled,
+    "fp8": in_fp8,
+    "fp8_dynamic": in_fp8_dynamic,
+    "stream": streamed,
+}
+
+
+def bind_inputs(models: dict[str, Any], case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Work]:
+    """A forward of each on the same inputs."""
+    inputs = make_inputs(case, device, dtype)
+    return {
+        name: diffusers_forward_of(model, inputs, case)
+        if name == BASELINE
+        else forward_of(model, inputs, embedded(models["exact"], inputs))
+        for name, model in models.items()
     }
-    with device:
-        theirs = WanTransformer3DModel(**sizes)
-    with torch.device("meta"):
-        ours = SkyReelsTransformer3DModel(**sizes)
-    ours.load_state_dict(theirs.state_dict(), assign=True)
-    return cast_weights(theirs, dtype), cast_weights(ours, dtype)
 
 
-def cast_weights(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
-    """Weights in `dtype` but for those that the model wants in float32, as its loader would have them."""
-    for name, parameter in model.named_parameters():
-        keep = any(part in name for part in model._keep_in_fp32_modules)
-        parameter.data = parameter.data.to(torch.float32 if keep else dtype)
-    return model.eval()
+def compare(works: dict[str, Work], models: dict[str, Any], device: torch.device) -> dict[str, Result]:
+    """Everyone's output beside that of the first."""
+    expected, results = None, {}
+    for name, out, peak in outputs_of(works, models, device):
+        expected = out if expected is None else expected
+        results[name] = Result(relative_difference(out, expected), peak)
+    return results
 
 
-def bind_inputs(
-    ours: SkyReelsTransformer3DModel, theirs: WanTransformer3DModel, size: tuple[int, int, int], device: torch.device
-) -> tuple[Forward, Forward]:
-    """The two forwards on the same inputs: a plain video with one timestep, and a full prompt."""
-    dtype = ours.patch_embedding.weight.dtype
-    latents = torch.randn(1, 16, *size, device=device, dtype=dtype)  # (B, C, F, H, W)
-    text = torch.randn(1, TEXT_TOKENS, TEXT_DIM, device=device, dtype=dtype)
-    timestep = torch.tensor([500.0])
-    on_device = timestep.to(device)  # where each model wants it
-    with torch.no_grad():
-        context = ours.embed_context(text)  # once for all steps of a video
-    return (
-        lambda: ours([Segment(latents)], timestep, context)[0],
-        lambda: theirs(latents, on_device, text, return_dict=False)[0],
-    )
+def relative_difference(out: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference over that of what was expected."""
+    difference = (out.float() - expected.float()).square().mean() / expected.float().square().mean()
+    return difference.sqrt().item()
 
 
-def max_difference(ours: Forward, theirs: Forward) -> float:
-    """Largest difference of the outputs; also everyone's first, slower run."""
-    return (ours().float() - theirs().float()).abs().max().item()
+def agree(results: dict[str, Result], dtype: str) -> bool:
+    """Whether all computed the same; complains if not."""
+    for name, result in results.items():
+        limit = FP8_TOLERANCE if name.startswith("fp8") else TOLERANCES[dtype]
+        if not result.difference <= limit:
+            print(f"{name} differs by {result.difference:.1e}, more than {limit:.0e}", file=sys.stderr)
+            return False
+    return True
 
 
-def time_pairs(ours: Forward, theirs: Forward, count: int) -> list[Pair]:
-    """Time both `count` times, who goes first alternating."""
-    pairs = []
-    for index in range(count):
-        if index % 2 == 0:
-            first = seconds(ours)
-            pairs.append(Pair(ours=first, diffusers=seconds(theirs)))
-        else:
-            first = seconds(theirs)
-            pairs.append(Pair(ours=seconds(ours), diffusers=first))
-    return pairs
+# What came out
 
 
-def seconds(forward: Forward) -> float:
-    """Wall time of one forward, with all that it started on its device."""
-    start = time.perf_counter()
-    out = forward()
-    if out.device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - start
+def summarise(case: Case, results: dict[str, Result], rounds: Rounds, ceiling: float) -> dict[str, dict[str, Any]]:
+    """Each mode's figures."""
+    baseline = next(iter(results))
+    flop = case.sizes.forward_flop(case.tokens)
+    figures = {}
+    for name, result in results.items():
+        taken = median_of(rounds, name)
+        figures[name] = {
+            "seconds": round(taken, 4),
+            "seconds_scaled": case.scale and round(taken * case.scale, 3),
+            "tflops": round(flop / taken / 1e12, 4),
+            "of_ceiling": round(flop / taken / ceiling, 4),
+            "peak_bytes": result.peak_bytes,
+            "ratio": ratio_of(rounds, name, baseline),
+            "difference": result.difference,
+        }
+    return figures
 
 
-def report(args: argparse.Namespace, device: torch.device, difference: float, pairs: list[Pair]) -> None:
+def tell(args: argparse.Namespace, case: Case, ceiling: float, figures: dict[str, dict[str, Any]]) -> None:
     """A table for people, then one JSON line."""
-    ratios = spread([pair.ratio for pair in pairs])
-    medians = {name: statistics.median(getattr(pair, name) for pair in pairs) for name in ("ours", "diffusers")}
-    tokens = args.frames * args.height * args.width // 4
-    print(f"one forward, {args.dtype}, width {args.dim}, {args.layers} layers, {tokens} tokens, {args.pairs} pairs")
-    print(table(("", "median s"), [(name, f"{value:.3f}") for name, value in medians.items()]))
-    quartiles = f"quartiles {ratios['q1']:.3f} to {ratios['q3']:.3f}"
-    print(f"ours / diffusers within a pair: median {ratios['median']:.3f}, {quartiles}")
-    print(f"at least as fast: {'yes' if ratios['median'] <= LIMIT else 'NO'}")
-    print(f"outputs differ by at most {difference:.1e}")
-    sizes = {"dtype": args.dtype, "dim": args.dim, "layers": args.layers, "tokens": tokens, "pairs": args.pairs}
-    figures = {
-        "seconds": {name: round(value, 4) for name, value in medians.items()},
-        "ratio": ratios,
-        "limit": LIMIT,
-        "met": ratios["median"] <= LIMIT,
-        "max_difference": difference,
-    }
-    print(json.dumps({**environment("transformer_step", device), **sizes, **figures}))
+    baseline = next(iter(figures))
+    met = baseline != BASELINE or all(
+        figure["ratio"]["median"] <= LIMIT for name, figure in figures.items() if name in EXACT
+    )
+    title = f"one forward, {args.dtype}, {case.described()}, {args.rounds} rounds"
+    scaled = f"s, measured with {case.sizes.num_layers} layers, scaled to {case.full_layers}"
+    header = ("", "s", *([scaled] if case.scale else []), "TFLOP/s", "% of ceiling", "peak, GB")
+    header += (f"ratio to {baseline}", "quartiles", "difference")
+    notes = [f"ceiling, a matrix product: {ceiling / 1e12:.3g} TFLOP/s"]
+    if baseline == BASELINE:
+        judged = " and ".join(name for name in figures if name in EXACT)
+        notes.append(f"{judged} at least as fast as {BASELINE}: {'yes' if met else 'NO'}")
+    line = {**environment("transformer_step", args.device), "official": args.official, "dtype": args.dtype}
+    line |= {**case.recorded(), "rounds": args.rounds, "baseline": baseline, "ceiling_tflops": ceiling / 1e12}
+    line |= {"modes": figures, "limit": LIMIT, "met": met}
+    report(title, header, [row(name, figure) for name, figure in figures.items()], notes, line, args.json)
+
+
+def row(name: str, figure: dict[str, Any]) -> tuple[str, ...]:
+    """A line of the table."""
+    scaled = figure["seconds_scaled"]
+    return (
+        name,
+        f"{figure['seconds']:.3f}",
+        *([] if scaled is None else [f"{scaled:.1f}"]),
+        f"{figure['tflops']:.3g}",
+        f"{100 * figure['of_ceiling']:.0f}",
+        gigabytes(figure["peak_bytes"]),
+        f"{figure['ratio']['median']:.3f}",
+        quartiles(figure["ratio"], 3),
+        f"{figure['difference']:.1e}",
+    )
 
 
 if __name__ == "__main__":

@@ -17,11 +17,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,14 +30,25 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from benchmarks.common import environment, spread, table
+from benchmarks.common import (
+    Rounds,
+    Work,
+    at_least,
+    environment,
+    gigabytes,
+    measure_peak,
+    median_of,
+    parser_of,
+    quartiles,
+    ratio_of,
+    report,
+    time_rounds,
+)
 from skyreels_v3.models.vae import VideoVAE
 
 BASELINE = "whole"
 TILES = (2, 2)
 CPU_BASE_DIM, FULL_BASE_DIM = 32, 96
-
-Work = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,32 +64,30 @@ def main() -> None:
     """Compare, time, print."""
     args = parse_arguments()
     torch.manual_seed(0)
-    device = torch.device(args.device)
+    device = args.device
     works = bind_inputs(build_modes(args.base_dim, device), args, device)
     figures = {}
     for part, modes in works.items():
         results = compare(modes, device)
         rounds = time_rounds(modes, args.rounds)
         figures[part] = {mode: summarise(results[mode], rounds, mode, args.frames) for mode in modes}
-    report(args, device, figures)
+    tell(args, device, figures)
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line, checked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="a torch device")
+    parser = parser_of(__doc__)
     parser.add_argument(
-        "--base_dim", type=int, help=f"width; {FULL_BASE_DIM}, the real one, or {CPU_BASE_DIM} on a CPU"
+        "--base_dim", type=at_least(1), help=f"width; {FULL_BASE_DIM}, the real one, or {CPU_BASE_DIM} on a CPU"
     )
-    parser.add_argument("--frames", type=int, default=5, help="4k + 1")
-    parser.add_argument("--height", type=int, default=512, help="of a frame, a multiple of 8")
-    parser.add_argument("--width", type=int, default=96, help="of a frame, a multiple of 8")
-    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each mode; at least 2")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the last line to this file too")
+    parser.add_argument("--frames", type=at_least(1), default=5, help="4k + 1")
+    parser.add_argument("--height", type=at_least(8), default=512, help="of a frame, a multiple of 8")
+    parser.add_argument("--width", type=at_least(8), default=96, help="of a frame, a multiple of 8")
+    parser.add_argument("--rounds", type=at_least(2), default=5, help="timed runs of each mode; at least 2")
     args = parser.parse_args()
-    if args.frames % 4 != 1 or args.height % 8 or args.width % 8 or args.rounds < 2:
-        parser.error("--frames must be 4k + 1, --height and --width multiples of 8, --rounds at least 2")
-    args.base_dim = args.base_dim or (CPU_BASE_DIM if args.device == "cpu" else FULL_BASE_DIM)
+    if args.frames % 4 != 1 or args.height % 8 or args.width % 8:
+        parser.error("--frames must be 4k + 1, --height and --width multiples of 8")
+    args.base_dim = args.base_dim or (CPU_BASE_DIM if args.device.type == "cpu" else FULL_BASE_DIM)
     return args
 
 
@@ -142,54 +148,26 @@ def compare(modes: Mapping[str, Work], device: torch.device) -> dict[str, Result
     return results
 
 
-def measure_peak(work: Work, device: torch.device) -> tuple[Tensor, int | None]:
-    """The result, on the CPU, and the memory that it took on a GPU."""
-    if device.type != "cuda":
-        return work().cpu(), None
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    out = work().cpu()
-    return out, torch.cuda.max_memory_allocated(device) - before
-
-
-def time_rounds(modes: Mapping[str, Work], rounds: int) -> list[dict[str, float]]:
-    """Seconds of each mode, round by round; each begins with another mode."""
-    names = list(modes)
-    orders = [names[number % len(names) :] + names[: number % len(names)] for number in range(rounds)]
-    return [{name: seconds(modes[name]) for name in order} for order in orders]
-
-
-def seconds(work: Work) -> float:
-    """Wall time, with all that was started on the device."""
-    start = time.perf_counter()
-    out = work()
-    if out.device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - start
-
-
-def summarise(result: Result, rounds: list[dict[str, float]], mode: str, frames: int) -> dict[str, Any]:
+def summarise(result: Result, rounds: Rounds, mode: str, frames: int) -> dict[str, Any]:
     """One mode's figures."""
     return {
-        "seconds_per_frame": round(statistics.median(taken[mode] for taken in rounds) / frames, 5),
-        "ratio": spread([taken[mode] / taken[BASELINE] for taken in rounds]),
+        "seconds_per_frame": round(median_of(rounds, mode) / frames, 5),
+        "ratio": ratio_of(rounds, mode, BASELINE),
         "max_difference": result.max_difference,
         "psnr": result.psnr and round(result.psnr, 1),
         "peak_bytes": result.peak_bytes,
     }
 
 
-def report(args: argparse.Namespace, device: torch.device, figures: dict[str, dict[str, dict[str, Any]]]) -> None:
+def tell(args: argparse.Namespace, device: torch.device, figures: dict[str, dict[str, dict[str, Any]]]) -> None:
     """A table for people, then one JSON line."""
     size = f"{args.frames} frames of {args.height} x {args.width}"
-    print(f"{size}, base_dim {args.base_dim}, {args.rounds} rounds; all beside {BASELINE}, in float32")
+    title = f"{size}, base_dim {args.base_dim}, {args.rounds} rounds; all beside {BASELINE}, in float32"
     header = ("", "ms a frame", "ratio", "quartiles", "max difference", "PSNR, dB", "peak, GB")
-    print(table(header, [row(f"{part}, {mode}", of) for part, modes in figures.items() for mode, of in modes.items()]))
+    rows = [row(f"{part}, {mode}", of) for part, modes in figures.items() for mode, of in modes.items()]
     sizes = {key: getattr(args, key) for key in ("base_dim", "frames", "height", "width", "rounds")}
-    line = json.dumps({**environment("vae", device), **sizes, "baseline": BASELINE, **figures})
-    if args.json:
-        args.json.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    line = {**environment("vae", device), **sizes, "baseline": BASELINE, **figures}
+    report(title, header, rows, [], line, args.json)
 
 
 def row(name: str, figure: dict[str, Any]) -> tuple[str, ...]:
@@ -199,10 +177,10 @@ def row(name: str, figure: dict[str, Any]) -> tuple[str, ...]:
         name,
         f"{figure['seconds_per_frame'] * 1e3:.1f}",
         f"{ratio['median']:.2f}",
-        f"{ratio['q1']:.2f} to {ratio['q3']:.2f}",
+        quartiles(ratio),
         f"{figure['max_difference']:.1e}",
         "equal" if psnr is None else f"{psnr:.1f}",
-        "-" if peak is None else f"{peak / 1e9:.2f}",
+        gigabytes(peak),
     )
 
 

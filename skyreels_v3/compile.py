@@ -6,9 +6,6 @@ compiler can fuse. Compiled code is kept on disk, where later runs find it.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
 
 from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
@@ -16,9 +13,8 @@ from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
 GRAPHS = 16  # of one part at most: shapes, dtypes and adapters differ
 
 
-def compile_blocks(model: SkyReelsTransformer3DModel, cache: Path) -> None:
-    """Compile on first use; code is kept below `cache`."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "compiled"))
+def compile_blocks(model: SkyReelsTransformer3DModel) -> None:
+    """Compile on first use; code is kept where `runtime.set_environment` says."""
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     for block in model.blocks:
         block.project = torch.compile(block.project)

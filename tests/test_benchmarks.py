@@ -45,7 +45,7 @@ def run(name: str, arguments: tuple[str, ...], cache: Path) -> subprocess.Comple
     """A benchmark in a process of its own."""
     return subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *arguments],
-        env=os.environ | {"SKYREELS_CACHE": str(cache)},
+        env=os.environ | {"SKYREELS_CACHE": str(cache), "OMP_NUM_THREADS": "1"},  # on a busy machine threads wait
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
 
@@ -65,6 +65,7 @@ def test_it_ends_in_json(name, tmp_path, cache):
     assert all(len(row) == len(line["table"][0]) for row in line["table"])
 
 
+@pytest.mark.slow
 def test_load_ends_in_json(tmp_path, monkeypatch, capsys):
     load = importlib.import_module("benchmarks.load")
     monkeypatch.setattr(load, "BLOCKS", {"14B": load.Blocks(128, 1, 128)})

@@ -69,7 +69,7 @@ def test_the_same_results_and_no_more_graphs_for_more_blocks(cache):
         model = transformer(layers)
         expected = run(model)
         assert graphs() == 0
-        compile_blocks(model, cache)
+        compile_blocks(model)
         torch.testing.assert_close(run(model), expected, atol=1e-5, rtol=0)
         made.append(graphs())
     assert made == [2, 2]  # before and after attention
@@ -79,7 +79,7 @@ def test_the_same_results_and_no_more_graphs_for_more_blocks(cache):
 def test_streamed(cache):
     """Blocks whose weights change places; in FP8 as well, where the weights are of another kind."""
     model = transformer(4)
-    compile_blocks(model, cache)
+    compile_blocks(model)
     for kinds in (1, 2):
         expected = run(model)
         for keep, pin in ((0, None), (1, lambda room: True)):
@@ -95,6 +95,6 @@ def test_a_few_tokens_at_a_time(cache, monkeypatch):
     monkeypatch.setattr(block, "TOKENS_AT_ONCE", 12)
     model = transformer(3)
     expected = run(model)
-    compile_blocks(model, cache)
+    compile_blocks(model)
     torch.testing.assert_close(run(model), expected, atol=1e-5, rtol=0)
     assert graphs() <= 4

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same video there, with and without offload."""
+"""What only a GPU can show: the same video there in every memory mode, kernels, FP8, compilation, less memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.numpy import load_file
+
+from skyreels_v3.attention.available import KERNELS, is_installed
+from skyreels_v3.runtime import FP8_CAPABILITY
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,3 +52,113 @@ def test_bfloat16_by_default(generate, tmp_path):
     made = latents(generate, tmp_path, task, "made", "--device", "cuda")
     assert np.abs(made - exact).mean() < 0.1 * exact.std()
     assert not np.array_equal(made, exact)
+
+
+CUDA = ("--device", "cuda", "--no_cache")
+LEAST_PSNR = 30.0
+MODES = {
+    "offload": ("--offload",),
+    "stream": ("--memory", "stream"),
+    "stream, one stays": ("--memory", "stream", "--stream_blocks", 1),
+}
+
+
+@pytest.mark.parametrize("quant", [(), ("--quant", "fp8")], ids=["bfloat16", "fp8"])
+@pytest.mark.parametrize("task", TASKS)
+def test_memory_modes(generate, tmp_path, task, quant):
+    """In bfloat16, bit for bit."""
+    resident = latents(generate, tmp_path, task, "resident", *CUDA, *quant, "--memory", "resident")
+    for name, flags in MODES.items():
+        made = latents(generate, tmp_path, task, name, *CUDA, *quant, *flags)
+        np.testing.assert_array_equal(made, resident)
+
+
+def frames(generate, folder: Path, task: str, name: str, *arguments: object) -> np.ndarray:
+    """The frames that are written."""
+    latents(generate, folder, task, name, *arguments, "--output", f"{folder}/{name}-frames/")
+    return np.stack([np.asarray(Image.open(path)) for path in sorted((folder / f"{name}-frames").glob("*.png"))])
+
+
+@pytest.mark.parametrize("flags", [("--low_vram",), ("--quant", "fp8_dynamic")], ids=["low_vram", "fp8_dynamic"])
+@pytest.mark.parametrize("task", TASKS)
+def test_fp8(generate, tmp_path, task, flags):
+    if "fp8_dynamic" in flags and torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        pytest.skip("needs FP8 units")
+    plain = frames(generate, tmp_path, task, "plain", *CUDA)
+    made = frames(generate, tmp_path, task, "made", *CUDA, *flags)
+    error = np.mean((made.astype(float) - plain) ** 2)
+    assert 0 < error < 255**2 / 10 ** (LEAST_PSNR / 10)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_attention_kernels(generate, tmp_path, kernel):
+    """The toy's head size, 24, is not one that every kernel takes; then it must be refused by name."""
+    if not is_installed(kernel):
+        pytest.skip("not installed")
+    task = "reference_to_video"
+    plain = latents(generate, tmp_path, task, "plain", *CUDA, "--attention", "sdpa")
+    argv = ("--task_type", task, "--model_id", "tiny", "--prompt", "A boat", "--height", 64, "--width", 96)
+    files = ("--output", tmp_path / "made.mp4", "--save_latents", tmp_path / "made.safetensors")
+    run = generate(*argv, *TASKS[task], *files, *CUDA, "--attention", kernel)
+    if run.returncode == 2:
+        assert run.stderr.splitlines()[-1].startswith(f"error: --attention: {kernel}")
+        return
+    assert run.returncode == 0, run.stderr
+    made = load_file(tmp_path / "made.safetensors")["latents.0"]
+    assert np.abs(made - plain).mean() < 0.1 * plain.std()
+
+
+def test_compiled_blocks(generate, tmp_path):
+    task = "reference_to_video"
+    plain = latents(generate, tmp_path, task, "plain", *CUDA)
+    for number, flags in enumerate([(), ("--memory", "stream"), ("--quant", "fp8")]):
+        made = latents(generate, tmp_path, task, f"compiled-{number}", *CUDA, "--compile", *flags)
+        assert np.abs(made - plain).mean() < 0.1 * plain.std()
+
+
+def largest_model(folder: Path) -> Path:
+    """A toy with blocks large enough to be seen in the device's memory: 24 of about 38 MB in bfloat16."""
+    import shutil
+
+    from skyreels_v3.checkpoints.tiny import SIZES, WEIGHTS, make_tiny, published_config, save_file, weights, write_json
+    from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
+    from skyreels_v3.tasks import task_spec
+
+    root = shutil.copytree(make_tiny(task_spec("reference_to_video")), folder / "large")
+    sizes = {"num_attention_heads": 8, "attention_head_dim": 128, "num_layers": 24, "ffn_dim": 5120}
+    torch.manual_seed(0)
+    model = SkyReelsTransformer3DModel(**(SIZES["transformer"] | sizes)).to(torch.bfloat16)
+    save_file(weights(model), root / "transformer" / WEIGHTS)
+    write_json(root / "transformer" / "config.json", published_config(model))
+    return root
+
+
+def test_streaming_is_pinned_and_takes_less_memory(main, monkeypatch, tmp_path, caplog):
+    """In this process, whose allocator keeps the peak."""
+    from skyreels_v3 import runtime
+
+    made: list[runtime.Runtime] = []
+    start = runtime.start
+    monkeypatch.setattr(runtime, "start", lambda *arguments: made.append(start(*arguments)) or made[-1])
+    model = largest_model(tmp_path)
+    inputs = ("--task_type", "reference_to_video", "--prompt", "A boat", "--height", 64, "--width", 96)
+    peaks, results = {}, {}
+    for mode in ("resident", "offload", "stream"):
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        files = ("--output", f"{mode}.mp4", "--save_latents", f"{mode}.safetensors")
+        flags = (*TASKS["reference_to_video"], "--model_id", model, *files, "--memory", mode, *CUDA)
+        code, _, stderr = main(*inputs, *flags)
+        assert code == 0, stderr
+        peaks[mode] = torch.cuda.max_memory_allocated() - before
+        results[mode] = load_file(tmp_path / f"{mode}.safetensors")["latents.0"]
+        assert made[-1].policy.mode == mode
+        assert made[-1].policy.pinned == (mode == "stream")
+        assert "unpinned" not in caplog.text
+        made.clear()  # with it go a resident run's weights
+    assert peaks["stream"] < 0.5 * peaks["resident"]
+    assert peaks["offload"] <= peaks["resident"]
+    for mode in ("offload", "stream"):
+        np.testing.assert_array_equal(results[mode], results["resident"])

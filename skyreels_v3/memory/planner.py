@@ -113,13 +113,8 @@ class Sizes:
         return norms + projection + self.num_layers * block, norms
 
     def matrices(self) -> tuple[int, int]:
-        """Elements and rows of the blocks' matrices, which are what is quantised."""
-        dim = self.dim
-        elements, rows = 8 * dim**2 + 2 * dim * self.ffn_dim, 9 * dim + self.ffn_dim
-        if self.image_dim is not None:
-            elements, rows = elements + 2 * dim**2, rows + 2 * dim
-        if self.audio_dim is not None:
-            elements, rows = elements + 2 * dim**2 + 2 * dim * self.audio_dim, rows + 4 * dim
+        """Elements and rows of what is quantised: self-attention and the feed-forward layer."""
+        elements, rows = 4 * self.dim**2 + 2 * self.dim * self.ffn_dim, 5 * self.dim + self.ffn_dim
         return self.num_layers * elements, self.num_layers * rows
 
     def weight_bytes(self, dtype: str, quantized: bool = False) -> int:
@@ -287,11 +282,11 @@ def stages(
     weights = component_bytes(request, checkpoint, dtype)
     quantized = is_quantized(request, checkpoint)
     longest = max(passes, key=lambda made: made.tokens)
-    contexts = len(guidance_of(request).terms) * sizes.context_bytes(longest.latents[2], len(request.input_audio), dtype)
+    context = sizes.context_bytes(longest.latents[2], len(request.input_audio), dtype)
     transformer = Stage(
         sizes.weight_bytes(dtype, quantized),
         sizes.streamed_bytes(dtype, quantized, request.stream_blocks),
-        sizes.activation_bytes(longest.tokens, dtype) + contexts,
+        sizes.activation_bytes(longest.tokens, dtype) + len(guidance_of(request).terms) * context,
     )
     vae = weights.pop("VAE")
     made = {name: Stage(size, size) for name, size in weights.items()}

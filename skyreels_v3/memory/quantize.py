@@ -7,8 +7,8 @@ whose weights were rounded to 4 significant bits, nothing else.
 `fp8` computes with those weights in the activations' dtype, on any device. `fp8_dynamic` rounds the activations as
 well, each token by its own scale, for the FP8 matrix units of newer GPUs.
 
-Only the matrices inside the repeated blocks are quantised. Norms, modulation, embeddings and the output head, which are
-few and steer everything, stay as they are.
+Only matrices inside the repeated blocks are quantised, and of those not all (see `KEPT`). Norms, modulation, embeddings
+and the output head, which are few and steer everything, stay as they are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ LARGEST = torch.finfo(FP8).max  # 448
 LOWEST = -126  # exponent of the smallest scale: what is below it, not every device computes with
 SCALE = "weight_scale"  # name of the scales beside a weight; a checkpoint that has them is quantised
 MULTIPLE = 16  # sizes that the FP8 matrix units take
-KEPT = ("wo",)  # transformers casts what goes into this layer of UMT5 to the dtype of its weight
+# Layers that stay as they are: attention to the conditions, whose result reaches the tokens without a gate, so that its
+# error is seen most; and `wo` of UMT5, since transformers casts the input of that layer to the dtype of its weight.
+KEPT = ("attn2", "attn_audio", "wo")
 
 
 class Fp8Linear(nn.Module):
@@ -72,12 +74,17 @@ def quantize(blocks: Iterable[nn.Module], device: torch.device, dynamic: bool = 
     sizes FP8 matrix units do not take stay in the dtype they have.
     """
     for block in blocks:
-        for module in [*block.modules()]:
-            if isinstance(module, Fp8Linear):
-                module.dynamic = dynamic and fits(module)
-            for name, layer in [*module.named_children()]:
-                if type(layer) is nn.Linear and name not in KEPT and (fits(layer) or not dynamic):
-                    setattr(module, name, quantized(layer, device, dynamic))
+        for path, layer in [*block.named_modules()]:
+            if isinstance(layer, Fp8Linear):
+                layer.dynamic = dynamic and fits(layer)
+            elif type(layer) is nn.Linear and not is_kept(path) and (fits(layer) or not dynamic):
+                parent, _, name = path.rpartition(".")
+                setattr(block.get_submodule(parent), name, quantized(layer, device, dynamic))
+
+
+def is_kept(path: str) -> bool:
+    """Whether a layer, by its path in a block, stays as it is."""
+    return any(f".{kept}." in f".{path}." for kept in KEPT)
 
 
 def fits(layer: nn.Linear | Fp8Linear) -> bool:

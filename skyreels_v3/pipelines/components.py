@@ -90,7 +90,7 @@ def set_up_transformer(
         quantize_blocks(transformer.blocks, "quantising", request.quant, runtime)
     transformer.set_attention(runtime.attention)
     if request.compile:
-        compile_blocks(transformer, cache_folder())
+        compile_blocks(transformer)
     if runtime.policy.mode == "stream":
         runtime.stream(transformer, transformer.blocks, runtime.policy.keep, runtime.policy.pinned).begin()
 

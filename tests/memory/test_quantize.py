@@ -24,9 +24,7 @@ AVATAR = {
     **{"num_layers": 2, "image_dim": 8, "audio_dim": 16, "audio_hidden_dim": 4, "audio_tokens": 3},
 }
 MATRICES = {  # of one block, by hand
-    *(f"{attention}.{layer}" for attention in ("attn1", "attn2", "attn_audio") for layer in ("to_q", "to_k", "to_v")),
-    *(f"{attention}.to_out.0" for attention in ("attn1", "attn2", "attn_audio")),
-    *("attn2.add_k_proj", "attn2.add_v_proj", "ffn.net.0.proj", "ffn.net.2"),
+    *("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ffn.net.0.proj", "ffn.net.2"),
 }
 
 

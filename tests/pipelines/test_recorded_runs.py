@@ -14,6 +14,14 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+MODES = (
+    ("--memory", "resident"),
+    ("--offload",),
+    ("--memory", "stream"),
+    ("--memory", "stream", "--stream_blocks", 1),
+)
+FP8 = (("--quant", "fp8"), ("--low_vram",), ("--quant", "fp8_dynamic"))
+LEAST_PSNR = 30.0
 CPU = ("--device", "cpu", "--dtype", "float32", "--quiet")
 FIRST_PASS, LATER_PASS = 2e-3, 2e-2
 
@@ -140,3 +148,73 @@ def test_talking_avatar(generate, reference, tmp_path, name):
         np.testing.assert_allclose(latents[f"latents.{number}"], expected, atol=tolerance, rtol=0)
     assert len(frames) == case["audio_frames"]
     check_frames(frames, folder / f"{name}_frames.npz")
+
+
+def short_run(
+    reference: Path, write_lossless, folder: Path, task: str, avatar: str = "2s"
+) -> tuple[tuple[object, ...], Path, list[str]]:
+    """The flags of a recorded run, the file of its latents, and the names there of each pass's.
+
+    All are of one pass, but for the `avatar` case 5p8s, of which the first pass's name is given.
+    """
+    recordings = reference / "pipelines" / task
+    meta = json.loads((recordings / "meta.json").read_text())
+    common = ("--task_type", task, "--prompt", meta["prompt"], "--seed", meta["seed"], "--no_cache", "--quiet")
+    checkpoints = reference / "pipelines" / "checkpoints"
+    if task == "reference_to_video":
+        size = ("--height", meta["height"], "--width", meta["width"])
+        inputs = ("--ref_imgs", recordings / meta["refs"][0], "--duration", 1, "--model_id", checkpoints / task)
+        return (*common, *size, *inputs), recordings / "duration_1_refs_1.safetensors", ["final_latents"]
+    if task == "talking_avatar":
+        case = next(case for case in meta["cases"] if case["name"] == avatar)
+        size = ("--height", case["height"], "--width", case["width"], "--num_inference_steps", 4)
+        inputs = ("--input_image", recordings / meta["portrait"], "--input_audio", recordings / case["wav"])
+        flags = (*common, *size, *inputs, "--model_id", checkpoints / task)
+        return flags, recordings / f"{avatar}.safetensors", ["pass0.final_latents"]
+    case = min(meta["cases"], key=lambda case: case["duration"])
+    clip = recorded_clip(reference, write_lossless, folder / "clip.mp4", case["height"], case["width"])
+    size = ("--height", case["height"], "--width", case["width"], "--duration", case["duration"])
+    flags = (*common, *size, "--input_video", clip, "--model_id", checkpoints / "video_extension")
+    names = [f"roll{number}.final_latents" for number in range(len(case["rolls"]))]
+    return flags, recordings / f"duration_{case['duration']}.safetensors", names
+
+
+TASKS = ("reference_to_video", "single_shot_extension", "shot_switching_extension", "talking_avatar")
+
+
+@pytest.fixture
+def run_here(main, tmp_path):
+    """Run the command in this process; gives latents and frames [F, H, W, 3]."""
+    runs = iter(range(100))
+
+    def run(*flags: object) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        folder = tmp_path / f"run-{next(runs)}"
+        files = ("--save_latents", folder / "latents.safetensors", "--output", f"{folder}/frames/")
+        code, _, stderr = main(*flags, "--device", "cpu", *files)
+        assert code == 0, stderr
+        frames = [np.asarray(Image.open(path)) for path in sorted((folder / "frames").glob("*.png"))]
+        return load_file(folder / "latents.safetensors"), np.stack(frames)
+
+    return run
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_exact_memory_modes(run_here, reference, write_lossless, tmp_path, task):
+    flags, recorded, names = short_run(reference, write_lossless, tmp_path, task)
+    expected = load_file(recorded)
+    for mode in MODES:
+        latents, _ = run_here(*flags, "--dtype", "float32", *mode)
+        assert len(latents) == len(names)
+        for number, name in enumerate(names):
+            made = latents[f"latents.{number}"].reshape(expected[name].shape)
+            np.testing.assert_allclose(made, expected[name], atol=LATER_PASS if number else FIRST_PASS, rtol=0)
+
+
+@pytest.mark.parametrize(("task", "avatar"), [*((task, "2s") for task in TASKS), ("talking_avatar", "5p8s")])
+def test_fp8(run_here, reference, write_lossless, tmp_path, task, avatar):
+    flags, _, _ = short_run(reference, write_lossless, tmp_path, task, avatar)
+    _, plain = run_here(*flags, "--dtype", "bfloat16")
+    for more in FP8:
+        _, frames = run_here(*flags, "--dtype", "bfloat16", *more)
+        error = np.mean((frames.astype(float) - plain) ** 2)
+        assert 10 * np.log10(255**2 / error) > LEAST_PSNR

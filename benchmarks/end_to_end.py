@@ -1,0 +1,321 @@
+"""A whole run of generate_video.py, stage by stage: time, and on a GPU peak memory beside what the planner says.
+
+The product's own path runs in this process, and is watched from outside: every stage asks the runtime for its networks
+by name, every step of the denoising moves its progress bar on, and frames are decoded while they are written.
+
+--model_id tiny, the default, is the built-in toy: it shows what the path costs besides the networks. --model_id full
+has the published sizes with random weights, made on the device and kept on the host as loaded ones would be: nothing is
+downloaded, 40 GB of host memory are needed, and what it paints is noise. All other flags are generate_video.py's.
+
+    python benchmarks/end_to_end.py
+    python benchmarks/end_to_end.py --model_id full --memory stream --quant fp8 --resolution 480P
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout, nothing installed
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+import generate_video
+from benchmarks.common import environment, gigabytes, parser_of, report, wait_for
+from benchmarks.models import random_model, random_transformer
+from skyreels_v3 import runtime
+from skyreels_v3.cache import PromptCache
+from skyreels_v3.checkpoints.hub import TINY
+from skyreels_v3.checkpoints.published import load_text_encoder
+from skyreels_v3.cli import parse_request
+from skyreels_v3.errors import UserError
+from skyreels_v3.memory.planner import Plan, Sizes, plan, vae_bytes
+from skyreels_v3.models.text_encoder import TextEncoder
+from skyreels_v3.models.vae import VideoVAE
+from skyreels_v3.pipelines import components
+from skyreels_v3.preflight import preflight
+from skyreels_v3.runtime import Runtime
+from skyreels_v3.tasks import TASK_NAMES, GenerationRequest
+
+FULL = "full"
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+INPUTS = {
+    "reference_to_video": ("--ref_imgs", f"{ASSETS / 'fox.png'},{ASSETS / 'lantern.png'}"),
+    "single_shot_extension": ("--input_video", str(ASSETS / "boat.mp4")),
+    "shot_switching_extension": ("--input_video", str(ASSETS / "boat.mp4")),
+    "talking_avatar": ("--input_image", str(ASSETS / "portrait.png"), "--input_audio", str(ASSETS / "speech.mp3")),
+}
+SMALL = ("--height", "128", "--width", "192", "--num_inference_steps", "4")  # of the toy
+FEW = ("--height", "720", "--width", "1280", "--num_inference_steps", "2")  # of the full one
+UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+DENOISING, DECODING = "denoising", "decoding with the VAE"  # stages, by the product's names
+PLANNED = {  # the planner's names of the product's stages
+    "the text encoder": "text encoder",
+    "encoding with the VAE": "VAE encode",
+    DENOISING: "transformer",
+    DECODING: "VAE decode",
+}
+END = object()
+
+
+def main() -> int:
+    """Run, print; 2 when the request cannot work."""
+    args, rest = parse_arguments()
+    generate_video.set_up_logging(-1)
+    record = Record()
+    try:
+        with tempfile.TemporaryDirectory(prefix="end-to-end-benchmark-") as folder:
+            request = watched_run(args, rest, Path(folder), record)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    tell(args, request, record)
+    return 0
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    """The flags that are the benchmark's, and those that are not."""
+    parser = parser_of(__doc__, device=False)
+    parser.add_argument("--model_id", choices=(TINY, FULL), default=TINY)
+    parser.add_argument("--task_type", choices=TASK_NAMES, default="reference_to_video")
+    args, rest = parser.parse_known_args()
+    if args.model_id == FULL and args.task_type == "talking_avatar":
+        parser.error("--model_id full: has no encoders for the talking avatar; choose another --task_type")
+    return args, rest
+
+
+# Watching
+
+
+@dataclass
+class Record:
+    """What was seen: seconds of each stage, of each step, and peak bytes."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    steps: list[float] = field(default_factory=list)
+    peaks: dict[str, int] = field(default_factory=dict)
+    runtime: Runtime | None = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Take the time of a `with` block."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.runtime is not None:
+                wait_for(self.runtime.device)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def peak(self, name: str, device: torch.device) -> Iterator[None]:
+        """Take the most memory that was in use at one time in a `with` block."""
+        if device.type != "cuda":
+            yield
+            return
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            yield
+        finally:  # also where frames that nobody wants are left undecoded
+            self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated(device))
+
+    def timed(self, name: str, make: Callable[..., Iterator[Any]]) -> Callable[..., Generator[Any, None, None]]:
+        """`make`, the time it takes to give each of its items being part of a stage."""
+
+        def items(*arguments: Any) -> Generator[Any, None, None]:
+            made = make(*arguments)
+            try:
+                while True:
+                    with self.stage(name):
+                        item = next(made, END)
+                    if item is END:
+                        return
+                    yield item
+            finally:
+                made.close()
+
+        return items
+
+
+class Laps:
+    """A progress bar that writes down when it is moved on."""
+
+    def __init__(self, bar: Any, steps: list[float]) -> None:
+        self.bar, self.steps, self.last = bar, steps, time.perf_counter()
+
+    def update(self, count: int = 1) -> None:
+        """One more; a step has ended on the device by then, since its result was looked at."""
+        now = time.perf_counter()
+        self.steps.append(now - self.last)
+        self.last = now
+        self.bar.update(count)
+
+
+@dataclass(frozen=True)
+class WatchedRuntime(Runtime):
+    """A runtime that writes down who comes and when."""
+
+    record: Record = field(default_factory=Record)
+
+    @contextmanager
+    def resident(self, module: nn.Module, stage: str, blocks: Sequence[nn.Module] = ()) -> Iterator[None]:
+        """As the product's; the decoding is timed where it is done, since it waits for the writer in between."""
+        with ExitStack() as stack:
+            if stage != DECODING:
+                stack.enter_context(self.record.stage(stage))
+            stack.enter_context(self.record.peak(stage, self.device))
+            stack.enter_context(super().resident(module, stage, blocks))
+            yield
+
+    @contextmanager
+    def bar(self, name: str, total: int) -> Iterator[Any]:
+        """As the product's."""
+        with super().bar(name, total) as inner:
+            denoising = total == self.plan.request.num_inference_steps and name.startswith(DENOISING)
+            yield Laps(inner, self.record.steps) if denoising else inner
+
+
+# Running
+
+
+def watched_run(args: argparse.Namespace, rest: list[str], folder: Path, record: Record) -> GenerationRequest:
+    """generate_video.py's own path with the watchers in it; returns the request as it was run."""
+    flags = ["--task_type", args.task_type, "--model_id", TINY, "--prompt", "A boat sails into the dusk"]
+    flags += [*INPUTS[args.task_type], "--output", str(folder / "video.mp4"), "--no_cache", "--quiet"]
+    sizes = [*(FEW if args.model_id == FULL else SMALL)]
+    if "--resolution" in rest:
+        sizes = sizes[4:]
+    request, inputs, _ = preflight(parse_request([*flags, *sizes, *rest]), folder)
+    checkpoint: Any = generate_video.fetch(request)
+    loading = components.load_components
+    if args.model_id == FULL:
+        request = replace(request, model_id=request.task.model_id)
+        toy, checkpoint = checkpoint, None  # the planner then takes the published sizes
+        loading = lambda _, *others: full_components(toy, *others)  # noqa: E731
+    starting, frames = runtime.start, generate_video.all_frames
+    with ExitStack() as stack:
+        for module, name, watcher in (
+            (runtime, "start", lambda *given: watch(starting(*given), record)),
+            (components, "load_components", lambda *given: watched_loading(loading, record, *given)),
+            (generate_video, "all_frames", record.timed("frames", frames)),
+            (generate_video, "write", watched_writing(generate_video.write, record)),
+        ):
+            stack.enter_context(patch.object(module, name, watcher))
+        with record.stage("total"):
+            generate_video.generate(request, inputs, checkpoint)
+    record.seconds["write"] -= record.seconds.pop("frames")
+    return request
+
+
+def watch(started: Runtime, record: Record) -> Runtime:
+    """The same runtime, watched."""
+    known = {each.name: getattr(started, each.name) for each in fields(started)}
+    record.runtime = WatchedRuntime(**known, record=record)
+    return record.runtime
+
+
+def watched_loading(load: Callable[..., components.Components], record: Record, *given: Any) -> components.Components:
+    """The components, with watchers on the VAE."""
+    with record.stage("load"):
+        made = load(*given)
+    made.vae.decode_stream = record.timed(DECODING, made.vae.decode_stream)
+    return made
+
+
+def watched_writing(write: Callable[..., Path], record: Record) -> Callable[..., Path]:
+    """The writer, with the making of its frames, which is taken off later."""
+
+    def written(*given: Any) -> Path:
+        with record.stage("write"):
+            return write(*given)
+
+    return written
+
+
+def full_components(
+    toy: Path, request: GenerationRequest, runtime: Runtime, loras: Sequence[Path]
+) -> components.Components:
+    """Networks of the published sizes with random weights; the tokenizer is the toy's."""
+    device, host = runtime.device, torch.device("cpu")
+    config = UMT5Config(feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False, **UMT5_XXL)
+    text_encoder = random_model(lambda: UMT5EncoderModel(config), runtime.dtype, device, host)
+    tokenizer = load_text_encoder(toy, request.task.layout, runtime.dtype).tokenizer
+    vae = VideoVAE(AutoencoderKLWan().eval().requires_grad_(False).to(getattr(torch, request.vae_dtype)))
+    vae.set_tiles(*runtime.policy.tiles)
+    transformer = random_transformer(Sizes(**request.task.transformer), runtime.dtype, device, host)
+    components.set_up_transformer(transformer, request, loras, runtime)
+    return components.Components(
+        transformer, vae, TextEncoder(text_encoder, tokenizer), PromptCache(None, ""), request.quant
+    )
+
+
+# What came out
+
+
+def predicted(planned: Plan, made: Runtime, stage: str, before: Sequence[str]) -> int | None:
+    """Bytes that the planner has for a stage, None where it does not know it; `before` are the stages before it."""
+    name = PLANNED.get(stage)
+    if name is None:
+        return None
+    now = planned.stages[name]
+    part = name.removeprefix("VAE ")
+    working = now.activations if part == name else vae_bytes(planned.request, part, made.policy.tiles)
+    if made.policy.mode != "resident":
+        return working + (now.streamed if made.policy.mode == "stream" else now.weights)
+    there = {PLANNED[each].split()[0]: planned.stages[PLANNED[each]].weights for each in before if each in PLANNED}
+    return working + sum((there | {name.split()[0]: now.weights}).values())
+
+
+def summarise(record: Record, request: GenerationRequest, full: bool) -> dict[str, Any]:
+    """Each stage's figures, in the order in which they began."""
+    assert record.runtime is not None
+    planned = plan(request, None) if full else None
+    made: dict[str, Any] = {}
+    for stage, taken in record.seconds.items():
+        peak = record.peaks.get(stage)
+        says = None if planned is None else predicted(planned, record.runtime, stage, [*made])
+        made[stage] = {"seconds": round(taken, 4), "peak_bytes": peak, "predicted_bytes": says}
+    return made
+
+
+def tell(args: argparse.Namespace, request: GenerationRequest, record: Record) -> None:
+    """A table for people, then one JSON line."""
+    assert record.runtime is not None
+    stages = summarise(record, request, args.model_id == FULL)
+    total = stages.pop("total")["seconds"]
+    made, first, later = record.runtime, record.steps[0], record.steps[1:]
+    title = f"{args.model_id}, {request.task.name}, {request.frames_out} frames of {request.height} x {request.width}, "
+    title += f"{made.dtype}, {request.quant or 'not quantised'}, memory {made.policy.mode}"
+    rows = [row(name, figure) for name, figure in stages.items()]
+    named = [("its first step", first), *([("a later step", sum(later) / len(later))] if later else [])]
+    rows += [(f"  {name}", f"{taken:.3f}", "-", "-", "-") for name, taken in named]
+    rest = total - sum(figure["seconds"] for figure in stages.values())
+    rows += [("all else", f"{rest:.3f}", "-", "-", "-")]
+    rows += [("everything", f"{total:.3f}", gigabytes(max(record.peaks.values(), default=None)), "-", "-")]
+    line = {**environment("end_to_end", made.device), "model_id": args.model_id, "task": request.task.name}
+    line |= {"frames": request.frames_out, "height": request.height, "width": request.width}
+    line |= {"dtype": str(made.dtype).removeprefix("torch."), "memory": made.policy.mode, "quant": request.quant}
+    line |= {"stages": stages, "steps": [round(taken, 4) for taken in record.steps], "total": total}
+    report(title, ("", "s", "peak, GB", "planned, GB", "peak / planned"), rows, [], line, args.json)
+
+
+def row(name: str, figure: dict[str, Any]) -> tuple[str, ...]:
+    """A line of the table."""
+    peak, says = figure["peak_bytes"], figure["predicted_bytes"]
+    ratio = "-" if peak is None or says is None else f"{peak / says:.2f}"
+    return (name, f"{figure['seconds']:.3f}", gigabytes(peak), gigabytes(says), ratio)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

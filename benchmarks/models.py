@@ -1,0 +1,247 @@
+"""Transformers with random weights for the benchmarks, of any size or as published, and what they are run on."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from benchmarks.common import Work, at_least, measure_peak
+from skyreels_v3.memory.planner import IMAGE_TOKENS, TEXT_TOKENS, Sizes, latent_frames_of_passes
+from skyreels_v3.memory.quantize import with_fp8_layers
+from skyreels_v3.memory.stream import tensors_of
+from skyreels_v3.models.parameters import replace_tensors
+from skyreels_v3.models.transformer import Context, Segment, SkyReelsTransformer3DModel
+from skyreels_v3.tasks import PATCH_SIZE, VAE_STRIDE, GenerationRequest, choose_size, task_spec
+
+HEAD_DIM = 128
+FFN_RATIO = 2.7  # 13824 / 5120
+OFFICIAL = {
+    "r2v-720p": ("reference_to_video", "720P"),
+    "r2v-480p": ("reference_to_video", "480P"),
+    "extension-720p": ("single_shot_extension", "720P"),
+    "avatar-720p": ("talking_avatar", "720P"),
+}
+SECONDS = 5  # of video, or of sound
+LANDSCAPE = (720, 1280)
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A transformer's sizes and those of the video that it is run on.
+
+    Attributes:
+        latents: latent frames, rows and columns.
+        clean: how many of the frames, the first ones, stand at timestep 0, as condition frames do.
+        full_layers: of the published model; None where it is none.
+    """
+
+    sizes: Sizes
+    latents: tuple[int, int, int]
+    clean: int = 0
+    full_layers: int | None = None
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return self.latents[1] * self.latents[2] // (PATCH_SIZE[1] * PATCH_SIZE[2])
+
+    @property
+    def tokens(self) -> int:
+        return self.latents[0] * self.tokens_per_frame
+
+    @property
+    def scale(self) -> float | None:
+        """Layers of the published model over those there are; None where there are all, or there is no such model."""
+        if self.full_layers in (None, self.sizes.num_layers):
+            return None
+        return self.full_layers / self.sizes.num_layers
+
+    def described(self) -> str:
+        """For people."""
+        layers = f"{self.sizes.num_layers} layers of width {self.sizes.dim}"
+        return f"{layers}, {self.tokens} tokens (latents {' x '.join(map(str, self.latents))})"
+
+    def recorded(self) -> dict[str, Any]:
+        """For the JSON line."""
+        sizes = {"dim": self.sizes.dim, "ffn_dim": self.sizes.ffn_dim, "layers": self.sizes.num_layers}
+        return {**sizes, "full_layers": self.full_layers, "latents": self.latents, "tokens": self.tokens}
+
+
+def add_case_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `case_of`."""
+    parser.add_argument("--official", choices=OFFICIAL, help="sizes of a published model and a 5 s video, 16:9")
+    parser.add_argument("--layers", type=at_least(1), help="default: 4; with --official all there are")
+    parser.add_argument("--dim", type=at_least(HEAD_DIM), default=1280, help=f"model width, a multiple of {HEAD_DIM}")
+    parser.add_argument("--frames", type=at_least(1), default=5, help="latent frames")
+    parser.add_argument("--height", type=at_least(2), default=40, help="latent rows, even")
+    parser.add_argument("--width", type=at_least(2), default=40, help="latent columns, even")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
+
+
+def case_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Case:
+    """The case that the flags ask for; fills in the dtype."""
+    if args.dim % HEAD_DIM or args.height % 2 or args.width % 2:
+        parser.error(f"--dim must be a multiple of {HEAD_DIM}, --height and --width even")
+    args.dtype = args.dtype or DTYPES[args.device.type != "cpu"]
+    if args.official:
+        case = official_case(*OFFICIAL[args.official])
+        return replace(case, sizes=replace(case.sizes, num_layers=args.layers or case.sizes.num_layers))
+    sizes = dict(task_spec("reference_to_video").transformer)
+    sizes |= {"num_attention_heads": args.dim // HEAD_DIM, "ffn_dim": round(FFN_RATIO * args.dim)}
+    sizes["num_layers"] = args.layers or 4
+    return Case(Sizes(**sizes), (args.frames, args.height, args.width))
+
+
+def official_case(task: str, resolution: str) -> Case:
+    """The first pass of a task, as the planner has it."""
+    spec = task_spec(task)
+    height, width = choose_size(spec, resolution, *LANDSCAPE)
+    sound = SECONDS if "input_audio" in spec.inputs else None
+    request = GenerationRequest(
+        spec, spec.model_id, "", duration=SECONDS, height=height, width=width, audio_seconds=sound
+    )
+    new, condition = next(latent_frames_of_passes(request))
+    sizes = Sizes(**spec.transformer)
+    clean = condition if "input_video" in spec.inputs else 0
+    latents = (new + condition, height // VAE_STRIDE[1], width // VAE_STRIDE[2])
+    return Case(sizes, latents, clean, sizes.num_layers)
+
+
+# Models
+
+
+def random_model(
+    build: Callable[[], nn.Module],
+    dtype: torch.dtype,
+    device: torch.device,
+    home: torch.device | None = None,
+    float32_names: Sequence[str] = (),
+) -> Any:
+    """A model with random weights of a new model's size, made on `device` one after the other and kept on `home`."""
+    with torch.device("meta"):
+        model = build()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def made(tensor: Tensor) -> Tensor:
+        name = names[id(tensor)]
+        scale = (3 * tensor[0].numel()) ** -0.5 if tensor.ndim > 1 else 0.02
+        middle = 1.0 if tensor.ndim == 1 and name.endswith("weight") else 0.0  # of norms
+        value = torch.randn(tensor.shape, device=device).mul_(scale).add_(middle)
+        target = torch.float32 if any(part in name for part in float32_names) else dtype
+        return nn.Parameter(value.to(target).to(home or device), requires_grad=False)
+
+    replace_tensors(model, made)
+    return model.eval()
+
+
+def random_transformer(
+    sizes: Sizes, dtype: torch.dtype, device: torch.device, home: torch.device | None = None
+) -> SkyReelsTransformer3DModel:
+    """Ours, in the dtypes that its loader gives it."""
+    float32_names = SkyReelsTransformer3DModel._keep_in_fp32_modules
+    return random_model(lambda: SkyReelsTransformer3DModel(**asdict(sizes)), dtype, device, home, float32_names)
+
+
+def twin(model: SkyReelsTransformer3DModel, home: torch.device | None = None) -> SkyReelsTransformer3DModel:
+    """A second model, FP8 layers too, with the very same weights where they are on `home` already."""
+    weights = {name: tensor.to(home or tensor.device) for name, tensor in model.state_dict().items()}
+    with torch.device("meta"):
+        made = with_fp8_layers(SkyReelsTransformer3DModel.from_config(model.config), weights)
+    made.load_state_dict(weights, assign=True)
+    return made.requires_grad_(False).eval()
+
+
+def diffusers_twin(model: SkyReelsTransformer3DModel, sizes: Sizes) -> WanTransformer3DModel:
+    """diffusers' model with the same weights: the very same ones, but for those that it keeps in another dtype."""
+    arguments = {key: value for key, value in asdict(sizes).items() if not key.startswith("audio")}
+    with init_empty_weights(include_buffers=False):
+        made = WanTransformer3DModel(**arguments)
+    dtype, kept = model.patch_embedding.weight.dtype, made._keep_in_fp32_modules
+    weights = {
+        name: tensor.to(torch.float32 if any(part in name for part in kept) else dtype)
+        for name, tensor in model.state_dict().items()
+    }
+    made.load_state_dict(weights, assign=True)
+    made.rope.to(model.patch_embedding.weight.device)
+    return made.requires_grad_(False).eval()
+
+
+def bytes_on(model: nn.Module, device: torch.device) -> int:
+    """Of the weights that are there now."""
+    return sum(tensor.nbytes for tensor in tensors_of(model) if tensor.device == device)
+
+
+# What they are run on
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Noise, and all conditions that a model of the sizes takes."""
+
+    latents: Tensor  # (1, C, F, H, W)
+    timestep: Tensor  # (1,) or (1, F), on the CPU
+    text: Tensor
+    image: Tensor | None
+    audio: Tensor | None
+
+
+def make_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
+    """Random inputs; a full prompt, a picture and one speaker's sound where the model takes them."""
+    sizes, frames = case.sizes, case.latents[0]
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(1, *shape, device=device, dtype=dtype)
+
+    timestep = torch.tensor([500.0])
+    if case.clean:
+        timestep = timestep.repeat(1, frames)
+        timestep[:, : case.clean] = 0
+    features = (12, sizes.audio_features // 12)  # layers and channels
+    sound = (1, VAE_STRIDE[0] * (frames - 1) + 1, sizes.audio_window, *features)
+    return Inputs(
+        noise(sizes.in_channels, *case.latents),
+        timestep,
+        noise(TEXT_TOKENS, sizes.text_dim),
+        None if sizes.image_dim is None else noise(IMAGE_TOKENS, sizes.image_dim),
+        None if sizes.audio_dim is None else noise(*sound),
+    )
+
+
+def embedded(model: SkyReelsTransformer3DModel, inputs: Inputs) -> Context:
+    """The conditions as the blocks take them, once for all steps of a video."""
+    return model.embed_context(inputs.text, inputs.image, inputs.audio)
+
+
+def forward_of(model: SkyReelsTransformer3DModel, inputs: Inputs, context: Context) -> Work:
+    """Our forward: the step of one condition."""
+    return lambda: model([Segment(inputs.latents)], inputs.timestep, context)[0]
+
+
+def outputs_of(
+    works: Mapping[str, Work], models: Mapping[str, nn.Module], device: torch.device
+) -> Iterator[tuple[str, Tensor, int | None]]:
+    """Each one's name, output on the CPU and peak memory, after a first, slower run.
+
+    The peak is that of a model alone: its weights on the device and what a forward adds. None without a GPU.
+    """
+    for name, work in works.items():
+        work()
+        held = bytes_on(models[name], device)
+        out, added = measure_peak(work, device)
+        yield name, out, None if added is None else held + added
+
+
+def diffusers_forward_of(model: WanTransformer3DModel, inputs: Inputs, case: Case) -> Work:
+    """The same of diffusers, which takes a timestep for each token where ours takes one for each frame."""
+    timestep = inputs.timestep
+    if timestep.ndim == 2:
+        timestep = timestep.repeat_interleave(case.tokens_per_frame, dim=1)
+    timestep = timestep.to(inputs.latents.device)
+    return lambda: model(inputs.latents, timestep, inputs.text, return_dict=False)[0]
