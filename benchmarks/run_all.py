@@ -1,6 +1,6 @@
 """Runs a set of benchmarks, each in a process of its own, and collects their last lines in one file.
 
-    python benchmarks/run_all.py cpu            # about 4 minutes on 2 cores, writes benchmarks/results/cpu.json
+    python benchmarks/run_all.py cpu            # about 8 minutes on 2 cores, writes benchmarks/results/cpu.json
     python benchmarks/run_all.py gpu            # of the first GPU, into a file of its name
     python benchmarks/run_all.py --table benchmarks/results/cpu.json
 
@@ -31,7 +31,7 @@ SETS: dict[str, dict[str, tuple[str, ...]]] = {
         "offload": ("--rounds", "7", "--frames", "2"),
         "vae": ("--rounds", "3"),
         "end_to_end": ("--num_frames", "25"),
-        "load": ("--size-gb", "0.4", "--blocks", "1.3B", "--runs", "3"),
+        "load": ("--runs", "3"),
         "memory_vs_length": (),
     },
     "gpu": {
