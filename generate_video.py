@@ -34,7 +34,7 @@ logger = logging.getLogger("skyreels_v3")
 
 def run(request: GenerationRequest) -> None:
     """Carry out a request and print the path of what it made, or its plan."""
-    from skyreels_v3.preflight import preflight
+    from skyreels_v3.preflight import follow_checkpoint, preflight
     from skyreels_v3.runtime import expected_dtype, set_environment
 
     with tempfile.TemporaryDirectory(prefix="skyreels-") as downloads:
@@ -45,7 +45,10 @@ def run(request: GenerationRequest) -> None:
             print(describe(plan(request, checkpoint, expected_dtype(request))))  # noqa: T201  the result
         else:
             set_environment()
-            print(generate(request, inputs, checkpoint or fetch(request)))  # noqa: T201  the result
+            if checkpoint is None:
+                checkpoint = fetch(request)
+                request = follow_checkpoint(request, checkpoint)
+            print(generate(request, inputs, checkpoint))  # noqa: T201  the result
 
 
 def fetch(request: GenerationRequest) -> Path:

@@ -32,12 +32,8 @@ def preflight(request: GenerationRequest, downloads: Path) -> tuple[GenerationRe
     check_device(request.device)
     check_compute(request)
     checkpoint = None if request.model_id == TINY else locate(request)
-    transformer = None if checkpoint is None else checkpoint / request.task.transformer_folder
-    if transformer is not None and is_quantized(transformer):
-        if request.lora:
-            reason = f"{shown(request.lora[0][0])}: the checkpoint's weights are quantised already"
-            raise UserError("--lora", f"{reason}; give it to the run that quantises them, with --save_quantized")
-        request = replace(request, quant=request.quant or "fp8")  # the text encoder too, as when it was saved
+    if checkpoint is not None:
+        request = follow_checkpoint(request, checkpoint)
     if any(locate_lora(name) is None for name, _ in request.lora):
         check_client(request)
     if request.output is None:
@@ -53,6 +49,16 @@ def preflight(request: GenerationRequest, downloads: Path) -> tuple[GenerationRe
         assert request.output is not None
         check_left(request.output, recorded_flags(request))
     return request, inputs, checkpoint
+
+
+def follow_checkpoint(request: GenerationRequest, checkpoint: Path) -> GenerationRequest:
+    """The request for the checkpoint in a folder: FP8 weights make it one in FP8, which takes no more LoRAs."""
+    if not is_quantized(checkpoint / request.task.transformer_folder):
+        return request
+    if request.lora:
+        reason = f"{shown(request.lora[0][0])}: the checkpoint's weights are quantised already"
+        raise UserError("--lora", f"{reason}; give it to the run that quantises them, with --save_quantized")
+    return replace(request, quant=request.quant or "fp8")  # the text encoder too, as when it was saved
 
 
 def recorded_flags(request: GenerationRequest) -> dict[str, Any]:

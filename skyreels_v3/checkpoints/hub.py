@@ -235,27 +235,24 @@ def text_encoder_files(folder: Path, task: TaskSpec) -> list[Path]:
 
 def is_quantized(transformer: Path) -> bool:
     """Whether the checked transformer's folder holds FP8 weights, see memory/quantize.py."""
-    return any(name.endswith(".weight_scale") for file in weight_files(transformer) for name in header_of(file))
+    return any(name.endswith(".weight_scale") for file in weight_files(transformer) for name in header_of(file)[0])
 
 
-def header_of(file: Path) -> dict[str, Any]:
-    """The header of a safetensors file: what it says of each tensor, by name."""
+def header_of(file: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file's header says of each tensor, by name, and where in the file the tensors begin."""
     size = file.stat().st_size
     with file.open("rb") as handle:
         (header_size,) = struct.unpack("<Q", handle.read(8))
         header = json.loads(handle.read(min(header_size, size, MAX_HEADER_BYTES)))
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}, 8 + header_size
 
 
 def check_safetensors(file: Path) -> None:
     """Raise CheckpointError when the file's length is not what its own header says."""
     size = file.stat().st_size
     try:
-        with file.open("rb") as handle:
-            (header_size,) = struct.unpack("<Q", handle.read(8))
-            header = json.loads(handle.read(min(header_size, size, MAX_HEADER_BYTES)))
-        data = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        expected = 8 + header_size + data
+        tensors, begin = header_of(file)
+        expected = begin + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is truncated or no safetensors file; download it again") from error
     if size != expected:

@@ -226,7 +226,7 @@ def plan(request: GenerationRequest, checkpoint: Path | None, default_dtype: str
         )
         for new, condition in latent_frames_of_passes(request)
     )
-    quantized = is_quantized(request, checkpoint)
+    quantized = request.quant is not None
     streamed = max(0, sizes.num_layers - request.stream_blocks) * sizes.block_bytes(dtype, quantized)
     return Plan(
         request, checkpoint, dtype, passes, forwards, stages(request, checkpoint, sizes, passes, dtype), streamed
@@ -280,7 +280,7 @@ def stages(
 ) -> dict[str, Stage]:
     """Weights and activations of each stage, in bytes."""
     weights = component_bytes(request, checkpoint, dtype)
-    quantized = is_quantized(request, checkpoint)
+    quantized = request.quant is not None
     longest = max(passes, key=lambda made: made.tokens)
     context = sizes.context_bytes(longest.latents[2], len(request.input_audio), dtype)
     transformer = Stage(
@@ -290,18 +290,11 @@ def stages(
     )
     vae = weights.pop("VAE")
     made = {name: Stage(size, size) for name, size in weights.items()}
-    made["text encoder"] = text_encoder_stage(weights["text encoder"], dtype, request.quant is not None)
+    made["text encoder"] = text_encoder_stage(weights["text encoder"], dtype, quantized)
     for part in ("encode", "decode"):
         made[f"VAE {part}"] = Stage(vae, vae, vae_bytes(request, part, (1, 1)))
         made.setdefault("transformer", transformer)  # between the two
     return made
-
-
-def is_quantized(request: GenerationRequest, checkpoint: Path | None) -> bool:
-    """Whether the transformer's weights are FP8, in the checkpoint or by request."""
-    if request.quant is not None:
-        return True
-    return checkpoint is not None and hub.is_quantized(checkpoint / request.task.transformer_folder)
 
 
 def component_bytes(request: GenerationRequest, checkpoint: Path | None, dtype: str) -> dict[str, int]:

@@ -39,7 +39,12 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 def size_of(tensors: Sequence[Tensor]) -> int:
     """Bytes that `tensors` take as one piece."""
-    return sum(math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT for tensor in tensors)
+    return sum(map(aligned_bytes, tensors))
+
+
+def aligned_bytes(tensor: Tensor) -> int:
+    """Bytes that a tensor takes in a piece, so that the next one is aligned."""
+    return math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT
 
 
 @torch.inference_mode(False)  # always of one kind, or compiled code would not be that for the others
@@ -49,7 +54,7 @@ def laid_out(room: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     for tensor in tensors:
         place = room[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         places.append(nn.Parameter(place, requires_grad=False) if isinstance(tensor, nn.Parameter) else place)
-        start += math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT
+        start += aligned_bytes(tensor)
     return places
 
 
@@ -118,7 +123,8 @@ class BlockStream:
         tensors = tensors_of(block)
         room = torch.empty(size_of(tensors), dtype=torch.uint8)
         if not self.pin(room):
-            logger.warning("host memory cannot be pinned any more; %d blocks stream unpinned", self._left())
+            left = len(self.streamed) - len(self._packed)
+            logger.warning("host memory cannot be pinned any more; %d blocks stream unpinned", left)
             self.pin = None
             return None
         places = laid_out(room, tensors)
@@ -126,9 +132,6 @@ class BlockStream:
             place.copy_(tensor.detach())
         give(block, places)
         return room
-
-    def _left(self) -> int:
-        return len(self.streamed) - len(self._packed)
 
     @contextmanager
     def active(self) -> Iterator[None]:
