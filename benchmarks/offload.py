@@ -84,7 +84,7 @@ def main() -> int:
         models = build_ways(random_transformer(case.sizes, dtype, args.device), args.device, stays)
         inputs = make_inputs(case, args.device, dtype)
         inputs = replace(inputs, timestep=inputs.timestep.to(args.device))  # as diffusers' hooks would have it
-        attention, works = choose_attention("auto", args.device, dtype), {}
+        (_, attention), works = choose_attention("auto", args.device, dtype), {}
         for name, model in models.items():
             model.set_attention(attention)
             works[name] = forward_of(model, inputs, embedded(models[BASELINE], inputs))

@@ -148,7 +148,7 @@ def product_rate(size: int, device: torch.device, dtype: torch.dtype) -> float:
 
 def build_models(case: Case, args: argparse.Namespace, stays: ExitStack) -> dict[str, Any]:
     """diffusers' model and ours in every mode, with the same weights."""
-    attention = choose_attention("auto", args.device, getattr(torch, args.dtype))
+    _, attention = choose_attention("auto", args.device, getattr(torch, args.dtype))
     exact = random_transformer(case.sizes, getattr(torch, args.dtype), args.device)
     exact.set_attention(attention)
     models: dict[str, Any] = {} if case.sizes.audio_dim is not None else {BASELINE: diffusers_twin(exact, case.sizes)}

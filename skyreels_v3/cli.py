@@ -44,9 +44,6 @@ SAME_PROMPT = "same"
 MAX_SIDE = 2048
 MAX_PIXELS = 1920 * 1088
 MAX_SEED = 2**63 - 1
-NOT_BUILT = {
-    "use_usp": "running on several GPUs is not built yet; run without it on one",
-}
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,18 @@ FLAGS = (
     Flag("compile", "compile the transformer's blocks; the first step takes longer", bool),
     Flag("lora", "LoRAs to add: files, folders or hub ids, each with a scale", metavar="LORA[:SCALE][,...]"),
     Flag("no_cache", "do not keep encoded prompts for later runs, nor use those kept", bool),
-    Flag("use_usp", "several GPUs (not built yet)", bool),
+    Flag("use_usp", "share the work among the processes that torchrun starts, one for each GPU", bool),
+    Flag("ulysses_degree", "processes that exchange tokens for heads (default: as many as can)", int, low=1, high=4096),
+    Flag("ring_degree", "processes that hand keys and values around (default: the rest)", int, low=1, high=4096),
+    Flag(
+        "cfg_degree",
+        "processes that share the guidance (default: all terms at once, if they divide)",
+        int,
+        low=1,
+        high=3,
+    ),
+    Flag("shard_weights", "divide the transformer's weights among the processes", bool),
+    Flag("broadcast_weights", "read the weights in one process, and send them to the others", bool),
     Flag(
         "output", "an .mp4, or a folder ending in / for PNG frames (default: result/TASK/SEED_TIME.mp4)", metavar="PATH"
     ),
@@ -153,11 +161,15 @@ EXCLUSIVE = (
     ("offload", "low_vram"),
     ("memory", "offload"),
     ("memory", "low_vram"),
+    ("shard_weights", "low_vram"),
 )
+# flags that belong to another one
+NEEDS = dict.fromkeys(("ulysses_degree", "ring_degree", "cfg_degree", "shard_weights", "broadcast_weights"), "use_usp")
 # what a run does besides its video; not needed to make the same video again
 NOT_RECORDED = (
     *("output", "save_latents", "save_quantized", "resume", "dry_run", "quiet", "verbose"),
     *("memory", "stream_blocks", "no_cache"),
+    *("use_usp", *NEEDS),
 )
 
 
@@ -188,9 +200,6 @@ def parse_request(argv: Sequence[str]) -> GenerationRequest:
         values = without_overruled(read_config_file(config), values) | values
     if "task_type" not in values:
         raise UserError("--task_type", f"missing; choose one of {', '.join(TASK_NAMES)}")
-    for name, reason in NOT_BUILT.items():
-        if values.pop(name, False):
-            raise UserError(f"--{name}", reason)
     spec = task_spec(values.pop("task_type"))
     check_conflicts(spec, values)
     check_values(spec, values)
@@ -357,6 +366,10 @@ def check_conflicts(spec: TaskSpec, values: Mapping[str, Any]) -> None:
         if values.get(one, False) is not False and values.get(other, False) is not False:
             value = "" if values[one] is True else f"{values[one]} "
             raise UserError(f"--{one}", f"{value}conflicts with --{other}; give one of them")
+    for name, needed in NEEDS.items():
+        if values.get(name, False) is not False and values.get(needed, False) is False:
+            value = "" if values[name] is True else f"{values[name]}: "
+            raise UserError(f"--{name}", f"{value}is for several processes; add --{needed}, and start with torchrun")
     for one, other in (("height", "width"), ("width", "height")):
         if one in values and other not in values:
             raise UserError(f"--{one}", f"{values[one]} alone is no size; give --{other} as well")
@@ -419,6 +432,10 @@ def check_memory(values: Mapping[str, Any]) -> None:
     if "stream_blocks" in values and not streamed:
         reason = f"{values['stream_blocks']} blocks can only stay if the others are streamed"
         raise UserError("--stream_blocks", f"{reason}; add --memory stream or --low_vram")
+    if values.get("shard_weights") and values.get("memory") == "stream":
+        raise UserError("--shard_weights", "conflicts with --memory stream: either the weights stay or they stream")
+    if values.get("shard_weights") and "save_quantized" in values:
+        raise UserError("--shard_weights", "conflicts with --save_quantized: no process has all weights; save first")
     if "save_quantized" in values and not (values.get("low_vram") or "quant" in values):
         reason = f"{told(values['save_quantized'])}: no weights are quantised"
         raise UserError("--save_quantized", f"{reason}; add --quant fp8 or --low_vram")

@@ -11,16 +11,21 @@ from skyreels_v3.checkpoints.hub import TINY, check_client, is_quantized, locate
 from skyreels_v3.errors import UserError, shown
 from skyreels_v3.media.files import check_writable
 from skyreels_v3.media.inputs import Inputs, open_inputs
+from skyreels_v3.memory.planner import plan
 from skyreels_v3.pipelines.state import check_left
-from skyreels_v3.runtime import check_compute, check_device
+from skyreels_v3.ranks import ALONE, Ranks
+from skyreels_v3.runtime import check_compute, check_device, expected_dtype
 from skyreels_v3.tasks import GenerationRequest
 
 
-def preflight(request: GenerationRequest, downloads: Path) -> tuple[GenerationRequest, Inputs, Path | None]:
+def preflight(
+    request: GenerationRequest, downloads: Path, ranks: Ranks = ALONE
+) -> tuple[GenerationRequest, Inputs, Path | None]:
     """Check `request` against this machine, quick checks first.
 
     Args:
-        downloads: a folder of this run for inputs that are URLs.
+        downloads: a folder of this run for inputs that are URLs; what is in it already is not fetched again.
+        ranks: this process; outputs are looked at by the one that writes them.
 
     Returns:
         The request with output and size filled in, its inputs, and the checkpoint's folder, or None where it is yet to
@@ -40,14 +45,16 @@ def preflight(request: GenerationRequest, downloads: Path) -> tuple[GenerationRe
         name = f"{request.seed}_{datetime.now():%Y%m%d-%H%M%S}.mp4"
         request = replace(request, output=Path("result") / request.task.name / name)
     assert request.output is not None
-    check_writable(request.output, "--output")
-    for flag, path in (("--save_latents", request.save_latents), ("--save_quantized", request.save_quantized)):
-        if path is not None:
+    outputs = {"--output": request.output, "--save_latents": request.save_latents}
+    outputs["--save_quantized"] = request.save_quantized
+    for flag, path in outputs.items():
+        if path is not None and ranks.main:
             check_writable(path, flag)
     request, inputs = open_inputs(request, downloads)
-    if request.resume:
-        assert request.output is not None
+    if request.resume and ranks.main:
         check_left(request.output, recorded_flags(request))
+    if request.use_usp:
+        plan(request, checkpoint, expected_dtype(request), ranks)  # refuses degrees that do not fit
     return request, inputs, checkpoint
 
 

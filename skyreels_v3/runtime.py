@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from skyreels_v3.attention.available import check_attention
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from skyreels_v3.attention.backends import AttentionFn
+    from skyreels_v3.distributed import Parallel
     from skyreels_v3.memory.planner import Plan
     from skyreels_v3.memory.policy import Policy
     from skyreels_v3.memory.stream import BlockStream
@@ -101,7 +103,9 @@ class Runtime:
     show_progress: bool
     policy: Policy
     plan: Plan
+    kernel: str
     attention: AttentionFn
+    parallel: Parallel
     streams: dict[nn.Module, BlockStream] = field(default_factory=dict)
 
     @contextmanager
@@ -113,10 +117,13 @@ class Runtime:
             blocks: parts of it that may come one after the other.
         """
         from skyreels_v3.memory.offload import on_device
+        from skyreels_v3.memory.shard import is_sharded
         from skyreels_v3.memory.shortage import explained
 
         with explained(stage, self.plan, self.policy.mode, self.free_memory), ExitStack() as stack:
-            if self.policy.mode == "resident":
+            if is_sharded(module):
+                pass  # what is to be here is here
+            elif self.policy.mode == "resident":
                 module.to(self.device)
             elif self.policy.mode == "stream" and blocks:
                 stack.enter_context(self.stream(module, blocks).active())
@@ -131,7 +138,9 @@ class Runtime:
         from skyreels_v3.memory.stream import BlockStream
 
         if module not in self.streams:
-            self.streams[module] = BlockStream(module, blocks, self.device, keep, pin if pinned else None)
+            self.streams[module] = BlockStream(
+                module, blocks, self.device, keep, partial(pin, self.device) if pinned else None
+            )
         return self.streams[module]
 
     def free_memory(self) -> int | None:
@@ -172,6 +181,7 @@ def start(request: GenerationRequest, plan: Plan) -> Runtime:
     import torch
 
     from skyreels_v3.attention.backends import choose_attention
+    from skyreels_v3.distributed import Parallel
     from skyreels_v3.memory.policy import choose
 
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -179,19 +189,30 @@ def start(request: GenerationRequest, plan: Plan) -> Runtime:
     if not usable[name]:
         raise UserError("--device", f"{name}: torch {torch.__version__} cannot use it; install a build that can")
     dtype = getattr(torch, request.dtype or default_dtype(name))
-    device = torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+    device = torch.device(name)
+    if name == "cuda":
+        if plan.ranks.local_world > torch.cuda.device_count():
+            reason = f"{plan.ranks.local_world} processes on a machine with {torch.cuda.device_count()} GPUs"
+            raise UserError("--use_usp", f"{reason}; give torchrun --nproc_per_node={torch.cuda.device_count()}")
+        # one process takes what is current, of several each its own
+        number = plan.ranks.local_rank if plan.ranks.local_world > 1 else torch.cuda.current_device()
+        device = torch.device(name, number)
+        torch.cuda.set_device(device)
     if request.quant == "fp8_dynamic" and name == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         raise UserError("--quant", f"fp8_dynamic: {torch.cuda.get_device_name(device)} has no FP8 units; use fp8")
     free = torch.cuda.mem_get_info(device)[0] if name == "cuda" else None
-    policy = choose(plan, free, psutil.virtual_memory().available)
+    policy = choose(plan, free, psutil.virtual_memory().available // plan.ranks.local_world)
     logger.info("device %s, dtype %s, memory %s (%s)", device, dtype, policy.mode, policy.reason)
+    if plan.degrees.world > 1:
+        logger.info("%d processes: %s", plan.degrees.world, plan.degrees)
     if policy.mode == "stream" and free is not None and not policy.pinned:
         logger.warning("there is not enough free host memory to pin the transformer; it streams unpinned, slower")
-    attention = choose_attention(request.attention, device, dtype)
-    return Runtime(device, dtype, request.verbosity >= 0, policy, plan, attention)
+    kernel, attention = choose_attention(request.attention, device, dtype)
+    parallel = Parallel(plan.ranks, plan.degrees, device)
+    return Runtime(device, dtype, request.verbosity >= 0, policy, plan, kernel, attention, parallel)
 
 
-def pin(room: torch.Tensor) -> bool:
+def pin(device: torch.device, room: torch.Tensor) -> bool:
     """Make host memory known to the GPU's driver, so that it is copied from at full speed; False if that fails.
 
     The memory is registered where it is: torch's own allocator of pinned memory rounds sizes up to powers of two, which
@@ -201,6 +222,7 @@ def pin(room: torch.Tensor) -> bool:
 
     if not torch.cuda.is_available():
         return True
+    torch.cuda.set_device(device)  # of this thread, or the driver would set up the first GPU as well
     runtime = torch.cuda.cudart()
     if int(runtime.cudaHostRegister(room.data_ptr(), room.nbytes, PORTABLE)) != 0:
         return False

@@ -107,6 +107,12 @@ class GenerationRequest:
     compile: bool = False
     lora: tuple[tuple[str, float], ...] = ()  # (file, folder or hub id; scale)
     no_cache: bool = False
+    use_usp: bool = False
+    ulysses_degree: int | None = None  # None: see ranks.choose_degrees
+    ring_degree: int | None = None
+    cfg_degree: int | None = None
+    shard_weights: bool = False
+    broadcast_weights: bool = False
     dry_run: bool = False
     resume: bool = False
     url_timeout: float = 1.2

@@ -59,7 +59,7 @@ def test_a_stream_is_made_once_and_keeps_what_it_was_made_with():
     run = replace(start(REQUEST), policy=Policy("stream", "for a test"))
     module = nn.ModuleList([nn.Linear(2, 2) for _ in range(5)])
     made = run.stream(module, module, keep=2, pinned=True)
-    assert len(made.streamed) == 3 and made.pin is runtime.pin
+    assert len(made.streamed) == 3 and made.pin.func is runtime.pin
     assert run.stream(module, module) is made
     with run.resident(module, "a test", module):
         assert made._stays == 1
@@ -94,4 +94,4 @@ def test_a_cpu_has_no_memory_of_its_own():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU")
 def test_pinning_takes_nothing_where_nothing_is_transferred():
-    assert runtime.pin(torch.empty(3, dtype=torch.uint8))
+    assert runtime.pin(torch.device("cpu"), torch.empty(3, dtype=torch.uint8))

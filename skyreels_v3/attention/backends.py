@@ -67,8 +67,8 @@ def dispatched(backend: str) -> AttentionFn:
         return partial(dispatch_attention_fn, backend=chosen)
 
 
-def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> AttentionFn:
-    """The kernel `name` of `available.ATTENTIONS`, tried on the device; logs which it is.
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, AttentionFn]:
+    """The kernel `name` of `available.ATTENTIONS`, tried on the device, with its name; logs which it is.
 
     "auto" always finds one. The function returned makes no checks of its own.
 
@@ -78,16 +78,16 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> Att
     if name != "auto":
         attention = tried(name, device, dtype)
         logger.info("attention %s", name)
-        return attention
+        return name, attention
     capability, version = gpu_facts(device)
     choice = preferred(capability, version, [kernel for kernel in KERNELS if is_installed(kernel)], dtype)
     try:
         attention = tried(choice, device, dtype)
     except UserError as error:
         logger.info("attention sdpa; preferred, but unusable: %s", error.__cause__ or error)
-        return sdpa
+        return "sdpa", sdpa
     logger.info("attention %s, for compute capability %s, cuDNN %s, %s", choice, capability, version, dtype)
-    return attention
+    return choice, attention
 
 
 def gpu_facts(device: torch.device) -> tuple[tuple[int, int] | None, int]:

@@ -6,6 +6,7 @@ media. The folder belongs to one run and every download in it gets a new name: n
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import mimetypes
 import os
@@ -70,7 +71,10 @@ def localise(
         raise UserError(
             flag, f"{shown(source)}: only http and https addresses are fetched; download it and give the path"
         )
-    return _Download(source, flag, timeout, max_bytes, progress).into(folder)
+    there = folder / f"{hashlib.sha256(source.encode()).hexdigest()}.path"
+    if not there.is_file():  # not fetched before, by this process or the one that leads it
+        there.write_text(_Download(source, flag, timeout, max_bytes, progress).into(folder).name)
+    return folder / there.read_text()
 
 
 class _Download:

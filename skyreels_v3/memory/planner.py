@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from skyreels_v3.checkpoints import hub
+from skyreels_v3.ranks import ALONE, UNDIVIDED, Degrees, Ranks, choose_degrees
 from skyreels_v3.sampling.guidance import Guidance, text_audio_guidance, text_guidance, text_image_guidance
 from skyreels_v3.tasks import (
     CONFIG_DIR,
@@ -45,6 +46,7 @@ TEXT_ENCODER_MATRICES = 24 * (4 * 4096**2 + 2 * 4096 * 10240)  # parameters that
 ATTENTION_BYTES = {"bfloat16": 10.12, "float32": 20.2}
 WAITING_BYTES = {"bfloat16": 8.0, "float32": 16.0}
 WORKING_BYTES = {"bfloat16": 20.6, "float32": 33.4}
+EXCHANGE_TENSORS = 4  # of all of a process's tokens, while several processes exchange queries, keys and values
 TOKENS_AT_ONCE = 8192
 # Live bytes at the VAE's peak for each pixel of a frame: whole; in tiles for each pixel, and for each of a tile's.
 VAE_WHOLE = {"encode": {"float32": 14_250, "bfloat16": 7_620}, "decode": {"float32": 18_200, "bfloat16": 9_880}}
@@ -147,8 +149,12 @@ class Sizes:
         feed_forward = 4 * tokens * dim * self.ffn_dim
         return self.num_layers * (attention + cross + feed_forward)
 
-    def activation_bytes(self, tokens: int, dtype: str) -> int:
-        """Live bytes at the peak of a forward, weights not counted."""
+    def activation_bytes(self, tokens: int, dtype: str, degrees: Degrees = UNDIVIDED) -> int:
+        """Live bytes at the peak of a forward on one of the processes that divide it, weights not counted."""
+        if degrees.sequence > 1:
+            own = math.ceil(tokens / degrees.sequence)
+            exchanged = EXCHANGE_TENSORS * own + (2 * tokens // degrees.ulysses if degrees.ring > 1 else 0)
+            return self.activation_bytes(own, dtype) + BYTES[dtype] * self.dim * exchanged
         working = min(tokens, TOKENS_AT_ONCE) * max(
             WORKING_BYTES[dtype] * self.dim, BYTES[dtype] * (self.dim + 2 * self.ffn_dim)
         )
@@ -193,6 +199,8 @@ class Plan:
     forwards: int  # of one pass
     stages: Mapping[str, Stage]
     streamed_from_host: int  # bytes of the transformer's blocks that are not kept on the device
+    ranks: Ranks = ALONE
+    degrees: Degrees = UNDIVIDED
 
     def peak(self, mode: str, tiles: tuple[int, int] = (1, 1)) -> int:
         """The most bytes on the device at one time in a mode of memory/policy.py, with a tiling of the VAE."""
@@ -212,12 +220,24 @@ class Plan:
         return replace(self, stages=stages).peak(mode)
 
 
-def plan(request: GenerationRequest, checkpoint: Path | None, default_dtype: str = "float32") -> Plan:
-    """Work out a request whose inputs have been looked at; `default_dtype` is that of a request that names none."""
+def plan(
+    request: GenerationRequest, checkpoint: Path | None, default_dtype: str = "float32", ranks: Ranks = ALONE
+) -> Plan:
+    """Work out a request whose inputs have been looked at.
+
+    Args:
+        default_dtype: that of a request that names none.
+        ranks: the process that this is a plan for, and the others that share the video.
+
+    Raises:
+        UserError: the processes cannot be divided as the request wants.
+    """
     assert request.height is not None and request.width is not None
     dtype = request.dtype or default_dtype
     sizes = transformer_sizes(request, checkpoint)
-    forwards = request.num_inference_steps * len(guidance_of(request).terms)
+    terms = len(guidance_of(request).terms)
+    forwards = request.num_inference_steps * terms
+    degrees = choose_degrees(request, ranks.world, sizes.num_attention_heads, terms) if request.use_usp else UNDIVIDED
     passes = tuple(
         PassPlan(
             (1, LATENT_CHANNELS, new, request.height // VAE_STRIDE[1], request.width // VAE_STRIDE[2]),
@@ -228,9 +248,8 @@ def plan(request: GenerationRequest, checkpoint: Path | None, default_dtype: str
     )
     quantized = request.quant is not None
     streamed = max(0, sizes.num_layers - request.stream_blocks) * sizes.block_bytes(dtype, quantized)
-    return Plan(
-        request, checkpoint, dtype, passes, forwards, stages(request, checkpoint, sizes, passes, dtype), streamed
-    )
+    made = stages(request, checkpoint, sizes, passes, dtype, degrees)
+    return Plan(request, checkpoint, dtype, passes, forwards, made, streamed, ranks, degrees)
 
 
 def guidance_of(request: GenerationRequest) -> Guidance:
@@ -276,17 +295,26 @@ def transformer_sizes(request: GenerationRequest, checkpoint: Path | None) -> Si
 
 
 def stages(
-    request: GenerationRequest, checkpoint: Path | None, sizes: Sizes, passes: tuple[PassPlan, ...], dtype: str
+    request: GenerationRequest,
+    checkpoint: Path | None,
+    sizes: Sizes,
+    passes: tuple[PassPlan, ...],
+    dtype: str,
+    degrees: Degrees,
 ) -> dict[str, Stage]:
-    """Weights and activations of each stage, in bytes."""
+    """Weights and activations of each stage on one process, in bytes."""
     weights = component_bytes(request, checkpoint, dtype)
     quantized = request.quant is not None
     longest = max(passes, key=lambda made: made.tokens)
     context = sizes.context_bytes(longest.latents[2], len(request.input_audio), dtype)
+    own_terms = math.ceil(len(guidance_of(request).terms) / degrees.cfg)
+    weights_here = sizes.weight_bytes(dtype, quantized)
+    if request.shard_weights:  # a part of all, and two blocks gathered
+        weights_here = weights_here // degrees.world + STREAM_SLOTS * sizes.block_bytes(dtype, quantized)
     transformer = Stage(
-        sizes.weight_bytes(dtype, quantized),
+        weights_here,
         sizes.streamed_bytes(dtype, quantized, request.stream_blocks),
-        sizes.activation_bytes(longest.tokens, dtype) + len(guidance_of(request).terms) * context,
+        sizes.activation_bytes(longest.tokens, dtype, degrees) + own_terms * context,
     )
     vae = weights.pop("VAE")
     made = {name: Stage(size, size) for name, size in weights.items()}
@@ -355,6 +383,8 @@ def describe(plan: Plan) -> str:
         quantized = f", {request.quant}" if request.quant and name in ("transformer", "text encoder") else ""
         weights = f"{giga(stage.weights)} weights ({stage_dtype(request, name, plan.dtype)}{quantized})"
         lines += [(name, f"{weights}, about {giga(stage.activations)} activations")]
+    if plan.degrees.world > 1:
+        lines += [("processes", f"{plan.degrees.world}: {plan.degrees}; memory is that of one of them")]
     lines += [("memory", describe_memory(plan)), ("output", str(request.output))]
     return "\n".join(f"{name:14}{text}" for name, text in lines)
 

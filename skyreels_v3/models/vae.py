@@ -16,9 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanCausalConv3d,
@@ -29,6 +30,9 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from skyreels_v3.distributed import Team
 
 Span = tuple[int, int]  # first, last + 1
 
@@ -42,6 +46,7 @@ class VideoVAE:
         self.mean = torch.tensor(module.config.latents_mean).view(1, -1, 1, 1, 1)
         self.std = torch.tensor(module.config.latents_std).view(1, -1, 1, 1, 1)
         self.tiles = (1, 1)
+        self.team: Team | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -52,12 +57,16 @@ class VideoVAE:
         assert rows > 0 and columns > 0, (rows, columns)
         self.tiles = (rows, columns)
 
+    def share(self, team: Team | None) -> None:
+        """Encode and decode together with other processes from now on: each works on some of the tiles."""
+        self.team = team
+
     @torch.inference_mode()
     def encode(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Normalised latents, float32: the posterior's mode, or with a CPU `generator` a sample of it."""
-        stages, cut = encoder_stages(self.module.encoder)
-        fine = TiledStages(stages[:cut], video.shape[-2:], self.tiles)
-        coarse = TiledStages(stages[cut:], fine.size, (1, 1))
+        stages, cut = encoder_stages(self.module.encoder, self.team is not None)
+        fine = TiledStages(stages[:cut], video.shape[-2:], self.tiles, self.team)
+        coarse = TiledStages(stages[cut:], fine.size)
         moments = [coarse(fine(chunk.to(self.dtype))) for chunk in split_frames(video)]
         posterior = DiagonalGaussianDistribution(self.module.quant_conv(torch.cat(moments, dim=2)).float())
         latents = posterior.mode() if generator is None else posterior.sample(generator)
@@ -76,9 +85,9 @@ class VideoVAE:
         Raises:
             FloatingPointError: the video is infinite or not a number, which would be written as black frames.
         """
-        stages, cut = decoder_stages(self.module.decoder)
-        coarse = TiledStages(stages[:cut], latents.shape[-2:], (1, 1))
-        fine = TiledStages(stages[cut:], coarse.size, self.tiles)
+        stages, cut = decoder_stages(self.module.decoder, self.team is not None)
+        coarse = TiledStages(stages[:cut], latents.shape[-2:])
+        fine = TiledStages(stages[cut:], coarse.size, self.tiles, self.team)
         raw = latents.float() * self.std.to(latents.device) + self.mean.to(latents.device)
         for index, frame in enumerate(raw.to(self.dtype).split(1, dim=2)):
             # no name is given to what is yielded, or this generator would hold it while the next chunk is made
@@ -99,20 +108,27 @@ def displayable(chunk: Tensor, index: int) -> Tensor:
     return chunk.float().clamp_(-1.0, 1.0)
 
 
-def encoder_stages(encoder: WanEncoder3d) -> tuple[list[nn.Module], int]:
-    """The encoder as a chain of modules, and how many of them come before a quarter of the size is reached."""
+def encoder_stages(encoder: WanEncoder3d, shared: bool = False) -> tuple[list[nn.Module], int]:
+    """The encoder as a chain of modules, and how many of them come before a quarter of the size is reached.
+
+    `shared`: how many come before its attention. Tiles that other processes work on cost nothing here, so there may be
+    more stages in them; the halo's larger share of the work is for the stages that are small.
+    """
     stages = [encoder.conv_in, *encoder.down_blocks, encoder.mid_block]
     stages += [encoder.norm_out, encoder.nonlinearity, encoder.conv_out]
-    return stages, resamplings(stages)[1] + 1
+    return stages, stages.index(encoder.mid_block) if shared else resamplings(stages)[1] + 1
 
 
-def decoder_stages(decoder: WanDecoder3d) -> tuple[list[nn.Module], int]:
-    """The decoder as a chain of modules, and how many of them come before a quarter of the size is left."""
+def decoder_stages(decoder: WanDecoder3d, shared: bool = False) -> tuple[list[nn.Module], int]:
+    """The decoder as a chain of modules, and how many of them come before a quarter of the size is left.
+
+    `shared`: how many there are up to its attention, see `encoder_stages`.
+    """
     stages = [decoder.conv_in, decoder.mid_block]
     for block in decoder.up_blocks:
         stages += [*block.resnets, *(block.upsamplers or ())]
     stages += [decoder.norm_out, decoder.nonlinearity, decoder.conv_out]
-    return stages, resamplings(stages)[1]
+    return stages, stages.index(decoder.mid_block) + 1 if shared else resamplings(stages)[1]
 
 
 def resamplings(stages: Sequence[nn.Module]) -> list[int]:
@@ -127,28 +143,67 @@ class TiledStages:
         stages: modules from (B, C, F, H, W) to such.
         size: H and W of the first one's input.
         tiles: rows and columns of the grid; no more are made than the result has rows and columns.
+        team: processes that divide the tiles, all with the same input; then there are enough for all of them.
     """
 
-    def __init__(self, stages: Sequence[nn.Module], size: Sequence[int], tiles: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        stages: Sequence[nn.Module],
+        size: Sequence[int],
+        tiles: tuple[int, int] = (1, 1),
+        team: Team | None = None,
+    ) -> None:
         self.size = tuple(sizes_along(stages, length)[-1] for length in size)  # H and W of the result
-        rows, columns = ([*split_evenly(*pair)] for pair in zip(self.size, tiles, strict=True))
+        self.team = team
+        grid = tiles if team is None else enough_tiles(self.size, tiles, team.size)
+        rows, columns = ([*split_evenly(*pair)] for pair in zip(self.size, grid, strict=True))
         self.spans = [(row, column) for row in rows for column in columns]
         self.tiles = [
             Tile(stages, crops_along(stages, size[0], row), crops_along(stages, size[1], column))
-            for row, column in self.spans
+            for row, column in (self.spans if team is None else own_part(self.spans, team))
         ]
 
     def __call__(self, x: Tensor) -> Tensor:
         """The next frames (B, C, F, H, W) through all stages."""
         out = None
-        for tile, ((top, bottom), (left, right)) in zip(self.tiles, self.spans, strict=True):
-            piece = tile(x)
+        for piece, (rows, columns) in zip(self.pieces(x), self.spans, strict=True):
             if out is None:
                 out = piece.new_empty(*piece.shape[:3], *self.size)
-            out[..., top:bottom, left:right] = piece
+            out[..., slice(*rows), slice(*columns)] = piece
             del piece  # before the next one is made
         assert out is not None
         return out
+
+    def pieces(self, x: Tensor) -> Iterator[Tensor]:
+        """The tiles' parts of the result, in order."""
+        if self.team is None:
+            yield from (tile(x) for tile in self.tiles)
+            return
+        # tiles differ by a row or a column at most; an exchange is of equal pieces
+        height, width = (max(end - first for first, end in spans) for spans in zip(*self.spans, strict=True))
+        for number, tile in enumerate(self.tiles):
+            piece = tile(x)
+            padded = F.pad(piece, (0, width - piece.shape[-1], 0, height - piece.shape[-2]))
+            spans = self.spans[number * self.team.size :]
+            for made, ((top, bottom), (left, right)) in zip(self.team.all_gather(padded), spans, strict=False):
+                yield made[..., : bottom - top, : right - left]
+
+
+def own_part(spans: Sequence[tuple[Span, Span]], team: Team) -> list[tuple[Span, Span]]:
+    """One of each `team.size` tiles. Where there are not enough the last one is made again: all must have one."""
+    return [spans[min(start + team.rank, len(spans) - 1)] for start in range(0, len(spans), team.size)]
+
+
+def enough_tiles(size: Sequence[int], tiles: tuple[int, int], processes: int) -> tuple[int, int]:
+    """The smallest grid of at least `tiles` in which every process has the same number, with the shortest borders."""
+    height, width = size
+    grids = [
+        (rows, columns)
+        for rows in range(tiles[0], tiles[0] * processes + 1)
+        for columns in range(tiles[1], tiles[1] * processes + 1)
+        if rows * columns % processes == 0
+    ]
+    return min(grids, key=lambda grid: (grid[0] * grid[1], grid[0] * width + grid[1] * height))
 
 
 class Tile:

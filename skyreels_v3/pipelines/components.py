@@ -22,7 +22,9 @@ from skyreels_v3.checkpoints.published import (
     load_vae,
 )
 from skyreels_v3.compile import compile_blocks
+from skyreels_v3.distributed import SequenceParallel, choose_usp
 from skyreels_v3.memory.quantize import quantize
+from skyreels_v3.memory.shard import shard_weights
 from skyreels_v3.models.audio_encoder import AudioEncoder
 from skyreels_v3.models.image_encoder import ImageEncoder
 from skyreels_v3.models.text_encoder import TextEncoder
@@ -42,30 +44,26 @@ class Components:
 
     transformer: SkyReelsTransformer3DModel
     vae: VideoVAE
-    text_encoder: TextEncoder
+    text_encoder: TextEncoder | None  # this and the other encoders only where something is encoded
     prompts: PromptCache
     quant: str | None = None  # of the text encoder, to be done when it is needed
     image_encoder: ImageEncoder | None = None
     audio_encoder: AudioEncoder | None = None
 
 
-def load_components(
-    folder: Path, request: GenerationRequest, runtime: Runtime, loras: Sequence[Path] = ()
-) -> Components:
-    """Map the checkpoint in `folder` into memory; every file is checked before anything long begins.
-
-    `loras` are the files of the request's LoRAs.
-    """
+def load_components(folder: Path, request: GenerationRequest, runtime: Runtime) -> Components:
+    """Map the checkpoint in `folder` into memory; every file is checked before anything long begins."""
     task = request.task
     loaders: dict[str, Callable[[], Any]] = {
         "vae": lambda: load_vae(folder, task.layout, getattr(torch, request.vae_dtype)),
-        "text_encoder": lambda: load_text_encoder(folder, task.layout, runtime.dtype),
         "transformer": lambda: load_transformer(folder / task.transformer_folder, runtime.dtype),
     }
-    if "input_audio" in task.inputs:
+    if runtime.parallel.main:
+        loaders["text_encoder"] = lambda: load_text_encoder(folder, task.layout, runtime.dtype)
+    if runtime.parallel.main and "input_audio" in task.inputs:
         loaders["image_encoder"] = lambda: load_image_encoder(folder, runtime.dtype)
         loaders["audio_encoder"] = lambda: load_audio_encoder(folder, torch.float32)
-    loaded = {}
+    loaded: dict[str, Any] = {"text_encoder": None}
     with runtime.bar("loading", len(loaders)) as bar:
         for name, load in loaders.items():
             loaded[name] = load()
@@ -75,22 +73,26 @@ def load_components(
     read_ahead(weight_files(folder / task.transformer_folder))  # while the prompt and the pictures are encoded
     components = Components(**loaded, prompts=prompts, quant=request.quant)
     components.vae.set_tiles(*runtime.policy.tiles)
-    set_up_transformer(components.transformer, request, loras, runtime)
+    components.vae.share(runtime.parallel.team)
+    set_up_transformer(components.transformer, request, runtime)
     return components
 
 
-def set_up_transformer(
-    transformer: SkyReelsTransformer3DModel, request: GenerationRequest, loras: Sequence[Path], runtime: Runtime
-) -> None:
-    """What is done to the transformer from outside: adapters, quantisation, attention, compilation, its stream."""
-    if loras:
-        scales = [scale for _, scale in request.lora]
-        apply_loras(transformer, list(zip(loras, scales, strict=True)), fuse=request.quant is not None)
+def set_up_transformer(transformer: SkyReelsTransformer3DModel, request: GenerationRequest, runtime: Runtime) -> None:
+    """What is done to the transformer from outside: adapters, quantisation, attention, processes, its stream."""
+    if request.lora:
+        loras = [(Path(file), scale) for file, scale in request.lora]  # names were replaced when they were fetched
+        apply_loras(transformer, loras, fuse=request.quant is not None)
     if request.quant is not None:
         quantize_blocks(transformer.blocks, "quantising", request.quant, runtime)
     transformer.set_attention(runtime.attention)
+    if runtime.parallel.degrees.sequence > 1:
+        usp = choose_usp(runtime.kernel, runtime.attention, runtime.parallel)
+        SequenceParallel(runtime.parallel.team_along("sequence"), usp).attach(transformer, runtime.attention)
     if request.compile:
         compile_blocks(transformer)
+    if request.shard_weights and not runtime.parallel.alone:
+        shard_weights(transformer, runtime.device, runtime.parallel.degrees.world)
     if runtime.policy.mode == "stream":
         runtime.stream(transformer, transformer.blocks, runtime.policy.keep, runtime.policy.pinned).begin()
 

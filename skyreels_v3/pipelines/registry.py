@@ -17,7 +17,7 @@ from skyreels_v3.tasks import GenerationRequest, TaskSpec
 
 Pipeline = Callable[[GenerationRequest, Inputs], Iterator[Pass]]
 
-PIPELINES: dict[str, Callable[[Components, Runtime, RunState], Pipeline]] = {
+PIPELINES: dict[str, Callable[[Components, Runtime, RunState | None], Pipeline]] = {
     "reference_to_video": ReferenceToVideo,
     "single_shot_extension": SingleShotExtension,
     "shot_switching_extension": ShotSwitchingExtension,
@@ -25,6 +25,6 @@ PIPELINES: dict[str, Callable[[Components, Runtime, RunState], Pipeline]] = {
 }
 
 
-def make_pipeline(task: TaskSpec, components: Components, runtime: Runtime, state: RunState) -> Pipeline:
+def make_pipeline(task: TaskSpec, components: Components, runtime: Runtime, state: RunState | None) -> Pipeline:
     """The pipeline of `task`: called with a request and its inputs, it gives the passes of the generation."""
     return PIPELINES[task.name](components, runtime, state)

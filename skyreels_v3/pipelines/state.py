@@ -52,24 +52,25 @@ class RunState:
         self._request = request
         self._made = made
 
-    def recall(self, generator: torch.Generator) -> Tensor | None:
-        """The latents of the pass that comes next, if they were saved; `generator` is then as it was after it."""
+    def recall(self) -> dict[str, Tensor]:
+        """The `latents` of the pass that comes next and the state of its `generator` after it, if they were saved."""
+        import torch
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         file = self._pass_file()
         if not file.is_file():
-            return None
+            return {}
         try:
             saved = load_file(file)
-            latents = saved["latents"]
-            generator.set_state(saved["generator"])
-        except (SafetensorError, KeyError, RuntimeError, TypeError) as error:
+            torch.Generator().set_state(saved["generator"])
+            assert saved["latents"].ndim == 5, saved["latents"].shape
+        except (SafetensorError, KeyError, RuntimeError, TypeError, AssertionError) as error:
             reason = f"{shown(file)} is damaged ({shown(error)})"
             raise UserError("--resume", f"{reason}; delete it, and the pass is made again") from error
         self.passes += 1
         logger.info("pass %d was finished before", self.passes)
-        return latents
+        return saved
 
     def save(self, latents: Tensor, generator: torch.Generator) -> None:
         """Keep the latents of a pass that has just been made."""

@@ -62,11 +62,14 @@ def log_step_times(ends: Sequence[float]) -> None:
 
 
 class Steps:
-    """The steps of a pipeline, on the components, the device and the state of a run."""
+    """The steps of a pipeline, on the components, the device and the state of a run.
+
+    Of several processes the first one has the state, and the components that are needed there only.
+    """
 
     make_schedule: ClassVar[Callable[[int, float], Any]] = staticmethod(unipc)
 
-    def __init__(self, components: Components, runtime: Runtime, state: RunState) -> None:
+    def __init__(self, components: Components, runtime: Runtime, state: RunState | None) -> None:
         self.components = components
         self.runtime = runtime
         self.state = state
@@ -89,18 +92,24 @@ class Steps:
     def encode_texts(self, texts: Iterable[str]) -> dict[str, Tensor]:
         """Context (1, 512, D) of each text on the device; each is encoded once, and kept for later runs."""
         texts, prompts = [*dict.fromkeys(texts)], self.components.prompts
-        known = {text: context for text in texts if (context := prompts.recall(text)) is not None}
-        if missing := [text for text in texts if text not in known]:
-            with self.text_encoder() as encoder:
-                known |= {text: encoder([text]) for text in missing}
-            for text in missing:
-                prompts.store(text, known[text])
+
+        def encode() -> dict[str, Tensor]:
+            known = {text: context for text in texts if (context := prompts.recall(text)) is not None}
+            if missing := [text for text in texts if text not in known]:
+                with self.text_encoder() as encoder:
+                    known |= {text: encoder([text]) for text in missing}
+                for text in missing:
+                    prompts.store(text, known[text])
+            return known
+
+        known = self.runtime.parallel.once(encode)
         return {text: pad_context(known[text]).to(self.runtime.device) for text in texts}
 
     @contextmanager
     def text_encoder(self) -> Iterator[TextEncoder]:
         """The text encoder at work; quantised, if it is to be, when it is first needed."""
         encoder, quant = self.components.text_encoder, self.components.quant
+        assert encoder is not None
         if quant is not None:
             quantize_blocks(encoder.blocks, "quantising the text encoder", quant, self.runtime)
         with self.runtime.resident(encoder.module, "the text encoder", encoder.blocks):
@@ -138,9 +147,10 @@ class Steps:
             conditions: makes the conditions; not called for a pass that was finished before.
             generator: where the noise comes from.
         """
-        saved = self.state.recall(generator)
-        if saved is not None:
-            return saved.to(self.runtime.device)
+        parallel = self.runtime.parallel
+        if saved := parallel.once(self.recall):
+            generator.set_state(saved["generator"])
+            return saved["latents"].to(self.runtime.device)
         made = conditions()
         transformer = self.components.transformer
         scheduler = self.make_schedule(request.num_inference_steps, request.shift)
@@ -153,11 +163,17 @@ class Steps:
                 ends.append(perf_counter())
                 bar.update()
 
-            latents = denoise(transformer, scheduler, start, made, guidance, progress, pin)
+            latents = denoise(transformer, scheduler, start, made, guidance, progress, pin, parallel.predictions)
         if request.compile:
             log_step_times(ends)
-        self.state.save(latents, generator)
+        if self.state is not None:
+            self.state.save(latents, generator)
         return latents
+
+    def recall(self) -> dict[str, Tensor]:
+        """The next pass of an interrupted run, see `RunState.recall`."""
+        assert self.state is not None
+        return self.state.recall()
 
     def decode_video(self, latents: Tensor) -> Iterator[Tensor]:
         """Video (1, 3, f, H, W) in [-1, 1] of latents (1, 16, F, h, w), piece by piece as it is asked for."""

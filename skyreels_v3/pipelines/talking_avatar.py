@@ -209,15 +209,18 @@ class TalkingAvatar(Steps):
     def encode_audio(self, request: GenerationRequest, inputs: Inputs) -> Tensor:
         """Features (P, F, layers, D) of each speaker's sound, silent while only the other one speaks."""
         encoder = self.components.audio_encoder
-        assert encoder is not None
-        voices = [normalise_loudness(read_audio(sound.path, "--input_audio")) for sound in inputs.audio]
-        with self.runtime.resident(encoder.module, "encoding the sound"):
-            return torch.stack(
-                [
+
+        def encode() -> dict[str, Tensor]:
+            assert encoder is not None
+            voices = [normalise_loudness(read_audio(sound.path, "--input_audio")) for sound in inputs.audio]
+            with self.runtime.resident(encoder.module, "encoding the sound"):
+                heard = [
                     encoder(torch.from_numpy(samples).to(self.runtime.device), request.task.fps)
                     for samples in in_turn(voices, request.audio_type == "sequential")
                 ]
-            )
+            return {"features": torch.stack(heard)}
+
+        return self.runtime.parallel.once(encode)["features"].to(self.runtime.device)
 
     def make_window(
         self,
@@ -285,9 +288,13 @@ class TalkingAvatar(Steps):
     def encode_image(self, picture: Tensor) -> Tensor:
         """CLIP tokens (1, 257, D) of a picture (1, 3, H, W)."""
         encoder = self.components.image_encoder
-        assert encoder is not None
-        with self.runtime.resident(encoder.module, "encoding the portrait"):
-            return encoder(picture)
+
+        def encode() -> dict[str, Tensor]:
+            assert encoder is not None
+            with self.runtime.resident(encoder.module, "encoding the portrait"):
+                return {"image": encoder(picture)}
+
+        return self.runtime.parallel.once(encode)["image"].to(self.runtime.device)
 
     def decode_matched(self, request: GenerationRequest, latents: Tensor, scene: Scene) -> Iterator[Tensor]:
         """Frames (1, 3, 1, H, W) of latents, in the portrait's colours."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,15 @@ def leave(latents: Tensor, sigma: float) -> Tensor:
     return latents
 
 
-@torch.inference_mode()
+Predictions = Callable[[Sequence[str], Callable[[str], Tensor]], Mapping[str, Tensor]]
+
+
+def one_by_one(names: Sequence[str], predict: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """The prediction under each condition, by one process."""
+    return {name: predict(name) for name in names}
+
+
+@torch.no_grad()  # not inference mode, which FSDP's sharded weights do not work in
 def denoise(
     model: SkyReelsTransformer3DModel,
     scheduler: Any,
@@ -72,6 +80,7 @@ def denoise(
     guidance: Guidance,
     progress: Callable[[], object] = lambda: None,
     pin: Pin = leave,
+    predictions: Predictions = one_by_one,
 ) -> Tensor:
     """Turn noise (B, C, F, H, W) into latents.
 
@@ -83,14 +92,21 @@ def denoise(
         progress: called after each step.
         pin: called with the latents and their noise level before the first step and after each; gives the latents to
             go on with, such as ones whose first frames are known.
+        predictions: computes the predictions under the conditions.
 
     Raises:
         FloatingPointError: latents became infinite or not a number.
     """
-    contexts = {name: condition.embed(model) for name, condition in conditions.items()}
+    contexts: dict[str, Context] = {}
+
+    def predict(name: str) -> Tensor:
+        if name not in contexts:
+            contexts[name] = conditions[name].embed(model)
+        return conditions[name].predict(model, contexts[name], latents, timestep)
+
     latents = pin(latents, float(scheduler.sigmas[0]))
     for step, timestep in enumerate(scheduler.timesteps):
-        velocity = guidance(lambda name: conditions[name].predict(model, contexts[name], latents, timestep))  # noqa: B023  called at once
+        velocity = guidance(predictions(guidance.conditions, predict).__getitem__)
         latents = scheduler.step(velocity, timestep, latents).prev_sample
         latents = pin(latents, float(scheduler.sigmas[step + 1]))
         if not torch.isfinite(latents).all():

@@ -89,14 +89,14 @@ def test_the_dispatcher_checks_packages():
 @pytest.mark.parametrize("name", ["auto", "sdpa"])
 def test_sdpa_on_a_cpu(name, dtype, caplog):
     with caplog.at_level(logging.INFO):
-        assert choose_attention(name, CPU, dtype) is sdpa
+        assert choose_attention(name, CPU, dtype) == ("sdpa", sdpa)
     assert [record.message.split(",")[0] for record in caplog.records] == ["attention sdpa"]
 
 
 def test_a_choice_through_the_dispatcher(plain, caplog):
     state = torch.get_rng_state()
     with caplog.at_level(logging.INFO):
-        attention = choose_attention(plain, CPU, torch.float32)
+        _, attention = choose_attention(plain, CPU, torch.float32)
     assert torch.equal(torch.get_rng_state(), state)
     assert "attention plain" in caplog.text
     tensors = inputs(1, 20, 9, 2, 16)
@@ -144,7 +144,7 @@ def test_a_kernel_that_does_not_work(case, plain, monkeypatch, caplog):
     assert len(str(caught.value)) < 500
     monkeypatch.setattr(backends, "preferred", lambda *facts: plain)
     with caplog.at_level(logging.INFO):
-        assert choose_attention("auto", CPU, torch.float32) is sdpa
+        assert choose_attention("auto", CPU, torch.float32) == ("sdpa", sdpa)
     assert "attention sdpa; preferred, but unusable: " in caplog.text
 
 
@@ -192,7 +192,7 @@ def test_on_a_gpu(name, shape):
     """Whatever this GPU has is right at the shapes of the models; 8-bit kernels in their precision."""
     device = torch.device("cuda", 0)
     try:
-        attention = choose_attention(name, device, torch.bfloat16)
+        _, attention = choose_attention(name, device, torch.bfloat16)
     except UserError as error:
         pytest.skip(str(error))
     tensors = [tensor.to(device, torch.bfloat16) for tensor in inputs(*shape)]

@@ -7,7 +7,7 @@ the conditions alone, keys and values of text, image and sound, has a method of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ SPEAKER_POSITIONS = (2.0, 22.0)
 MAPPED_AT_ONCE = 4096  # tokens
 
 KeysValues = tuple[Tensor, Tensor]  # (B, T, N, D) each
+SpeakerFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # see `speaker_positions`
 
 
 class NormedAttention(nn.Module):
@@ -144,23 +145,27 @@ def line_tables(positions: Tensor, head_dim: int) -> Rotary:
     return rotations(positions[..., None] / THETA**exponents)
 
 
-def speaker_positions(query: Tensor, first_frame_key: Tensor, masks: Tensor) -> Tensor:
-    """Position (B, L) of every token on the speakers' axis.
+def speaker_positions(query: Tensor, key: Tensor, masks: Tensor) -> Tensor:
+    """Position (B, L) of every token on the speakers' axis, from queries and keys (B, L, N, D) of all tokens.
 
     How much a token looks at each region of the first frame says whom it belongs to: the mean attention weight inside
     each mask (3, S) of person one, person two and the background. The winner decides; a person's tokens are spread
     over that person's range by how strongly they look, from the weakest to the strongest token.
     """
+    looks = region_looks(query, key[:, : masks.shape[1]], masks)
+    return positions_between(looks, looks.amin(dim=-1, keepdim=True), looks.amax(dim=-1, keepdim=True))
+
+
+def region_looks(query: Tensor, first_frame_key: Tensor, masks: Tensor) -> Tensor:
+    """How much (B, 3, L) each token looks at each region of the first frame."""
     regions = masks.float() / masks.sum(dim=1, keepdim=True).clamp(min=1)  # the background may be empty
     # some tokens at a time: the weights of all tokens at once would be the largest tensor of a forward
-    looks = torch.cat(
-        [
-            torch.einsum("bls,ps->bpl", attention_map(some, first_frame_key), regions)
-            for some in query.split(MAPPED_AT_ONCE, dim=1)
-        ],
-        dim=-1,
-    )  # (B, 3, L)
-    low, high = looks.amin(dim=-1, keepdim=True), looks.amax(dim=-1, keepdim=True)
+    some = query.split(MAPPED_AT_ONCE, dim=1)
+    return torch.cat([torch.einsum("bls,ps->bpl", attention_map(q, first_frame_key), regions) for q in some], dim=-1)
+
+
+def positions_between(looks: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Positions (B, L) from looks (B, 3, L) and the lowest and highest (B, 3, 1) among all tokens."""
     spread = (looks - low) / (high - low)
     places = torch.full_like(spread, BACKGROUND_POSITION)
     for person, (start, end) in enumerate(SPEAKER_RANGES):

@@ -1,9 +1,9 @@
 """One block: self-attention, text (and image) attention, audio attention, feed-forward.
 
-Self-attention alone sees all tokens at once. Everything before it and everything after it takes a token (for sound: a
-frame) by itself, and is done for a few thousand tokens at a time: what float32 and the feed-forward layer need for
-themselves is then small, and the most that exists at one time is the tokens, their queries, keys and values, and what
-attention makes of them.
+Self-attention alone sees all tokens at once (and, where two people speak, what says whom a token belongs to).
+Everything before it and everything after it takes a token (for sound: a frame) by itself, and is done for a few
+thousand tokens at a time: what float32 and the feed-forward layer need for themselves is then small, and the most that
+exists at one time is the tokens, their queries, keys and values, and what attention makes of them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from skyreels_v3.models.transformer.attention import (
     CrossAttention,
     KeysValues,
     SelfAttention,
+    SpeakerFn,
     head_positions,
     speaker_positions,
 )
@@ -81,6 +82,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim, eps=eps, elementwise_affine=False)
         self.ffn = FeedForward(dim, ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.speaker_positions: SpeakerFn = speaker_positions
 
     def forward(self, x: Tensor, context: Context, modulation: Tensor, rotary: Rotary) -> Tensor:
         """Tokens x (B, L, D), overwritten, and modulation (B, F, 6, D), F = 1 or the latent frames, -> (B, L, D)."""
@@ -90,7 +92,7 @@ class TransformerBlock(nn.Module):
         query, key, value = self.projected(x, modulation, rotary, spans)
         positions = None
         if context.speaker_masks is not None:
-            positions = speaker_positions(query, key[:, : context.speaker_masks.shape[1]], context.speaker_masks)
+            positions = self.speaker_positions(query, key, context.speaker_masks)
             positions = head_positions(positions, frames, query.shape[2])
         attended = self.attn1.attention(query, key, value)
         del query, key, value

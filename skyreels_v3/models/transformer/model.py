@@ -21,7 +21,13 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from skyreels_v3.attention.backends import AttentionFn
-from skyreels_v3.models.transformer.attention import AudioAttention, CrossAttention, SelfAttention
+from skyreels_v3.models.transformer.attention import (
+    AudioAttention,
+    CrossAttention,
+    SelfAttention,
+    SpeakerFn,
+    speaker_positions,
+)
 from skyreels_v3.models.transformer.audio_projection import AudioProjection
 from skyreels_v3.models.transformer.block import Context, TransformerBlock, of_frames, token_spans
 from skyreels_v3.models.transformer.embeddings import ConditionEmbedding
@@ -85,13 +91,26 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.proj_out = nn.Linear(dim, out_channels * math.prod(patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
-    def set_attention(self, attention: AttentionFn, cross_attention: AttentionFn | None = None) -> None:
-        """Hand in the kernels: `attention` among video tokens, `cross_attention` to the conditions (or the same)."""
+    def set_attention(
+        self,
+        attention: AttentionFn,
+        cross_attention: AttentionFn | None = None,
+        speaker_positions: SpeakerFn = speaker_positions,
+    ) -> None:
+        """Hand in the functions that see more than one token.
+
+        Args:
+            attention: among video tokens.
+            cross_attention: to the conditions; the same unless given.
+            speaker_positions: whom the tokens belong to, see `attention.speaker_positions`.
+        """
         for module in self.modules():
             if isinstance(module, SelfAttention):
                 module.attention = attention
             elif isinstance(module, CrossAttention | AudioAttention):
                 module.attention = cross_attention or attention
+            elif isinstance(module, TransformerBlock):
+                module.speaker_positions = speaker_positions
 
     def forward(self, segments: Sequence[Segment], timestep: Tensor, context: Context) -> tuple[Tensor, ...]:
         """Velocities (B, out_channels, F, H, W) of all segments, float32.

@@ -28,11 +28,14 @@ class Segment:
         latents: (B, C, F, H, W).
         start_frame: position of the first latent frame on the time axis.
         clean: condition frames, free of noise: models with a timestep per frame see timestep 0 for them.
+        places: row and column (S, 2), in tokens, of each of a frame's S tokens; None where `latents` are the picture as
+            it is and the tokens are its grid, row by row.
     """
 
     latents: Tensor
     start_frame: int = 0
     clean: bool = False
+    places: Tensor | None = None
 
 
 Rotary = Tensor  # cosine and sine for each channel pair, float32: (L, 1, D/2, 2), or (B, L, N, D/2, 2)
@@ -48,27 +51,30 @@ def rotary_tables(segments: Sequence[Segment], patch_size: Sequence[int], head_d
     """Rotations (L, 1, head_dim/2, 2) of all tokens of `segments`, on the segments' device.
 
     The angles of each axis are computed in float64 on the CPU (a few thousand numbers; not every device has float64)
-    and spread over the grid of tokens on the device.
+    and spread over the tokens on the device.
     """
     spatial = 2 * (head_dim // 6)
     tables = []
     for segment in segments:
         device = segment.latents.device
-        grid = [size // patch for size, patch in zip(segment.latents.shape[2:], patch_size, strict=True)]
-        axes = [
-            angles(torch.arange(grid[0]) + segment.start_frame, head_dim - 2 * spatial),
-            angles(torch.arange(grid[1]), spatial),
-            angles(torch.arange(grid[2]), spatial),
-        ]
+        frame_count, *grid = (size // patch for size, patch in zip(segment.latents.shape[2:], patch_size, strict=True))
+        places = grid_places(*grid) if segment.places is None else segment.places.cpu()
         # rotations before the move and the spreading: a small float64 table for an axis, not one for a token
-        frames, rows, columns = (rotations(axis).to(device) for axis in axes)
+        frames = rotations(angles(torch.arange(frame_count) + segment.start_frame, head_dim - 2 * spatial))
+        lines = rotations(angles(torch.arange(int(places.max()) + 1), spatial)).to(device)
+        rows, columns = (lines[axis] for axis in places.to(device).unbind(1))  # (S, spatial/2, 2)
         spread = [
-            frames[:, None, None].expand(-1, grid[1], grid[2], -1, -1),
-            rows[None, :, None].expand(grid[0], -1, grid[2], -1, -1),
-            columns[None, None, :].expand(grid[0], grid[1], -1, -1, -1),
+            frames.to(device)[:, None].expand(-1, len(places), -1, -1),
+            rows.expand(frame_count, -1, -1, -1),
+            columns.expand(frame_count, -1, -1, -1),
         ]
-        tables.append(torch.cat(spread, dim=-2).flatten(0, 2))  # (L, D/2, 2)
+        tables.append(torch.cat(spread, dim=-2).flatten(0, 1))  # (L, D/2, 2)
     return torch.cat(tables).unsqueeze(1)
+
+
+def grid_places(rows: int, columns: int) -> Tensor:
+    """Row and column (rows * columns, 2) of each token of a frame that is a grid, row by row."""
+    return torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2)
 
 
 def rotations(angle: Tensor) -> Rotary:

@@ -1,0 +1,116 @@
+"""A checkpoint that is loaded, and the videos that are made with it, one after the other."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from skyreels_v3 import __version__, runtime
+from skyreels_v3.checkpoints.save import save_quantized
+from skyreels_v3.media.audio import mix
+from skyreels_v3.media.inputs import Inputs
+from skyreels_v3.media.video import read_frames, resized, write_frame_folder, write_video
+from skyreels_v3.memory.planner import plan
+from skyreels_v3.pipelines.components import load_components
+from skyreels_v3.pipelines.outputs import save_latents
+from skyreels_v3.pipelines.registry import make_pipeline
+from skyreels_v3.pipelines.state import RunState, open_state
+from skyreels_v3.pipelines.steps import Pass
+from skyreels_v3.preflight import recorded_flags
+from skyreels_v3.ranks import Ranks
+from skyreels_v3.tasks import GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+
+class Session:
+    """The networks for `request`, on this process's device.
+
+    Args:
+        checkpoint: its folder.
+        ranks: this process among those that share the work on a video.
+    """
+
+    def __init__(self, request: GenerationRequest, checkpoint: Path, ranks: Ranks) -> None:
+        self.checkpoint = checkpoint
+        self.ranks = ranks
+        self.runtime = runtime.start(request, self.plan(request))
+        self.components = load_components(checkpoint, request, self.runtime)
+
+    def plan(self, request: GenerationRequest) -> Any:
+        """The plan of a request with this checkpoint."""
+        return plan(request, self.checkpoint, runtime.expected_dtype(request), self.ranks)
+
+    def generate(self, request: GenerationRequest, inputs: Inputs) -> Path:
+        """Make a video; returns its path. Several processes make it together, and the first one writes it."""
+        assert request.output is not None and request.height is not None and request.width is not None
+        flags = recorded_flags(request) | {"dtype": str(self.runtime.dtype).removeprefix("torch.")}
+        if not self.runtime.parallel.main:
+            self.follow(request, inputs)
+            return request.output
+        state = open_state(request.output, flags, request.resume, request.frame_folder)
+        completed = False
+        try:
+            if request.save_quantized is not None:
+                save_quantized(self.components.transformer, self.checkpoint, request.save_quantized, request.task)
+            latents: list[Tensor] = []
+            logger.info("seed %d, %d x %d", request.seed, request.height, request.width)
+            passes = self.passes(request, inputs, state)
+            # closed before anything is said of how it ended: a progress bar that is open would write after it
+            with closing(all_frames(request, inputs, passes, latents)) as frames:
+                path = write(request, inputs, frames, comment(flags), state.folder)
+            if request.save_latents is not None:
+                save_latents(latents, request.save_latents)
+            completed = True
+        finally:
+            state.close(completed)
+        return path
+
+    def passes(self, request: GenerationRequest, inputs: Inputs, state: RunState | None) -> Iterator[Pass]:
+        return make_pipeline(request.task, self.components, self.runtime, state)(request, inputs)
+
+    def follow(self, request: GenerationRequest, inputs: Inputs) -> None:
+        """Do this process's part of what the first one makes and writes."""
+        for made in self.passes(request, inputs, None):
+            deque(made.frames, maxlen=0)
+
+
+def write(
+    request: GenerationRequest, inputs: Inputs, frames: Iterator[np.ndarray], made_by: str, workspace: Path
+) -> Path:
+    """Write the frames as the request wants them; returns the path."""
+    assert request.output is not None and request.height is not None and request.width is not None
+    if request.frame_folder:
+        return write_frame_folder(frames, request.output, comment=made_by, workspace=workspace)
+    size = {"height": request.height, "width": request.width, "fps": request.task.fps}
+    sounds = [audio.path for audio in inputs.audio]
+    if len(sounds) > 1:
+        sounds = [mix(sounds, request.audio_type == "sequential", workspace / "mixed.wav")]
+    sound = sounds[0] if sounds else None
+    return write_video(frames, request.output, **size, comment=made_by, audio=sound, workspace=workspace)
+
+
+def all_frames(
+    request: GenerationRequest, inputs: Inputs, passes: Iterable[Pass], latents: list[Tensor]
+) -> Generator[np.ndarray, None, None]:
+    """The frames to write, in order; the latents of each pass are added to `latents` as they are made."""
+    if request.include_input:
+        assert inputs.clip is not None and request.height is not None and request.width is not None
+        yield from resized(read_frames(inputs.clip.path, request.task.fps), request.height, request.width)
+    for made in passes:
+        if request.save_latents is not None:
+            latents.append(made.latents)
+        yield from made.frames
+
+
+def comment(flags: dict[str, Any]) -> str:
+    """What made a video, as JSON: put `flags` into a file for --config to make it again."""
+    return json.dumps({"skyreels_v3": __version__, "flags": flags}, ensure_ascii=False)
