@@ -34,17 +34,19 @@ from transformers import UMT5Config, UMT5EncoderModel
 import generate_video
 from benchmarks.common import environment, gigabytes, parser_of, report, wait_for
 from benchmarks.models import random_model, random_transformer
-from skyreels_v3 import runtime
+from skyreels_v3 import runtime, session
 from skyreels_v3.cache import PromptCache
 from skyreels_v3.checkpoints.hub import TINY
 from skyreels_v3.checkpoints.published import load_text_encoder
 from skyreels_v3.cli import parse_request
 from skyreels_v3.errors import UserError
+from skyreels_v3.jobs import fetch
 from skyreels_v3.memory.planner import Plan, Sizes, plan, vae_bytes
 from skyreels_v3.models.text_encoder import TextEncoder
 from skyreels_v3.models.vae import VideoVAE
 from skyreels_v3.pipelines import components
 from skyreels_v3.preflight import preflight
+from skyreels_v3.ranks import ALONE
 from skyreels_v3.runtime import Runtime
 from skyreels_v3.tasks import TASK_NAMES, GenerationRequest
 
@@ -72,7 +74,7 @@ END = object()
 def main() -> int:
     """Run, print; 2 when the request cannot work."""
     args, rest = parse_arguments()
-    generate_video.set_up_logging(-1)
+    generate_video.set_up_logging(-1, ALONE)
     record = Record()
     try:
         with tempfile.TemporaryDirectory(prefix="end-to-end-benchmark-") as folder:
@@ -197,23 +199,23 @@ def watched_run(args: argparse.Namespace, rest: list[str], folder: Path, record:
     if "--resolution" in rest:
         sizes = sizes[4:]
     request, inputs, _ = preflight(parse_request([*flags, *sizes, *rest]), folder)
-    checkpoint: Any = generate_video.fetch(request)
+    checkpoint: Any = fetch(request)
     loading = components.load_components
     if args.model_id == FULL:
         request = replace(request, model_id=request.task.model_id)
         toy, checkpoint = checkpoint, None  # the planner then takes the published sizes
         loading = lambda _, *others: full_components(toy, *others)  # noqa: E731
-    starting, frames = runtime.start, generate_video.all_frames
+    starting, frames = runtime.start, session.all_frames
     with ExitStack() as stack:
         for module, name, watcher in (
             (runtime, "start", lambda *given: watch(starting(*given), record)),
-            (components, "load_components", lambda *given: watched_loading(loading, record, *given)),
-            (generate_video, "all_frames", record.timed("frames", frames)),
-            (generate_video, "write", watched_writing(generate_video.write, record)),
+            (session, "load_components", lambda *given: watched_loading(loading, record, *given)),
+            (session, "all_frames", record.timed("frames", frames)),
+            (session, "write", watched_writing(session.write, record)),
         ):
             stack.enter_context(patch.object(module, name, watcher))
         with record.stage("total"):
-            generate_video.generate(request, inputs, checkpoint)
+            session.Session(request, checkpoint, ALONE).generate(request, inputs)
     record.seconds["write"] -= record.seconds.pop("frames")
     return request
 
@@ -243,9 +245,7 @@ def watched_writing(write: Callable[..., Path], record: Record) -> Callable[...,
     return written
 
 
-def full_components(
-    toy: Path, request: GenerationRequest, runtime: Runtime, loras: Sequence[Path]
-) -> components.Components:
+def full_components(toy: Path, request: GenerationRequest, runtime: Runtime) -> components.Components:
     """Networks of the published sizes with random weights; the tokenizer is the toy's."""
     device, host = runtime.device, torch.device("cpu")
     config = UMT5Config(feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False, **UMT5_XXL)
@@ -254,7 +254,7 @@ def full_components(
     vae = VideoVAE(AutoencoderKLWan().eval().requires_grad_(False).to(getattr(torch, request.vae_dtype)))
     vae.set_tiles(*runtime.policy.tiles)
     transformer = random_transformer(Sizes(**request.task.transformer), runtime.dtype, device, host)
-    components.set_up_transformer(transformer, request, loras, runtime)
+    components.set_up_transformer(transformer, request, runtime)
     return components.Components(
         transformer, vae, TextEncoder(text_encoder, tokenizer), PromptCache(None, ""), request.quant
     )

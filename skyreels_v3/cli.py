@@ -128,6 +128,7 @@ FLAGS = (
     Flag("include_input", "write the input clip and its extension as one video", bool),
     Flag("url_timeout", "seconds to wait for a server's answer (default: 1.2)", float, low=0.05, high=600),
     Flag("resume", "go on with the interrupted run of the same flags and --output", bool),
+    Flag("jobs", "make many videos: a file with the flags of one in each line, as JSON", metavar="FILE.jsonl"),
     Flag("dry_run", "check everything, print the plan, load and fetch no weights", bool),
     Flag("quiet", "warnings and the result only", bool),
     Flag("verbose", "more on what is done, tracebacks of errors", bool),
@@ -171,6 +172,11 @@ NOT_RECORDED = (
     *("memory", "stream_blocks", "no_cache"),
     *("use_usp", *NEEDS),
 )
+# what beside --jobs is no default for every line, with its way out
+ONLY_IN_A_JOB = dict.fromkeys(("output", "save_latents", "save_quantized"), "write it into the lines, a name for each")
+ONLY_IN_A_JOB["resume"] = "leave it out, jobs that are done are skipped"
+# what is for a whole run; --config is no flag of the table
+NOT_IN_A_JOB = ("jobs", "config", "use_usp", *NEEDS, "resume", "dry_run", "quiet", "verbose")
 
 
 class Parser(argparse.ArgumentParser):
@@ -191,6 +197,11 @@ def parse_request(argv: Sequence[str]) -> GenerationRequest:
         UserError: whatever is wrong with it, the first thing found.
         SystemExit: 0, after --help or --version.
     """
+    return request_of(parse_flags(argv))
+
+
+def parse_flags(argv: Sequence[str]) -> dict[str, Any]:
+    """The flags of a command line and of its config file; raises as `parse_request` does."""
     found, unknown = build_parser().parse_known_args(join_values(argv))
     refuse_unknown(unknown)
     given = {name: value for name, value in vars(found).items() if value is not None}
@@ -198,6 +209,14 @@ def parse_request(argv: Sequence[str]) -> GenerationRequest:
     values = {name: convert(BY_NAME[name], value) for name, value in given.items()}
     if config is not None:
         values = without_overruled(read_config_file(config), values) | values
+    if "jobs" in values:
+        check_beside_jobs(values)
+    return values
+
+
+def request_of(values: Mapping[str, Any]) -> GenerationRequest:
+    """The request that flags make, checked; raises UserError for the first thing that is wrong."""
+    values = dict(values)
     if "task_type" not in values:
         raise UserError("--task_type", f"missing; choose one of {', '.join(TASK_NAMES)}")
     spec = task_spec(values.pop("task_type"))
@@ -317,16 +336,49 @@ def read_config_file(name: str) -> dict[str, Any]:
     values = {}
     for key, value in content.items():
         if key not in BY_NAME:
-            raise UserError("--config", f"{shown(name)}: unknown key {told(key)}{hint(told(key), BY_NAME)}")
+            raise UserError("--config", f"{shown(name)}: {unknown_key(key)}")
         try:
-            if key in ("ref_imgs", "input_audio") and isinstance(value, list):
-                values[key] = [convert(BY_NAME[key], entry) for entry in value]
-                convert(BY_NAME[key], ",".join(value))  # the limit is for all of them together
-            else:
-                values[key] = convert(BY_NAME[key], value)
+            values[key] = convert_entry(key, value)
         except UserError as error:
             raise UserError("--config", f"{shown(name)}: {error}") from None
     return values
+
+
+def unknown_key(key: Any) -> str:
+    return f"unknown key {told(key)}{hint(told(key), BY_NAME)}"
+
+
+def convert_entry(name: str, value: Any) -> Any:
+    """A value from a file, where inputs may be a list, converted."""
+    if name not in ("ref_imgs", "input_audio") or not isinstance(value, list):
+        return convert(BY_NAME[name], value)
+    entries = [convert(BY_NAME[name], entry) for entry in value]
+    convert(BY_NAME[name], ",".join(value))  # the limit is for all of them together
+    return entries
+
+
+def check_beside_jobs(values: Mapping[str, Any]) -> None:
+    """Raise UserError for a flag that cannot stand beside --jobs."""
+    for name, remedy in ONLY_IN_A_JOB.items():
+        if values.get(name, False) is not False:
+            value = "" if values[name] is True else f"{told(values[name])}: "
+            raise UserError(f"--{name}", f"{value}is for one video, --jobs makes several; {remedy}")
+
+
+def job_flags(line: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of a line of --jobs, converted, with those of the command line where they leave room for them.
+
+    Raises:
+        UserError: an unknown flag, one that a line cannot have, or a value that is none.
+    """
+    values = {}
+    for name, value in line.items():
+        if name in NOT_IN_A_JOB:
+            raise UserError(f"--{name}", "cannot stand in a line of --jobs; it is for the command line")
+        if name not in BY_NAME:
+            raise UserError("--jobs", unknown_key(name))
+        values[name] = convert_entry(name, value)
+    return without_overruled(defaults, values) | values
 
 
 def read_yaml(name: str) -> Any:
@@ -346,7 +398,7 @@ def read_yaml(name: str) -> Any:
 
 
 def without_overruled(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A config file's values without those that contradict a flag of the command line, which wins."""
+    """Values, of a config file for example, without those that contradict a flag that wins over them."""
     overruled = {pair[1 - side] for pair in EXCLUSIVE for side in (0, 1) if pair[side] in given}
     return {name: value for name, value in config.items() if name not in overruled}
 
@@ -516,6 +568,11 @@ def check_outputs(values: Mapping[str, Any]) -> None:
         raise UserError("--save_latents", f"{shown(latents)} is inside the file --output; give another path")
 
 
+def verbosity_of(values: Mapping[str, Any]) -> int:
+    """-1 for warnings and the result only, 1 for everything."""
+    return int(values.get("verbose", False)) - int(values.get("quiet", False))
+
+
 def split(references: str | Sequence[str]) -> list[str]:
     """The entries of a comma-separated list; a config file may have a YAML list instead."""
     entries = references.split(",") if isinstance(references, str) else references
@@ -548,7 +605,8 @@ def make_request(spec: TaskSpec, values: Mapping[str, Any]) -> GenerationRequest
         values["window_prompt"] = values["prompt"]
     if "num_frames" in values:
         del recorded["duration"]
-    values["verbosity"] = int(values.pop("verbose", False)) - int(values.pop("quiet", False))
+    values["verbosity"] = verbosity_of(values)
+    values = {name: value for name, value in values.items() if name not in ("verbose", "quiet")}
     for name in ("ref_imgs", "input_audio"):
         values[name] = tuple(split(values[name])) if name in values else ()
     values |= {"speaker_boxes": parse_boxes(values), "keyframes": parse_keyframes(values), "lora": parse_loras(values)}

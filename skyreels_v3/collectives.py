@@ -8,7 +8,9 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+from skyreels_v3.models.parameters import replace_tensors
 
 # the name has changed in torch 2.13, and the old one warns
 _gather = cast(
@@ -58,3 +60,17 @@ def broadcast_tensors(made: dict[str, Tensor]) -> dict[str, Tensor]:
         if tensor.numel():
             dist.broadcast(tensor.view(-1).view(torch.uint8), 0)
     return made
+
+
+def broadcast_weights(module: nn.Module, device: torch.device) -> None:
+    """Give `module` the first process's weights, on `device`; what the others have may be on meta."""
+
+    def received(tensor: Tensor) -> Tensor:
+        if dist.get_rank() == 0:
+            there = tensor.detach().to(device).contiguous()
+        else:
+            there = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        dist.broadcast(there.view(-1).view(torch.uint8), 0)
+        return nn.Parameter(there, requires_grad=False) if isinstance(tensor, nn.Parameter) else there
+
+    replace_tensors(module, received)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from datetime import datetime
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,10 @@ from skyreels_v3.checkpoints.hub import TINY, check_client, is_quantized, locate
 from skyreels_v3.errors import UserError, shown
 from skyreels_v3.media.files import check_writable
 from skyreels_v3.media.inputs import Inputs, open_inputs
-from skyreels_v3.memory.planner import plan
+from skyreels_v3.memory.planner import describe, plan
 from skyreels_v3.pipelines.state import check_left
 from skyreels_v3.ranks import ALONE, Ranks
-from skyreels_v3.runtime import check_compute, check_device, expected_dtype
+from skyreels_v3.runtime import check_compute, check_device, expected_device, expected_dtype
 from skyreels_v3.tasks import GenerationRequest
 
 
@@ -36,14 +38,13 @@ def preflight(
     """
     check_device(request.device)
     check_compute(request)
-    checkpoint = None if request.model_id == TINY else locate(request)
+    checkpoint = checkpoint_here(request)
     if checkpoint is not None:
         request = follow_checkpoint(request, checkpoint)
     if any(locate_lora(name) is None for name, _ in request.lora):
         check_client(request)
     if request.output is None:
-        name = f"{request.seed}_{datetime.now():%Y%m%d-%H%M%S}.mp4"
-        request = replace(request, output=Path("result") / request.task.name / name)
+        request = replace(request, output=free_name(request))
     assert request.output is not None
     outputs = {"--output": request.output, "--save_latents": request.save_latents}
     outputs["--save_quantized"] = request.save_quantized
@@ -56,6 +57,18 @@ def preflight(
     if request.use_usp:
         plan(request, checkpoint, expected_dtype(request), ranks)  # refuses degrees that do not fit
     return request, inputs, checkpoint
+
+
+def free_name(request: GenerationRequest) -> Path:
+    """Where the video of a request goes that names no output. Small ones may be made several in a second."""
+    path = Path("result") / request.task.name / f"{request.seed}_{datetime.now():%Y%m%d-%H%M%S}.mp4"
+    numbered = (path.with_name(f"{path.stem}-{number}.mp4") for number in count(2))
+    return next(name for name in chain([path], numbered) if not os.path.lexists(name))
+
+
+def checkpoint_here(request: GenerationRequest) -> Path | None:
+    """The folder of a checkpoint that is on this machine, None for one that is yet to be fetched or made."""
+    return None if request.model_id == TINY else locate(request)
 
 
 def follow_checkpoint(request: GenerationRequest, checkpoint: Path) -> GenerationRequest:
@@ -71,3 +84,21 @@ def follow_checkpoint(request: GenerationRequest, checkpoint: Path) -> Generatio
 def recorded_flags(request: GenerationRequest) -> dict[str, Any]:
     """The flags that make the same video again, but for the dtype where torch chooses it."""
     return {**request.flags, "height": request.height, "width": request.width}
+
+
+def networks(request: GenerationRequest) -> tuple[object, ...]:
+    """What decides which networks are loaded, and what is done to them: requests alike in it can use the same.
+
+    Where they live is the memory policy's, which looks at sizes too.
+    """
+    task = request.task
+    files = (request.model_id, request.model_source, task.layout, task.transformer_folder, "input_audio" in task.inputs)
+    numbers = (expected_device(request), expected_dtype(request), request.vae_dtype, request.quant, request.lora)
+    work = (request.attention, request.compile, request.no_cache, request.shard_weights, request.broadcast_weights)
+    return (*files, *numbers, *work)
+
+
+def planned(request: GenerationRequest, downloads: Path, ranks: Ranks) -> str:
+    """What a request would do, for people."""
+    request, _, checkpoint = preflight(request, downloads, ranks)
+    return describe(plan(request, checkpoint, expected_dtype(request), ranks))

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
+import torch
 from torch import Tensor
 
 from skyreels_v3 import __version__, runtime
 from skyreels_v3.checkpoints.save import save_quantized
+from skyreels_v3.collectives import all_gather
 from skyreels_v3.media.audio import mix
 from skyreels_v3.media.inputs import Inputs
 from skyreels_v3.media.video import read_frames, resized, write_frame_folder, write_video
-from skyreels_v3.memory.planner import plan
+from skyreels_v3.memory.planner import Plan, plan
+from skyreels_v3.memory.policy import Policy, choose
 from skyreels_v3.pipelines.components import load_components
 from skyreels_v3.pipelines.outputs import save_latents
 from skyreels_v3.pipelines.registry import make_pipeline
 from skyreels_v3.pipelines.state import RunState, open_state
 from skyreels_v3.pipelines.steps import Pass
-from skyreels_v3.preflight import recorded_flags
+from skyreels_v3.preflight import networks, recorded_flags
 from skyreels_v3.ranks import Ranks
 from skyreels_v3.tasks import GenerationRequest
 
@@ -42,19 +48,53 @@ class Session:
     def __init__(self, request: GenerationRequest, checkpoint: Path, ranks: Ranks) -> None:
         self.checkpoint = checkpoint
         self.ranks = ranks
+        self.networks = networks(request)
         self.runtime = runtime.start(request, self.plan(request))
+        # what was free before anything is loaded: a later video may need a larger share of it
+        self.free_host = psutil.virtual_memory().available // ranks.local_world
+        self.free_device = self.runtime.free_memory()
         self.components = load_components(checkpoint, request, self.runtime)
 
-    def plan(self, request: GenerationRequest) -> Any:
+    def plan(self, request: GenerationRequest) -> Plan:
         """The plan of a request with this checkpoint."""
         return plan(request, self.checkpoint, runtime.expected_dtype(request), self.ranks)
+
+    def policy(self, planned: Plan) -> Policy:
+        """Where the components would live if this were the first plan."""
+        return choose(planned, self.free_device, self.free_host)
+
+    def fits(self, request: GenerationRequest, checkpoint: Path) -> bool:
+        """Whether the networks that are loaded are those that a request needs, placed as it needs them."""
+        if (checkpoint, networks(request)) != (self.checkpoint, self.networks):
+            fitting = False
+        else:
+            planned, now = self.plan(request), self.runtime
+            wanted, there = self.policy(planned), now.policy
+            placed = (wanted.mode, wanted.keep, wanted.pinned) == (there.mode, there.keep, there.pinned)
+            fitting = placed and planned.degrees == now.plan.degrees
+        return bool(self.of_all([fitting]).all())
+
+    def follow(self, request: GenerationRequest) -> None:
+        """Have tiles, and what is said when memory runs out, be those of a request that fits."""
+        planned = self.plan(request)
+        # processes that divide the tiles must make the same ones; some have less memory than others
+        rows, columns = self.of_all(self.policy(planned).tiles).amax(dim=0).tolist()
+        policy = replace(self.runtime.policy, tiles=(rows, columns))
+        self.runtime = replace(self.runtime, plan=planned, policy=policy)
+        self.components.vae.set_tiles(rows, columns)
+
+    def of_all(self, numbers: Sequence[int]) -> Tensor:
+        """What each of the processes that make a video together has here, a row for each."""
+        here = torch.tensor([*numbers])
+        return here[None] if self.runtime.parallel.alone else all_gather(here)
 
     def generate(self, request: GenerationRequest, inputs: Inputs) -> Path:
         """Make a video; returns its path. Several processes make it together, and the first one writes it."""
         assert request.output is not None and request.height is not None and request.width is not None
+        self.follow(request)
         flags = recorded_flags(request) | {"dtype": str(self.runtime.dtype).removeprefix("torch.")}
         if not self.runtime.parallel.main:
-            self.follow(request, inputs)
+            self.help(request, inputs)
             return request.output
         state = open_state(request.output, flags, request.resume, request.frame_folder)
         completed = False
@@ -77,10 +117,17 @@ class Session:
     def passes(self, request: GenerationRequest, inputs: Inputs, state: RunState | None) -> Iterator[Pass]:
         return make_pipeline(request.task, self.components, self.runtime, state)(request, inputs)
 
-    def follow(self, request: GenerationRequest, inputs: Inputs) -> None:
+    def help(self, request: GenerationRequest, inputs: Inputs) -> None:
         """Do this process's part of what the first one makes and writes."""
         for made in self.passes(request, inputs, None):
             deque(made.frames, maxlen=0)
+
+
+def free_memory() -> None:
+    """Give the memory of networks that nobody holds any more back to the device."""
+    gc.collect()  # hooks and what they are on hold each other
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 def write(

@@ -104,7 +104,7 @@ def test_interrupted_while_writing_no_bar_comes_after_the_last_word(main, pictur
         next(frames)  # the bar of decoding is open
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("skyreels_v3.media.video.write_video", interrupted)
+    monkeypatch.setattr("skyreels_v3.session.write_video", interrupted)
     code, stdout, stderr = main(*REFERENCE, "--model_id", "tiny", "--ref_imgs", picture, "--num_frames", "5")
     assert (code, stdout) == (130, "")
     assert re.search(r"decoding: .* 1/2 ", stderr)

@@ -27,8 +27,10 @@ from skyreels_v3.models.parameters import replace_tensors
 NAMED_KEYS = 5  # keys spelled out in an error message
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, values: bool = True) -> dict[str, Tensor]:
     """All tensors of a weight file, or of a folder with one file or an index of shards; memory-mapped.
+
+    Without `values` they are on meta: the weights come from another process, and nothing but headers is read.
 
     Raises:
         CheckpointError: a file that is missing, truncated or no checkpoint, or holds something other than tensors.
@@ -36,7 +38,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in weight_files(path) if path.is_dir() else [path]:
         tensors.update(read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file))
-    return tensors
+    return tensors if values else {key: tensor.to("meta") for key, tensor in tensors.items()}
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:

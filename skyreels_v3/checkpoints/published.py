@@ -45,10 +45,13 @@ from skyreels_v3.models.vae import VideoVAE
 CLIP_HEADS = 16  # ViT-H/14
 
 
-def load_transformer(folder: Path, dtype: torch.dtype) -> SkyReelsTransformer3DModel:
-    """The transformer in `folder` (config.json and safetensors), under diffusers' names or Wan-native ones."""
+def load_transformer(folder: Path, dtype: torch.dtype, values: bool = True) -> SkyReelsTransformer3DModel:
+    """The transformer in `folder` (config.json and safetensors), under diffusers' names or Wan-native ones.
+
+    `values`: see `load.read_tensors`.
+    """
     config = read_config(folder / "config.json")
-    tensors = read_tensors(folder)
+    tensors = read_tensors(folder, values)
     native = "num_heads" in config
     arguments = native_arguments(config, tensors, folder) if native else diffusers_arguments(config, folder)
     key_map = key_maps.NATIVE_TRANSFORMER if native else key_maps.IDENTITY
@@ -110,15 +113,15 @@ def refuse_unknown(keys: set[str], folder: Path) -> None:
         raise CheckpointError(f"{folder}/config.json: unknown entries {', '.join(sorted(keys))}")
 
 
-def load_vae(root: Path, layout: str, dtype: torch.dtype) -> VideoVAE:
-    """The VAE of the checkpoint at `root`."""
+def load_vae(root: Path, layout: str, dtype: torch.dtype, values: bool = True) -> VideoVAE:
+    """The VAE of the checkpoint at `root`; `values`: see `load.read_tensors`."""
     if layout == "diffusers":
         source, key_map = root / "vae", key_maps.IDENTITY
-        tensors, arguments = read_tensors(source), read_config(source / "config.json")
+        tensors, arguments = read_tensors(source, values), read_config(source / "config.json")
         refuse_unknown(arguments.keys() - AutoencoderKLWan._get_init_keys(AutoencoderKLWan), source)
     else:
         source, key_map = root / NATIVE_VAE_FILE, key_maps.NATIVE_VAE
-        tensors = read_tensors(source)
+        tensors = read_tensors(source, values)
         arguments = native_vae_arguments(tensors, source)
     module = cast(AutoencoderKLWan, load_model(lambda: AutoencoderKLWan(**arguments), tensors, source, dtype, key_map))
     for name in ("latents_mean", "latents_std"):

@@ -21,6 +21,7 @@ from skyreels_v3.checkpoints.published import (
     load_transformer,
     load_vae,
 )
+from skyreels_v3.collectives import broadcast_weights
 from skyreels_v3.compile import compile_blocks
 from skyreels_v3.distributed import SequenceParallel, choose_usp
 from skyreels_v3.memory.quantize import quantize
@@ -54,9 +55,10 @@ class Components:
 def load_components(folder: Path, request: GenerationRequest, runtime: Runtime) -> Components:
     """Map the checkpoint in `folder` into memory; every file is checked before anything long begins."""
     task = request.task
+    reads = runtime.parallel.main or not request.broadcast_weights
     loaders: dict[str, Callable[[], Any]] = {
-        "vae": lambda: load_vae(folder, task.layout, getattr(torch, request.vae_dtype)),
-        "transformer": lambda: load_transformer(folder / task.transformer_folder, runtime.dtype),
+        "vae": lambda: load_vae(folder, task.layout, getattr(torch, request.vae_dtype), reads),
+        "transformer": lambda: load_transformer(folder / task.transformer_folder, runtime.dtype, reads),
     }
     if runtime.parallel.main:
         loaders["text_encoder"] = lambda: load_text_encoder(folder, task.layout, runtime.dtype)
@@ -70,8 +72,13 @@ def load_components(folder: Path, request: GenerationRequest, runtime: Runtime) 
             bar.update()
     identity = identity_of(text_encoder_files(folder, task), runtime.dtype, request.quant)
     prompts = PromptCache(None if request.no_cache else cache_folder() / "prompts", identity)
-    read_ahead(weight_files(folder / task.transformer_folder))  # while the prompt and the pictures are encoded
+    if reads:
+        read_ahead(weight_files(folder / task.transformer_folder))  # while the prompt and the pictures are encoded
     components = Components(**loaded, prompts=prompts, quant=request.quant)
+    if request.broadcast_weights and not runtime.parallel.alone:
+        stay = runtime.policy.mode == "resident" and not request.shard_weights
+        for module in (components.vae.module, components.transformer):
+            broadcast_weights(module, runtime.device if stay else torch.device("cpu"))
     components.vae.set_tiles(*runtime.policy.tiles)
     components.vae.share(runtime.parallel.team)
     set_up_transformer(components.transformer, request, runtime)

@@ -1,0 +1,523 @@
+"""Many videos in one run: a file with a request in each line, and beside it one that says what became of each.
+
+Jobs that need the same networks come one after the other, and the networks are loaded once for all of them. Of several
+processes each takes the next job as soon as it is through with one, on a GPU of its own; or all make every video
+together. What goes wrong with a job is written down, and the others go on. As a job ends, a line is added to the file
+of results; a run that finds its job done there skips it.
+
+A run for one video is a `Studio` that makes one. torch is imported when the first job's inputs have been looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from skyreels_v3 import processes
+from skyreels_v3.cli import NOT_RECORDED, job_flags, request_of, without_overruled
+from skyreels_v3.errors import UserError, shown
+from skyreels_v3.media.files import check_readable, check_writable
+from skyreels_v3.ranks import ALONE, Ranks
+from skyreels_v3.runtime import set_environment
+from skyreels_v3.tasks import GenerationRequest
+
+try:
+    import fcntl
+except ImportError:  # Windows: appending in one piece has to do
+    fcntl = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from skyreels_v3.media.inputs import Inputs
+    from skyreels_v3.session import Session
+
+    Seen = tuple[GenerationRequest, Inputs, Path | None]  # what `preflight` gives
+    Ready = tuple[GenerationRequest, Inputs, Path]  # the same, nothing missing
+
+logger = logging.getLogger(__name__)
+
+MAX_JOBS_BYTES = 1 << 24
+EXAMPLE = '{"task_type": "talking_avatar", "input_image": "a.png", "input_audio": "a.wav", "prompt": "a man talks"}'
+# how a job is done, not what it makes: it is the same job without
+HOW = {*NOT_RECORDED, "offload", "url_timeout"} - {"output", "save_latents", "save_quantized"}
+Told = tuple[str | None, str]  # an error, for other processes: the flag, if it is a user's, and the text
+
+
+# The file and what became of its jobs
+
+
+@dataclass(frozen=True)
+class Job:
+    """A line of the file: a request, or what is wrong with it.
+
+    Attributes:
+        number: of the line.
+        id: the same for the same flags, wherever the line is.
+    """
+
+    number: int
+    id: str
+    request: GenerationRequest | None
+    problem: str = ""
+
+
+def read_jobs(name: str, defaults: Mapping[str, Any]) -> list[Job]:
+    """The jobs in a file, with `defaults` where a line leaves room for them.
+
+    Raises:
+        UserError: the file cannot be read, or has none.
+    """
+    path = Path(os.path.expanduser(name))
+    check_readable(path, "--jobs")
+    if (size := path.stat().st_size) > MAX_JOBS_BYTES:
+        reason = f"{shown(name)} has {size} bytes, {MAX_JOBS_BYTES} at most are read"
+        raise UserError("--jobs", f"{reason}; divide it into several files")
+    lines = path.read_bytes().split(b"\n")
+    seen: Counter[str] = Counter()
+    jobs = [make_job(number, line, defaults, seen) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not jobs:
+        raise UserError("--jobs", f"{shown(name)} has no lines; write some, such as {EXAMPLE}")
+    return without_clashes(jobs)
+
+
+def make_job(number: int, line: bytes, defaults: Mapping[str, Any], seen: Counter[str]) -> Job:
+    """The job of a line; `seen` counts those that are alike."""
+    request, problem, text = None, "", line.decode(errors="replace").strip()
+    identity = identity_of(text)
+    try:
+        given = json.loads(line)
+        if not isinstance(given, dict):
+            raise UserError("--jobs", f"{shown(text)} is no JSON object; write flags as keys, such as {EXAMPLE}")
+        identity = identity_of(without_overruled(defaults, given) | given)
+        request = request_of(job_flags(given, defaults))
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
+        problem = f"--jobs: {shown(text)} is not JSON ({shown(error)}); write flags as keys, such as {EXAMPLE}"
+    except UserError as error:
+        problem = str(error)
+    seen[identity] += 1
+    return Job(number, hashlib.sha256(f"{identity} {seen[identity]}".encode()).hexdigest(), request, problem)
+
+
+def identity_of(flags: dict[str, Any] | str) -> str:
+    """A text that is the same for flags that make the same."""
+    if isinstance(flags, dict):
+        flags = {name: value for name, value in flags.items() if name not in HOW}
+    return json.dumps(flags, sort_keys=True)
+
+
+def without_clashes(jobs: Iterable[Job]) -> list[Job]:
+    """The jobs, without the requests of those for an output that is an earlier one's."""
+    outputs: dict[Path, int] = {}
+    checked = []
+    for job in jobs:
+        output = None if job.request is None else job.request.output
+        if output is not None and output in outputs:
+            problem = f"--output: {shown(output)} is that of line {outputs[output]} already; give another name"
+            job = replace(job, request=None, problem=problem)
+        elif output is not None:
+            outputs[output] = job.number
+        checked.append(job)
+    return checked
+
+
+def results_file(name: str) -> Path:
+    """Where the results of a file of jobs are."""
+    path = Path(os.path.expanduser(name))
+    return path.with_name(f"{path.stem}.results.jsonl")
+
+
+def check_results(path: Path) -> None:
+    """Raise UserError unless results can be added to a file."""
+    if not os.path.lexists(path):
+        check_writable(path, "--jobs")
+    elif not (path.is_file() and os.access(path, os.W_OK)):
+        raise UserError("--jobs", f"{shown(path)}, for the results, cannot be written to; check its rights")
+
+
+def ended(path: Path) -> tuple[set[str], set[str]]:
+    """The ids of the jobs in a file of results: of those that are done, and of those that have failed only.
+
+    A line that was cut off by a kill counts for nothing.
+    """
+    ids: dict[str, set[str]] = {"done": set(), "error": set()}
+    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+        with suppress(ValueError, RecursionError, KeyError, TypeError):
+            result = json.loads(line)
+            ids[result["status"]].add(str(result["id"]))
+    return ids["done"], ids["error"] - ids["done"]
+
+
+def append(path: Path, result: Mapping[str, Any]) -> None:
+    """Add a result, in one piece, to a file that other processes add to as well."""
+    line = json.dumps(result).encode() + b"\n"
+    with path.open("ab+", buffering=0) as file:
+        if fcntl is not None:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+        if file.seek(0, os.SEEK_END) > 0:
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else b"\n" + line  # after a line that was cut off
+        file.write(line)
+
+
+def record(path: Path, result: Mapping[str, Any]) -> None:
+    """Write down how a job ended, and tell the user."""
+    append(path, result)
+    if result["status"] == "done":
+        print(result["output"], flush=True)  # noqa: T201  the result
+    else:
+        logger.error("line %d: %s", result["job"], result["error"])
+
+
+def in_order(jobs: Iterable[Job]) -> list[Job]:
+    """The jobs that are no requests, then the others, those together that need the same networks in the same place."""
+    from skyreels_v3.memory.planner import guidance_of
+    from skyreels_v3.preflight import networks
+
+    groups: dict[tuple[object, ...], list[Job]] = {(): []}
+    for job in jobs:
+        key: tuple[object, ...] = ()
+        if (request := job.request) is not None:
+            terms = len(guidance_of(request).terms) if request.use_usp else 1  # processes are divided by them
+            key = (*networks(request), request.memory, request.stream_blocks, terms)
+        groups.setdefault(key, []).append(job)
+    return [job for group in groups.values() for job in group]
+
+
+# Making videos
+
+
+class Stock:
+    """Checkpoints and LoRAs from elsewhere. Each is fetched once, and one that could not be is not asked for again."""
+
+    def __init__(self) -> None:
+        self.paths: dict[str, str] = {}
+        self.problems: dict[str, Told] = {}
+
+    def complete(self, request: GenerationRequest, checkpoint: Path | None) -> tuple[GenerationRequest, Path]:
+        """A request and the folder of its checkpoint, with that and the LoRAs on this machine.
+
+        Args:
+            checkpoint: its folder, None if it is yet to be fetched or made.
+        """
+        from skyreels_v3.preflight import follow_checkpoint
+
+        if checkpoint is None:
+            names = (request.model_source, request.model_id, request.task.name)
+            checkpoint = Path(self.get(names, lambda: fetch(request)))
+        loras = tuple((self.lora(name, request), scale) for name, scale in request.lora)
+        return follow_checkpoint(replace(request, lora=loras), checkpoint), checkpoint
+
+    def lora(self, name: str, request: GenerationRequest) -> str:
+        """The file of a LoRA."""
+        from skyreels_v3.checkpoints.hub import download_lora, locate_lora
+
+        if (file := locate_lora(name)) is not None:
+            return str(file)
+        return self.get((request.model_source, name), lambda: download_lora(name, request))
+
+    def get(self, names: Sequence[str], fetch: Callable[[], Path]) -> str:
+        """What goes by some names, fetched if it has not been."""
+        key = " ".join(names)
+        if key in self.problems:
+            raise as_error(self.problems[key])
+        if key not in self.paths:
+            try:
+                self.paths[key] = str(fetch())
+            except Exception as error:
+                self.problems[key] = as_told(error)
+                raise
+        return self.paths[key]
+
+    def fill(self, requests: Iterable[GenerationRequest]) -> None:
+        """Fetch all that requests need."""
+        from skyreels_v3.preflight import checkpoint_here
+
+        for request in requests:
+            with suppress(Exception):  # the job itself meets it again
+                self.complete(request, checkpoint_here(request))
+
+    def known(self) -> list[Any]:
+        """All that another process on this machine must know, for JSON."""
+        return [self.paths, self.problems]
+
+    def learn(self, known: Sequence[Mapping[str, Any]]) -> None:
+        """Take over what another one knows."""
+        self.paths |= known[0]
+        self.problems |= known[1]
+
+
+def fetch(request: GenerationRequest) -> Path:
+    """The folder of a checkpoint that was not on this machine."""
+    from skyreels_v3.checkpoints.hub import TINY, download
+
+    if request.model_id != TINY:
+        return download(request)
+    from skyreels_v3.cache import cache_folder
+    from skyreels_v3.checkpoints.tiny import make_tiny
+
+    try:
+        return make_tiny(request.task)
+    except OSError as error:
+        reason = f"{TINY} cannot be made in {cache_folder()} ({error.strerror or error})"
+        raise UserError("--model_id", f"{reason}; set SKYREELS_CACHE to a folder that can be written to") from error
+
+
+class Studio:
+    """Where videos are made, one after the other. What is loaded stays as long as the next one needs the same.
+
+    Args:
+        ranks: this process among all.
+        team: the same among those that make each video together, ALONE where each makes its own.
+    """
+
+    def __init__(self, ranks: Ranks, team: Ranks) -> None:
+        set_environment()  # before torch is imported
+        self.ranks = ranks
+        self.team = team
+        self.stock = Stock()
+        self.session: Session | None = None
+
+    def look(self, request: GenerationRequest, downloads: Path) -> Seen:
+        """See `preflight`."""
+        from skyreels_v3.preflight import preflight
+
+        return preflight(request, downloads, self.team)
+
+    def prepare(self, request: GenerationRequest, downloads: Path, name: str, seen: Seen | None = None) -> Ready:
+        """Look at a request's inputs and fetch what is missing.
+
+        Of a team the first process of each machine does so; the others come after it, and find everything there. If it
+        goes wrong on one process, it raises on all of them.
+
+        Args:
+            downloads: a folder for inputs that are URLs, for as long as the video is being made.
+            name: what the processes call this video; used once.
+            seen: what `look` has found already, where it has been called.
+        """
+        if self.team.world == 1:
+            return self.find(request, downloads, seen)
+        ready, problem, own = None, None, None
+        if not self.team.leads:
+            there, known, problem = processes.hear(f"found/{name}/{self.team.machine}")
+            downloads = Path(there)
+            self.stock.learn(known)
+        try:
+            ready = self.find(request, downloads, seen) if problem is None else None
+        except Exception as error:
+            own, problem = error, as_told(error)
+        if self.team.leads:
+            processes.tell(f"found/{name}/{self.team.machine}", [str(downloads), self.stock.known(), problem])
+        everyone = self.exchange(f"ready/{name}", [request.seed, problem])
+        for _, problem in everyone:
+            if problem is not None:
+                raise own or as_error(problem)
+        assert ready is not None
+        return replace(ready[0], seed=everyone[0][0]), *ready[1:]
+
+    def find(self, request: GenerationRequest, downloads: Path, seen: Seen | None) -> Ready:
+        """What `prepare` gives, on this process."""
+        request, inputs, here = seen or self.look(request, downloads)
+        request, checkpoint = self.stock.complete(request, here)
+        return request, inputs, checkpoint
+
+    def exchange(self, name: str, value: Any) -> list[Any]:
+        """What each of the team has for a name that is used once."""
+        processes.tell(f"{name}/{self.team.rank}", value)
+        return [processes.hear(f"{name}/{rank}") for rank in range(self.team.world)]
+
+    def make(self, ready: Ready) -> Path:
+        """Make what was prepared; returns its path."""
+        from skyreels_v3.session import Session
+
+        request, inputs, checkpoint = ready
+        if self.session is not None and not self.session.fits(request, checkpoint):
+            self.clear()
+        if self.session is None:
+            self.session = Session(request, checkpoint, self.ranks)
+        return self.session.generate(request, inputs)
+
+    def clear(self) -> None:
+        """Drop what is loaded."""
+        if self.session is not None:
+            from skyreels_v3.session import free_memory
+
+            self.session = None
+            free_memory()
+
+
+def carry_out(job: Job, studio: Studio, write: Callable[[dict[str, Any]], object]) -> bool:
+    """Do a job and `write` its result; returns whether it was made.
+
+    Raises:
+        Exception: what went wrong while several processes were at work, since they may be out of step now.
+    """
+    start = perf_counter()
+    team, result = studio.team, {"job": job.number, "id": job.id}
+
+    def end(status: str, **what: Any) -> bool:
+        if team.main:
+            write(result | {"status": status, **what, "seconds": round(perf_counter() - start, 1)})
+        return status == "done"
+
+    if job.request is None:
+        return end("error", error=job.problem, exit=2)
+    with TemporaryDirectory(prefix="skyreels-") as downloads:
+        try:
+            ready = studio.prepare(job.request, Path(downloads), job.id)
+        except Exception as error:
+            logger.debug("line %d", job.number, exc_info=True)
+            return end("error", **failure(error))
+        try:
+            path = studio.make(ready)
+        except Exception as error:
+            logger.debug("line %d", job.number, exc_info=True)
+            if team.world > 1:
+                if processes.next_number(f"failed/{job.id}") == 0:
+                    write(result | {"status": "error", **failure(error)})
+                raise
+            problem = failure(error)
+        else:
+            return end("done", output=str(path), seed=ready[0].seed)
+    studio.clear()  # what is loaded may be in disorder; only now does the error hold none of it any more
+    return end("error", seed=ready[0].seed, **problem)
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """What a result says of an error."""
+    user_error = isinstance(error, UserError)
+    return {"error": str(error) if user_error else cause_of(error), "exit": 2 if user_error else 1}
+
+
+def cause_of(error: Exception) -> str:
+    """An error that is no user's, in a line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def as_told(error: Exception) -> Told:
+    """An error for other processes."""
+    if isinstance(error, UserError):
+        return error.flag, str(error).removeprefix(f"{error.flag}: ")
+    return None, cause_of(error)
+
+
+def as_error(told: Told) -> Exception:
+    """The error that another process tells of."""
+    flag, text = told
+    return RuntimeError(text) if flag is None else UserError(flag, text)
+
+
+# A run
+
+
+def run_jobs(flags: Mapping[str, Any], ranks: Ranks) -> int:
+    """Carry out --jobs with the other flags of the command line; returns the exit code."""
+    name = flags["jobs"]
+    jobs = read_jobs(name, {flag: value for flag, value in flags.items() if flag != "jobs"})
+    together = flags.get("use_usp", False)
+    if flags.get("dry_run"):
+        if ranks.main:
+            show_plans(name, jobs, ranks if together else ALONE)
+        return 0
+    results = results_file(name)
+    check_results(results)
+    studio = Studio(ranks, ranks if together else ALONE)
+    if ranks.world > 1:
+        on_cpu = not together or all(job.request.device == "cpu" for job in jobs if job.request is not None)
+        processes.meet(ranks, "cpu" if on_cpu else "auto")
+    todo = left_to_do(jobs, results, ranks)
+    if ranks.world > 1 and not together:
+        share_stock(studio, todo)
+    failed = 0
+    for job in todo if together else taken(todo, ranks):
+        if job.request is not None:
+            logger.info("line %d: %s", job.number, job.request.task.name)
+        failed += not carry_out(job, studio, lambda result: record(results, result))
+    if ranks.world > 1 and not together:
+        processes.tell(f"failed/{ranks.rank}", failed)
+        # not by torch's own barrier: a job may take longer than that waits
+        failed = sum(processes.hear(f"failed/{rank}") for rank in range(ranks.world))
+    if ranks.main:
+        report(failed, len(jobs), results)
+    if ranks.world > 1:
+        processes.part()
+    return 1 if failed else 0
+
+
+def report(failed: int, jobs: int, results: Path) -> None:
+    """Say at the end of a run that jobs failed, if some did."""
+    if failed:
+        processes.say(f"error: {failed} of {jobs} jobs failed; {results} says why\n", ALONE)
+
+
+def left_to_do(jobs: Sequence[Job], results: Path, ranks: Ranks) -> list[Job]:
+    """The jobs that are not done, in the order to do them; the first process decides for all.
+
+    Those that have failed before come last, or one that ends the run would keep others from ever being done.
+    """
+    done, failed = ended(results)
+    todo = in_order(job for job in jobs if job.id not in done | failed)
+    todo += in_order(job for job in jobs if job.id in failed)
+    if len(todo) < len(jobs):
+        logger.info("%d of %d jobs are done already, %s says", len(jobs) - len(todo), len(jobs), results)
+    if ranks.world == 1:
+        return todo
+    known = {job.id: job for job in jobs}
+    agreed = processes.agreed("jobs", [job.id for job in todo], ranks)
+    if not known.keys() >= set(agreed):
+        raise UserError("--jobs", f"{shown(results)}: this machine has another file; put it where all machines see it")
+    return [known[each] for each in agreed]
+
+
+def share_stock(studio: Studio, jobs: Iterable[Job]) -> None:
+    """Have what the jobs need fetched by one process of each machine, before the others begin."""
+    ranks = studio.ranks
+    if ranks.leads:
+        studio.stock.fill(job.request for job in jobs if job.request is not None)
+        processes.tell(f"stock/{ranks.machine}", studio.stock.known())
+    else:
+        studio.stock.learn(processes.hear(f"stock/{ranks.machine}"))
+
+
+def taken(jobs: Sequence[Job], ranks: Ranks) -> Iterator[Job]:
+    """Of the jobs those for this process: the next one that nobody has taken, each time."""
+    if ranks.world == 1:
+        yield from jobs
+        return
+    while (number := processes.next_number("job")) < len(jobs):
+        yield jobs[number]
+
+
+def show_plans(name: str, jobs: Sequence[Job], team: Ranks) -> None:
+    """Print the plan of each job, or what is wrong with it; raise UserError if there is a wrong one."""
+    wrong = 0
+    for job in jobs:
+        text = plan_of(job, team)
+        wrong += text.startswith("error")
+        print(f"{'line':14}{job.number}\n{text}\n")  # noqa: T201  the result
+    if wrong:
+        raise UserError("--jobs", f"{shown(name)}: {wrong} of {len(jobs)} lines cannot work; correct them, see above")
+
+
+def plan_of(job: Job, team: Ranks) -> str:
+    """A job's plan, or its error in the same form."""
+    from skyreels_v3.preflight import planned
+
+    problem = job.problem
+    if job.request is not None:
+        with TemporaryDirectory(prefix="skyreels-") as downloads:
+            try:
+                return planned(job.request, Path(downloads), team)
+            except UserError as error:
+                problem = str(error)
+    return f"{'error':14}{problem}"
