@@ -52,7 +52,7 @@ def generate(request: GenerationRequest, downloads: Path, ranks: Ranks) -> Path:
     return path
 
 
-def set_up_logging(verbosity: int, ranks: Ranks) -> None:
+def set_up_logging(verbosity: int, ranks: Ranks = ALONE) -> None:
     """Messages go to stderr, those of the first process; the libraries' own chatter only with --verbose."""
     level = {-1: logging.WARNING, 0: logging.INFO, 1: logging.DEBUG}[verbosity] if ranks.main else logging.ERROR
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s", level=logging.ERROR)

@@ -173,7 +173,7 @@ class Parallel:
         device: this process's own.
     """
 
-    _teams: ClassVar[dict[Degrees, dict[str, Team]]] = {}
+    _teams: ClassVar[dict[tuple[Degrees, str], dict[str, Team]]] = {}
 
     def __init__(self, ranks: Ranks, degrees: Degrees, device: torch.device) -> None:
         assert degrees.world in (ranks.world, 1), (degrees, ranks)
@@ -192,13 +192,21 @@ class Parallel:
 
     def team_along(self, name: str) -> Team:
         """This process and those that differ from it in "cfg", "ring", "ulysses" or "sequence" (the last two)."""
-        if self.degrees not in self._teams:  # groups are made once, by all processes together
+        key = (self.degrees, self.device.type)
+        if key not in self._teams:  # groups are made once, by all processes together
             sizes = (self.degrees.cfg, self.degrees.ring, self.degrees.ulysses)
             mesh = init_device_mesh(self.device.type, sizes, mesh_dim_names=("cfg", "ring", "ulysses"))
             meshes = {one: mesh[one] for one in ("cfg", "ring", "ulysses")}
             meshes["sequence"] = mesh["ring", "ulysses"]._flatten("sequence")
-            self._teams[self.degrees] = {one: Team(mesh.get_group()) for one, mesh in meshes.items()}
-        return self._teams[self.degrees][name]
+            self._teams[key] = {one: Team(mesh.get_group()) for one, mesh in meshes.items()}
+        return self._teams[key][name]
+
+    def least(self, number: int) -> int:
+        """The smallest of all processes' numbers."""
+        smallest = torch.tensor(number)
+        if not self.alone:
+            dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        return int(smallest)
 
     def once(self, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """What `make` gives on the first process, on all of them, on the CPU there; the others do not call it."""

@@ -123,20 +123,19 @@ def choose_degrees(request: GenerationRequest, world: int, heads: int, terms: in
 
 def divide_sequence(request: GenerationRequest, processes: int, heads: int) -> tuple[int, int]:
     """Ring and Ulysses degree for so many processes."""
-    ulysses, ring = request.ulysses_degree, request.ring_degree
-    if ulysses is None and ring is None:
-        ulysses = math.gcd(processes, heads)
-    if ulysses is None:
-        assert ring is not None
-        ulysses = processes // ring
-    ring = ring or processes // ulysses
-    if ulysses * ring != processes:
-        flag, value = ("--ring_degree", ring) if request.ulysses_degree is None else ("--ulysses_degree", ulysses)
-        reason = f"{value}: ring x Ulysses is {ring} x {ulysses}, but {processes} processes divide the video"
-        raise UserError(flag, f"{reason}; give degrees whose product is {processes}, or leave them out")
+    given = {"--ulysses_degree": request.ulysses_degree, "--ring_degree": request.ring_degree}
+    product = math.prod(degree or 1 for degree in given.values())
+    for flag, degree in given.items():
+        if degree is not None and (processes % product or (None not in given.values() and product != processes)):
+            many = f"{processes} process{'es' if processes > 1 else ''}"
+            reason = (
+                f"{degree}: ring x Ulysses must be {processes}, as {many} share{'' if processes > 1 else 's'} a video"
+            )
+            raise UserError(flag, f"{reason}; give degrees that make that, or leave them out")
+    best = math.gcd(processes, heads)
+    ulysses = request.ulysses_degree or (best if request.ring_degree is None else processes // request.ring_degree)
     if heads % ulysses:
         flag = "--ring_degree" if request.ulysses_degree is None else "--ulysses_degree"
-        best = math.gcd(processes, heads)
-        reason = f"Ulysses {ulysses}: the model's {heads} attention heads cannot be divided so"
+        reason = f"{given[flag]}: the model's {heads} attention heads cannot be divided by {ulysses}"
         raise UserError(flag, f"{reason}; give --ulysses_degree {best} --ring_degree {processes // best}")
-    return ring, ulysses
+    return processes // ulysses, ulysses

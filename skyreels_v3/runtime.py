@@ -95,6 +95,17 @@ def default_dtype(device: str) -> str:
 
 
 @dataclass(frozen=True)
+class Room:
+    """Bytes that were free before anything was loaded, the fewest on any of the processes that share the work.
+
+    `device` is None where the device has no memory of its own.
+    """
+
+    device: int | None
+    host: int
+
+
+@dataclass(frozen=True)
 class Runtime:
     """Where and how a run computes."""
 
@@ -106,6 +117,7 @@ class Runtime:
     kernel: str
     attention: AttentionFn
     parallel: Parallel
+    room: Room
     streams: dict[nn.Module, BlockStream] = field(default_factory=dict)
 
     @contextmanager
@@ -163,10 +175,14 @@ class Runtime:
 
 
 def set_environment() -> None:
-    """Set what torch reads when it is imported, unless the user has set it."""
+    """Set what torch and xDiT read when they are imported, unless the user has set it."""
+    os.environ.setdefault("XDIT_LOGGING_LEVEL", "ERROR")  # each process would speak
     # stages of different sizes follow one another: room that one leaves must fit the next
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    compiled = cache_folder() / "compiled"
+    there = next(folder for folder in (compiled, *compiled.absolute().parents) if folder.exists())
+    if there.is_dir() and os.access(there, os.W_OK):  # else torch's own choice: it makes the folder at once
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
 
 
 def start(request: GenerationRequest, plan: Plan) -> Runtime:
@@ -193,23 +209,27 @@ def start(request: GenerationRequest, plan: Plan) -> Runtime:
     if name == "cuda":
         if plan.ranks.local_world > torch.cuda.device_count():
             reason = f"{plan.ranks.local_world} processes on a machine with {torch.cuda.device_count()} GPUs"
-            raise UserError("--use_usp", f"{reason}; give torchrun --nproc_per_node={torch.cuda.device_count()}")
+            flag = "--use_usp" if request.use_usp else "--jobs"
+            raise UserError(flag, f"{reason}; give torchrun --nproc_per_node={torch.cuda.device_count()}")
         # one process takes what is current, of several each its own
         number = plan.ranks.local_rank if plan.ranks.local_world > 1 else torch.cuda.current_device()
         device = torch.device(name, number)
         torch.cuda.set_device(device)
     if request.quant == "fp8_dynamic" and name == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         raise UserError("--quant", f"fp8_dynamic: {torch.cuda.get_device_name(device)} has no FP8 units; use fp8")
-    free = torch.cuda.mem_get_info(device)[0] if name == "cuda" else None
-    policy = choose(plan, free, psutil.virtual_memory().available // plan.ranks.local_world)
+    parallel = Parallel(plan.ranks, plan.degrees, device)
+    room = Room(
+        parallel.least(torch.cuda.mem_get_info(device)[0]) if name == "cuda" else None,
+        parallel.least(psutil.virtual_memory().available // plan.ranks.local_world),
+    )
+    policy = choose(plan, room.device, room.host)
     logger.info("device %s, dtype %s, memory %s (%s)", device, dtype, policy.mode, policy.reason)
     if plan.degrees.world > 1:
         logger.info("%d processes: %s", plan.degrees.world, plan.degrees)
-    if policy.mode == "stream" and free is not None and not policy.pinned:
+    if policy.mode == "stream" and room.device is not None and not policy.pinned:
         logger.warning("there is not enough free host memory to pin the transformer; it streams unpinned, slower")
     kernel, attention = choose_attention(request.attention, device, dtype)
-    parallel = Parallel(plan.ranks, plan.degrees, device)
-    return Runtime(device, dtype, request.verbosity >= 0, policy, plan, kernel, attention, parallel)
+    return Runtime(device, dtype, request.verbosity >= 0, policy, plan, kernel, attention, parallel, room)
 
 
 def pin(device: torch.device, room: torch.Tensor) -> bool:

@@ -6,20 +6,18 @@ import gc
 import json
 import logging
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
 from skyreels_v3 import __version__, runtime
 from skyreels_v3.checkpoints.save import save_quantized
-from skyreels_v3.collectives import all_gather
 from skyreels_v3.media.audio import mix
 from skyreels_v3.media.inputs import Inputs
 from skyreels_v3.media.video import read_frames, resized, write_frame_folder, write_video
@@ -50,9 +48,6 @@ class Session:
         self.ranks = ranks
         self.networks = networks(request)
         self.runtime = runtime.start(request, self.plan(request))
-        # what was free before anything is loaded: a later video may need a larger share of it
-        self.free_host = psutil.virtual_memory().available // ranks.local_world
-        self.free_device = self.runtime.free_memory()
         self.components = load_components(checkpoint, request, self.runtime)
 
     def plan(self, request: GenerationRequest) -> Plan:
@@ -61,32 +56,23 @@ class Session:
 
     def policy(self, planned: Plan) -> Policy:
         """Where the components would live if this were the first plan."""
-        return choose(planned, self.free_device, self.free_host)
+        return choose(planned, self.runtime.room.device, self.runtime.room.host)
 
     def fits(self, request: GenerationRequest, checkpoint: Path) -> bool:
         """Whether the networks that are loaded are those that a request needs, placed as it needs them."""
         if (checkpoint, networks(request)) != (self.checkpoint, self.networks):
-            fitting = False
-        else:
-            planned, now = self.plan(request), self.runtime
-            wanted, there = self.policy(planned), now.policy
-            placed = (wanted.mode, wanted.keep, wanted.pinned) == (there.mode, there.keep, there.pinned)
-            fitting = placed and planned.degrees == now.plan.degrees
-        return bool(self.of_all([fitting]).all())
+            return False
+        planned, now = self.plan(request), self.runtime
+        wanted, there = self.policy(planned), now.policy
+        placed = (wanted.mode, wanted.keep, wanted.pinned) == (there.mode, there.keep, there.pinned)
+        return placed and planned.degrees == now.plan.degrees
 
     def follow(self, request: GenerationRequest) -> None:
         """Have tiles, and what is said when memory runs out, be those of a request that fits."""
         planned = self.plan(request)
-        # processes that divide the tiles must make the same ones; some have less memory than others
-        rows, columns = self.of_all(self.policy(planned).tiles).amax(dim=0).tolist()
-        policy = replace(self.runtime.policy, tiles=(rows, columns))
+        policy = replace(self.runtime.policy, tiles=self.policy(planned).tiles)
         self.runtime = replace(self.runtime, plan=planned, policy=policy)
-        self.components.vae.set_tiles(rows, columns)
-
-    def of_all(self, numbers: Sequence[int]) -> Tensor:
-        """What each of the processes that make a video together has here, a row for each."""
-        here = torch.tensor([*numbers])
-        return here[None] if self.runtime.parallel.alone else all_gather(here)
+        self.components.vae.set_tiles(*policy.tiles)
 
     def generate(self, request: GenerationRequest, inputs: Inputs) -> Path:
         """Make a video; returns its path. Several processes make it together, and the first one writes it."""

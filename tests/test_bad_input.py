@@ -75,7 +75,18 @@ COMMAND_LINE = [
     Case("no-value-at-end", [*REFERENCE, "--seed"], "--seed", "no value", "see --help"),
     Case("no-value-before-flag", [*REFERENCE, "--seed", "--offload"], "--seed", "no value", "see --help"),
     Case("switch-with-value", [*REFERENCE, "--quiet=yes"], "--quiet", "yes", "see --help"),
-    Case("use_usp", [*REFERENCE, "--use_usp"], "--use_usp", "not built yet", "run without it"),
+    Case("ring alone", [*REFERENCE, "--ring_degree", "2"], "--ring_degree", "2: is for several", "add --use_usp"),
+    Case("shards alone", [*REFERENCE, "--shard_weights"], "--shard_weights", "several processes", "add --use_usp"),
+    bad([*REFERENCE, "--use_usp"], "--ulysses_degree", "2", "leave them out"),
+    bad([*REFERENCE, "--use_usp"], "--cfg_degree", "2", "turn guidance on"),
+    bad([*REFERENCE, "--use_usp"], "--cfg_degree", "4", "from 1 to 3"),
+    Case(
+        "streamed shards",
+        [*REFERENCE, "--use_usp", "--shard_weights", "--low_vram"],
+        "--shard_weights",
+        "conflicts with --low_vram",
+        "give one of them",
+    ),
 ]
 
 NUMBERS = [

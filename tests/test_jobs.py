@@ -25,6 +25,7 @@ from skyreels_v3.errors import UserError
 from skyreels_v3.jobs import Stock, append, ended, in_order, left_to_do, read_jobs, results_file
 from skyreels_v3.pipelines.steps import Steps
 from skyreels_v3.ranks import ALONE
+from skyreels_v3.runtime import Room
 from skyreels_v3.session import Session
 from tests.conftest import DRIVER, Case, check_refused, files_in
 
@@ -419,13 +420,14 @@ def test_what_fits(loaded, flags, fits):
 
 def test_memory_is_that_of_the_beginning(loaded, monkeypatch):
     small, large = request_for(), request_for("--height", 720, "--width", 1280)
-    monkeypatch.setattr(loaded, "free_device", int(15e9))
+    start = loaded.runtime
+    monkeypatch.setattr(loaded, "runtime", replace(start, room=Room(int(15e9), start.room.host)))
     for request, tiles in ((small, (1, 1)), (large, (1, 2)), (small, (1, 1))):
         assert loaded.fits(request, loaded.checkpoint)
         loaded.follow(request)
         assert loaded.components.vae.tiles == loaded.runtime.policy.tiles == tiles
         assert loaded.runtime.plan.request == request
-    monkeypatch.setattr(loaded, "free_device", int(5e9))
+    monkeypatch.setattr(loaded, "runtime", replace(start, room=Room(int(5e9), start.room.host)))
     assert loaded.fits(small, loaded.checkpoint)
     assert not loaded.fits(large, loaded.checkpoint)
 

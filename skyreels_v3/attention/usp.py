@@ -5,10 +5,10 @@ lies behind those, at the end of the last processes' parts, is padding. With pad
 
 Ulysses (arXiv:2309.14509) exchanges tokens for heads: a process then has all tokens of some heads, and attention is as
 on one process. Where the heads do not suffice, groups of processes have some of the tokens each, and every group needs
-the keys and values of the others: a ring (arXiv:2310.01889) hands them around while it works.
+the keys and values of the others: a ring (arXiv:2310.01889) attends to its own while theirs are on the way.
 
 On GPUs it is xDiT that does this. `torch_usp` is for where xDiT does not run, a CPU above all, and for what its ring
-does not take, padding: there groups collect keys and values before they work.
+does not take, padding: there groups collect keys and values before they begin.
 """
 
 from __future__ import annotations
@@ -89,12 +89,7 @@ def xdit_usp(kernel: str, cfg: int, ring: int, ulysses: int, backend: str | None
         cfg, ring, ulysses: degrees, in xDiT's order of processes, which is that of `ranks.Degrees`.
         backend: of the exchanges, for torch.distributed; xDiT chooses by the device unless given.
     """
-    from xfuser.core.distributed import (
-        init_distributed_environment,
-        initialize_model_parallel,
-        initialize_runtime_state,
-        runtime_state,
-    )
+    from xfuser.core.distributed import init_distributed_environment, initialize_model_parallel
     from xfuser.core.distributed.attention_backend import AttentionBackendType
     from xfuser.core.distributed.parallel_state import destroy_model_parallel, model_parallel_is_initialized
     from xfuser.model_executor.layers.usp import USP
@@ -103,14 +98,13 @@ def xdit_usp(kernel: str, cfg: int, ring: int, ulysses: int, backend: str | None
         destroy_model_parallel()
     init_distributed_environment(rank=dist.get_rank(), world_size=dist.get_world_size(), backend=backend)
     initialize_model_parallel(
-        classifier_free_guidance_degree=cfg,
+        data_parallel_degree=cfg,  # it numbers the processes as for guidance, and takes any number
         sequence_parallel_degree=ring * ulysses,
         ring_degree=ring,
         ulysses_degree=ulysses,
         backend=backend,
     )
-    if not runtime_state.runtime_state_is_initialized():
-        initialize_runtime_state()
+    set_up_state(cfg, ring, ulysses)
     name = XDIT_KERNELS[kernel]
     # plain SDPA picks the best kernel there is, but says nothing of the sums that a ring needs
     chosen = AttentionBackendType["SDPA" if kernel == "sdpa" and ring == 1 else name]
@@ -123,3 +117,16 @@ def xdit_usp(kernel: str, cfg: int, ring: int, ulysses: int, backend: str | None
         return out.transpose(1, 2)
 
     return usp
+
+
+def set_up_state(cfg: int, ring: int, ulysses: int) -> None:
+    """Give xDiT the state that its USP asks for; its own way to one without a pipeline is for one process only."""
+    from xfuser import xFuserArgs
+    from xfuser.core.distributed import runtime_state
+
+    class State(runtime_state.ExternalRuntimeState):
+        def __init__(self) -> None:
+            arguments = xFuserArgs(data_parallel_degree=cfg, ring_degree=ring, ulysses_degree=ulysses)
+            runtime_state.RuntimeState.__init__(self, arguments.create_config()[0])
+
+    runtime_state._RUNTIME = State()

@@ -209,8 +209,11 @@ class Plan:
         if mode == "resident":
             together = sum(stage.weights for name, stage in self.stages.items() if name != "VAE encode")
             return together + max(activations.values())
+        stays = self.stages["transformer"].weights if self.request.shard_weights and "transformer" in self.stages else 0
         return max(
-            (stage.streamed if mode == "stream" else stage.weights) + activations[name]
+            (stage.streamed if mode == "stream" else stage.weights)
+            + activations[name]
+            + (stays if name != "transformer" else 0)  # divided weights are never moved
             for name, stage in self.stages.items()
         )
 
@@ -309,8 +312,9 @@ def stages(
     context = sizes.context_bytes(longest.latents[2], len(request.input_audio), dtype)
     own_terms = math.ceil(len(guidance_of(request).terms) / degrees.cfg)
     weights_here = sizes.weight_bytes(dtype, quantized)
-    if request.shard_weights:  # a part of all, and two blocks gathered
-        weights_here = weights_here // degrees.world + STREAM_SLOTS * sizes.block_bytes(dtype, quantized)
+    if request.shard_weights:  # a part of all, and gathered two blocks and what is outside of blocks
+        gathered = replace(sizes, num_layers=STREAM_SLOTS).weight_bytes(dtype, quantized)
+        weights_here = weights_here // degrees.world + gathered
     transformer = Stage(
         weights_here,
         sizes.streamed_bytes(dtype, quantized, request.stream_blocks),

@@ -63,9 +63,8 @@ class RunState:
             return {}
         try:
             saved = load_file(file)
-            torch.Generator().set_state(saved["generator"])
-            assert saved["latents"].ndim == 5, saved["latents"].shape
-        except (SafetensorError, KeyError, RuntimeError, TypeError, AssertionError) as error:
+            saved["latents"], torch.Generator().set_state(saved["generator"])
+        except (SafetensorError, KeyError, RuntimeError, TypeError) as error:
             reason = f"{shown(file)} is damaged ({shown(error)})"
             raise UserError("--resume", f"{reason}; delete it, and the pass is made again") from error
         self.passes += 1

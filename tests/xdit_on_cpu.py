@@ -1,0 +1,68 @@
+"""generate_video.py with xDiT's own USP on CPU processes: xDiT is made to believe in an accelerator while it is imported.
+
+A program for `torchrun`, not a test: `test_distributed.py` starts it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline  # noqa: F401  before the pretence, which is for xDiT alone
+
+import generate_video
+from skyreels_v3 import distributed
+from skyreels_v3.attention import usp
+
+PROBES = {
+    "is_available": lambda: True,
+    "current_device": lambda: 0,
+    "get_device_capability": lambda *_: (8, 0),
+    "get_device_name": lambda *_: "cpu",
+    "get_device_properties": lambda *_: SimpleNamespace(gcnArchName="", major=8, minor=0, name="cpu"),
+}
+
+
+def import_xdit() -> None:
+    """Import what the package imports of xDiT."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch.backends.mps, "is_available", lambda: True))
+        for name, probe in PROBES.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, probe))
+        import xfuser.core.distributed.runtime_state
+        import xfuser.model_executor.layers.usp  # noqa: F401
+
+
+def main() -> int:
+    import_xdit()
+    from xfuser.core.distributed import runtime_state
+    from xfuser.core.distributed.attention_backend import AttentionBackendType
+
+    def on_cpu(kernel: str, cfg: int, ring: int, ulysses: int) -> usp.UspFn:
+        with (
+            mock.patch.object(torch.backends.mps, "is_available", lambda: True),
+            mock.patch.object(
+                runtime_state.RuntimeState, "_select_attention_backend", lambda *_: AttentionBackendType.SDPA
+            ),
+        ):
+            attention = usp.xdit_usp(kernel, cfg, ring, ulysses, backend="gloo")
+
+        def noted(*tensors: object) -> torch.Tensor:
+            with open("xdit-calls", "a") as calls:
+                calls.write(".")
+            return attention(*tensors)
+
+        return noted
+
+    with (
+        mock.patch.object(distributed, "has_xdit", lambda *_: True),
+        mock.patch.object(distributed, "xdit_usp", on_cpu),
+    ):
+        return generate_video.main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
