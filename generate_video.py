@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 from skyreels_v3 import processes
 from skyreels_v3.cli import parse_flags, request_of, verbosity_of
 from skyreels_v3.errors import UserError
-from skyreels_v3.jobs import Studio, cause_of, run_jobs
+from skyreels_v3.jobs import Studio, cause_of, downloads_folder, run_jobs
 from skyreels_v3.ranks import ALONE, Ranks, check_ranks, ranks_of
 from skyreels_v3.tasks import GenerationRequest
 
@@ -29,14 +28,14 @@ logger = logging.getLogger("skyreels_v3")
 def run(request: GenerationRequest, ranks: Ranks) -> None:
     """Carry out a request and print the path of what it made, or its plan."""
     check_ranks(request, ranks)
-    with tempfile.TemporaryDirectory(prefix="skyreels-") as downloads:
+    with downloads_folder(ranks) as downloads:
         if request.dry_run:
             if ranks.main:
                 from skyreels_v3.preflight import planned
 
-                print(planned(request, Path(downloads), ranks))  # noqa: T201  the result
+                print(planned(request, downloads, ranks))  # noqa: T201  the result
         else:
-            path = generate(request, Path(downloads), ranks)
+            path = generate(request, downloads, ranks)
             if ranks.main:
                 print(path)  # noqa: T201  the result
 

@@ -16,7 +16,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -272,6 +272,16 @@ def fetch(request: GenerationRequest) -> Path:
         raise UserError("--model_id", f"{reason}; set SKYREELS_CACHE to a folder that can be written to") from error
 
 
+@contextmanager
+def downloads_folder(team: Ranks) -> Iterator[Path]:
+    """A folder for the inputs of one video that are URLs, by the process that fetches them; the others use that."""
+    if not team.leads:
+        yield Path()
+        return
+    with TemporaryDirectory(prefix="skyreels-") as folder:
+        yield Path(folder)
+
+
 class Studio:
     """Where videos are made, one after the other. What is loaded stays as long as the next one needs the same.
 
@@ -371,9 +381,9 @@ def carry_out(job: Job, studio: Studio, write: Callable[[dict[str, Any]], object
 
     if job.request is None:
         return end("error", error=job.problem, exit=2)
-    with TemporaryDirectory(prefix="skyreels-") as downloads:
+    with downloads_folder(team) as downloads:
         try:
-            ready = studio.prepare(job.request, Path(downloads), job.id)
+            ready = studio.prepare(job.request, downloads, job.id)
         except Exception as error:
             logger.debug("line %d", job.number, exc_info=True)
             return end("error", **failure(error))
@@ -515,9 +525,9 @@ def plan_of(job: Job, team: Ranks) -> str:
 
     problem = job.problem
     if job.request is not None:
-        with TemporaryDirectory(prefix="skyreels-") as downloads:
+        with downloads_folder(team) as downloads:
             try:
-                return planned(job.request, Path(downloads), team)
+                return planned(job.request, downloads, team)
             except UserError as error:
                 problem = str(error)
     return f"{'error':14}{problem}"

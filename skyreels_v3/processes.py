@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 EXCHANGE_TIMEOUT = timedelta(hours=2)  # the first process may be reading weights or encoding a prompt meanwhile
 LEADER_TIMEOUT = timedelta(days=7)  # it may be fetching a checkpoint
 GRACE = 15.0  # seconds from a signal to the end; torchrun itself waits 30
+LEADER_FIRST = 5.0  # seconds in which a leader has spoken
 INTERRUPTED = 130
 
 _store: Store | None = None
@@ -110,13 +111,18 @@ def next_number(what: str) -> int:
 def say(text: str, ranks: Ranks) -> None:
     """Say on stderr how this process ended, unless it was for another one's end that is told of already."""
     if _store is None:  # what goes wrong before they meet goes wrong in each, or in a leader
-        first = ranks.leads
+        if not ranks.leads:
+            time.sleep(LEADER_FIRST)  # and torchrun ends them all as soon as one has
+        first = True
     else:
         try:
             first = next_number("ended") == 0
         except RuntimeError:  # whoever keeps the store is gone
             first = ranks.main
     if first:
-        place = f"rank {ranks.rank}: " if ranks.world > 1 else ""
-        sys.stderr.write(text.replace("error: ", f"error: {place}", 1))
+        if ranks.world > 1:
+            text = text.replace("error: ", f"error: rank {ranks.rank}: ", 1)
+        if not ranks.main:  # the first one's progress bar stands there
+            text = f"\n{text}"
+        sys.stderr.write(text)
         sys.stderr.flush()

@@ -176,7 +176,7 @@ class Runtime:
 
 def set_environment() -> None:
     """Set what torch and xDiT read when they are imported, unless the user has set it."""
-    os.environ.setdefault("XDIT_LOGGING_LEVEL", "ERROR")  # each process would speak
+    os.environ.setdefault("LOG_LEVEL", "error")  # xDiT's; it speaks on stdout, in each process
     # stages of different sizes follow one another: room that one leaves must fit the next
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     compiled = cache_folder() / "compiled"

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, files_in
 
 ASSETS = ROOT / "assets"
 TOY = ("--model_id", "tiny", "--device", "cpu", "--num_inference_steps", "2", "--no_cache")
@@ -48,7 +51,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "talk-even": talk | EVEN | {"input_audio": "one.wav", "audio_guidance_scale": 2, "text_guidance_scale": 2},
     "two-odd": talk | ODD | {"input_audio": "one.wav,two.wav"},
 }
-QUICK = ("fox-odd", "cut-odd", "shot-odd", "talk-odd", "fox-even")
+QUICK = ("fox-odd", "cut-odd", "shot-odd", "talk-odd")
 GUIDED = ("guided-odd", "cut-even", "talk-even")
 
 pytestmark = pytest.mark.slow
@@ -146,3 +149,181 @@ def test_xdit_makes_the_same_video(processes, names, carry_out, expected, tmp_pa
     made, stderr = carry_out(names, *torchrun(processes, program=program))
     compare(made, expected)
     assert "xDiT: SDPA attention" in stderr
+
+
+# How runs end
+
+# the command, with something that happens in the second forward of rank 1
+TROUBLED = """
+import os
+import signal
+import sys
+import torch
+import generate_video
+from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
+
+forward, calls = SkyReelsTransformer3DModel.forward, []
+
+
+def troubled(*arguments):
+    calls.append(1)
+    if len(calls) == 2:
+        open(f"there-{os.environ['RANK']}", "w").close()
+        if os.environ["RANK"] == "1":
+            {trouble}
+    return forward(*arguments)
+
+
+SkyReelsTransformer3DModel.forward = troubled
+sys.exit(generate_video.main(sys.argv[1:]))
+"""
+ARGUMENTS = ("--task_type", "reference_to_video", "--ref_imgs", str(ASSETS / "fox.png"), "--prompt", "a fox")
+SMALL = ("--num_frames", "5", "--height", "32", "--width", "64")
+
+
+@pytest.fixture
+def begin(tmp_path, cache) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start processes in a group of their own, as a terminal does."""
+    begun: list[subprocess.Popen[str]] = []
+
+    def begin(*command: str) -> subprocess.Popen[str]:
+        for name in ("working", "temporary"):
+            (tmp_path / name).mkdir(exist_ok=True)
+        begun.append(
+            subprocess.Popen(
+                command,
+                cwd=tmp_path / "working",
+                env=environment(cache) | {"TMPDIR": str(tmp_path / "temporary")},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        )
+        return begun[-1]
+
+    yield begin
+    for process in begun:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def troubled(tmp_path: Path, processes: int, trouble: str) -> tuple[str, ...]:
+    program = tmp_path / "troubled.py"
+    program.write_text(TROUBLED.replace("{trouble}", trouble))
+    launcher = (*LAUNCHER, "--standalone", "--nproc_per_node", str(processes))
+    return (*launcher, str(program), *TOY, *ARGUMENTS, *SMALL, "--use_usp", "--output", "a.mp4")
+
+
+def our_lines(stderr: str) -> list[str]:
+    """What the command itself said of its end, not torchrun."""
+    return [line for line in stderr.splitlines() if line.startswith(("error:", "interrupted"))]
+
+
+def wait_for(*files: Path) -> float:
+    """Wait until all are there; returns when that was."""
+    for _ in range(600):
+        if all(file.exists() for file in files):
+            return time.monotonic()
+        time.sleep(0.1)
+    raise AssertionError(f"{files} did not come")
+
+
+TROUBLES = {
+    "out of memory": ("torch.empty(1 << 62, dtype=torch.uint8)", "error: rank 1: OutOfMemory: out of memory in denoi"),
+    "a bug": ("raise RuntimeError('a bug')", "error: rank 1: RuntimeError: a bug (--verbose shows where)"),
+    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", "error: rank 0: "),  # what is gone says nothing
+}
+
+
+@pytest.mark.parametrize("name", TROUBLES)
+def test_one_process_fails_and_all_end(name, begin, tmp_path):
+    trouble, message = TROUBLES[name]
+    run = begin(*troubled(tmp_path, 2, trouble))
+    start = wait_for(tmp_path / "working" / "there-1")
+    stdout, stderr = run.communicate(timeout=60)
+    assert time.monotonic() - start < ENDS_IN
+    assert run.returncode != 0 and stdout == ""
+    assert [line for line in our_lines(stderr) if line.startswith(message)], stderr
+    assert len(our_lines(stderr)) == 1, stderr
+    left = files_in(tmp_path / "working") - {"there-0", "there-1"}
+    assert not left and not any((tmp_path / "temporary").glob("skyreels-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_all_end(number, begin, tmp_path):
+    """By Ctrl-C, which the terminal sends to all of them; by a scheduler, which sends SIGTERM to the launcher."""
+    run = begin(*troubled(tmp_path, 2, "import time; time.sleep(600)"))
+    start = wait_for(*(tmp_path / "working" / f"there-{rank}" for rank in (0, 1)))
+    time.sleep(0.5)  # the first one waits for the other in an exchange
+    if number == signal.SIGINT:
+        os.killpg(run.pid, number)
+    else:
+        run.send_signal(number)
+    stdout, stderr = run.communicate(timeout=60)
+    assert time.monotonic() - start < ENDS_IN
+    assert run.returncode != 0 and stdout == ""
+    assert our_lines(stderr) in ([], ["interrupted"])
+    assert not any(name.endswith(".mp4") for name in files_in(tmp_path / "working"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--use_usp", "--height", "31", "--width", "64"), "error: rank 0: --height: 31 is not a multiple of 16"),
+        (("--use_usp", "--ulysses_degree", "3"), "error: rank 0: --ulysses_degree: 3: ring x Ulysses must be 2"),
+        ((), "error: rank 0: --use_usp: missing; 2 processes were started"),
+    ],
+    ids=str,
+)
+def test_bad_requests_are_told_once(flags, message, begin):
+    run = begin(*LAUNCHER, "--standalone", "--nproc_per_node", "2", str(ROOT / "generate_video.py"), *ARGUMENTS, *flags)
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode != 0
+    (line,) = our_lines(stderr)
+    assert line.startswith(message)
+
+
+def test_two_machines(begin, tmp_path, expected):
+    """Two launchers, each with a process of its own, that meet at an address."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    command = (*LAUNCHER, "--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}")
+    request = (*TOY, *ARGUMENTS, "--num_frames", "5", "--height", "48", "--width", "80", "--use_usp")
+    files = ("--output", "frames/", "--save_latents", "frames.safetensors")
+    program = (str(ROOT / "generate_video.py"), *request, *files)
+    runs = [begin(*command, f"--node_rank={number}", *program) for number in (0, 1)]
+    outputs = [run.communicate(timeout=120) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    assert sorted(stdout for stdout, _ in outputs) == ["", "frames\n"]
+    compare({"fox-odd": read(tmp_path / "working", "frames")}, {"fox-odd": expected["fox-odd"]})
+
+
+def test_a_seed_that_is_drawn_is_the_same_for_all(begin, tmp_path):
+    launcher = (*LAUNCHER, "--standalone", "--nproc_per_node", "2", str(ROOT / "generate_video.py"))
+    run = begin(*launcher, *TOY, *ARGUMENTS, *SMALL, "--use_usp", "--seed", "-1", "--save_latents", "a.safetensors")
+    stdout, stderr = run.communicate(timeout=120)
+    assert run.returncode == 0, stderr
+    seed = Path(stdout.strip()).name.split("_")[0]
+    alone = begin(
+        sys.executable, str(ROOT / "generate_video.py"), *TOY, *ARGUMENTS, *SMALL,
+        "--seed", seed, "--save_latents", "b.safetensors",
+    )  # fmt: skip
+    assert alone.communicate(timeout=120)[0] and alone.returncode == 0
+    a, b = (load_file(tmp_path / "working" / f"{name}.safetensors")["latents.0"] for name in "ab")
+    np.testing.assert_allclose(a, b, atol=TOLERANCE, rtol=0)
+
+
+def test_one_process_of_torchruns_makes_the_same_as_none(begin, tmp_path):
+    """Bit for bit: no process has anything to say to itself."""
+    program = (str(ROOT / "generate_video.py"), *TOY, *ARGUMENTS, *SMALL)
+    alone = begin(sys.executable, *program, "--save_latents", "a.safetensors")
+    launched = begin(
+        *LAUNCHER, "--standalone", "--nproc_per_node", "1", *program, "--use_usp", "--save_latents", "b.safetensors"
+    )
+    for run in (alone, launched):
+        assert run.communicate(timeout=120)[0] and run.returncode == 0
+    a, b = (load_file(tmp_path / "working" / f"{name}.safetensors")["latents.0"] for name in "ab")
+    np.testing.assert_array_equal(a, b)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +38,41 @@ def latents(generate, folder: Path, task: str, name: str, *arguments: object) ->
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     return load_file(path)["latents.0"]
+
+
+XDIT_ALONE = """
+import os
+
+os.environ["LOG_LEVEL"] = "error"
+import torch
+import torch.distributed as dist
+from skyreels_v3.attention.backends import choose_attention, sdpa
+from skyreels_v3.attention.usp import has_xdit, xdit_usp
+
+os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29611")
+device = torch.device("cuda", 0)
+dist.init_process_group("cpu:gloo,cuda:nccl")
+kernel, attention = choose_attention("auto", device, torch.bfloat16)
+assert has_xdit(kernel, device)
+tensors = torch.randn(3, 1, 1024, 4, 128, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+usp = xdit_usp(kernel, cfg=1, ring=1, ulysses=1)
+for tokens in (1024, 1021):
+    made, (query, key, value) = usp(*tensors, tokens), tensors
+    for expected in (attention, sdpa):
+        difference = (made - expected(query, key[:, :tokens], value[:, :tokens])).abs().max().item()
+        assert difference < 0.02, (kernel, tokens, difference)
+print("xDiT agrees,", kernel)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(find_spec("xfuser") is None, reason="xfuser is not installed")
+def test_xdit_alone_agrees(tmp_path):
+    """In a process of its own, as xDiT keeps its state in globals."""
+    command = [sys.executable, "-c", XDIT_ALONE]
+    made = subprocess.run(command, cwd=ASSETS.parent, capture_output=True, text=True, check=False, timeout=300)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.startswith("xDiT agrees, ")  # and nothing of xDiT's own
 
 
 @pytest.mark.parametrize("task", TASKS)

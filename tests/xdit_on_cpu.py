@@ -1,4 +1,4 @@
-"""generate_video.py with xDiT's own USP on CPU processes: xDiT is made to believe in an accelerator while it is imported.
+"""generate_video.py with xDiT's own USP on CPU processes: xDiT sees an accelerator while it is imported.
 
 A program for `torchrun`, not a test: `test_distributed.py` starts it.
 """
@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline  # noqa: F401  before the pretence, which is for xDiT alone
 
 import generate_video
-from skyreels_v3 import distributed
+from skyreels_v3 import distributed, runtime
 from skyreels_v3.attention import usp
 
 PROBES = {
@@ -28,6 +28,7 @@ PROBES = {
 
 def import_xdit() -> None:
     """Import what the package imports of xDiT."""
+    runtime.set_environment()
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch.backends.mps, "is_available", lambda: True))
         for name, probe in PROBES.items():
