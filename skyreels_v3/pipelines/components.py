@@ -100,7 +100,7 @@ def set_up_transformer(transformer: SkyReelsTransformer3DModel, request: Generat
         compile_blocks(transformer)
     if request.shard_weights and not runtime.parallel.alone:
         shard_weights(transformer, runtime.device, runtime.parallel.degrees.world)
-    if runtime.policy.mode == "stream":
+    elif runtime.policy.mode == "stream":
         runtime.stream(transformer, transformer.blocks, runtime.policy.keep, runtime.policy.pinned).begin()
 
 

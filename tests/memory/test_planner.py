@@ -29,6 +29,7 @@ from skyreels_v3.models import vae
 from skyreels_v3.models.parameters import replace_tensors
 from skyreels_v3.models.transformer import Segment, SkyReelsTransformer3DModel, block
 from skyreels_v3.models.vae import VideoVAE
+from skyreels_v3.ranks import Degrees, Ranks
 from skyreels_v3.tasks import TASK_NAMES, GenerationRequest, task_spec
 
 
@@ -286,3 +287,26 @@ def test_work_of_an_avatar_forward():
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(segments, timestep, model.embed_context(text, image, audio))
     assert sizes.forward_flop(4 * 16 * 16) == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+def test_one_of_several_processes():
+    """Its share of the tokens and, if they are divided, of the weights; what is divided stays when others work."""
+    request = GenerationRequest(
+        task=task_spec("reference_to_video"), model_id="a/b", prompt="p", height=720, width=1280, dtype="bfloat16",
+        use_usp=True,
+    )  # fmt: skip
+    alone = planner.plan(request, None)
+    eight = planner.plan(request, None, ranks=Ranks(3, 8, 3, 8))
+    assert eight.degrees == Degrees(1, 1, 8)
+    transformer = eight.stages["transformer"]
+    assert transformer.weights == alone.stages["transformer"].weights
+    assert 1 / 8 < transformer.activations / alone.stages["transformer"].activations < 1 / 4
+    divided = planner.plan(replace(request, shard_weights=True), None, ranks=Ranks(3, 8, 3, 8))
+    sizes = published()
+    blocks = sizes.block_bytes("bfloat16")
+    outside = sizes.weight_bytes("bfloat16") - 40 * blocks
+    held = divided.stages["transformer"].weights
+    assert held == pytest.approx(outside + (40 / 8 + 2) * blocks + outside / 8, rel=1e-6)
+    assert divided.peak("offload") == divided.stages["VAE decode"].weights + held + max(
+        stage.activations for name, stage in divided.stages.items() if name.startswith("VAE")
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -196,3 +198,52 @@ def psnr(x: torch.Tensor, reference: torch.Tensor) -> float:
     """Peak signal-to-noise ratio in dB, the peak being all that the reference spans."""
     span = reference.max() - reference.min()
     return float(10 * torch.log10(span**2 / (x - reference).square().mean()))
+
+
+class ThreadTeam:
+    """Threads in the place of processes: what the VAE needs of `distributed.Team`."""
+
+    def __init__(self, rank: int, pieces: list, barrier: Barrier) -> None:
+        self.rank, self.size = rank, len(pieces)
+        self.pieces, self.barrier = pieces, barrier
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        self.pieces[self.rank] = x
+        self.barrier.wait()
+        made = torch.stack(self.pieces)
+        self.barrier.wait()
+        return made
+
+
+@pytest.mark.parametrize("tiles", [(1, 1), (2, 1)])
+@pytest.mark.parametrize("size", [2, 3, 5, 8])
+def test_a_team_makes_the_same(random_vae, size, tiles):
+    """Also one that is larger than there are tiles to share."""
+    video, latents = torch.randn(1, 3, 5, 32, 56).clamp(-1, 1), torch.randn(1, 16, 2, 3, 5)
+    expected = random_vae.encode(video), torch.cat([*random_vae.decode_stream(latents)], dim=2)
+    barrier, pieces = Barrier(size), [None] * size
+
+    def work(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        one = VideoVAE(random_vae.module)
+        one.set_tiles(*tiles)
+        one.share(ThreadTeam(rank, pieces, barrier))
+        return one.encode(video), torch.cat([*one.decode_stream(latents)], dim=2)
+
+    with ThreadPoolExecutor(size) as pool:
+        for made in pool.map(work, range(size)):
+            torch.testing.assert_close(made, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("size", "tiles", "processes", "grid"),
+    [
+        ((90, 160), (1, 1), 2, (1, 2)),
+        ((160, 90), (1, 1), 2, (2, 1)),
+        ((90, 160), (1, 1), 8, (2, 4)),
+        ((90, 160), (2, 3), 2, (2, 3)),
+        ((90, 160), (2, 3), 4, (2, 4)),
+        ((90, 160), (1, 1), 7, (1, 7)),
+    ],
+)
+def test_there_are_enough_tiles(size, tiles, processes, grid):
+    assert vae.enough_tiles(size, tiles, processes) == grid
