@@ -300,7 +300,7 @@ def test_one_of_several_processes():
     assert eight.degrees == Degrees(1, 1, 8)
     transformer = eight.stages["transformer"]
     assert transformer.weights == alone.stages["transformer"].weights
-    assert 1 / 8 < transformer.activations / alone.stages["transformer"].activations < 1 / 4
+    assert 1 / 8 < transformer.activations / alone.stages["transformer"].activations < 1 / 2
     divided = planner.plan(replace(request, shard_weights=True), None, ranks=Ranks(3, 8, 3, 8))
     sizes = published()
     blocks = sizes.block_bytes("bfloat16")
