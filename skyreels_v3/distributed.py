@@ -248,8 +248,9 @@ def choose_usp(kernel: str, attention: AttentionFn, parallel: Parallel) -> UspFn
     if degrees.ring == 1:
         return usp
 
-    def padded_or_not(query: Tensor, key: Tensor, value: Tensor, tokens: int) -> Tensor:
-        divided = query.shape[1] * degrees.sequence == tokens
-        return (usp if divided else plain)(query, key, value, tokens)
+    def ring_or_plain(query: Tensor, key: Tensor, value: Tensor, tokens: int) -> Tensor:
+        # the ring takes no padding, and its kernels no float32
+        fits = query.shape[1] * degrees.sequence == tokens and query.dtype != torch.float32
+        return (usp if fits else plain)(query, key, value, tokens)
 
-    return padded_or_not
+    return ring_or_plain

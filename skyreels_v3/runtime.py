@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from skyreels_v3.attention.available import check_attention
@@ -53,6 +53,7 @@ def check_device(device: str) -> None:
         raise UserError("--device", "mps: this machine is no Apple Silicon Mac; use --device cpu or auto")
 
 
+@cache
 def has_library(name: str) -> bool:
     """Whether the system's loader finds a shared library."""
     try:
