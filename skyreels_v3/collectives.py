@@ -50,15 +50,14 @@ def broadcast_text(text: str) -> str:
 
 
 def broadcast_tensors(made: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The first process's tensors, on the CPU of all of them; what the others have is not looked at."""
-    if dist.get_rank() != 0:
-        made = {}
+    """The first process's tensors, on the CPU of all of them; the others give none."""
     made = {name: tensor.cpu().contiguous() for name, tensor in made.items()}
     header = [(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for name, tensor in made.items()]
     for name, dtype, shape in json.loads(broadcast_text(json.dumps(header))):
-        tensor = made.setdefault(name, torch.empty(shape, dtype=getattr(torch, dtype)))
-        if tensor.numel():
-            dist.broadcast(tensor.view(-1).view(torch.uint8), 0)
+        if name not in made:
+            made[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+        if made[name].numel():
+            dist.broadcast(made[name].view(-1).view(torch.uint8), 0)
     return made
 
 

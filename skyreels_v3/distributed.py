@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from skyreels_v3.attention.backends import AttentionFn
-from skyreels_v3.attention.usp import UspFn, has_xdit, torch_usp, xdit_usp
+from skyreels_v3.attention.usp import UspFn, collected, has_xdit, torch_usp, xdit_usp
 from skyreels_v3.collectives import all_gather, broadcast_tensors
 from skyreels_v3.models.transformer import Segment, SkyReelsTransformer3DModel
 from skyreels_v3.models.transformer.attention import positions_between, region_looks
@@ -133,7 +133,7 @@ class SequenceParallel:
     def speaker_positions(self, query: Tensor, key: Tensor, masks: Tensor) -> Tensor:
         """`attention.speaker_positions` of these tokens; the first frame's keys and the extremes are shared."""
         assert self.layout is not None
-        first_frame = self.team.all_gather(key[:, : self.layout.share]).movedim(0, 1).flatten(1, 2)
+        first_frame = collected(key[:, : self.layout.share], self.team.group)
         looks = region_looks(query, first_frame[:, : masks.shape[1]], masks)
         real = self.real(looks.transpose(1, 2))  # (B, L', 3)
         infinite = real.new_full((real.shape[0], 1, 3), torch.inf)

@@ -459,8 +459,7 @@ def run_jobs(flags: Mapping[str, Any], ranks: Ranks) -> int:
         failed = sum(processes.hear(f"failed/{rank}") for rank in range(ranks.world))
     if ranks.main:
         report(failed, len(jobs), results)
-    if ranks.world > 1:
-        processes.part()
+    processes.part()
     return 1 if failed else 0
 
 

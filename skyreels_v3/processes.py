@@ -73,12 +73,13 @@ def meet(ranks: Ranks, device: str) -> None:
 def part() -> None:
     """The end of a run that went well, together."""
     global _store
+    if _store is None:  # they have not met: one that is alone
+        return
     import torch.distributed as dist
 
-    if _store is not None:
-        dist.barrier()  # whoever keeps the others' store goes last
-        dist.destroy_process_group()
-        _store = None
+    dist.barrier()  # whoever keeps the others' store goes last
+    dist.destroy_process_group()
+    _store = None
 
 
 def tell(what: str, value: Any) -> None:

@@ -202,6 +202,11 @@ class Plan:
     ranks: Ranks = ALONE
     degrees: Degrees = UNDIVIDED
 
+    @property
+    def shards(self) -> bool:
+        """Whether the transformer's weights are divided; one process has nobody to divide them with."""
+        return shards(self.request, self.degrees)
+
     def peak(self, mode: str, tiles: tuple[int, int] = (1, 1)) -> int:
         """The most bytes on the device at one time in a mode of memory/policy.py, with a tiling of the VAE."""
         vae = {f"VAE {part}": vae_bytes(self.request, part, tiles) for part in ("encode", "decode")}
@@ -209,7 +214,7 @@ class Plan:
         if mode == "resident":
             together = sum(stage.weights for name, stage in self.stages.items() if name != "VAE encode")
             return together + max(activations.values())
-        stays = self.stages["transformer"].weights if self.request.shard_weights and "transformer" in self.stages else 0
+        stays = self.stages["transformer"].weights if self.shards and "transformer" in self.stages else 0
         return max(
             (stage.streamed if mode == "stream" else stage.weights)
             + activations[name]
@@ -253,6 +258,11 @@ def plan(
     streamed = max(0, sizes.num_layers - request.stream_blocks) * sizes.block_bytes(dtype, quantized)
     made = stages(request, checkpoint, sizes, passes, dtype, degrees)
     return Plan(request, checkpoint, dtype, passes, forwards, made, streamed, ranks, degrees)
+
+
+def shards(request: GenerationRequest, degrees: Degrees) -> bool:
+    """See `Plan.shards`."""
+    return request.shard_weights and degrees.world > 1
 
 
 def guidance_of(request: GenerationRequest) -> Guidance:
@@ -312,7 +322,7 @@ def stages(
     context = sizes.context_bytes(longest.latents[2], len(request.input_audio), dtype)
     own_terms = math.ceil(len(guidance_of(request).terms) / degrees.cfg)
     weights_here = sizes.weight_bytes(dtype, quantized)
-    if request.shard_weights:  # a part of all, and gathered two blocks and what is outside of blocks
+    if shards(request, degrees):  # a part of all, and gathered two blocks and what is outside of blocks
         gathered = replace(sizes, num_layers=STREAM_SLOTS).weight_bytes(dtype, quantized)
         weights_here = weights_here // degrees.world + gathered
     transformer = Stage(

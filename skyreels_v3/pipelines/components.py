@@ -76,7 +76,7 @@ def load_components(folder: Path, request: GenerationRequest, runtime: Runtime) 
         read_ahead(weight_files(folder / task.transformer_folder))  # while the prompt and the pictures are encoded
     components = Components(**loaded, prompts=prompts, quant=request.quant)
     if request.broadcast_weights and not runtime.parallel.alone:
-        stay = runtime.policy.mode == "resident" and not request.shard_weights
+        stay = runtime.policy.mode == "resident" and not runtime.plan.shards
         for module in (components.vae.module, components.transformer):
             broadcast_weights(module, runtime.device if stay else torch.device("cpu"))
     components.vae.set_tiles(*runtime.policy.tiles)
@@ -98,7 +98,7 @@ def set_up_transformer(transformer: SkyReelsTransformer3DModel, request: Generat
         SequenceParallel(runtime.parallel.team_along("sequence"), usp).attach(transformer, runtime.attention)
     if request.compile:
         compile_blocks(transformer)
-    if request.shard_weights and not runtime.parallel.alone:
+    if runtime.plan.shards:
         shard_weights(transformer, runtime.device, runtime.parallel.degrees.world)
     elif runtime.policy.mode == "stream":
         runtime.stream(transformer, transformer.blocks, runtime.policy.keep, runtime.policy.pinned).begin()

@@ -310,3 +310,4 @@ def test_one_of_several_processes():
     assert divided.peak("offload") == divided.stages["VAE decode"].weights + held + max(
         stage.activations for name, stage in divided.stages.items() if name.startswith("VAE")
     )
+    assert planner.plan(replace(request, shard_weights=True), None).stages == alone.stages  # with nobody to divide with
