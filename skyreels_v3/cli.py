@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import math
 import os
 import re
 import secrets
 import stat
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +25,9 @@ from skyreels_v3 import __version__
 from skyreels_v3.attention.available import ATTENTIONS
 from skyreels_v3.errors import UserError, shown
 from skyreels_v3.runtime import DEVICES, DTYPES
+from skyreels_v3.sampling.cache_methods import METHODS, CacheSettings
 from skyreels_v3.tasks import (
+    HUNYUAN,
     MEMORY_MODES,
     QUANTIZATIONS,
     REFERENCE_SLOTS,
@@ -36,6 +39,8 @@ from skyreels_v3.tasks import (
     task_spec,
 )
 
+logger = logging.getLogger(__name__)
+
 MAX_TEXT = 10_000  # characters of one value; of a prompt the model reads 512 tokens
 MAX_CONFIG_BYTES = 1 << 20
 MAX_HINTED = 100  # characters that are compared with what was probably meant
@@ -44,11 +49,15 @@ SAME_PROMPT = "same"
 MAX_SIDE = 2048
 MAX_PIXELS = 1920 * 1088
 MAX_SEED = 2**63 - 1
+MIN_CACHED_STEPS = 12  # with fewer, what one step makes is no guess of what the next would
 
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag, on the command line `--name`, in a config file `name`."""
+    """One flag, on the command line `--name`, in a config file `name`.
+
+    `bare` is what the flag alone means, without a value; None: it needs one.
+    """
 
     name: str
     help: str
@@ -57,14 +66,17 @@ class Flag:
     low: float = -math.inf
     high: float = math.inf
     metavar: str | None = None
+    bare: str | None = None
 
 
 FLAGS = (
     Flag("task_type", "what to make", choices=TASK_NAMES),
     Flag("model_id", "hub id or folder of the checkpoint (default: the task's own); 'tiny' for a built-in toy"),
+    Flag("base_model_id", "hub id or folder of HunyuanVideo, whose encoders and VAE t2v and i2v take"),
     Flag("model_source", "hub to fetch from (default: huggingface)", choices=("huggingface", "modelscope")),
     Flag("prompt", "what happens in the video"),
     Flag("negative_prompt", "what to keep away from; needs --guidance_scale above 1"),
+    Flag("image", "picture that the video begins with, path or URL", metavar="IMAGE"),
     Flag("ref_imgs", "1-4 reference images, paths or URLs", metavar="IMAGE[,IMAGE...]"),
     Flag("input_video", "clip to go on from, path or URL", metavar="CLIP"),
     Flag("input_image", "portrait, path or URL", metavar="IMAGE"),
@@ -78,15 +90,24 @@ FLAGS = (
     Flag("keyframes", "how windows shall end, in place of made key frames", metavar="IMAGE@SECONDS[,...]"),
     Flag("duration", "seconds of new video, a whole number", int),
     Flag(
-        "num_frames", "frames of new video, 4k+1, instead of --duration (reference_to_video)", int, low=1, high=100_000
+        "num_frames",
+        "frames of new video, 4k+1, instead of --duration (reference_to_video, t2v, i2v)",
+        int,
+        low=1,
+        high=100_000,
     ),
+    Flag("fps", "frames a second that the video is written with (default: 24)", int, low=1, high=120),
     Flag("resolution", "size bucket (default: 720P); the input's shape chooses the sides", choices=RESOLUTIONS),
     Flag("height", "in pixels, a multiple of 16, instead of the bucket's", int, low=SIZE_MULTIPLE, high=MAX_SIDE),
     Flag("width", "in pixels, a multiple of 16, instead of the bucket's", int, low=SIZE_MULTIPLE, high=MAX_SIDE),
     Flag("seed", "same seed, same video; -1 draws one (default: 42)", int, low=-1, high=MAX_SEED),
     Flag("num_inference_steps", "denoising steps (default: the task's)", int, low=1, high=200),
     Flag("shift", "shift of the noise schedule (default: the task's)", float, low=0.01, high=100),
-    Flag("guidance_scale", "text guidance; 1 is off (default)", float, low=0, high=100),
+    Flag("guidance_scale", "text guidance; 1 is off (default; t2v and i2v: 6)", float, low=0, high=100),
+    Flag("embedded_guidance_scale", "guidance that the model is told of (default: 1)", float, low=0, high=100),
+    Flag("sequence_batch", "the terms of the guidance one after the other, as they always are here", bool),
+    Flag("no_riflex", "leave frequencies as they are beyond 192 frames; the video will repeat itself", bool),
+    Flag("cache", f"skip steps that change little: {', '.join(METHODS)}; off by default", metavar="METHOD[:THRESHOLD]"),
     Flag("text_guidance_scale", "text guidance of talking_avatar; 1 is off (default)", float, low=0, high=100),
     Flag("audio_guidance_scale", "guidance by the sound; 1 is off (default)", float, low=0, high=100),
     Flag("color_correction_strength", "1 keeps the portrait's colours (default), 0 is off", float, low=0, high=1),
@@ -102,13 +123,22 @@ FLAGS = (
     Flag("offload", "keep only the working component on the device: --memory offload", bool),
     Flag("low_vram", "stream the transformer's blocks, in FP8: --memory stream --quant fp8", bool),
     Flag("stream_blocks", "blocks of a streamed transformer that stay on the device", int, low=0, high=999),
-    Flag("quant", "weights in FP8; fp8_dynamic computes in FP8 as well (Ada GPUs and later)", choices=QUANTIZATIONS),
+    Flag("parameters_level", "beside --offload: --memory stream", bool),
+    Flag("high_cpu_memory", "pin what is streamed, however much of the host's memory that is", bool),
+    Flag(
+        "quant",
+        "weights in FP8 (fp8, also without a value); fp8_dynamic computes in FP8 as well (Ada GPUs and later)",
+        choices=QUANTIZATIONS,
+        bare="fp8",
+    ),
     Flag("save_quantized", "also save the checkpoint with its FP8 weights, for --model_id", metavar="FOLDER"),
     Flag("vae_dtype", "of the VAE (default: float32)", choices=DTYPES),
     Flag("attention", "attention kernel (default: auto)", choices=ATTENTIONS),
     Flag("compile", "compile the transformer's blocks; the first step takes longer", bool),
+    Flag("compiler_transformer", "the same as --compile", bool),
     Flag("lora", "LoRAs to add: files, folders or hub ids, each with a scale", metavar="LORA[:SCALE][,...]"),
     Flag("no_cache", "do not keep encoded prompts for later runs, nor use those kept", bool),
+    Flag("gpu_num", "start so many processes on this machine, one for each GPU, and --use_usp", int, low=1, high=64),
     Flag("use_usp", "share the work among the processes that torchrun starts, one for each GPU", bool),
     Flag("ulysses_degree", "processes that exchange tokens for heads (default: as many as can)", int, low=1, high=4096),
     Flag("ring_degree", "processes that hand keys and values around (default: the rest)", int, low=1, high=4096),
@@ -124,6 +154,8 @@ FLAGS = (
     Flag(
         "output", "an .mp4, or a folder ending in / for PNG frames (default: result/TASK/SEED_TIME.mp4)", metavar="PATH"
     ),
+    Flag("outdir", "put the video into results/FOLDER, named by prompt, seed and number", metavar="FOLDER"),
+    Flag("video_num", "make so many videos, with seeds that follow each other", int, low=1, high=10_000),
     Flag("save_latents", "also write the final latents of each pass", metavar="FILE.safetensors"),
     Flag("include_input", "write the input clip and its extension as one video", bool),
     Flag("url_timeout", "seconds to wait for a server's answer (default: 1.2)", float, low=0.05, high=600),
@@ -134,15 +166,18 @@ FLAGS = (
     Flag("verbose", "more on what is done, tracebacks of errors", bool),
 )
 BY_NAME = {flag.name: flag for flag in FLAGS}
-# flags that only some tasks take, and the inputs by which those tasks are known
+# flags that only some tasks take, and the inputs or the layout by which those tasks are known
 ONLY_FOR = {
+    **dict.fromkeys(("base_model_id", "embedded_guidance_scale", "no_riflex", "fps"), (HUNYUAN,)),
+    "image": ("image",),
+    "resolution": ("ref_imgs", "input_video", "input_audio"),
     "ref_imgs": ("ref_imgs",),
-    "num_frames": ("ref_imgs",),
+    "num_frames": ("ref_imgs", HUNYUAN),
     "image_guidance_scale": ("ref_imgs",),
     "input_video": ("input_video", "input_audio"),
     "include_input": ("input_video",),
-    "duration": ("ref_imgs", "input_video"),
-    "guidance_scale": ("ref_imgs", "input_video"),
+    "duration": ("ref_imgs", "input_video", HUNYUAN),
+    "guidance_scale": ("ref_imgs", "input_video", HUNYUAN),
     "input_image": ("input_audio",),
     "input_audio": ("input_audio",),
     "text_guidance_scale": ("input_audio",),
@@ -162,21 +197,31 @@ EXCLUSIVE = (
     ("offload", "low_vram"),
     ("memory", "offload"),
     ("memory", "low_vram"),
+    ("memory", "parameters_level"),
+    ("low_vram", "parameters_level"),
     ("shard_weights", "low_vram"),
+    ("shard_weights", "parameters_level"),
+    ("shard_weights", "cache"),
+    ("output", "outdir"),
 )
-# flags that belong to another one
-NEEDS = dict.fromkeys(("ulysses_degree", "ring_degree", "cfg_degree", "shard_weights", "broadcast_weights"), "use_usp")
+# flags that belong to several processes
+NEED_USP = ("ulysses_degree", "ring_degree", "cfg_degree", "shard_weights", "broadcast_weights")
 # what a run does besides its video; not needed to make the same video again
 NOT_RECORDED = (
-    *("output", "save_latents", "save_quantized", "resume", "dry_run", "quiet", "verbose"),
-    *("memory", "stream_blocks", "no_cache"),
-    *("use_usp", *NEEDS),
+    *("output", "outdir", "video_num", "save_latents", "save_quantized", "resume", "dry_run", "quiet", "verbose"),
+    *("memory", "stream_blocks", "high_cpu_memory", "no_cache"),
+    *("gpu_num", "use_usp", *NEED_USP),
 )
+# what says the same as other flags
+SHORTHANDS = ("offload", "low_vram", "parameters_level", "compiler_transformer", "sequence_batch")
 # what beside --jobs is no default for every line, with its way out
 ONLY_IN_A_JOB = dict.fromkeys(("output", "save_latents", "save_quantized"), "write it into the lines, a name for each")
-ONLY_IN_A_JOB["resume"] = "leave it out, jobs that are done are skipped"
+ONLY_IN_A_JOB |= {"resume": "leave it out, jobs that are done are skipped", "video_num": "write a line for each"}
 # what is for a whole run; --config is no flag of the table
-NOT_IN_A_JOB = ("jobs", "config", "use_usp", *NEEDS, "resume", "dry_run", "quiet", "verbose")
+NOT_IN_A_JOB = (
+    *("jobs", "config", "gpu_num", "use_usp", *NEED_USP),
+    *("video_num", "resume", "dry_run", "quiet", "verbose"),
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -211,6 +256,8 @@ def parse_flags(argv: Sequence[str]) -> dict[str, Any]:
         values = without_overruled(read_config_file(config), values) | values
     if "jobs" in values:
         check_beside_jobs(values)
+    elif values.get("gpu_num", 1) > 1:
+        values["use_usp"] = True
     return values
 
 
@@ -258,7 +305,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="generate_video.py",
         usage="%(prog)s --task_type TASK --prompt TEXT [flags]",
-        description="Make video with the SkyReels V3 models.",
+        description="Make video with the SkyReels V3 and V1 models.",
         epilog=f"tasks:\n{tasks}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -271,7 +318,8 @@ def build_parser() -> Parser:
         else:
             metavar = flag.metavar or ("|".join(flag.choices) if flag.choices else flag.kind.__name__.upper())
             help_text = flag.help.replace("%", "%%")
-            parser.add_argument(f"--{flag.name}", metavar=metavar, help=help_text)
+            alone = {} if flag.bare is None else {"nargs": "?", "const": flag.bare}
+            parser.add_argument(f"--{flag.name}", metavar=metavar, help=help_text, **alone)
     return parser
 
 
@@ -406,7 +454,7 @@ def without_overruled(config: Mapping[str, Any], given: Mapping[str, Any]) -> di
 def check_conflicts(spec: TaskSpec, values: Mapping[str, Any]) -> None:
     """Flags that the task needs, does not take, or that contradict each other."""
     for name, needs in ONLY_FOR.items():
-        if values.get(name, False) is not False and not set(needs) & set(spec.inputs):
+        if values.get(name, False) is not False and not set(needs) & spec.kinds:
             value = "" if values[name] is True else f"{told(values[name])}: "
             raise UserError(f"--{name}", f"{value}{spec.name} does not take it; leave it out")
     for name in spec.inputs:
@@ -418,15 +466,15 @@ def check_conflicts(spec: TaskSpec, values: Mapping[str, Any]) -> None:
         if values.get(one, False) is not False and values.get(other, False) is not False:
             value = "" if values[one] is True else f"{values[one]} "
             raise UserError(f"--{one}", f"{value}conflicts with --{other}; give one of them")
-    for name, needed in NEEDS.items():
-        if values.get(name, False) is not False and values.get(needed, False) is False:
+    for name in NEED_USP:
+        if values.get(name, False) is not False and not values.get("use_usp"):
             value = "" if values[name] is True else f"{values[name]}: "
-            raise UserError(f"--{name}", f"{value}is for several processes; add --{needed}, and start with torchrun")
+            raise UserError(f"--{name}", f"{value}is for several processes; add --use_usp, and start with torchrun")
     for one, other in (("height", "width"), ("width", "height")):
         if one in values and other not in values:
             raise UserError(f"--{one}", f"{values[one]} alone is no size; give --{other} as well")
     text_scale = "text_guidance_scale" if "input_audio" in spec.inputs else "guidance_scale"
-    guided = values.get(text_scale, 1.0) > 1.0
+    guided = values.get(text_scale, spec.guidance_scale) > 1.0
     for name in ("image_guidance_scale", "negative_prompt"):
         if values.get(name, "") not in ("", 1.0) and not guided:
             reason = f"{shown(values[name])} has no effect without text guidance"
@@ -443,13 +491,15 @@ def check_values(spec: TaskSpec, values: Mapping[str, Any]) -> None:
     if not spec.min_duration <= duration <= spec.max_duration:
         limits = f"{spec.min_duration} to {spec.max_duration}"
         raise UserError("--duration", f"{told(duration)} is out of range; {spec.name} takes {limits} whole seconds")
-    if values.get("num_frames", 1) % 4 != 1:
+    if values.get("num_frames", 1) % 4 != 1 and spec.layout != HUNYUAN:
         frames = values["num_frames"] // 4 * 4 + 1
         raise UserError("--num_frames", f"{values['num_frames']} is not 4k+1; give {frames} or {frames + 4}")
     if values.get("num_frames", 1) > (most := spec.max_duration * spec.fps + 1):
         raise UserError(
             "--num_frames", f"{values['num_frames']} is out of range; {spec.name} makes up to {most} frames"
         )
+    if values.get("cache"):
+        check_steps(parse_cache(values["cache"]), values.get("num_inference_steps", spec.num_inference_steps))
     check_size(values)
     check_references(values)
     check_memory(values)
@@ -480,7 +530,9 @@ def check_references(values: Mapping[str, Any]) -> None:
 
 def check_memory(values: Mapping[str, Any]) -> None:
     """Flags that belong to streaming and to quantised weights, and the LoRAs' form."""
-    streamed = values.get("low_vram") or values.get("memory") == "stream"
+    if values.get("parameters_level") and not values.get("offload"):
+        raise UserError("--parameters_level", "says how to offload; add --offload, or give --memory stream alone")
+    streamed = values.get("low_vram") or values.get("parameters_level") or values.get("memory") == "stream"
     if "stream_blocks" in values and not streamed:
         reason = f"{values['stream_blocks']} blocks can only stay if the others are streamed"
         raise UserError("--stream_blocks", f"{reason}; add --memory stream or --low_vram")
@@ -492,6 +544,26 @@ def check_memory(values: Mapping[str, Any]) -> None:
         reason = f"{told(values['save_quantized'])}: no weights are quantised"
         raise UserError("--save_quantized", f"{reason}; add --quant fp8 or --low_vram")
     parse_loras(values)
+
+
+def parse_cache(text: str) -> CacheSettings:
+    """--cache as a method and its threshold, which follows a colon."""
+    method, colon, end = text.partition(":")
+    try:
+        threshold = float(end) if colon else METHODS.get(method, 0.0)
+    except ValueError:
+        threshold = math.nan
+    if method not in METHODS or not 0 <= threshold < math.inf:
+        reason = f"{told(text)}: give {', '.join(METHODS)}"
+        raise UserError("--cache", f"{reason}, and after a colon a threshold, such as fbcache:0.1")
+    return CacheSettings(method, threshold)
+
+
+def check_steps(cache: CacheSettings, steps: int) -> None:
+    """Raise UserError for a cache where there are too few steps."""
+    if steps < MIN_CACHED_STEPS:
+        reason = f"{cache.method}: with {steps} steps each changes too much to be skipped"
+        raise UserError("--cache", f"{reason}; give --num_inference_steps {MIN_CACHED_STEPS} or more, or leave it out")
 
 
 def parse_loras(values: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
@@ -558,6 +630,7 @@ def parse_keyframes(values: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
 
 
 def check_outputs(values: Mapping[str, Any]) -> None:
+    check_several(values)
     output = values.get("output", "video.mp4")
     if not output.endswith("/") and Path(output).suffix != ".mp4":
         raise UserError("--output", f"{told(output)}: give a name ending in .mp4, or in / for a folder of PNG frames")
@@ -566,6 +639,20 @@ def check_outputs(values: Mapping[str, Any]) -> None:
         raise UserError("--save_latents", f"{told(values['save_latents'])}: give a name ending in .safetensors")
     if not output.endswith("/") and Path(output) in latents.parents:
         raise UserError("--save_latents", f"{shown(latents)} is inside the file --output; give another path")
+
+
+def check_several(values: Mapping[str, Any]) -> None:
+    """Raise UserError for what cannot be with several videos, and for a folder of results that is none."""
+    if values.get("video_num", 1) > 1:
+        for name in ("output", "save_latents", "save_quantized"):
+            if name in values:
+                reason = f"{told(values[name])}: is for one video, --video_num makes {values['video_num']}"
+                raise UserError(f"--{name}", f"{reason}; give --outdir, or leave it out")
+        if values.get("seed", 0) > MAX_SEED - values["video_num"]:
+            raise UserError("--seed", f"{values['seed']}: the seeds after it are too large; give a smaller one")
+    outdir = values.get("outdir", "some")
+    if not outdir.strip() or "\0" in outdir:
+        raise UserError("--outdir", f"{told(outdir)} is no name of a folder; give one")
 
 
 def verbosity_of(values: Mapping[str, Any]) -> int:
@@ -581,37 +668,70 @@ def split(references: str | Sequence[str]) -> list[str]:
 
 def make_request(spec: TaskSpec, values: Mapping[str, Any]) -> GenerationRequest:
     """A request from checked values, the preset's where none was given."""
-    seed = values.get("seed", 42)
-    defaults: dict[str, Any] = {
+    given = written_out(values)
+    given["seed"] = secrets.randbelow(2**32) if values.get("seed") == -1 else values.get("seed", 42)
+    values = as_trained(spec, {**presets(spec, given), **given})
+    recorded = {"task_type": spec.name} | {name: value for name, value in values.items() if name not in NOT_RECORDED}
+    if values.get("window_prompt") == SAME_PROMPT:
+        values["window_prompt"] = values["prompt"]
+    if "num_frames" in values:
+        del recorded["duration"]
+    if "fps" in values:
+        spec = replace(spec, fps=values["fps"])
+    values["verbosity"] = verbosity_of(values)
+    for name in ("ref_imgs", "input_audio"):
+        values[name] = tuple(split(values[name])) if name in values else ()
+    values |= {"speaker_boxes": parse_boxes(values), "keyframes": parse_keyframes(values), "lora": parse_loras(values)}
+    values["cache"] = parse_cache(values["cache"]) if values.get("cache") else None
+    values["frame_folder"] = values.get("output", "").endswith("/")
+    for name in ("output", "save_latents", "save_quantized"):
+        if name in values:
+            values[name] = Path(os.path.expanduser(values[name]))
+    values = {name: value for name, value in values.items() if name not in ("verbose", "quiet", "gpu_num", "fps")}
+    return GenerationRequest(task=spec, flags=recorded, **values)
+
+
+def written_out(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values without shorthands, and with what those stand for."""
+    full = {name: value for name, value in values.items() if name not in SHORTHANDS}
+    if values.get("offload") or values.get("low_vram"):
+        full["memory"] = "stream" if values.get("low_vram") or values.get("parameters_level") else "offload"
+    if values.get("low_vram"):
+        full.setdefault("quant", "fp8")
+    if values.get("compiler_transformer"):
+        full["compile"] = True
+    return full
+
+
+def presets(spec: TaskSpec, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a task's preset says for a request of these values."""
+    made: dict[str, Any] = {
         "model_id": spec.model_id,
         "resolution": spec.resolution,
         "num_inference_steps": spec.num_inference_steps,
         "shift": spec.shift,
     }
     if spec.default_duration:
-        defaults["duration"] = spec.default_duration
+        made["duration"] = spec.default_duration
     if spec.window_prompt:
-        defaults["window_prompt"] = spec.window_prompt
-    if values.get("text_guidance_scale", 1.0) > 1.0:
-        defaults["negative_prompt"] = spec.negative_prompt
-    if values.get("offload") or values.get("low_vram"):
-        defaults["memory"] = "offload" if values.get("offload") else "stream"
-    if values.get("low_vram"):
-        defaults["quant"] = "fp8"
-    values = {name: value for name, value in values.items() if name not in ("offload", "low_vram")}
-    values = {**defaults, **values, "seed": secrets.randbelow(2**32) if seed == -1 else seed}
-    recorded = {"task_type": spec.name} | {name: value for name, value in values.items() if name not in NOT_RECORDED}
-    if values.get("window_prompt") == SAME_PROMPT:
-        values["window_prompt"] = values["prompt"]
-    if "num_frames" in values:
-        del recorded["duration"]
-    values["verbosity"] = verbosity_of(values)
-    values = {name: value for name, value in values.items() if name not in ("verbose", "quiet")}
-    for name in ("ref_imgs", "input_audio"):
-        values[name] = tuple(split(values[name])) if name in values else ()
-    values |= {"speaker_boxes": parse_boxes(values), "keyframes": parse_keyframes(values), "lora": parse_loras(values)}
-    values["frame_folder"] = values.get("output", "").endswith("/")
-    for name in ("output", "save_latents", "save_quantized"):
-        if name in values:
-            values[name] = Path(os.path.expanduser(values[name]))
-    return GenerationRequest(task=spec, flags=recorded, **values)
+        made["window_prompt"] = spec.window_prompt
+    if spec.guidance_scale != 1.0:
+        made["guidance_scale"] = spec.guidance_scale
+    guided = max(values.get("text_guidance_scale", 1.0), values.get("guidance_scale", spec.guidance_scale)) > 1.0
+    if spec.negative_prompt and guided:
+        made["negative_prompt"] = spec.negative_prompt
+    if spec.size is not None and "height" not in values:
+        made["height"], made["width"] = spec.size
+    return made
+
+
+def as_trained(spec: TaskSpec, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values in the form that V1's models were trained with: the prompt's first words, a number of frames of 4k+1."""
+    made = dict(values)
+    if not made["prompt"].lstrip().startswith(spec.prompt_prefix.strip()):
+        made["prompt"] = spec.prompt_prefix + made["prompt"]
+        logger.info('the prompt now begins with "%s", as in training', spec.prompt_prefix.strip())
+    if (frames := made.get("num_frames", 1)) % 4 != 1:
+        made["num_frames"] = max(1, (frames - 1) // 4 * 4 + 1)
+        logger.warning("--num_frames %d becomes %d: the VAE makes 4k+1 frames", frames, made["num_frames"])
+    return made

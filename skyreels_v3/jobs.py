@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 MAX_JOBS_BYTES = 1 << 24
 EXAMPLE = '{"task_type": "talking_avatar", "input_image": "a.png", "input_audio": "a.wav", "prompt": "a man talks"}'
 # how a job is done, not what it makes: it is the same job without
-HOW = {*NOT_RECORDED, "offload", "url_timeout"} - {"output", "save_latents", "save_quantized"}
+HOW = {*NOT_RECORDED, "offload", "parameters_level", "sequence_batch", "url_timeout"} - {"output", "save_latents", "save_quantized"}
 Told = tuple[str | None, str]  # an error, for other processes: the flag, if it is a user's, and the text
 
 

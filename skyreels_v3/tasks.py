@@ -15,8 +15,14 @@ from typing import Any
 
 import yaml
 
+from skyreels_v3.sampling.cache_methods import CacheSettings
+
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
-TASK_NAMES = ("reference_to_video", "single_shot_extension", "shot_switching_extension", "talking_avatar")
+TASK_NAMES = (
+    *("reference_to_video", "single_shot_extension", "shot_switching_extension", "talking_avatar"),
+    *("t2v", "i2v"),
+)
+HUNYUAN = "hunyuan"  # the layout of V1: HunyuanVideo's transformer, trained further
 RESOLUTIONS = ("480P", "540P", "720P")
 
 MEMORY_MODES = ("resident", "offload", "stream")  # where components live, see memory/policy.py; fastest first
@@ -40,21 +46,30 @@ class TaskSpec:
     summary: str
     model_id: str
     also_published_as: tuple[str, ...]
-    layout: str  # "diffusers" or "native" (Wan-native), see checkpoints/
+    layout: str  # "diffusers", "native" (Wan-native) or HUNYUAN, see checkpoints/
     transformer_folder: str
     inputs: tuple[str, ...]
     size_buckets: str
     resolution: str
     fps: int
     num_inference_steps: int
-    shift: float
+    shift: float | None  # None: the checkpoint's scheduler says
     transformer: Mapping[str, int]
+    base_model_id: str = ""  # where the other components are, if not beside the transformer
+    guidance_scale: float = 1.0
+    size: tuple[int, int] | None = None  # height and width where no input has a shape
+    prompt_prefix: str = ""
     default_duration: int = 0  # 0 where the length is that of the sound
     min_duration: int = 0
     max_duration: int = 0
     condition_frames: int | Mapping[int, int] = 0
     negative_prompt: str = ""
     window_prompt: str = ""
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """What flags ask of a task that they are for: its inputs, or its layout."""
+        return frozenset((*self.inputs, self.layout))
 
     def condition_frames_for(self, duration: int) -> int:
         """Number of last frames of the input clip that the model sees."""
@@ -69,7 +84,9 @@ class GenerationRequest:
     model_id: str
     prompt: str
     model_source: str = "huggingface"
+    base_model_id: str | None = None  # None: beside the transformer if it is there, else the task's own
     negative_prompt: str = ""
+    image: str | None = None
     ref_imgs: tuple[str, ...] = ()
     input_video: str | None = None
     input_image: str | None = None
@@ -86,20 +103,27 @@ class GenerationRequest:
     width: int | None = None
     seed: int = 42
     num_inference_steps: int = 8
-    shift: float = 5.0
+    shift: float | None = 5.0
     guidance_scale: float = 1.0
+    embedded_guidance_scale: float = 1.0
     image_guidance_scale: float = 1.0
     text_guidance_scale: float = 1.0
     audio_guidance_scale: float = 1.0
     color_correction_strength: float = 1.0
     device: str = "auto"
     dtype: str | None = None
+    no_riflex: bool = False
+    cache: CacheSettings | None = None  # of steps, see sampling/step_cache.py
     output: Path | None = None
+    outdir: str | None = None  # a folder of results/, with V1's names of files
+    video_num: int = 1
+    number: int = 0  # of this video among `video_num`
     frame_folder: bool = False  # the output is a folder of PNG files
     save_latents: Path | None = None
     include_input: bool = False
     memory: str = "auto"  # where components live, see memory/policy.py
     stream_blocks: int = 0  # blocks of the transformer that stay on the device when it is streamed
+    high_cpu_memory: bool = False  # pin what is streamed, however much of the host's memory that is
     quant: str | None = None  # "fp8" or "fp8_dynamic", see memory/quantize.py
     save_quantized: Path | None = None
     vae_dtype: str = "float32"
@@ -126,7 +150,7 @@ class GenerationRequest:
             return math.ceil(self.audio_seconds * self.task.fps)
         if self.task.condition_frames:
             return self.duration * self.task.fps
-        return self.num_frames or self.duration * self.task.fps + 1
+        return self.num_frames or self.duration * self.task.fps // VAE_STRIDE[0] * VAE_STRIDE[0] + 1
 
     @property
     def condition_frames(self) -> int:
@@ -146,6 +170,7 @@ def task_spec(name: str) -> TaskSpec:
         max_duration=duration["max"],
         also_published_as=tuple(raw.pop("also_published_as")),
         inputs=tuple(raw.pop("inputs")),
+        size=tuple(raw.pop("size", ())) or None,
         **raw,
     )
 

@@ -39,6 +39,8 @@ def open_inputs(request: GenerationRequest, folder: Path) -> tuple[GenerationReq
         UserError: an input that cannot be used.
     """
     images = [open_picture(source, "--ref_imgs", request, folder) for source in request.ref_imgs]
+    if request.image is not None:
+        images.append(open_picture(request.image, "--image", request, folder))
     if request.input_image is not None:
         images.append(open_picture(request.input_image, "--input_image", request, folder))
     clip = None if request.input_video is None else open_clip(request.input_video, request, folder)
