@@ -11,14 +11,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from skyreels_v3 import processes
 from skyreels_v3.cli import parse_flags, request_of, verbosity_of
 from skyreels_v3.errors import UserError
 from skyreels_v3.jobs import Studio, cause_of, downloads_folder, run_jobs
+from skyreels_v3.media.sources import is_url
 from skyreels_v3.ranks import ALONE, Ranks, check_ranks, ranks_of
 from skyreels_v3.tasks import GenerationRequest
 
@@ -34,21 +36,46 @@ def run(request: GenerationRequest, ranks: Ranks) -> None:
                 from skyreels_v3.preflight import planned
 
                 print(planned(request, downloads, ranks))  # noqa: T201  the result
-        else:
-            path = generate(request, downloads, ranks)
+            return
+        for path in generate(request, downloads, ranks):
             if ranks.main:
-                print(path)  # noqa: T201  the result
+                print(path, flush=True)  # noqa: T201  the result
 
 
-def generate(request: GenerationRequest, downloads: Path, ranks: Ranks) -> Path:
-    """Make the video, with the other processes if there are some; returns its path."""
+def generate(request: GenerationRequest, downloads: Path, ranks: Ranks) -> Iterator[Path]:
+    """Make the videos, with the other processes if there are some, and give the path of each."""
     studio = Studio(ranks, team=ranks)
-    seen = studio.look(request, downloads) if ranks.leads else None
+    first, *others = request.videos()
+    seen = studio.look(first, downloads) if ranks.leads else None
     if ranks.world > 1:
         processes.meet(ranks, request.device)
-    path = studio.make(studio.prepare(request, downloads, "video", seen))
+    yield studio.make(studio.prepare(first, downloads, "video/0", seen))
+    for video in others:
+        yield studio.make(studio.prepare(video, downloads, f"video/{video.number}"))
     processes.part()
-    return path
+
+
+def act_on(flags: Mapping[str, Any], ranks: Ranks) -> int:
+    """Do what flags ask for; returns the exit code."""
+    if "jobs" in flags:
+        return run_jobs(flags, ranks)
+    run(request_of(flags), ranks)
+    return 0
+
+
+def start_processes(flags: Mapping[str, Any], argv: Sequence[str], wanted: int) -> int:
+    """Have `wanted` processes on this machine do what flags ask for; returns the exit code."""
+    team = Ranks(world=wanted, local_world=wanted)
+    if flags.get("dry_run"):
+        return act_on(flags, team)  # one can say what all would do
+    logger.setLevel(logging.ERROR)  # they say the rest
+    if "jobs" not in flags and not any(map(is_url, (request := request_of(flags)).sources)):
+        from skyreels_v3.preflight import preflight
+
+        preflight(request, Path(), team)  # what is wrong is found before they are started
+    from skyreels_v3.launch import launch
+
+    return launch([__file__, *argv], wanted)
 
 
 def set_up_logging(verbosity: int, ranks: Ranks = ALONE) -> None:
@@ -71,9 +98,13 @@ def main(argv: Sequence[str]) -> int:
             flags = {name: value for name, value in flags.items() if name != "verbose"} | {"quiet": True}
         verbosity = verbosity_of(flags)
         set_up_logging(verbosity, ranks)
-        if "jobs" in flags:
-            return run_jobs(flags, ranks)
-        run(request_of(flags), ranks)
+        wanted = flags.pop("gpu_num", 1)
+        if wanted > 1 and ranks.world == 1:
+            return start_processes(flags, argv, wanted)
+        if wanted not in (1, ranks.world):
+            reason = f"{wanted}: {ranks.world} processes were started already"
+            raise UserError("--gpu_num", f"{reason}; leave it out, or start without torchrun")
+        return act_on(flags, ranks)
     except UserError as error:
         processes.say(f"error: {error}\n", ranks)
         return 2
@@ -85,7 +116,6 @@ def main(argv: Sequence[str]) -> int:
             logging.exception("failed")
         processes.say(f"error: {cause_of(error)} (--verbose shows where)\n", ranks)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ import generate_video
 from benchmarks.common import environment, gigabytes, parser_of, report, wait_for
 from benchmarks.models import random_model, random_transformer
 from skyreels_v3 import runtime, session
-from skyreels_v3.cache import PromptCache
+from skyreels_v3.cache import TensorCache
 from skyreels_v3.checkpoints.hub import TINY
 from skyreels_v3.checkpoints.published import load_text_encoder
 from skyreels_v3.cli import parse_request
@@ -256,7 +256,12 @@ def full_components(toy: Path, request: GenerationRequest, runtime: Runtime) -> 
     transformer = random_transformer(Sizes(**request.task.transformer), runtime.dtype, device, host)
     components.set_up_transformer(transformer, request, runtime)
     return components.Components(
-        transformer, vae, TextEncoder(text_encoder, tokenizer), PromptCache(None, ""), request.quant
+        transformer,
+        vae,
+        TextEncoder(text_encoder, tokenizer),
+        prompts=TensorCache(None, ""),
+        measurements=TensorCache(None, ""),
+        quant=request.quant,
     )
 
 

@@ -1,6 +1,6 @@
-"""What is kept for later runs in the user's cache folder: the toy model, compiled code, encoded prompts.
+"""What is kept for later runs in the user's cache folder: the toy model, compiled code, encoded prompts, measurements.
 
-torch is imported when prompts are stored and recalled.
+torch is imported when tensors are stored and recalled.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PROMPTS_KEPT = 256  # of some hundred kilobytes each
-FORMAT = 1  # a new number where what is computed for a prompt changes
+KEPT = 256  # tensors' files of some hundred kilobytes each
+FORMAT = 2  # a new number where what is computed changes
 
 
 def cache_folder() -> Path:
@@ -39,52 +39,52 @@ def identity_of(files: Iterable[Path], *more: object) -> str:
 
 
 @dataclass(frozen=True)
-class PromptCache:
-    """Encoded prompts on disk, by the encoder's identity and the prompt. Without a folder nothing is kept.
+class TensorCache:
+    """Tensors on disk that were computed for a text, such as a prompt, by something of a known identity.
 
-    A file that cannot be read or written costs no more than the encoding that it would have saved.
+    Without a folder nothing is kept. A file that cannot be read or written costs no more than the computing that it
+    would have saved.
     """
 
     folder: Path | None
     identity: str
 
-    def recall(self, prompt: str) -> Tensor | None:
-        """Context (1, L, D) of a prompt that was encoded before, on the CPU, zero rows behind it left out."""
+    def recall(self, text: str) -> dict[str, Tensor] | None:
+        """What was computed before for a text, on the CPU."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        if self.folder is None or not self._file(prompt).is_file():
+        if self.folder is None or not self._file(text).is_file():
             return None
         try:
-            return load_file(self._file(prompt))["context"]
-        except (OSError, SafetensorError, KeyError) as error:
-            logger.debug("an encoded prompt cannot be read: %s", error)
+            return load_file(self._file(text))
+        except (OSError, SafetensorError) as error:
+            logger.debug("a kept file cannot be read: %s", error)
             return None
 
-    def store(self, prompt: str, context: Tensor) -> None:
-        """Keep the context (1, L, D) of a prompt, and the newest others."""
+    def store(self, text: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep what was computed for a text, and the newest others."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         if self.folder is None:
             return
-        rows = int(context[0].any(dim=-1).nonzero().max()) + 1 if context.any() else 1
-        file = self._file(prompt)
+        file = self._file(text)
         temporary = temporary_name(file)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({"context": context[:, :rows].cpu().contiguous()}, temporary)
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
             os.replace(temporary, file)
             by_age = sorted(self.folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
-            for old in by_age[:-PROMPTS_KEPT]:
+            for old in by_age[:-KEPT]:
                 old.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
-            logger.debug("an encoded prompt cannot be kept: %s", error)
+            logger.debug("a file cannot be kept: %s", error)
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
 
-    def _file(self, prompt: str) -> Path:
+    def _file(self, text: str) -> Path:
         assert self.folder is not None
-        name = hashlib.sha256(json.dumps([self.identity, prompt]).encode()).hexdigest()
+        name = hashlib.sha256(json.dumps([self.identity, text]).encode()).hexdigest()
         return self.folder / f"{name}.safetensors"

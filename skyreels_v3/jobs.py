@@ -29,7 +29,7 @@ from skyreels_v3.errors import UserError, shown
 from skyreels_v3.media.files import check_readable, check_writable
 from skyreels_v3.ranks import ALONE, Ranks
 from skyreels_v3.runtime import set_environment
-from skyreels_v3.tasks import GenerationRequest
+from skyreels_v3.tasks import HUNYUAN, GenerationRequest
 
 try:
     import fcntl
@@ -48,7 +48,8 @@ logger = logging.getLogger(__name__)
 MAX_JOBS_BYTES = 1 << 24
 EXAMPLE = '{"task_type": "talking_avatar", "input_image": "a.png", "input_audio": "a.wav", "prompt": "a man talks"}'
 # how a job is done, not what it makes: it is the same job without
-HOW = {*NOT_RECORDED, "offload", "parameters_level", "sequence_batch", "url_timeout"} - {"output", "save_latents", "save_quantized"}
+WHERE = {"output", "outdir", "save_latents", "save_quantized"}
+HOW = {*NOT_RECORDED, "offload", "parameters_level", "sequence_batch", "url_timeout"} - WHERE
 Told = tuple[str | None, str]  # an error, for other processes: the flag, if it is a user's, and the text
 
 
@@ -214,8 +215,19 @@ class Stock:
         if checkpoint is None:
             names = (request.model_source, request.model_id, request.task.name)
             checkpoint = Path(self.get(names, lambda: fetch(request)))
+        if request.task.layout == HUNYUAN:
+            request = replace(request, base_model_id=self.base(request, checkpoint))
         loras = tuple((self.lora(name, request), scale) for name, scale in request.lora)
         return follow_checkpoint(replace(request, lora=loras), checkpoint), checkpoint
+
+    def base(self, request: GenerationRequest, checkpoint: Path) -> str:
+        """The folder of V1's other components."""
+        from skyreels_v3.checkpoints.hub import download_base, locate_base
+
+        if (folder := locate_base(request, checkpoint)) is not None:
+            return str(folder)
+        name = request.base_model_id or request.task.base_model_id
+        return self.get((request.model_source, name, "base"), lambda: download_base(request))
 
     def lora(self, name: str, request: GenerationRequest) -> str:
         """The file of a LoRA."""

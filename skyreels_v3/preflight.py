@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from datetime import datetime
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from skyreels_v3.checkpoints.hub import TINY, check_client, is_quantized, locate, locate_lora
+from skyreels_v3.checkpoints.hub import TINY, check_client, is_quantized, locate, locate_base, locate_lora
 from skyreels_v3.errors import UserError, shown
 from skyreels_v3.media.files import check_writable
 from skyreels_v3.media.inputs import Inputs, open_inputs
@@ -17,7 +18,10 @@ from skyreels_v3.memory.planner import describe, plan
 from skyreels_v3.pipelines.state import check_left
 from skyreels_v3.ranks import ALONE, Ranks
 from skyreels_v3.runtime import check_compute, check_device, expected_device, expected_dtype
-from skyreels_v3.tasks import GenerationRequest
+from skyreels_v3.tasks import HUNYUAN, GenerationRequest
+
+PROMPT_IN_NAME = 100  # characters
+NAME_BYTES = 180  # of them; file systems take 255 for a name, and those of temporary files are longer
 
 
 def preflight(
@@ -41,6 +45,7 @@ def preflight(
     checkpoint = checkpoint_here(request)
     if checkpoint is not None:
         request = follow_checkpoint(request, checkpoint)
+    request = with_base(request, base_here(request, checkpoint))
     if any(locate_lora(name) is None for name, _ in request.lora):
         check_client(request)
     if request.output is None:
@@ -62,6 +67,10 @@ def preflight(
 def free_name(request: GenerationRequest) -> Path:
     """Where the video of a request goes that names no output. Small ones may be made several in a second."""
     path = Path("result") / request.task.name / f"{request.seed}_{datetime.now():%Y%m%d-%H%M%S}.mp4"
+    if request.outdir is not None:
+        words = re.sub(r"[/\\:\x00-\x1f\x7f]", "", request.prompt[:PROMPT_IN_NAME]).encode()[:NAME_BYTES]
+        name = f"{words.decode(errors='ignore').strip(' .')}_{request.seed}_{request.number}.mp4"
+        path = Path("results") / request.outdir / name
     numbered = (path.with_name(f"{path.stem}-{number}.mp4") for number in count(2))
     return next(name for name in chain([path], numbered) if not os.path.lexists(name))
 
@@ -69,6 +78,16 @@ def free_name(request: GenerationRequest) -> Path:
 def checkpoint_here(request: GenerationRequest) -> Path | None:
     """The folder of a checkpoint that is on this machine, None for one that is yet to be fetched or made."""
     return None if request.model_id == TINY else locate(request)
+
+
+def base_here(request: GenerationRequest, checkpoint: Path | None) -> Path | None:
+    """The folder of V1's other components where it is on this machine, see `locate_base`."""
+    return locate_base(request, checkpoint) if request.task.layout == HUNYUAN else None
+
+
+def with_base(request: GenerationRequest, base: Path | None) -> GenerationRequest:
+    """The request, naming a folder of V1's other components if there is one."""
+    return request if base is None else replace(request, base_model_id=str(base))
 
 
 def follow_checkpoint(request: GenerationRequest, checkpoint: Path) -> GenerationRequest:
@@ -92,7 +111,8 @@ def networks(request: GenerationRequest) -> tuple[object, ...]:
     Where they live is the memory policy's, which looks at sizes too.
     """
     task = request.task
-    files = (request.model_id, request.model_source, task.layout, task.transformer_folder, "input_audio" in task.inputs)
+    files = (request.model_id, request.base_model_id, request.model_source, task.layout, task.transformer_folder)
+    files = (*files, "input_audio" in task.inputs)
     numbers = (expected_device(request), expected_dtype(request), request.vae_dtype, request.quant, request.lora)
     work = (request.attention, request.compile, request.no_cache, request.shard_weights, request.broadcast_weights)
     return (*files, *numbers, *work)

@@ -23,7 +23,7 @@ from skyreels_v3.media.inputs import Inputs
 from skyreels_v3.media.video import read_frames, resized, write_frame_folder, write_video
 from skyreels_v3.memory.planner import Plan, plan
 from skyreels_v3.memory.policy import Policy, choose
-from skyreels_v3.pipelines.components import load_components
+from skyreels_v3.pipelines.components import load_components, others_of
 from skyreels_v3.pipelines.outputs import save_latents
 from skyreels_v3.pipelines.registry import make_pipeline
 from skyreels_v3.pipelines.state import RunState, open_state
@@ -86,7 +86,9 @@ class Session:
         completed = False
         try:
             if request.save_quantized is not None:
-                save_quantized(self.components.transformer, self.checkpoint, request.save_quantized, request.task)
+                others = others_of(self.checkpoint, request)
+                transformer, folder = self.components.transformer, request.save_quantized
+                save_quantized(transformer, self.checkpoint, others, folder, request.task)
             latents: list[Tensor] = []
             logger.info("seed %d, %d x %d", request.seed, request.height, request.width)
             passes = self.passes(request, inputs, state)

@@ -7,8 +7,8 @@ and counts that follow from the two alone are worked out here: the dry run and t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ VAE_STRIDE = (4, 8, 8)  # frames, height, width
 PATCH_SIZE = (1, 2, 2)
 LATENT_CHANNELS = 16
 REFERENCE_SLOTS = 4  # latent frames for reference images
+REPEATS_AFTER = 192  # frames: a longer video of HunyuanVideo begins anew, see models/hunyuan/riflex.py
 ROLL_OUT_SECONDS = 5  # a long single-shot extension is rolled out this much at a time
 LATENT_FRAMES_PER_SECOND = 6
 SEQUENCE_MULTIPLE = 8  # condition + new latent frames of a roll-out
@@ -142,6 +143,19 @@ class GenerationRequest:
     url_timeout: float = 1.2
     verbosity: int = 0
     flags: Mapping[str, Any] = field(default_factory=dict)  # as given, to run it again
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All inputs, paths or URLs."""
+        single = (self.image, self.input_image, self.input_video)
+        keyframes = (image for image, _ in self.keyframes)
+        return (*(source for source in single if source), *self.ref_imgs, *self.input_audio, *keyframes)
+
+    def videos(self) -> Iterator[GenerationRequest]:
+        """A request for each of the videos, with seeds that follow each other."""
+        for number in range(self.video_num):
+            seed = self.seed + number
+            yield replace(self, seed=seed, number=number, flags={**self.flags, "seed": seed})
 
     @property
     def frames_out(self) -> int:

@@ -1,4 +1,4 @@
-"""Encoded prompts on disk: found again, never in the way."""
+"""Computed tensors on disk: found again, never in the way."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ import pytest
 import torch
 
 from skyreels_v3 import cache
-from skyreels_v3.cache import PromptCache, cache_folder, identity_of
-from skyreels_v3.models.text_encoder import pad_context
+from skyreels_v3.cache import TensorCache, cache_folder, identity_of
 
 
-def context(rows: int = 3, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return pad_context(torch.randn(1, rows, 8).to(dtype))
+def context(rows: int = 3, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    return {"context": torch.randn(1, rows, 8).to(dtype), "pooled": torch.randn(1, 4)}
+
+
+def assert_same(found: dict[str, torch.Tensor] | None, made: dict[str, torch.Tensor]) -> None:
+    assert found is not None and found.keys() == made.keys()
+    for name, tensor in made.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
 
 
 def files(folder: Path) -> list[Path]:
@@ -24,25 +30,11 @@ def files(folder: Path) -> list[Path]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rows", [1, 3, 511, 512])
 def test_what_is_kept_is_found(tmp_path, rows, dtype):
-    prompts, made = PromptCache(tmp_path / "not" / "there", "an encoder"), context(rows, dtype)
+    prompts, made = TensorCache(tmp_path / "not" / "there", "an encoder"), context(rows, dtype)
     assert prompts.recall("a cat") is None
     prompts.store("a cat", made)
-    found = PromptCache(tmp_path / "not" / "there", "an encoder").recall("a cat")
-    assert found.shape == (1, rows, 8) and found.dtype == dtype
-    assert torch.equal(pad_context(found), made)
-
-
-def test_zero_rows_between_others_are_kept(tmp_path):
-    prompts, made = PromptCache(tmp_path, "an encoder"), context(5)
-    made[:, 2] = 0
-    prompts.store("p", made)
-    assert torch.equal(pad_context(prompts.recall("p")), made)
-
-
-def test_a_context_of_zeros(tmp_path):
-    prompts = PromptCache(tmp_path, "an encoder")
-    prompts.store("p", torch.zeros(1, 512, 8))
-    assert torch.equal(pad_context(prompts.recall("p")), torch.zeros(1, 512, 8))
+    found = TensorCache(tmp_path / "not" / "there", "an encoder").recall("a cat")
+    assert_same(found, made)
 
 
 def test_prompts_and_encoders_are_told_apart(tmp_path):
@@ -50,60 +42,50 @@ def test_prompts_and_encoders_are_told_apart(tmp_path):
     for identity in ("one", "two"):
         for prompt in ("a cat", "a cat ", "A cat", "", "\ud83d\ude00", "caf\udce9"):  # the last from a bad encoding
             made[identity, prompt] = context()
-            PromptCache(tmp_path, identity).store(prompt, made[identity, prompt])
+            TensorCache(tmp_path, identity).store(prompt, made[identity, prompt])
     for (identity, prompt), expected in made.items():
-        assert torch.equal(pad_context(PromptCache(tmp_path, identity).recall(prompt)), expected)
+        assert_same(TensorCache(tmp_path, identity).recall(prompt), expected)
     assert len(files(tmp_path)) == len(made)
-    assert PromptCache(tmp_path, "three").recall("a cat") is None
+    assert TensorCache(tmp_path, "three").recall("a cat") is None
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"\0" * 4, b"no such file" * 100, None], ids=["empty", "short", "other", "cut"]
 )
 def test_a_damaged_file_is_not_used_and_is_replaced(tmp_path, content):
-    prompts, made = PromptCache(tmp_path, "an encoder"), context()
+    prompts, made = TensorCache(tmp_path, "an encoder"), context()
     prompts.store("p", made)
     (file,) = files(tmp_path)
     file.write_bytes(file.read_bytes()[:-3] if content is None else content)
     assert prompts.recall("p") is None
     prompts.store("p", made)
-    assert torch.equal(pad_context(prompts.recall("p")), made)
+    assert_same(prompts.recall("p"), made)
     assert files(tmp_path) == [file]
-
-
-def test_a_file_of_something_else(tmp_path):
-    from safetensors.torch import save_file
-
-    prompts = PromptCache(tmp_path, "an encoder")
-    prompts.store("p", context())
-    (file,) = files(tmp_path)
-    save_file({"weights": torch.zeros(2)}, file)
-    assert prompts.recall("p") is None
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    prompts = PromptCache(tmp_path / "file" / "prompts", "an encoder")
+    prompts = TensorCache(tmp_path / "file" / "prompts", "an encoder")
     prompts.store("p", context())
     assert prompts.recall("p") is None
 
 
 @pytest.mark.skipif(os.name == "nt" or getattr(os, "geteuid", lambda: 0)() == 0, reason="may write everywhere")
 def test_a_folder_that_cannot_be_written(tmp_path):
-    prompts, made = PromptCache(tmp_path, "an encoder"), context()
+    prompts, made = TensorCache(tmp_path, "an encoder"), context()
     prompts.store("p", made)
     tmp_path.chmod(0o500)
     try:
         prompts.store("other", context())
         assert prompts.recall("other") is None
-        assert torch.equal(pad_context(prompts.recall("p")), made)
+        assert_same(prompts.recall("p"), made)
     finally:
         tmp_path.chmod(0o700)
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
     """Nothing is left of what could not be written."""
-    prompts = PromptCache(tmp_path, "an encoder")
+    prompts = TensorCache(tmp_path, "an encoder")
 
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
@@ -115,14 +97,14 @@ def test_a_full_disk(tmp_path, monkeypatch):
 
 
 def test_no_folder():
-    prompts = PromptCache(None, "an encoder")
+    prompts = TensorCache(None, "an encoder")
     prompts.store("p", context())
     assert prompts.recall("p") is None
 
 
 def test_the_newest_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "PROMPTS_KEPT", 3)
-    prompts = PromptCache(tmp_path, "an encoder")
+    monkeypatch.setattr(cache, "KEPT", 3)
+    prompts = TensorCache(tmp_path, "an encoder")
     for number in range(5):
         prompts.store(f"{number}", context())
         for file in files(tmp_path):  # a second has passed

@@ -158,7 +158,8 @@ def largest_model(folder: Path) -> Path:
     """A toy with blocks large enough to be seen in the device's memory: 24 of about 38 MB in bfloat16."""
     import shutil
 
-    from skyreels_v3.checkpoints.tiny import SIZES, WEIGHTS, make_tiny, published_config, save_file, weights, write_json
+    from skyreels_v3.checkpoints.tiny import make_tiny, published_config, save_file
+    from skyreels_v3.checkpoints.toy import SIZES, WEIGHTS, weights, write_json
     from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
     from skyreels_v3.tasks import task_spec
 

@@ -14,7 +14,7 @@ import os
 import re
 import struct
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 
 from skyreels_v3.checkpoints.key_maps import NATIVE_CONFIG
 from skyreels_v3.errors import CheckpointError, UserError, shown
-from skyreels_v3.tasks import TASK_NAMES, GenerationRequest, TaskSpec, task_spec
+from skyreels_v3.tasks import HUNYUAN, TASK_NAMES, GenerationRequest, TaskSpec, task_spec
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,9 @@ AUDIO_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 TINY = "tiny"  # the embedded model, made on the spot
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as in the library that reads it
+BASE_MODELS = ("text_encoder", "text_encoder_2", "vae")  # folders of what V1 takes from HunyuanVideo
+BASE_TOKENIZERS = ("tokenizer", "tokenizer_2")
+BASE_SCHEDULER = "scheduler/scheduler_config.json"
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 TOKENIZER_FILE = "tokenizer.json"
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # as diffusers and PEFT call theirs
@@ -46,18 +49,47 @@ LORA_REMEDY = "give a .safetensors file, a folder with one, or a hub id: OWNER/N
 
 def locate(request: GenerationRequest) -> Path | None:
     """The folder of a checkpoint that is on this machine, checked; None for one that must be fetched from its hub."""
-    given = shown(request.model_id) if request.model_id.strip() else "an empty value"
-    folder = Path(os.path.expanduser(request.model_id))
-    if request.model_id.strip() and os.path.isdir(folder):  # unlike Path's, it takes impossible names
+    remedy = f"give a folder, an id such as {request.task.model_id}, or {TINY}"
+    folder = local_folder(request.model_id, "--model_id", remedy)
+    if folder is not None:
         check_folder(folder, request.task)
         return folder
-    if os.path.isfile(folder):
-        raise UserError("--model_id", f"{given} is a file; give a checkpoint's folder or a hub id")
-    if not HUB_ID.fullmatch(request.model_id):
-        remedy = f"give a folder, an id such as {request.task.model_id}, or {TINY}"
-        raise UserError("--model_id", f"{given} is neither a folder nor a hub id; {remedy}")
     refuse_other_tasks(request)
     check_client(request)
+    return None
+
+
+def locate_base(request: GenerationRequest, checkpoint: Path | None) -> Path | None:
+    """The folder of V1's other components, checked; None if they must be fetched or made.
+
+    Args:
+        checkpoint: that of the transformer, which may have them beside it; None if that must be fetched or made.
+    """
+    if request.base_model_id is None:
+        beside = checkpoint is not None and all((checkpoint / name).is_dir() for name in BASE_MODELS)
+        if beside:
+            assert checkpoint is not None
+            check_base(checkpoint, request.task, "--model_id")
+        return checkpoint if beside else None
+    remedy = f"give a folder, or an id such as {request.task.base_model_id}"
+    folder = local_folder(request.base_model_id, "--base_model_id", remedy)
+    if folder is not None:
+        check_base(folder, request.task, "--base_model_id")
+    else:
+        check_client(request)
+    return folder
+
+
+def local_folder(name: str, flag: str, remedy: str) -> Path | None:
+    """The folder of that name, None if it is a hub id; raises UserError for what is neither."""
+    given = shown(name) if name.strip() else "an empty value"
+    folder = Path(os.path.expanduser(name))
+    if name.strip() and os.path.isdir(folder):  # unlike Path's, it takes impossible names
+        return folder
+    if os.path.isfile(folder):
+        raise UserError(flag, f"{given} is a file; give a checkpoint's folder or a hub id")
+    if not HUB_ID.fullmatch(name):
+        raise UserError(flag, f"{given} is neither a folder nor a hub id; {remedy}")
     return None
 
 
@@ -85,6 +117,19 @@ def download(request: GenerationRequest) -> Path:
     folder = fetch(request, download_patterns(request.task), "--model_id")
     check_folder(folder, request.task)
     return folder
+
+
+def download_base(request: GenerationRequest) -> Path:
+    """As `download`, of V1's other components."""
+    name = request.base_model_id or request.task.base_model_id
+    folder = fetch(replace(request, model_id=name), base_patterns(), "--base_model_id")
+    check_base(folder, request.task, "--base_model_id")
+    return folder
+
+
+def base_patterns() -> list[str]:
+    """Glob patterns of the files of HunyuanVideo's repository that V1 needs."""
+    return [*(f"{folder}/*" for folder in (*BASE_MODELS, *BASE_TOKENIZERS)), BASE_SCHEDULER]
 
 
 def fetch(request: GenerationRequest, patterns: list[str], flag: str) -> Path:
@@ -124,6 +169,8 @@ def download_patterns(task: TaskSpec) -> list[str]:
     transformer = (
         ["config.json", "*.safetensors", "*.safetensors.index.json"] if flat else [task.transformer_folder + "/*"]
     )
+    if task.layout == HUNYUAN:
+        return transformer
     encoders = [NATIVE_IMAGE_ENCODER_FILE, f"{AUDIO_ENCODER}/*"] if "input_audio" in task.inputs else []
     return [*transformer, NATIVE_VAE_FILE, NATIVE_TEXT_ENCODER_FILE, f"{NATIVE_TOKENIZER}/*", *encoders]
 
@@ -131,34 +178,50 @@ def download_patterns(task: TaskSpec) -> list[str]:
 def check_folder(folder: Path, task: TaskSpec) -> None:
     """Raise CheckpointError when a file that `task` needs is missing from `folder` or cut off."""
     transformer = folder / task.transformer_folder
+    models, files, tokenizers, configs = [transformer], [], [], []
     if task.layout == "diffusers":
-        models, files, tokenizer = [transformer, folder / "vae", folder / "text_encoder"], [], folder / "tokenizer"
-    else:
-        models, tokenizer = [transformer], folder / NATIVE_TOKENIZER
-        files = [folder / NATIVE_VAE_FILE, folder / NATIVE_TEXT_ENCODER_FILE]
-    configs = [model / "config.json" for model in models]
+        models, tokenizers = [transformer, folder / "vae", folder / "text_encoder"], [folder / "tokenizer"]
+    elif task.layout == "native":
+        tokenizers, files = [folder / NATIVE_TOKENIZER], [folder / NATIVE_VAE_FILE, folder / NATIVE_TEXT_ENCODER_FILE]
     if "input_audio" in task.inputs:
         files += [folder / NATIVE_IMAGE_ENCODER_FILE, audio_weights(folder)]
         configs.append(folder / AUDIO_ENCODER / "config.json")
-    missing = [str(path.relative_to(folder)) for path in (*configs, *files) if not path.is_file()]
+    files += [tokenizer / TOKENIZER_FILE for tokenizer in tokenizers]
+    check_files(folder, models, [*configs, *files], f"{task.name} checkpoint", task.model_id)
+    transformer_config(transformer, task.transformer)
+
+
+def check_base(folder: Path, task: TaskSpec, flag: str) -> None:
+    """Raise UserError when a file that V1 needs of HunyuanVideo is missing from `folder` or cut off."""
+    files = [folder / BASE_SCHEDULER]
+    for name in BASE_TOKENIZERS:  # older repositories have CLIP's in two files
+        tokenizer = folder / name
+        files.append(tokenizer / ("vocab.json" if (tokenizer / "vocab.json").is_file() else TOKENIZER_FILE))
+    try:
+        check_files(folder, [folder / name for name in BASE_MODELS], files, "HunyuanVideo", task.base_model_id)
+    except CheckpointError as error:
+        raise UserError(flag, str(error).removeprefix(f"{error.flag}: ")) from error
+
+
+def check_files(folder: Path, models: list[Path], files: list[Path], kind: str, source: str) -> None:
+    """Raise CheckpointError when models' folders or files are missing or damaged.
+
+    Args:
+        kind: what the folder should be, and `source` where that is to be had, for error messages.
+    """
+    files = [*(model / "config.json" for model in models), *files]
+    missing = [str(path.relative_to(folder)) for path in files if not path.is_file()]
     missing += [
         f"{m.relative_to(folder)}/*.safetensors" for m in models if m.is_dir() and not any(m.glob("*.safetensors"))
     ]
-    if not (tokenizer / TOKENIZER_FILE).is_file():
-        missing.append(f"{tokenizer.relative_to(folder)}/{TOKENIZER_FILE}")
     if missing:
         raise CheckpointError(
-            f"{folder} is no complete {task.name} checkpoint: missing {', '.join(missing)}; "
-            f"download these files of {task.model_id}"
+            f"{folder} is no complete {kind}: missing {', '.join(missing)}; download these files of {source}"
         )
-    for config in configs:
-        read_json(config)
-    transformer_config(transformer, task.transformer)
-    for model in models:
-        for file in weight_files(model):
-            check_safetensors(file)
-    for file in files:
-        (check_safetensors if file.suffix == ".safetensors" else check_pickle)(file)
+    for file in (*files, *(file for model in models for file in weight_files(model))):
+        check = CHECKS.get(file.suffix)
+        if check is not None and file.name != TOKENIZER_FILE:  # many megabytes of text
+            check(file)
 
 
 def audio_weights(folder: Path) -> Path:
@@ -219,7 +282,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def stored_bytes(folder: Path, task: TaskSpec) -> dict[str, int]:
     """Bytes on disk of a checked folder's components but the transformer."""
-    vae = weight_files(folder / "vae") if task.layout == "diffusers" else [folder / NATIVE_VAE_FILE]
+    vae = [folder / NATIVE_VAE_FILE] if task.layout == "native" else weight_files(folder / "vae")
     files = {"text encoder": text_encoder_files(folder, task), "VAE": vae}
     if "input_audio" in task.inputs:
         files |= {"image encoder": [folder / NATIVE_IMAGE_ENCODER_FILE], "audio encoder": [audio_weights(folder)]}
@@ -228,9 +291,10 @@ def stored_bytes(folder: Path, task: TaskSpec) -> dict[str, int]:
 
 def text_encoder_files(folder: Path, task: TaskSpec) -> list[Path]:
     """The text encoder's weights in a checked folder."""
-    if task.layout == "diffusers":
-        return weight_files(folder / "text_encoder")
-    return [folder / NATIVE_TEXT_ENCODER_FILE]
+    if task.layout == "native":
+        return [folder / NATIVE_TEXT_ENCODER_FILE]
+    more = weight_files(folder / "text_encoder_2") if task.layout == HUNYUAN else []
+    return [*weight_files(folder / "text_encoder"), *more]
 
 
 def is_quantized(transformer: Path) -> bool:
@@ -263,6 +327,13 @@ def check_pickle(file: Path) -> None:
     """Raise CheckpointError when a .pth file is not the complete zip archive that torch writes."""
     if not zipfile.is_zipfile(file):
         raise CheckpointError(f"{file} is truncated or no .pth checkpoint; download it again")
+
+
+CHECKS: dict[str, Callable[[Path], object]] = {
+    ".json": read_json,
+    ".safetensors": check_safetensors,
+    **dict.fromkeys((".pth", ".bin"), check_pickle),
+}
 
 
 class LoraError(CheckpointError):

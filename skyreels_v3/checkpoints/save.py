@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
+from diffusers import ModelMixin
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from skyreels_v3.checkpoints.hub import download_patterns
+from skyreels_v3.checkpoints.hub import base_patterns, download_patterns
 from skyreels_v3.media.files import publish, temporary_name
-from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
-from skyreels_v3.tasks import TaskSpec
+from skyreels_v3.tasks import HUNYUAN, TaskSpec
 
 logger = logging.getLogger(__name__)
 
@@ -23,11 +24,14 @@ WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
 TRANSFORMER_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 
 
-def save_quantized(transformer: SkyReelsTransformer3DModel, checkpoint: Path, folder: Path, task: TaskSpec) -> Path:
-    """Write `transformer`, and whatever else of `checkpoint` the task needs, to a new folder for --model_id.
+def save_quantized(transformer: ModelMixin, checkpoint: Path, others: Path, folder: Path, task: TaskSpec) -> Path:
+    """Write `transformer`, and whatever else of its checkpoint the task needs, to a new folder for --model_id.
 
     The transformer is written under our own names, which `load_transformer` reads in every layout. The other files are
     linked where the file system can, else copied.
+
+    Args:
+        others: the folder of the other components, if that is not `checkpoint`.
 
     Returns:
         the folder that it became, `folder` unless that was taken meanwhile.
@@ -35,9 +39,12 @@ def save_quantized(transformer: SkyReelsTransformer3DModel, checkpoint: Path, fo
     temporary = temporary_name(folder)
     own = (checkpoint / task.transformer_folder).resolve()
     try:
-        for file in needed_files(checkpoint, task):
+        needed = needed_files(checkpoint, download_patterns(task))
+        if task.layout == HUNYUAN:
+            needed |= needed_files(others, base_patterns())
+        for name, file in needed.items():
             if file.parent.resolve() != own or not any(fnmatch(file.name, pattern) for pattern in TRANSFORMER_FILES):
-                link_or_copy(file, temporary / file.relative_to(checkpoint))
+                link_or_copy(file, temporary / name)
         target = temporary / task.transformer_folder
         target.mkdir(parents=True, exist_ok=True)
         transformer.save_config(target)
@@ -56,11 +63,10 @@ def standing_alone(tensor: Tensor) -> Tensor:
     return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def needed_files(checkpoint: Path, task: TaskSpec) -> list[Path]:
-    """The files of a checkpoint's folder that the task needs."""
-    patterns = download_patterns(task)
-    names = {path: path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
-    return [path for path, name in names.items() if any(fnmatch(name, pattern) for pattern in patterns)]
+def needed_files(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
+    """The files of a checkpoint's folder that have one of those patterns, by their names in it."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path for name, path in files.items() if any(fnmatch(name, pattern) for pattern in patterns)}
 
 
 def link_or_copy(source: Path, target: Path) -> None:

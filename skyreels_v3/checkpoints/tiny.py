@@ -7,12 +7,12 @@ published ones, so what works with them is the toolkit; what they paint is noise
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import shutil
 import string
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import Unigram
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -41,20 +41,20 @@ from skyreels_v3.checkpoints.hub import (
     NATIVE_TOKENIZER,
     NATIVE_VAE_FILE,
 )
+from skyreels_v3.checkpoints.tiny_hunyuan import write_hunyuan
+from skyreels_v3.checkpoints.toy import SIZES, WEIGHTS, toy, weights, write_json
 from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
-from skyreels_v3.tasks import CONFIG_DIR, TaskSpec, load_yaml
+from skyreels_v3.tasks import TaskSpec
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1  # a new number where the files change, so that an older cache is not taken for them
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-SIZES = load_yaml(CONFIG_DIR / "tiny.yaml")
 
 
 def make_tiny(task: TaskSpec) -> Path:
     """The folder of the toy checkpoint that `task` needs, made if it is not there yet."""
     logger.warning("tiny is a toy with random weights: it shows that everything runs, its pictures are noise")
-    name, write = next(entry for known, entry in WRITERS.items() if known in task.inputs)
+    name, write = next(entry for known, entry in WRITERS.items() if known in (*task.inputs, task.name))
     folder = cache_folder() / f"tiny-{VERSION}" / name
     if folder.is_dir():
         return folder
@@ -69,13 +69,6 @@ def make_tiny(task: TaskSpec) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
-
-
-def toy(build: Callable[[], nn.Module]) -> Any:
-    """A network with random weights, the same at every call."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SIZES["seed"])
-        return build()
 
 
 def toy_transformer(**changes: int) -> SkyReelsTransformer3DModel:
@@ -150,11 +143,6 @@ def write_native_parts(root: Path) -> None:
     write_tokenizer(root / NATIVE_TOKENIZER, text_encoder.config.vocab_size)
 
 
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    """A model's parameters, tied ones once."""
-    return {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
-
-
 def rename_back(tensors: dict[str, Tensor], key_map: key_maps.KeyMap) -> dict[str, Tensor]:
     """Tensors under the names that the published file has for them, and stacked where it stacks them."""
     native: dict[str, list[Tensor]] = {}
@@ -172,10 +160,6 @@ def published_config(model: Any) -> dict[str, Any]:
     return {"_class_name": type(model).__name__, **config}
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, default=list) + "\n", encoding="utf-8")
-
-
 def write_tokenizer(folder: Path, vocabulary: int) -> None:
     """A tokenizer of single ASCII characters, in the format of UMT5's."""
     pieces = ["<pad>", "</s>", "<unk>", "\u2581", *(c for c in string.printable if c.isprintable() and c != " ")]
@@ -189,9 +173,11 @@ def write_tokenizer(folder: Path, vocabulary: int) -> None:
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, **special})
 
 
-# by the input that a task is known by: the checkpoint's name and who writes it
+# by the input that a task is known by, or its name: the checkpoint's name and who writes it
 WRITERS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "ref_imgs": ("reference_to_video", write_reference),
     "input_video": ("video_extension", write_extension),
     "input_audio": ("talking_avatar", write_avatar),
+    "t2v": ("text_to_video", partial(write_hunyuan, in_channels=16)),
+    "i2v": ("image_to_video", partial(write_hunyuan, in_channels=32)),
 }

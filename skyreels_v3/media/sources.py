@@ -77,6 +77,11 @@ def localise(
     return folder / there.read_text()
 
 
+def is_url(source: str) -> bool:
+    """Whether a source is an address, not a path."""
+    return SCHEME.match(source) is not None
+
+
 class _Download:
     """One download and its limits. Every failure is a UserError that names the address."""
 

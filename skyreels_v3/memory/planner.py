@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from skyreels_v3.checkpoints import hub
+from skyreels_v3.memory.hunyuan_sizes import HunyuanSizes
 from skyreels_v3.ranks import ALONE, UNDIVIDED, Degrees, Ranks, choose_degrees
 from skyreels_v3.sampling.guidance import Guidance, text_audio_guidance, text_guidance, text_image_guidance
 from skyreels_v3.tasks import (
     CONFIG_DIR,
+    HUNYUAN,
     LATENT_CHANNELS,
     MEMORY_MODES,
     PATCH_SIZE,
@@ -34,12 +36,9 @@ IMAGE_TOKENS = 257
 BYTES = {"bfloat16": 2, "float32": 4}
 # Parameters of the published components; the VAE is float32 always.
 VAE_PARAMETERS = 126_892_531
-TEXT_ENCODER_PARAMETERS = 5_680_910_336
+HUNYUAN_VAE_PARAMETERS = 246_478_803
 IMAGE_ENCODER_PARAMETERS = 630_766_080
 AUDIO_ENCODER_PARAMETERS = 94_371_712
-TEXT_ENCODER_BLOCKS = 24
-TEXT_ENCODER_BLOCK = 4 * 4096**2 + 3 * 4096 * 10240 + 2 * 4096 + 32 * 64
-TEXT_ENCODER_MATRICES = 24 * (4 * 4096**2 + 2 * 4096 * 10240)  # parameters that are quantised
 # Live bytes of a forward, of each channel of the model's width: of all tokens while self-attention works (the tokens,
 # their queries, keys and values, and what comes out; a little for the rotary positions), of all tokens while a few are
 # worked on, and of those few. As many are worked on at a time as models/transformer/block.py says.
@@ -53,9 +52,35 @@ VAE_WHOLE = {"encode": {"float32": 14_250, "bfloat16": 7_620}, "decode": {"float
 VAE_SHARED = {"encode": {"float32": 6_250, "bfloat16": 3_150}, "decode": {"float32": 10_200, "bfloat16": 5_150}}
 VAE_TILE = {"encode": {"float32": 8_000, "bfloat16": 4_500}, "decode": {"float32": 8_000, "bfloat16": 4_750}}
 VAE_HALO = {"encode": 16, "decode": 8}  # pixels that a tile sees beyond its own, on one side
+# Live bytes at the peak of HunyuanVideo's VAE: of a picture's encoding for each pixel; of the decoding, always in tiles
+# of one size, of a tile, and for each pixel of a frame.
+HUNYUAN_VAE_ENCODE = {"float32": 3_620, "bfloat16": 1_810}
+HUNYUAN_VAE_TILE = {"float32": 5_150_000_000, "bfloat16": 2_580_000_000}
+HUNYUAN_VAE_DECODE = {"float32": 580, "bfloat16": 340}
 TILINGS = ((1, 1), (1, 2), (2, 2), (2, 3))  # rows and columns; with more of them the halos cost more than is saved
 STREAM_SLOTS = 2  # blocks on the device at one time, those that stay aside; see memory/stream.py
 TINY_BYTES = 1 << 20  # of each of the toy's components, roughly
+
+
+@dataclass(frozen=True)
+class TextEncoderSizes:
+    """Parameters of a published text encoder, in blocks, in one of those, and how many of a block's are quantised."""
+
+    parameters: int
+    blocks: int
+    block: int
+    matrices: int
+
+
+UMT5 = TextEncoderSizes(
+    5_680_910_336, 24, 4 * 4096**2 + 3 * 4096 * 10240 + 2 * 4096 + 32 * 64, 4 * 4096**2 + 2 * 4096 * 10240
+)
+LLAMA_AND_CLIP = TextEncoderSizes(
+    7_505_190_912 + 123_060_480,
+    32,
+    2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096,
+    2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336,
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +105,10 @@ class Sizes:
     @property
     def dim(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def blocks(self) -> int:
+        return self.num_layers
 
     def parameters(self) -> tuple[int, int]:
         """Number of parameters, and how many of them are float32 in every case (the time embedding, mostly)."""
@@ -255,7 +284,7 @@ def plan(
         for new, condition in latent_frames_of_passes(request)
     )
     quantized = request.quant is not None
-    streamed = max(0, sizes.num_layers - request.stream_blocks) * sizes.block_bytes(dtype, quantized)
+    streamed = max(0, sizes.blocks - request.stream_blocks) * sizes.block_bytes(dtype, quantized)
     made = stages(request, checkpoint, sizes, passes, dtype, degrees)
     return Plan(request, checkpoint, dtype, passes, forwards, made, streamed, ranks, degrees)
 
@@ -291,26 +320,35 @@ def latent_frames_of_passes(request: GenerationRequest) -> Iterator[tuple[int, i
         windows = len(plan_windows(request.frames_out).windows)
         for _ in range(max(1, windows) if request.input_video else 1 + windows):  # a dubbed clip needs no key frames
             yield latent_frames(WINDOW_FRAMES), 0
+    elif request.task.layout == HUNYUAN:
+        yield latent_frames(request.frames_out), 0
     else:
         yield latent_frames(request.frames_out + 1), latent_frames(request.condition_frames)
 
 
-def transformer_sizes(request: GenerationRequest, checkpoint: Path | None) -> Sizes:
+def transformer_sizes(request: GenerationRequest, checkpoint: Path | None) -> Sizes | HunyuanSizes:
     """Sizes from the checkpoint's own config where it is on this machine, else the published ones."""
     published = dict(request.task.transformer)
     if request.model_id == hub.TINY:
-        toy = load_yaml(CONFIG_DIR / "tiny.yaml")
-        more = toy["avatar_transformer"] if "input_audio" in request.task.inputs else {}
-        return Sizes(**(toy["transformer"] | more))
-    if checkpoint is not None:
+        published = toy_sizes(request)
+    elif checkpoint is not None:
         published |= hub.transformer_config(checkpoint / request.task.transformer_folder, published)
-    return Sizes(**published)
+    return HunyuanSizes(**published) if request.task.layout == HUNYUAN else Sizes(**published)
+
+
+def toy_sizes(request: GenerationRequest) -> dict[str, int]:
+    """Sizes of the toy's transformer."""
+    toy = load_yaml(CONFIG_DIR / "tiny.yaml")
+    if request.task.layout == HUNYUAN:
+        sizes = toy["hunyuan"]["transformer"] | {"in_channels": request.task.transformer["in_channels"]}
+        return {name: sizes[name] for name in request.task.transformer}
+    return toy["transformer"] | (toy["avatar_transformer"] if "input_audio" in request.task.inputs else {})
 
 
 def stages(
     request: GenerationRequest,
     checkpoint: Path | None,
-    sizes: Sizes,
+    sizes: Sizes | HunyuanSizes,
     passes: tuple[PassPlan, ...],
     dtype: str,
     degrees: Degrees,
@@ -323,46 +361,62 @@ def stages(
     own_terms = math.ceil(len(guidance_of(request).terms) / degrees.cfg)
     weights_here = sizes.weight_bytes(dtype, quantized)
     if shards(request, degrees):  # a part of all, and gathered two blocks and what is outside of blocks
-        gathered = replace(sizes, num_layers=STREAM_SLOTS).weight_bytes(dtype, quantized)
-        weights_here = weights_here // degrees.world + gathered
+        weights_here = weights_here // degrees.world + sizes.streamed_bytes(dtype, quantized, 0)
     transformer = Stage(
         weights_here,
         sizes.streamed_bytes(dtype, quantized, request.stream_blocks),
-        sizes.activation_bytes(longest.tokens, dtype, degrees) + own_terms * context,
+        sizes.activation_bytes(longest.tokens, dtype, degrees)
+        + own_terms * (context + kept_bytes(request, longest.tokens // degrees.sequence * sizes.dim * BYTES[dtype])),
     )
     vae = weights.pop("VAE")
     made = {name: Stage(size, size) for name, size in weights.items()}
-    made["text encoder"] = text_encoder_stage(weights["text encoder"], dtype, quantized)
+    encoder = LLAMA_AND_CLIP if request.task.layout == HUNYUAN else UMT5
+    made["text encoder"] = text_encoder_stage(encoder, weights["text encoder"], dtype, quantized)
     for part in ("encode", "decode"):
         made[f"VAE {part}"] = Stage(vae, vae, vae_bytes(request, part, (1, 1)))
         made.setdefault("transformer", transformer)  # between the two
     return made
 
 
+def kept_bytes(request: GenerationRequest, tokens: int) -> int:
+    """Bytes that step caching keeps from step to step, and needs while it computes, for tokens of so many bytes."""
+    if request.cache is None:
+        return 0
+    return 4 * tokens  # two residuals, and two copies of tokens to compute them from
+
+
 def component_bytes(request: GenerationRequest, checkpoint: Path | None, dtype: str) -> dict[str, int]:
     """Bytes of the weights of all components but the transformer."""
-    parameters = {"text encoder": TEXT_ENCODER_PARAMETERS, "VAE": VAE_PARAMETERS}
+    hunyuan = request.task.layout == HUNYUAN
+    parameters = {"text encoder": UMT5.parameters, "VAE": VAE_PARAMETERS}
+    if hunyuan:
+        parameters = {"text encoder": LLAMA_AND_CLIP.parameters, "VAE": HUNYUAN_VAE_PARAMETERS}
     if "input_audio" in request.task.inputs:
         parameters |= {"image encoder": IMAGE_ENCODER_PARAMETERS, "audio encoder": AUDIO_ENCODER_PARAMETERS}
-    if checkpoint is not None:
-        return hub.stored_bytes(checkpoint, request.task)
+    others = checkpoint if request.base_model_id is None else Path(request.base_model_id)
+    if others is not None and (not hunyuan or others.is_dir()):
+        return hub.stored_bytes(others, request.task)
     if request.model_id == hub.TINY:
         return dict.fromkeys(parameters, TINY_BYTES)
     return {name: count * BYTES[stage_dtype(request, name, dtype)] for name, count in parameters.items()}
 
 
-def text_encoder_stage(size: int, dtype: str, quantized: bool) -> Stage:
-    """The text encoder, of which `size` bytes are loaded."""
-    saved = size * TEXT_ENCODER_MATRICES // TEXT_ENCODER_PARAMETERS * (BYTES[dtype] - 1) // BYTES[dtype]
-    blocks = size * TEXT_ENCODER_BLOCKS * TEXT_ENCODER_BLOCK // TEXT_ENCODER_PARAMETERS - saved * quantized
+def text_encoder_stage(encoder: TextEncoderSizes, size: int, dtype: str, quantized: bool) -> Stage:
+    """A text encoder of which `size` bytes are loaded."""
+    saved = size * encoder.blocks * encoder.matrices // encoder.parameters * (BYTES[dtype] - 1) // BYTES[dtype]
+    blocks = size * encoder.blocks * encoder.block // encoder.parameters - saved * quantized
     weights = size - saved * quantized
-    return Stage(weights, weights - blocks * (TEXT_ENCODER_BLOCKS - STREAM_SLOTS) // TEXT_ENCODER_BLOCKS)
+    return Stage(weights, weights - blocks * (encoder.blocks - STREAM_SLOTS) // encoder.blocks)
 
 
 def vae_bytes(request: GenerationRequest, part: str, tiles: tuple[int, int]) -> int:
     """Live bytes at the peak of the VAE's `part`, "encode" or "decode", weights not counted."""
     assert request.height is not None and request.width is not None
     dtype, pixels = request.vae_dtype, request.height * request.width
+    if request.task.layout == HUNYUAN:
+        if part == "encode":
+            return pixels * HUNYUAN_VAE_ENCODE[dtype] if request.task.inputs else 0
+        return HUNYUAN_VAE_TILE[dtype] + pixels * HUNYUAN_VAE_DECODE[dtype]
     if tiles == (1, 1):
         return pixels * VAE_WHOLE[part][dtype]
     sides = (
@@ -389,7 +443,10 @@ def describe(plan: Plan) -> str:
     lines += [("checkpoint", request.model_id if plan.checkpoint is None else f"{plan.checkpoint} (on this machine)")]
     if plan.checkpoint is None and request.model_id != hub.TINY:
         lines += [("to fetch", f"from {request.model_source}: {', '.join(hub.download_patterns(request.task))}")]
-    lines += [("steps", f"{request.num_inference_steps}, shift {request.shift:g}, {plan.forwards} forwards a pass")]
+    if request.task.layout == HUNYUAN and request.model_id != hub.TINY:
+        lines += [describe_base(request)]
+    shift = "the scheduler's shift" if request.shift is None else f"shift {request.shift:g}"
+    lines += [("steps", f"{request.num_inference_steps}, {shift}, {plan.forwards} forwards a pass")]
     for number, made in enumerate(plan.passes, start=1):
         work = f"{peta(made.flop / plan.forwards)} a forward, {peta(made.flop)} in all"
         lines += [(f"pass {number}", f"latents {list(made.latents)}, {made.tokens:,} tokens, {work}")]
@@ -401,6 +458,14 @@ def describe(plan: Plan) -> str:
         lines += [("processes", f"{plan.degrees.world}: {plan.degrees}; memory is that of one of them")]
     lines += [("memory", describe_memory(plan)), ("output", str(request.output))]
     return "\n".join(f"{name:14}{text}" for name, text in lines)
+
+
+def describe_base(request: GenerationRequest) -> tuple[str, str]:
+    """A line on where V1's encoders and VAE come from."""
+    name = request.base_model_id or request.task.base_model_id
+    if Path(name).is_dir():
+        return "base model", f"{name} (on this machine)"
+    return "base model", f"{name}, to fetch: {', '.join(hub.base_patterns())}"
 
 
 def describe_memory(plan: Plan) -> str:

@@ -51,7 +51,8 @@ def choose(plan: Plan, free_device: int | None, free_host: int) -> Policy:
         return Policy(mode, "asked for" if mode == wanted else "the device has no memory of its own", keep_of(plan))
     usable = int((free_device - RESERVE) / MARGIN)
     mode, reason = (wanted, "asked for") if wanted != "auto" else fitting(plan, usable)
-    pinned = mode == "stream" and plan.streamed_from_host <= PINNED_SHARE * free_host
+    share = 1.0 if plan.request.high_cpu_memory else PINNED_SHARE
+    pinned = mode == "stream" and plan.streamed_from_host <= share * free_host
     return Policy(mode, f"{reason}; {giga(free_device)} free", keep_of(plan), pinned, tiling(plan, mode, usable))
 
 

@@ -27,8 +27,9 @@ LOWEST = -126  # exponent of the smallest scale: what is below it, not every dev
 SCALE = "weight_scale"  # name of the scales beside a weight; a checkpoint that has them is quantised
 MULTIPLE = 16  # sizes that the FP8 matrix units take
 # Layers that stay as they are: attention to the conditions, whose result reaches the tokens without a gate, so that its
-# error is seen most; and `wo` of UMT5, since transformers casts the input of that layer to the dtype of its weight.
-KEPT = ("attn2", "attn_audio", "wo")
+# error is seen most; `wo` of UMT5, since transformers casts the input of that layer to the dtype of its weight; and the
+# modulation of HunyuanVideo's blocks, whose norms compute it from the timestep by large matrices of their own.
+KEPT = ("attn2", "attn_audio", "wo", "norm1", "norm1_context", "norm")
 
 
 class Fp8Linear(nn.Module):

@@ -11,16 +11,20 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
+from skyreels_v3.models.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
 
 
-def shard_weights(model: SkyReelsTransformer3DModel, device: torch.device, processes: int) -> None:
+def shard_weights(
+    model: SkyReelsTransformer3DModel | HunyuanTransformer3DModel, device: torch.device, processes: int
+) -> None:
     """Divide the weights of `model` among all processes; this one's part goes to `device`."""
     mesh = init_device_mesh(device.type, (processes,))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "embed_context")  # it uses weights outside of the forward
+    if hasattr(model, "embed_context"):
+        register_fsdp_forward_method(model, "embed_context")  # it uses weights outside of the forward
 
 
 def is_sharded(module: nn.Module) -> bool:

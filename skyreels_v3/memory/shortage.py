@@ -10,7 +10,7 @@ import torch
 
 from skyreels_v3.errors import OutOfMemory
 from skyreels_v3.memory.planner import TILINGS, Plan, giga
-from skyreels_v3.tasks import MEMORY_MODES, RESOLUTIONS
+from skyreels_v3.tasks import HUNYUAN, MEMORY_MODES, RESOLUTIONS
 
 # torch has a class for a GPU's memory; of the host's it says it in words only, with the number of bytes
 HOST_SHORTAGE = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
@@ -62,7 +62,9 @@ def way_out(plan: Plan, mode: str, own_memory: bool) -> str:
         ways.append("--low_vram (streamed, in FP8)")
     if request.vae_dtype == "float32":
         ways.append("--vae_dtype bfloat16")
-    if request.resolution != RESOLUTIONS[0]:
+    if request.task.layout == HUNYUAN:
+        ways.append("a smaller --height and --width")
+    elif request.resolution != RESOLUTIONS[0]:
         ways.append("a smaller --resolution")
     if request.duration > request.task.min_duration > 0 and len(plan.passes) == 1:  # else there are fewer, as long
         ways.append("a smaller --duration" if request.num_frames is None else "a smaller --num_frames")

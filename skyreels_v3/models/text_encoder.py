@@ -45,6 +45,12 @@ class TextEncoder:
         batch = self.tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
         return batch.input_ids, batch.attention_mask
 
+    def encode(self, prompt: str) -> dict[str, Tensor]:
+        """The context (1, L, D) of a prompt's own tokens, without the zeros behind them; what is kept of a prompt."""
+        context = self([prompt])
+        rows = int(context[0].any(dim=-1).nonzero().max()) + 1 if context.any() else 1
+        return {"context": context[:, :rows].contiguous()}
+
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Context (B, 512, D) on the module's device."""

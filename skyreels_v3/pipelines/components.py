@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from skyreels_v3.cache import PromptCache, cache_folder, identity_of
-from skyreels_v3.checkpoints.hub import text_encoder_files, weight_files
+from skyreels_v3.cache import TensorCache, cache_folder, identity_of
+from skyreels_v3.checkpoints.hub import BASE_SCHEDULER, read_json, text_encoder_files, weight_files
+from skyreels_v3.checkpoints.hunyuan import load_hunyuan_text_encoder, load_hunyuan_transformer, load_hunyuan_vae
 from skyreels_v3.checkpoints.load import read_ahead
 from skyreels_v3.checkpoints.lora import apply_loras
 from skyreels_v3.checkpoints.published import (
@@ -24,29 +25,37 @@ from skyreels_v3.checkpoints.published import (
 from skyreels_v3.collectives import broadcast_weights
 from skyreels_v3.compile import compile_blocks
 from skyreels_v3.distributed import SequenceParallel, choose_usp
+from skyreels_v3.joint_parallel import JointSequenceParallel
 from skyreels_v3.memory.quantize import quantize
 from skyreels_v3.memory.shard import shard_weights
 from skyreels_v3.models.audio_encoder import AudioEncoder
+from skyreels_v3.models.hunyuan.text_encoder import HunyuanTextEncoder
+from skyreels_v3.models.hunyuan.transformer import HunyuanTransformer3DModel
+from skyreels_v3.models.hunyuan.vae import HunyuanVAE
 from skyreels_v3.models.image_encoder import ImageEncoder
 from skyreels_v3.models.text_encoder import TextEncoder
 from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
 from skyreels_v3.models.vae import VideoVAE
 from skyreels_v3.runtime import Runtime
-from skyreels_v3.tasks import GenerationRequest
+from skyreels_v3.tasks import HUNYUAN, GenerationRequest
+
+Transformer = SkyReelsTransformer3DModel | HunyuanTransformer3DModel
 
 
 @dataclass(frozen=True)
 class Components:
-    """A checkpoint's networks.
+    """A checkpoint's networks, and what is known of them.
 
     The audio encoder is float32 whatever the rest is, and so is the VAE unless it is asked for otherwise: errors of the
     one are seen, the other is small.
     """
 
-    transformer: SkyReelsTransformer3DModel
-    vae: VideoVAE
-    text_encoder: TextEncoder | None  # this and the other encoders only where something is encoded
-    prompts: PromptCache
+    transformer: Transformer
+    vae: VideoVAE | HunyuanVAE
+    text_encoder: TextEncoder | HunyuanTextEncoder | None  # encoders only where something is encoded
+    prompts: TensorCache
+    measurements: TensorCache  # of the transformer, for step caching
+    scheduler: Mapping[str, Any] | None = None  # its config, where the task does not say it all
     quant: str | None = None  # of the text encoder, to be done when it is needed
     image_encoder: ImageEncoder | None = None
     audio_encoder: AudioEncoder | None = None
@@ -56,25 +65,24 @@ def load_components(folder: Path, request: GenerationRequest, runtime: Runtime) 
     """Map the checkpoint in `folder` into memory; every file is checked before anything long begins."""
     task = request.task
     reads = runtime.parallel.main or not request.broadcast_weights
-    loaders: dict[str, Callable[[], Any]] = {
-        "vae": lambda: load_vae(folder, task.layout, getattr(torch, request.vae_dtype), reads),
-        "transformer": lambda: load_transformer(folder / task.transformer_folder, runtime.dtype, reads),
-    }
-    if runtime.parallel.main:
-        loaders["text_encoder"] = lambda: load_text_encoder(folder, task.layout, runtime.dtype)
-    if runtime.parallel.main and "input_audio" in task.inputs:
-        loaders["image_encoder"] = lambda: load_image_encoder(folder, runtime.dtype)
-        loaders["audio_encoder"] = lambda: load_audio_encoder(folder, torch.float32)
+    loaders = (hunyuan_loaders if task.layout == HUNYUAN else wan_loaders)(folder, request, runtime, reads)
     loaded: dict[str, Any] = {"text_encoder": None}
     with runtime.bar("loading", len(loaders)) as bar:
         for name, load in loaders.items():
             loaded[name] = load()
             bar.update()
-    identity = identity_of(text_encoder_files(folder, task), runtime.dtype, request.quant)
-    prompts = PromptCache(None if request.no_cache else cache_folder() / "prompts", identity)
+    others, weights = others_of(folder, request), weight_files(folder / task.transformer_folder)
+    known_prompts = identity_of(text_encoder_files(others, task), runtime.dtype, request.quant)
+    known_transformer = identity_of(weights, runtime.dtype, request.quant, request.lora)
     if reads:
-        read_ahead(weight_files(folder / task.transformer_folder))  # while the prompt and the pictures are encoded
-    components = Components(**loaded, prompts=prompts, quant=request.quant)
+        read_ahead(weights)  # while the prompt and the pictures are encoded
+    components = Components(
+        **loaded,
+        prompts=TensorCache(None if request.no_cache else cache_folder() / "prompts", known_prompts),
+        measurements=TensorCache(cache_folder() / "measurements", known_transformer),
+        scheduler=read_json(others / BASE_SCHEDULER) if task.layout == HUNYUAN else None,
+        quant=request.quant,
+    )
     if request.broadcast_weights and not runtime.parallel.alone:
         stay = runtime.policy.mode == "resident" and not runtime.plan.shards
         for module in (components.vae.module, components.transformer):
@@ -85,7 +93,42 @@ def load_components(folder: Path, request: GenerationRequest, runtime: Runtime) 
     return components
 
 
-def set_up_transformer(transformer: SkyReelsTransformer3DModel, request: GenerationRequest, runtime: Runtime) -> None:
+def others_of(folder: Path, request: GenerationRequest) -> Path:
+    """Where the components besides the transformer are, of the checkpoint in `folder`."""
+    return Path(request.base_model_id) if request.base_model_id is not None else folder
+
+
+Loaders = dict[str, Callable[[], Any]]
+
+
+def wan_loaders(folder: Path, request: GenerationRequest, runtime: Runtime, reads: bool) -> Loaders:
+    """What loads each component of V3; `reads`: see `load.read_tensors`."""
+    task = request.task
+    loaders: Loaders = {
+        "vae": lambda: load_vae(folder, task.layout, getattr(torch, request.vae_dtype), reads),
+        "transformer": lambda: load_transformer(folder / task.transformer_folder, runtime.dtype, reads),
+    }
+    if runtime.parallel.main:
+        loaders["text_encoder"] = lambda: load_text_encoder(folder, task.layout, runtime.dtype)
+    if runtime.parallel.main and "input_audio" in task.inputs:
+        loaders["image_encoder"] = lambda: load_image_encoder(folder, runtime.dtype)
+        loaders["audio_encoder"] = lambda: load_audio_encoder(folder, torch.float32)
+    return loaders
+
+
+def hunyuan_loaders(folder: Path, request: GenerationRequest, runtime: Runtime, reads: bool) -> Loaders:
+    """The same for V1."""
+    others = others_of(folder, request)
+    loaders: Loaders = {
+        "vae": lambda: load_hunyuan_vae(others, getattr(torch, request.vae_dtype), reads),
+        "transformer": lambda: load_hunyuan_transformer(folder, runtime.dtype, reads),
+    }
+    if runtime.parallel.main:
+        loaders["text_encoder"] = lambda: load_hunyuan_text_encoder(others, runtime.dtype)
+    return loaders
+
+
+def set_up_transformer(transformer: Transformer, request: GenerationRequest, runtime: Runtime) -> None:
     """What is done to the transformer from outside: adapters, quantisation, attention, processes, its stream."""
     if request.lora:
         loras = [(Path(file), scale) for file, scale in request.lora]  # names were replaced when they were fetched
@@ -95,7 +138,11 @@ def set_up_transformer(transformer: SkyReelsTransformer3DModel, request: Generat
     transformer.set_attention(runtime.attention)
     if runtime.parallel.degrees.sequence > 1:
         usp = choose_usp(runtime.kernel, runtime.attention, runtime.parallel)
-        SequenceParallel(runtime.parallel.team_along("sequence"), usp).attach(transformer, runtime.attention)
+        team = runtime.parallel.team_along("sequence")
+        if isinstance(transformer, HunyuanTransformer3DModel):
+            JointSequenceParallel(team, usp).attach(transformer)
+        else:
+            SequenceParallel(team, usp).attach(transformer, runtime.attention)
     if request.compile:
         compile_blocks(transformer)
     if runtime.plan.shards:

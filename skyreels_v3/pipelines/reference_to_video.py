@@ -23,7 +23,7 @@ class ReferenceToVideo(Steps):
         """One pass."""
         assert request.height is not None and request.width is not None
         guidance = text_image_guidance(request.guidance_scale, request.image_guidance_scale)
-        (texts,) = self.encode_prompts(guidance, request)
+        (texts,) = self.contexts(guidance, request)
         generator = self.runtime.generator(request.seed)
         frames = latent_frames(request.frames_out)
         noise = self.noise(request, frames, generator)  # drawn before the samples of the references

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from skyreels_v3.media.inputs import Inputs
 from skyreels_v3.pipelines.components import Components
+from skyreels_v3.pipelines.hunyuan_video import ImageToVideo, TextToVideo
 from skyreels_v3.pipelines.reference_to_video import ReferenceToVideo
 from skyreels_v3.pipelines.shot_switching_extension import ShotSwitchingExtension
 from skyreels_v3.pipelines.single_shot_extension import SingleShotExtension
@@ -22,6 +23,8 @@ PIPELINES: dict[str, Callable[[Components, Runtime, RunState | None], Pipeline]]
     "single_shot_extension": SingleShotExtension,
     "shot_switching_extension": ShotSwitchingExtension,
     "talking_avatar": TalkingAvatar,
+    "t2v": TextToVideo,
+    "i2v": ImageToVideo,
 }
 
 

@@ -22,7 +22,7 @@ class ShotSwitchingExtension(Steps):
         """One pass."""
         clip = self.read_condition(request, inputs)
         guidance = text_guidance(request.guidance_scale)
-        (texts,) = self.encode_prompts(guidance, request)
+        (texts,) = self.contexts(guidance, request)
         after = (Segment(self.encode_frames(clip), CUT_POSITION, clean=True),)
         conditions = {name: Conditioning(text, after=after) for name, text in texts.items()}
         frames = latent_frames(request.frames_out + 1)  # latent frames hold 4k+1 frames; the last one is not written

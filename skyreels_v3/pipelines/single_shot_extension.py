@@ -25,7 +25,7 @@ class SingleShotExtension(Steps):
         """A pass for each roll-out."""
         clip = self.read_condition(request, inputs)
         guidance = text_guidance(request.guidance_scale)
-        (texts,) = self.encode_prompts(guidance, request)
+        (texts,) = self.contexts(guidance, request)
         missing = request.frames_out
         rolls = plan_roll_outs(request.duration)
         for number, frames in enumerate(rolls, start=1):

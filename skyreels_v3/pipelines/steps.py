@@ -19,18 +19,21 @@ import torch
 from torch import Tensor
 
 from skyreels_v3.media.inputs import Inputs, condition_clip
+from skyreels_v3.models.hunyuan.text_encoder import HunyuanTextEncoder
 from skyreels_v3.models.text_encoder import TextEncoder, pad_context
 from skyreels_v3.pipelines.components import Components, quantize_blocks
 from skyreels_v3.pipelines.state import RunState
 from skyreels_v3.runtime import Runtime
-from skyreels_v3.sampling.denoise import Conditioning, Pin, denoise, leave
+from skyreels_v3.sampling.denoise import Condition, Pin, Predictions, denoise, leave
 from skyreels_v3.sampling.guidance import NEGATIVE_PROMPT, Guidance
 from skyreels_v3.sampling.schedules import unipc
+from skyreels_v3.sampling.step_cache import StepCache
 from skyreels_v3.tasks import LATENT_CHANNELS, VAE_STRIDE, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
 Frame = np.ndarray  # uint8 [H, W, 3]
+Encoded = dict[str, Tensor]  # what a text encoder makes of a text
 
 
 @dataclass(frozen=True)
@@ -80,33 +83,41 @@ class Steps:
         with self.runtime.bar("reading the clip", inputs.clip.frames) as bar:
             return condition_clip(request, inputs, bar.update)
 
-    def encode_prompts(self, guidance: Guidance, *requests: GenerationRequest) -> list[dict[str, Tensor]]:
-        """For each request the context (1, 512, D) of each condition: its prompt, or the negative one."""
+    def contexts(self, guidance: Guidance, *requests: GenerationRequest) -> list[dict[str, Tensor]]:
+        """For each request the context (1, 512, D) of each condition on the device."""
+        encoded = self.encode_prompts(guidance, *requests)
+        return [{name: pad_context(parts["context"]) for name, parts in made.items()} for made in encoded]
+
+    def encode_prompts(self, guidance: Guidance, *requests: GenerationRequest) -> list[dict[str, Encoded]]:
+        """For each request what encodes each condition's text: its prompt, or the negative one."""
         wanted = [
             {name: made.negative_prompt if name in NEGATIVE_PROMPT else made.prompt for name in guidance.conditions}
             for made in requests
         ]
-        contexts = self.encode_texts(prompt for prompts in wanted for prompt in prompts.values())
-        return [{name: contexts[prompt] for name, prompt in prompts.items()} for prompts in wanted]
+        encoded = self.encode_texts(prompt for prompts in wanted for prompt in prompts.values())
+        return [{name: encoded[prompt] for name, prompt in prompts.items()} for prompts in wanted]
 
-    def encode_texts(self, texts: Iterable[str]) -> dict[str, Tensor]:
-        """Context (1, 512, D) of each text on the device; each is encoded once, and kept for later runs."""
+    def encode_texts(self, texts: Iterable[str]) -> dict[str, Encoded]:
+        """What encodes each text, on the device; each is encoded once, and kept for later runs."""
         texts, prompts = [*dict.fromkeys(texts)], self.components.prompts
 
         def encode() -> dict[str, Tensor]:
-            known = {text: context for text in texts if (context := prompts.recall(text)) is not None}
+            known = {text: parts for text in texts if (parts := prompts.recall(text)) is not None}
             if missing := [text for text in texts if text not in known]:
                 with self.text_encoder() as encoder:
-                    known |= {text: encoder([text]) for text in missing}
+                    known |= {text: encoder.encode(text) for text in missing}
                 for text in missing:
                     prompts.store(text, known[text])
-            return known
+            return {f"{number} {name}": part for number, text in enumerate(texts) for name, part in known[text].items()}
 
-        known = self.runtime.parallel.once(encode)
-        return {text: pad_context(known[text]).to(self.runtime.device) for text in texts}
+        made: list[Encoded] = [{} for _ in texts]
+        for key, part in self.runtime.parallel.once(encode).items():
+            number, name = key.split()
+            made[int(number)][name] = part.to(self.runtime.device)
+        return dict(zip(texts, made, strict=True))
 
     @contextmanager
-    def text_encoder(self) -> Iterator[TextEncoder]:
+    def text_encoder(self) -> Iterator[TextEncoder | HunyuanTextEncoder]:
         """The text encoder at work; quantised, if it is to be, when it is first needed."""
         encoder, quant = self.components.text_encoder, self.components.quant
         assert encoder is not None
@@ -135,7 +146,7 @@ class Steps:
         self,
         request: GenerationRequest,
         noise: Tensor,
-        conditions: Callable[[], Mapping[str, Conditioning]],
+        conditions: Callable[[], Mapping[str, Condition]],
         guidance: Guidance,
         generator: torch.Generator,
         name: str = "denoising",
@@ -153,22 +164,48 @@ class Steps:
             return saved["latents"].to(self.runtime.device)
         made = conditions()
         transformer = self.components.transformer
-        scheduler = self.make_schedule(request.num_inference_steps, request.shift)
+        scheduler = self.schedule(request)
         start = noise.to(self.runtime.device)
         resident = self.runtime.resident(transformer, "denoising", transformer.blocks)
-        with resident, self.runtime.bar(name, len(scheduler.timesteps)) as bar:
+        divided = self.predictions(request)
+        with resident, divided as predictions, self.runtime.bar(name, len(scheduler.timesteps)) as bar:
             ends = [perf_counter()]
 
             def progress() -> None:
                 ends.append(perf_counter())
                 bar.update()
 
-            latents = denoise(transformer, scheduler, start, made, guidance, progress, pin, parallel.predictions)
+            latents = denoise(transformer, scheduler, start, made, guidance, progress, pin, predictions)
         if request.compile:
             log_step_times(ends)
         if self.state is not None:
             self.state.save(latents, generator)
         return latents
+
+    def schedule(self, request: GenerationRequest) -> Any:
+        """The scheduler of a pass, set to its first step."""
+        assert request.shift is not None
+        return self.make_schedule(request.num_inference_steps, request.shift)
+
+    @contextmanager
+    def predictions(self, request: GenerationRequest) -> Iterator[Predictions]:
+        """What computes the predictions of a pass: divided among processes, and not at every step if so asked."""
+        parallel, known = self.runtime.parallel, self.components.measurements
+        if request.cache is None:
+            yield parallel.predictions
+            return
+        method, team = request.cache.method, None
+        figures = parallel.once(lambda: known.recall(method) or {})
+        if parallel.degrees.sequence > 1:
+            team = parallel.team_along("sequence")
+        cache = StepCache(request.cache, request.num_inference_steps, figures or None, team)
+        with cache.attached(self.components.transformer):
+            yield lambda names, predict: parallel.predictions(names, lambda name: cache.under(name, predict))
+        total = cache.evaluated + cache.skipped
+        logger.info("%s computed %d of %d blocks", method, cache.evaluated, total)
+        if parallel.main and cache.measured is not None:
+            known.store(method, cache.measured)
+            logger.warning("%s has measured this checkpoint, and skipped nothing; from the next run on it can", method)
 
     def recall(self) -> dict[str, Tensor]:
         """The next pass of an interrupted run, see `RunState.recall`."""

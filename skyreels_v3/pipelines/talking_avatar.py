@@ -81,7 +81,7 @@ class TalkingAvatar(Steps):
         features = self.encode_audio(request, inputs)
         plan = plan_windows(features.shape[1])
         window_request = replace(request, prompt=request.window_prompt if plan.windows else request.prompt)
-        texts, window_texts = self.encode_prompts(guidance, request, window_request)
+        texts, window_texts = self.contexts(guidance, request, window_request)
         padding = features[:, 2 * plan.audio_frames - plan.padded_frames :].flip(1)
         scene = Scene(
             portrait=self.portrait(request, inputs),

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from skyreels_v3.models.transformer import Context, Segment, SkyReelsTransformer3DModel
 from skyreels_v3.sampling.guidance import Guidance
 
 
+class Condition(Protocol):
+    """What a model is conditioned on, in the way that it takes it."""
+
+    def embed(self, model: Any) -> Any:
+        """What does not change from step to step."""
+
+    def predict(self, model: Any, context: Any, latents: Tensor, timestep: Tensor) -> Tensor:
+        """Velocity (B, C, F, H, W) of the latents at `timestep`, one number; `context` is what was embedded."""
+
+
 @dataclass(frozen=True)
 class Conditioning:
-    """What the model sees besides the latents.
+    """What `SkyReelsTransformer3DModel` sees besides the latents.
 
     Attributes:
         text: (B, 512, text_dim).
@@ -73,10 +83,10 @@ def one_by_one(names: Sequence[str], predict: Callable[[str], Tensor]) -> dict[s
 
 @torch.no_grad()  # not inference mode, which FSDP's sharded weights do not work in
 def denoise(
-    model: SkyReelsTransformer3DModel,
+    model: nn.Module,
     scheduler: Any,
     latents: Tensor,
-    conditions: Mapping[str, Conditioning],
+    conditions: Mapping[str, Condition],
     guidance: Guidance,
     progress: Callable[[], object] = lambda: None,
     pin: Pin = leave,
@@ -97,7 +107,7 @@ def denoise(
     Raises:
         FloatingPointError: latents became infinite or not a number.
     """
-    contexts: dict[str, Context] = {}
+    contexts: dict[str, Any] = {}
 
     def predict(name: str) -> Tensor:
         if name not in contexts:

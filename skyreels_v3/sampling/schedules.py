@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+from skyreels_v3.errors import CheckpointError
 
 FIRST_SIGMA = 0.999
 LAST_EULER_SIGMA = 0.001
@@ -36,5 +41,24 @@ def euler(num_inference_steps: int, shift: float) -> FlowMatchEulerDiscreteSched
     """
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, LAST_EULER_SIGMA, num_inference_steps))
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+def euler_of(
+    config: Mapping[str, Any], num_inference_steps: int, shift: float | None
+) -> FlowMatchEulerDiscreteScheduler:
+    """Euler steps as a checkpoint's scheduler config says, ready for the first one.
+
+    Sigmas fall evenly from 1 to 1 / steps, are shifted, and end in 0.
+
+    Args:
+        shift: another one than the config's.
+    """
+    if (name := config.get("_class_name")) != FlowMatchEulerDiscreteScheduler.__name__:
+        raise CheckpointError(f"scheduler_config.json: {name} is not supported, only FlowMatchEulerDiscreteScheduler")
+    changes = {} if shift is None else {"shift": shift}
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(config), **changes)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1])
     scheduler.set_begin_index(0)
     return scheduler

@@ -189,7 +189,7 @@ def test_a_folder_that_was_made_meanwhile_is_kept(tmp_path, cache, monkeypatch, 
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "mine.txt").write_text("mine")
     transformer = load_transformer(source / "transformer", torch.float32)
-    made = save_quantized(transformer, source, tmp_path / "saved", task)
+    made = save_quantized(transformer, source, source, tmp_path / "saved", task)
     assert made == tmp_path / "saved-2"
     assert files_in(tmp_path / "saved") == {"mine.txt"}
     check_folder(made, task)

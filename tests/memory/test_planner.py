@@ -95,7 +95,7 @@ def test_parameters_of_the_other_components():
     assert sum(parameter.numel() for parameter in image_encoder.parameters()) == planner.IMAGE_ENCODER_PARAMETERS
     assert sum(parameter.numel() for parameter in audio_encoder.parameters()) == planner.AUDIO_ENCODER_PARAMETERS
     assert sum(parameter.numel() for parameter in vae.parameters()) == planner.VAE_PARAMETERS
-    assert sum(parameter.numel() for parameter in text_encoder.parameters()) == planner.TEXT_ENCODER_PARAMETERS
+    assert sum(parameter.numel() for parameter in text_encoder.parameters()) == planner.UMT5.parameters
 
 
 @torch.inference_mode()

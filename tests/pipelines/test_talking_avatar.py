@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from skyreels_v3.cache import PromptCache
+from skyreels_v3.cache import TensorCache
 from skyreels_v3.checkpoints.tiny import make_tiny
 from skyreels_v3.cli import parse_request
 from skyreels_v3.errors import UserError
@@ -226,11 +226,11 @@ def test_the_prompt_of_the_windows(make, sound, monkeypatch, components, flags, 
         module = components.text_encoder.module
         blocks = ()
 
-        def __call__(self, texts: list[str]) -> Tensor:
-            heard.extend(texts)
-            return torch.full((1, 512, 8), float(len(heard)))
+        def encode(self, text: str) -> dict[str, Tensor]:
+            heard.append(text)
+            return {"context": torch.full((1, 512, 8), float(len(heard)))}
 
-    unknown = PromptCache(None, "")
+    unknown = TensorCache(None, "")
     monkeypatch.setattr(made[0], "components", replace(components, text_encoder=Spy(), prompts=unknown))
     calls = spy_on_windows(made[0], monkeypatch)
     read_all(made)

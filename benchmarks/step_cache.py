@@ -1,0 +1,225 @@
+"""A denoising loop with each method of step caching at two thresholds, beside the loop in which every block works.
+
+The model is HunyuanVideo's transformer (diffusers'), small and with random weights; all loops have the same weights,
+prompt and noise. TeaCache and MagCache go by what they measured in a loop from other noise, which is not timed. The
+loops take turns, each round beginning with another one, and a ratio is within a round.
+
+What share of the blocks works and what time that saves hold for any model whose blocks take most of the time. Which
+thresholds skip how much, and how far the result then is from the exact one (PSNR of the latents), depends on the
+weights: of random ones it says little about the published checkpoints. The thresholds here are such that random
+weights have something to skip, and no advice.
+
+    python benchmarks/step_cache.py
+    python benchmarks/step_cache.py --device cuda --dim 1024 --json step_cache.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout, nothing installed
+
+import torch
+from diffusers import HunyuanVideoTransformer3DModel
+from torch import Tensor
+
+from benchmarks.common import (
+    Rounds,
+    at_least,
+    environment,
+    median_of,
+    parser_of,
+    quartiles,
+    ratio_of,
+    report,
+    time_rounds,
+)
+from skyreels_v3.sampling.cache_methods import CacheSettings
+from skyreels_v3.sampling.guidance import FULL
+from skyreels_v3.sampling.step_cache import FEWEST_STEPS, StepCache
+
+BASELINE = "uncached"
+THRESHOLDS = {"fbcache": (0.3, 0.5), "teacache": (0.5, 1.0), "magcache": (0.03, 0.1)}
+HEAD_DIM = 64
+TEXT_TOKENS, TEXT_DIM, POOLED_DIM = 32, 64, 32
+CHANNELS = 16
+GUIDANCE = 6000.0
+SHIFT = 7.0  # of the noise levels, as HunyuanVideo has it
+
+Model = HunyuanVideoTransformer3DModel
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A model and all that it is called with but the latents and the timestep."""
+
+    model: Model
+    prompt: dict[str, Tensor]
+    sigmas: Tensor
+
+    def __call__(self, latents: Tensor, cache: StepCache) -> Tensor:
+        """Euler steps from noise to data."""
+        with cache.attached(self.model):
+            for sigma, following in pairwise(self.sigmas):
+                velocity = cache.under(FULL, partial(self.predict, latents, sigma))
+                latents = latents + (following - sigma) * velocity
+        return latents
+
+    def predict(self, latents: Tensor, sigma: Tensor, _: str) -> Tensor:
+        return self.model(latents, 1000 * sigma.reshape(1), **self.prompt, return_dict=False)[0]
+
+    def exact(self, latents: Tensor) -> Tensor:
+        """The same, without a cache."""
+        for sigma, following in pairwise(self.sigmas):
+            latents = latents + (following - sigma) * self.predict(latents, sigma, FULL)
+        return latents
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a loop's untimed run gave."""
+
+    evaluated: float  # share of the blocks
+    psnr: float | None  # dB, over the span of the exact latents; None where they are equal
+
+
+def main() -> None:
+    """Compare, time, print."""
+    args = parse_arguments()
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        loop = build_loop(args)
+        noise, other = torch.randn(2, 1, CHANNELS, args.frames, args.height, args.width, device=args.device)
+        caches = build_caches(loop, other, args.steps)
+        works = {BASELINE: partial(loop.exact, noise)}
+        works |= {name: partial(run, loop, noise, make) for name, make in caches.items()}
+        results = compare(loop, noise, caches)
+        rounds = time_rounds(works, args.rounds)
+    tell(args, summarise(results, rounds))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line, checked."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--dim", type=at_least(HEAD_DIM), default=256, help=f"width, a multiple of {HEAD_DIM}")
+    parser.add_argument("--layers", type=at_least(1), default=4, help="double blocks; there are twice as many single")
+    parser.add_argument("--frames", type=at_least(1), default=2, help="latent frames")
+    parser.add_argument("--height", type=at_least(2), default=16, help="rows of the latents, an even number")
+    parser.add_argument("--width", type=at_least(2), default=24, help="columns of the latents, an even number")
+    parser.add_argument("--steps", type=at_least(FEWEST_STEPS), default=30)
+    parser.add_argument("--rounds", type=at_least(2), default=3, help="timed runs of each loop; at least 2")
+    args = parser.parse_args()
+    if args.dim % HEAD_DIM or args.height % 2 or args.width % 2:
+        parser.error(f"--dim must be a multiple of {HEAD_DIM}, --height and --width of 2")
+    return args
+
+
+# The loops
+
+
+def build_loop(args: argparse.Namespace) -> Loop:
+    """A model with random weights, a prompt of noise and HunyuanVideo's noise levels."""
+    with args.device:
+        model = Model(
+            num_attention_heads=args.dim // HEAD_DIM,
+            attention_head_dim=HEAD_DIM,
+            num_layers=args.layers,
+            num_single_layers=2 * args.layers,
+            num_refiner_layers=1,
+            text_embed_dim=TEXT_DIM,
+            pooled_projection_dim=POOLED_DIM,
+            rope_axes_dim=(16, 24, 24),
+        )
+        prompt = {
+            "encoder_hidden_states": torch.randn(1, TEXT_TOKENS, TEXT_DIM),
+            "encoder_attention_mask": torch.ones(1, TEXT_TOKENS),
+            "pooled_projections": torch.randn(1, POOLED_DIM),
+            "guidance": torch.tensor([GUIDANCE]),
+        }
+        even = torch.linspace(1, 0, args.steps + 1)
+    return Loop(model.eval(), prompt, SHIFT * even / (1 + (SHIFT - 1) * even))
+
+
+def build_caches(loop: Loop, noise: Tensor, steps: int) -> dict[str, Callable[[], StepCache]]:
+    """A maker of each cache; what a method measures, it measures from `noise`."""
+    caches = {}
+    for method, thresholds in THRESHOLDS.items():
+        figures = None
+        if method != "fbcache":
+            measuring = StepCache(CacheSettings(method, 0.0), steps, None)
+            loop(noise, measuring)
+            figures = measuring.measured
+        for threshold in thresholds:
+            settings = CacheSettings(method, threshold)
+            caches[f"{method}:{threshold}"] = partial(StepCache, settings, steps, figures)
+    return caches
+
+
+def run(loop: Loop, noise: Tensor, make: Callable[[], StepCache]) -> Tensor:
+    """A loop with a cache of its own."""
+    return loop(noise, make())
+
+
+def compare(loop: Loop, noise: Tensor, caches: dict[str, Callable[[], StepCache]]) -> dict[str, Result]:
+    """Every loop's first run beside the exact one."""
+    exact = loop.exact(noise)
+    results = {BASELINE: Result(1.0, None)}
+    for name, make in caches.items():
+        cache = make()
+        error, span = loop(noise, cache) - exact, exact.max() - exact.min()
+        loss = error.square().mean()
+        psnr = (10 * torch.log10(span**2 / loss)).item() if loss else None
+        results[name] = Result(cache.evaluated / (cache.evaluated + cache.skipped), psnr)
+    return results
+
+
+# What came out
+
+
+def summarise(results: dict[str, Result], rounds: Rounds) -> dict[str, dict[str, Any]]:
+    """Each loop's figures."""
+    return {
+        name: {
+            "seconds": round(median_of(rounds, name), 4),
+            "ratio": ratio_of(rounds, name, BASELINE),
+            "evaluated": round(result.evaluated, 4),
+            "psnr": result.psnr and round(result.psnr, 1),
+        }
+        for name, result in results.items()
+    }
+
+
+def tell(args: argparse.Namespace, figures: dict[str, dict[str, Any]]) -> None:
+    """A table for people, then one JSON line."""
+    tokens = args.frames * args.height * args.width // 4
+    blocks = f"{args.layers} double and {2 * args.layers} single blocks"
+    title = f"{args.steps} steps, {blocks}, {args.dim} wide, {tokens} tokens, float32, {args.rounds} rounds"
+    header = ("", "s", "blocks computed, %", f"ratio to {BASELINE}", "quartiles", "PSNR, dB")
+    rows = [row(name, figure) for name, figure in figures.items()]
+    notes = ["random weights: the PSNR says little about the published checkpoints"]
+    sizes = {key: getattr(args, key) for key in ("dim", "layers", "frames", "height", "width", "steps", "rounds")}
+    line = {**environment("step_cache", args.device), **sizes, "baseline": BASELINE, "loops": figures}
+    report(title, header, rows, notes, line, args.json)
+
+
+def row(name: str, figure: dict[str, Any]) -> tuple[str, ...]:
+    """A line of the table."""
+    return (
+        name,
+        f"{figure['seconds']:.3f}",
+        f"{100 * figure['evaluated']:.0f}",
+        f"{figure['ratio']['median']:.3f}",
+        quartiles(figure["ratio"], 3),
+        "equal" if figure["psnr"] is None else f"{figure['psnr']:.1f}",
+    )
+
+
+if __name__ == "__main__":
+    main()

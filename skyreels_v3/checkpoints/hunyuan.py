@@ -1,0 +1,126 @@
+"""The published layout of SkyReels V1: which folders hold which component, under diffusers' and transformers' names.
+
+The transformer is in a folder of its own, the rest in that of HunyuanVideo: `text_encoder` and `tokenizer` (Llama),
+`text_encoder_2` and `tokenizer_2` (CLIP), `vae`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from skyreels_v3.checkpoints.key_maps import IDENTITY, KeyMap
+from skyreels_v3.checkpoints.load import load_model, read_config, read_tensors
+from skyreels_v3.checkpoints.published import check_constants, load_tokenizer, refuse_unknown
+from skyreels_v3.errors import CheckpointError
+from skyreels_v3.memory.quantize import SCALE, with_fp8_layers
+from skyreels_v3.models.hunyuan.text_encoder import HunyuanTextEncoder
+from skyreels_v3.models.hunyuan.transformer import HunyuanTransformer3DModel
+from skyreels_v3.models.hunyuan.vae import HunyuanVAE
+
+# A Llama or a CLIP may be stored alone, or as a part of the model that it was trained in, with that one's head.
+LLAMA: KeyMap = (
+    (r"lm_head\..+", None),
+    (r"(?:.+\.)?rotary_emb\.inv_freq", None),
+    (r"model\.(.+)", r"\1"),
+    *IDENTITY,
+)
+CLIP: KeyMap = (
+    (r"text_projection\..+", None),
+    (r"(?:text_model\.)?embeddings\.position_ids", None),
+    (r"text_model\.(.+)", r"\1"),
+    *IDENTITY,
+)
+
+# Knobs that the code does not turn: any other value is refused by name.
+TRANSFORMER_CONSTANTS: dict[str, object] = {"image_condition_type": None}
+VAE_CONSTANTS: dict[str, object] = {
+    "latent_channels": 16,
+    "spatial_compression_ratio": 8,
+    "temporal_compression_ratio": 4,
+}
+
+
+def load_hunyuan_transformer(folder: Path, dtype: torch.dtype, values: bool = True) -> HunyuanTransformer3DModel:
+    """The transformer in `folder` (config.json and safetensors); `values`: see `load.read_tensors`."""
+    tensors = read_tensors(folder, values)
+    arguments = known_arguments(HunyuanVideoTransformer3DModel, TRANSFORMER_CONSTANTS, folder)
+
+    def build() -> nn.Module:
+        return with_fp8_layers(HunyuanTransformer3DModel(**arguments), tensors)
+
+    return cast(HunyuanTransformer3DModel, load_model(build, tensors, folder, dtype, float32_names=[SCALE]))
+
+
+def known_arguments(model: Any, constants: Mapping[str, object], folder: Path) -> dict[str, Any]:
+    """The arguments of a diffusers model in a folder's config; what nothing is known of is refused by name."""
+    arguments = read_config(folder / "config.json")
+    check_constants(arguments, constants, folder)
+    refuse_unknown(arguments.keys() - model._get_init_keys(model), folder)
+    return arguments
+
+
+def load_hunyuan_vae(base: Path, dtype: torch.dtype, values: bool = True) -> HunyuanVAE:
+    """The VAE in the folder `base` of HunyuanVideo; `values`: see `load.read_tensors`."""
+    source = base / "vae"
+    tensors, arguments = read_tensors(source, values), known_arguments(AutoencoderKLHunyuanVideo, VAE_CONSTANTS, source)
+    module = load_model(lambda: AutoencoderKLHunyuanVideo(**arguments), tensors, source, dtype)
+    factor = cast(AutoencoderKLHunyuanVideo, module).config.scaling_factor
+    if not isinstance(factor, int | float) or not factor > 0:
+        raise CheckpointError(f"{source}/config.json: scaling_factor = {factor} is no positive number")
+    return HunyuanVAE(cast(AutoencoderKLHunyuanVideo, module))
+
+
+def load_hunyuan_text_encoder(base: Path, dtype: torch.dtype) -> HunyuanTextEncoder:
+    """Llama and CLIP with their tokenizers, in the folder `base` of HunyuanVideo."""
+    llama, clip = load_llama(base / "text_encoder", dtype), load_clip(base / "text_encoder_2", dtype)
+    return HunyuanTextEncoder(
+        llama, load_llama_tokenizer(base / "tokenizer"), clip, load_tokenizer(base / "tokenizer_2")
+    )
+
+
+def load_llama(folder: Path, dtype: torch.dtype) -> LlamaModel:
+    """The Llama in `folder`, without what would predict the next token."""
+    sizes = read_config(folder / "config.json") | {"use_cache": False}
+    rotary: dict[str, Tensor] = {}
+
+    def build() -> LlamaModel:
+        config = LlamaConfig(**sizes)
+        with torch.device("cpu"):
+            rotary.update(LlamaRotaryEmbedding(config).named_buffers(prefix="rotary_emb"))
+        return LlamaModel(config)
+
+    return cast(LlamaModel, load_model(build, read_tensors(folder), folder, dtype, LLAMA, buffers=rotary))
+
+
+def load_clip(folder: Path, dtype: torch.dtype) -> CLIPTextModel:
+    """The CLIP text encoder in `folder`."""
+    sizes = read_config(folder / "config.json")
+    positions: dict[str, Tensor] = {}
+
+    def build() -> CLIPTextModel:
+        config = CLIPTextConfig(**sizes)
+        with torch.device("cpu"):
+            positions["embeddings.position_ids"] = torch.arange(config.max_position_embeddings)[None]
+        return CLIPTextModel(config)
+
+    return cast(CLIPTextModel, load_model(build, read_tensors(folder), folder, dtype, CLIP, buffers=positions))
+
+
+def load_llama_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The Llama's tokenizer in `folder`, as its file says it is.
+
+    It is a Llama 3's, of bytes, while its config names the class of Llama 2's. transformers 5 believes the name and
+    puts that one's rules in the place of the file's: most prompts would get other tokens.
+    """
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the tokenizers library raises nothing more special
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read ({error}); download it again") from error

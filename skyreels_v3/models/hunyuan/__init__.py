@@ -1,0 +1,1 @@
+"""HunyuanVideo, the networks that SkyReels V1 is made of."""

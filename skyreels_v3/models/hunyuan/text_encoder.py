@@ -1,0 +1,63 @@
+"""HunyuanVideo's text encoders: a Llama's states of the prompt's tokens, and a CLIP's summary of it.
+
+The Llama is told to describe a video in detail; what the transformer gets are the states of the prompt alone, behind
+that request. Request, cut and layer are the library's: its pipeline encodes, with these encoders and nothing else in
+it. It pads to 256 tokens and says which are real. The padding is behind the prompt and attended to by nothing, so it
+is left out here, and attention needs no mask.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from diffusers import HunyuanVideoPipeline
+from torch import Tensor, nn
+from transformers import CLIPTextModel, LlamaModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+MAX_TOKENS = 256
+
+
+class HunyuanTextEncoder:
+    """A prompt to what the transformer is told of it: each token's state, and one row for all of them."""
+
+    def __init__(
+        self,
+        llama: LlamaModel,
+        tokenizer: PreTrainedTokenizerBase,
+        clip: CLIPTextModel,
+        clip_tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self.module = nn.ModuleDict({"llama": llama, "clip": clip})
+        self.tokenizer = tokenizer
+        others: dict[str, Any] = {"transformer": None, "vae": None, "scheduler": None}
+        self.pipeline = HunyuanVideoPipeline(
+            text_encoder=llama, tokenizer=tokenizer, text_encoder_2=clip, tokenizer_2=clip_tokenizer, **others
+        )
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The Llama's layers, which may come one after the other."""
+        return cast(Sequence[nn.Module], self.module["llama"].layers)
+
+    def encode(self, prompt: str) -> dict[str, Tensor]:
+        """What is kept of a prompt: all that it is encoded as."""
+        return self(prompt)
+
+    @torch.inference_mode()
+    def __call__(self, prompt: str) -> dict[str, Tensor]:
+        """Context (1, L, D) of the prompt's tokens and `pooled` (1, P), on the modules' device."""
+        self.warn_of_length(prompt)
+        device = self.module["llama"].embed_tokens.weight.device
+        states, pooled, mask = self.pipeline.encode_prompt(prompt, device=device, max_sequence_length=MAX_TOKENS)
+        return {"context": states[:, : int(mask.sum())], "pooled": pooled}
+
+    def warn_of_length(self, prompt: str) -> None:
+        """Say so when the end of a prompt is not used."""
+        length = len(self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids)
+        if length > MAX_TOKENS:
+            logger.warning("the prompt has %d tokens; only the first %d are used", length, MAX_TOKENS)

@@ -1,0 +1,113 @@
+"""HunyuanVideo's text encoders on the toy model, against stock pipelines with stock models of the same files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from diffusers import HunyuanSkyreelsImageToVideoPipeline, HunyuanVideoPipeline
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from transformers import AutoTokenizer, CLIPTextModel, LlamaModel
+
+from skyreels_v3.checkpoints.hunyuan import load_hunyuan_text_encoder, load_llama_tokenizer
+from skyreels_v3.checkpoints.tiny_hunyuan import write_hunyuan
+from skyreels_v3.models.hunyuan.text_encoder import HunyuanTextEncoder
+
+LONG = "A small wooden boat with a torn red sail drifts across the calm lake at dawn, followed by two white swans."
+PROMPTS = ["", "FPS-24, A fox runs.", "Two lines,\n\nand {braces} in\u00e9dites: <video>!", LONG]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hunyuan")
+    write_hunyuan(folder, 16)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(root) -> HunyuanTextEncoder:
+    return load_hunyuan_text_encoder(root, torch.float32)
+
+
+@pytest.fixture(scope="module", params=[HunyuanVideoPipeline, HunyuanSkyreelsImageToVideoPipeline])
+def stock(request, root):
+    return request.param(
+        text_encoder=LlamaModel.from_pretrained(root / "text_encoder"),
+        tokenizer=AutoTokenizer.from_pretrained(root / "tokenizer"),
+        text_encoder_2=CLIPTextModel.from_pretrained(root / "text_encoder_2"),
+        tokenizer_2=AutoTokenizer.from_pretrained(root / "tokenizer_2"),
+        transformer=None, vae=None, scheduler=None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@torch.inference_mode()
+def test_it_is_the_librarys_encoding(encoder, stock, prompt, capsys):
+    states, pooled, mask = stock.encode_prompt(prompt)
+    made = encoder.encode(prompt)
+    assert made.keys() == {"context", "pooled"}
+    assert mask.sum() < 256 and not mask[:, int(mask.sum()) :].any()
+    torch.testing.assert_close(made["context"], states[:, : int(mask.sum())], atol=1e-6, rtol=0)
+    torch.testing.assert_close(made["pooled"], pooled, atol=1e-6, rtol=0)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_request_has_as_many_tokens_as_are_cut_off(encoder):
+    before, _, behind = DEFAULT_PROMPT_TEMPLATE["template"].partition("{}")
+    ids = encoder.tokenizer(before).input_ids
+    assert len(ids) == DEFAULT_PROMPT_TEMPLATE["crop_start"]
+    assert encoder.tokenizer.decode(ids) == f"<|begin_of_text|>{before}"
+    whole = encoder.tokenizer(f"{before}A fox{behind}").input_ids
+    assert whole[: len(ids)] == ids and len(whole) == len(ids) + len("A fox") + 1
+    assert encoder("A fox")["context"].shape == (1, len("A fox") + 1, 32)
+
+
+def test_prompts_differ(encoder):
+    fox, ox = encoder("A red fox"), encoder("A red ox.")
+    assert fox["context"].shape == ox["context"].shape
+    changed = (fox["context"] - ox["context"])[0].abs().amax(dim=-1)
+    assert torch.equal(changed[:6], torch.zeros(6))  # causal: up to the first letter that differs
+    assert changed[6:].min() > 0.01
+    assert (fox["pooled"] - ox["pooled"]).abs().max() > 0.01
+
+
+def test_long_prompts(encoder, caplog, capsys):
+    with caplog.at_level(logging.WARNING):
+        assert encoder("x" * 256)["context"].shape == (1, 256, 32)
+    assert "are used" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        assert encoder("x" * 257)["context"].shape == (1, 256, 32)
+    assert "the prompt has 257 tokens; only the first 256 are used" in caplog.text
+    assert capsys.readouterr().out == ""
+
+
+def test_the_llamas_layers_are_its_blocks(encoder):
+    assert len(encoder.blocks) == 3
+    owned = {id(parameter) for parameter in encoder.module.parameters()}
+    assert {id(parameter) for block in encoder.blocks for parameter in block.parameters()} < owned
+    for model in (encoder.pipeline.text_encoder, encoder.pipeline.text_encoder_2):
+        assert {id(parameter) for parameter in model.parameters()} < owned
+
+
+def test_bfloat16_stays_close(root, encoder):
+    half = load_hunyuan_text_encoder(root, torch.bfloat16)(LONG)
+    for name, exact in encoder(LONG).items():
+        assert half[name].dtype == torch.bfloat16
+        assert not half[name].requires_grad
+        assert (half[name] - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+def test_the_tokenizers_file_counts_and_not_its_class(root, encoder, tmp_path, name):
+    """The published tokenizer is a Llama 3's under the name of Llama 2's."""
+    shutil.copytree(root / "tokenizer", tmp_path / "tokenizer")
+    config = json.loads((root / "tokenizer" / "tokenizer_config.json").read_text())
+    text = json.dumps(config | {"tokenizer_class": name, "legacy": True, "add_prefix_space": None})
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(text)
+    tokenizer = load_llama_tokenizer(tmp_path / "tokenizer")
+    for prompt in PROMPTS:
+        expected = encoder.tokenizer(prompt, padding="max_length", max_length=300)
+        assert tokenizer(prompt, padding="max_length", max_length=300).input_ids == expected.input_ids

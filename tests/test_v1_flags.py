@@ -1,0 +1,192 @@
+"""SkyReels V1's command line: its flags, what they stand for here, and what cannot work."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from skyreels_v3.cli import parse_flags, parse_request
+from skyreels_v3.errors import UserError
+from skyreels_v3.preflight import free_name
+from skyreels_v3.tasks import task_spec
+from tests.conftest import Case, bad, check_refused
+
+ROOT = Path(__file__).resolve().parent.parent
+T2V = ["--task_type", "t2v", "--prompt", "FPS-24, A cat"]
+I2V = ["--task_type", "i2v", "--prompt", "FPS-24, A cat", "--image", "cat.webp"]
+TOY = ["--model_id", "tiny", "--device", "cpu"]
+
+
+def test_the_published_defaults():
+    request = parse_request(T2V)
+    assert request.model_id == "Skywork/SkyReels-V1-Hunyuan-T2V"
+    assert request.task.base_model_id == "hunyuanvideo-community/HunyuanVideo"
+    assert (request.height, request.width, request.frames_out, request.task.fps) == (544, 960, 97, 24)
+    assert (request.num_inference_steps, request.guidance_scale, request.embedded_guidance_scale) == (30, 6.0, 1.0)
+    assert request.negative_prompt.startswith("Aerial view")
+    assert request.shift is None
+    assert parse_request(I2V).model_id == "Skywork/SkyReels-V1-Hunyuan-I2V"
+    assert parse_request(I2V).height is None  # the picture's shape says
+
+
+def test_every_flag_of_v1_is_taken():
+    request = parse_request([
+        "--task_type", "i2v", "--model_id", "a/b", "--outdir", "films", "--guidance_scale", "5", "--num_frames", "49",
+        "--num_inference_steps", "20", "--seed", "3", "--prompt", "FPS-24, A cat", "--negative_prompt", "blur",
+        "--height", "720", "--width", "720", "--gpu_num", "4", "--video_num", "2", "--image", "cat.webp",
+        "--embedded_guidance_scale", "2", "--fps", "30", "--quant", "--offload", "--high_cpu_memory",
+        "--parameters_level", "--compiler_transformer", "--sequence_batch",
+    ])  # fmt: skip
+    assert (request.model_id, request.outdir, request.guidance_scale, request.frames_out) == ("a/b", "films", 5.0, 49)
+    assert (request.num_inference_steps, request.seed, request.negative_prompt) == (20, 3, "blur")
+    assert (request.height, request.width, request.video_num, request.image) == (720, 720, 2, "cat.webp")
+    assert (request.embedded_guidance_scale, request.task.fps) == (2.0, 30)
+    assert (request.quant, request.memory, request.high_cpu_memory, request.compile) == ("fp8", "stream", True, True)
+    assert request.use_usp  # by --gpu_num
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--quant"], {"quant": "fp8", "memory": "auto"}),
+        (["--quant", "fp8_dynamic"], {"quant": "fp8_dynamic"}),
+        (["--offload"], {"memory": "offload", "quant": None}),
+        (["--offload", "--parameters_level"], {"memory": "stream", "quant": None}),
+        (["--low_vram"], {"memory": "stream", "quant": "fp8"}),
+        (["--low_vram", "--quant", "fp8_dynamic"], {"memory": "stream", "quant": "fp8_dynamic"}),
+        (["--compiler_transformer"], {"compile": True}),
+        (["--sequence_batch"], {}),
+        (["--duration", "2"], {"frames_out": 49}),
+        (["--fps", "10", "--duration", "3"], {"frames_out": 29}),
+        (["--no_riflex"], {"no_riflex": True}),
+    ],
+)
+def test_what_flags_stand_for(flags, expected):
+    request = parse_request([*T2V, *flags])
+    assert {name: getattr(request, name) for name in expected} == expected
+
+
+def test_shorthands_are_recorded_as_what_they_stand_for():
+    flags = parse_request([*T2V, "--quant", "--offload", "--parameters_level", "--compiler_transformer"]).flags
+    assert flags["quant"] == "fp8" and flags["compile"] is True
+    assert not {"offload", "parameters_level", "compiler_transformer", "memory"} & flags.keys()
+
+
+def test_the_prefix_is_added_when_it_is_missing(caplog):
+    with caplog.at_level(logging.INFO):
+        assert parse_request(["--task_type", "t2v", "--prompt", "A cat"]).prompt == "FPS-24, A cat"
+    assert "FPS-24" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert parse_request(T2V).prompt == "FPS-24, A cat"
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(("given", "made"), [(100, 97), (97, 97), (2, 1), (5, 5), (99, 97)])
+def test_frames_are_rounded_as_the_library_does(given, made, caplog):
+    request = parse_request([*T2V, "--num_frames", str(given)])
+    assert request.frames_out == made
+    assert (f"{given} becomes {made}" in caplog.text) == (given != made)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((1920, 1080), (544, 960)), ((800, 810), (720, 720)), ((600, 900), (960, 544))]
+)
+def test_the_size_is_that_of_the_pictures_shape(main, tmp_path, size, expected):
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    code, out, _ = main("--task_type", "i2v", "--prompt", "a", "--image", "a.png", "--dry_run")
+    assert code == 0
+    assert f"{expected[1]} x {expected[0]}, 97 new frames at 24 fps" in out
+
+
+def test_several_videos_have_seeds_that_follow():
+    videos = [*parse_request([*T2V, "--seed", "7", "--video_num", "3"]).videos()]
+    assert [(video.seed, video.number, video.flags["seed"]) for video in videos] == [(7, 0, 7), (8, 1, 8), (9, 2, 9)]
+
+
+def test_names_in_outdir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompt = "FPS-24, A/B: a cat " + "\u732b" * 200
+    request = parse_request(["--task_type", "t2v", "--prompt", prompt, "--outdir", "films", "--seed", "5"])
+    name = free_name(request)
+    assert name.parent == Path("results/films")
+    assert name.name.startswith("FPS-24, AB a cat \u732b") and name.name.endswith("_5_0.mp4")
+    name.parent.mkdir(parents=True)
+    name.touch()  # a name that the file system takes
+    assert free_name(request).name.endswith("_5_0-2.mp4")
+
+
+@pytest.mark.parametrize(
+    ("text", "method", "threshold"),
+    [("fbcache", "fbcache", None), ("magcache:0.1", "magcache", 0.1), ("teacache:0", "teacache", 0.0)],
+)
+def test_cache(text, method, threshold):
+    cache = parse_request([*T2V, "--cache", text]).cache
+    assert cache is not None and cache.method == method
+    assert cache.threshold > 0 if threshold is None else cache.threshold == threshold
+
+
+def test_gpu_num_of_jobs_is_no_usp():
+    assert "use_usp" not in parse_flags(["--gpu_num", "2", "--jobs", "a.jsonl"])
+    assert parse_flags([*T2V, "--gpu_num", "2"])["use_usp"]
+
+
+BAD = [
+    Case("i2v-no-image", T2V[2:] + ["--task_type", "i2v"], "--image", "missing", "picture that the video begins with"),
+    Case("cache-few-steps", [*T2V, "--cache", "fbcache", "--num_inference_steps", "8"], "--cache", "8 steps", "12 or"),
+    Case(
+        "cache-v3", ["--task_type", "reference_to_video", "--ref_imgs", "a.png", "--prompt", "a", "--cache", "fbcache"],
+        "--cache", "fbcache", "give --num_inference_steps",
+    ),
+    bad(T2V, "--cache", "bestcache", "give fbcache, teacache, magcache"),
+    bad(T2V, "--cache", "fbcache:much", "such as fbcache:0.1"),
+    bad(T2V, "--cache", "fbcache:-1", "such as fbcache:0.1"),
+    bad(T2V, "--num_frames", "401", "up to 385 frames"),
+    bad(T2V, "--height", "540", "give 528 or 544"),
+    bad(T2V, "--image", "cat.webp", "does not take it"),
+    bad(T2V, "--resolution", "540P", "does not take it"),
+    bad(T2V, "--fps", "0", "out of range"),
+    bad(T2V, "--gpu_num", "0", "out of range"),
+    bad(T2V, "--quant", "int8", "choose fp8 or fp8_dynamic"),
+    bad(T2V, "--outdir", " ", "no name of a folder", "an empty value", name="blank"),
+    bad([*T2V, "--device", "cpu"], "--base_model_id", "no such/thing", "neither a folder nor a hub id"),
+    Case("parameters-alone", [*T2V, "--parameters_level"], "--parameters_level", "how to offload", "add --offload"),
+    Case("both", [*T2V, "--outdir", "a", "--output", "b.mp4"], "--output", "conflicts", "give one"),
+    Case(
+        "several-one-output", [*T2V, "--video_num", "2", "--output", "b.mp4"], "--output", "is for one video", "--outdir"
+    ),
+    Case("other-task", [*T2V, "--model_id", "Skywork/SkyReels-V1-Hunyuan-I2V", "--device", "cpu"],
+         "--model_id", "checkpoint of i2v", "needs Skywork/SkyReels-V1-Hunyuan-T2V"),
+    Case("v3-fps", ["--task_type", "reference_to_video", "--ref_imgs", "a.png", "--prompt", "a", "--fps", "30"],
+         "--fps", "30", "does not take it"),
+    Case("missing-image", [*I2V, "--device", "cpu", "--gpu_num", "4"], "--image", "cat.webp", "check the path"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda case: case.name)
+def test_bad_requests(case, refuse):
+    check_refused(case, refuse)
+
+
+def test_the_old_name_is_the_same_command():
+    command = [sys.executable, str(ROOT / "video_generate.py"), *T2V, *TOY, "--dry_run"]
+    made = subprocess.run(command, capture_output=True, text=True, check=True)
+    again = subprocess.run(
+        [*command[:1], str(ROOT / "generate_video.py"), *command[2:]], capture_output=True, text=True, check=True
+    )
+    lines = [run.stdout.splitlines()[:-1] for run in (made, again)]  # the output's name has the time
+    assert lines[0] == lines[1] and lines[0]
+
+
+def test_a_seed_that_leaves_no_room_for_the_others():
+    with pytest.raises(UserError, match="--seed"):
+        parse_request([*T2V, "--video_num", "3", "--seed", str(2**63 - 1)])
+
+
+def test_the_spec_says_what_it_is_for():
+    assert task_spec("t2v").kinds == {"hunyuan"} and task_spec("i2v").kinds == {"hunyuan", "image"}
