@@ -39,6 +39,8 @@ boat = {"input_video": str(ASSETS / "boat.mp4"), "prompt": "a boat", "seed": 7}
 cut = boat | {"task_type": "shot_switching_extension", "duration": 2}
 shot = boat | {"task_type": "single_shot_extension", "duration": 5}
 talk = {"task_type": "talking_avatar", "input_image": str(ASSETS / "portrait.png"), "prompt": "a woman"}
+cat = {"task_type": "t2v", "num_frames": 5, "prompt": "a cat"}  # guided, 2 terms
+comes = cat | {"task_type": "i2v", "image": str(ASSETS / "fox.png"), "guidance_scale": 1}
 JOBS: dict[str, dict[str, Any]] = {
     "fox-odd": fox | ODD,
     "fox-even": fox | EVEN,
@@ -51,9 +53,13 @@ JOBS: dict[str, dict[str, Any]] = {
     "talk-odd": talk | ODD | {"input_audio": "one.wav"},
     "talk-even": talk | EVEN | {"input_audio": "one.wav", "audio_guidance_scale": 2, "text_guidance_scale": 2},
     "two-odd": talk | ODD | {"input_audio": "one.wav,two.wav"},
+    "cat-odd": cat | ODD,
+    "cat-cached": cat | EVEN | {"num_inference_steps": 12, "cache": "fbcache:0.2"},
+    "comes-odd": comes | ODD,
 }
-QUICK = ("fox-odd", "cut-odd", "shot-odd", "talk-odd")
-GUIDED = ("guided-odd", "cut-even", "talk-even")
+QUICK = ("fox-odd", "cut-odd", "shot-odd", "talk-odd", "comes-odd")
+GUIDED = ("guided-odd", "cut-even", "talk-even", "cat-odd")
+V1 = ("cat-odd", "comes-odd", "cat-cached")
 
 pytestmark = pytest.mark.slow
 
@@ -127,8 +133,9 @@ def compare(made: dict[str, Made], expected: dict[str, Made]) -> None:
 WAYS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...], str]] = {
     "2 by Ulysses": (2, (), tuple(JOBS), "ring 1 x Ulysses 2"),
     "2 by a ring, read by one": (2, ("--ring_degree", "2", "--broadcast_weights"), QUICK, "ring 2 x Ulysses 1"),
-    "3, weights divided": (3, ("--shard_weights",), (*QUICK, "two-odd", "fox-least"), "ring 3 x Ulysses 1"),
+    "3, weights divided": (3, ("--shard_weights",), (*QUICK, "two-odd", "fox-least", "cat-odd"), "ring 3 x Ulysses 1"),
     "4 by both, streamed": (4, ("--ring_degree", "2", "--memory", "stream"), QUICK, "ring 2 x Ulysses 2"),
+    "2 by Ulysses, all terms": (2, ("--cfg_degree", "1"), V1, "guidance 1 x ring 1 x Ulysses 2"),
     "4, guidance by 2": (4, ("--cfg_degree", "2", "--offload"), GUIDED, "guidance 2 x ring 1 x Ulysses 2"),
     "3, guidance by 3": (3, (), ("guided-odd",), "guidance 3 x ring 1 x Ulysses 1"),
 }

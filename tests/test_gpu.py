@@ -26,7 +26,10 @@ TASKS = {
     "single_shot_extension": ("--input_video", ASSETS / "boat.mp4"),
     "shot_switching_extension": ("--input_video", ASSETS / "boat.mp4", "--duration", 2),
     "talking_avatar": ("--input_image", ASSETS / "portrait.png", "--input_audio", ASSETS / "speech.mp3"),
+    "t2v": ("--num_frames", 9),
+    "i2v": ("--image", ASSETS / "fox.png", "--num_frames", 9),
 }
+MODELS = ("reference_to_video", "t2v")  # a task of each kind of transformer
 
 
 def latents(generate, folder: Path, task: str, name: str, *arguments: object) -> np.ndarray:
@@ -84,8 +87,8 @@ def test_the_same_video(generate, tmp_path, task):
     np.testing.assert_array_equal(offloaded, on_gpu)
 
 
-def test_bfloat16_by_default(generate, tmp_path):
-    task = "reference_to_video"
+@pytest.mark.parametrize("task", MODELS)
+def test_bfloat16_by_default(generate, tmp_path, task):
     exact = latents(generate, tmp_path, task, "exact", "--device", "cuda", "--dtype", "float32")
     made = latents(generate, tmp_path, task, "made", "--device", "cuda")
     assert np.abs(made - exact).mean() < 0.1 * exact.std()
@@ -98,6 +101,7 @@ MODES = {
     "offload": ("--offload",),
     "stream": ("--memory", "stream"),
     "stream, one stays": ("--memory", "stream", "--stream_blocks", 1),
+    "stream, pinned whatever it takes": ("--offload", "--parameters_level", "--high_cpu_memory"),
 }
 
 
@@ -129,11 +133,11 @@ def test_fp8(generate, tmp_path, task, flags):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_attention_kernels(generate, tmp_path, kernel):
-    """The toy's head size, 24, is not one that every kernel takes; then it must be refused by name."""
+@pytest.mark.parametrize("task", MODELS)
+def test_attention_kernels(generate, tmp_path, task, kernel):
+    """The toys' head sizes, 24 and 16, are not ones that every kernel takes; then it must be refused by name."""
     if not is_installed(kernel):
         pytest.skip("not installed")
-    task = "reference_to_video"
     plain = latents(generate, tmp_path, task, "plain", *CUDA, "--attention", "sdpa")
     argv = ("--task_type", task, "--model_id", "tiny", "--prompt", "A boat", "--height", 64, "--width", 96)
     files = ("--output", tmp_path / "made.mp4", "--save_latents", tmp_path / "made.safetensors")
@@ -146,8 +150,8 @@ def test_attention_kernels(generate, tmp_path, kernel):
     assert np.abs(made - plain).mean() < 0.1 * plain.std()
 
 
-def test_compiled_blocks(generate, tmp_path):
-    task = "reference_to_video"
+@pytest.mark.parametrize("task", [*MODELS, "i2v"])
+def test_compiled_blocks(generate, tmp_path, task):
     plain = latents(generate, tmp_path, task, "plain", *CUDA)
     for number, flags in enumerate([(), ("--memory", "stream"), ("--quant", "fp8")]):
         made = latents(generate, tmp_path, task, f"compiled-{number}", *CUDA, "--compile", *flags)

@@ -147,7 +147,7 @@ BAD = [
     bad(T2V, "--cache", "fbcache:much", "such as fbcache:0.1"),
     bad(T2V, "--cache", "fbcache:-1", "such as fbcache:0.1"),
     bad(T2V, "--num_frames", "401", "up to 385 frames"),
-    bad(T2V, "--height", "540", "give 528 or 544"),
+    bad([*T2V, "--width", "960"], "--height", "540", "give 528 or 544"),
     bad(T2V, "--image", "cat.webp", "does not take it"),
     bad(T2V, "--resolution", "540P", "does not take it"),
     bad(T2V, "--fps", "0", "out of range"),
@@ -157,9 +157,7 @@ BAD = [
     bad([*T2V, "--device", "cpu"], "--base_model_id", "no such/thing", "neither a folder nor a hub id"),
     Case("parameters-alone", [*T2V, "--parameters_level"], "--parameters_level", "how to offload", "add --offload"),
     Case("both", [*T2V, "--outdir", "a", "--output", "b.mp4"], "--output", "conflicts", "give one"),
-    Case(
-        "several-one-output", [*T2V, "--video_num", "2", "--output", "b.mp4"], "--output", "is for one video", "--outdir"
-    ),
+    Case("several", [*T2V, "--video_num", "2", "--output", "b.mp4"], "--output", "is for one video", "--outdir"),
     Case("other-task", [*T2V, "--model_id", "Skywork/SkyReels-V1-Hunyuan-I2V", "--device", "cpu"],
          "--model_id", "checkpoint of i2v", "needs Skywork/SkyReels-V1-Hunyuan-T2V"),
     Case("v3-fps", ["--task_type", "reference_to_video", "--ref_imgs", "a.png", "--prompt", "a", "--fps", "30"],

@@ -15,6 +15,7 @@ import logging
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ from torch import Tensor, nn
 from skyreels_v3.checkpoints.hub import LORA_CONFIG, LoraError, check_lora_file, lora_errors, read_json
 from skyreels_v3.checkpoints.key_maps import NATIVE_TRANSFORMER, KeyMap, translate
 from skyreels_v3.checkpoints.load import check_keys, name_some, read_safetensors
+from skyreels_v3.models.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
 
 logger = logging.getLogger(__name__)
 
+Transformer = SkyReelsTransformer3DModel | HunyuanTransformer3DModel
 State = dict[str, Tensor]
 Layers = dict[str, dict[str, Tensor]]  # a file's layers, as it calls them, with A, B and alpha
 
@@ -39,9 +42,46 @@ ENTRY = re.compile(
     r"\.(?:(?:(?P<A>lora_A|lora_down|lora\.down)|(?P<B>lora_B|lora_up|lora\.up))(?:\.\w+)?\.weight|alpha)"
 )
 TEXT_ENCODER = re.compile(r"(?:base_model\.model\.)?(?:text_encoder|lora_te)\w*(?:\..+)?")
-# The groups that stand for a parameter's name can only be this one, or k would match k_img.
-FLAT_TRANSFORMER: KeyMap = tuple(
-    (pattern.replace("(.+)", "(weight)").replace(r"\.", "_"), target) for pattern, target in NATIVE_TRANSFORMER
+
+# HunyuanVideo's own names of linear layers -> HunyuanTransformer3DModel. `final_layer.adaLN_modulation.1` is not among
+# them: its halves, shift and scale, come in the other order there.
+_DOUBLE, _SINGLE = r"double_blocks\.(\d+)\.", r"single_blocks\.(\d+)\."
+_REFINER = r"txt_in\.individual_token_refiner\.blocks\.(\d+)\."
+_REFINED = r"context_embedder.token_refiner.refiner_blocks.\1."
+FEED = "proj_mlp"  # what is stacked below queries, keys and values in the blocks of one kind
+NATIVE_HUNYUAN: KeyMap = (
+    (r"time_in\.mlp\.0\.(.+)", r"time_text_embed.timestep_embedder.linear_1.\1"),
+    (r"time_in\.mlp\.2\.(.+)", r"time_text_embed.timestep_embedder.linear_2.\1"),
+    (r"guidance_in\.mlp\.0\.(.+)", r"time_text_embed.guidance_embedder.linear_1.\1"),
+    (r"guidance_in\.mlp\.2\.(.+)", r"time_text_embed.guidance_embedder.linear_2.\1"),
+    (r"vector_in\.in_layer\.(.+)", r"time_text_embed.text_embedder.linear_1.\1"),
+    (r"vector_in\.out_layer\.(.+)", r"time_text_embed.text_embedder.linear_2.\1"),
+    (r"txt_in\.input_embedder\.(.+)", r"context_embedder.proj_in.\1"),
+    (r"txt_in\.t_embedder\.mlp\.0\.(.+)", r"context_embedder.time_text_embed.timestep_embedder.linear_1.\1"),
+    (r"txt_in\.t_embedder\.mlp\.2\.(.+)", r"context_embedder.time_text_embed.timestep_embedder.linear_2.\1"),
+    (r"txt_in\.c_embedder\.linear_([12])\.(.+)", r"context_embedder.time_text_embed.text_embedder.linear_\1.\2"),
+    (_REFINER + r"self_attn_qkv\.(.+)", tuple(_REFINED + rf"attn.to_{part}.\2" for part in "qkv")),
+    (_REFINER + r"self_attn_proj\.(.+)", _REFINED + r"attn.to_out.0.\2"),
+    (_REFINER + r"mlp\.fc1\.(.+)", _REFINED + r"ff.net.0.proj.\2"),
+    (_REFINER + r"mlp\.fc2\.(.+)", _REFINED + r"ff.net.2.\2"),
+    (_REFINER + r"adaLN_modulation\.1\.(.+)", _REFINED + r"norm_out.linear.\2"),
+    (_DOUBLE + r"img_attn_qkv\.(.+)", tuple(rf"transformer_blocks.\1.attn.to_{part}.\2" for part in "qkv")),
+    (_DOUBLE + r"txt_attn_qkv\.(.+)", tuple(rf"transformer_blocks.\1.attn.add_{part}_proj.\2" for part in "qkv")),
+    (_DOUBLE + r"img_attn_proj\.(.+)", r"transformer_blocks.\1.attn.to_out.0.\2"),
+    (_DOUBLE + r"txt_attn_proj\.(.+)", r"transformer_blocks.\1.attn.to_add_out.\2"),
+    (_DOUBLE + r"img_mod\.linear\.(.+)", r"transformer_blocks.\1.norm1.linear.\2"),
+    (_DOUBLE + r"txt_mod\.linear\.(.+)", r"transformer_blocks.\1.norm1_context.linear.\2"),
+    (_DOUBLE + r"img_mlp\.fc1\.(.+)", r"transformer_blocks.\1.ff.net.0.proj.\2"),
+    (_DOUBLE + r"img_mlp\.fc2\.(.+)", r"transformer_blocks.\1.ff.net.2.\2"),
+    (_DOUBLE + r"txt_mlp\.fc1\.(.+)", r"transformer_blocks.\1.ff_context.net.0.proj.\2"),
+    (_DOUBLE + r"txt_mlp\.fc2\.(.+)", r"transformer_blocks.\1.ff_context.net.2.\2"),
+    (
+        _SINGLE + r"linear1\.(.+)",
+        tuple(rf"single_transformer_blocks.\1.{part}.\2" for part in ("attn.to_q", "attn.to_k", "attn.to_v", FEED)),
+    ),
+    (_SINGLE + r"linear2\.(.+)", r"single_transformer_blocks.\1.proj_out.\2"),
+    (_SINGLE + r"modulation\.linear\.(.+)", r"single_transformer_blocks.\1.norm.linear.\2"),
+    (r"final_layer\.linear\.(.+)", r"proj_out.\1"),
 )
 
 HEADER_ENTRY = "lora_adapter_metadata"  # diffusers' place for PEFT's settings
@@ -49,8 +89,11 @@ UNSUPPORTED_SETTINGS = ("use_dora", "use_rslora", "use_qalora", "alora_invocatio
 PLAIN_INITIALISATIONS = ("gaussian", "eva", "orthogonal")  # the others take something out of the base weights
 
 
-def read_lora(source: Path) -> State:
+def read_lora(source: Path, native: KeyMap = NATIVE_TRANSFORMER) -> State:
     """A LoRA under the transformer's names, alpha / rank folded into B.
+
+    Args:
+        native: from the names of the official code's transformer, which are taken as well.
 
     Returns:
         A (rank, in) as `LAYER.lora_A.weight` and B (out, rank) as `LAYER.lora_B.weight`, each layer with its own rank.
@@ -67,7 +110,7 @@ def read_lora(source: Path) -> State:
         settings = read_settings(source, any(key.startswith(PEFT_PREFIX) for key in tensors))
         state: State = {}
         for layer, parts in layers.items():
-            pairs = model_pairs(layer, parts, alpha_of(layer, parts, settings, source), source)
+            pairs = model_pairs(layer, parts, alpha_of(layer, parts, settings, source), source, native)
             if twice := state.keys() & pairs.keys():
                 raise LoraError(f"{source} holds more than one LoRA of {name_some(twice)}; give a file with one")
             state.update(pairs)
@@ -117,33 +160,52 @@ def is_pair(down: Tensor, up: Tensor) -> bool:
     return down.ndim == up.ndim == 2 and up.shape[1] == down.shape[0] > 0
 
 
-def model_pairs(layer: str, parts: Mapping[str, Tensor], alpha: float | None, source: Path) -> State:
+def model_pairs(layer: str, parts: Mapping[str, Tensor], alpha: float | None, source: Path, native: KeyMap) -> State:
     """A file's layer under the model's names; the LoRA of stacked weights is one for each of them, A in common."""
     down, up = parts["A"], parts["B"]
-    names = model_names(layer, source)
-    if up.shape[0] % len(names) or not up.shape[0]:
+    names = model_names(layer, source, native)
+    rows = shares(names, down, up)
+    if sum(rows) != up.shape[0] or min(rows) < 1:
         raise LoraError(f"{source}: wrong shape {layer} (B {list(up.shape)}, which is to be {len(names)} weights)")
     if alpha is not None and alpha != down.shape[0]:
         up = up.float() * (alpha / down.shape[0])
     pairs = {f"{name}.lora_A.weight": down for name in names}
-    return pairs | {f"{name}.lora_B.weight": part for name, part in zip(names, up.chunk(len(names)), strict=True)}
+    return pairs | {f"{name}.lora_B.weight": part for name, part in zip(names, up.split(rows), strict=True)}
 
 
-def model_names(layer: str, source: Path) -> tuple[str, ...]:
+def shares(names: Sequence[str], down: Tensor, up: Tensor) -> list[int]:
+    """How many of B's rows are of each of the layers that are stacked: of all as many, but for a feed-forward layer.
+
+    That one is last and has what is left by queries, keys and values, each as wide as what they are made of.
+    """
+    first, rows = len(names) - 1, up.shape[0]
+    if names[-1].endswith(f".{FEED}"):
+        return [*[down.shape[1]] * first, rows - first * down.shape[1]]
+    return [rows // len(names)] * len(names)
+
+
+def model_names(layer: str, source: Path, native: KeyMap) -> tuple[str, ...]:
     """Our names of a file's layer: of a native one from the key map, flat or not; any other is taken for ours."""
-    flat = layer.startswith(FLAT_PREFIX)
+    is_flat = layer.startswith(FLAT_PREFIX)
     try:
-        if flat:
-            target = translate(f"{layer.removeprefix(FLAT_PREFIX)}_weight", FLAT_TRANSFORMER)
+        if is_flat:
+            target = translate(f"{layer.removeprefix(FLAT_PREFIX)}_weight", flat(native))
         else:
-            target = translate(f"{layer}.weight", NATIVE_TRANSFORMER)
+            target = translate(f"{layer}.weight", native)
     except KeyError as error:
-        if flat:
+        if is_flat:
             raise LoraError(f"{source} does not fit its model: unexpected keys {layer}") from error
         return (layer,)
-    assert target is not None, "every weight of the native transformer is one of ours"
+    assert target is not None, "every weight of a native transformer is one of ours"
     targets = (target,) if isinstance(target, str) else target
     return tuple(name.removesuffix(".weight") for name in targets)
+
+
+@cache
+def flat(native: KeyMap) -> KeyMap:
+    """The key map of the same names with underscores for their dots."""
+    # The groups that stand for a parameter's name can only be this one, or k would match k_img.
+    return tuple((pattern.replace("(.+)", "(weight)").replace(r"\.", "_"), target) for pattern, target in native)
 
 
 def alpha_of(layer: str, parts: Mapping[str, Tensor], settings: Mapping[str, Any], source: Path) -> float | None:
@@ -202,7 +264,7 @@ def check_settings(settings: Mapping[str, Any], source: Path) -> None:
 
 
 @torch.no_grad()
-def apply_loras(model: SkyReelsTransformer3DModel, loras: Sequence[tuple[Path, float]], fuse: bool) -> None:
+def apply_loras(model: Transformer, loras: Sequence[tuple[Path, float]], fuse: bool) -> None:
     """Add LoRAs to a model; several on one layer add up. All at once: a model takes them one time.
 
     The model's tensors are neither written to nor copied, but for the weights that fusing replaces.
@@ -215,9 +277,10 @@ def apply_loras(model: SkyReelsTransformer3DModel, loras: Sequence[tuple[Path, f
         CheckpointError: a file that cannot be read, or with a layer or a shape that the model does not have.
     """
     assert not getattr(model, "peft_config", None), "all LoRAs of a model are applied in one call"
+    native = NATIVE_HUNYUAN if isinstance(model, HunyuanTransformer3DModel) else NATIVE_TRANSFORMER
     states = []
     for source, scale in loras:
-        state = read_lora(source)
+        state = read_lora(source, native)
         check_fit(model, state, source)
         logger.info("LoRA %s: %d layers, scale %g, %s", source, len(state) // 2, scale, "fused" if fuse else "live")
         states.append((state, scale))
@@ -238,7 +301,7 @@ def check_fit(model: nn.Module, state: State, source: Path) -> None:
         check_keys(expected, state, source)
 
 
-def attach_loras(model: SkyReelsTransformer3DModel, states: Sequence[tuple[State, float]]) -> None:
+def attach_loras(model: Transformer, states: Sequence[tuple[State, float]]) -> None:
     """Put PEFT's layers around the model's; A and B get the dtype of the layer that they belong to."""
     names = [f"adapter_{number}" for number in range(len(states))]
     with warnings.catch_warnings():

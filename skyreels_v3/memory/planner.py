@@ -76,7 +76,7 @@ UMT5 = TextEncoderSizes(
     5_680_910_336, 24, 4 * 4096**2 + 3 * 4096 * 10240 + 2 * 4096 + 32 * 64, 4 * 4096**2 + 2 * 4096 * 10240
 )
 LLAMA_AND_CLIP = TextEncoderSizes(
-    7_505_190_912 + 123_060_480,
+    7_505_186_816 + 123_060_480,
     32,
     2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096,
     2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336,
@@ -366,23 +366,26 @@ def stages(
         weights_here,
         sizes.streamed_bytes(dtype, quantized, request.stream_blocks),
         sizes.activation_bytes(longest.tokens, dtype, degrees)
-        + own_terms * (context + kept_bytes(request, longest.tokens // degrees.sequence * sizes.dim * BYTES[dtype])),
+        + own_terms * context
+        + kept_bytes(request, own_terms, longest.tokens // degrees.sequence * sizes.dim * BYTES[dtype]),
     )
     vae = weights.pop("VAE")
     made = {name: Stage(size, size) for name, size in weights.items()}
     encoder = LLAMA_AND_CLIP if request.task.layout == HUNYUAN else UMT5
     made["text encoder"] = text_encoder_stage(encoder, weights["text encoder"], dtype, quantized)
-    for part in ("encode", "decode"):
+    for part in ("encode", "decode") if request.task.inputs else ("decode",):
+        if part == "decode":
+            made["transformer"] = transformer  # between the two
         made[f"VAE {part}"] = Stage(vae, vae, vae_bytes(request, part, (1, 1)))
-        made.setdefault("transformer", transformer)  # between the two
     return made
 
 
-def kept_bytes(request: GenerationRequest, tokens: int) -> int:
-    """Bytes that step caching keeps from step to step, and needs while it computes, for tokens of so many bytes."""
-    if request.cache is None:
-        return 0
-    return 4 * tokens  # two residuals, and two copies of tokens to compute them from
+def kept_bytes(request: GenerationRequest, terms: int, tokens: int) -> int:
+    """Bytes that step caching keeps from step to step for tokens of so many bytes: two residuals of each condition.
+
+    While the first block works there is a copy of what it began with.
+    """
+    return 0 if request.cache is None else (2 * terms + 1) * tokens
 
 
 def component_bytes(request: GenerationRequest, checkpoint: Path | None, dtype: str) -> dict[str, int]:
@@ -415,7 +418,7 @@ def vae_bytes(request: GenerationRequest, part: str, tiles: tuple[int, int]) -> 
     dtype, pixels = request.vae_dtype, request.height * request.width
     if request.task.layout == HUNYUAN:
         if part == "encode":
-            return pixels * HUNYUAN_VAE_ENCODE[dtype] if request.task.inputs else 0
+            return pixels * HUNYUAN_VAE_ENCODE[dtype]
         return HUNYUAN_VAE_TILE[dtype] + pixels * HUNYUAN_VAE_DECODE[dtype]
     if tiles == (1, 1):
         return pixels * VAE_WHOLE[part][dtype]
@@ -470,6 +473,8 @@ def describe_base(request: GenerationRequest) -> tuple[str, str]:
 
 def describe_memory(plan: Plan) -> str:
     """The most memory that is in use at one time, for each --memory; in brackets with the VAE in tiles."""
+    if plan.request.task.layout == HUNYUAN:  # its VAE always works in tiles
+        return f"about {', '.join(f'{mode} {giga(plan.peak(mode))}' for mode in MEMORY_MODES)} on the device at most"
     told = (
         f"{mode} {giga(plan.peak(mode, TILINGS[0]))} ({giga(plan.peak(mode, TILINGS[-1]))})" for mode in MEMORY_MODES
     )

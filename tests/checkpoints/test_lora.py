@@ -9,15 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import HunyuanVideoTransformer3DModel
+from diffusers.loaders.lora_conversion_utils import _convert_hunyuan_video_lora_to_diffusers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from skyreels_v3.attention.backends import sdpa
 from skyreels_v3.checkpoints import key_maps
+from skyreels_v3.checkpoints.hunyuan import load_hunyuan_transformer
 from skyreels_v3.checkpoints.load import read_tensors
-from skyreels_v3.checkpoints.lora import apply_loras, model_names, read_lora
+from skyreels_v3.checkpoints.lora import NATIVE_HUNYUAN, apply_loras, model_names, read_lora
 from skyreels_v3.checkpoints.published import load_transformer
 from skyreels_v3.errors import CheckpointError
+from skyreels_v3.models.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
 
 SMALL = {
@@ -166,8 +171,9 @@ def test_every_native_linear_layer_has_its_flat_name(folder):
         native = key_maps.restore(f"{name}.weight", inverse).removesuffix(".weight")
         native = re.sub(r"attn_audio\.to_[kv]", "audio_cross_attn.kv_linear", native)  # no way back: two in one
         assert native != name
-        dotted = model_names(native, Path())
-        assert model_names("lora_unet_" + native.replace(".", "_"), Path()) == dotted
+        dotted = model_names(native, Path(), key_maps.NATIVE_TRANSFORMER)
+        flat = "lora_unet_" + native.replace(".", "_")
+        assert model_names(flat, Path(), key_maps.NATIVE_TRANSFORMER) == dotted
         assert name in dotted
         found.update(dotted)
     assert found == layers
@@ -456,3 +462,206 @@ def test_what_is_applied_is_logged(tmp_path, folder, caplog):
     with caplog.at_level(logging.INFO, logger="skyreels_v3"):
         apply_loras(mapped(folder), [(file, 0.5)], fuse=True)
     assert f"LoRA {file}: {len(LAYERS)} layers, scale 0.5, fused" in caplog.text
+
+
+# SkyReels V1. The references are diffusers' model, with LoRAs loaded by itself, and its converter of names.
+
+TOY_HUNYUAN = {
+    **{"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "num_single_layers": 1},
+    **{"num_refiner_layers": 1, "text_embed_dim": 24, "pooled_projection_dim": 12, "rope_axes_dim": (8, 4, 4)},
+}
+# HunyuanVideo's own names of all linear layers but one, and out / in as multiples of the width
+NATIVE_LAYERS = {
+    **{f"{part}_in.mlp.{layer}": (1, 1) for part in ("time", "guidance") for layer in (0, 2)},
+    **{"vector_in.in_layer": (1, 1), "vector_in.out_layer": (1, 1), "txt_in.input_embedder": (1, 1)},
+    **{"txt_in.t_embedder.mlp.0": (1, 1), "txt_in.t_embedder.mlp.2": (1, 1)},
+    **{"txt_in.c_embedder.linear_1": (1, 1), "txt_in.c_embedder.linear_2": (1, 1)},
+    "txt_in.individual_token_refiner.blocks.0.self_attn_qkv": (3, 1),
+    "txt_in.individual_token_refiner.blocks.0.self_attn_proj": (1, 1),
+    "txt_in.individual_token_refiner.blocks.0.mlp.fc1": (4, 1),
+    "txt_in.individual_token_refiner.blocks.0.mlp.fc2": (1, 4),
+    "txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1": (2, 1),
+    **{
+        f"double_blocks.0.{part}_{layer}": shape
+        for part in ("img", "txt")
+        for layer, shape in (
+            ("attn_qkv", (3, 1)), ("attn_proj", (1, 1)), ("mod.linear", (6, 1)),
+            ("mlp.fc1", (4, 1)), ("mlp.fc2", (1, 4)),
+        )
+    },
+    **{"single_blocks.0.linear1": (7, 1), "single_blocks.0.linear2": (1, 5)},
+    "single_blocks.0.modulation.linear": (3, 1),
+    "final_layer.linear": (1, 1),
+}  # fmt: skip
+BLOCKS = [name for name in NATIVE_LAYERS if "blocks." in name]
+CONVERTED_WIDTH = 3072  # the converter knows no other
+
+
+def native_pairs(width: int, names: list[str], rank: int = 3) -> Pairs:
+    torch.manual_seed(0)
+    shapes = {name: (rows * width, columns * width) for name in names for rows, columns in [NATIVE_LAYERS[name]]}
+    return {
+        name: (torch.randn(rank, columns) / columns, torch.randn(rows, rank))
+        for name, (rows, columns) in shapes.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def hunyuan(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("hunyuan")
+    torch.manual_seed(0)
+    HunyuanVideoTransformer3DModel(**TOY_HUNYUAN).save_pretrained(path)
+    return path
+
+
+def loaded_hunyuan(folder: Path) -> HunyuanTransformer3DModel:
+    model = load_hunyuan_transformer(folder, torch.float32)
+    model.set_attention(sdpa)
+    return model
+
+
+def all_pairs(folder: Path, seed: int = 0) -> Pairs:
+    """A LoRA for every linear layer there is."""
+    torch.manual_seed(seed)
+    layers = {n: m for n, m in loaded_hunyuan(folder).named_modules() if isinstance(m, nn.Linear)}
+    return {
+        name: (torch.randn(3, layer.in_features) / layer.in_features, torch.randn(layer.out_features, 3) / 2)
+        for name, layer in layers.items()
+    }
+
+
+@torch.inference_mode()
+def velocities(model: nn.Module) -> Tensor:
+    draw = torch.Generator().manual_seed(1)
+    return model(
+        hidden_states=torch.randn(1, 16, 2, 4, 6, generator=draw),
+        timestep=torch.tensor([700]),
+        encoder_hidden_states=torch.randn(1, 5, 24, generator=draw),
+        encoder_attention_mask=torch.ones(1, 5, dtype=torch.long),
+        pooled_projections=torch.randn(1, 12, generator=draw),
+        guidance=torch.tensor([6000.0]),
+        return_dict=False,
+    )[0]
+
+
+def stock_hunyuan(folder: Path, files: list[tuple[Path, float]], prefix: str | None) -> HunyuanVideoTransformer3DModel:
+    """diffusers' model with LoRAs as it loads them."""
+    model = HunyuanVideoTransformer3DModel.from_pretrained(folder).eval()
+    for number, (file, _) in enumerate(files):
+        model.load_lora_adapter(read_tensors(file), prefix=prefix, adapter_name=f"lora_{number}")
+    model.set_adapters([f"lora_{number}" for number in range(len(files))], [scale for _, scale in files])
+    return model
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
+@pytest.mark.parametrize("prefix", ["transformer", None, "base_model.model"])
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_hunyuans_loras_are_the_librarys(tmp_path, hunyuan, prefix, fuse):
+    """Two of them, for all linear layers, with scales."""
+    template = "{}.lora_{}.weight" if prefix is None else prefix + ".{}.lora_{}.weight"
+    files = [
+        (write(tmp_path / f"{seed}.safetensors", all_pairs(hunyuan, seed), template), scale)
+        for seed, scale in ((0, 0.8), (1, -0.4))
+    ]
+    model = loaded_hunyuan(hunyuan)
+    plain = velocities(model)
+    apply_loras(model, files, fuse)
+    wanted = velocities(stock_hunyuan(hunyuan, files, prefix))
+    assert (wanted - plain).std() > 0.1 * plain.std()
+    torch.testing.assert_close(velocities(model), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
+def test_what_diffusers_saves_of_hunyuans(tmp_path, hunyuan, fuse):
+    """Alphas in the file's header."""
+    theirs = HunyuanVideoTransformer3DModel.from_pretrained(hunyuan).eval()
+    layers = ["to_q", "to_out.0", "add_k_proj", "proj_mlp", "net.2"]
+    torch.manual_seed(0)
+    theirs.add_adapter(LoraConfig(r=4, lora_alpha=6, target_modules=layers, init_lora_weights=False))
+    theirs.save_lora_adapter(tmp_path)
+    model = loaded_hunyuan(hunyuan)
+    plain = velocities(model)
+    apply_loras(model, [(tmp_path / "pytorch_lora_weights.safetensors", 1.0)], fuse)
+    torch.testing.assert_close(velocities(model), velocities(theirs), atol=1e-5, rtol=1e-5)
+    assert (velocities(model) - plain).std() > 0.01 * plain.std()
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer.", "diffusion_model.", "base_model.model."])
+def test_hunyuans_own_names_as_the_library_converts_them(tmp_path, prefix):
+    """But for the refiner's queries, keys and values: the converter divides A as well, which then fits nothing."""
+    names = [name for name in NATIVE_LAYERS if "self_attn_qkv" not in name]
+    pairs = native_pairs(CONVERTED_WIDTH, names, rank=1)
+    tensors = {f"{name}.lora_{part}.weight": t for name, p in pairs.items() for part, t in zip("AB", p, strict=True)}
+    converted = _convert_hunyuan_video_lora_to_diffusers(tensors)
+    made = read_lora(write(tmp_path / "a.safetensors", pairs, prefix + "{}.lora_{}.weight"), NATIVE_HUNYUAN)
+    assert {f"transformer.{key}" for key in made} == converted.keys()
+    assert all(torch.equal(tensor, converted[f"transformer.{key}"]) for key, tensor in made.items())
+
+
+def test_every_linear_layer_has_hunyuans_name_dotted_and_flat(hunyuan):
+    """But for one, whose rows come in another order there."""
+    layers = {name for name, module in loaded_hunyuan(hunyuan).named_modules() if isinstance(module, nn.Linear)}
+    found = set()
+    for name in NATIVE_LAYERS:
+        dotted = model_names(name, Path(), NATIVE_HUNYUAN)
+        assert model_names(f"lora_unet_{name.replace('.', '_')}", Path(), NATIVE_HUNYUAN) == dotted
+        assert found.isdisjoint(dotted)
+        found.update(dotted)
+    assert found == layers - {"norm_out.linear"}
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
+@pytest.mark.parametrize("flat", [False, True], ids=["dotted", "flat"])
+def test_hunyuans_own_names(tmp_path, hunyuan, flat, fuse):
+    """Stacked layers are divided: equal parts, but for the feed-forward layer. With kohya's alphas."""
+    pairs = native_pairs(32, BLOCKS)
+    named = {name.replace(".", "_"): pair for name, pair in pairs.items()} if flat else pairs
+    template = "lora_unet_{}.lora_{}.weight" if flat else "{}.lora_{}.weight"
+    file = write(tmp_path / "a.safetensors", named, template, 1.5, DOWN_UP if flat else AB)
+    base, model = loaded_hunyuan(hunyuan), loaded_hunyuan(hunyuan)
+    wanted: Pairs = {}
+    for name, (down, up) in pairs.items():
+        start = 0
+        for layer in model_names(name, Path(), NATIVE_HUNYUAN):
+            end = start + base.get_submodule(layer).out_features
+            wanted[layer], start = (down, up[start:end]), end
+        assert start == len(up)
+    apply_loras(model, [(file, 0.7)], fuse)
+    check_layers(model, base, [(wanted, 0.7, 1.5)])
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (pair("blocks.0.attn1.to_q"), "unexpected keys blocks.0.attn1.to_q.lora_A.weight, blocks.0.attn1.to_q.lora_B"),
+        (pair("blocks.0.self_attn.q"), "unexpected keys blocks.0.self_attn.q.lora_A.weight"),
+        (pair("lora_unet_blocks_0_self_attn_q"), "unexpected keys lora_unet_blocks_0_self_attn_q"),
+        (pair("double_blocks.9.img_attn_proj"), "unexpected keys transformer_blocks.9.attn.to_out.0.lora_A.weight"),
+        (pair("final_layer.adaLN_modulation.1", 64), "unexpected keys final_layer.adaLN_modulation.1.lora_A.weight"),
+        (pair("single_blocks.0.linear1", rows=96), "wrong shape single_blocks.0.linear1 (B [96, 2], which is to be 4"),
+        (
+            pair("single_blocks.0.linear1", rows=100),
+            "wrong shapes single_transformer_blocks.0.proj_mlp.lora_B.weight ([4, 2] instead of [128, 2])",
+        ),
+        (pair("double_blocks.0.img_attn_qkv", rows=95), "wrong shape double_blocks.0.img_attn_qkv (B [95, 2]"),
+        (
+            pair("double_blocks.0.img_attn_proj") | pair("transformer.transformer_blocks.0.attn.to_out.0"),
+            "more than one LoRA of transformer_blocks.0.attn.to_out.0.lora_A.weight",
+        ),
+    ],
+)  # fmt: skip
+def test_files_that_do_not_fit_hunyuans(tmp_path, hunyuan, tensors, message, fuse):
+    model = loaded_hunyuan(hunyuan)
+    save_file(tensors, tmp_path / "bad.safetensors")
+    with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
+        apply_loras(model, [(tmp_path / "bad.safetensors", 1.0)], fuse)
+    assert str(caught.value).startswith(f"--lora: {tmp_path}/bad.safetensors")
+    assert model.state_dict().keys() == loaded_hunyuan(hunyuan).state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["transformer_blocks.0.attn.to_q", "double_blocks.0.img_attn_proj"])
+def test_hunyuans_loras_do_not_fit_v3(tmp_path, folder, name):
+    save_file(pair(name), tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=f"--lora: .* does not fit its model: unexpected keys {name}.lora_A"):
+        apply_loras(mapped(folder), [(tmp_path / "a.safetensors", 1.0)], fuse=False)

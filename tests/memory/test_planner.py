@@ -7,15 +7,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLWan
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    LlamaConfig,
+    LlamaModel,
     UMT5Config,
     UMT5EncoderModel,
     Wav2Vec2Config,
@@ -23,14 +27,17 @@ from transformers import (
 )
 
 from skyreels_v3.memory import planner, stream
-from skyreels_v3.memory.quantize import quantize
+from skyreels_v3.memory.quantize import Fp8Linear, quantize
 from skyreels_v3.memory.stream import SLOTS, BlockStream
 from skyreels_v3.models import vae
+from skyreels_v3.models.hunyuan import vae as hunyuan_vae
+from skyreels_v3.models.hunyuan.vae import HunyuanVAE
 from skyreels_v3.models.parameters import replace_tensors
 from skyreels_v3.models.transformer import Segment, SkyReelsTransformer3DModel, block
 from skyreels_v3.models.vae import VideoVAE
 from skyreels_v3.ranks import Degrees, Ranks
-from skyreels_v3.tasks import TASK_NAMES, GenerationRequest, task_spec
+from skyreels_v3.sampling.cache_methods import CacheSettings
+from skyreels_v3.tasks import HUNYUAN, TASK_NAMES, GenerationRequest, task_spec
 
 
 class LiveBytes(TorchDispatchMode):
@@ -200,7 +207,66 @@ def bytes_of(module: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("task", TASK_NAMES)
+@pytest.mark.parametrize(("height", "width"), [(544, 960), (720, 720)])
+def test_activations_of_the_hunyuan_vae(monkeypatch, dtype, height, width):
+    """A picture's encoding, and the decoding of two pieces in time; a longer video has no more at one time."""
+    monkeypatch.setattr(hunyuan_vae, "displayable", lambda chunk, index: chunk.float())  # it looks at values
+    with torch.device("meta"):
+        model = HunyuanVAE(AutoencoderKLHunyuanVideo().eval())
+    replace_tensors(model.module, lambda tensor: nn.Parameter(tensor.detach().to(getattr(torch, dtype))))
+    assert sum(parameter.numel() for parameter in model.module.parameters()) == planner.HUNYUAN_VAE_PARAMETERS
+    with LiveBytes() as encoding:
+        model.encode(empty(1, 3, 1, height, width))
+    with LiveBytes() as decoding:
+        for _ in model.decode_stream(empty(1, 16, 8, height // 8, width // 8)):
+            pass
+    request = GenerationRequest(
+        task=task_spec("i2v"), model_id="a/b", prompt="p", height=height, width=width, vae_dtype=dtype
+    )
+    assert planner.vae_bytes(request, "encode", (1, 1)) == pytest.approx(encoding.peak, rel=0.05)
+    assert planner.vae_bytes(request, "decode", (1, 1)) == pytest.approx(decoding.peak, rel=0.05)
+
+
+def test_the_text_encoders_of_v1():
+    """Llama 3 of 8 billion with HunyuanVideo's words, without its head, and CLIP ViT-L/14's text tower."""
+    llama = LlamaConfig(
+        vocab_size=128320, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8,
+    )  # fmt: skip
+    clip = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    with torch.device("meta"):
+        encoder, summary = LlamaModel(llama), CLIPTextModel(clip)
+    known, (block, *_) = planner.LLAMA_AND_CLIP, encoder.layers
+    counts = [sum(parameter.numel() for parameter in module.parameters()) for module in (encoder, summary, block)]
+    assert (known.parameters, known.blocks, known.block) == (counts[0] + counts[1], len(encoder.layers), counts[2])
+    quantize([block], torch.device("meta"))
+    layers = (layer for layer in block.modules() if isinstance(layer, Fp8Linear))
+    assert known.matrices == sum(layer.weight.numel() for layer in layers)
+
+
+@pytest.mark.parametrize(
+    ("frames", "size", "tokens", "petaflop"), [(97, (544, 960), 51_000, 2.6), (289, (720, 720), 147_825, 18.2)]
+)
+def test_the_plan_of_v1(frames, size, tokens, petaflop):
+    height, width = size
+    request = GenerationRequest(
+        task=task_spec("t2v"), model_id="a/b", prompt="p", height=height, width=width, num_frames=frames,
+        guidance_scale=6.0, num_inference_steps=30, dtype="bfloat16", quant="fp8", memory="stream",
+    )  # fmt: skip
+    made = planner.plan(request, None)
+    (only,) = made.passes
+    assert only.latents == (1, 16, (frames - 1) // 4 + 1, height // 8, width // 8) and only.tokens == tokens
+    assert made.forwards == 60
+    assert only.flop / made.forwards == pytest.approx(petaflop * 1e15, rel=0.02)
+    assert list(made.stages) == ["text encoder", "transformer", "VAE decode"]
+    assert made.peak("stream") < 18.5e9 < made.peak("resident")  # the peak that was published for V1, streamed
+    cached = planner.plan(replace(request, cache=CacheSettings("fbcache", 0.1)), None)
+    kept = cached.stages["transformer"].activations - made.stages["transformer"].activations
+    assert kept == 5 * tokens * 3072 * 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("task", [name for name in TASK_NAMES if task_spec(name).layout != HUNYUAN])
 def test_bytes_of_the_published_transformers(task, dtype):
     """To the byte: whole, in FP8, and while blocks are streamed."""
     sizes = published(task)

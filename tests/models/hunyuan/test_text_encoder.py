@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -43,6 +45,18 @@ def stock(request, root):
     )  # fmt: skip
 
 
+@pytest.fixture
+def said(caplog) -> Iterator[pytest.LogCaptureFixture]:
+    """All that is logged, by the libraries too, which keep it from the root logger."""
+    libraries = [logging.getLogger(name) for name in ("transformers", "diffusers")]
+    for library in libraries:
+        library.addHandler(caplog.handler)
+    with caplog.at_level(logging.INFO, logger="skyreels_v3"):
+        yield caplog
+    for library in libraries:
+        library.removeHandler(caplog.handler)
+
+
 @pytest.mark.parametrize("prompt", PROMPTS)
 @torch.inference_mode()
 def test_it_is_the_librarys_encoding(encoder, stock, prompt, capsys):
@@ -74,22 +88,59 @@ def test_prompts_differ(encoder):
     assert (fox["pooled"] - ox["pooled"]).abs().max() > 0.01
 
 
-def test_long_prompts(encoder, caplog, capsys):
-    with caplog.at_level(logging.WARNING):
-        assert encoder("x" * 256)["context"].shape == (1, 256, 32)
-    assert "are used" not in caplog.text
-    with caplog.at_level(logging.WARNING):
-        assert encoder("x" * 257)["context"].shape == (1, 256, 32)
-    assert "the prompt has 257 tokens; only the first 256 are used" in caplog.text
+def test_long_prompts(encoder, said, capsys):
+    assert encoder("x" * 256)["context"].shape == (1, 256, 32)
+    assert "are used" not in said.text
+    assert encoder("x" * 257)["context"].shape == (1, 256, 32)
+    assert "the prompt has 257 tokens; only the first 256 are used" in said.messages
     assert capsys.readouterr().out == ""
+
+
+def test_prompts_that_are_long_for_clip(root, said, capsys):
+    """One line for each; the libraries have more to say, and do not."""
+    encoder = load_hunyuan_text_encoder(root, torch.float32)
+    encoder("x" * 75)
+    assert not said.messages
+    for length in (76, 119):
+        said.clear()
+        encoder("x" * length)
+        (record,) = said.records
+        assert record.levelno == logging.INFO and record.name.startswith("skyreels_v3")
+        clips = f"CLIP's summary is of the first 75 of the prompt's {length} tokens"
+        assert record.getMessage() == f"{clips}; the Llama sees up to 256"
+    assert capsys.readouterr() == ("", "")
+
+
+@torch.inference_mode()
+def test_nothing_is_silenced_for_others(encoder, stock, said):
+    """Stock pipelines with tokenizers of their own warn as ever."""
+    encoder(LONG)
+    said.clear()
+    stock.tokenizer_2.deprecation_warnings.clear()  # another test may have heard it
+    stock.encode_prompt(LONG)
+    assert "Token indices sequence length is longer" in said.text
+    assert "The following part of your input was truncated" in said.text
+
+
+def test_what_a_run_says(generate, tmp_path):
+    """With the preset's negative prompt, which is long for the toy's CLIP of single characters."""
+    made = generate(
+        *("--task_type", "t2v", "--model_id", "tiny", "--device", "cpu", "--prompt", "FPS-24, a cat", "--num_frames", 5),
+        *("--height", 64, "--width", 96, "--num_inference_steps", 2, "--output", "a.mp4"),
+        cwd=tmp_path, env=os.environ | {"SKYREELS_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert made.stderr.count("CLIP's summary") == 1
+    bars = ("loading:", "denoising:", "decoding:")
+    others = [line for line in made.stderr.splitlines() if line.strip() and not line.startswith(("INFO: ", *bars))]
+    assert len(others) == 1 and others[0].startswith("WARNING: tiny is a toy")
 
 
 def test_the_llamas_layers_are_its_blocks(encoder):
     assert len(encoder.blocks) == 3
     owned = {id(parameter) for parameter in encoder.module.parameters()}
     assert {id(parameter) for block in encoder.blocks for parameter in block.parameters()} < owned
-    for model in (encoder.pipeline.text_encoder, encoder.pipeline.text_encoder_2):
-        assert {id(parameter) for parameter in model.parameters()} < owned
+    assert {id(parameter) for parameter in encoder.pipeline.text_encoder.parameters()} < owned
 
 
 def test_bfloat16_stays_close(root, encoder):

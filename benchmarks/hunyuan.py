@@ -1,0 +1,286 @@
+"""A denoising step of SkyReels V1's transformer: all of it on the device, in the mode for small GPUs, and diffusers'.
+
+    diffusers       the library's own model, all on the device, called as its pipeline calls it: the text is padded to
+                    256 tokens, and a mask hides the padding from every attention
+    resident        ours, all on the device: the text is cropped to its real tokens, and attention needs no mask
+    fp8, streamed   ours with --quant --offload --parameters_level: FP8 weights, blocks on the device while they work
+
+A step is guided, so it is two forwards: one with the prompt, one with the negative prompt. What guidance makes of the
+two, a weighted sum, is left out, since it would enlarge the roundings' differences. Ours are set up by what sets up a
+run, from the request that the flags would make: the attention kernel, FP8 layers, stream and pinned memory are a run's
+own. The weights are random and the same for all; the velocities are first shown to agree, FP8's but for its rounding.
+Then all take turns, each round beginning with another one, and a ratio is within a round.
+
+On a GPU the peak memory stands beside what the planner says of the same request. It is that of a model alone: what it
+has on the device between steps and what a step adds.
+
+    python benchmarks/hunyuan.py
+    python benchmarks/hunyuan.py --device cuda --official --rounds 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout, nothing installed
+
+import torch
+import torch.nn.functional as F
+from diffusers import HunyuanVideoTransformer3DModel
+from torch import Tensor
+
+from benchmarks.common import (
+    Rounds,
+    Work,
+    at_least,
+    environment,
+    gigabytes,
+    measure_peak,
+    median_of,
+    parser_of,
+    quartiles,
+    ratio_of,
+    report,
+    time_rounds,
+)
+from benchmarks.models import DTYPES, HEAD_DIM, random_model
+from benchmarks.transformer_step import LIMIT, Result, agree, relative_difference
+from skyreels_v3 import runtime
+from skyreels_v3.cli import parse_request
+from skyreels_v3.memory.hunyuan_sizes import TEXT_TOKENS, HunyuanSizes
+from skyreels_v3.memory.planner import plan
+from skyreels_v3.models.hunyuan.transformer import HunyuanTransformer3DModel
+from skyreels_v3.pipelines.components import set_up_transformer
+from skyreels_v3.pipelines.hunyuan_video import Context, HunyuanConditioning
+from skyreels_v3.sampling.denoise import Condition
+from skyreels_v3.tasks import VAE_STRIDE, GenerationRequest, latent_frames, task_spec
+
+TASK = "t2v"
+BASELINE, RESIDENT, SMALL = "diffusers", "resident", "fp8, streamed"
+FLAGS = {RESIDENT: ("--memory", "resident"), SMALL: ("--quant", "--offload", "--parameters_level")}
+TOKENS = (40, 30)  # of a prompt of a few sentences, and of a negative one
+TIMESTEP, GUIDANCE = 500.0, 1.0  # the latter as the model is told of it
+LEAST_LAYERS = 2  # and with them 4 blocks of the second kind; with fewer all fit into the stream's two places
+SINGLE_RATIO = 2  # blocks of the second kind over those of the first
+OFFICIAL_FRAMES = 97
+PUBLISHED_PEAK = 18.5  # GB
+
+Model = HunyuanVideoTransformer3DModel
+
+
+@dataclass(frozen=True)
+class Padded(HunyuanConditioning):
+    """What the model is conditioned on, as the library's pipeline has it."""
+
+    def embed(self, model: Any) -> Context:
+        """The text's states padded, and a mask in the model's dtype that says which of them are real."""
+        context = super().embed(model)
+        padding = TEXT_TOKENS - self.text.shape[1]
+        context["encoder_hidden_states"] = F.pad(context["encoder_hidden_states"], (0, 0, 0, padding))
+        context["encoder_attention_mask"] = F.pad(context["encoder_attention_mask"], (0, padding))
+        return context
+
+
+@dataclass(frozen=True)
+class Way:
+    """A model that is set up to work.
+
+    Attributes:
+        held: bytes that it has on a GPU between steps.
+        planned: bytes that the planner says it needs at most, None where it does not know it.
+    """
+
+    model: Any
+    condition: type[HunyuanConditioning]
+    held: int
+    planned: int | None
+
+
+def main() -> int:
+    """Compare, time, print; 1 when a way does not compute the same."""
+    args, sizes = parse_arguments()
+    torch.manual_seed(0)
+    requests = {name: request_of(args, sizes, flags) for name, flags in FLAGS.items()}
+    with torch.no_grad(), ExitStack() as stays:  # as in the denoising loop
+        ways = build_ways(args, sizes, requests, stays)
+        works = bind_inputs(ways, args, sizes)
+        results = compare(works, ways, args.device)
+        if not agree(results, args.dtype):
+            return 1
+        rounds = time_rounds(works, args.rounds)
+    tell(args, sizes, summarise(ways, results, rounds))
+    return 0
+
+
+def parse_arguments() -> tuple[argparse.Namespace, HunyuanSizes]:
+    """The command line, checked, and the sizes that it asks for."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--official", action="store_true", help="sizes of the published model and its video, 16:9")
+    parser.add_argument(
+        "--layers", type=at_least(LEAST_LAYERS), help="double blocks, twice as many single; default: 2, official: all"
+    )
+    parser.add_argument("--dim", type=at_least(HEAD_DIM), default=512, help=f"model width, a multiple of {HEAD_DIM}")
+    parser.add_argument("--frames", type=at_least(1), default=5, help="latent frames")
+    parser.add_argument("--height", type=at_least(2), default=40, help="latent rows, even")
+    parser.add_argument("--width", type=at_least(2), default=40, help="latent columns, even")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
+    parser.add_argument("--rounds", type=at_least(2), default=5, help="timed steps of each; at least 2")
+    args = parser.parse_args()
+    if args.dim % HEAD_DIM or args.height % 2 or args.width % 2:
+        parser.error(f"--dim must be a multiple of {HEAD_DIM}, --height and --width even")
+    args.dtype = args.dtype or DTYPES[args.device.type != "cpu"]
+    spec = task_spec(TASK)
+    sizes = HunyuanSizes(**spec.transformer)
+    if args.official:
+        assert spec.size is not None
+        args.dim, args.frames = sizes.dim, latent_frames(OFFICIAL_FRAMES)
+        args.height, args.width = (side // stride for side, stride in zip(spec.size, VAE_STRIDE[1:], strict=True))
+    args.layers = args.layers or (sizes.num_layers if args.official else LEAST_LAYERS)
+    layers = {"num_layers": args.layers, "num_single_layers": SINGLE_RATIO * args.layers}
+    return args, replace(sizes, num_attention_heads=args.dim // HEAD_DIM, **layers)
+
+
+def request_of(args: argparse.Namespace, sizes: HunyuanSizes, flags: tuple[str, ...]) -> GenerationRequest:
+    """What a user would ask for, of a checkpoint of these sizes."""
+    height, width = args.height * VAE_STRIDE[1], args.width * VAE_STRIDE[2]
+    frames = (args.frames - 1) * VAE_STRIDE[0] + 1
+    video = ("--height", str(height), "--width", str(width), "--num_frames", str(frames))
+    where = ("--device", args.device.type, "--dtype", args.dtype)
+    request = parse_request(["--task_type", TASK, "--prompt", "A boat", "--quiet", *video, *where, *flags])
+    return replace(request, task=replace(request.task, transformer=asdict(sizes)))
+
+
+# The ways
+
+
+def build_ways(
+    args: argparse.Namespace, sizes: HunyuanSizes, requests: Mapping[str, GenerationRequest], stays: ExitStack
+) -> dict[str, Way]:
+    """The same weights for each way; what has been set up runs until `stays` ends."""
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)  # a run takes the current one
+    build, host = partial(HunyuanTransformer3DModel, **asdict(sizes)), torch.device("cpu")
+    resident = random_model(build, getattr(torch, args.dtype), args.device, host)
+    small = with_weights_of(resident, HunyuanTransformer3DModel)  # before those of the other are on the device
+    ours = {
+        name: set_up(model, requests[name], args.device, stays)
+        for name, model in ((SMALL, small), (RESIDENT, resident))
+    }
+    baseline = Way(with_weights_of(resident, Model), Padded, ours[RESIDENT].held, None)
+    return {BASELINE: baseline, RESIDENT: ours[RESIDENT], SMALL: ours[SMALL]}
+
+
+def with_weights_of(model: Any, kind: Callable[..., Model]) -> Any:
+    """A model of that kind with the very same weights."""
+    with torch.device("meta"):
+        made = kind(**{name: model.config[name] for name in asdict(HunyuanSizes())})
+    made.load_state_dict(model.state_dict(), assign=True)
+    return made.requires_grad_(False).eval()
+
+
+def set_up(model: Any, request: GenerationRequest, device: torch.device, stays: ExitStack) -> Way:
+    """Ours as a run would have it, until `stays` ends."""
+    started = runtime.start(request, plan(request, None))
+    before = allocated(device)
+    set_up_transformer(model, request, started)
+    stays.enter_context(started.resident(model, "denoising", model.blocks))
+    stage = started.plan.stages["transformer"]
+    weights = stage.streamed if started.policy.mode == "stream" else stage.weights
+    return Way(model, HunyuanConditioning, allocated(device) - before, weights + stage.activations)
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes in use on a GPU now."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def bind_inputs(ways: Mapping[str, Way], args: argparse.Namespace, sizes: HunyuanSizes) -> dict[str, Work]:
+    """A step of each on the same noise and the same texts."""
+    noise = partial(torch.randn, device=args.device)
+    latents = noise(1, sizes.in_channels, args.frames, args.height, args.width)
+    texts = [
+        (noise(1, tokens, sizes.text_embed_dim), noise(1, sizes.pooled_projection_dim), GUIDANCE) for tokens in TOKENS
+    ]
+    return {
+        name: partial(step, way.model, [way.condition(*text) for text in texts], latents) for name, way in ways.items()
+    }
+
+
+def step(model: Any, conditions: Sequence[Condition], latents: Tensor) -> Tensor:
+    """The velocity under each condition; all is embedded anew each time, which for this model is next to nothing."""
+    timestep = torch.tensor(TIMESTEP)
+    return torch.cat([made.predict(model, made.embed(model), latents, timestep) for made in conditions])
+
+
+def compare(works: Mapping[str, Work], ways: Mapping[str, Way], device: torch.device) -> dict[str, Result]:
+    """Everyone's velocity beside that of the first, and the peak, after a first, slower step."""
+    expected, results = None, {}
+    for name, work in works.items():
+        work()
+        out, added = measure_peak(work, device)
+        expected = out if expected is None else expected
+        peak = None if added is None else ways[name].held + added
+        results[name] = Result(relative_difference(out, expected), peak)
+    return results
+
+
+# What came out
+
+
+def summarise(ways: Mapping[str, Way], results: Mapping[str, Result], rounds: Rounds) -> dict[str, dict[str, Any]]:
+    """Each way's figures."""
+    return {
+        name: {
+            "seconds": round(median_of(rounds, name), 4),
+            "ratio": ratio_of(rounds, name, BASELINE),
+            "peak_bytes": result.peak_bytes,
+            "predicted_bytes": ways[name].planned,
+            "difference": result.difference,
+        }
+        for name, result in results.items()
+    }
+
+
+def tell(args: argparse.Namespace, sizes: HunyuanSizes, figures: dict[str, dict[str, Any]]) -> None:
+    """A table for people, then one JSON line."""
+    met = figures[RESIDENT]["ratio"]["median"] <= LIMIT
+    tokens = args.frames * args.height * args.width // 4
+    shape = f"{args.frames} x {args.height} x {args.width}"
+    blocks = f"{sizes.num_layers} double and {sizes.num_single_layers} single blocks of width {sizes.dim}"
+    title = f"one guided step, {args.dtype}, {blocks}, {tokens} tokens (latents {shape}), {args.rounds} rounds"
+    header = ("", "s", f"ratio to {BASELINE}", "quartiles", "peak, GB", "planned, GB", "peak / planned", "difference")
+    texts = " and ".join(map(str, TOKENS))
+    notes = [f"texts of {texts} tokens; {BASELINE} has them padded to {TEXT_TOKENS}, with a mask"]
+    notes += [f"{RESIDENT} at least as fast as {BASELINE}: {'yes' if met else 'NO'}"]
+    if args.official:
+        notes += [f"published for V1's own quantised, offloaded mode, a whole run of this video: {PUBLISHED_PEAK} GB"]
+    chosen = {key: getattr(args, key) for key in ("official", "dtype", "dim", "layers", "frames", "height", "width")}
+    line = {**environment("hunyuan", args.device), **chosen, "tokens": tokens, "rounds": args.rounds}
+    line |= {"baseline": BASELINE, "ways": figures, "limit": LIMIT, "met": met}
+    report(title, header, [row(name, figure) for name, figure in figures.items()], notes, line, args.json)
+
+
+def row(name: str, figure: dict[str, Any]) -> tuple[str, ...]:
+    """A line of the table."""
+    peak, says = figure["peak_bytes"], figure["predicted_bytes"]
+    return (
+        name,
+        f"{figure['seconds']:.3f}",
+        f"{figure['ratio']['median']:.3f}",
+        quartiles(figure["ratio"], 3),
+        gigabytes(peak),
+        gigabytes(says),
+        "-" if peak is None or says is None else f"{peak / says:.2f}",
+        f"{figure['difference']:.1e}",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,300 @@
+"""Where SkyReels V1's other components are: beside its transformer, in a folder of their own, or on a hub."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file
+
+from skyreels_v3.checkpoints import hub
+from skyreels_v3.checkpoints.tiny_hunyuan import write_hunyuan
+from skyreels_v3.cli import parse_request
+from skyreels_v3.errors import UserError
+from skyreels_v3.tasks import GenerationRequest, task_spec
+
+TRANSFORMER = ("config.json", "diffusion_pytorch_model.safetensors")
+BASE_ID = "hunyuanvideo-community/HunyuanVideo"
+REMEDY = f"download these files of {BASE_ID}"
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    """All in one folder."""
+    root = tmp_path_factory.mktemp("toy")
+    write_hunyuan(root, 16)
+    return root
+
+
+@pytest.fixture
+def whole(toy, tmp_path) -> Path:
+    """A copy to spoil."""
+    return shutil.copytree(toy, tmp_path / "whole")
+
+
+@pytest.fixture
+def divided(whole, tmp_path) -> tuple[Path, Path]:
+    """The transformer alone, and the rest."""
+    transformer = tmp_path / "transformer"
+    transformer.mkdir()
+    for name in TRANSFORMER:
+        (whole / name).rename(transformer / name)
+    return transformer, whole.rename(tmp_path / "base")
+
+
+def request_for(*flags: object, task: str = "t2v") -> GenerationRequest:
+    picture = ["--image", "a.png"] if task == "i2v" else []
+    return parse_request(["--task_type", task, "--prompt", "a", *picture, *map(str, flags)])
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+# Folders
+
+
+def test_the_rest_beside_the_transformer(whole):
+    request = request_for("--model_id", whole)
+    assert hub.locate(request) == whole
+    assert hub.locate_base(request, whole) == whole
+
+
+def test_a_folder_of_its_own(divided):
+    transformer, base = divided
+    request = request_for("--model_id", transformer, "--base_model_id", base)
+    assert hub.locate(request) == transformer
+    assert hub.locate_base(request, transformer) == base
+    assert hub.locate_base(request_for("--base_model_id", f"{base}/"), None) == base  # the transformer on a hub
+
+
+def test_a_given_folder_goes_before_what_is_beside(divided, toy):
+    _, base = divided
+    assert hub.locate_base(request_for("--base_model_id", base), toy) == base
+
+
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_what_must_be_fetched(divided, task):
+    """Where the flag names a hub's model, or there is no flag and nothing beside the transformer."""
+    transformer, base = divided
+    assert hub.locate_base(request_for(task=task), None) is None
+    assert hub.locate_base(request_for(task=task), transformer) is None
+    assert hub.locate_base(request_for("--base_model_id", "some/base", task=task), None) is None
+    assert hub.locate_base(request_for("--base_model_id", "some/base", task=task), base) is None
+    assert task_spec(task).base_model_id == BASE_ID
+
+
+def test_modelscope_needs_its_package(monkeypatch, divided):
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
+    flags = ("--base_model_id", "some/base", "--model_source", "modelscope")
+    with pytest.raises(UserError, match="--model_source: modelscope needs its package"):
+        hub.locate_base(request_for(*flags), divided[0])
+
+
+@pytest.mark.parametrize(
+    ("lost", "named"),
+    [
+        ("vae", "vae/config.json"),
+        ("vae/diffusion_pytorch_model.safetensors", "vae/*.safetensors"),
+        ("text_encoder/config.json", "text_encoder/config.json"),
+        ("text_encoder/model.safetensors", "text_encoder/*.safetensors"),
+        ("text_encoder_2/config.json", "text_encoder_2/config.json"),
+        ("tokenizer/tokenizer.json", "tokenizer/tokenizer.json"),
+        ("tokenizer_2", "tokenizer_2/tokenizer.json"),
+        ("scheduler", "scheduler/scheduler_config.json"),
+    ],
+)
+def test_a_missing_file_is_named(divided, lost, named):
+    _, base = divided
+    (base / lost).rename(base / "elsewhere")
+    with pytest.raises(UserError) as caught:
+        hub.locate_base(request_for("--base_model_id", base), None)
+    message = str(caught.value)
+    assert message == f"--base_model_id: {base} is no complete HunyuanVideo: missing {named}; {REMEDY}"
+    assert caught.value.flag == "--base_model_id"
+
+
+def test_several_missing_files_are_named_together(divided):
+    transformer, _ = divided
+    with pytest.raises(UserError) as caught:
+        hub.locate_base(request_for("--base_model_id", transformer), None)
+    files = "text_encoder/config.json, text_encoder_2/config.json, vae/config.json, scheduler/scheduler_config.json"
+    assert f"missing {files}, tokenizer/tokenizer.json, tokenizer_2/tokenizer.json; " in str(caught.value)
+
+
+def test_what_is_beside_the_transformer_is_that_flags(whole):
+    """Where the models are there and something with them is not; a part of them counts for nothing."""
+    (whole / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"^--model_id: .* missing tokenizer/tokenizer\.json; download these"):
+        hub.locate_base(request_for("--model_id", whole), whole)
+    (whole / "vae").rename(whole / "old_vae")
+    assert hub.locate_base(request_for("--model_id", whole), whole) is None
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "truncated": ("vae/diffusion_pytorch_model.safetensors", cut, "is truncated or damaged"),
+    "empty": ("text_encoder/model.safetensors", lambda file: file.write_bytes(b""), "is truncated or no safetensors"),
+    "a pointer": ("text_encoder_2/model.safetensors", lambda file: file.write_text("version https://"), "truncated"),
+    "no JSON": ("text_encoder/config.json", lambda file: file.write_text("{"), "cannot be read"),
+    "a list": ("scheduler/scheduler_config.json", lambda file: file.write_text("[]"), "is no JSON object"),
+    "CLIP's words": ("tokenizer_2/vocab.json", lambda file: file.write_bytes(b"\xff"), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_files(divided, name):
+    file, damage, says = DAMAGES[name]
+    _, base = divided
+    damage(base / file)
+    with pytest.raises(UserError) as caught:
+        hub.locate_base(request_for("--base_model_id", base), None)
+    message = str(caught.value)
+    assert message.startswith(f"--base_model_id: {base}/{file} ") and "--model_id" not in message
+    assert says in message and message.endswith("download it again")
+    assert message.isprintable()
+
+
+def test_shards(divided):
+    """All that an index names must be there."""
+    _, base = divided
+    weights = base / "text_encoder" / "model.safetensors"
+    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for shard in shards:
+        shutil.copy(weights, weights.with_name(shard))
+    weights.unlink()
+    index = {"weight_map": dict(zip("ab", shards, strict=True))}
+    (weights.parent / "model.safetensors.index.json").write_text(json.dumps(index))
+    request = request_for("--base_model_id", base)
+    assert hub.locate_base(request, None) == base
+    weights.with_name(shards[1]).unlink()
+    with pytest.raises(UserError, match=f"--base_model_id: missing shards .*{shards[1]}; download them again"):
+        hub.locate_base(request, None)
+
+
+@pytest.mark.parametrize("files", [("vocab.json", "merges.txt"), ("tokenizer.json",)])
+def test_clips_tokenizer_in_either_format(divided, files):
+    _, base = divided
+    tokenizer = base / "tokenizer_2"
+    for file in tokenizer.iterdir():
+        if file.name not in files:
+            file.unlink()
+    for name in files:
+        (tokenizer / name).touch() if not (tokenizer / name).exists() else None
+    assert hub.locate_base(request_for("--base_model_id", base), None) == base
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("", "an empty value is neither a folder nor a hub id; give a folder, or an id such as " + BASE_ID),
+        ("  ", "an empty value is neither"),
+        ("nothere", "nothere is neither a folder nor a hub id; give a folder, or an id such as " + BASE_ID),
+        ("a/b/c", "a/b/c is neither"),
+        ("/no/where", "/no/where is neither"),
+        ("a\nb", r"a\nb is neither"),
+        ("{file}", "{file} is a file; give a checkpoint's folder or a hub id"),
+    ],
+)
+def test_what_is_no_folder(whole, monkeypatch, name, says):
+    monkeypatch.chdir(whole)
+    name, says = (text.replace("{file}", "model.txt") for text in (name, says))
+    (whole / "model.txt").touch()
+    with pytest.raises(UserError, match=re.escape(f"--base_model_id: {says}")):
+        hub.locate_base(request_for("--base_model_id", name), None)
+    with pytest.raises(UserError, match=re.escape(f"--other: {says}")):
+        hub.local_folder(name, "--other", f"give a folder, or an id such as {BASE_ID}")
+
+
+def test_folders_before_hub_ids(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "owner").mkdir()
+    assert hub.local_folder("owner/name", "--base_model_id", "") is None
+    whole.rename(tmp_path / "owner" / "name")
+    assert hub.local_folder("owner/name", "--base_model_id", "") == Path("owner/name")
+    assert hub.local_folder("~/owner/name", "--base_model_id", "") == tmp_path / "owner" / "name"
+
+
+# The hub
+
+
+@pytest.fixture
+def fetched(monkeypatch, toy) -> list[tuple[tuple, dict]]:
+    """The calls of the hub's client, which has the toy."""
+    calls: list[tuple[tuple, dict]] = []
+
+    def snapshot_download(*names: str, **options: object) -> str:
+        calls.append((names, options))
+        return str(toy)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return calls
+
+
+@pytest.mark.parametrize(("flags", "name"), [((), BASE_ID), (("--base_model_id", "some/base"), "some/base")])
+def test_only_what_is_needed_is_fetched(fetched, toy, flags, name):
+    """The transformer's repository is another one, and HunyuanVideo's own transformer is not wanted."""
+    assert hub.download_base(request_for("--model_id", "some/model", *flags)) == toy
+    ((names, options),) = fetched
+    assert names == (name,)
+    files = [str(path.relative_to(toy)) for path in toy.rglob("*") if path.is_file()]
+    unneeded = [f"transformer/{file}" for file in TRANSFORMER] + ["model_index.json", "README.md", ".gitattributes"]
+    taken = {*filter_repo_objects([*files, *unneeded], **options)}
+    assert taken == set(files) - set(TRANSFORMER)
+
+
+def test_a_repository_that_lacks_something(fetched, whole, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(whole))
+    shutil.rmtree(whole / "tokenizer_2")
+    with pytest.raises(UserError, match=r"^--base_model_id: .* missing tokenizer_2/tokenizer\.json; download these"):
+        hub.download_base(request_for())
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError("no route\nto host"), "no route"),
+        (ValueError(), "ValueError"),
+        (RuntimeError("401 Client Error"), "401 Client Error"),
+    ],
+)
+def test_a_download_that_fails(monkeypatch, error, reason):
+    """One line about the base's flag, whoever named it."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    for flags, name in (((), BASE_ID), (("--base_model_id", "some/base"), "some/base")):
+        with pytest.raises(UserError) as caught:
+            hub.download_base(request_for("--model_id", "some/model", *flags))
+        assert str(caught.value) == (
+            f"--base_model_id: {name} could not be fetched from huggingface ({reason}); check the id and the "
+            "connection, try --model_source modelscope, or download it elsewhere and give its folder"
+        )
+
+
+# Both folders at work
+
+
+def test_one_folder_or_two_make_the_same(main, toy, divided):
+    """Named by their flags, or the rest beside the transformer."""
+    transformer, base = divided
+    common = (
+        *("--task_type", "t2v", "--device", "cpu", "--prompt", "FPS-24, a cat", "--negative_prompt", "blur"),
+        *("--height", 32, "--width", 48, "--num_frames", 5, "--num_inference_steps", 2, "--quiet", "--no_cache"),
+    )
+    runs = {"one": ("--model_id", toy), "two": ("--model_id", transformer, "--base_model_id", base)}
+    for name, flags in runs.items():
+        code, _, stderr = main(*common, *flags, "--output", f"{name}.mp4", "--save_latents", f"{name}.safetensors")
+        assert (code, stderr) == (0, "")
+    one, two = (load_file(f"{name}.safetensors")["latents.0"] for name in runs)
+    assert one.std() > 0.1
+    torch.testing.assert_close(two, one, atol=1e-6, rtol=0)
