@@ -23,6 +23,8 @@ demo: $(VENV)/installed
 	    --height 112 --width 192 --prompt "[ZOOM_IN_CUT] The sail of the boat, lit by the sun"
 	$(RUN) --task_type talking_avatar --input_image assets/portrait.png --input_audio assets/speech.mp3 \
 	    --height 64 --width 64 --prompt "A woman in a red coat talks to the camera"
+	$(RUN) --task_type t2v --num_frames 49 --height 128 --width 192 \
+	    --prompt "FPS-24, A cat wearing sunglasses works as a lifeguard at a pool"
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from diffusers import (
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
+from diffusers.hooks import FirstBlockCacheConfig
 from imageio_ffmpeg import read_frames
 from PIL import Image
 from safetensors.torch import load_file
@@ -167,7 +170,7 @@ def test_several_videos(main, tmp_path):
     assert code == 0
     names = [Path(line) for line in out.splitlines()]
     assert names == [Path(f"results/films/{PROMPT}_{SEED}_0.mp4"), Path(f"results/films/{PROMPT}_{SEED + 1}_1.mp4")]
-    assert stderr.count("loading: 100%") == 1
+    assert stderr.count("loading:   0%") == 1
     code, out, _ = main(*small, "--seed", SEED + 1)
     assert code == 0
     frames = [[*read_frames(str(path))][1:] for path in (names[1], Path(out.strip()))]
@@ -184,3 +187,62 @@ def test_a_quantised_checkpoint_stands_alone(main, tmp_path):
     # where a weight lies in memory changes the order of sums
     torch.testing.assert_close(load_file("again.safetensors")["latents.0"], first, atol=1e-4, rtol=0)
     assert {path.name for path in (tmp_path / "saved").iterdir()} >= {"text_encoder", "vae", "scheduler", "config.json"}
+
+
+CACHED_STEPS = ["--num_frames", FRAMES, "--negative_prompt", NEGATIVE, "--num_inference_steps", 16]
+
+
+def blocks_of(caplog) -> tuple[int, int]:
+    """Blocks that were computed, and all, as the last run said."""
+    found = re.findall(r"computed (\d+) of (\d+) blocks", caplog.text)
+    return int(found[-1][0]), int(found[-1][1])
+
+
+def test_first_block_cache_is_that_of_diffusers(main, stock, caplog):
+    caplog.set_level(logging.INFO)
+    pipeline = stock("t2v")
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+    latents = pipeline(
+        prompt=PROMPT, negative_prompt=NEGATIVE, height=HEIGHT, width=WIDTH, num_frames=FRAMES,
+        num_inference_steps=16, true_cfg_scale=6.0, guidance_scale=1.0, output_type="latent",
+        generator=torch.Generator().manual_seed(SEED),
+    ).frames  # fmt: skip
+    cached = made(main, "t2v", *CACHED_STEPS, "--cache", "fbcache:0.5")
+    torch.testing.assert_close(cached, latents, atol=10 * TOLERANCE, rtol=0)
+    computed, total = blocks_of(caplog)
+    assert total == 2 * 16 * 4 and computed < 0.9 * total  # conditions, steps, blocks
+    plain = made(main, "t2v", *CACHED_STEPS, "--save_latents", "plain.safetensors")
+    assert torch.equal(plain, cached)  # the first file is as it was
+    assert (load_file("plain.safetensors")["latents.0"] - cached).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("method", ["teacache:0.6", "magcache:0.3"])
+def test_what_is_measured_once_is_used_from_then_on(main, method, caplog, tmp_path, monkeypatch):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv("SKYREELS_CACHE", str(tmp_path / "own"))
+    plain = made(main, "t2v", *CACHED_STEPS)
+    made(main, "t2v", *CACHED_STEPS, "--cache", method, "--save_latents", "first.safetensors")
+    assert "has measured this checkpoint" in caplog.text
+    assert torch.equal(load_file("first.safetensors")["latents.0"], plain)
+    assert blocks_of(caplog) == (128, 128)
+    made(main, "t2v", *CACHED_STEPS, "--cache", method, "--save_latents", "second.safetensors")
+    computed, _ = blocks_of(caplog)
+    assert computed < 120
+    assert caplog.text.count("has measured this checkpoint") == 1
+    made(main, "t2v", *CACHED_STEPS, "--cache", method, "--offload", "--parameters_level",
+         "--save_latents", "streamed.safetensors")  # fmt: skip
+    assert blocks_of(caplog)[0] == computed
+    second, streamed = (load_file(f"{name}.safetensors")["latents.0"] for name in ("second", "streamed"))
+    torch.testing.assert_close(streamed, second, atol=10 * TOLERANCE, rtol=0)
+
+
+def test_a_cache_for_a_task_of_v3(main, caplog):
+    caplog.set_level(logging.INFO)
+    code, _, stderr = main(
+        "--task_type", "reference_to_video", "--model_id", "tiny", "--device", "cpu", "--prompt", "a fox",
+        "--ref_imgs", ROOT / "assets" / "fox.png", "--num_frames", 5, "--height", 64, "--width", 64,
+        "--num_inference_steps", 20, "--cache", "fbcache:0.2",
+    )  # fmt: skip
+    assert code == 0, stderr
+    computed, total = blocks_of(caplog)
+    assert total == 20 * 2 and computed < total
