@@ -57,7 +57,10 @@ INPUTS = {
     "single_shot_extension": ("--input_video", str(ASSETS / "boat.mp4")),
     "shot_switching_extension": ("--input_video", str(ASSETS / "boat.mp4")),
     "talking_avatar": ("--input_image", str(ASSETS / "portrait.png"), "--input_audio", str(ASSETS / "speech.mp3")),
+    "t2v": (),
+    "i2v": ("--image", str(ASSETS / "fox.png")),
 }
+NOT_FULL = ("talking_avatar", "t2v", "i2v")  # of whose encoders only the toy's are made here
 SMALL = ("--height", "128", "--width", "192", "--num_inference_steps", "4")  # of the toy
 FEW = ("--height", "720", "--width", "1280", "--num_inference_steps", "2")  # of the full one
 UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
@@ -92,8 +95,8 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--model_id", choices=(TINY, FULL), default=TINY)
     parser.add_argument("--task_type", choices=TASK_NAMES, default="reference_to_video")
     args, rest = parser.parse_known_args()
-    if args.model_id == FULL and args.task_type == "talking_avatar":
-        parser.error("--model_id full: has no encoders for the talking avatar; choose another --task_type")
+    if args.model_id == FULL and args.task_type in NOT_FULL:
+        parser.error(f"--model_id full: has no encoders for {args.task_type}; choose another --task_type")
     return args, rest
 
 

@@ -1,6 +1,6 @@
 """Runs a set of benchmarks, each in a process of its own, and collects their last lines in one file.
 
-    python benchmarks/run_all.py cpu            # about 8 minutes on 2 cores, writes benchmarks/results/cpu.json
+    python benchmarks/run_all.py cpu            # about 10 minutes on 2 cores, writes benchmarks/results/cpu.json
     python benchmarks/run_all.py gpu            # of the first GPU, into a file of its name
     python benchmarks/run_all.py --table benchmarks/results/cpu.json
 
@@ -33,12 +33,16 @@ SETS: dict[str, dict[str, tuple[str, ...]]] = {
         "end_to_end": ("--num_frames", "25"),
         "load": ("--runs", "3"),
         "memory_vs_length": (),
+        "hunyuan": (),
+        "step_cache": (),
     },
     "gpu": {
         "transformer_step": (*CUDA, "--official", "r2v-720p", "--layers", "3", "--rounds", "2"),
         "offload": (*CUDA, "--official", "r2v-480p", "--layers", "8", "--rounds", "3"),
         "vae": (*CUDA, "--frames", "17", "--height", "720", "--width", "1280", "--rounds", "2"),
         "end_to_end": ("--model_id", "full", "--device", "cuda"),
+        "hunyuan": (*CUDA, "--official", "--rounds", "2"),
+        "step_cache": (*CUDA, "--dim", "1024"),
     },
 }
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import logging
 import math
 import os
 import re
@@ -38,8 +37,6 @@ from skyreels_v3.tasks import (
     TaskSpec,
     task_spec,
 )
-
-logger = logging.getLogger(__name__)
 
 MAX_TEXT = 10_000  # characters of one value; of a prompt the model reads 512 tokens
 MAX_CONFIG_BYTES = 1 << 20
@@ -670,7 +667,7 @@ def make_request(spec: TaskSpec, values: Mapping[str, Any]) -> GenerationRequest
     """A request from checked values, the preset's where none was given."""
     given = written_out(values)
     given["seed"] = secrets.randbelow(2**32) if values.get("seed") == -1 else values.get("seed", 42)
-    values = as_trained(spec, {**presets(spec, given), **given})
+    values, notes = as_trained(spec, {**presets(spec, given), **given})
     recorded = {"task_type": spec.name} | {name: value for name, value in values.items() if name not in NOT_RECORDED}
     if values.get("window_prompt") == SAME_PROMPT:
         values["window_prompt"] = values["prompt"]
@@ -688,7 +685,7 @@ def make_request(spec: TaskSpec, values: Mapping[str, Any]) -> GenerationRequest
         if name in values:
             values[name] = Path(os.path.expanduser(values[name]))
     values = {name: value for name, value in values.items() if name not in ("verbose", "quiet", "gpu_num", "fps")}
-    return GenerationRequest(task=spec, flags=recorded, **values)
+    return GenerationRequest(task=spec, flags=recorded, notes=notes, **values)
 
 
 def written_out(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -725,13 +722,16 @@ def presets(spec: TaskSpec, values: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-def as_trained(spec: TaskSpec, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values in the form that V1's models were trained with: the prompt's first words, a number of frames of 4k+1."""
-    made = dict(values)
+def as_trained(spec: TaskSpec, values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Values in the form that V1's models were trained with, and notes of what was changed.
+
+    The prompt begins with certain words, and the number of frames is 4k+1.
+    """
+    made, notes = dict(values), []
     if not made["prompt"].lstrip().startswith(spec.prompt_prefix.strip()):
         made["prompt"] = spec.prompt_prefix + made["prompt"]
-        logger.info('the prompt now begins with "%s", as in training', spec.prompt_prefix.strip())
+        notes.append(f'--prompt now begins with "{spec.prompt_prefix.strip()}", as in training')
     if (frames := made.get("num_frames", 1)) % 4 != 1:
         made["num_frames"] = max(1, (frames - 1) // 4 * 4 + 1)
-        logger.warning("--num_frames %d becomes %d: the VAE makes 4k+1 frames", frames, made["num_frames"])
-    return made
+        notes.append(f"--num_frames {frames} becomes {made['num_frames']}: the VAE makes 4k+1 frames")
+    return made, tuple(notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from dataclasses import replace
@@ -10,7 +11,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from skyreels_v3.checkpoints.hub import TINY, check_client, is_quantized, locate, locate_base, locate_lora
+from skyreels_v3.checkpoints.hub import TINY, check_client, check_pair, is_quantized, locate, locate_base, locate_lora
 from skyreels_v3.errors import UserError, shown
 from skyreels_v3.media.files import check_writable
 from skyreels_v3.media.inputs import Inputs, open_inputs
@@ -19,6 +20,8 @@ from skyreels_v3.pipelines.state import check_left
 from skyreels_v3.ranks import ALONE, Ranks
 from skyreels_v3.runtime import check_compute, check_device, expected_device, expected_dtype
 from skyreels_v3.tasks import HUNYUAN, GenerationRequest
+
+logger = logging.getLogger(__name__)
 
 PROMPT_IN_NAME = 100  # characters
 NAME_BYTES = 180  # of them; file systems take 255 for a name, and those of temporary files are longer
@@ -61,6 +64,8 @@ def preflight(
         check_left(request.output, recorded_flags(request))
     if request.use_usp:
         plan(request, checkpoint, expected_dtype(request), ranks)  # refuses degrees that do not fit
+    for note in request.notes:  # not before all has been checked: an error stands alone
+        logger.info(note)
     return request, inputs, checkpoint
 
 
@@ -82,7 +87,12 @@ def checkpoint_here(request: GenerationRequest) -> Path | None:
 
 def base_here(request: GenerationRequest, checkpoint: Path | None) -> Path | None:
     """The folder of V1's other components where it is on this machine, see `locate_base`."""
-    return locate_base(request, checkpoint) if request.task.layout == HUNYUAN else None
+    if request.task.layout != HUNYUAN:
+        return None
+    base = locate_base(request, checkpoint)
+    if base is not None and checkpoint is not None:
+        check_pair(checkpoint, base)
+    return base
 
 
 def with_base(request: GenerationRequest, base: Path | None) -> GenerationRequest:

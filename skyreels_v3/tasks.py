@@ -143,6 +143,7 @@ class GenerationRequest:
     url_timeout: float = 1.2
     verbosity: int = 0
     flags: Mapping[str, Any] = field(default_factory=dict)  # as given, to run it again
+    notes: tuple[str, ...] = ()  # on what was changed of it, for the user
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -26,6 +26,12 @@ CASES = {
         ("--num_frames", "5", "--height", "32", "--width", "32", "--num_inference_steps", "2"),
         {"stages", "steps", "total", "memory"},
     ),
+    "hunyuan": (SMALL, {"ways", "baseline", "met", "tokens"}),
+    "step_cache": (
+        ("--dim", "64", "--layers", "1", "--frames", "1", "--height", "4", "--width", "4")
+        + ("--steps", "6", "--rounds", "2"),
+        {"loops", "baseline"},
+    ),
 }
 WRONG = (
     ("transformer_step", "--modes", "fast"),
@@ -36,6 +42,10 @@ WRONG = (
     ("offload", "--official", "r2v-4k"),
     ("vae", "--frames", "4"),
     ("end_to_end", "--model_id", "full", "--task_type", "talking_avatar"),
+    ("end_to_end", "--model_id", "full", "--task_type", "t2v"),
+    ("hunyuan", "--layers", "1"),
+    ("hunyuan", "--dim", "200"),
+    ("step_cache", "--width", "5"),
     ("load", "--size-gb", "-1"),
     ("memory_vs_length", "--side", "20"),
 )

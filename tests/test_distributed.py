@@ -53,7 +53,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "talk-odd": talk | ODD | {"input_audio": "one.wav"},
     "talk-even": talk | EVEN | {"input_audio": "one.wav", "audio_guidance_scale": 2, "text_guidance_scale": 2},
     "two-odd": talk | ODD | {"input_audio": "one.wav,two.wav"},
-    "cat-odd": cat | ODD,
+    "cat-odd": cat | ODD | {"num_frames": 29},  # 3 pieces of the VAE
     "cat-cached": cat | EVEN | {"num_inference_steps": 12, "cache": "fbcache:0.2"},
     "comes-odd": comes | ODD,
 }

@@ -26,8 +26,8 @@ TASKS = {
     "single_shot_extension": ("--input_video", ASSETS / "boat.mp4"),
     "shot_switching_extension": ("--input_video", ASSETS / "boat.mp4", "--duration", 2),
     "talking_avatar": ("--input_image", ASSETS / "portrait.png", "--input_audio", ASSETS / "speech.mp3"),
-    "t2v": ("--num_frames", 9),
-    "i2v": ("--image", ASSETS / "fox.png", "--num_frames", 9),
+    "t2v": ("--num_frames", 9, "--num_inference_steps", 8),
+    "i2v": ("--image", ASSETS / "fox.png", "--num_frames", 9, "--num_inference_steps", 8),
 }
 MODELS = ("reference_to_video", "t2v")  # a task of each kind of transformer
 
@@ -158,33 +158,42 @@ def test_compiled_blocks(generate, tmp_path, task):
         assert np.abs(made - plain).mean() < 0.1 * plain.std()
 
 
-def largest_model(folder: Path) -> Path:
-    """A toy with blocks large enough to be seen in the device's memory: 24 of about 38 MB in bfloat16."""
+def largest_model(folder: Path, task: str) -> Path:
+    """A toy with blocks large enough to be seen in the device's memory: about 0.9 GB in bfloat16."""
     import shutil
 
+    from diffusers import HunyuanVideoTransformer3DModel
+
     from skyreels_v3.checkpoints.tiny import make_tiny, published_config, save_file
+    from skyreels_v3.checkpoints.tiny_hunyuan import HUNYUAN, write_model
     from skyreels_v3.checkpoints.toy import SIZES, WEIGHTS, weights, write_json
     from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
     from skyreels_v3.tasks import task_spec
 
-    root = shutil.copytree(make_tiny(task_spec("reference_to_video")), folder / "large")
-    sizes = {"num_attention_heads": 8, "attention_head_dim": 128, "num_layers": 24, "ffn_dim": 5120}
+    root = shutil.copytree(make_tiny(task_spec(task)), folder / "large")
+    heads = {"num_attention_heads": 8, "attention_head_dim": 128}
     torch.manual_seed(0)
-    model = SkyReelsTransformer3DModel(**(SIZES["transformer"] | sizes)).to(torch.bfloat16)
+    if task == "t2v":
+        sizes = heads | {"rope_axes_dim": (16, 56, 56), "num_layers": 6, "num_single_layers": 12}
+        write_model(root, HunyuanVideoTransformer3DModel(**(HUNYUAN["transformer"] | sizes)).bfloat16(), WEIGHTS)
+        return root
+    sizes = heads | {"num_layers": 24, "ffn_dim": 5120}
+    model = SkyReelsTransformer3DModel(**(SIZES["transformer"] | sizes)).bfloat16()
     save_file(weights(model), root / "transformer" / WEIGHTS)
     write_json(root / "transformer" / "config.json", published_config(model))
     return root
 
 
-def test_streaming_is_pinned_and_takes_less_memory(main, monkeypatch, tmp_path, caplog):
+@pytest.mark.parametrize("task", MODELS)
+def test_streaming_is_pinned_and_takes_less_memory(main, monkeypatch, tmp_path, caplog, task):
     """In this process, whose allocator keeps the peak."""
     from skyreels_v3 import runtime
 
     made: list[runtime.Runtime] = []
     start = runtime.start
     monkeypatch.setattr(runtime, "start", lambda *arguments: made.append(start(*arguments)) or made[-1])
-    model = largest_model(tmp_path)
-    inputs = ("--task_type", "reference_to_video", "--prompt", "A boat", "--height", 64, "--width", 96)
+    model = largest_model(tmp_path, task)
+    inputs = ("--task_type", task, "--prompt", "A boat", "--height", 64, "--width", 96)
     peaks, results = {}, {}
     for mode in ("resident", "offload", "stream"):
         torch.cuda.synchronize()
@@ -192,7 +201,7 @@ def test_streaming_is_pinned_and_takes_less_memory(main, monkeypatch, tmp_path, 
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         files = ("--output", f"{mode}.mp4", "--save_latents", f"{mode}.safetensors")
-        flags = (*TASKS["reference_to_video"], "--model_id", model, *files, "--memory", mode, *CUDA)
+        flags = (*TASKS[task], "--model_id", model, *files, "--memory", mode, *CUDA)
         code, _, stderr = main(*inputs, *flags)
         assert code == 0, stderr
         peaks[mode] = torch.cuda.max_memory_allocated() - before

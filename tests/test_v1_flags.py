@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -77,21 +76,25 @@ def test_shorthands_are_recorded_as_what_they_stand_for():
     assert not {"offload", "parameters_level", "compiler_transformer", "memory"} & flags.keys()
 
 
-def test_the_prefix_is_added_when_it_is_missing(caplog):
-    with caplog.at_level(logging.INFO):
-        assert parse_request(["--task_type", "t2v", "--prompt", "A cat"]).prompt == "FPS-24, A cat"
-    assert "FPS-24" in caplog.text
-    caplog.clear()
-    with caplog.at_level(logging.INFO):
-        assert parse_request(T2V).prompt == "FPS-24, A cat"
-    assert not caplog.text
+def test_the_prefix_is_added_when_it_is_missing():
+    request = parse_request(["--task_type", "t2v", "--prompt", "A cat"])
+    assert request.prompt == request.flags["prompt"] == "FPS-24, A cat"
+    assert '"FPS-24,"' in request.notes[0]
+    assert parse_request(T2V).prompt == "FPS-24, A cat"
+    assert not parse_request(T2V).notes
 
 
 @pytest.mark.parametrize(("given", "made"), [(100, 97), (97, 97), (2, 1), (5, 5), (99, 97)])
-def test_frames_are_rounded_as_the_library_does(given, made, caplog):
+def test_frames_are_rounded_as_the_library_does(given, made):
     request = parse_request([*T2V, "--num_frames", str(given)])
     assert request.frames_out == made
-    assert (f"{given} becomes {made}" in caplog.text) == (given != made)
+    assert (f"{given} becomes {made}" in "".join(request.notes)) == (given != made)
+
+
+def test_notes_are_told_when_all_is_well(generate, cache):
+    run = generate("--task_type", "t2v", "--prompt", "A cat", "--num_frames", 100, *TOY, "--dry_run")
+    assert run.returncode == 0
+    assert run.stderr.count("INFO: ") == 2 and "100 becomes 97" in run.stderr and "FPS-24" in run.stderr
 
 
 @pytest.mark.parametrize(

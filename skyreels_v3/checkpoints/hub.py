@@ -188,7 +188,10 @@ def check_folder(folder: Path, task: TaskSpec) -> None:
         configs.append(folder / AUDIO_ENCODER / "config.json")
     files += [tokenizer / TOKENIZER_FILE for tokenizer in tokenizers]
     check_files(folder, models, [*configs, *files], f"{task.name} checkpoint", task.model_id)
-    transformer_config(transformer, task.transformer)
+    sizes = transformer_config(transformer, task.transformer)
+    if task.layout == HUNYUAN and sizes.get("in_channels") != task.transformer["in_channels"]:
+        reason = f"{folder}/config.json: in_channels = {sizes.get('in_channels')} is not {task.name}'s"
+        raise CheckpointError(f"{reason} {task.transformer['in_channels']}; give a checkpoint of {task.model_id}")
 
 
 def check_base(folder: Path, task: TaskSpec, flag: str) -> None:
@@ -196,10 +199,30 @@ def check_base(folder: Path, task: TaskSpec, flag: str) -> None:
     files = [folder / BASE_SCHEDULER]
     for name in BASE_TOKENIZERS:  # older repositories have CLIP's in two files
         tokenizer = folder / name
-        files.append(tokenizer / ("vocab.json" if (tokenizer / "vocab.json").is_file() else TOKENIZER_FILE))
-    try:
+        two = [tokenizer / name for name in ("vocab.json", "merges.txt")]
+        files += two if any(file.is_file() for file in two) else [tokenizer / TOKENIZER_FILE]
+    with errors_about(flag):
         check_files(folder, [folder / name for name in BASE_MODELS], files, "HunyuanVideo", task.base_model_id)
+
+
+def check_pair(checkpoint: Path, base: Path) -> None:
+    """Raise UserError unless V1's transformer takes what the text encoders beside it give."""
+    config = read_json(checkpoint / "config.json")
+    for name, folder in (("text_embed_dim", "text_encoder"), ("pooled_projection_dim", "text_encoder_2")):
+        taken, given = config.get(name), read_json(base / folder / "config.json").get("hidden_size")
+        if None not in (taken, given) and taken != given:
+            reason = f"{base}/{folder} gives states of width {given}, the transformer takes {taken}"
+            raise UserError("--base_model_id", f"{reason}; give HunyuanVideo's own, or leave it out")
+
+
+@contextmanager
+def errors_about(flag: str) -> Iterator[None]:
+    """Have what goes wrong with a checkpoint's file be about a flag other than --model_id."""
+    try:
+        yield
     except CheckpointError as error:
+        if error.flag == flag:
+            raise
         raise UserError(flag, str(error).removeprefix(f"{error.flag}: ")) from error
 
 
@@ -211,9 +234,8 @@ def check_files(folder: Path, models: list[Path], files: list[Path], kind: str, 
     """
     files = [*(model / "config.json" for model in models), *files]
     missing = [str(path.relative_to(folder)) for path in files if not path.is_file()]
-    missing += [
-        f"{m.relative_to(folder)}/*.safetensors" for m in models if m.is_dir() and not any(m.glob("*.safetensors"))
-    ]
+    empty = [model for model in models if model.is_dir() and not any(model.glob("*.safetensors"))]
+    missing += [str((model / "*.safetensors").relative_to(folder)) for model in empty]
     if missing:
         raise CheckpointError(
             f"{folder} is no complete {kind}: missing {', '.join(missing)}; download these files of {source}"

@@ -97,7 +97,19 @@ def load_llama(folder: Path, dtype: torch.dtype) -> LlamaModel:
             rotary.update(LlamaRotaryEmbedding(config).named_buffers(prefix="rotary_emb"))
         return LlamaModel(config)
 
-    return cast(LlamaModel, load_model(build, read_tensors(folder), folder, dtype, LLAMA, buffers=rotary))
+    tensors = read_tensors(folder)
+    module = load_model(build, tensors, folder, half_as_stored(tensors, dtype), LLAMA, buffers=rotary)
+    return cast(LlamaModel, module)
+
+
+def half_as_stored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, or float16 in the place of bfloat16 for weights that are stored so.
+
+    They are then views of the file. Converted, the published 15 GB would be read and copied even where the prompt has
+    been encoded by an earlier run.
+    """
+    stored = {tensor.dtype for tensor in tensors.values()}
+    return torch.float16 if dtype is torch.bfloat16 and stored == {torch.float16} else dtype
 
 
 def load_clip(folder: Path, dtype: torch.dtype) -> CLIPTextModel:

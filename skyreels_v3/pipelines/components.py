@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from skyreels_v3.cache import TensorCache, cache_folder, identity_of
-from skyreels_v3.checkpoints.hub import BASE_SCHEDULER, read_json, text_encoder_files, weight_files
+from skyreels_v3.checkpoints.hub import BASE_SCHEDULER, errors_about, read_json, text_encoder_files, weight_files
 from skyreels_v3.checkpoints.hunyuan import load_hunyuan_text_encoder, load_hunyuan_transformer, load_hunyuan_vae
 from skyreels_v3.checkpoints.load import read_ahead
 from skyreels_v3.checkpoints.lora import apply_loras
@@ -67,11 +67,14 @@ def load_components(folder: Path, request: GenerationRequest, runtime: Runtime) 
     reads = runtime.parallel.main or not request.broadcast_weights
     loaders = (hunyuan_loaders if task.layout == HUNYUAN else wan_loaders)(folder, request, runtime, reads)
     loaded: dict[str, Any] = {"text_encoder": None}
+    others = others_of(folder, request)
     with runtime.bar("loading", len(loaders)) as bar:
         for name, load in loaders.items():
-            loaded[name] = load()
+            elsewhere = others != folder and name != "transformer"
+            with errors_about("--base_model_id" if elsewhere else "--model_id"):
+                loaded[name] = load()
             bar.update()
-    others, weights = others_of(folder, request), weight_files(folder / task.transformer_folder)
+    weights = weight_files(folder / task.transformer_folder)
     known_prompts = identity_of(text_encoder_files(others, task), runtime.dtype, request.quant)
     known_transformer = identity_of(weights, runtime.dtype, request.quant, request.lora)
     if reads:

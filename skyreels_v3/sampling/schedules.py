@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from skyreels_v3.errors import CheckpointError
+from skyreels_v3.errors import UserError
 
 FIRST_SIGMA = 0.999
 LAST_EULER_SIGMA = 0.001
@@ -56,7 +56,8 @@ def euler_of(
         shift: another one than the config's.
     """
     if (name := config.get("_class_name")) != FlowMatchEulerDiscreteScheduler.__name__:
-        raise CheckpointError(f"scheduler_config.json: {name} is not supported, only FlowMatchEulerDiscreteScheduler")
+        only = FlowMatchEulerDiscreteScheduler.__name__
+        raise UserError("--base_model_id", f"scheduler_config.json: {name} is not supported, only {only}; give another")
     changes = {} if shift is None else {"shift": shift}
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(config), **changes)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1])

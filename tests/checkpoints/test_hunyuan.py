@@ -203,3 +203,20 @@ def test_tokenizers_that_cannot_be_read(root, folder):
         file.write_text("{")
     with pytest.raises(CheckpointError, match=f"the tokenizer in .*{folder} cannot be read"):
         load_hunyuan_text_encoder(root, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "loaded"),
+    [
+        (torch.float16, torch.bfloat16, torch.float16),
+        (torch.float16, torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_a_llama_stays_in_its_own_half_precision(tmp_path, stored, wanted, loaded):
+    write_hunyuan(tmp_path, 16)
+    file = tmp_path / "text_encoder" / "model.safetensors"
+    save_file({name: tensor.to(stored) for name, tensor in load_file(file).items()}, file)
+    module = load_llama(tmp_path / "text_encoder", wanted)
+    assert {parameter.dtype for parameter in module.parameters()} == {loaded}

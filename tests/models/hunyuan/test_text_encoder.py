@@ -125,8 +125,8 @@ def test_nothing_is_silenced_for_others(encoder, stock, said):
 def test_what_a_run_says(generate, tmp_path):
     """With the preset's negative prompt, which is long for the toy's CLIP of single characters."""
     made = generate(
-        *("--task_type", "t2v", "--model_id", "tiny", "--device", "cpu", "--prompt", "FPS-24, a cat", "--num_frames", 5),
-        *("--height", 64, "--width", 96, "--num_inference_steps", 2, "--output", "a.mp4"),
+        *("--task_type", "t2v", "--model_id", "tiny", "--device", "cpu", "--prompt", "FPS-24, a cat"),
+        *("--height", 64, "--width", 96, "--num_frames", 5, "--num_inference_steps", 2, "--output", "a.mp4"),
         cwd=tmp_path, env=os.environ | {"SKYREELS_CACHE": str(tmp_path / "cache")},
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
