@@ -8,25 +8,15 @@ Whole blocks are not compiled: the hooks around them, which stream their weights
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 
-from skyreels_v3.models.hunyuan.transformer import HunyuanTransformer3DModel
-from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
+from skyreels_v3.models.kinds import Transformer
 
 GRAPHS = 16  # of one part at most: shapes, dtypes and adapters differ
 
 
-def compile_blocks(model: SkyReelsTransformer3DModel | HunyuanTransformer3DModel) -> None:
+def compile_blocks(model: Transformer) -> None:
     """Compile on first use; code is kept where `runtime.set_environment` says."""
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
-    for owner, method in parts_of(model):
+    for owner, method in model.compilable():
         setattr(owner, method, torch.compile(getattr(owner, method)))
-
-
-def parts_of(model: SkyReelsTransformer3DModel | HunyuanTransformer3DModel) -> Iterable[tuple[object, str]]:
-    """What takes each token by itself: objects and names of their methods."""
-    if isinstance(model, HunyuanTransformer3DModel):
-        return model.compilable()
-    return [(block, method) for block in model.blocks for method in ("project", "finish")]

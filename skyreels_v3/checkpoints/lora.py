@@ -24,14 +24,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from skyreels_v3.checkpoints.hub import LORA_CONFIG, LoraError, check_lora_file, lora_errors, read_json
-from skyreels_v3.checkpoints.key_maps import NATIVE_TRANSFORMER, KeyMap, translate
+from skyreels_v3.checkpoints.key_maps import FEED, NATIVE_HUNYUAN, NATIVE_TRANSFORMER, KeyMap, translate
 from skyreels_v3.checkpoints.load import check_keys, name_some, read_safetensors
 from skyreels_v3.models.hunyuan.transformer import HunyuanTransformer3DModel
-from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
+from skyreels_v3.models.kinds import Transformer
 
 logger = logging.getLogger(__name__)
 
-Transformer = SkyReelsTransformer3DModel | HunyuanTransformer3DModel
 State = dict[str, Tensor]
 Layers = dict[str, dict[str, Tensor]]  # a file's layers, as it calls them, with A, B and alpha
 
@@ -42,47 +41,6 @@ ENTRY = re.compile(
     r"\.(?:(?:(?P<A>lora_A|lora_down|lora\.down)|(?P<B>lora_B|lora_up|lora\.up))(?:\.\w+)?\.weight|alpha)"
 )
 TEXT_ENCODER = re.compile(r"(?:base_model\.model\.)?(?:text_encoder|lora_te)\w*(?:\..+)?")
-
-# HunyuanVideo's own names of linear layers -> HunyuanTransformer3DModel. `final_layer.adaLN_modulation.1` is not among
-# them: its halves, shift and scale, come in the other order there.
-_DOUBLE, _SINGLE = r"double_blocks\.(\d+)\.", r"single_blocks\.(\d+)\."
-_REFINER = r"txt_in\.individual_token_refiner\.blocks\.(\d+)\."
-_REFINED = r"context_embedder.token_refiner.refiner_blocks.\1."
-FEED = "proj_mlp"  # what is stacked below queries, keys and values in the blocks of one kind
-NATIVE_HUNYUAN: KeyMap = (
-    (r"time_in\.mlp\.0\.(.+)", r"time_text_embed.timestep_embedder.linear_1.\1"),
-    (r"time_in\.mlp\.2\.(.+)", r"time_text_embed.timestep_embedder.linear_2.\1"),
-    (r"guidance_in\.mlp\.0\.(.+)", r"time_text_embed.guidance_embedder.linear_1.\1"),
-    (r"guidance_in\.mlp\.2\.(.+)", r"time_text_embed.guidance_embedder.linear_2.\1"),
-    (r"vector_in\.in_layer\.(.+)", r"time_text_embed.text_embedder.linear_1.\1"),
-    (r"vector_in\.out_layer\.(.+)", r"time_text_embed.text_embedder.linear_2.\1"),
-    (r"txt_in\.input_embedder\.(.+)", r"context_embedder.proj_in.\1"),
-    (r"txt_in\.t_embedder\.mlp\.0\.(.+)", r"context_embedder.time_text_embed.timestep_embedder.linear_1.\1"),
-    (r"txt_in\.t_embedder\.mlp\.2\.(.+)", r"context_embedder.time_text_embed.timestep_embedder.linear_2.\1"),
-    (r"txt_in\.c_embedder\.linear_([12])\.(.+)", r"context_embedder.time_text_embed.text_embedder.linear_\1.\2"),
-    (_REFINER + r"self_attn_qkv\.(.+)", tuple(_REFINED + rf"attn.to_{part}.\2" for part in "qkv")),
-    (_REFINER + r"self_attn_proj\.(.+)", _REFINED + r"attn.to_out.0.\2"),
-    (_REFINER + r"mlp\.fc1\.(.+)", _REFINED + r"ff.net.0.proj.\2"),
-    (_REFINER + r"mlp\.fc2\.(.+)", _REFINED + r"ff.net.2.\2"),
-    (_REFINER + r"adaLN_modulation\.1\.(.+)", _REFINED + r"norm_out.linear.\2"),
-    (_DOUBLE + r"img_attn_qkv\.(.+)", tuple(rf"transformer_blocks.\1.attn.to_{part}.\2" for part in "qkv")),
-    (_DOUBLE + r"txt_attn_qkv\.(.+)", tuple(rf"transformer_blocks.\1.attn.add_{part}_proj.\2" for part in "qkv")),
-    (_DOUBLE + r"img_attn_proj\.(.+)", r"transformer_blocks.\1.attn.to_out.0.\2"),
-    (_DOUBLE + r"txt_attn_proj\.(.+)", r"transformer_blocks.\1.attn.to_add_out.\2"),
-    (_DOUBLE + r"img_mod\.linear\.(.+)", r"transformer_blocks.\1.norm1.linear.\2"),
-    (_DOUBLE + r"txt_mod\.linear\.(.+)", r"transformer_blocks.\1.norm1_context.linear.\2"),
-    (_DOUBLE + r"img_mlp\.fc1\.(.+)", r"transformer_blocks.\1.ff.net.0.proj.\2"),
-    (_DOUBLE + r"img_mlp\.fc2\.(.+)", r"transformer_blocks.\1.ff.net.2.\2"),
-    (_DOUBLE + r"txt_mlp\.fc1\.(.+)", r"transformer_blocks.\1.ff_context.net.0.proj.\2"),
-    (_DOUBLE + r"txt_mlp\.fc2\.(.+)", r"transformer_blocks.\1.ff_context.net.2.\2"),
-    (
-        _SINGLE + r"linear1\.(.+)",
-        tuple(rf"single_transformer_blocks.\1.{part}.\2" for part in ("attn.to_q", "attn.to_k", "attn.to_v", FEED)),
-    ),
-    (_SINGLE + r"linear2\.(.+)", r"single_transformer_blocks.\1.proj_out.\2"),
-    (_SINGLE + r"modulation\.linear\.(.+)", r"single_transformer_blocks.\1.norm.linear.\2"),
-    (r"final_layer\.linear\.(.+)", r"proj_out.\1"),
-)
 
 HEADER_ENTRY = "lora_adapter_metadata"  # diffusers' place for PEFT's settings
 UNSUPPORTED_SETTINGS = ("use_dora", "use_rslora", "use_qalora", "alora_invocation_tokens")

@@ -11,13 +11,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from skyreels_v3.models.hunyuan.transformer import HunyuanTransformer3DModel
-from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
+from skyreels_v3.models.kinds import Transformer
 
 
-def shard_weights(
-    model: SkyReelsTransformer3DModel | HunyuanTransformer3DModel, device: torch.device, processes: int
-) -> None:
+def shard_weights(model: Transformer, device: torch.device, processes: int) -> None:
     """Divide the weights of `model` among all processes; this one's part goes to `device`."""
     mesh = init_device_mesh(device.type, (processes,))
     for block in model.blocks:

@@ -33,13 +33,11 @@ from skyreels_v3.models.hunyuan.text_encoder import HunyuanTextEncoder
 from skyreels_v3.models.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.models.hunyuan.vae import HunyuanVAE
 from skyreels_v3.models.image_encoder import ImageEncoder
+from skyreels_v3.models.kinds import Transformer
 from skyreels_v3.models.text_encoder import TextEncoder
-from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
 from skyreels_v3.models.vae import VideoVAE
 from skyreels_v3.runtime import Runtime
 from skyreels_v3.tasks import HUNYUAN, GenerationRequest
-
-Transformer = SkyReelsTransformer3DModel | HunyuanTransformer3DModel
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from skyreels_v3.attention.backends import sdpa
 from skyreels_v3.checkpoints import key_maps
 from skyreels_v3.checkpoints.hunyuan import load_hunyuan_transformer
+from skyreels_v3.checkpoints.key_maps import NATIVE_HUNYUAN
 from skyreels_v3.checkpoints.load import read_tensors
-from skyreels_v3.checkpoints.lora import NATIVE_HUNYUAN, apply_loras, model_names, read_lora
+from skyreels_v3.checkpoints.lora import apply_loras, model_names, read_lora
 from skyreels_v3.checkpoints.published import load_transformer
 from skyreels_v3.errors import CheckpointError
 from skyreels_v3.models.hunyuan.transformer import HunyuanTransformer3DModel

@@ -11,7 +11,7 @@ and the output head in float32 (see `float32_parameters`); rotary angles in floa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -111,6 +111,12 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 module.attention = cross_attention or attention
             elif isinstance(module, TransformerBlock):
                 module.speaker_positions = speaker_positions
+
+    def compilable(self) -> Iterator[tuple[object, str]]:
+        """The parts that take each token by itself, as objects and names of methods; see `compile.compile_blocks`."""
+        for block in self.blocks:
+            yield block, "project"
+            yield block, "finish"
 
     def forward(self, segments: Sequence[Segment], timestep: Tensor, context: Context) -> tuple[Tensor, ...]:
         """Velocities (B, out_channels, F, H, W) of all segments, float32.
