@@ -31,7 +31,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -324,20 +323,33 @@ def add(streams: Sequence[Any], residuals: Residuals) -> Streams:
     return tuple(stream if residual is None else stream + residual for stream, residual in pairs)
 
 
+class Seen(Exception):
+    """Leaves a block with its signal, before it works."""
+
+    def __init__(self, signal: Tensor) -> None:
+        super().__init__()
+        self.signal = signal
+
+
 def signal_of(block: nn.Module, arguments: Sequence[Any]) -> Tensor:
     """The input of a block's self-attention (B, L, D): normed tokens, modulated by the timestep.
 
-    The weights for that may be there only while the block is called. So it is called, with all that is hung on it, but
-    with another forward.
+    The weights for that may be there only while the block is called. So it is called, and left by the last of the hooks
+    that come before its forward.
     """
-    forward = wan_signal if isinstance(block, TransformerBlock) else hunyuan_signal
-    own = {name: value for name, value in vars(block).items() if name == "forward"}
-    vars(block)["forward"] = partial(forward, block)
+    signal = wan_signal if isinstance(block, TransformerBlock) else hunyuan_signal
+
+    def look(module: Any, given: tuple[Any, ...]) -> None:
+        raise Seen(signal(module, *given))
+
+    handle = block.register_forward_pre_hook(look)
     try:
-        return block(*arguments)
+        block(*arguments)
+    except Seen as seen:
+        return seen.signal
     finally:
-        del vars(block)["forward"]
-        vars(block).update(own)
+        handle.remove()
+    raise AssertionError("hooks are called")
 
 
 def wan_signal(block: TransformerBlock, x: Tensor, context: Any, modulation: Tensor, rotary: Any) -> Tensor:

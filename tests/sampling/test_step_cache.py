@@ -404,16 +404,15 @@ def test_the_signal_is_what_self_attention_gets():
 
 
 def test_the_signal_is_asked_of_a_called_block():
-    """Hooks may bring a block's weights when it is called; another's forward on it comes back."""
+    """Hooks may bring a block's weights when it is called. It does not work for that, and no hook is left on it."""
     model, calls = wan(), []
     model.blocks[0].register_forward_pre_hook(lambda *_: calls.append("before"))
     model.blocks[0].register_forward_hook(lambda *_: calls.append("after"))
     figures = {"signal": torch.rand(9), "residual": torch.zeros(9)}
-    own = model.blocks[1].forward
-    model.blocks[0].forward = own
     walk_cached(model, made("teacache", 1.0, figures))
-    assert calls == ["before", "after"] * (STEPS + 2)
-    assert model.blocks[0].forward is own
+    computed = calls.count("after")
+    assert calls.count("before") == STEPS + computed and computed == 2  # the first step and the last
+    assert len(model.blocks[0]._forward_pre_hooks) == 1
 
 
 @pytest.mark.parametrize("method", METHODS)
