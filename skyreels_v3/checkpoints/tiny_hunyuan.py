@@ -27,6 +27,15 @@ MARK = r"<\|\w+\|>"  # of a chat's parts
 BEGIN, END, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<pad>"
 CLIP_BEGIN, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_TOKENS = 77
+PARTS = {  # of the library's pipeline, and where it finds their classes
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "LlamaModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "transformer": ["diffusers", "HunyuanVideoTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLHunyuanVideo"],
+}
 GAIN = 1.5  # of the transformer's random matrices: as they are made, a prompt hardly reaches the picture
 
 
@@ -41,6 +50,7 @@ def write_hunyuan(root: Path, in_channels: int) -> None:
     write_llama_tokenizer(root / "tokenizer")
     write_model(root / "text_encoder_2", toy_clip(), "model.safetensors", prefix="text_model.")
     write_clip_tokenizer(root / "tokenizer_2")
+    write_json(root / "model_index.json", {"_class_name": "HunyuanVideoPipeline", **PARTS})
 
 
 def toy_hunyuan_transformer(in_channels: int) -> HunyuanVideoTransformer3DModel:

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKLHunyuanVideo,
-    FlowMatchEulerDiscreteScheduler,
     HunyuanSkyreelsImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
@@ -21,7 +19,6 @@ from diffusers.hooks import FirstBlockCacheConfig
 from imageio_ffmpeg import read_frames
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, LlamaModel
 
 from skyreels_v3.checkpoints.tiny import make_tiny
 from skyreels_v3.tasks import task_spec
@@ -59,17 +56,10 @@ def stock(cache, monkeypatch):
 
     def load(task: str):
         root = make_tiny(task_spec(task))
-        vae = AutoencoderKLHunyuanVideo.from_pretrained(root / "vae")
-        vae.enable_tiling()  # as the published code has it
-        pipeline = {"t2v": HunyuanVideoPipeline, "i2v": HunyuanSkyreelsImageToVideoPipeline}[task](
-            text_encoder=LlamaModel.from_pretrained(root / "text_encoder"),
-            tokenizer=AutoTokenizer.from_pretrained(root / "tokenizer"),
-            transformer=HunyuanVideoTransformer3DModel.from_pretrained(root),
-            vae=vae,
-            scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(root / "scheduler"),
-            text_encoder_2=CLIPTextModel.from_pretrained(root / "text_encoder_2"),
-            tokenizer_2=CLIPTokenizer.from_pretrained(root / "tokenizer_2"),
-        )
+        transformer = HunyuanVideoTransformer3DModel.from_pretrained(root)
+        kind = {"t2v": HunyuanVideoPipeline, "i2v": HunyuanSkyreelsImageToVideoPipeline}[task]
+        pipeline = kind.from_pretrained(root, transformer=transformer)
+        pipeline.vae.enable_tiling()  # as the published code has it
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
