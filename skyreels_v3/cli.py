@@ -450,8 +450,8 @@ def without_overruled(config: Mapping[str, Any], given: Mapping[str, Any]) -> di
 
 def check_conflicts(spec: TaskSpec, values: Mapping[str, Any]) -> None:
     """Flags that the task needs, does not take, or that contradict each other."""
-    for name, needs in ONLY_FOR.items():
-        if values.get(name, False) is not False and not set(needs) & spec.kinds:
+    for name in ONLY_FOR:
+        if values.get(name, False) is not False and not takes(spec, name):
             value = "" if values[name] is True else f"{told(values[name])}: "
             raise UserError(f"--{name}", f"{value}{spec.name} does not take it; leave it out")
     for name in spec.inputs:
@@ -668,7 +668,7 @@ def make_request(spec: TaskSpec, values: Mapping[str, Any]) -> GenerationRequest
     given = written_out(values)
     given["seed"] = secrets.randbelow(2**32) if values.get("seed") == -1 else values.get("seed", 42)
     values, notes = as_trained(spec, {**presets(spec, given), **given})
-    recorded = {"task_type": spec.name} | {name: value for name, value in values.items() if name not in NOT_RECORDED}
+    recorded = {"task_type": spec.name} | {name: values[name] for name in values if is_recorded(spec, name, values)}
     if values.get("window_prompt") == SAME_PROMPT:
         values["window_prompt"] = values["prompt"]
     if "num_frames" in values:
@@ -686,6 +686,16 @@ def make_request(spec: TaskSpec, values: Mapping[str, Any]) -> GenerationRequest
             values[name] = Path(os.path.expanduser(values[name]))
     values = {name: value for name, value in values.items() if name not in ("verbose", "quiet", "gpu_num", "fps")}
     return GenerationRequest(task=spec, flags=recorded, notes=notes, **values)
+
+
+def is_recorded(spec: TaskSpec, name: str, values: Mapping[str, Any]) -> bool:
+    """Whether a value is needed to make the same video again, and can be given for the task."""
+    return name not in NOT_RECORDED and values[name] is not None and takes(spec, name)
+
+
+def takes(spec: TaskSpec, name: str) -> bool:
+    """Whether a flag is for the task."""
+    return name not in ONLY_FOR or bool(set(ONLY_FOR[name]) & spec.kinds)
 
 
 def written_out(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -191,3 +193,14 @@ def test_a_seed_that_leaves_no_room_for_the_others():
 
 def test_the_spec_says_what_it_is_for():
     assert task_spec("t2v").kinds == {"hunyuan"} and task_spec("i2v").kinds == {"hunyuan", "image"}
+
+
+@pytest.mark.parametrize("argv", [T2V, I2V], ids=["t2v", "i2v"])
+def test_what_is_recorded_makes_the_same_request(argv, tmp_path):
+    """What a video's comment says is ready for --config."""
+    flags = ["--num_frames", "100", "--quant", "--cache", "magcache:0.1", "--fps", "30", "--no_riflex", "--seed", "9"]
+    request = parse_request([*argv, *flags])
+    (tmp_path / "made.yaml").write_text(json.dumps(dict(request.flags)))
+    again = parse_request(["--config", str(tmp_path / "made.yaml")])
+    assert replace(again, notes=request.notes) == request
+    assert again.flags == request.flags
