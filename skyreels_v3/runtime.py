@@ -211,7 +211,8 @@ def start(request: GenerationRequest, plan: Plan) -> Runtime:
         if plan.ranks.local_world > torch.cuda.device_count():
             reason = f"{plan.ranks.local_world} processes on a machine with {torch.cuda.device_count()} GPUs"
             flag = "--use_usp" if request.use_usp else "--jobs"
-            raise UserError(flag, f"{reason}; give torchrun --nproc_per_node={torch.cuda.device_count()}")
+            count = torch.cuda.device_count()
+            raise UserError(flag, f"{reason}; give --gpu_num {count}, or torchrun --nproc_per_node={count}")
         # one process takes what is current, of several each its own
         number = plan.ranks.local_rank if plan.ranks.local_world > 1 else torch.cuda.current_device()
         device = torch.device(name, number)

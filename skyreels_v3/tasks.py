@@ -33,7 +33,6 @@ VAE_STRIDE = (4, 8, 8)  # frames, height, width
 PATCH_SIZE = (1, 2, 2)
 LATENT_CHANNELS = 16
 REFERENCE_SLOTS = 4  # latent frames for reference images
-REPEATS_AFTER = 192  # frames: a longer video of HunyuanVideo begins anew, see models/hunyuan/riflex.py
 ROLL_OUT_SECONDS = 5  # a long single-shot extension is rolled out this much at a time
 LATENT_FRAMES_PER_SECOND = 6
 SEQUENCE_MULTIPLE = 8  # condition + new latent frames of a roll-out

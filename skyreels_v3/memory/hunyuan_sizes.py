@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from skyreels_v3.memory.units import BYTES, STREAM_SLOTS
 from skyreels_v3.ranks import UNDIVIDED, Degrees
 
-BYTES = {"bfloat16": 2, "float32": 4}
-STREAM_SLOTS = 2  # see memory/stream.py
 PATCH = 1 * 2 * 2  # latent pixels of a token
 SINUSOID = 256  # values that a timestep is embedded from
 REFINER_RATIO = 4  # width of the text refiner's hidden layers

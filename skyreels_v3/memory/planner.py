@@ -14,6 +14,7 @@ from pathlib import Path
 
 from skyreels_v3.checkpoints import hub
 from skyreels_v3.memory.hunyuan_sizes import HunyuanSizes
+from skyreels_v3.memory.units import BYTES, STREAM_SLOTS
 from skyreels_v3.ranks import ALONE, UNDIVIDED, Degrees, Ranks, choose_degrees
 from skyreels_v3.sampling.guidance import Guidance, text_audio_guidance, text_guidance, text_image_guidance
 from skyreels_v3.tasks import (
@@ -33,7 +34,6 @@ from skyreels_v3.windows import WINDOW_FRAMES, plan_windows
 
 TEXT_TOKENS = 512
 IMAGE_TOKENS = 257
-BYTES = {"bfloat16": 2, "float32": 4}
 # Parameters of the published components; the VAE is float32 always.
 VAE_PARAMETERS = 126_892_531
 HUNYUAN_VAE_PARAMETERS = 246_478_803
@@ -58,7 +58,6 @@ HUNYUAN_VAE_ENCODE = {"float32": 3_620, "bfloat16": 1_810}
 HUNYUAN_VAE_TILE = {"float32": 5_150_000_000, "bfloat16": 2_580_000_000}
 HUNYUAN_VAE_DECODE = {"float32": 580, "bfloat16": 340}
 TILINGS = ((1, 1), (1, 2), (2, 2), (2, 3))  # rows and columns; with more of them the halos cost more than is saved
-STREAM_SLOTS = 2  # blocks on the device at one time, those that stay aside; see memory/stream.py
 TINY_BYTES = 1 << 20  # of each of the toy's components, roughly
 
 

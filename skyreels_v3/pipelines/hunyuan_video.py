@@ -16,12 +16,12 @@ from torch import Tensor
 
 from skyreels_v3.media.image import cover_crop
 from skyreels_v3.media.inputs import Inputs
-from skyreels_v3.models.hunyuan.riflex import riflex
+from skyreels_v3.models.hunyuan.riflex import REPEATS_AFTER, riflex
 from skyreels_v3.models.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.pipelines.steps import Pass, Steps
 from skyreels_v3.sampling.guidance import text_guidance
 from skyreels_v3.sampling.schedules import euler_of
-from skyreels_v3.tasks import REPEATS_AFTER, GenerationRequest, latent_frames
+from skyreels_v3.tasks import GenerationRequest, latent_frames
 
 Context = dict[str, Tensor]
 GUIDANCE_UNIT = 1000.0  # the guidance is embedded like a timestep
@@ -77,7 +77,7 @@ class TextToVideo(Steps):
             name: HunyuanConditioning(parts["context"], parts["pooled"], request.embedded_guidance_scale, channels)
             for name, parts in encoded.items()
         }
-        long = request.frames_out > REPEATS_AFTER and not request.no_riflex
+        long = frames > REPEATS_AFTER and not request.no_riflex
         with riflex(self.components.transformer, frames if long else None):
             latents = self.denoise(request, noise, lambda: conditions, guidance, generator)
         yield Pass(latents.cpu(), self.decode(latents, rounding=True))

@@ -80,7 +80,7 @@ def test_a_prompt_reaches_the_toys_velocities(toy):
     """By its tokens and by its summary."""
     transformer = HunyuanVideoTransformer3DModel.from_pretrained(toy).eval()
     encoder = load_hunyuan_text_encoder(toy, torch.float32)
-    fox, dog = encoder("A red fox runs"), encoder("A dog sleeps")
+    fox, dog = encoder.encode("A red fox runs"), encoder.encode("A dog sleeps")
     latents = torch.randn(1, 32, 2, 4, 6, generator=torch.Generator().manual_seed(0))
 
     @torch.inference_mode()

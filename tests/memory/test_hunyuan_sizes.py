@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from skyreels_v3.attention.backends import sdpa
-from skyreels_v3.memory import hunyuan_sizes, planner, stream
+from skyreels_v3.memory import hunyuan_sizes
 from skyreels_v3.memory.hunyuan_sizes import HunyuanSizes
 from skyreels_v3.memory.quantize import quantize
 from skyreels_v3.memory.stream import SLOTS, BlockStream
@@ -112,8 +112,3 @@ def test_activations_of_one_of_several_processes():
         assert alone / degrees.sequence <= made < 1.5 * alone / degrees.sequence
     one = PUBLISHED.activation_bytes(50_000, "bfloat16", Degrees(1, 1, 8))
     assert PUBLISHED.activation_bytes(50_000, "bfloat16", Degrees(1, 4, 2)) > one
-
-
-def test_numbers_that_the_plans_repeat():
-    assert hunyuan_sizes.BYTES == planner.BYTES
-    assert hunyuan_sizes.STREAM_SLOTS == stream.SLOTS

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from skyreels_v3.models.hunyuan.transformer import HunyuanTransformer3DModel
 
-REPEATS_AFTER = 48.0  # latent frames, of HunyuanVideo: 192 frames
+REPEATS_AFTER = 48  # latent frames, of HunyuanVideo: 192 frames
 SAFETY = 0.9  # of the speed that the video's length allows; the authors' own choice
 
 Tables = tuple[Tensor, Tensor]  # cosine and sine (L, D) of all tokens, of temporal channels first

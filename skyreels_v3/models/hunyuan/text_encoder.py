@@ -46,12 +46,8 @@ class HunyuanTextEncoder:
         """The Llama's layers, which may come one after the other."""
         return cast(Sequence[nn.Module], self.module["llama"].layers)
 
-    def encode(self, prompt: str) -> dict[str, Tensor]:
-        """What is kept of a prompt: all that it is encoded as."""
-        return self(prompt)
-
     @torch.inference_mode()
-    def __call__(self, prompt: str) -> dict[str, Tensor]:
+    def encode(self, prompt: str) -> dict[str, Tensor]:
         """Context (1, L, D) of the prompt's tokens and `pooled` (1, P), on the modules' device."""
         self.tell_of_length(prompt)
         device = self.module["llama"].embed_tokens.weight.device
@@ -69,12 +65,9 @@ class HunyuanTextEncoder:
 
     def tell_of_length(self, prompt: str) -> None:
         """Say so when the end of a prompt is not used, or not by CLIP."""
-        length, clip_length = (
-            len(
-                tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-            )  # verbose: with the library's warnings
-            for tokenizer in (self.tokenizer, self.clip_tokenizer)
-        )
+        silently: dict[str, Any] = {"add_special_tokens": False, "verbose": False}  # the library warns of other things
+        tokenizers = (self.tokenizer, self.clip_tokenizer)
+        length, clip_length = (len(tokenizer(prompt, **silently).input_ids) for tokenizer in tokenizers)
         if length > MAX_TOKENS:
             logger.warning("the prompt has %d tokens; only the first %d are used", length, MAX_TOKENS)
         if (seen := CLIP_TOKENS - 2) < clip_length:

@@ -76,11 +76,11 @@ def test_the_request_has_as_many_tokens_as_are_cut_off(encoder):
     assert encoder.tokenizer.decode(ids) == f"<|begin_of_text|>{before}"
     whole = encoder.tokenizer(f"{before}A fox{behind}").input_ids
     assert whole[: len(ids)] == ids and len(whole) == len(ids) + len("A fox") + 1
-    assert encoder("A fox")["context"].shape == (1, len("A fox") + 1, 32)
+    assert encoder.encode("A fox")["context"].shape == (1, len("A fox") + 1, 32)
 
 
 def test_prompts_differ(encoder):
-    fox, ox = encoder("A red fox"), encoder("A red ox.")
+    fox, ox = encoder.encode("A red fox"), encoder.encode("A red ox.")
     assert fox["context"].shape == ox["context"].shape
     changed = (fox["context"] - ox["context"])[0].abs().amax(dim=-1)
     assert torch.equal(changed[:6], torch.zeros(6))  # causal: up to the first letter that differs
@@ -89,9 +89,9 @@ def test_prompts_differ(encoder):
 
 
 def test_long_prompts(encoder, said, capsys):
-    assert encoder("x" * 256)["context"].shape == (1, 256, 32)
+    assert encoder.encode("x" * 256)["context"].shape == (1, 256, 32)
     assert "are used" not in said.text
-    assert encoder("x" * 257)["context"].shape == (1, 256, 32)
+    assert encoder.encode("x" * 257)["context"].shape == (1, 256, 32)
     assert "the prompt has 257 tokens; only the first 256 are used" in said.messages
     assert capsys.readouterr().out == ""
 
@@ -99,11 +99,11 @@ def test_long_prompts(encoder, said, capsys):
 def test_prompts_that_are_long_for_clip(root, said, capsys):
     """One line for each; the libraries have more to say, and do not."""
     encoder = load_hunyuan_text_encoder(root, torch.float32)
-    encoder("x" * 75)
+    encoder.encode("x" * 75)
     assert not said.messages
     for length in (76, 119):
         said.clear()
-        encoder("x" * length)
+        encoder.encode("x" * length)
         (record,) = said.records
         assert record.levelno == logging.INFO and record.name.startswith("skyreels_v3")
         clips = f"CLIP's summary is of the first 75 of the prompt's {length} tokens"
@@ -114,7 +114,7 @@ def test_prompts_that_are_long_for_clip(root, said, capsys):
 @torch.inference_mode()
 def test_nothing_is_silenced_for_others(encoder, stock, said):
     """Stock pipelines with tokenizers of their own warn as ever."""
-    encoder(LONG)
+    encoder.encode(LONG)
     said.clear()
     stock.tokenizer_2.deprecation_warnings.clear()  # another test may have heard it
     stock.encode_prompt(LONG)
@@ -144,8 +144,8 @@ def test_the_llamas_layers_are_its_blocks(encoder):
 
 
 def test_bfloat16_stays_close(root, encoder):
-    half = load_hunyuan_text_encoder(root, torch.bfloat16)(LONG)
-    for name, exact in encoder(LONG).items():
+    half = load_hunyuan_text_encoder(root, torch.bfloat16).encode(LONG)
+    for name, exact in encoder.encode(LONG).items():
         assert half[name].dtype == torch.bfloat16
         assert not half[name].requires_grad
         assert (half[name] - exact).abs().mean() < 0.05 * exact.abs().mean()
