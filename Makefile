@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python generate_video.py --model_id tiny
 
-.PHONY: demo test lint bench bench-gpu clean
+.PHONY: demo test test-extended lint bench bench-gpu clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest
+
+test-extended: $(VENV)/installed-dev
+	$(VENV)/bin/python -m pytest -m extended
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

@@ -54,7 +54,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "talk-even": talk | EVEN | {"input_audio": "one.wav", "audio_guidance_scale": 2, "text_guidance_scale": 2},
     "two-odd": talk | ODD | {"input_audio": "one.wav,two.wav"},
     "cat-odd": cat | ODD | {"num_frames": 29},  # 3 pieces of the VAE
-    "cat-cached": cat | EVEN | {"num_inference_steps": 12, "cache": "fbcache:0.2"},
+    "cat-cached": cat | EVEN | {"guidance_scale": 1, "num_inference_steps": 12, "cache": "fbcache:0.2"},
     "comes-odd": comes | ODD,
 }
 QUICK = ("fox-odd", "cut-odd", "shot-odd", "talk-odd", "comes-odd")
@@ -141,7 +141,12 @@ WAYS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...], str]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+EXTENDED = ("2 by Ulysses, all terms",)
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=pytest.mark.extended) if way in EXTENDED else way for way in WAYS]
+)
 def test_several_processes_make_the_same_video(way, carry_out, expected):
     processes, flags, names, said = WAYS[way]
     made, stderr = carry_out(names, *torchrun(processes, *flags))
@@ -150,7 +155,7 @@ def test_several_processes_make_the_same_video(way, carry_out, expected):
     assert stderr.count("INFO: line ") == len(names)  # one of them speaks
 
 
-@pytest.mark.parametrize(("processes", "names"), [(2, tuple(JOBS)), (4, QUICK)])
+@pytest.mark.parametrize(("processes", "names"), [(2, tuple(JOBS)), pytest.param(4, QUICK, marks=pytest.mark.extended)])
 def test_xdit_makes_the_same_video(processes, names, carry_out, expected, tmp_path):
     """xDiT's own code, of its own functions nothing is replaced but where it asks for a GPU."""
     program = Path(__file__).with_name("xdit_on_cpu.py")

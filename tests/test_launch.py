@@ -72,7 +72,7 @@ def test_two_processes_from_the_plain_command(start, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.extended)])
 def test_interrupted_all_end(start, tmp_path, number):
     run = start(*TOY, "--num_inference_steps", 200, "--guidance_scale", 1, "--gpu_num", 2, "--output", "a.mp4")
     begun = time.perf_counter()
