@@ -58,7 +58,11 @@ CASES: dict[int, dict[str, tuple[str, ...]]] = {
         "all three": (*PICTURE, *EVEN, "--guidance_scale", "3", "--cfg_degree", "2", "--shard_weights"),
     },
 }
-RUNS = [(processes, name) for processes, cases in CASES.items() for name in cases]
+RUNS = [  # those of 4 processes are all made at once, and take longer
+    pytest.param(processes, name, marks=pytest.mark.extended if processes > 2 else ())
+    for processes, cases in CASES.items()
+    for name in cases
+]
 # Every process makes the videos of all cases and writes what it sent: case -> "step 1", "encode" ... -> kind -> bytes.
 DRIVER = """
 import json
@@ -217,7 +221,7 @@ def request_of(processes: int, name: str, sound: Path) -> tuple[GenerationReques
     return request, scaling.division_of(str(processes), request)
 
 
-@pytest.mark.parametrize(("processes", "name"), RUNS, ids=str)
+@pytest.mark.parametrize(("processes", "name"), RUNS)
 def test_bytes_of_a_step(processes, name, measured, sound):
     request, degrees = request_of(processes, name, sound)
     work = scaling.work_of(request, "float32")
@@ -242,7 +246,7 @@ def first_gathering(request: GenerationRequest, processes: int) -> float:
     return outside * (processes - 1) / processes
 
 
-@pytest.mark.parametrize(("processes", "name"), RUNS, ids=str)
+@pytest.mark.parametrize(("processes", "name"), RUNS)
 def test_bytes_of_the_vae(processes, name, measured, sound):
     request, _ = request_of(processes, name, sound)
     expected = scaling.vae_sent(request, processes, TOY_CHANNELS)
@@ -253,7 +257,7 @@ def test_bytes_of_the_vae(processes, name, measured, sound):
         assert {part: found[part]["gather"] for part in expected} == pytest.approx(expected, rel=EXACT)
 
 
-@pytest.mark.parametrize(("processes", "name"), RUNS, ids=str)
+@pytest.mark.parametrize(("processes", "name"), RUNS)
 def test_bytes_told_once(processes, name, measured, sound):
     """A prompt of fewer tokens is told in fewer bytes; what the tensors are called takes some."""
     request, _ = request_of(processes, name, sound)

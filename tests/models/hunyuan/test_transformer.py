@@ -180,6 +180,7 @@ def traced_only(own_compiler, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_compiled(own_compiler):
     """The same results."""
     model = made(HunyuanTransformer3DModel)
