@@ -141,7 +141,7 @@ WAYS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...], str]] = {
 }
 
 
-EXTENDED = ("2 by Ulysses, all terms",)
+EXTENDED = ("2 by Ulysses, all terms", "3, guidance by 3")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from typing import Any
 
 from skyreels_v3.checkpoints.key_maps import NATIVE_CONFIG
 from skyreels_v3.errors import CheckpointError, UserError, shown
-from skyreels_v3.tasks import HUNYUAN, TASK_NAMES, GenerationRequest, TaskSpec, task_spec
+from skyreels_v3.tasks import HUNYUAN, LATENT_CHANNELS, TASK_NAMES, GenerationRequest, TaskSpec, task_spec
 
 logger = logging.getLogger(__name__)
 
@@ -189,9 +189,10 @@ def check_folder(folder: Path, task: TaskSpec) -> None:
     files += [tokenizer / TOKENIZER_FILE for tokenizer in tokenizers]
     check_files(folder, models, [*configs, *files], f"{task.name} checkpoint", task.model_id)
     sizes = transformer_config(transformer, task.transformer)
-    if task.layout == HUNYUAN and sizes.get("in_channels") != task.transformer["in_channels"]:
-        reason = f"{folder}/config.json: in_channels = {sizes.get('in_channels')} is not {task.name}'s"
-        raise CheckpointError(f"{reason} {task.transformer['in_channels']}; give a checkpoint of {task.model_id}")
+    channels, wanted = sizes.get("in_channels", LATENT_CHANNELS), task.transformer["in_channels"]
+    if task.layout == HUNYUAN and channels != wanted:
+        reason = f"{folder}/config.json: in_channels = {channels} is not {task.name}'s {wanted}"
+        raise CheckpointError(f"{reason}; give a checkpoint of {task.model_id}")
 
 
 def check_base(folder: Path, task: TaskSpec, flag: str) -> None:

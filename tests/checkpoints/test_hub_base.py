@@ -297,3 +297,10 @@ def test_one_folder_or_two_make_the_same(main, toy, divided):
     one, two = (load_file(f"{name}.safetensors")["latents.0"] for name in runs)
     assert one.std() > 0.1
     torch.testing.assert_close(two, one, atol=1e-6, rtol=0)
+
+
+def test_the_transformer_of_the_other_task(whole):
+    """It takes another number of channels, which would be found out at the first step."""
+    with pytest.raises(UserError, match=r"in_channels = 16 is not i2v's 32; give a checkpoint of Skywork/SkyReels-V1"):
+        hub.check_folder(whole, task_spec("i2v"))
+    hub.check_folder(whole, task_spec("t2v"))
