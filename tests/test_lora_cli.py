@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,17 +43,22 @@ def write_lora(path: Path, seed: int = 0, rank: int = 4, **layers: tuple[int, in
     return path
 
 
-@pytest.fixture
-def make(main, tmp_path) -> Make:
+def maker(main, folder: Path, base: Sequence[object]) -> Make:
+    """Runs a command with more flags, and gives its latents."""
     runs = iter(range(100))
 
     def make(*flags: object) -> np.ndarray:
-        name = tmp_path / f"{next(runs)}.safetensors"
-        code, _, stderr = main(*BASE, "--save_latents", name, "--output", name.with_suffix(".mp4"), *flags)
+        name = folder / f"{next(runs)}.safetensors"
+        code, _, stderr = main(*base, "--save_latents", name, "--output", name.with_suffix(".mp4"), *flags)
         assert code == 0, stderr
         return load_file(name)["latents.0"]
 
     return make
+
+
+@pytest.fixture
+def make(main, tmp_path) -> Make:
+    return maker(main, tmp_path, BASE)
 
 
 @pytest.fixture
@@ -175,15 +180,7 @@ def stock_latents(pipeline: HunyuanVideoPipeline) -> np.ndarray:
 
 @pytest.fixture
 def make_t2v(main, tmp_path) -> Make:
-    runs = iter(range(100))
-
-    def make(*flags: object) -> np.ndarray:
-        name = tmp_path / f"v1-{next(runs)}.safetensors"
-        code, _, stderr = main(*T2V, "--save_latents", name, "--output", name.with_suffix(".mp4"), *flags)
-        assert code == 0, stderr
-        return load_file(name)["latents.0"]
-
-    return make
+    return maker(main, tmp_path, T2V)
 
 
 @pytest.fixture

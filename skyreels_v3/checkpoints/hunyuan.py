@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from skyreels_v3.checkpoints.key_maps import IDENTITY, KeyMap
 from skyreels_v3.checkpoints.load import load_model, read_config, read_tensors
-from skyreels_v3.checkpoints.published import check_constants, load_tokenizer, refuse_unknown
+from skyreels_v3.checkpoints.published import known_arguments, load_tokenizer
 from skyreels_v3.errors import CheckpointError
 from skyreels_v3.memory.quantize import SCALE, with_fp8_layers
 from skyreels_v3.models.hunyuan.text_encoder import HunyuanTextEncoder
@@ -51,7 +51,8 @@ VAE_CONSTANTS: dict[str, object] = {
 def load_hunyuan_transformer(folder: Path, dtype: torch.dtype, values: bool = True) -> HunyuanTransformer3DModel:
     """The transformer in `folder` (config.json and safetensors); `values`: see `load.read_tensors`."""
     tensors = read_tensors(folder, values)
-    arguments = known_arguments(HunyuanVideoTransformer3DModel, TRANSFORMER_CONSTANTS, folder)
+    config = read_config(folder / "config.json")
+    arguments = known_arguments(HunyuanVideoTransformer3DModel, config, TRANSFORMER_CONSTANTS, folder)
 
     def build() -> nn.Module:
         return with_fp8_layers(HunyuanTransformer3DModel(**arguments), tensors)
@@ -59,18 +60,11 @@ def load_hunyuan_transformer(folder: Path, dtype: torch.dtype, values: bool = Tr
     return cast(HunyuanTransformer3DModel, load_model(build, tensors, folder, dtype, float32_names=[SCALE]))
 
 
-def known_arguments(model: Any, constants: Mapping[str, object], folder: Path) -> dict[str, Any]:
-    """The arguments of a diffusers model in a folder's config; what nothing is known of is refused by name."""
-    arguments = read_config(folder / "config.json")
-    check_constants(arguments, constants, folder)
-    refuse_unknown(arguments.keys() - model._get_init_keys(model), folder)
-    return arguments
-
-
 def load_hunyuan_vae(base: Path, dtype: torch.dtype, values: bool = True) -> HunyuanVAE:
     """The VAE in the folder `base` of HunyuanVideo; `values`: see `load.read_tensors`."""
     source = base / "vae"
-    tensors, arguments = read_tensors(source, values), known_arguments(AutoencoderKLHunyuanVideo, VAE_CONSTANTS, source)
+    tensors, config = read_tensors(source, values), read_config(source / "config.json")
+    arguments = known_arguments(AutoencoderKLHunyuanVideo, config, VAE_CONSTANTS, source)
     module = load_model(lambda: AutoencoderKLHunyuanVideo(**arguments), tensors, source, dtype)
     factor = cast(AutoencoderKLHunyuanVideo, module).config.scaling_factor
     if not isinstance(factor, int | float) or not factor > 0:

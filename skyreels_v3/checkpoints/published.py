@@ -53,7 +53,10 @@ def load_transformer(folder: Path, dtype: torch.dtype, values: bool = True) -> S
     config = read_config(folder / "config.json")
     tensors = read_tensors(folder, values)
     native = "num_heads" in config
-    arguments = native_arguments(config, tensors, folder) if native else diffusers_arguments(config, folder)
+    if native:
+        arguments = native_arguments(config, tensors, folder)
+    else:
+        arguments = known_arguments(SkyReelsTransformer3DModel, config, key_maps.DIFFUSERS_CONSTANTS, folder)
     key_map = key_maps.NATIVE_TRANSFORMER if native else key_maps.IDENTITY
     float32_names = [*SkyReelsTransformer3DModel._keep_in_fp32_modules, SCALE]
 
@@ -64,12 +67,17 @@ def load_transformer(folder: Path, dtype: torch.dtype, values: bool = True) -> S
     return cast(SkyReelsTransformer3DModel, model)
 
 
-def diffusers_arguments(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Arguments of our transformer from a diffusers config; knobs we do not have are refused by name."""
-    check_constants(config, key_maps.DIFFUSERS_CONSTANTS, folder)
-    arguments = {key: value for key, value in config.items() if key not in key_maps.DIFFUSERS_CONSTANTS}
-    known = SkyReelsTransformer3DModel._get_init_keys(SkyReelsTransformer3DModel)
-    refuse_unknown(arguments.keys() - known, folder)
+def known_arguments(
+    model: Any, config: Mapping[str, Any], constants: Mapping[str, object], folder: Path
+) -> dict[str, Any]:
+    """Arguments of a diffusers model from its config; knobs that are not turned, and unknown ones, are refused by name.
+
+    Args:
+        constants: the only values that some knobs may have; they are no arguments.
+    """
+    check_constants(config, constants, folder)
+    arguments = {key: value for key, value in config.items() if key not in constants}
+    refuse_unknown(arguments.keys() - model._get_init_keys(model), folder)
     return arguments
 
 
@@ -117,8 +125,8 @@ def load_vae(root: Path, layout: str, dtype: torch.dtype, values: bool = True) -
     """The VAE of the checkpoint at `root`; `values`: see `load.read_tensors`."""
     if layout == "diffusers":
         source, key_map = root / "vae", key_maps.IDENTITY
-        tensors, arguments = read_tensors(source, values), read_config(source / "config.json")
-        refuse_unknown(arguments.keys() - AutoencoderKLWan._get_init_keys(AutoencoderKLWan), source)
+        tensors = read_tensors(source, values)
+        arguments = known_arguments(AutoencoderKLWan, read_config(source / "config.json"), {}, source)
     else:
         source, key_map = root / NATIVE_VAE_FILE, key_maps.NATIVE_VAE
         tensors = read_tensors(source, values)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from skyreels_v3.memory.units import BYTES, STREAM_SLOTS
+from skyreels_v3.memory.units import BYTES, STREAM_SLOTS, kept_blocks
 from skyreels_v3.ranks import UNDIVIDED, Degrees
 
 PATCH = 1 * 2 * 2  # latent pixels of a token
@@ -126,8 +126,7 @@ class HunyuanSizes:
     def streamed_bytes(self, dtype: str, quantized: bool, keep: int) -> int:
         """Bytes on the device while all blocks but `keep` are streamed, through room for the largest of them."""
         sizes = self.each_block(dtype, quantized)
-        keep = min(keep, len(sizes))
-        kept = {index * len(sizes) // keep for index in range(keep)}  # as memory/stream.py chooses them
+        kept = kept_blocks(len(sizes), keep)
         streamed = [size for index, size in enumerate(sizes) if index not in kept]
         room = min(STREAM_SLOTS, len(streamed)) * max(streamed, default=0)
         return self.weight_bytes(dtype, quantized) - sum(streamed) + room

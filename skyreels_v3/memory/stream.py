@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from skyreels_v3.memory.offload import on_device
+from skyreels_v3.memory.units import kept_blocks
 from skyreels_v3.models.parameters import replace_tensors
 
 logger = logging.getLogger(__name__)
@@ -90,8 +91,7 @@ class BlockStream:
         keep: int = 0,
         pin: Pin | None = None,
     ) -> None:
-        keep = min(keep, len(blocks))
-        kept = {index * len(blocks) // keep for index in range(keep)}
+        kept = kept_blocks(len(blocks), keep)
         self.module = module
         self.streamed = [block for index, block in enumerate(blocks) if index not in kept]
         self.device = device
