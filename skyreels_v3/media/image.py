@@ -1,7 +1,8 @@
 """Pictures: any file that Pillow opens becomes 8-bit RGB, and is fitted into the size that a task needs.
 
-Two ways to fit: `letterbox` shows the whole picture between white borders (reference images), `cover_crop` fills the
-frame and cuts off what stands out (clips, portraits).
+Three ways to fit, each its models' own: `letterbox` shows the whole picture between white borders (reference images);
+`cover_crop` scales until the frame is filled, then cuts off what stands out (clips, portraits); `crop_resize` cuts
+first (i2v's picture). The last two differ by a fraction of a pixel, and at the edges.
 """
 
 from __future__ import annotations
@@ -68,6 +69,21 @@ def cover_crop(image: Image.Image, height: int, width: int, resample: Image.Resa
         return image
     size, left, top = _cover(image.size, height, width)
     return _resize(image, size, resample).crop((left, top, left + width, top + height))
+
+
+def crop_resize(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The centre of `image`, cut to the shape of `height` x `width` and then resized to it.
+
+    The cut keeps one side of the picture; the other one is rounded down to whole pixels, and then each edge to the
+    nearest pixel, halves to even.
+    """
+    wide = min(image.width, max(1, image.height * width // height))
+    high = min(image.height, max(1, image.width * height // width))
+    left, top, right, bottom = (
+        round(edge / 2) for edge in (image.width - wide, image.height - high, image.width + wide, image.height + high)
+    )
+    cut = image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+    return _resize(cut, (width, height), LANCZOS)
 
 
 def covered_box(

@@ -52,9 +52,11 @@ VAE_WHOLE = {"encode": {"float32": 14_250, "bfloat16": 7_620}, "decode": {"float
 VAE_SHARED = {"encode": {"float32": 6_250, "bfloat16": 3_150}, "decode": {"float32": 10_200, "bfloat16": 5_150}}
 VAE_TILE = {"encode": {"float32": 8_000, "bfloat16": 4_500}, "decode": {"float32": 8_000, "bfloat16": 4_750}}
 VAE_HALO = {"encode": 16, "decode": 8}  # pixels that a tile sees beyond its own, on one side
-# Live bytes at the peak of HunyuanVideo's VAE: of a picture's encoding for each pixel; of the decoding, always in tiles
-# of one size, of a tile, and for each pixel of a frame.
-HUNYUAN_VAE_ENCODE = {"float32": 3_620, "bfloat16": 1_810}
+# Live bytes at the peak of HunyuanVideo's VAE, always in tiles of one size: of a picture's encoding for each pixel of a
+# tile, and for each pixel; of the decoding, of a tile, and for each pixel of a frame.
+HUNYUAN_TILE_SIDE = 256
+HUNYUAN_VAE_ENCODE_TILE = {"float32": 3_620, "bfloat16": 1_820}
+HUNYUAN_VAE_ENCODE = 20
 HUNYUAN_VAE_TILE = {"float32": 5_150_000_000, "bfloat16": 2_580_000_000}
 HUNYUAN_VAE_DECODE = {"float32": 580, "bfloat16": 340}
 TILINGS = ((1, 1), (1, 2), (2, 2), (2, 3))  # rows and columns; with more of them the halos cost more than is saved
@@ -417,7 +419,8 @@ def vae_bytes(request: GenerationRequest, part: str, tiles: tuple[int, int]) -> 
     dtype, pixels = request.vae_dtype, request.height * request.width
     if request.task.layout == HUNYUAN:
         if part == "encode":
-            return pixels * HUNYUAN_VAE_ENCODE[dtype]
+            tile = min(request.height, HUNYUAN_TILE_SIDE) * min(request.width, HUNYUAN_TILE_SIDE)
+            return tile * HUNYUAN_VAE_ENCODE_TILE[dtype] + pixels * HUNYUAN_VAE_ENCODE
         return HUNYUAN_VAE_TILE[dtype] + pixels * HUNYUAN_VAE_DECODE[dtype]
     if tiles == (1, 1):
         return pixels * VAE_WHOLE[part][dtype]

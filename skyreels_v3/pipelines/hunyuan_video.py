@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skyreels_v3.media.image import cover_crop
+from skyreels_v3.media.image import crop_resize
 from skyreels_v3.media.inputs import Inputs
 from skyreels_v3.models.hunyuan.riflex import REPEATS_AFTER, riflex
 from skyreels_v3.models.hunyuan.transformer import HunyuanTransformer3DModel
@@ -98,7 +98,7 @@ class ImageToVideo(TextToVideo):
     def channels(self, request: GenerationRequest, inputs: Inputs, generator: torch.Generator) -> Tensor | None:
         """The picture's latents (1, 16, F, H, W): a sample of them, and zeros for all later frames."""
         assert request.height is not None and request.width is not None
-        picture = np.asarray(cover_crop(inputs.images[0], request.height, request.width))
+        picture = np.asarray(crop_resize(inputs.images[0], request.height, request.width))
         first = self.encode_frames(picture[None], generator)
         later = first.new_zeros((*first.shape[:2], latent_frames(request.frames_out) - 1, *first.shape[3:]))
         return torch.cat((first, later), dim=2)

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from skyreels_v3.errors import UserError
-from skyreels_v3.media.image import cover_crop, letterbox, open_image
+from skyreels_v3.media.image import cover_crop, crop_resize, letterbox, open_image
 
 REFERENCE = Path(__file__).parent.parent / "data" / "reference" / "misc"
 FLAG = "--ref_imgs"
@@ -49,14 +49,14 @@ def test_cover_crop_matches_recording(cases: dict[str, np.ndarray], index: int) 
     assert np.array_equal(pixels(cover_crop(image, *expected.shape[:2], Image.Resampling.BILINEAR)), expected)
 
 
-@pytest.mark.parametrize("fit", [letterbox, cover_crop])
+@pytest.mark.parametrize("fit", [letterbox, cover_crop, crop_resize])
 @pytest.mark.parametrize("size", [(48, 64), (720, 1280), (592, 832)])
 def test_picture_of_the_right_size_is_unchanged(fit, size: tuple[int, int]) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     assert np.array_equal(np.asarray(fit(Image.fromarray(noise), *size)), noise)
 
 
-@pytest.mark.parametrize("fit", [letterbox, cover_crop])
+@pytest.mark.parametrize("fit", [letterbox, cover_crop, crop_resize])
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (17, 23)])
 def test_extreme_shapes_fit(fit, size: tuple[int, int]) -> None:
     image = Image.fromarray(np.full((*size, 3), 7, np.uint8))
@@ -73,6 +73,23 @@ def test_cover_crop_keeps_the_centre_and_antialiases() -> None:
     fitted = pixels(cover_crop(Image.fromarray(stripes), 16, 16))
     assert fitted[:, 2:-2].min() > 100
     assert fitted[:, 2:-2].max() < 155
+
+
+@pytest.mark.parametrize(
+    ("size", "box"),
+    [
+        ((101, 80), (0, 12, 101, 68)),  # 56.8 rows: 56, from 12 to 68
+        ((103, 80), (0, 12, 103, 68)),  # 57.9: 57, from 11.5 to 68.5, and both halves go to the even neighbour
+        ((80, 40), (4, 0, 76, 40)),  # 71.1 columns: 71, from 4.5 to 75.5
+        ((192, 108), (0, 0, 192, 108)),
+        ((192, 109), (0, 0, 192, 108)),
+    ],
+)
+def test_crop_resize_cuts_first(size: tuple[int, int], box: tuple[int, int, int, int]) -> None:
+    """What is seen is what Pillow makes of the cut picture: nothing from beyond its edges is blended in."""
+    picture = Image.fromarray(np.random.default_rng(2).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    expected = picture.crop(box).resize((96, 54), Image.Resampling.LANCZOS)
+    assert np.array_equal(pixels(crop_resize(picture, 54, 96)), pixels(expected))
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "webp", "tiff"])

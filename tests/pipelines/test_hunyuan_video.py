@@ -99,6 +99,24 @@ def test_image_to_video(main, stock, picture, way):
     torch.testing.assert_close(made(main, "i2v", *flags, *FLAGS[way]), latents, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("way", ["plain", "streamed"])
+def test_a_picture_of_another_shape_and_more_than_a_tile(main, stock, tmp_path, way):
+    """Cut to the video's shape, then resized, and encoded in the library's tiles: two rows of three."""
+    fox = Image.open(ROOT / "assets" / "fox.png").convert("RGB").resize((300, 403))
+    fox.save(tmp_path / "fox.png")
+    height, width = 272, 400
+    cut = fox.crop((0, 100, 300, 304))  # 204 rows
+    pipeline = stock("i2v")
+    latents = pipeline(
+        cut.resize((width, height), Image.Resampling.LANCZOS), PROMPT, negative_prompt=NEGATIVE, num_frames=1,
+        height=height, width=width, num_inference_steps=2, true_cfg_scale=6.0, guidance_scale=1.0,
+        output_type="latent", generator=torch.Generator().manual_seed(SEED),
+    ).frames  # fmt: skip
+    size = ["--height", height, "--width", width, "--num_frames", 1, "--num_inference_steps", 2]
+    flags = [*size, "--image", "fox.png", "--negative_prompt", NEGATIVE, *FLAGS[way]]
+    torch.testing.assert_close(made(main, "i2v", *flags), latents, atol=TOLERANCE, rtol=0)
+
+
 def test_the_embedded_guidance_is_told(main, stock):
     pipeline = stock("t2v")
     latents = pipeline(

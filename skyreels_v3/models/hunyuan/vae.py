@@ -7,8 +7,9 @@ Unlike Wan's, this decoder keeps no state from one latent frame to the next: its
 that it is given. So a long video is decoded in pieces that overlap, and where they overlap one is faded into the other:
 in time 5 latent frames of which 3 are new, in space 256 pixels of which 192 are new. The library does both and holds
 every piece until the last one is there; here those in time are made one after the other, and what is finished is
-handed on. What a piece looks like depends on what is in it, so the pieces belong to the model: other sizes would be
-another video, and those of the published code are used, whatever memory there is.
+handed on. A picture is encoded in the same tiles. What a piece looks like depends on what is in it, so the pieces
+belong to the model: other sizes would be another video, and those of the published code are used, whatever memory there
+is.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class HunyuanVAE:
 
     def __init__(self, module: AutoencoderKLHunyuanVideo) -> None:
         self.module = module
+        self.module.enable_tiling()
         self.module.use_framewise_decoding = False  # pieces in time are cut here
         self.team: Team | None = None
 
@@ -51,9 +53,8 @@ class HunyuanVAE:
     def encode(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Scaled latents, float32: the posterior's mode, or with a CPU `generator` a sample of it.
 
-        Frames are encoded whole. The sample's noise is drawn in the VAE's dtype, as the published code draws it.
+        The sample's noise is drawn in the VAE's dtype, as the published code draws it.
         """
-        self.module.disable_tiling()
         posterior = self.module.encode(video.to(self.dtype)).latent_dist
         latents = posterior.mode() if generator is None else posterior.sample(generator)
         return latents.float() * self.module.config.scaling_factor
@@ -111,5 +112,4 @@ class HunyuanVAE:
 
     def decode_piece(self, latents: Tensor) -> Tensor:
         """(B, 16, f, h, w) -> (B, 3, 4f-3, 8h, 8w), in tiles where it is larger than one."""
-        self.module.enable_tiling()
         return self.module.decode(latents).sample

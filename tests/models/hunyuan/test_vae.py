@@ -29,7 +29,10 @@ def stock() -> AutoencoderKLHunyuanVideo:
 
 @pytest.fixture(scope="module")
 def ours(stock) -> HunyuanVAE:
-    return HunyuanVAE(copy.deepcopy(stock))
+    """Of a module as it is loaded, without tiles."""
+    module = copy.deepcopy(stock)
+    module.disable_tiling()
+    return HunyuanVAE(module)
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -94,20 +97,33 @@ def test_a_team_makes_the_same(ours, size, frames):
 
 
 @torch.inference_mode()
-def test_encode_is_the_librarys(ours, stock):
-    """Mode and sample, of a whole frame though the module decodes in tiles."""
-    video = noise(1, 3, 1, 24, 272).clamp(-1, 1)
-    untiled = copy.deepcopy(stock)
-    untiled.disable_tiling()
-    posterior = untiled.encode(video)
-    assert not torch.allclose(posterior.latent_dist.mode(), stock.encode(video).latent_dist.mode())
-    list(ours.decode_stream(noise(1, 16, 1, 2, 2)))
-    for sample in (False, True):
-        ours_generator, theirs = (torch.Generator().manual_seed(3) if sample else None for _ in range(2))
-        expected = retrieve_latents(posterior, theirs, "sample" if sample else "argmax")
-        latents = ours.encode(video, ours_generator)
-        assert latents.dtype == torch.float32
-        torch.testing.assert_close(latents, expected * stock.config.scaling_factor, atol=1e-6, rtol=0)
+@pytest.mark.parametrize(
+    ("size", "sample"),
+    [((24, 272), False), ((24, 272), True), ((256, 256), True), ((400, 16), True), ((544, 960), True)],
+)
+def test_encode_is_the_librarys(ours, stock, size, sample):
+    """One tile, and several one way or both; the last ones are cut, down to 16 pixels."""
+    picture = noise(1, 3, 1, *size).clamp(-1, 1)
+    generator, own = (torch.Generator().manual_seed(3) if sample else None for _ in range(2))
+    expected = retrieve_latents(stock.encode(picture), generator, "sample" if sample else "argmax")
+    latents = ours.encode(picture, own)
+    assert latents.dtype == torch.float32
+    torch.testing.assert_close(latents, expected * stock.config.scaling_factor, atol=1e-6, rtol=0)
+
+
+@torch.inference_mode()
+def test_tiles_of_a_picture_are_the_published_ones(stock, ours):
+    """256 pixels high, every 192: each tile alone, faded into the next one over 8 latent pixels."""
+    module, picture = stock, noise(1, 3, 1, 448, 32).clamp(-1, 1)
+    upper, lower = (
+        module.quant_conv(module.encoder(picture[..., rows, :])) for rows in (slice(0, 256), slice(192, 448))
+    )
+    fade = (torch.arange(8) / 8)[:, None]
+    middle = upper[..., 24:, :] * (1 - fade) + lower[..., :8, :] * fade
+    last = module.quant_conv(module.encoder(picture[..., 384:, :]))  # seen before, and once more a tile
+    end = lower[..., 24:, :] * (1 - fade) + last * fade
+    mean = torch.cat((upper[..., :24, :], middle, lower[..., 8:24, :], end), dim=-2)[:, :16]
+    torch.testing.assert_close(ours.encode(picture), mean * stock.config.scaling_factor, atol=1e-6, rtol=0)
 
 
 @torch.inference_mode()
