@@ -45,7 +45,7 @@ MAX_SPEAKERS = 2
 SAME_PROMPT = "same"
 MAX_SIDE = 2048
 MAX_PIXELS = 1920 * 1088
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**32 - 1  # a CPU's generator of noise takes 32 bits, and drops those above them without a word
 MIN_CACHED_STEPS = 12  # with fewer, what one step makes is no guess of what the next would
 
 
@@ -645,8 +645,9 @@ def check_several(values: Mapping[str, Any]) -> None:
             if name in values:
                 reason = f"{told(values[name])}: is for one video, --video_num makes {values['video_num']}"
                 raise UserError(f"--{name}", f"{reason}; give --outdir, or leave it out")
-        if values.get("seed", 0) > MAX_SEED - values["video_num"]:
-            raise UserError("--seed", f"{values['seed']}: the seeds after it are too large; give a smaller one")
+        if values.get("seed", 0) > (last := MAX_SEED - values["video_num"] + 1):
+            reason = f"{values['seed']}: --video_num {values['video_num']} goes beyond the largest seed"
+            raise UserError("--seed", f"{reason}, {MAX_SEED}; give at most {last}")
     outdir = values.get("outdir", "some")
     if not outdir.strip() or "\0" in outdir:
         raise UserError("--outdir", f"{told(outdir)} is no name of a folder; give one")
@@ -666,7 +667,8 @@ def split(references: str | Sequence[str]) -> list[str]:
 def make_request(spec: TaskSpec, values: Mapping[str, Any]) -> GenerationRequest:
     """A request from checked values, the preset's where none was given."""
     given = written_out(values)
-    given["seed"] = secrets.randbelow(2**32) if values.get("seed") == -1 else values.get("seed", 42)
+    drawn = secrets.randbelow(MAX_SEED - values.get("video_num", 1) + 2)  # the last video has a seed, too
+    given["seed"] = drawn if values.get("seed") == -1 else values.get("seed", 42)
     values, notes = as_trained(spec, {**presets(spec, given), **given})
     recorded = {"task_type": spec.name} | {name: values[name] for name in values if is_recorded(spec, name, values)}
     if values.get("window_prompt") == SAME_PROMPT:

@@ -97,7 +97,7 @@ NUMBERS = [
     bad(EXTENSION, "--duration", "", "give a whole number", "an empty value", "empty"),
     *[bad(REFERENCE, "--num_frames", value, remedy) for value, remedy in (("6", "give 5 or 9"), ("0", "from 1 to"))],
     *[bad(REFERENCE, "--num_frames", value, "give a whole number") for value in ("-3", "1e9", "nan", "100001")],
-    *[bad(REFERENCE, "--seed", value, "from -1 to 9223372036854775807") for value in ("-2", "9223372036854775808")],
+    *[bad(REFERENCE, "--seed", value, "from -1 to 4294967295") for value in ("-2", "4294967296")],
     *[bad(REFERENCE, "--seed", value, "give a whole number") for value in ("1.5", "nan", "x")],
     bad(REFERENCE, "--seed", "9" * 5000, "give a whole number", "999999...999999"),
     *[

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from skyreels_v3 import runtime
+from skyreels_v3.cli import MAX_SEED
 from skyreels_v3.errors import UserError
 from skyreels_v3.memory.planner import plan
 from skyreels_v3.memory.policy import Policy
@@ -43,6 +44,12 @@ def test_a_driver_without_a_torch_that_can_use_it():
 def test_noise_is_that_of_a_cpu_generator():
     made = torch.randn(4, generator=start(REQUEST).generator(42))
     assert torch.equal(made, torch.randn(4, generator=torch.Generator("cpu").manual_seed(42)))
+
+
+def test_every_bit_of_a_seed_counts():
+    source = start(REQUEST)
+    seeds = [0, *(1 << bit for bit in range(MAX_SEED.bit_length())), MAX_SEED]
+    assert len({tuple(torch.randn(4, generator=source.generator(seed)).tolist()) for seed in seeds}) == len(seeds)
 
 
 @pytest.mark.parametrize("mode", MEMORY_MODES)
@@ -90,6 +97,40 @@ def test_a_cpu_has_no_memory_of_its_own():
     assert start(REQUEST).free_memory() is None
     assert start(REQUEST).policy.mode == "resident"
     assert start(replace(REQUEST, memory="stream", stream_blocks=1)).policy.keep == 1
+
+
+@pytest.mark.parametrize(("code", "pinned"), [(0, True), (2, False)])
+def test_an_error_of_pinning_is_not_left_for_the_next_kernel(monkeypatch, code, pinned):
+    """On a driver that does as CUDA does: a kernel's launch reports what failed before it, once."""
+    pending = []
+
+    class Driver:
+        def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+            pending.extend([code] * (code != 0))
+            return code
+
+        def cudaHostUnregister(self, address: int) -> int:
+            return 0
+
+    def launch(*shape: int, device: torch.device) -> torch.Tensor:
+        if pending:
+            raise torch.AcceleratorError(f"CUDA error {pending.pop()}")
+        return torch.zeros(*shape)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "cudart", Driver)
+    monkeypatch.setattr(torch, "ones", launch)
+    assert runtime.pin(torch.device("cuda", 0), torch.empty(3, dtype=torch.uint8)) is pinned
+    assert not pending
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "ieee"), ("bfloat16", "tf32"), ("float32", "ieee")])
+def test_convolutions_are_exact_in_a_float32_run(dtype, precision):
+    before = torch.backends.cuda.matmul.fp32_precision
+    start(replace(REQUEST, dtype=dtype))
+    assert torch.backends.cudnn.conv.fp32_precision == precision
+    assert torch.backends.cuda.matmul.fp32_precision == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU")

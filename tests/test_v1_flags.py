@@ -186,9 +186,13 @@ def test_the_old_name_is_the_same_command():
     assert lines[0] == lines[1] and lines[0]
 
 
-def test_a_seed_that_leaves_no_room_for_the_others():
-    with pytest.raises(UserError, match="--seed"):
-        parse_request([*T2V, "--video_num", "3", "--seed", str(2**63 - 1)])
+def test_a_seed_that_leaves_no_room_for_the_others(monkeypatch):
+    with pytest.raises(UserError, match=r"--seed: 4294967294: .*; give at most 4294967293"):
+        parse_request([*T2V, "--video_num", "3", "--seed", "4294967294"])
+    assert [*parse_request([*T2V, "--video_num", "3", "--seed", "4294967293"]).videos()][-1].seed == 2**32 - 1
+    monkeypatch.setattr("secrets.randbelow", lambda limit: limit - 1)
+    drawn = parse_request([*T2V, "--video_num", "3", "--seed", "-1"])
+    assert [video.seed for video in drawn.videos()] == [2**32 - 3, 2**32 - 2, 2**32 - 1]
 
 
 def test_the_spec_says_what_it_is_for():

@@ -70,8 +70,5 @@ def fitting(plan: Plan, usable: int) -> tuple[str, str]:
 
 
 def tiling(plan: Plan, mode: str, usable: int) -> tuple[int, int]:
-    """The fewest tiles that fit; where memory is short by choice, those that ask for no more than the other stages."""
-    limit = usable
-    if mode == "stream":
-        limit = min(usable, plan.peak_without_vae(mode))
-    return next((tiles for tiles in TILINGS if plan.peak(mode, tiles) <= limit), TILINGS[-1])
+    """The fewest tiles that fit."""
+    return next((tiles for tiles in TILINGS if plan.peak(mode, tiles) <= usable), TILINGS[-1])

@@ -14,7 +14,9 @@ from skyreels_v3.tasks import HUNYUAN, MEMORY_MODES, RESOLUTIONS
 
 # torch has a class for a GPU's memory; of the host's it says it in words only, with the number of bytes
 HOST_SHORTAGE = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
-ASKED = re.compile(r"Tried to allocate ([\d.]+ \wiB)")
+# what the drivers and the libraries that take memory beside torch say, such as CUBLAS_STATUS_ALLOC_FAILED
+DEVICE_SHORTAGE = re.compile(r"out of memory|ALLOC(ATION)?_?FAILED", re.IGNORECASE)
+ASKED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
 
 
 @contextmanager
@@ -41,7 +43,7 @@ def explained(stage: str, plan: Plan, mode: str, free: Callable[[], int | None])
 
 def asked_for(error: Exception) -> str | None:
     """How much an error of torch's says that was asked for; None for an error about something else."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or DEVICE_SHORTAGE.search(str(error)):
         found = ASKED.search(str(error))
         return found[1] if found else "some memory"
     if isinstance(error, MemoryError):

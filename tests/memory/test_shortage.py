@@ -21,6 +21,10 @@ GPU = (
     "900.00 MiB is reserved by PyTorch but unallocated."
 )
 FREE = 1_050_000_000
+OTHERS = [
+    RuntimeError(f"CUDA error: {words}")
+    for words in ("an illegal memory access was encountered", "CUBLAS_STATUS_EXECUTION_FAILED when calling ...")
+]
 
 
 def made(**changes: object) -> Plan:
@@ -43,6 +47,31 @@ def said(error: Exception, mode: str = "resident", free: int | None = FREE, **ch
 def test_a_gpus():
     line = said(torch.OutOfMemoryError(GPU))
     assert line.startswith("out of memory in decoding with the VAE: 2.00 GiB more were asked for, 1.1 GB are free; ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "cuFFT error: CUFFT_ALLOC_FAILED",
+        "miopenStatusAllocFailed",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+        "CUDA driver error: out of memory",
+        "HIP error: out of memory",
+        "NCCL error in: ProcessGroupNCCL.cpp:77, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+    ],
+)
+def test_of_drivers_and_libraries(words):
+    """They are no errors of torch's own class."""
+    assert ": some memory more were asked for" in said(RuntimeError(words))
+
+
+def test_of_apples_devices():
+    words = "MPS backend out of memory (MPS allocated: 8.00 GB, other allocations: 1.00 GB, max allowed: 9.07 GB). "
+    assert ": 2.25 GB more were asked for" in said(RuntimeError(f"{words}Tried to allocate 2.25 GB on private pool."))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +98,7 @@ def test_the_hosts():
     assert "some host memory more" in said(MemoryError())
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("no"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [*OTHERS, ValueError("no"), KeyboardInterrupt()])
 def test_other_errors_pass(error):
     with pytest.raises(type(error)) as caught, explained("a stage", made(), "resident", lambda: FREE):
         raise error
