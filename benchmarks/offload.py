@@ -21,6 +21,7 @@ import argparse
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Case]:
 
 def build_ways(resident: Model, device: torch.device, stays: ExitStack) -> dict[str, Model]:
     """The same weights for each way; what has been set up runs until `stays` ends."""
-    pinned = pin if device.type == "cuda" else None  # as the product has it
+    pinned = partial(pin, device) if device.type == "cuda" else None  # as the product has it
     models = {BASELINE: resident}
     for name, keep in (("stream", 0), ("stream, half kept", len(resident.blocks) // 2)):
         models[name] = model = twin(resident, CPU)

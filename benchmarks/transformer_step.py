@@ -30,6 +30,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def in_fp8_dynamic(fp8: Model, exact: Model, device: torch.device, stays: ExitSt
 def streamed(_: Model, exact: Model, device: torch.device, stays: ExitStack) -> Model:
     """Weights in host memory; the stream runs until `stays` ends."""
     model = twin(exact, torch.device("cpu"))
-    pinned = pin if device.type == "cuda" else None  # as the product has it
+    pinned = partial(pin, device) if device.type == "cuda" else None  # as the product has it
     stays.enter_context(BlockStream(model, model.blocks, device, pin=pinned).active())
     return model
 

@@ -252,11 +252,6 @@ class Plan:
             for name, stage in self.stages.items()
         )
 
-    def peak_without_vae(self, mode: str) -> int:
-        """The same of all stages but the VAE's."""
-        stages = {name: stage for name, stage in self.stages.items() if not name.startswith("VAE")}
-        return replace(self, stages=stages).peak(mode)
-
 
 def plan(
     request: GenerationRequest, checkpoint: Path | None, default_dtype: str = "float32", ranks: Ranks = ALONE

@@ -30,6 +30,8 @@ def explained(stage: str, plan: Plan, mode: str, free: Callable[[], int | None])
     """
     try:
         yield
+    except OutOfMemory:
+        raise  # of a stage within this one
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         asked = asked_for(error)
         if asked is None:

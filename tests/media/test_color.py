@@ -1,11 +1,14 @@
-"""Colour matching, against the official one."""
+"""Colour matching, against the official one; the conversions against kornia's."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from kornia.color import lab_to_rgb, rgb_to_lab
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from skyreels_v3.media import color
 from skyreels_v3.media.color import match_color
 
 
@@ -19,3 +22,29 @@ def test_recorded(reference, strength):
 def test_off(reference):
     source = load_file(reference / "misc" / "cases.safetensors")["color.source"]
     assert match_color(source, source[:, :, :1], 0.0) is source
+
+
+def test_conversions():
+    """All corners, both sides of all knees, and Lab values that no colour has."""
+    steps = torch.cat((torch.linspace(0, 0.05, 12), torch.linspace(0.05, 1, 12)))
+    rgb = torch.cartesian_prod(steps, steps, steps).T.reshape(1, 3, 24, 576)
+    lab = color.rgb_to_lab(rgb)
+    torch.testing.assert_close(lab, rgb_to_lab(rgb), atol=2e-4, rtol=1e-5)
+    wide = torch.cat((lab, 1.5 * lab - 20), dim=2)
+    torch.testing.assert_close(color.lab_to_rgb(wide), lab_to_rgb(wide), atol=2e-5, rtol=0)
+    torch.testing.assert_close(color.lab_to_rgb(lab), rgb, atol=1e-4, rtol=0)
+
+
+def test_nothing_is_copied_to_the_device():
+    """Such a copy begins with a tensor made from numbers on the host."""
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    video = torch.rand(1, 3, 4, 8, 8) * 2 - 1
+    with Watch():
+        match_color(video, video[:, :, :1], 1.0)
+    assert "where" in made and not {"_to_copy", "lift_fresh", "_local_scalar_dense"} & {*made}
