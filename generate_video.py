@@ -75,7 +75,8 @@ def start_processes(flags: Mapping[str, Any], argv: Sequence[str], wanted: int) 
         preflight(request, Path(), team)  # what is wrong is found before they are started
     from skyreels_v3.launch import launch
 
-    return launch([__file__, *argv], wanted)
+    task = [f"--task_type={flags['task_type']}"] if "task_type" in flags else []
+    return launch([__file__, *argv, *task], wanted)
 
 
 def set_up_logging(verbosity: int, ranks: Ranks = ALONE) -> None:
@@ -85,12 +86,12 @@ def set_up_logging(verbosity: int, ranks: Ranks = ALONE) -> None:
     logger.setLevel(level)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run a command line; returns the exit code."""
+def main(argv: Sequence[str], default_task: str | None = None) -> int:
+    """Run a command line, for `default_task` where it names none; returns the exit code."""
     verbosity, ranks = 1, ALONE
     try:
         ranks = ranks_of(os.environ)
-        flags = parse_flags(argv)
+        flags = parse_flags(argv, default_task)
         # of processes with a video each, each has something to tidy up
         each_its_own = "jobs" in flags and not flags.get("use_usp")
         processes.prepare_to_end(replace(ranks, local_rank=0) if each_its_own else ranks)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""SkyReels V1's command, by its old name: the same as generate_video.py."""
+"""SkyReels V1's command, by its old name: the same as generate_video.py, and t2v where no task is named."""
 
 import sys
 
 from generate_video import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], default_task="t2v"))

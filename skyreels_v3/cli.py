@@ -242,8 +242,8 @@ def parse_request(argv: Sequence[str]) -> GenerationRequest:
     return request_of(parse_flags(argv))
 
 
-def parse_flags(argv: Sequence[str]) -> dict[str, Any]:
-    """The flags of a command line and of its config file; raises as `parse_request` does."""
+def parse_flags(argv: Sequence[str], default_task: str | None = None) -> dict[str, Any]:
+    """The flags of a command line and of its config file, with a task if neither has one; raises as `parse_request`."""
     found, unknown = build_parser().parse_known_args(join_values(argv))
     refuse_unknown(unknown)
     given = {name: value for name, value in vars(found).items() if value is not None}
@@ -251,6 +251,8 @@ def parse_flags(argv: Sequence[str]) -> dict[str, Any]:
     values = {name: convert(BY_NAME[name], value) for name, value in given.items()}
     if config is not None:
         values = without_overruled(read_config_file(config), values) | values
+    if default_task is not None:
+        values.setdefault("task_type", default_task)
     if "jobs" in values:
         check_beside_jobs(values)
     elif values.get("gpu_num", 1) > 1:
@@ -264,9 +266,10 @@ def request_of(values: Mapping[str, Any]) -> GenerationRequest:
     if "task_type" not in values:
         raise UserError("--task_type", f"missing; choose one of {', '.join(TASK_NAMES)}")
     spec = task_spec(values.pop("task_type"))
+    notes = drop_unused(spec, values) if spec.layout == HUNYUAN else []
     check_conflicts(spec, values)
     check_values(spec, values)
-    return make_request(spec, values)
+    return make_request(spec, values, notes)
 
 
 def join_values(argv: Sequence[str]) -> list[str]:
@@ -446,6 +449,27 @@ def without_overruled(config: Mapping[str, Any], given: Mapping[str, Any]) -> di
     """Values, of a config file for example, without those that contradict a flag that wins over them."""
     overruled = {pair[1 - side] for pair in EXCLUSIVE for side in (0, 1) if pair[side] in given}
     return {name: value for name, value in config.items() if name not in overruled}
+
+
+def drop_unused(spec: TaskSpec, values: dict[str, Any]) -> list[str]:
+    """Take out what V1's own command accepts and does nothing with; returns notes on it. For V3 it is an error."""
+    notes = []
+    if "image" in values and not takes(spec, "image"):
+        notes.append(f"--image is not used: {spec.name} takes none; --task_type i2v begins with a picture")
+        del values["image"]
+    if "negative_prompt" in values and values.get("guidance_scale", spec.guidance_scale) <= 1.0:
+        notes.append("--negative_prompt is not used: it needs --guidance_scale above 1")
+        del values["negative_prompt"]
+    if values.get("parameters_level") and not values.get("offload"):
+        notes.append("--parameters_level is not used: it needs --offload")
+        del values["parameters_level"]
+    assert spec.size is not None
+    sides = dict(zip(("height", "width"), spec.size, strict=True))
+    if len(missing := sides.keys() - values.keys()) == 1:
+        (side,) = missing
+        notes.append(f"--{side} is not given: it is {sides[side]}")
+        values[side] = sides[side]
+    return notes
 
 
 def check_conflicts(spec: TaskSpec, values: Mapping[str, Any]) -> None:
@@ -664,12 +688,12 @@ def split(references: str | Sequence[str]) -> list[str]:
     return [entry.strip() for entry in entries]
 
 
-def make_request(spec: TaskSpec, values: Mapping[str, Any]) -> GenerationRequest:
+def make_request(spec: TaskSpec, values: Mapping[str, Any], notes: Sequence[str]) -> GenerationRequest:
     """A request from checked values, the preset's where none was given."""
     given = written_out(values)
     drawn = secrets.randbelow(MAX_SEED - values.get("video_num", 1) + 2)  # the last video has a seed, too
     given["seed"] = drawn if values.get("seed") == -1 else values.get("seed", 42)
-    values, notes = as_trained(spec, {**presets(spec, given), **given})
+    values, changes = as_trained(spec, {**presets(spec, given), **given})
     recorded = {"task_type": spec.name} | {name: values[name] for name in values if is_recorded(spec, name, values)}
     if values.get("window_prompt") == SAME_PROMPT:
         values["window_prompt"] = values["prompt"]
@@ -687,7 +711,7 @@ def make_request(spec: TaskSpec, values: Mapping[str, Any]) -> GenerationRequest
         if name in values:
             values[name] = Path(os.path.expanduser(values[name]))
     values = {name: value for name, value in values.items() if name not in ("verbose", "quiet", "gpu_num", "fps")}
-    return GenerationRequest(task=spec, flags=recorded, notes=notes, **values)
+    return GenerationRequest(task=spec, flags=recorded, notes=(*notes, *changes), **values)
 
 
 def is_recorded(spec: TaskSpec, name: str, values: Mapping[str, Any]) -> bool:
@@ -729,7 +753,7 @@ def presets(spec: TaskSpec, values: Mapping[str, Any]) -> dict[str, Any]:
     guided = max(values.get("text_guidance_scale", 1.0), values.get("guidance_scale", spec.guidance_scale)) > 1.0
     if spec.negative_prompt and guided:
         made["negative_prompt"] = spec.negative_prompt
-    if spec.size is not None and "height" not in values:
+    if spec.size is not None and not spec.inputs and "height" not in values:
         made["height"], made["width"] = spec.size
     return made
 

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 PROMPT_IN_NAME = 100  # characters
 NAME_BYTES = 180  # of them; file systems take 255 for a name, and those of temporary files are longer
+NOT_IN_NAMES = r"[/\x00-\x1f\x7f-\x9f\u2028\u2029]" if os.name != "nt" else r'[<>:"/\\|?*\x00-\x1f]'
 
 
 def preflight(
@@ -73,8 +74,8 @@ def free_name(request: GenerationRequest) -> Path:
     """Where the video of a request goes that names no output. Small ones may be made several in a second."""
     path = Path("result") / request.task.name / f"{request.seed}_{datetime.now():%Y%m%d-%H%M%S}.mp4"
     if request.outdir is not None:
-        words = re.sub(r"[/\\:\x00-\x1f\x7f]", "", request.prompt[:PROMPT_IN_NAME]).encode()[:NAME_BYTES]
-        name = f"{words.decode(errors='ignore').strip(' .')}_{request.seed}_{request.number}.mp4"
+        words = re.sub(NOT_IN_NAMES, "", request.prompt[:PROMPT_IN_NAME]).encode()[:NAME_BYTES]
+        name = f"{words.decode(errors='ignore').lstrip(' .')}_{request.seed}_{request.number}.mp4"
         path = Path("results") / request.outdir / name
     numbered = (path.with_name(f"{path.stem}-{number}.mp4") for number in count(2))
     return next(name for name in chain([path], numbered) if not os.path.lexists(name))

@@ -57,7 +57,7 @@ class TaskSpec:
     transformer: Mapping[str, int]
     base_model_id: str = ""  # where the other components are, if not beside the transformer
     guidance_scale: float = 1.0
-    size: tuple[int, int] | None = None  # height and width where no input has a shape
+    size: tuple[int, int] | None = None  # height and width, where neither is given and no input has a shape
     prompt_prefix: str = ""
     default_duration: int = 0  # 0 where the length is that of the sound
     min_duration: int = 0

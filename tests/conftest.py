@@ -163,8 +163,8 @@ def main(tmp_path, cache, monkeypatch, capsys) -> Callable[..., tuple[int, str, 
     monkeypatch.chdir(tmp_path)
     on_terminate = signal.getsignal(signal.SIGTERM)
 
-    def main(*arguments: object) -> tuple[int, str, str]:
-        code = generate_video.main([str(argument) for argument in arguments])
+    def main(*arguments: object, default_task: str | None = None) -> tuple[int, str, str]:
+        code = generate_video.main([str(argument) for argument in arguments], default_task)
         return code, *capsys.readouterr()
 
     yield main

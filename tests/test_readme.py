@@ -42,12 +42,13 @@ def test_command(generate, command):
     assert re.search(r"resident [\d.]+ GB.*offload [\d.]+ GB.*stream [\d.]+ GB", plan["memory"])
 
 
-@pytest.mark.parametrize("command", OLD_COMMANDS, ids=[shlex.split(command)[3] for command in OLD_COMMANDS])
+@pytest.mark.parametrize("command", OLD_COMMANDS, ids=["one-gpu", "several-gpus"])
 def test_commands_by_the_old_name(command):
-    """As they stood in the README of V1, with a plan that says memory and size."""
+    """As they stood in the README of V1, the second one without a task, with a plan that says memory and size."""
     words = [sys.executable, str(ROOT / "video_generate.py"), *shlex.split(command), "--dry_run"]
     run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     plan = dict(line.split(maxsplit=1) for line in run.stdout.splitlines())
+    assert plan["task"].startswith("t2v")
     assert plan["video"].startswith("960 x 544, 97 new frames at 24 fps")
     assert re.search(r"resident [\d.]+ GB, offload [\d.]+ GB, stream [\d.]+ GB", plan["memory"])
     assert ("guidance 2 x ring 1 x Ulysses 2" in run.stdout) == ("--gpu_num 4" in command)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from skyreels_v3.preflight import free_name
 from skyreels_v3.tasks import task_spec
 from tests.conftest import Case, bad, check_refused
 
-ROOT = Path(__file__).resolve().parent.parent
 T2V = ["--task_type", "t2v", "--prompt", "FPS-24, A cat"]
 I2V = ["--task_type", "i2v", "--prompt", "FPS-24, A cat", "--image", "cat.webp"]
 TOY = ["--model_id", "tiny", "--device", "cpu"]
@@ -116,11 +113,11 @@ def test_several_videos_have_seeds_that_follow():
 
 def test_names_in_outdir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    prompt = "FPS-24, A/B: a cat " + "\u732b" * 200
+    prompt = "FPS-24, A/B: a\\\n cat. " + "\u732b" * 200
     request = parse_request(["--task_type", "t2v", "--prompt", prompt, "--outdir", "films", "--seed", "5"])
     name = free_name(request)
     assert name.parent == Path("results/films")
-    assert name.name.startswith("FPS-24, AB a cat \u732b") and name.name.endswith("_5_0.mp4")
+    assert name.name.startswith("FPS-24, AB: a\\ cat. \u732b") and name.name.endswith("_5_0.mp4")
     name.parent.mkdir(parents=True)
     name.touch()  # a name that the file system takes
     assert free_name(request).name.endswith("_5_0-2.mp4")
@@ -134,6 +131,49 @@ def test_cache(text, method, threshold):
     cache = parse_request([*T2V, "--cache", text]).cache
     assert cache is not None and cache.method == method
     assert cache.threshold > 0 if threshold is None else cache.threshold == threshold
+
+
+@pytest.mark.parametrize(
+    ("flags", "note", "same"),
+    [
+        (["--image", "cat.webp"], "--image is not used: t2v takes none; --task_type i2v", []),
+        (["--guidance_scale", "1", "--negative_prompt", "blur"],
+         "--negative_prompt is not used: it needs --guidance_scale above 1", ["--guidance_scale", "1"]),
+        (["--parameters_level"], "--parameters_level is not used: it needs --offload", []),
+        (["--height", "720"], "--width is not given: it is 960", ["--height", "720", "--width", "960"]),
+        (["--width", "720"], "--height is not given: it is 544", ["--height", "544", "--width", "720"]),
+    ],
+)  # fmt: skip
+def test_what_v1_does_nothing_with_is_noted(flags, note, same):
+    """And makes the same request as without it; for other tasks it is an error."""
+    request, plain = parse_request([*T2V, *flags]), parse_request([*T2V, *same])
+    assert request.notes[0].startswith(note) and len(request.notes) == 1
+    assert replace(request, notes=()) == plain
+    with pytest.raises(UserError, match=f"^{flags[-2] if len(flags) > 1 else flags[0]}: "):
+        parse_request(["--task_type", "reference_to_video", "--ref_imgs", "a.png", "--prompt", "a", *flags])
+
+
+def test_one_side_of_a_picture():
+    request = parse_request([*I2V, "--height", "960"])
+    assert (request.height, request.width) == (960, 960)
+
+
+def test_the_old_name_makes_a_t2v_where_no_task_is_named(tmp_path):
+    (tmp_path / "a.yaml").write_text("task_type: i2v")
+    for argv, task in (
+        ([], "t2v"), (["--task_type", "i2v"], "i2v"), (["--config", str(tmp_path / "a.yaml")], "i2v"),
+        (["--jobs", "a.jsonl"], "t2v"),
+    ):  # fmt: skip
+        assert parse_flags(argv, "t2v")["task_type"] == task
+    with pytest.raises(UserError, match="--task_type: missing; choose one of"):
+        parse_request(T2V[2:])
+
+
+def test_the_processes_are_told_of_the_task(main, monkeypatch):
+    started = []
+    monkeypatch.setattr("skyreels_v3.launch.launch", lambda command, processes: started.append(command) or 0)
+    assert main(*T2V[2:], *TOY, "--gpu_num", "2", default_task="t2v")[0] == 0
+    assert parse_flags(started[0][1:])["task_type"] == "t2v"
 
 
 def test_gpu_num_of_jobs_is_no_usp():
@@ -153,14 +193,12 @@ BAD = [
     bad(T2V, "--cache", "fbcache:-1", "such as fbcache:0.1"),
     bad(T2V, "--num_frames", "401", "up to 385 frames"),
     bad([*T2V, "--width", "960"], "--height", "540", "give 528 or 544"),
-    bad(T2V, "--image", "cat.webp", "does not take it"),
     bad(T2V, "--resolution", "540P", "does not take it"),
     bad(T2V, "--fps", "0", "out of range"),
     bad(T2V, "--gpu_num", "0", "out of range"),
     bad(T2V, "--quant", "int8", "choose fp8 or fp8_dynamic"),
     bad(T2V, "--outdir", " ", "no name of a folder", "an empty value", name="blank"),
     bad([*T2V, "--device", "cpu"], "--base_model_id", "no such/thing", "neither a folder nor a hub id"),
-    Case("parameters-alone", [*T2V, "--parameters_level"], "--parameters_level", "how to offload", "add --offload"),
     Case("both", [*T2V, "--outdir", "a", "--output", "b.mp4"], "--output", "conflicts", "give one"),
     Case("several", [*T2V, "--video_num", "2", "--output", "b.mp4"], "--output", "is for one video", "--outdir"),
     Case("other-task", [*T2V, "--model_id", "Skywork/SkyReels-V1-Hunyuan-I2V", "--device", "cpu"],
@@ -174,16 +212,6 @@ BAD = [
 @pytest.mark.parametrize("case", BAD, ids=lambda case: case.name)
 def test_bad_requests(case, refuse):
     check_refused(case, refuse)
-
-
-def test_the_old_name_is_the_same_command():
-    command = [sys.executable, str(ROOT / "video_generate.py"), *T2V, *TOY, "--dry_run"]
-    made = subprocess.run(command, capture_output=True, text=True, check=True)
-    again = subprocess.run(
-        [*command[:1], str(ROOT / "generate_video.py"), *command[2:]], capture_output=True, text=True, check=True
-    )
-    lines = [run.stdout.splitlines()[:-1] for run in (made, again)]  # the output's name has the time
-    assert lines[0] == lines[1] and lines[0]
 
 
 def test_a_seed_that_leaves_no_room_for_the_others(monkeypatch):
