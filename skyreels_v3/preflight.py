@@ -67,6 +67,8 @@ def preflight(
         plan(request, checkpoint, expected_dtype(request), ranks)  # refuses degrees that do not fit
     for note in request.notes:  # not before all has been checked: an error stands alone
         logger.info(note)
+    for note in inputs.notes:
+        logger.warning(note)
     return request, inputs, checkpoint
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from skyreels_v3.errors import UserError, shown
 from skyreels_v3.media.audio import MAX_SECONDS, AudioInfo, probe_audio
-from skyreels_v3.media.image import covered_box, open_image
+from skyreels_v3.media.image import covered_box, full_size, open_image
 from skyreels_v3.media.sources import MAX_IMAGE_BYTES, localise
 from skyreels_v3.media.video import ClipInfo, last_frames, probe, resized, too_short
 from skyreels_v3.tasks import GenerationRequest, choose_size
@@ -27,6 +27,7 @@ class Inputs:
     clip: ClipInfo | None = None
     audio: tuple[AudioInfo, ...] = ()
     keyframes: tuple[tuple[Image.Image, float], ...] = ()  # with their times in seconds
+    notes: tuple[str, ...] = ()  # what the user should know of them
 
 
 def open_inputs(request: GenerationRequest, folder: Path) -> tuple[GenerationRequest, Inputs]:
@@ -38,26 +39,27 @@ def open_inputs(request: GenerationRequest, folder: Path) -> tuple[GenerationReq
     Raises:
         UserError: an input that cannot be used.
     """
-    images = [open_picture(source, "--ref_imgs", request, folder) for source in request.ref_imgs]
+    notes: list[str] = []
+    images = [open_picture(source, "--ref_imgs", request, folder, notes) for source in request.ref_imgs]
     if request.image is not None:
-        images.append(open_picture(request.image, "--image", request, folder))
+        images.append(open_picture(request.image, "--image", request, folder, notes))
     if request.input_image is not None:
-        images.append(open_picture(request.input_image, "--input_image", request, folder))
-    clip = None if request.input_video is None else open_clip(request.input_video, request, folder)
-    audio = tuple(open_sound(source, request, folder) for source in request.input_audio)
+        images.append(open_picture(request.input_image, "--input_image", request, folder, notes))
+    clip = None if request.input_video is None else open_clip(request.input_video, request, folder, notes)
+    audio = tuple(open_sound(source, request, folder, notes) for source in request.input_audio)
     if audio:
         lengths = [sound.seconds for sound in audio]
         request = replace(request, audio_seconds=sum(lengths) if request.audio_type == "sequential" else max(lengths))
         check_times(request, clip)
     keyframes = tuple(
-        (open_picture(source, "--keyframes", request, folder), seconds) for source, seconds in request.keyframes
+        (open_picture(source, "--keyframes", request, folder, notes), seconds) for source, seconds in request.keyframes
     )
     if request.height is None:
         width, height = (clip.width, clip.height) if clip is not None else images[0].size
         height, width = choose_size(request.task, request.resolution, height, width)
         request = replace(request, height=height, width=width)
     check_boxes(request, images)
-    return request, Inputs(tuple(images), clip, audio, keyframes)
+    return request, Inputs(tuple(images), clip, audio, keyframes, tuple(notes))
 
 
 def check_times(request: GenerationRequest, clip: ClipInfo | None) -> None:
@@ -80,50 +82,54 @@ def check_times(request: GenerationRequest, clip: ClipInfo | None) -> None:
 def check_boxes(request: GenerationRequest, images: Sequence[Image.Image]) -> None:
     """Raise UserError for a speaker's box that is not inside the portrait, or not in the picture after its crop."""
     for x0, y0, x1, y1 in request.speaker_boxes:
-        if x1 > images[0].width or y1 > images[0].height:
-            reason = f"{x0},{y0},{x1},{y1} is not inside the portrait of {images[0].width} x {images[0].height} pixels"
+        width, height = size = full_size(images[0])
+        if x1 > width or y1 > height:
+            reason = f"{x0},{y0},{x1},{y1} is not inside the portrait of {width} x {height} pixels"
             raise UserError("--speaker_boxes", f"{reason}; give boxes inside it")
         assert request.height is not None and request.width is not None
-        left, top, right, bottom = covered_box((x0, y0, x1, y1), images[0].size, request.height, request.width)
+        left, top, right, bottom = covered_box((x0, y0, x1, y1), size, request.height, request.width)
         if left >= right or top >= bottom:
             reason = f"{x0},{y0},{x1},{y1} is cut off when the portrait becomes {request.width} x {request.height}"
             raise UserError("--speaker_boxes", f"{reason}; give a box nearer to the middle, or another size")
 
 
-def open_picture(source: str, flag: str, request: GenerationRequest, folder: Path) -> Image.Image:
-    """A picture, from a path or an address."""
+def open_picture(source: str, flag: str, request: GenerationRequest, folder: Path, notes: list[str]) -> Image.Image:
+    """A picture, from a path or an address; `notes` gets what is to be said of it, as in the other two."""
     path = localise(source, flag, folder, request.url_timeout, MAX_IMAGE_BYTES, request.verbosity >= 0)
-    with naming(source, path):
-        return open_image(path, flag)
+    with naming(source, path, notes) as say:
+        return open_image(path, flag, say)
 
 
-def open_clip(source: str, request: GenerationRequest, folder: Path) -> ClipInfo:
+def open_clip(source: str, request: GenerationRequest, folder: Path, notes: list[str]) -> ClipInfo:
     """A clip that is long enough for the task."""
     flag = "--input_video"
     path = localise(source, flag, folder, request.url_timeout, progress=request.verbosity >= 0)
-    with naming(source, path):
+    with naming(source, path, notes):
         clip = probe(path, flag, request.task.fps)
         if clip.frames < request.condition_frames:
             raise too_short(path, flag, request.task.fps, request.condition_frames, clip.frames)
     return clip
 
 
-def open_sound(source: str, request: GenerationRequest, folder: Path) -> AudioInfo:
+def open_sound(source: str, request: GenerationRequest, folder: Path, notes: list[str]) -> AudioInfo:
     """A recording of a length that the models take."""
     flag = "--input_audio"
     path = localise(source, flag, folder, request.url_timeout, progress=request.verbosity >= 0)
-    with naming(source, path):
+    with naming(source, path, notes):
         return probe_audio(path, flag)
 
 
 @contextmanager
-def naming(source: str, path: Path) -> Iterator[None]:
-    """Have errors about a downloaded file name what the user gave, not the temporary file."""
+def naming(source: str, path: Path, notes: list[str]) -> Iterator[Callable[[str], None]]:
+    """Have errors and notes about a downloaded file name what the user gave, not the temporary file."""
+
+    def named(text: str) -> str:
+        return text.replace(shown(path), shown(source))
+
     try:
-        yield
+        yield lambda note: notes.append(named(note))
     except UserError as error:
-        message = str(error).removeprefix(f"{error.flag}: ")
-        raise UserError(error.flag, message.replace(shown(path), shown(source))) from error
+        raise UserError(error.flag, named(str(error).removeprefix(f"{error.flag}: "))) from error
 
 
 def condition_clip(
@@ -132,6 +138,6 @@ def condition_clip(
     """The last frames of the input clip that the model sees, uint8 [F, H, W, 3] of the output's size."""
     assert inputs.clip is not None and request.height is not None and request.width is not None
     path = inputs.clip.path
-    with naming(request.input_video or "", path):
+    with naming(request.input_video or "", path, []):
         frames = last_frames(path, request.task.fps, request.condition_frames, "--input_video", progress)
     return np.stack(list(resized(frames, request.height, request.width)))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from skyreels_v3.media.audio import normalise_loudness, read_audio
 from skyreels_v3.media.color import match_color
-from skyreels_v3.media.image import cover_crop, covered_box
+from skyreels_v3.media.image import cover_crop, covered_box, full_size
 from skyreels_v3.media.inputs import Inputs
 from skyreels_v3.media.video import read_frames, resized
 from skyreels_v3.pipelines.steps import Frame, Pass, Steps, frames_to_video, video_to_frames
@@ -196,12 +196,12 @@ class TalkingAvatar(Steps):
         if len(inputs.audio) < 2:
             return None
         assert request.height is not None and request.width is not None
-        image = inputs.images[0]
-        middle = image.width // 2
-        boxes = request.speaker_boxes or ((0, 0, middle, image.height), (middle, 0, image.width, image.height))
+        width, height = size = full_size(inputs.images[0])
+        middle = width // 2
+        boxes = request.speaker_boxes or ((0, 0, middle, height), (middle, 0, width, height))
         masks = torch.zeros(3, request.height // VAE_STRIDE[1], request.width // VAE_STRIDE[2])
         for person, box in enumerate(boxes):
-            x0, y0, x1, y1 = covered_box(box, image.size, request.height, request.width)
+            x0, y0, x1, y1 = covered_box(box, size, request.height, request.width)
             masks[person, token_span(y0, y1, request.height), token_span(x0, x1, request.width)] = 1
         masks[2] = (masks[0] + masks[1] == 0).float()
         return masks.to(self.runtime.device)

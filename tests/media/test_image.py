@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import struct
 import subprocess
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from imageio_ffmpeg import get_ffmpeg_exe
-from PIL import Image
+from PIL import Image, ImageCms
 from safetensors.numpy import load_file
 
 from skyreels_v3.errors import UserError
-from skyreels_v3.media.image import cover_crop, crop_resize, letterbox, open_image
+from skyreels_v3.media.image import cover_crop, crop_resize, full_size, letterbox, open_image
 
 REFERENCE = Path(__file__).parent.parent / "data" / "reference" / "misc"
 FLAG = "--ref_imgs"
@@ -129,7 +132,9 @@ def test_animation_gives_its_first_frame(tmp_path: Path, suffix: str) -> None:
     first, second = (Image.new("RGB", (20, 10), colour) for colour in ((200, 30, 40), (0, 0, 255)))
     options = {"lossless": True} if suffix == "webp" else {}
     first.save(tmp_path / f"a.{suffix}", save_all=True, append_images=[second], duration=100, **options)
-    assert np.array_equal(pixels(open_image(tmp_path / f"a.{suffix}", FLAG)), np.asarray(first))
+    notes: list[str] = []
+    assert np.array_equal(pixels(open_image(tmp_path / f"a.{suffix}", FLAG, notes.append)), np.asarray(first))
+    assert notes == [f"{tmp_path}/a.{suffix} holds several pictures; the first one is taken"]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
@@ -240,3 +245,154 @@ def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     check_refused(tmp_path / "big.png", "too many pixels", "scale it down")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)  # only a warning of Pillow's
     assert open_image(tmp_path / "big.png", FLAG).size == (30, 30)
+
+
+# colours
+
+
+def adapted(primaries: list[tuple[float, float]]) -> np.ndarray:
+    """Linear RGB of these primaries and a D65 white to XYZ as an ICC profile has it, adapted to D50 by Bradford."""
+    xyz = np.array([(x / y, 1, (1 - x - y) / y) for x, y in primaries]).T
+    d65, d50 = np.array([0.95046, 1, 1.08906]), np.array([0.9642, 1, 0.8249])
+    cones = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+    matrix = xyz * np.linalg.solve(xyz, d65)
+    return np.linalg.inv(cones) @ np.diag(cones @ d50 / (cones @ d65)) @ cones @ matrix
+
+
+def fixed(*values: float) -> bytes:
+    return struct.pack(f">{len(values)}i", *(round(value * 65536) for value in values))
+
+
+def profile(space: bytes, pcs: bytes, tags: dict[bytes, bytes], kind: bytes = b"mntr") -> bytes:
+    """An ICC file of version 2."""
+    white = fixed(0.9642, 1, 0.8249)
+    tags = {b"wtpt": b"XYZ \0\0\0\0" + white, b"cprt": b"text\0\0\0\0none\0", **tags}
+    table, body, start = b"", b"", 132 + 12 * len(tags)
+    for name, data in tags.items():
+        table += name + struct.pack(">2I", start + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    head = struct.pack(">I4sI4s4s4s12x4s28x", start + len(body), b"test", 0x02400000, kind, space, pcs, b"acsp")
+    return head + white + bytes(48) + struct.pack(">I", len(tags)) + table + body
+
+
+def curve(gamma: float) -> bytes:
+    return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256))
+
+
+SRGB = [(0.64, 0.33), (0.3, 0.6), (0.15, 0.06)]
+WIDE = {
+    "P3": [(0.68, 0.32), (0.265, 0.69), (0.15, 0.06)],
+    "Adobe RGB": [(0.64, 0.33), (0.21, 0.71), (0.15, 0.06)],
+}
+
+
+def srgb_to_linear(values: np.ndarray) -> np.ndarray:
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def linear_to_srgb(values: np.ndarray) -> np.ndarray:
+    return np.where(values <= 0.0031308, values * 12.92, 1.055 * values ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_wide_gamuts_become_srgb(tmp_path: Path, name: str, mode: str) -> None:
+    """The same colours, written in a wider space with its profile; a P3 photograph without it looks pale."""
+    expected = np.array([(200, 60, 40), (40, 90, 200), (230, 230, 230), (90, 180, 60)], np.uint8)[None].repeat(8, 0)
+    matrix = np.linalg.solve(adapted(WIDE[name]), adapted(SRGB))
+    stored = np.rint(255 * (srgb_to_linear(expected / 255) @ matrix.T).clip(0, 1) ** (1 / 2.2)).astype(np.uint8)
+    assert np.abs(stored.astype(int) - expected).max() > 10
+    columns = {
+        colour: b"XYZ \0\0\0\0" + fixed(*column)
+        for colour, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), adapted(WIDE[name]).T, strict=True)
+    }
+    data = profile(b"RGB ", b"XYZ ", columns | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve(2.2)))
+    image = Image.fromarray(stored)
+    image = image.quantize(16) if mode == "P" else image.convert(mode)
+    image.save(tmp_path / "a.png", icc_profile=data)
+    assert np.abs(pixels(open_image(tmp_path / "a.png", FLAG)) - expected).max() <= 2  # levels of 8 bits in between
+
+
+@pytest.mark.parametrize("mode", ["L", "LA"])
+def test_grey_profile(tmp_path: Path, mode: str) -> None:
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    data = profile(b"GRAY", b"XYZ ", {b"kTRC": curve(1.8)})
+    Image.fromarray(levels).convert(mode).save(tmp_path / "a.png", icc_profile=data)
+    opened = pixels(open_image(tmp_path / "a.png", FLAG))
+    assert np.abs(opened[..., 1] - 255 * linear_to_srgb((levels / 255) ** 1.8)).max() <= 2
+
+
+def test_cmyk_profile(tmp_path: Path) -> None:
+    """Of an ink that knows only black, and turns it into lightness."""
+    ramp = bytes(range(256))
+    lightness = b"".join(bytes([255 * (1 - index % 2), 128, 128]) for index in range(16))
+    table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + fixed(1, 0, 0, 0, 1, 0, 0, 0, 1) + ramp * 4 + lightness + ramp * 3
+    data = profile(b"CMYK", b"Lab ", {b"A2B0": table, b"A2B1": table}, b"prtr")
+    black = np.arange(0, 256, 17, dtype=np.uint8)
+    stored = np.zeros((8, 16, 4), np.uint8)
+    stored[..., 3], stored[..., 0] = black, 200
+    Image.fromarray(stored, "CMYK").save(tmp_path / "a.tiff", icc_profile=data)
+    lightness = 100 * (1 - black / 255)
+    luminance = np.where(lightness > 8, ((lightness + 16) / 116) ** 3, lightness / 903.3)
+    opened = pixels(open_image(tmp_path / "a.tiff", FLAG))
+    assert np.abs(opened - 255 * linear_to_srgb(luminance)[:, None]).max() <= 2
+
+
+def test_srgb_profile_changes_nothing(tmp_path: Path) -> None:
+    data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(sample()).save(tmp_path / "a.png", icc_profile=data)
+    assert np.array_equal(pixels(open_image(tmp_path / "a.png", FLAG)), sample())
+
+
+def test_unusable_profile_is_said(tmp_path: Path) -> None:
+    for data in (b"nothing", profile(b"CMYK", b"Lab ", {})):
+        Image.fromarray(sample()).save(tmp_path / "a.png", icc_profile=data)
+        notes: list[str] = []
+        assert np.array_equal(pixels(open_image(tmp_path / "a.png", FLAG, notes.append)), sample())
+        assert len(notes) == 1
+        assert "a.png has a colour profile that cannot be used" in notes[0]
+
+
+def test_gamma_of_a_png(tmp_path: Path) -> None:
+    Image.fromarray(sample()).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    chunk = b"gAMA" + struct.pack(">I", 100_000)  # linear light
+    chunk = struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "a.png").write_bytes(content[:33] + chunk + content[33:])
+    opened = pixels(open_image(tmp_path / "a.png", FLAG))
+    assert np.abs(opened - 255 * linear_to_srgb(sample() / 255)).max() <= 0.5
+
+
+# what is not taken
+
+
+@pytest.mark.parametrize(
+    "content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n", b"P6 1 1 255\nabc"]
+)
+def test_other_formats_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    """For the first one Pillow starts a program, whatever the file's name is."""
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path / "a.png").write_bytes(content)
+    check_refused(tmp_path / "a.png", "is not a picture", "TIFF or AVIF file")
+    assert not (tmp_path / "started").exists()
+
+
+def test_heic(tmp_path: Path) -> None:
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+    check_refused(tmp_path / "a.heic", "HEIC is not supported; export it as JPEG")
+
+
+def test_large_jpeg_is_decoded_reduced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skyreels_v3.media.image.REDUCED_SIDE", 30)
+    monkeypatch.setattr("skyreels_v3.media.image.MAX_PIXELS", 40 * 30)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(sample(120, 160)).save(tmp_path / "a.jpg", quality=95, exif=exif)
+    image = open_image(tmp_path / "a.jpg", FLAG)
+    assert (image.size, full_size(image)) == ((30, 40), (120, 160))
+    assert np.abs(pixels(image) - np.rot90(sample(), -1)).max() < 16
+    Image.fromarray(sample(120, 160)).save(tmp_path / "a.png")
+    check_refused(tmp_path / "a.png", "too many pixels")
