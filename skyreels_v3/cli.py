@@ -7,13 +7,12 @@ flags and the same checks. A wrong request is a `UserError`; nothing here import
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import os
 import re
 import secrets
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +22,7 @@ import yaml
 from skyreels_v3 import __version__
 from skyreels_v3.attention.available import ATTENTIONS
 from skyreels_v3.errors import UserError, shown
+from skyreels_v3.hints import SEE_HELP, flag_meant, value_meant
 from skyreels_v3.runtime import DEVICES, DTYPES
 from skyreels_v3.sampling.cache_methods import METHODS, CacheSettings
 from skyreels_v3.tasks import (
@@ -40,9 +40,10 @@ from skyreels_v3.tasks import (
 
 MAX_TEXT = 10_000  # characters of one value; of a prompt the model reads 512 tokens
 MAX_CONFIG_BYTES = 1 << 20
-MAX_HINTED = 100  # characters that are compared with what was probably meant
 MAX_SPEAKERS = 2
 SAME_PROMPT = "same"
+METAVARS = {str: "TEXT", int: "N", float: "X"}
+DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # as web pages and word processors print those of a flag
 MAX_SIDE = 2048
 MAX_PIXELS = 1920 * 1088
 MAX_SEED = 2**32 - 1  # a CPU's generator of noise takes 32 bits, and drops those above them without a word
@@ -53,7 +54,8 @@ MIN_CACHED_STEPS = 12  # with fewer, what one step makes is no guess of what the
 class Flag:
     """One flag, on the command line `--name`, in a config file `name`.
 
-    `bare` is what the flag alone means, without a value; None: it needs one.
+    `bare` is what the flag alone means, without a value; None: it needs one. `group` is the heading in --help that
+    begins with this flag; "": it stands under that of the flag before it.
     """
 
     name: str
@@ -64,28 +66,25 @@ class Flag:
     high: float = math.inf
     metavar: str | None = None
     bare: str | None = None
+    group: str = ""
 
 
 FLAGS = (
-    Flag("task_type", "what to make", choices=TASK_NAMES),
-    Flag("model_id", "hub id or folder of the checkpoint (default: the task's own); 'tiny' for a built-in toy"),
-    Flag("base_model_id", "hub id or folder of HunyuanVideo, whose encoders and VAE t2v and i2v take"),
-    Flag("model_source", "hub to fetch from (default: huggingface)", choices=("huggingface", "modelscope")),
+    Flag("task_type", f"what to make: {', '.join(TASK_NAMES)}", choices=TASK_NAMES, metavar="TASK", group="Input"),
     Flag("prompt", "what happens in the video"),
-    Flag("negative_prompt", "what to keep away from; needs --guidance_scale above 1"),
-    Flag("image", "picture that the video begins with, path or URL", metavar="IMAGE"),
+    Flag("negative_prompt", "what to avoid; needs --guidance_scale above 1"),
+    Flag("image", "picture that the video begins with (i2v), path or URL", metavar="IMAGE"),
     Flag("ref_imgs", "1-4 reference images, paths or URLs", metavar="IMAGE[,IMAGE...]"),
-    Flag("input_video", "clip to go on from, path or URL", metavar="CLIP"),
-    Flag("input_image", "portrait, path or URL", metavar="IMAGE"),
-    Flag(
-        "input_audio", "what is said: sound file or video, path or URL; two for two speakers", metavar="SOUND[,SOUND]"
-    ),
+    Flag("input_video", "clip to extend (or, by talking_avatar, to dub), path or URL", metavar="CLIP"),
+    Flag("input_image", "portrait of the speaker, path or URL", metavar="IMAGE"),
+    Flag("input_audio", "speech: sound file or video, path or URL; two for two speakers", metavar="SOUND[,SOUND]"),
     Flag("audio_type", "two speakers at once (default) or one after the other", choices=("parallel", "sequential")),
     Flag(
         "speaker_boxes", "where the two speakers are in the portrait (default: its halves)", metavar="X0,Y0,X1,Y1;..."
     ),
-    Flag("keyframes", "how windows shall end, in place of made key frames", metavar="IMAGE@SECONDS[,...]"),
-    Flag("duration", "seconds of new video, a whole number", int),
+    Flag("keyframes", "pictures that windows end in, instead of generated ones", metavar="IMAGE@SECONDS[,...]"),
+    Flag("window_prompt", "prompt of the windows after the first pass; 'same' for --prompt"),
+    Flag("duration", "whole seconds of new video (default: the task's)", int, group="Size and length"),
     Flag(
         "num_frames",
         "frames of new video, 4k+1, instead of --duration (reference_to_video, t2v, i2v)",
@@ -93,76 +92,102 @@ FLAGS = (
         low=1,
         high=100_000,
     ),
-    Flag("fps", "frames a second that the video is written with (default: 24)", int, low=1, high=120),
-    Flag("resolution", "size bucket (default: 720P); the input's shape chooses the sides", choices=RESOLUTIONS),
-    Flag("height", "in pixels, a multiple of 16, instead of the bucket's", int, low=SIZE_MULTIPLE, high=MAX_SIDE),
-    Flag("width", "in pixels, a multiple of 16, instead of the bucket's", int, low=SIZE_MULTIPLE, high=MAX_SIDE),
-    Flag("seed", "same seed, same video; -1 draws one (default: 42)", int, low=-1, high=MAX_SEED),
+    Flag("fps", "frames per second of the file (t2v, i2v; default: 24)", int, low=1, high=120),
+    Flag("resolution", "size bucket (default: 720P); the sides follow the input's shape", choices=RESOLUTIONS),
+    Flag("height", "in pixels, a multiple of 16, instead of --resolution", int, low=SIZE_MULTIPLE, high=MAX_SIDE),
+    Flag("width", "in pixels, a multiple of 16, instead of --resolution", int, low=SIZE_MULTIPLE, high=MAX_SIDE),
+    Flag("seed", "same seed, same video; -1 draws one (default: 42)", int, low=-1, high=MAX_SEED, group="Sampling"),
     Flag("num_inference_steps", "denoising steps (default: the task's)", int, low=1, high=200),
     Flag("shift", "shift of the noise schedule (default: the task's)", float, low=0.01, high=100),
     Flag("guidance_scale", "text guidance; 1 is off (default; t2v and i2v: 6)", float, low=0, high=100),
-    Flag("embedded_guidance_scale", "guidance that the model is told of (default: 1)", float, low=0, high=100),
-    Flag("sequence_batch", "the terms of the guidance one after the other, as they always are here", bool),
-    Flag("no_riflex", "leave frequencies as they are beyond 192 frames; the video will repeat itself", bool),
-    Flag("cache", f"skip steps that change little: {', '.join(METHODS)}; off by default", metavar="METHOD[:THRESHOLD]"),
+    Flag("embedded_guidance_scale", "guidance that V1's model takes as an input (default: 1)", float, low=0, high=100),
+    Flag("image_guidance_scale", "guidance by the reference images, on top of text guidance", float, low=0, high=100),
     Flag("text_guidance_scale", "text guidance of talking_avatar; 1 is off (default)", float, low=0, high=100),
-    Flag("audio_guidance_scale", "guidance by the sound; 1 is off (default)", float, low=0, high=100),
+    Flag("audio_guidance_scale", "guidance by the sound of talking_avatar; 1 is off (default)", float, low=0, high=100),
     Flag("color_correction_strength", "1 keeps the portrait's colours (default), 0 is off", float, low=0, high=1),
-    Flag("window_prompt", "prompt of all windows but the first pass; 'same' for --prompt"),
-    Flag("image_guidance_scale", "guidance by the reference images, beside text guidance", float, low=0, high=100),
-    Flag("device", "where to compute (default: auto)", choices=DEVICES),
+    Flag("sequence_batch", "accepted as in V1, changes nothing: guidance is computed term by term", bool),
+    Flag("no_riflex", "do without RIFLEx: beyond 192 frames the video repeats itself (t2v, i2v)", bool),
+    Flag("cache", f"skip steps that change little: {', '.join(METHODS)}; off by default", metavar="METHOD[:THRESHOLD]"),
+    Flag(
+        "model_id",
+        "hub id or folder of the checkpoint (default: the task's own); 'tiny' for a built-in toy",
+        group="Checkpoint",
+    ),
+    Flag("base_model_id", "hub id or folder of HunyuanVideo, for its encoders and VAE (t2v, i2v)"),
+    Flag("model_source", "hub to download from (default: huggingface)", choices=("huggingface", "modelscope")),
+    Flag("lora", "LoRAs to add: files, folders or hub ids, each with a scale", metavar="LORA[:SCALE][,...]"),
+    Flag("device", "where to compute (default: auto)", choices=DEVICES, group="Memory and speed"),
     Flag(
         "dtype",
         "of the matrix products (default: bfloat16 on a GPU, float32 on a CPU)",
         choices=DTYPES,
     ),
-    Flag("memory", "where components live (default: auto, by what is free)", choices=("auto", *MEMORY_MODES)),
-    Flag("offload", "keep only the working component on the device: --memory offload", bool),
+    Flag("memory", "what stays on the device (default: auto, by what is free)", choices=("auto", *MEMORY_MODES)),
+    Flag("offload", "only the component at work is on the device: --memory offload", bool),
     Flag("low_vram", "stream the transformer's blocks, in FP8: --memory stream --quant fp8", bool),
     Flag("stream_blocks", "blocks of a streamed transformer that stay on the device", int, low=0, high=999),
-    Flag("parameters_level", "beside --offload: --memory stream", bool),
-    Flag("high_cpu_memory", "pin what is streamed, however much of the host's memory that is", bool),
+    Flag("parameters_level", "with --offload: --memory stream", bool),
+    Flag("high_cpu_memory", "pin all that is streamed, however much host memory that takes", bool),
     Flag(
         "quant",
         "weights in FP8 (fp8, also without a value); fp8_dynamic computes in FP8 as well (Ada GPUs and later)",
         choices=QUANTIZATIONS,
         bare="fp8",
     ),
-    Flag("save_quantized", "also save the checkpoint with its FP8 weights, for --model_id", metavar="FOLDER"),
+    Flag("save_quantized", "also save the checkpoint in FP8, as a folder for --model_id", metavar="FOLDER"),
     Flag("vae_dtype", "of the VAE (default: float32)", choices=DTYPES),
     Flag("attention", "attention kernel (default: auto)", choices=ATTENTIONS),
     Flag("compile", "compile the transformer's blocks; the first step takes longer", bool),
     Flag("compiler_transformer", "the same as --compile", bool),
-    Flag("lora", "LoRAs to add: files, folders or hub ids, each with a scale", metavar="LORA[:SCALE][,...]"),
-    Flag("no_cache", "do not keep encoded prompts for later runs, nor use those kept", bool),
-    Flag("gpu_num", "start so many processes on this machine, one for each GPU, and --use_usp", int, low=1, high=64),
+    Flag("no_cache", "neither keep encoded prompts for later runs nor use kept ones", bool),
+    Flag(
+        "gpu_num",
+        "start this many processes here, one for each GPU, with --use_usp",
+        int,
+        low=1,
+        high=64,
+        group="Several GPUs",
+    ),
     Flag("use_usp", "share the work among the processes that torchrun starts, one for each GPU", bool),
     Flag("ulysses_degree", "processes that exchange tokens for heads (default: as many as can)", int, low=1, high=4096),
-    Flag("ring_degree", "processes that hand keys and values around (default: the rest)", int, low=1, high=4096),
+    Flag("ring_degree", "processes that pass keys and values around (default: the rest)", int, low=1, high=4096),
     Flag(
         "cfg_degree",
-        "processes that share the guidance (default: all terms at once, if they divide)",
+        "processes that share the guidance (default: one per term, if that divides them)",
         int,
         low=1,
         high=3,
     ),
     Flag("shard_weights", "divide the transformer's weights among the processes", bool),
-    Flag("broadcast_weights", "read the weights in one process, and send them to the others", bool),
+    Flag("broadcast_weights", "read the weights in one process and send them to the others", bool),
     Flag(
-        "output", "an .mp4, or a folder ending in / for PNG frames (default: result/TASK/SEED_TIME.mp4)", metavar="PATH"
+        "output",
+        "an .mp4, or a folder ending in / for PNG frames (default: result/TASK/SEED_TIME.mp4)",
+        metavar="PATH",
+        group="Output",
     ),
     Flag("outdir", "put the video into results/FOLDER, named by prompt, seed and number", metavar="FOLDER"),
-    Flag("video_num", "make so many videos, with seeds that follow each other", int, low=1, high=10_000),
-    Flag("save_latents", "also write the final latents of each pass", metavar="FILE.safetensors"),
     Flag("include_input", "write the input clip and its extension as one video", bool),
-    Flag("url_timeout", "seconds to wait for a server's answer (default: 1.2)", float, low=0.05, high=600),
-    Flag("resume", "go on with the interrupted run of the same flags and --output", bool),
-    Flag("jobs", "make many videos: a file with the flags of one in each line, as JSON", metavar="FILE.jsonl"),
-    Flag("dry_run", "check everything, print the plan, load and fetch no weights", bool),
+    Flag("save_latents", "also write the final latents of each pass", metavar="FILE.safetensors"),
+    Flag("resume", "continue the interrupted run of the same flags and --output", bool),
+    Flag(
+        "video_num",
+        "make this many videos, with consecutive seeds",
+        int,
+        low=1,
+        high=10_000,
+        group="Many videos",
+    ),
+    Flag("jobs", "make a video for each line: its flags as a JSON object", metavar="FILE.jsonl"),
+    Flag(
+        "url_timeout", "seconds to wait for a server's answer (default: 1.2)", float, low=0.05, high=600, group="Other"
+    ),
+    Flag("dry_run", "check everything and print the plan; load and download no weights", bool),
     Flag("quiet", "warnings and the result only", bool),
-    Flag("verbose", "more on what is done, tracebacks of errors", bool),
+    Flag("verbose", "more about what is done, and tracebacks of errors", bool),
 )
 BY_NAME = {flag.name: flag for flag in FLAGS}
+SWITCHES = {flag.name for flag in FLAGS if flag.kind is bool}
 # flags that only some tasks take, and the inputs or the layout by which those tasks are known
 ONLY_FOR = {
     **dict.fromkeys(("base_model_id", "embedded_guidance_scale", "no_riflex", "fps"), (HUNYUAN,)),
@@ -245,7 +270,7 @@ def parse_request(argv: Sequence[str]) -> GenerationRequest:
 def parse_flags(argv: Sequence[str], default_task: str | None = None) -> dict[str, Any]:
     """The flags of a command line and of its config file, with a task if neither has one; raises as `parse_request`."""
     found, unknown = build_parser().parse_known_args(join_values(argv))
-    refuse_unknown(unknown)
+    refuse_unknown(unknown, argv)
     given = {name: value for name, value in vars(found).items() if value is not None}
     config = given.pop("config", None)
     values = {name: convert(BY_NAME[name], value) for name, value in given.items()}
@@ -284,43 +309,58 @@ def join_values(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def refuse_unknown(words: Sequence[str]) -> None:
+def refuse_unknown(words: Sequence[str], argv: Sequence[str]) -> None:
     """Raise UserError for what argparse did not know what to do with."""
-    for word in words[:1]:
-        name = word.split("=")[0]
-        if name.startswith("--") and len(name) > 2:
-            raise UserError(shown(name), f"there is no such flag{hint(name, (f'--{n}' for n in (*BY_NAME, 'config')))}")
-        raise UserError("command line", f"{told(word)} belongs to no flag; put quotes around values with spaces")
-
-
-def hint(word: str, known: Iterable[str]) -> str:
-    """What was probably meant, or where to look."""
-    close = difflib.get_close_matches(word[:MAX_HINTED], known, 1)
-    return f"; did you mean {close[0]}?" if close else "; see --help"
+    if not words:
+        return
+    name, _, value = words[0].partition("=")
+    if len(words) > 1 and not value and not words[1].startswith("-"):
+        value = words[1]
+    meant = flag_meant(name, value, (*BY_NAME, "config")) if re.match(r"--?\w", name) else SEE_HELP
+    if re.match(r"--.", name) or meant != SEE_HELP:
+        raise UserError(shown(name), f"there is no such flag; {meant}")
+    if name[:1] in DASHES:
+        reason = f"{told(name)} begins with a dash that is not two hyphens"
+        raise UserError("command line", f"{reason}; type --{shown(name.lstrip(DASHES + '-'))}")
+    before = argv[argv.index(words[0]) - 1] if words[0] in argv[1:] else ""
+    if before.removeprefix("--") in SWITCHES:
+        reason = f"{told(words[0])}: a switch takes no value"
+        raise UserError(before, f"{reason}; give {before} alone for yes, or leave it out for no")
+    raise UserError("command line", f"{told(words[0])} belongs to no flag; put quotes around values with spaces")
 
 
 def build_parser() -> Parser:
     """All flags; values stay text until `convert`."""
-    tasks = "\n".join(f"  {name:26}{task_spec(name).summary}" for name in TASK_NAMES)
+    examples = "\n\n".join(example_of(task_spec(name)) for name in TASK_NAMES)
     parser = Parser(
         prog="generate_video.py",
         usage="%(prog)s --task_type TASK --prompt TEXT [flags]",
-        description="Make video with the SkyReels V3 and V1 models.",
-        epilog=f"tasks:\n{tasks}",
+        description="Make video with the SkyReels V3 and V1 models. Each task has an example below.",
+        epilog=f"Tasks, each with an example (add --dry_run to see what it takes first):\n\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        add_help=False,
     )
-    parser.add_argument("--version", action="version", version=f"skyreels_v3 {__version__}")
-    parser.add_argument("--config", metavar="FILE.yaml", help="any flags as keys; the command line wins")
     for flag in FLAGS:
+        if flag.group:
+            group = parser.add_argument_group(flag.group)
         if flag.kind is bool:
-            parser.add_argument(f"--{flag.name}", action="store_const", const=True, help=flag.help)
+            group.add_argument(f"--{flag.name}", action="store_const", const=True, help=flag.help)
         else:
-            metavar = flag.metavar or ("|".join(flag.choices) if flag.choices else flag.kind.__name__.upper())
+            metavar = flag.metavar or "|".join(flag.choices) or METAVARS[flag.kind]
             help_text = flag.help.replace("%", "%%")
             alone = {} if flag.bare is None else {"nargs": "?", "const": flag.bare}
-            parser.add_argument(f"--{flag.name}", metavar=metavar, help=help_text, **alone)
+            group.add_argument(f"--{flag.name}", metavar=metavar, help=help_text, **alone)
+    group.add_argument("--config", metavar="FILE", help="YAML file with flags as keys; the command line wins")
+    group.add_argument("--version", action="version", version=f"skyreels_v3 {__version__}", help="print the version")
+    group.add_argument("-h", "--help", action="help", help="print this")
     return parser
+
+
+def example_of(spec: TaskSpec) -> str:
+    """What a task makes, and a command for it."""
+    lines = (f"python3 generate_video.py --task_type {spec.name}", *(f"  {line}" for line in spec.example))
+    return f"  {spec.summary}:\n    " + " \\\n    ".join(lines)
 
 
 def convert(flag: Flag, value: Any) -> Any:
@@ -336,9 +376,8 @@ def convert_text(flag: Flag, value: Any) -> str:
     """A text that can be written down: no half characters, not endless, one of the choices if there are any."""
     name = f"--{flag.name}"
     if flag.choices and value not in flag.choices:
-        close = difflib.get_close_matches(told(value)[:MAX_HINTED], flag.choices, 1)
-        meant = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(name, f"{told(value)}: choose {' or '.join(flag.choices)}{meant}")
+        choices = f"{', '.join(flag.choices[:-1])} or {flag.choices[-1]}"
+        raise UserError(name, f"{told(value)}: choose {choices}{value_meant(flag.name, told(value), flag.choices)}")
     if not isinstance(value, str):
         raise UserError(name, f"{told(value)} is not text; put it in quotes")
     if len(value) > MAX_TEXT:
@@ -384,7 +423,7 @@ def read_config_file(name: str) -> dict[str, Any]:
     values = {}
     for key, value in content.items():
         if key not in BY_NAME:
-            raise UserError("--config", f"{shown(name)}: {unknown_key(key)}")
+            raise UserError("--config", f"{shown(name)}: {unknown_key(key, value)}")
         try:
             values[key] = convert_entry(key, value)
         except UserError as error:
@@ -392,8 +431,10 @@ def read_config_file(name: str) -> dict[str, Any]:
     return values
 
 
-def unknown_key(key: Any) -> str:
-    return f"unknown key {told(key)}{hint(told(key), BY_NAME)}"
+def unknown_key(key: Any, value: Any) -> str:
+    meant = flag_meant(told(key), told(value), BY_NAME)
+    meant = meant if meant == SEE_HELP else meant.replace(" --", " ")  # keys have no dashes
+    return f"unknown key {told(key)}; {meant}"
 
 
 def convert_entry(name: str, value: Any) -> Any:
@@ -424,7 +465,7 @@ def job_flags(line: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
         if name in NOT_IN_A_JOB:
             raise UserError(f"--{name}", "cannot stand in a line of --jobs; it is for the command line")
         if name not in BY_NAME:
-            raise UserError("--jobs", unknown_key(name))
+            raise UserError("--jobs", unknown_key(name, value))
         values[name] = convert_entry(name, value)
     return without_overruled(defaults, values) | values
 

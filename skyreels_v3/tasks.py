@@ -65,6 +65,7 @@ class TaskSpec:
     condition_frames: int | Mapping[int, int] = 0
     negative_prompt: str = ""
     window_prompt: str = ""
+    example: tuple[str, ...] = ()  # lines of flags for --help
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -184,6 +185,7 @@ def task_spec(name: str) -> TaskSpec:
         max_duration=duration["max"],
         also_published_as=tuple(raw.pop("also_published_as")),
         inputs=tuple(raw.pop("inputs")),
+        example=tuple(raw.pop("example").splitlines()),
         size=tuple(raw.pop("size", ())) or None,
         **raw,
     )

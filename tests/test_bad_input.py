@@ -48,16 +48,16 @@ def config(name: str, shown: str, remedy: str) -> Case:
 TASK = [
     Case("nothing", [], "--task_type", "missing", "choose one of reference_to_video, single_shot_extension, shot_sw"),
     bad(REFERENCE, "--task_type", "reference_to_vdeo", "did you mean reference_to_video?"),
-    bad(REFERENCE, "--task_type", "poetry", "choose reference_to_video or single_shot_extension or shot_switching"),
+    bad(REFERENCE, "--task_type", "poetry", "choose reference_to_video, single_shot_extension, shot_switching"),
     bad(REFERENCE, "--task_type", "", "choose reference_to_video", "an empty value", "empty"),
     Case("reference-no-images", ["--task_type", "reference_to_video", "--prompt", "a"], "--ref_imgs", "missing", "1-4"),
     Case(
         "single-no-clip", ["--task_type", "single_shot_extension", "--prompt", "a"],
-        "--input_video", "missing", "clip to go on from",
+        "--input_video", "missing", "clip to extend",
     ),
     Case(
         "shot-no-clip", ["--task_type", "shot_switching_extension", "--prompt", "a"],
-        "--input_video", "missing", "clip to go on from",
+        "--input_video", "missing", "clip to extend",
     ),
     Case(
         "no-prompt", ["--task_type", "reference_to_video", "--ref_imgs", "{files}/good.png"],
@@ -117,9 +117,9 @@ NUMBERS = [
         for value in ("nan", "-0.5", "inf", "x")
     ],
     *[bad(REFERENCE, "--url_timeout", v, "give a number from") for v in ("0", "-1", "nan", "inf")],
-    bad(REFERENCE, "--resolution", "1080P", "choose 480P or 540P or 720P"),
+    bad(REFERENCE, "--resolution", "1080P", "choose 480P, 540P or 720P"),
     bad(REFERENCE, "--resolution", "720", "did you mean 720P?"),
-    bad(REFERENCE, "--device", "gpu", "choose auto or cuda or cpu or mps"),
+    bad(REFERENCE, "--device", "gpu", "choose auto, cuda, cpu or mps"),
     bad(REFERENCE, "--dtype", "float16", "choose bfloat16 or float32"),
     bad(REFERENCE, "--model_source", "github", "choose huggingface or modelscope"),
 ]  # fmt: skip
@@ -305,11 +305,11 @@ MODELS = [
 STREAM = [*REFERENCE, "--memory", "stream"]
 MEMORY = [
     bad(REFERENCE, "--memory", "ofload", "did you mean offload?"),
-    bad(REFERENCE, "--memory", "", "choose auto or resident or offload or stream", "an empty value", "empty"),
+    bad(REFERENCE, "--memory", "", "choose auto, resident, offload or stream", "an empty value", "empty"),
     bad(REFERENCE, "--quant", "int4", "choose fp8 or fp8_dynamic"),
     bad(REFERENCE, "--quant", "FP8", "choose fp8 or fp8_dynamic"),
     bad(REFERENCE, "--attention", "flash2", "did you mean flash?"),
-    bad(REFERENCE, "--attention", "none", "choose auto or sdpa or cudnn or flash or flash3 or sage or xformers"),
+    bad(REFERENCE, "--attention", "none", "choose auto, sdpa, cudnn, flash, flash3, sage or xformers"),
     bad(REFERENCE, "--vae_dtype", "float16", "choose bfloat16 or float32"),
     *[
         bad(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -162,13 +164,23 @@ def test_flags_that_change_nothing_are_no_conflict():
     assert parse_request([*REFERENCE, "--image_guidance_scale", "1"]).image_guidance_scale == 1
 
 
-def test_help_names_every_flag_and_task():
+def test_help_names_every_flag_and_task(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     text = build_parser().format_help()
     for flag in FLAGS:
         assert f"--{flag.name} " in text or f"--{flag.name}\n" in text
     for name in TASK_NAMES:
         assert name in text
-    assert max(map(len, text.splitlines())) <= 120
+    assert max(map(len, text.splitlines())) <= 80
+    groups = re.findall(r"^([A-Z][\w ]+):$", text, re.MULTILINE)
+    assert len(groups) == 9
+    assert len({*groups}) == 9
+
+
+def test_help_has_a_command_for_each_task():
+    text = build_parser().format_help().replace("\\\n", "")
+    commands = [shlex.split(command) for command in re.findall(r"python3 generate_video\.py (.+)", text)]
+    assert tuple(parse_request(command).task.name for command in commands) == TASK_NAMES
 
 
 def run(*argv: str) -> tuple[subprocess.CompletedProcess[str], float]:

@@ -1,0 +1,90 @@
+"""What is said to a flag that there is not, and to a value that is none of the choices."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from skyreels_v3.cli import BY_NAME, parse_request
+from skyreels_v3.errors import UserError
+from skyreels_v3.hints import ELSEWHERE
+
+# a command line of another tool, and what it should have been here
+ELSEWHERE_MEANT = {
+    "--size 832*480": "give --height 480 --width 832",
+    "--size=1280x720": "give --height 720 --width 1280",
+    "--video-size 720": "give --height and --width",
+    "--frame_num 81": "give --num_frames 81",
+    "--sample_steps 40": "give --num_inference_steps 40",
+    "--sample_shift 5.0": "give --shift 5.0",
+    "--sample_guide_scale 6": "give --guidance_scale 6",
+    "--base_seed 7": "give --seed 7",
+    "--save_file out.mp4": "give --output out.mp4",
+    "--ulysses_size 4": "give --ulysses_degree 4",
+    "--ring_size 2": "give --ring_degree 2",
+    "--offload_model True": "give --offload",
+    "--ckpt_dir ./Wan": "give --model_id ./Wan",
+    "--task t2v-14B": "give --task_type t2v",
+    "--task s2v-14B": "give --task_type talking_avatar",
+    "--task vace": "give --task_type",
+    "--audio a.wav": "give --input_audio a.wav",
+    "--t5_cpu": "leave it out: with --offload",
+    "--dit_fsdp": "give --use_usp --shard_weights",
+    "--convert_model_dtype": "leave it out: weights are loaded in --dtype",
+    "--steps 8": "give --num_inference_steps 8",
+    "--cfg 6": "give --guidance_scale 6",
+    "--n_prompt=ugly": "give --negative_prompt ugly",
+    "--Num-Steps": "give --num_inference_steps",
+    "--gpu_id 1": "set CUDA_VISIBLE_DEVICES=1",
+    "--batch-size 2": "give --video_num 2",
+    "--num-frames 5": "did you mean --num_frames?",
+    "-seed 1": "did you mean --seed?",
+    "--guidence_scale 1": "did you mean --guidance_scale?",
+    "--dur 5": "did you mean --duration?",
+    "--denoise 1": "see --help",
+    "--in 1": "see --help",
+}
+
+
+@pytest.mark.parametrize("words", ELSEWHERE_MEANT)
+def test_a_flag_of_another_tool(words):
+    flag = re.match(r"[\w-]+", words)[0]
+    with pytest.raises(UserError, match=rf"^{flag}: there is no such flag; {re.escape(ELSEWHERE_MEANT[words])}"):
+        parse_request(["--task_type", "t2v", "--prompt", "x", *words.split()])
+
+
+def test_hints_are_of_flags_that_there_are():
+    words = [word for words in ELSEWHERE.values() for word in words.split()]
+    assert len({*words}) == len(words)
+    assert not {*words} & BY_NAME.keys()
+    for remedy in ELSEWHERE:
+        assert {*re.findall(r"--(\w+)", remedy)} <= BY_NAME.keys()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--resolution", "1080P"], "480P, 540P or 720P, or --height and --width for other sizes"),
+        (["--resolution", "832x480"], "480P, 540P or 720P, or --height 480 --width 832"),
+        (["--resolution", "720p"], "did you mean 720P"),
+        (["--resolution", "640P"], "480P, 540P or 720P$"),
+        (["--task_type", "i2v-A14B"], "did you mean i2v"),
+        (["--dtype", "float16"], "bfloat16 or float32$"),
+        (["--device", "gpu"], "did you mean cuda"),
+        (["--device", "cuda:1"], "to choose a GPU set CUDA_VISIBLE_DEVICES=1"),
+        (["--offload", "True"], "^--offload: True: a switch takes no value; give --offload alone for yes"),
+        (["\u2014seed", "1"], "^command line: \u2014seed begins with a dash that is not two hyphens; type --seed"),
+        (["a", "fox"], "^command line: a belongs to no flag; put quotes"),
+    ],
+)
+def test_a_value_that_is_none(argv, message):
+    with pytest.raises(UserError, match=message):
+        parse_request(argv)
+
+
+def test_keys_of_files_have_no_dashes(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("size: 832*480\n")
+    with pytest.raises(UserError, match=r"unknown key size; give height 480 width 832$"):
+        parse_request(["--config", str(path)])
