@@ -40,7 +40,7 @@ def resumed(name: str, argv: list[str], value: str, remedy: str) -> Case:
 
 
 PORTRAITS = [
-    missing("no-image", [*BASE, *SOUND], "--input_image", "needs portrait, path or URL"),
+    missing("no-image", [*BASE, *SOUND], "--input_image", "needs portrait of the speaker, path or URL"),
     bad(AVATAR, "--input_image", "{files}/nothere.png", "check the path"),
     bad(AVATAR, "--input_image", "", "give a file", "an empty path", "empty"),
     bad(AVATAR, "--input_image", "{files}/folder", "give a file"),
@@ -53,7 +53,7 @@ PORTRAITS = [
     bad(AVATAR, "--input_image", "http://127.0.0.1:9/a.png", "check address and network"),
 ]
 SOUNDS = [
-    missing("no-sound", [*BASE, *PORTRAIT], "--input_audio", "needs what is said: sound file or video"),
+    missing("no-sound", [*BASE, *PORTRAIT], "--input_audio", "needs speech: sound file or video"),
     sound("nothere.wav", "check the path"),
     sound("folder", "give a file"),
     sound("empty", "give a complete file"),
