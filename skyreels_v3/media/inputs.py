@@ -104,8 +104,8 @@ def open_clip(source: str, request: GenerationRequest, folder: Path, notes: list
     """A clip that is long enough for the task."""
     flag = "--input_video"
     path = localise(source, flag, folder, request.url_timeout, progress=request.verbosity >= 0)
-    with naming(source, path, notes):
-        clip = probe(path, flag, request.task.fps)
+    with naming(source, path, notes) as say:
+        clip = probe(path, flag, request.task.fps, say)
         if clip.frames < request.condition_frames:
             raise too_short(path, flag, request.task.fps, request.condition_frames, clip.frames)
     return clip

@@ -47,8 +47,30 @@ TRUNCATED = re.compile(r"partial file|ended prematurely|moov atom not found|/(mo
 UNKNOWN_TIME = -(2**63)  # ffmpeg's "no timestamp"
 DISCARDED = 0x4  # packet flag: decoded but not shown, as an edit list says
 
+# A track in ffmpeg's description of a file, with its metadata.
+TRACK = re.compile(r"^  Stream #0:(\d+)\S*: (Video|Audio): (.*(?:\n {4,}.*)*)", re.MULTILINE)
+FIRST = {"Video": "V", "Audio": "a"}  # specifiers of a kind of tracks
+PICTURE = re.compile(r", (\w+)(?:\(([^)]*)\))?, (\d+)x(\d+)(?:,? \[?SAR (\d+):(\d+))?")  # format, its details, size
+COLOURS = re.compile(r"([\w-]+)/([\w-]+)/([\w-]+)")  # matrix, primaries, transfer function
+MAX_FRAME_PIXELS = 40_000_000  # 8K has 35 million
+
 # Non-square pixels are stretched to square ones; where they are square, the picture only changes its pixel format.
-TO_RGB = "scale=w='max(1,round(iw*sar))':h=ih:flags=bicubic+accurate_rnd+full_chroma_int,setsar=1,format=rgb24"
+SCALE = "scale=w='max(1,round(iw*sar))':h=ih:flags=bicubic+accurate_rnd+full_chroma_int"
+TO_RGB = f"{SCALE},setsar=1,format=rgb24"
+TO_RGB_ON_WHITE = (
+    f"{SCALE},setsar=1,format=rgba,split[a][b];[a]lutrgb=r=255:g=255:b=255:a=255[white];[white][b]overlay=format=rgb,"
+    "format=rgb24"
+)
+WITH_ALPHA = re.compile(r"yuva|gbrap|rgba|bgra|argb|abgr|ya\d|pal8|ayuv|vuya")  # pixel formats
+HD_HEIGHT = 720  # from here on a clip that does not tell its matrix has BT.709's, as players have it
+INTERLACED = re.compile("top first|bottom first|top coded first|bottom coded first")
+HDR = {"arib-std-b67": "HLG", "smpte2084": "PQ"}
+WIDE_PRIMARIES = ("bt2020", "smpte431", "smpte432")
+# To BT.709's primaries and transfer function by way of linear light, of which 1 is the white of SDR at 203 cd/m2
+# (ITU-R BT.2408). HDR's highlights, to 1000 cd/m2, are bent into the last fifth; below it nothing changes.
+TO_LINEAR = "zscale=transfer=linear:npl=203,format={linear},zscale=primaries=bt709"
+TONE_MAP = "tonemap=mobius:param=0.8:desat=0:peak=4.926"
+TO_SDR = "zscale=transfer=bt709,format={whole}"
 TO_YUV = (
     "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_inp,format=yuv420p,"
     "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709"
@@ -82,21 +104,33 @@ class ClipInfo:
     frames: int
 
 
-def probe(path: Path, flag: str, fps: int) -> ClipInfo:
+def probe(path: Path, flag: str, fps: int, say: Callable[[str], object] = logger.warning) -> ClipInfo:
     """Look at a clip: reads the packets' timestamps and decodes one frame.
 
     Args:
         fps: the rate at which its frames will be read.
+        say: called with what the user should know of the clip.
 
     Raises:
         UserError: `path` is not a complete, decodable video file.
     """
     check_readable(path, flag)
-    times = _packet_times(path, flag)
+    track = _video_track(path)
+    if track.too_large:
+        reason = f"{shown(path)} has frames of more than {MAX_FRAME_PIXELS // 10**6} million pixels"
+        raise UserError(flag, f"{reason}; scale it down to 3840 x 2160 at most")
+    times = _packet_times(path, track, flag)
     try:
-        height, width = next(_decode(path, TO_RGB, ["-frames:v", "1"])).shape[:2]
+        height, width = next(_decode(track, None, ["-frames:v", "1"])).shape[:2]
     except (RuntimeError, StopIteration) as error:
+        if "zscale" in str(error):
+            reason = (
+                f"{shown(path)} is HDR or of a wide gamut, for which {shown(get_ffmpeg_exe())} has no zscale filter"
+            )
+            raise UserError(flag, f"{reason}; unset IMAGEIO_FFMPEG_EXE, or convert the clip to SDR BT.709") from error
         raise UserError(flag, f"{shown(path)}: no frame can be decoded; convert it to an H.264 mp4 file") from error
+    for note in track.notes:
+        say(f"{shown(path)} {note}")
     start, end = times[0][0], times[-1][1]
     seconds = float(end - start)
     return ClipInfo(
@@ -113,12 +147,13 @@ def read_frames(path: Path, fps: int) -> Iterator[np.ndarray]:
     """The frames of a clip at `fps` frames a second, each uint8 [H, W, 3] as displayed; one in memory at a time.
 
     Output frame n is the last source frame whose timestamp, in units of 1/fps and rounded, is not after n. So a clip
-    of that rate is read frame by frame, others lose or repeat frames and keep their speed.
+    of that rate is read frame by frame, others lose or repeat frames and keep their speed. Colours are BT.709's,
+    whatever the clip's are; interlaced fields become frames; transparent parts become white.
 
     Raises:
         RuntimeError: ffmpeg fails.
     """
-    return _decode(path, f"fps={fps},{TO_RGB}")
+    return _decode(_video_track(path), fps)
 
 
 def last_frames(
@@ -426,13 +461,89 @@ class _FolderSink:
         shutil.rmtree(self.temporary, ignore_errors=True)
 
 
-def _packet_times(path: Path, flag: str) -> list[tuple[Fraction, Fraction]]:
+@dataclass(frozen=True)
+class _VideoTrack:
+    """Of the video tracks of a file the one to be read, and how.
+
+    `source` are ffmpeg's options that choose it, `before` and `after` the filters around the one that sets the frame
+    rate, `notes` what the user should know.
+    """
+
+    source: list[str]
+    before: str = ""
+    after: str = TO_RGB
+    too_large: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def _video_track(path: Path) -> _VideoTrack:
+    """The default video track that is no cover picture, else the first one."""
+    specifier, text, log = _chosen_track(path, "Video", CONTAINERS)
+    source = [*_input(path, CONTAINERS), "-map", specifier]
+    picture = PICTURE.search(text)
+    if picture is None:
+        return _VideoTrack(source, too_large="exceeds specified max pixel count" in log)
+    pixel_format, details, width, height, *aspect = picture.groups(default="")
+    across, down = (int(value or 1) for value in aspect)
+    alpha = WITH_ALPHA.match(pixel_format) is not None
+    if re.search(r"^ +alpha_mode +: 1$", text, re.MULTILINE):  # which only this library decodes
+        alpha = True
+        source = ["-c:v", "libvpx-vp9" if text.startswith("vp9") else "libvpx", *source]
+    colours = COLOURS.search(details)
+    matrix = colours[1] if colours is not None else "unknown"
+    after, notes = TO_RGB_ON_WHITE if alpha else TO_RGB, []
+    if colours is not None and (colours[3] in HDR or colours[2] in WIDE_PRIMARIES):
+        after = f"{_to_sdr(*colours.groups(), alpha)},{after}"
+        if colours[3] in HDR:
+            notes.append(f"is HDR ({HDR[colours[3]]}); it is tone-mapped to SDR")
+    elif matrix == "unknown" and "bt709" not in details and pixel_format.startswith("yuv") and int(height) >= HD_HEIGHT:
+        after = after.replace("scale=", "scale=in_color_matrix=bt709:", 1)
+    interlaced = INTERLACED.search(details) is not None
+    if interlaced:
+        notes.append("is interlaced; whole frames are made of its fields")
+    too_large = int(width) * int(height) * across > MAX_FRAME_PIXELS * down
+    return _VideoTrack(source, "bwdif=deint=interlaced," * interlaced, after, too_large, tuple(notes))
+
+
+def _to_sdr(matrix: str, primaries: str, transfer: str, alpha: bool) -> str:
+    """Filters that bring frames of a wide gamut, or HDR, to SDR BT.709; what is unknown is taken to be BT.2020's."""
+    guessed = {"colorspace=bt2020nc": matrix, "color_primaries=bt2020": primaries, "color_trc=bt709": transfer}
+    missing = ":".join(option for option, value in guessed.items() if value == "unknown")
+    planes = "gbrap" if alpha else "gbrp"
+    steps = [f"setparams={missing}"] if missing else []
+    steps.append(TO_LINEAR.format(linear=f"{planes}f32le"))
+    if transfer in HDR:
+        steps.append(TONE_MAP)
+    return ",".join([*steps, TO_SDR.format(whole=planes)])
+
+
+def sound_track(path: Path) -> str:
+    """ffmpeg's specifier of a file's default sound track, else of the first one, as in "0:1"."""
+    return _chosen_track(path, "Audio", SOUND_CONTAINERS)[0]
+
+
+def _chosen_track(path: Path, kind: str, containers: str) -> tuple[str, str, str]:
+    """Specifier and description of the default track of a kind, else of the first one, and all that ffmpeg said."""
+    # without an output ffmpeg describes the file, and fails
+    command = ffmpeg_command(["-v", "info", *_input(path, containers)])
+    run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    log = run.stderr.decode(errors="replace")
+    tracks = [
+        (f"0:{number}", text)
+        for number, is_kind, text in TRACK.findall(log)
+        if is_kind == kind and "(attached pic)" not in text.partition("\n")[0]
+    ]
+    default = (track for track in tracks if "(default)" in track[1].partition("\n")[0])
+    return *next(default, tracks[0] if tracks else (f"0:{FIRST[kind]}:0", "")), log
+
+
+def _packet_times(path: Path, track: _VideoTrack, flag: str) -> list[tuple[Fraction, Fraction]]:
     """Begin and end in seconds of every frame's display, in order, by demuxing alone; at least one.
 
     Raises:
         UserError: not a video, damaged or cut off.
     """
-    command = ffmpeg_command(_input(path) + ["-c", "copy", "-f", "framecrc", "pipe:1"])
+    command = ffmpeg_command(track.source + ["-c", "copy", "-f", "framecrc", "pipe:1"])
     run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     log = run.stderr.decode(errors="replace")
     if "matches no streams" in log:
@@ -478,9 +589,10 @@ def _is_cut_gif(path: Path) -> bool:
         return not file.read().rstrip(b"\0").endswith(b";")
 
 
-def _decode(path: Path, filters: str, options: list[str] | None = None) -> Iterator[np.ndarray]:
-    """Frames that leave ffmpeg's `filters`, uint8 [H, W, 3], with nothing repeated or dropped after them."""
-    arguments = _input(path) + ["-vf", filters, "-fps_mode", "passthrough", *(options or [])]
+def _decode(track: _VideoTrack, fps: int | None, options: list[str] | None = None) -> Iterator[np.ndarray]:
+    """Frames of a track at `fps` frames a second, or as they are in the file, uint8 [H, W, 3]."""
+    filters = track.before + (f"fps={fps}," if fps else "") + track.after
+    arguments = track.source + ["-vf", filters, "-fps_mode", "passthrough", *(options or [])]
     with _reading(arguments + ["-c:v", "ppm", "-f", "image2pipe", "pipe:1"]) as stream:
         while (frame := _read_ppm(stream)) is not None:
             yield frame
@@ -539,12 +651,15 @@ def run_ffmpeg(arguments: list[str], purpose: str) -> None:
 
 def sound_input(path: Path) -> list[str]:
     """Options for reading a local sound file or clip, and never anything but that file."""
-    return ["-protocol_whitelist", "file,pipe", "-format_whitelist", SOUND_CONTAINERS, "-i", f"file:{path}"]
+    return _input(path, SOUND_CONTAINERS)
 
 
-def _input(path: Path) -> list[str]:
-    """Options for reading a local clip's first video that is not a cover picture, and never anything but that file."""
-    return ["-protocol_whitelist", "file,pipe", "-format_whitelist", CONTAINERS, "-i", f"file:{path}", "-map", "0:V:0"]
+def _input(path: Path, containers: str) -> list[str]:
+    """Options for reading a local file of one of these containers, and never anything but that file."""
+    return [
+        *("-protocol_whitelist", "file,pipe", "-format_whitelist", containers),
+        *("-max_pixels", str(MAX_FRAME_PIXELS), "-i", f"file:{path}"),
+    ]
 
 
 def _last_lines(log: IO[bytes]) -> str:

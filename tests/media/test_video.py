@@ -187,9 +187,9 @@ def test_leaving_early_ends_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(subprocess, "Popen", Recorded)
     frames = read_frames(clip, 24)
     next(frames)
-    assert [process.poll() for process in started] == [None]
+    assert started[-1].poll() is None
     frames.close()
-    assert started[0].returncode is not None
+    assert started[-1].returncode is not None
 
 
 def test_resized() -> None:
@@ -274,6 +274,158 @@ def test_undecodable_clip(tmp_path: Path) -> None:
     content[begin : begin + size] = bytes(size)
     clip.write_bytes(content)
     check_refused(clip, "no frame can be decoded")
+
+
+# colours, fields and transparency
+
+PATCHES = np.array([(0, 0, 0), (60, 60, 60), (128, 128, 128), (210, 210, 210), (180, 120, 90), (90, 140, 180)])
+TO_BT2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])  # ITU-R BT.2087
+
+
+def encode_deep(rgb: np.ndarray, path: Path, primaries: str, transfer: str) -> Path:
+    """Write three frames of RGB colours in [0, 1], each a patch of 16 x 16 pixels, as BT.2020 in 12 bits, lossless."""
+    picture = np.rint(np.clip(rgb, 0, 1) * 65535).astype("<u2").repeat(16, 0)[None].repeat(16, 0)
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb48le", "-s", f"{16 * len(rgb)}x16", "-r", 24, "-i", "-"]
+    filters = "scale=out_color_matrix=bt2020:out_range=tv:flags=accurate_rnd,format=yuv444p12le,"
+    filters += f"setparams=color_primaries={primaries}:color_trc={transfer}"
+    run = ffmpeg(*source, "-vf", filters, *LOSSLESS, path, data=picture.tobytes() * 3)
+    assert run.returncode == 0, run.stderr.decode()
+    return path
+
+
+def patches(path: Path) -> np.ndarray:
+    """The colours of the patches in a clip's second frame."""
+    return list(read_frames(path, 24))[1][8, 8::16].astype(int)
+
+
+def pq(nits: np.ndarray) -> np.ndarray:
+    """SMPTE ST 2084."""
+    power = (nits / 10000) ** (2610 / 16384)
+    return ((3424 / 4096 + 2413 / 128 * power) / (1 + 2392 / 128 * power)) ** (2523 / 32)
+
+
+def hlg(nits: np.ndarray) -> np.ndarray:
+    """ITU-R BT.2100 for a display of 1000 cd/m2."""
+    display = nits / 1000
+    luminance = np.maximum(display @ [0.2627, 0.6780, 0.0593], 1e-9)[..., None]
+    scene = display * luminance ** (1 / 1.2 - 1)
+    logarithmic = 0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073
+    return np.where(scene <= 1 / 12, np.sqrt(3 * scene), logarithmic)
+
+
+@pytest.mark.parametrize(
+    "name, curve, transfer, tolerance", [("PQ", pq, "smpte2084", 2), ("HLG", hlg, "arib-std-b67", 12)]
+)
+def test_hdr_is_tone_mapped(tmp_path: Path, name: str, curve, transfer: str, tolerance: int) -> None:
+    """The same picture as SDR's, whose white is at 203 cd/m2; what is brighter is not all white.
+
+    The tolerance for HLG is for its system gamma, which zimg applies to each channel and not to the luminance.
+    """
+    nits = 203 * (PATCHES / 255) ** 2.4 @ TO_BT2020.T
+    highlights = np.array([203, 400, 1000])[:, None] * np.ones(3)
+    clip = encode_deep(curve(np.concatenate([nits, highlights])), tmp_path / "a.mkv", "bt2020", transfer)
+    opened = patches(clip)
+    assert np.abs(opened[:-3] - PATCHES).max() <= tolerance
+    assert (np.diff(opened[-3:].mean(1)) >= 2).all()
+    assert opened[-3].min() >= 240
+    assert opened[-1].min() >= 253
+    notes: list[str] = []
+    probe(clip, FLAG, 24, notes.append)
+    assert notes == [f"{clip} is HDR ({name}); it is tone-mapped to SDR"]
+
+
+@pytest.mark.parametrize("transfer", ["bt2020-10", "bt709", "unknown"])
+def test_wide_gamut_becomes_bt709(tmp_path: Path, transfer: str) -> None:
+    stored = ((PATCHES / 255) ** 2.4 @ TO_BT2020.T) ** (1 / 2.4)
+    clip = encode_deep(stored, tmp_path / "a.mkv", "bt2020", transfer)
+    assert np.abs(patches(clip) - PATCHES).max() <= 2
+    notes: list[str] = []
+    probe(clip, FLAG, 24, notes.append)
+    assert not notes
+
+
+@pytest.mark.parametrize(
+    "matrix, height, options",
+    [
+        ("bt601", 48, ["-colorspace", "smpte170m"]),
+        ("bt601", 48, ["-colorspace", "bt470bg"]),
+        ("bt601", 48, []),
+        ("bt709", 48, ["-colorspace", "bt709"]),
+        ("bt709", 720, []),
+        ("bt601", 720, ["-colorspace", "smpte170m"]),
+        ("bt2020", 720, ["-colorspace", "bt2020nc"]),
+    ],
+)
+@pytest.mark.parametrize("values", ["tv", "pc"])
+def test_matrix_and_range(tmp_path: Path, matrix: str, height: int, options: list[str], values: str) -> None:
+    """As the clip says, else by its height."""
+    frame = np.full((1, height, 64, 3), (200, 90, 40), np.uint8)
+    scale = ["-vf", f"scale=out_color_matrix={matrix}:out_range={values},format=yuv444p", "-color_range", values]
+    clip = encode(frame, tmp_path / "a.mkv", 24, *scale, *options, *LOSSLESS)
+    assert np.abs(next(read_frames(clip, 24)).astype(int) - frame[0]).max() <= 2
+
+
+def test_interlaced_fields_become_frames(tmp_path: Path) -> None:
+    """A bar that moves by 8 pixels a field is straight in every frame."""
+    bar = np.zeros((96, 64, 96, 3), np.uint8)
+    for number, frame in enumerate(bar):
+        frame[:, (start := number * 8 % 64) : start + 16] = 255
+    options = ["-vf", "tinterlace=interleave_top,setfield=tff", "-flags", "+ilme+ildct", "-crf", 4]
+    clip = encode(bar, tmp_path / "a.mp4", 50, *options, "-pix_fmt", "yuv420p")
+    notes: list[str] = []
+    info = probe(clip, FLAG, 25, notes.append)
+    assert notes == [f"{clip} is interlaced; whole frames are made of its fields"]
+    frames = np.stack(list(read_frames(clip, 25))).astype(int)
+    assert len(frames) == info.frames == 48
+    rows = frames[2:-2, 4:-4, :, 1]
+    assert np.abs(rows[:, 1:] - rows[:, :-1]).max() < 60
+
+
+TRANSPARENT = {
+    "a.mov": ["-c:v", "qtrle", "-pix_fmt", "argb"],
+    "b.mov": ["-c:v", "prores_ks", "-profile:v", "4444", "-pix_fmt", "yuva444p10le"],
+    "c.webm": ["-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p", "-crf", "4", "-b:v", "0", "-cpu-used", "8"],
+}
+
+
+@pytest.mark.parametrize("name", TRANSPARENT)
+def test_transparency_becomes_white(tmp_path: Path, name: str) -> None:
+    """As in pictures: opaque, half and wholly transparent."""
+    frames = np.zeros((2, 32, 96, 4), np.uint8)
+    frames[..., :3] = (200, 40, 90)
+    frames[:, :, :32, 3], frames[:, :, 32:64, 3] = 255, 128
+    source = ["-f", "rawvideo", "-pix_fmt", "rgba", "-s", "96x32", "-r", 24, "-i", "-"]
+    assert ffmpeg(*source, *TRANSPARENT[name], tmp_path / name, data=frames.tobytes()).returncode == 0
+    opened = next(read_frames(tmp_path / name, 24))[16, 16::32].astype(int)
+    assert np.abs(opened - [(200, 40, 90), (227, 147, 172), (255, 255, 255)]).max() <= 4
+    assert probe(tmp_path / name, FLAG, 24).frames == 2
+
+
+def test_default_track_is_read(tmp_path: Path) -> None:
+    inputs = [
+        encode(np.full((3, 16, 16, 3), level, np.uint8), tmp_path / f"{level}.mkv", 24, *LOSSLESS) for level in (9, 200)
+    ]
+    both = ["-i", inputs[0], "-i", inputs[1], "-map", 0, "-map", 1, "-c", "copy"]
+    assert ffmpeg(*both, "-disposition:v:0", 0, "-disposition:v:1", "default", tmp_path / "a.mkv").returncode == 0
+    assert {frame.mean() for frame in read_frames(tmp_path / "a.mkv", 24)} == {200}
+
+
+def test_too_large_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by their shape, which may be anything in the file."""
+    monkeypatch.setattr("skyreels_v3.media.video.MAX_FRAME_PIXELS", 1000)
+    check_refused(encode(smooth(2, 32, 32), tmp_path / "a.mkv", 24, *LOSSLESS), "frames of more than", "scale it down")
+    wide = encode(smooth(2, 16, 32), tmp_path / "b.mkv", 24, *LOSSLESS, "-vf", "setsar=2")
+    check_refused(wide, "frames of more than", "scale it down")
+
+
+def test_ffmpeg_without_what_hdr_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "ffmpeg"
+    fails = 'case "$*" in *zscale*) echo "No such filter: \'zscale\'" >&2; exit 8;; esac'
+    program.write_text(f'#!/bin/sh\n{fails}\nexec "{get_ffmpeg_exe()}" "$@"\n')
+    program.chmod(0o755)
+    clip = encode_deep(pq(PATCHES), tmp_path / "a.mkv", "bt2020", "smpte2084")
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+    check_refused(clip, "no zscale filter", "unset IMAGEIO_FFMPEG_EXE")
 
 
 # writing
