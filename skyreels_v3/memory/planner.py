@@ -362,6 +362,7 @@ def stages(
         weights_here,
         sizes.streamed_bytes(dtype, quantized, request.stream_blocks),
         sizes.activation_bytes(longest.tokens, dtype, degrees)
+        + wide_bytes(request, sizes, dtype)
         + own_terms * context
         + kept_bytes(request, own_terms, longest.tokens // degrees.sequence * sizes.dim * BYTES[dtype]),
     )
@@ -374,6 +375,13 @@ def stages(
             made["transformer"] = transformer  # between the two
         made[f"VAE {part}"] = Stage(vae, vae, vae_bytes(request, part, (1, 1)))
     return made
+
+
+def wide_bytes(request: GenerationRequest, sizes: Sizes | HunyuanSizes, dtype: str) -> int:
+    """Bytes of a block's matrices in full width, see `quantize.keep_wide_weights`."""
+    if request.quant != "fp8" or isinstance(sizes, HunyuanSizes):
+        return 0
+    return sizes.matrices()[0] // sizes.num_layers * BYTES[dtype]
 
 
 def kept_bytes(request: GenerationRequest, terms: int, tokens: int) -> int:

@@ -26,7 +26,7 @@ from skyreels_v3.collectives import broadcast_weights
 from skyreels_v3.compile import compile_blocks
 from skyreels_v3.distributed import SequenceParallel, choose_usp
 from skyreels_v3.joint_parallel import JointSequenceParallel
-from skyreels_v3.memory.quantize import quantize
+from skyreels_v3.memory.quantize import keep_wide_weights, quantize
 from skyreels_v3.memory.shard import shard_weights
 from skyreels_v3.models.audio_encoder import AudioEncoder
 from skyreels_v3.models.hunyuan.text_encoder import HunyuanTextEncoder
@@ -136,6 +136,8 @@ def set_up_transformer(transformer: Transformer, request: GenerationRequest, run
         apply_loras(transformer, loras, fuse=request.quant is not None)
     if request.quant is not None:
         quantize_blocks(transformer.blocks, "quantising", request.quant, runtime)
+    if not isinstance(transformer, HunyuanTransformer3DModel):  # whose blocks take all tokens at once
+        keep_wide_weights(transformer.blocks)
     transformer.set_attention(runtime.attention)
     if runtime.parallel.degrees.sequence > 1:
         usp = choose_usp(runtime.kernel, runtime.attention, runtime.parallel)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,8 +15,18 @@ from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from skyreels_v3.memory import quantize as module
-from skyreels_v3.memory.quantize import FP8, SCALE, Fp8Linear, quantize, quantized, round_rows, with_fp8_layers
+from skyreels_v3.memory.quantize import (
+    FP8,
+    SCALE,
+    Fp8Linear,
+    keep_wide_weights,
+    quantize,
+    quantized,
+    round_rows,
+    with_fp8_layers,
+)
 from skyreels_v3.models.transformer import Segment, SkyReelsTransformer3DModel
+from skyreels_v3.models.transformer import block as block_module
 
 CPU = torch.device("cpu")
 SMALLEST_NORMAL = 2.0**-126
@@ -240,6 +251,72 @@ def test_the_model_stays_close():
         quantize(model.blocks, CPU, dynamic=dynamic)
         out = model(segments, timestep, model.embed_context(*context))[0]
         assert 0 < (out - exact).abs().mean() < 0.05 * exact.std()
+
+
+@pytest.fixture
+def pieces(monkeypatch) -> tuple[SkyReelsTransformer3DModel, Callable[[], torch.Tensor]]:
+    """A model whose blocks work on their tokens in 3 pieces, and a forward of it."""
+    monkeypatch.setattr(block_module, "TOKENS_AT_ONCE", 8)
+    torch.manual_seed(0)
+    sizes = AVATAR | {"attention_head_dim": 32, "audio_dim": None, "image_dim": None}
+    model = SkyReelsTransformer3DModel(**sizes).eval()
+    segments, text = [Segment(torch.randn(1, 16, 4, 4, 6))], torch.randn(1, 512, 16)
+
+    @torch.no_grad()
+    def forward() -> torch.Tensor:
+        return model(segments, torch.tensor([500]), model.embed_context(text))[0]
+
+    return model, forward
+
+
+def counted(monkeypatch, owner: object, name: str) -> list[torch.Tensor]:
+    """What a function or method is called with first, from now on."""
+    calls, plain = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda first, *others: calls.append(first) or plain(first, *others))
+    return calls
+
+
+def test_each_input_is_rounded_once(monkeypatch, pieces):
+    """In a piece: for queries, keys and values; what leaves attention; before and within the feed-forward layer."""
+    model, forward = pieces
+    quantize(model.blocks, CPU, dynamic=True)
+    calls = counted(monkeypatch, module, "round_tokens")
+    out = forward()
+    assert len(calls) == 2 * 3 * 4
+    monkeypatch.setattr(module, "rounded_once", module.round_tokens)
+    assert torch.equal(forward(), out)
+    assert len(calls) == 2 * 3 * (4 + 6)
+    calls.clear()
+    assert not module._ROUNDED  # nothing is held longer than what it was made of
+
+
+def test_an_input_that_has_changed_is_rounded_again():
+    layer, x = quantized(random_layer(), CPU, dynamic=True), torch.randn(3, 64)
+    before = layer(x)
+    x.mul_(2)
+    assert torch.equal(layer(x), layer(x.clone())) and not torch.equal(layer(x), before)
+
+
+def test_weights_are_dequantised_once_a_block(monkeypatch, pieces):
+    model, forward = pieces
+    quantize(model.blocks, CPU)
+    out = forward()
+    calls = counted(monkeypatch, Fp8Linear, "dequantized")
+    forward()
+    assert len(calls) == 2 * 3 * 6
+    keep_wide_weights(model.blocks)
+    for _ in range(2):
+        calls.clear()
+        assert torch.equal(forward(), out)
+        assert len(calls) == len({id(layer) for layer in calls}) == 2 * 6
+    layers = [layer for layer in model.modules() if isinstance(layer, Fp8Linear)]
+    held = []
+    model.blocks[1].ffn.register_forward_pre_hook(lambda *_: held.append([layer.wide is None for layer in layers]))
+    model.blocks[1].ffn.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        forward()
+    assert held[0][:6] == [True] * 6 and False in held[0][6:]  # those of one block at a time
+    assert all(layer.wide is None for layer in layers)
 
 
 def test_what_is_quantised_stays_so():
