@@ -18,6 +18,7 @@ from typing import Any
 
 from skyreels_v3 import processes
 from skyreels_v3.cli import parse_flags, request_of, verbosity_of
+from skyreels_v3.console import escape_unknown, show
 from skyreels_v3.errors import UserError
 from skyreels_v3.jobs import Studio, cause_of, downloads_folder, run_jobs
 from skyreels_v3.media.sources import is_url
@@ -35,11 +36,11 @@ def run(request: GenerationRequest, ranks: Ranks) -> None:
             if ranks.main:
                 from skyreels_v3.preflight import planned
 
-                print(planned(request, downloads, ranks))  # noqa: T201  the result
+                show(planned(request, downloads, ranks))
             return
         for path in generate(request, downloads, ranks):
             if ranks.main:
-                print(path, flush=True)  # noqa: T201  the result
+                show(path)
 
 
 def generate(request: GenerationRequest, downloads: Path, ranks: Ranks) -> Iterator[Path]:
@@ -89,6 +90,7 @@ def set_up_logging(verbosity: int, ranks: Ranks = ALONE) -> None:
 def main(argv: Sequence[str], default_task: str | None = None) -> int:
     """Run a command line, for `default_task` where it names none; returns the exit code."""
     verbosity, ranks = 1, ALONE
+    escape_unknown()
     try:
         ranks = ranks_of(os.environ)
         flags = parse_flags(argv, default_task)
@@ -107,16 +109,13 @@ def main(argv: Sequence[str], default_task: str | None = None) -> int:
             raise UserError("--gpu_num", f"{reason}; leave it out, or start without torchrun")
         return act_on(flags, ranks)
     except UserError as error:
-        processes.say(f"error: {error}\n", ranks)
-        return 2
-    except KeyboardInterrupt:
-        processes.say("interrupted\n", ranks)
-        return 130
+        return processes.ended(f"error: {error}\n", 2, ranks)
+    except KeyboardInterrupt as error:
+        return processes.ended("interrupted\n", processes.INTERRUPTED, ranks, error)
     except Exception as error:
         if verbosity > 0:
             logging.exception("failed")
-        processes.say(f"error: {cause_of(error)} (--verbose shows where)\n", ranks)
-        return 1
+        return processes.ended(f"error: {cause_of(error)} (--verbose shows where)\n", 1, ranks)
 
 
 if __name__ == "__main__":

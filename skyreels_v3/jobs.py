@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from skyreels_v3 import processes
 from skyreels_v3.cli import NOT_RECORDED, job_flags, request_of, without_overruled
+from skyreels_v3.console import show
 from skyreels_v3.errors import UserError, shown
-from skyreels_v3.media.files import check_readable, check_writable
+from skyreels_v3.media.files import check_readable, check_writable, run_folder
 from skyreels_v3.ranks import ALONE, Ranks
 from skyreels_v3.runtime import set_environment
 from skyreels_v3.tasks import HUNYUAN, GenerationRequest
@@ -174,7 +174,7 @@ def record(path: Path, result: Mapping[str, Any]) -> None:
     """Write down how a job ended, and tell the user."""
     append(path, result)
     if result["status"] == "done":
-        print(result["output"], flush=True)  # noqa: T201  the result
+        show(result["output"])
     else:
         logger.error("line %d: %s", result["job"], result["error"])
 
@@ -290,8 +290,8 @@ def downloads_folder(team: Ranks) -> Iterator[Path]:
     if not team.leads:
         yield Path()
         return
-    with TemporaryDirectory(prefix="skyreels-") as folder:
-        yield Path(folder)
+    with run_folder() as folder:
+        yield folder
 
 
 class Studio:
@@ -478,7 +478,7 @@ def run_jobs(flags: Mapping[str, Any], ranks: Ranks) -> int:
 def report(failed: int, jobs: int, results: Path) -> None:
     """Say at the end of a run that jobs failed, if some did."""
     if failed:
-        processes.say(f"error: {failed} of {jobs} jobs failed; {results} says why\n", ALONE)
+        processes.say(f"error: {failed} of {jobs} jobs failed; {results} says why\n")
 
 
 def left_to_do(jobs: Sequence[Job], results: Path, ranks: Ranks) -> list[Job]:
@@ -525,7 +525,7 @@ def show_plans(name: str, jobs: Sequence[Job], team: Ranks) -> None:
     for job in jobs:
         text = plan_of(job, team)
         wrong += text.startswith("error")
-        print(f"{'line':14}{job.number}\n{text}\n")  # noqa: T201  the result
+        show(f"{'line':14}{job.number}\n{text}\n")
     if wrong:
         raise UserError("--jobs", f"{shown(name)}: {wrong} of {len(jobs)} lines cannot work; correct them, see above")
 

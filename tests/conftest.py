@@ -18,6 +18,7 @@ import pytest
 from imageio_ffmpeg import write_frames
 
 import generate_video
+from skyreels_v3 import processes
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "tests" / "data" / "reference"
@@ -161,14 +162,15 @@ def main(tmp_path, cache, monkeypatch, capsys) -> Callable[..., tuple[int, str, 
     """Run the command in this process; returns exit code, stdout and stderr."""
     monkeypatch.setenv("SKYREELS_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
-    on_terminate = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in processes.ENDS}
 
     def main(*arguments: object, default_task: str | None = None) -> tuple[int, str, str]:
         code = generate_video.main([str(argument) for argument in arguments], default_task)
         return code, *capsys.readouterr()
 
     yield main
-    signal.signal(signal.SIGTERM, on_terminate)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     logging.getLogger("skyreels_v3").setLevel(logging.NOTSET)
 
 

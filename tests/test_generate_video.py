@@ -84,14 +84,14 @@ def test_a_run_and_its_repetition_twice_at_once(start, picture, tmp_path):
     assert {name for name in files_in(working) if name.endswith("mp4")} == {path, "again.mp4", "again-2.mp4"}
 
 
-def test_ctrl_c_keeps_the_frames_that_there_are(start, picture, tmp_path):
+def test_a_closed_terminal_keeps_the_frames_that_there_are(start, picture, tmp_path):
     # large enough that decoding takes seconds, however fast the machine
     size = ("--height", "128", "--width", "192", "--num_frames", "241")
     run = start(*REFERENCE, *size, "--model_id", "tiny", "--ref_imgs", picture, "--output", "a/b.mp4")
-    stderr = stop_at(run, r"decoding: .* ([2-9]|[12]\d)/61 ", signal.SIGINT)
+    stderr = stop_at(run, r"decoding: .* ([2-9]|[12]\d)/61 ", signal.SIGHUP)
     assert run.returncode == 130
     assert stderr.splitlines()[-1] == "interrupted"
-    kept = int(re.search(r"interrupted; the first (\d+) frames are in a/b\.partial\.mp4", stderr)[1])
+    kept = int(re.search(r"not finished; the first (\d+) frames are in a/b\.partial\.mp4", stderr)[1])
     left = {"a/b.partial.mp4", "a/b.state/request.json", "a/b.state/pass-000.safetensors"}
     assert files_in(tmp_path / "working") == left
     assert not files_in(tmp_path / "temporary")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from skyreels_v3.launch import exit_code
+from skyreels_v3.launch import is_heard, outcome
 from tests.conftest import ROOT, files_in, stop_at
 
 SCRIPT = """
@@ -35,19 +37,57 @@ def script(tmp_path) -> Path:
     return path
 
 
+KILLED = "\nerror: rank 0 was ended by SIGKILL (9), as the system does when the host runs out of memory; --low_vram "
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("end", "code"), [("0", 0), ("2", 2), ("130", 130), ("7", 1), ("kill", 1)])
-def test_how_they_end(script, tmp_path, end, code):
+@pytest.mark.parametrize(
+    ("end", "code", "said"),
+    [("0", 0, ""), ("2", 2, ""), ("130", 130, "\ninterrupted\n"), ("7", 1, ""), ("kill", 1, KILLED)],
+)
+def test_how_they_end(script, tmp_path, end, code, said):
     argument = "as it is; $HOME"
     program = "import sys; from skyreels_v3.launch import launch; sys.exit(launch(sys.argv[1:], 2))"
     command = [sys.executable, "-c", program, str(script), str(tmp_path), argument, end]
-    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=50)
-    assert (made.returncode, made.stdout, made.stderr) == (code, "", "")  # nobody speaks but the processes
+    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary")}
+    (tmp_path / "temporary").mkdir()
+    made = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=50)
+    assert (made.returncode, made.stdout) == (code, "")
+    assert made.stderr.startswith(said) and len(made.stderr.splitlines()) == len(said.splitlines())
     assert (tmp_path / f"0-of-2-{argument}").exists()
+    assert not files_in(tmp_path / "temporary")
 
 
-def test_exit_codes():
-    assert [exit_code(code) for code in (2, 130, 1, -9, 77)] == [2, 130, 1, 1, 1]
+def failed(*codes: int) -> dict[int, SimpleNamespace]:
+    """Processes that have failed one after the other, ranks from 1 on."""
+    return {
+        rank: SimpleNamespace(exitcode=code, timestamp=1_800_000_000 + rank) for rank, code in enumerate(codes, start=1)
+    }
+
+
+@pytest.mark.parametrize(
+    ("failures", "code", "said"),
+    [
+        (failed(2, -15), 2, ""),
+        (failed(130, -15), 130, "interrupted"),
+        (failed(1), 1, ""),
+        (failed(77), 1, ""),
+        (failed(1, -9, -15), 1, "error: rank 2 was ended by SIGKILL (9), "),  # the first one missed the second
+        (failed(-11, 1), 1, "error: rank 1 was ended by SIGSEGV (11)"),
+        (failed(-15, 130), 1, "error: rank 1 was ended by SIGTERM (15)"),
+    ],
+)
+def test_outcomes(failures, code, said):
+    found, text = outcome(failures)
+    assert found == code and text.startswith(said) and bool(text) == bool(said)
+
+
+def test_what_nohup_ignores_stays_ignored(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert [is_heard(name) for name in ("SIGHUP", "SIGTERM", "SIGNONE")] == [False, True, False]
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 TOY = [
@@ -72,12 +112,17 @@ def test_two_processes_from_the_plain_command(start, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.extended)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.extended)]
+)
 def test_interrupted_all_end(start, tmp_path, number):
+    """Also those whose launcher is killed: it holds no end of their stderr, which is read until none of them does."""
     run = start(*TOY, "--num_inference_steps", 200, "--guidance_scale", 1, "--gpu_num", 2, "--output", "a.mp4")
     begun = time.perf_counter()
     said = stop_at(run, r"denoising: +\d+%\|.{0,40} [1-9]\d*/200", number)
-    assert run.returncode == 130, said
-    assert said.count("interrupted") == 1 and "Traceback" not in said
+    killed = number == signal.SIGKILL
+    assert run.returncode == (-number if killed else 130), said
+    assert said.count("interrupted") == (not killed) and "Traceback" not in said
     assert time.perf_counter() - begun < 100
     assert not files_in(tmp_path / "working")
+    assert killed or not files_in(tmp_path / "temporary")

@@ -9,18 +9,30 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import platform
 import secrets
+import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from typing import IO
 
 from skyreels_v3.errors import UserError, shown
+
+try:
+    import fcntl
+except ImportError:  # Windows: whether a folder is in use cannot be told
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
 NAME_BYTES = 255  # longest file name of the usual file systems
 NAME_RESERVE = 16  # for what `publish` and `partial_name` may add to a name
+RUN_FOLDER = "skyreels-"  # what the names of runs' temporary folders begin with
+IN_USE = ".in-use"  # a file in them, locked as long as its run lives
 NO_HARD_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV}
 
 
@@ -66,6 +78,42 @@ def check_writable(path: Path, flag: str) -> None:
     except OSError as error:
         reason = f"{shown(ancestor)} is not writable ({_reason(error)})"
         raise UserError(flag, f"{shown(path)} cannot be made: {reason}; give another path") from error
+
+
+@contextmanager
+def run_folder() -> Iterator[Path]:
+    """A temporary folder for as long as a `with` block; those that killed runs have left are removed as well."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{RUN_FOLDER}*"):
+        with suppress(OSError):
+            if is_abandoned(folder):
+                shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(prefix=RUN_FOLDER, ignore_cleanup_errors=True) as name, occupy(Path(name)):
+        yield Path(name)
+
+
+def occupy(folder: Path) -> IO[bytes]:
+    """Have other runs see that a folder is in use until the file is closed, be it by the system."""
+    file = (folder / f"{IN_USE}.new").open("xb", buffering=0)
+    with suppress(OSError):  # a full disk, a file system without locks
+        file.write(platform.node().encode())
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            os.rename(file.name, folder / IN_USE)  # nobody finds it unlocked
+    return file
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Whether a folder is this user's, and the run that has made it, on this machine, is no more.
+
+    Raises:
+        OSError: there is no telling.
+    """
+    status = folder.lstat()
+    if fcntl is None or not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        return False
+    with (folder / IN_USE).open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file.read() == platform.node().encode()
 
 
 def temporary_name(final: Path) -> Path:

@@ -350,7 +350,7 @@ def _keep_partial(sink: _Sink, final: Path) -> None:
     try:
         sink.finish()
         path = publish(sink.temporary, partial_name(final, sink.is_folder))
-        logger.warning("interrupted; the first %d frames are in %s", sink.added, path)
+        logger.warning("not finished; the first %d frames are in %s", sink.added, path)
     except (RuntimeError, OSError) as error:
         logger.debug("nothing could be kept of %s: %s", final, error)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import platform
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -14,7 +16,15 @@ import pytest
 
 from skyreels_v3.errors import UserError
 from skyreels_v3.media import files
-from skyreels_v3.media.files import check_readable, check_writable, partial_name, publish, shown, temporary_name
+from skyreels_v3.media.files import (
+    check_readable,
+    check_writable,
+    partial_name,
+    publish,
+    run_folder,
+    shown,
+    temporary_name,
+)
 
 FLAG = "--output"
 
@@ -193,3 +203,37 @@ def test_no_torch() -> None:
     root = Path(__file__).parent.parent.parent
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+HOLDER = "from skyreels_v3.media.files import run_folder as f\nwith f() as folder: print(folder, flush=True), input()"
+
+
+def test_temporary_folders_of_killed_runs_are_removed(tmp_path, monkeypatch):
+    """Of this user's, on this machine, that are no more; and of no others."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    root = Path(__file__).resolve().parents[2]
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(root)}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER], env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    held = Path(holder.stdout.readline().strip())
+    assert held.parent == tmp_path
+    (held / "download.mp4").write_text("half")
+    kept = {make(tmp_path / f"skyreels-{name}", name == "unmarked", "a") for name in ("unmarked", "file")}
+    link = tmp_path / "skyreels-link"
+    link.symlink_to(held)
+    with run_folder() as folder:
+        assert {*tmp_path.iterdir()} == {held, folder, link, *kept}
+    holder.kill()
+    holder.communicate()
+    with monkeypatch.context() as another:
+        another.setattr(os, "getuid", lambda: held.stat().st_uid + 1)
+        with run_folder():
+            assert held.exists()
+    with monkeypatch.context() as another:
+        another.setattr(platform, "node", lambda: "elsewhere")
+        with run_folder():
+            assert held.exists()
+    with run_folder() as folder:
+        assert {*tmp_path.iterdir()} == {folder, link, *kept}
+    assert not folder.exists()

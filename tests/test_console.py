@@ -1,0 +1,29 @@
+"""What cannot be printed costs nothing but the print."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+
+import pytest
+
+from skyreels_v3.console import escape_unknown, show
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("cp1252", b"\\u72d0.mp4\n"), ("utf-8", "\u72d0.mp4\n".encode())])
+def test_names_that_the_encoding_lacks(monkeypatch, encoding, shown):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="\n"))
+    escape_unknown()
+    show("\u72d0.mp4")
+    assert sys.stdout.buffer.getvalue() == shown
+
+
+def test_nobody_reads_stdout_any_more(monkeypatch, caplog):
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        os.close(reading)
+        show("a.mp4")
+        show("b.mp4")
+    assert caplog.messages == ["stdout takes no more (Broken pipe), not even a.mp4"]
