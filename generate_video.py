@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from skyreels_v3 import processes
 from skyreels_v3.cli import parse_flags, request_of, verbosity_of
 from skyreels_v3.console import escape_unknown, show
-from skyreels_v3.errors import UserError
+from skyreels_v3.errors import AlreadyDone, IncompleteOutput, UserError
 from skyreels_v3.jobs import Studio, cause_of, downloads_folder, run_jobs
 from skyreels_v3.media.sources import is_url
 from skyreels_v3.ranks import ALONE, Ranks, check_ranks, ranks_of
@@ -47,12 +48,22 @@ def generate(request: GenerationRequest, downloads: Path, ranks: Ranks) -> Itera
     """Make the videos, with the other processes if there are some, and give the path of each."""
     studio = Studio(ranks, team=ranks)
     first, *others = request.videos()
-    seen = studio.look(first, downloads) if ranks.leads else None
+    seen = None
+    if ranks.leads:
+        with suppress(AlreadyDone):  # the others do not know yet
+            seen = studio.look(first, downloads)
     if ranks.world > 1:
         processes.meet(ranks, request.device)
-    yield studio.make(studio.prepare(first, downloads, "video/0", seen))
-    for video in others:
-        yield studio.make(studio.prepare(video, downloads, f"video/{video.number}"))
+    for video in (first, *others):
+        try:
+            yield studio.make(studio.prepare(video, downloads, f"video/{video.number}", seen))
+        except AlreadyDone as done:
+            logger.info("%s", done)
+            yield done.output
+        except IncompleteOutput as error:
+            yield error.output
+            raise
+        seen = None
     processes.part()
 
 
@@ -73,7 +84,8 @@ def start_processes(flags: Mapping[str, Any], argv: Sequence[str], wanted: int) 
     if "jobs" not in flags and not any(map(is_url, (request := request_of(flags)).sources)):
         from skyreels_v3.preflight import preflight
 
-        preflight(request, Path(), team)  # what is wrong is found before they are started
+        with suppress(AlreadyDone):  # they see to that
+            preflight(request, Path(), team)  # what is wrong is found before they are started
     from skyreels_v3.launch import launch
 
     task = [f"--task_type={flags['task_type']}"] if "task_type" in flags else []

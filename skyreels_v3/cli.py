@@ -169,7 +169,14 @@ FLAGS = (
     Flag("outdir", "put the video into results/FOLDER, named by prompt, seed and number", metavar="FOLDER"),
     Flag("include_input", "write the input clip and its extension as one video", bool),
     Flag("save_latents", "also write the final latents of each pass", metavar="FILE.safetensors"),
-    Flag("resume", "continue the interrupted run of the same flags and --output", bool),
+    Flag("resume", "continue the interrupted run of the same command, or start where there is none", bool),
+    Flag(
+        "checkpoint_every",
+        "seconds between safety copies while denoising (default: 60; 0: none)",
+        float,
+        low=0,
+        high=86_400,
+    ),
     Flag(
         "video_num",
         "make this many videos, with consecutive seeds",
@@ -230,7 +237,18 @@ EXCLUSIVE = (
 NEED_USP = ("ulysses_degree", "ring_degree", "cfg_degree", "shard_weights", "broadcast_weights")
 # what a run does besides its video; not needed to make the same video again
 NOT_RECORDED = (
-    *("output", "outdir", "video_num", "save_latents", "save_quantized", "resume", "dry_run", "quiet", "verbose"),
+    *(
+        "output",
+        "outdir",
+        "video_num",
+        "save_latents",
+        "save_quantized",
+        "resume",
+        "checkpoint_every",
+        "dry_run",
+        "quiet",
+        "verbose",
+    ),
     *("memory", "stream_blocks", "high_cpu_memory", "no_cache"),
     *("gpu_num", "use_usp", *NEED_USP),
 )
@@ -657,10 +675,8 @@ def check_speakers(values: Mapping[str, Any]) -> None:
         raise UserError("--input_video", "a video can be dubbed with one speaker only; give one --input_audio")
     parse_boxes(values)
     parse_keyframes(values)
-    if values.get("resume") and "output" not in values:
-        raise UserError("--resume", "needs the --output of the interrupted run; give it")
-    if values.get("resume") and values.get("seed") == -1:
-        raise UserError("--resume", "the seed of the interrupted run is not drawn again; give its number as --seed")
+    if values.get("resume") and values.get("seed") == -1 and values.get("video_num", 1) > 1:
+        raise UserError("--resume", "the seeds of the interrupted run are not drawn again; give the first as --seed")
 
 
 def parse_boxes(values: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
@@ -732,8 +748,9 @@ def split(references: str | Sequence[str]) -> list[str]:
 def make_request(spec: TaskSpec, values: Mapping[str, Any], notes: Sequence[str]) -> GenerationRequest:
     """A request from checked values, the preset's where none was given."""
     given = written_out(values)
-    drawn = secrets.randbelow(MAX_SEED - values.get("video_num", 1) + 2)  # the last video has a seed, too
-    given["seed"] = drawn if values.get("seed") == -1 else values.get("seed", 42)
+    drawn = values.get("seed") == -1
+    seed = secrets.randbelow(MAX_SEED - values.get("video_num", 1) + 2)  # the last video has a seed, too
+    given["seed"] = seed if drawn else values.get("seed", 42)
     values, changes = as_trained(spec, {**presets(spec, given), **given})
     recorded = {"task_type": spec.name} | {name: values[name] for name in values if is_recorded(spec, name, values)}
     if values.get("window_prompt") == SAME_PROMPT:
@@ -752,7 +769,7 @@ def make_request(spec: TaskSpec, values: Mapping[str, Any], notes: Sequence[str]
         if name in values:
             values[name] = Path(os.path.expanduser(values[name]))
     values = {name: value for name, value in values.items() if name not in ("verbose", "quiet", "gpu_num", "fps")}
-    return GenerationRequest(task=spec, flags=recorded, notes=(*notes, *changes), **values)
+    return GenerationRequest(task=spec, flags=recorded, notes=(*notes, *changes), seed_drawn=drawn, **values)
 
 
 def is_recorded(spec: TaskSpec, name: str, values: Mapping[str, Any]) -> bool:

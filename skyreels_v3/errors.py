@@ -7,6 +7,7 @@ that goes wrong is a bug or the machine's fault and exits with 1.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 SHOWN_CHARACTERS = 100  # of a value in a message
 
@@ -48,3 +49,19 @@ class CheckpointError(UserError):
 
 class OutOfMemory(RuntimeError):
     """A stage of a run asked for more memory than there is; says how much, and which flags would ask for less."""
+
+
+class IncompleteOutput(RuntimeError):
+    """A video is complete, and in `output`; something else that was asked for could not be written."""
+
+    def __init__(self, message: str, output: Path) -> None:
+        super().__init__(message)
+        self.output = output
+
+
+class AlreadyDone(Exception):
+    """What --resume would go on with is complete, and in `output`."""
+
+    def __init__(self, output: Path) -> None:
+        super().__init__(f"{output} is done already")
+        self.output = output

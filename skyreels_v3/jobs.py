@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from skyreels_v3 import processes
 from skyreels_v3.cli import NOT_RECORDED, job_flags, request_of, without_overruled
 from skyreels_v3.console import show
-from skyreels_v3.errors import UserError, shown
+from skyreels_v3.errors import AlreadyDone, UserError, shown
 from skyreels_v3.media.files import check_readable, check_writable, run_folder
 from skyreels_v3.ranks import ALONE, Ranks
 from skyreels_v3.runtime import set_environment
@@ -50,7 +50,8 @@ EXAMPLE = '{"task_type": "talking_avatar", "input_image": "a.png", "input_audio"
 # how a job is done, not what it makes: it is the same job without
 WHERE = {"output", "outdir", "save_latents", "save_quantized"}
 HOW = {*NOT_RECORDED, "offload", "parameters_level", "sequence_batch", "url_timeout"} - WHERE
-Told = tuple[str | None, str]  # an error, for other processes: the flag, if it is a user's, and the text
+DONE = "done"
+Told = tuple[str | None, str]  # an error, for other processes: the flag if it is a user's, or DONE; the text
 
 
 # The file and what became of its jobs
@@ -396,6 +397,8 @@ def carry_out(job: Job, studio: Studio, write: Callable[[dict[str, Any]], object
     with downloads_folder(team) as downloads:
         try:
             ready = studio.prepare(job.request, downloads, job.id)
+        except AlreadyDone as done:
+            return end("done", output=str(done.output))
         except Exception as error:
             logger.debug("line %d", job.number, exc_info=True)
             return end("error", **failure(error))
@@ -428,6 +431,8 @@ def cause_of(error: Exception) -> str:
 
 def as_told(error: Exception) -> Told:
     """An error for other processes."""
+    if isinstance(error, AlreadyDone):
+        return DONE, str(error.output)
     if isinstance(error, UserError):
         return error.flag, str(error).removeprefix(f"{error.flag}: ")
     return None, cause_of(error)
@@ -436,6 +441,8 @@ def as_told(error: Exception) -> Told:
 def as_error(told: Told) -> Exception:
     """The error that another process tells of."""
     flag, text = told
+    if flag == DONE:
+        return AlreadyDone(Path(text))
     return RuntimeError(text) if flag is None else UserError(flag, text)
 
 

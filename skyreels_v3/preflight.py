@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import glob
+import json
 import logging
 import os
 import re
+import shutil
 from dataclasses import replace
 from datetime import datetime
 from itertools import chain, count
@@ -12,17 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from skyreels_v3.checkpoints.hub import TINY, check_client, check_pair, is_quantized, locate, locate_base, locate_lora
-from skyreels_v3.errors import UserError, shown
+from skyreels_v3.errors import AlreadyDone, UserError, shown
 from skyreels_v3.media.files import check_writable
 from skyreels_v3.media.inputs import Inputs, open_inputs
-from skyreels_v3.memory.planner import describe, plan
-from skyreels_v3.pipelines.state import check_left
+from skyreels_v3.media.video import read_comment
+from skyreels_v3.memory.planner import describe, latent_frames_of_passes, plan
+from skyreels_v3.pipelines.outputs import join_passes
+from skyreels_v3.pipelines.state import RunRecord, find_left
 from skyreels_v3.ranks import ALONE, Ranks
 from skyreels_v3.runtime import check_compute, check_device, expected_device, expected_dtype
 from skyreels_v3.tasks import HUNYUAN, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
+EARLIER_OUTPUTS = 8  # that are looked at
 PROMPT_IN_NAME = 100  # characters
 NAME_BYTES = 180  # of them; file systems take 255 for a name, and those of temporary files are longer
 NOT_IN_NAMES = r"[/\x00-\x1f\x7f-\x9f\u2028\u2029]" if os.name != "nt" else r'[<>:"/\\|?*\x00-\x1f]'
@@ -52,17 +58,14 @@ def preflight(
     request = with_base(request, base_here(request, checkpoint))
     if any(locate_lora(name) is None for name, _ in request.lora):
         check_client(request)
-    if request.output is None:
-        request = replace(request, output=free_name(request))
-    assert request.output is not None
-    outputs = {"--output": request.output, "--save_latents": request.save_latents}
-    outputs["--save_quantized"] = request.save_quantized
-    for flag, path in outputs.items():
-        if path is not None and ranks.main:
-            check_writable(path, flag)
+    going_on = ranks.main and (request.resume or request.resume_if_same)
+    if not going_on:
+        request = with_output(request)
+    if ranks.main and not going_on:
+        check_outputs(request)
     request, inputs = open_inputs(request, downloads)
-    if request.resume and ranks.main:
-        check_left(request.output, recorded_flags(request))
+    if going_on:
+        request = go_on(request, inputs)
     if request.use_usp:
         plan(request, checkpoint, expected_dtype(request), ranks)  # refuses degrees that do not fit
     for note in request.notes:  # not before all has been checked: an error stands alone
@@ -72,13 +75,106 @@ def preflight(
     return request, inputs, checkpoint
 
 
+def with_output(request: GenerationRequest) -> GenerationRequest:
+    """The request, naming an output."""
+    return request if request.output is not None else replace(request, output=free_name(request))
+
+
+def check_outputs(request: GenerationRequest) -> None:
+    """Raise UserError for an output that is there already, or cannot be made."""
+    outputs = {"output": request.output, "save_latents": request.save_latents, "save_quantized": request.save_quantized}
+    for name, path in outputs.items():
+        if path is not None:
+            check_writable(path, f"--{name}")
+
+
+def go_on(request: GenerationRequest, inputs: Inputs) -> GenerationRequest:
+    """A request for the output of the run that it goes on with, or for a new one where none was interrupted.
+
+    Raises:
+        UserError: the run for that output was not the same, or its inputs were not, or it has not ended.
+        AlreadyDone: it was complete.
+    """
+    named = [] if request.output is None else [request.output]
+    made = named or earlier_outputs(request)
+    request = with_output(request)
+    record = record_of(request, inputs)
+    left = find_left(record, strict=request.resume, anywhere=not named)
+    if left is None:
+        for output in made:
+            if is_of(output, record):
+                raise AlreadyDone(output)
+        check_outputs(request)
+        note = f"there is no interrupted run of this request in {record.output.parent}; it starts from the beginning"
+        return replace(request, resume=False, notes=(*request.notes, note) if request.resume else request.notes)
+    folder, file, before = left
+    with file:  # locked until here
+        output = folder.parent / Path(before["output"]).name
+        if os.path.lexists(output):  # made by that run, which began when it was not there
+            finish(request, output, folder)
+            raise AlreadyDone(output)
+    if request.seed_drawn:
+        seed = before["flags"]["seed"]
+        request = replace(request, seed=seed, flags={**request.flags, "seed": seed})
+    quantized = request.save_quantized
+    own = quantized is not None and str(quantized) == before["save_quantized"]
+    check_outputs(replace(request, output=output, save_quantized=None if own else quantized))
+    return replace(request, output=output)
+
+
+def finish(request: GenerationRequest, output: Path, state: Path) -> None:
+    """Do what is left to do of a run whose video is there: the latents, if they were asked for and could not be saved.
+
+    Raises:
+        UserError: they were not kept.
+    """
+    latents = request.save_latents
+    if latents is not None and not os.path.lexists(latents):
+        check_writable(latents, "--save_latents")
+        if not join_passes(state, latents, len([*latent_frames_of_passes(request)])):
+            reason = f"{shown(latents)}: the latents of {shown(output)} were not kept"
+            raise UserError("--save_latents", f"{reason}; leave it out, or make both again with another --output")
+    shutil.rmtree(state, ignore_errors=True)
+
+
+def is_of(output: Path, record: RunRecord) -> bool:
+    """Whether a file or a folder was made by a run of the same flags and inputs, as its comment says."""
+    try:
+        record.check_same(json.loads(read_comment(output)))
+    except (UserError, OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return True
+
+
+def earlier_outputs(request: GenerationRequest) -> list[Path]:
+    """The newest videos that may have been made by a request that names no output."""
+    folder, stem = default_place(request)
+    found = sorted(folder.glob(f"{glob.escape(stem)}*.mp4"), reverse=True)
+    return [] if request.seed_drawn else found[:EARLIER_OUTPUTS]
+
+
+def default_place(request: GenerationRequest) -> tuple[Path, str]:
+    """The folder of the video of a request that names no output, and how its name begins."""
+    if request.outdir is None:
+        return Path("result") / request.task.name, f"{request.seed}_"
+    words = re.sub(r"[/\\:\x00-\x1f\x7f]", "", request.prompt[:PROMPT_IN_NAME]).encode()[:NAME_BYTES]
+    stem = f"{words.decode(errors='ignore').strip(' .')}_{request.seed}_{request.number}"
+    return Path("results") / request.outdir, stem
+
+
 def free_name(request: GenerationRequest) -> Path:
     """Where the video of a request goes that names no output. Small ones may be made several in a second."""
+<<<<<<< HEAD
     path = Path("result") / request.task.name / f"{request.seed}_{datetime.now():%Y%m%d-%H%M%S}.mp4"
     if request.outdir is not None:
         words = re.sub(NOT_IN_NAMES, "", request.prompt[:PROMPT_IN_NAME]).encode()[:NAME_BYTES]
         name = f"{words.decode(errors='ignore').lstrip(' .')}_{request.seed}_{request.number}.mp4"
         path = Path("results") / request.outdir / name
+=======
+    folder, stem = default_place(request)
+    time = f"{datetime.now():%Y%m%d-%H%M%S}" if request.outdir is None else ""
+    path = folder / f"{stem}{time}.mp4"
+>>>>>>> 73cf97c (--resume works however a run ended, refuses changed inputs by name, and goes on within a pass)
     numbered = (path.with_name(f"{path.stem}-{number}.mp4") for number in count(2))
     return next(name for name in chain([path], numbered) if not os.path.lexists(name))
 
@@ -116,6 +212,14 @@ def follow_checkpoint(request: GenerationRequest, checkpoint: Path) -> Generatio
 def recorded_flags(request: GenerationRequest) -> dict[str, Any]:
     """The flags that make the same video again, but for the dtype where torch chooses it."""
     return {**request.flags, "height": request.height, "width": request.width}
+
+
+def record_of(request: GenerationRequest, inputs: Inputs, **more: Any) -> RunRecord:
+    """What the run for a request is known by; `more` flags are those that are only known later."""
+    assert request.output is not None
+    flags = recorded_flags(request) | more
+    made = (request.save_quantized, request.frame_folder, request.seed_drawn)
+    return RunRecord(request.output, flags, inputs.digests(), *made)
 
 
 def networks(request: GenerationRequest) -> tuple[object, ...]:

@@ -6,11 +6,10 @@ import gc
 import json
 import logging
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,17 +17,19 @@ from torch import Tensor
 
 from skyreels_v3 import __version__, runtime
 from skyreels_v3.checkpoints.save import save_quantized
+from skyreels_v3.errors import IncompleteOutput
 from skyreels_v3.media.audio import mix
+from skyreels_v3.media.files import reason_of
 from skyreels_v3.media.inputs import Inputs
-from skyreels_v3.media.video import read_frames, resized, write_frame_folder, write_video
+from skyreels_v3.media.video import COMMENT_BYTES, read_frames, resized, write_frame_folder, write_video
 from skyreels_v3.memory.planner import Plan, plan
 from skyreels_v3.memory.policy import Policy, choose
 from skyreels_v3.pipelines.components import load_components, others_of
 from skyreels_v3.pipelines.outputs import save_latents
 from skyreels_v3.pipelines.registry import make_pipeline
-from skyreels_v3.pipelines.state import RunState, open_state
+from skyreels_v3.pipelines.state import RunRecord, RunState, open_state
 from skyreels_v3.pipelines.steps import Pass
-from skyreels_v3.preflight import networks, recorded_flags
+from skyreels_v3.preflight import networks, record_of
 from skyreels_v3.ranks import Ranks
 from skyreels_v3.tasks import GenerationRequest
 
@@ -78,14 +79,14 @@ class Session:
         """Make a video; returns its path. Several processes make it together, and the first one writes it."""
         assert request.output is not None and request.height is not None and request.width is not None
         self.follow(request)
-        flags = recorded_flags(request) | {"dtype": str(self.runtime.dtype).removeprefix("torch.")}
         if not self.runtime.parallel.main:
             self.help(request, inputs)
             return request.output
-        state = open_state(request.output, flags, request.resume, request.frame_folder)
+        record = record_of(request, inputs, dtype=str(self.runtime.dtype).removeprefix("torch."))
+        state = open_state(record, request.resume or request.resume_if_same, strict=request.resume)
         completed = False
         try:
-            if request.save_quantized is not None:
+            if request.save_quantized is not None and not (state.resumed and request.save_quantized.exists()):
                 others = others_of(self.checkpoint, request)
                 transformer, folder = self.components.transformer, request.save_quantized
                 save_quantized(transformer, self.checkpoint, others, folder, request.task)
@@ -94,9 +95,10 @@ class Session:
             passes = self.passes(request, inputs, state)
             # closed before anything is said of how it ended: a progress bar that is open would write after it
             with closing(all_frames(request, inputs, passes, latents)) as frames:
-                path = write(request, inputs, frames, comment(flags), state.folder)
+                path = write(request, inputs, frames, comment(record), state.folder)
+            completed = request.save_latents is None or state.failed
             if request.save_latents is not None:
-                save_latents(latents, request.save_latents)
+                write_latents(latents, request.save_latents, path, kept=not state.failed)
             completed = True
         finally:
             state.close(completed)
@@ -146,6 +148,28 @@ def all_frames(
         yield from made.frames
 
 
-def comment(flags: dict[str, Any]) -> str:
+def write_latents(latents: Sequence[Tensor], path: Path, video: Path, kept: bool) -> None:
+    """Save the latents of a video that is complete.
+
+    Args:
+        kept: whether a run with --resume can do so later.
+
+    Raises:
+        IncompleteOutput: they cannot be written.
+    """
+    try:
+        save_latents(latents, path)
+    except OSError as error:
+        way_out = "give another --save_latents and --resume" if kept else "they are lost"
+        message = f"--save_latents: {path} cannot be written ({reason_of(error, path)}); {way_out}; {video} is complete"
+        raise IncompleteOutput(message, video) from error
+
+
+def comment(record: RunRecord) -> str:
     """What made a video, as JSON: put `flags` into a file for --config to make it again."""
-    return json.dumps({"skyreels_v3": __version__, "flags": flags}, ensure_ascii=False)
+    content = {"skyreels_v3": __version__, "flags": dict(record.flags), "inputs": record.digests}
+    text = json.dumps(content, ensure_ascii=False)
+    if len(text.encode()) > COMMENT_BYTES:
+        logger.warning("the flags are too long for the file's comment, which is left empty")
+        return ""
+    return text

@@ -139,18 +139,25 @@ class GenerationRequest:
     shard_weights: bool = False
     broadcast_weights: bool = False
     dry_run: bool = False
-    resume: bool = False
+    resume: bool = False  # refuse what cannot be gone on with, but begin where nothing is left
+    checkpoint_every: float = 60.0  # seconds between copies of latents that are being denoised; 0: none
+    resume_if_same: bool = False  # go on with an interrupted run of just this request, else begin
+    seed_drawn: bool = False
     url_timeout: float = 1.2
     verbosity: int = 0
     flags: Mapping[str, Any] = field(default_factory=dict)  # as given, to run it again
     notes: tuple[str, ...] = ()  # on what was changed of it, for the user
 
     @property
-    def sources(self) -> tuple[str, ...]:
-        """All inputs, paths or URLs."""
-        single = (self.image, self.input_image, self.input_video)
-        keyframes = (image for image, _ in self.keyframes)
-        return (*(source for source in single if source), *self.ref_imgs, *self.input_audio, *keyframes)
+    def sources(self) -> tuple[tuple[str, str], ...]:
+        """All inputs, paths or URLs, each after the name of its flag."""
+        keyframes = tuple(image for image, _ in self.keyframes)
+        several = {"ref_imgs": self.ref_imgs, "input_audio": self.input_audio, "keyframes": keyframes}
+        single = ((name, getattr(self, name)) for name in ("image", "input_image", "input_video"))
+        return (
+            *((name, source) for name, source in single if source),
+            *((name, source) for name, sources in several.items() for source in sources),
+        )
 
     def videos(self) -> Iterator[GenerationRequest]:
         """A request for each of the videos, with seeds that follow each other."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 from collections.abc import Callable
@@ -167,27 +168,19 @@ VALUES = [
     bad([*AVATAR, "--audio_guidance_scale", "3"], "--negative_prompt", "dark", "give --text_guidance_scale above 1"),
 ]
 RESUMED = [
-    resumed("no-output", [*AVATAR, "--resume"], "--output", "give it"),
-    resumed(
-        "nothing", [*AVATAR, "--resume", "--output", "{files}/a.mp4"], "{files}/a.state holds no", "leave --resume"
-    ),
-    resumed("nowhere", [*AVATAR, "--resume", "--output", "x/y/a.mp4"], "x/y/a.state holds no", "leave --resume"),
-    resumed(
-        "no-folder", [*AVATAR, "--resume", "--output", "{files}/file.mp4"], "file.state holds no", "leave --resume"
-    ),
-    resumed(
-        "damaged", [*AVATAR, "--resume", "--output", "{files}/bad.mp4"], "bad.state holds no", "leave --resume out"
-    ),
-    resumed("listed", [*AVATAR, "--resume", "--output", "{files}/list.mp4"], "list.state holds no", "leave --resume"),
-    resumed(
-        "binary", [*AVATAR, "--resume", "--output", "{files}/binary.mp4"], "binary.state holds no", "leave --resume"
-    ),
     resumed("dry", [*LEFT, "--dry_run"], "conflicts with --dry_run", "give one of them"),
-    resumed("random-seed", [*LEFT, "--seed", "-1"], "the seed", "give its number as --seed"),
+    resumed("random-seeds", [*AVATAR, "--resume", "--seed", "-1", "--video_num", "2"], "the seeds", "as --seed"),
     resumed("other-seed", [*LEFT, "--seed", "7"], "seed 42 -> 7", "repeat its command"),
     resumed("other-size", [*LEFT, "--height", "48"], "height 32 -> 48", "repeat its command"),
     resumed("other-dtype", [*LEFT, "--dtype", "bfloat16"], "dtype float32 -> bfloat16", "repeat its command"),
     resumed("more", [*LEFT, "--text_guidance_scale", "2"], "text_guidance_scale None -> 2.0", "repeat its command"),
+    Case(
+        "resume-other-portrait",
+        [argument.replace("left.mp4", "other.mp4") for argument in LEFT],
+        "--input_image",
+        "portrait.png has changed since the interrupted run",
+        "put the old one back",
+    ),
 ]
 CASES = [*PORTRAITS, *SOUNDS, *SPEAKERS, *KEY_FRAMES, *DUBBING, *OTHER_TASKS, *VALUES, *RESUMED]
 
@@ -218,26 +211,24 @@ def files(tmp_path_factory) -> Path:
         (folder / name).write_bytes(whole.read_bytes()[:size])
     for name in ("text.png", "text.mp3"):
         (folder / name).write_text("nothing but words\n")
-    for name in ("empty", "file.state"):
-        (folder / name).touch()
+    (folder / "empty").touch()
     (folder / "folder").mkdir()
     write_states(folder)
     return folder
 
 
 def write_states(folder: Path) -> None:
-    """What interrupted runs leave, whole and damaged."""
+    """What interrupted runs leave: one of the command `LEFT`, and one whose portrait was another."""
     from skyreels_v3.cli import parse_request
 
-    for name in ("left", "bad", "list", "binary"):
-        (folder / f"{name}.state").mkdir()
     argv = [argument.format(assets=ASSETS, files=folder) for argument in LEFT]
     flags = parse_request(argv).flags | {"height": 32, "width": 32, "dtype": "float32"}
-    content = json.dumps({"output": str(folder / "left.mp4"), "flags": dict(flags)})
-    (folder / "left.state" / "request.json").write_text(content)
-    (folder / "bad.state" / "request.json").write_text(content[:-40])
-    (folder / "list.state" / "request.json").write_text("[1]")
-    (folder / "binary.state" / "request.json").write_bytes(bytes(range(256)))
+    for name, portrait in (("left", ASSETS / "portrait.png"), ("other", ASSETS / "fox.png")):
+        (folder / f"{name}.state").mkdir()
+        files = {"input_image": portrait, "input_audio": folder / "6s.wav"}
+        inputs = [[flag, hashlib.sha256(path.read_bytes()).hexdigest()] for flag, path in files.items()]
+        content = {"output": f"{folder}/{name}.mp4", "flags": flags, "inputs": inputs, "save_quantized": None}
+        (folder / f"{name}.state" / "request.json").write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
@@ -291,4 +282,5 @@ def test_what_an_interrupted_run_left_is_found(files):
     from skyreels_v3.preflight import preflight
 
     request = parse_request([argument.format(assets=ASSETS, files=files) for argument in LEFT])
-    preflight(request, files)
+    seen, _, _ = preflight(request, files)
+    assert (seen.resume, seen.output) == (True, request.output)

@@ -54,7 +54,7 @@ def check_readable(path: Path, flag: str) -> None:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(flag, f"{shown(path)} does not exist; check the path") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
-        raise UserError(flag, f"{shown(path)} cannot be read ({_reason(error)}); check its rights") from error
+        raise UserError(flag, f"{shown(path)} cannot be read ({reason_of(error)}); check its rights") from error
 
 
 def check_writable(path: Path, flag: str) -> None:
@@ -69,14 +69,14 @@ def check_writable(path: Path, flag: str) -> None:
         raise UserError(flag, f"{shown(path)} exists already and is never overwritten; {remedy}")
     if "\0" in str(path) or any(len(os.fsencode(part)) > NAME_BYTES - NAME_RESERVE for part in path.parts):
         raise UserError(flag, f"{shown(path)} is not a possible file name; give a shorter, plain one")
-    ancestor = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    ancestor = existing_folder(path)
     if not ancestor.is_dir():
         raise UserError(flag, f"{shown(path)} cannot be made: {shown(ancestor)} is not a folder; give another path")
     try:
         with tempfile.TemporaryFile(dir=ancestor):
             pass
     except OSError as error:
-        reason = f"{shown(ancestor)} is not writable ({_reason(error)})"
+        reason = f"{shown(ancestor)} is not writable ({reason_of(error)})"
         raise UserError(flag, f"{shown(path)} cannot be made: {reason}; give another path") from error
 
 
@@ -114,6 +114,25 @@ def is_abandoned(folder: Path) -> bool:
     with (folder / IN_USE).open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file.read() == platform.node().encode()
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Give a file, in a folder that is made if need be, new content; whoever looks finds it whole, old or new.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def temporary_name(final: Path) -> Path:
@@ -179,5 +198,15 @@ def _split_name(path: Path, folder: bool) -> tuple[str, str]:
     return (path.name, "") if folder else (path.stem, path.suffix)
 
 
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+def existing_folder(path: Path) -> Path:
+    """The innermost folder above `path` that is there, or whatever is there in its place."""
+    return next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+
+
+def reason_of(error: Exception, path: Path | None = None) -> str:
+    """Why something could not be done with a file; where there was no room for `path`, how much is free there."""
+    reason = getattr(error, "strerror", None) or str(error)
+    if path is None or getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+        return reason
+    folder = existing_folder(path)
+    return f"{reason}, {shutil.disk_usage(folder).free / 1e6:.1f} MB free in {shown(folder)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +29,17 @@ class Inputs:
     audio: tuple[AudioInfo, ...] = ()
     keyframes: tuple[tuple[Image.Image, float], ...] = ()  # with their times in seconds
     notes: tuple[str, ...] = ()  # what the user should know of them
+    files: tuple[tuple[str, str, Path], ...] = ()  # of all inputs: flag, what was given, where that is
+
+    def digests(self) -> tuple[tuple[str, str, str], ...]:
+        """Flag, what was given and SHA-256 of its content, of all inputs."""
+        return tuple((flag, source, digest_of(path)) for flag, source, path in self.files)
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_inputs(request: GenerationRequest, folder: Path) -> tuple[GenerationRequest, Inputs]:
@@ -59,7 +71,11 @@ def open_inputs(request: GenerationRequest, folder: Path) -> tuple[GenerationReq
         height, width = choose_size(request.task, request.resolution, height, width)
         request = replace(request, height=height, width=width)
     check_boxes(request, images)
-    return request, Inputs(tuple(images), clip, audio, keyframes, tuple(notes))
+    # what was fetched is in the folder by now
+    files = tuple(
+        (name, given, localise(given, f"--{name}", folder, request.url_timeout)) for name, given in request.sources
+    )
+    return request, Inputs(tuple(images), clip, audio, keyframes, tuple(notes), files)
 
 
 def check_times(request: GenerationRequest, clip: ClipInfo | None) -> None:

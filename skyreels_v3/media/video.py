@@ -236,6 +236,21 @@ def write_video(
     return _deliver(frames, _VideoSink(temporary, height, width, fps, comment, audio), path)
 
 
+def read_comment(path: Path) -> str:
+    """The comment of a file that `write_video` made, or of a folder by `write_frame_folder`; empty if there is none.
+
+    Raises:
+        OSError, RuntimeError: it is neither.
+    """
+    if path.is_dir():
+        with Image.open(path / "00000.png", formats=["PNG"]) as picture:
+            return str(picture.info.get("comment", ""))
+    with _reading([*_input(path), "-c", "copy", "-t", "0", "-f", "ffmetadata", "pipe:1"]) as stream:
+        text = stream.read().decode(errors="replace")
+    found = re.search(r"^comment=((?:[^\\\n]|\\.)*)", text, re.MULTILINE | re.DOTALL)
+    return re.sub(r"\\(.)", r"\1", found[1], flags=re.DOTALL) if found else ""
+
+
 def write_frame_folder(
     frames: Iterable[np.ndarray], folder: Path, *, comment: str, workspace: Path | None = None
 ) -> Path:

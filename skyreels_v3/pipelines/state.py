@@ -1,9 +1,12 @@
 """What a run has finished, on disk, so that an interrupted one can go on.
 
-After each pass of the denoising loop its latents and the state of the noise generator are saved beside the output. A
-resumed run takes them instead of denoising again and does everything else as before: it decodes the same latents and
-draws the same noise, so it ends in the same video. The folder goes away with the run that completes; the files that a
-run writes before they get their names are in it as well, so that not even a kill leaves them behind for ever.
+After each pass of the denoising loop its latents and the state of the noise generator are saved beside the output; and
+every now and then those of a pass that is not finished, with all that its scheduler knows. A resumed run takes them
+instead of denoising again and does everything else as before: it decodes the same latents and draws the same noise, so
+it ends in the same video. The folder goes away with the run that completes; the files that a run writes before they get
+their names are in it as well, so that not even a kill leaves them behind for ever.
+
+These are safety copies: where one cannot be written, or is damaged when it is needed, the run does without.
 
 torch is imported when passes are saved and recalled: whether a run can be resumed is checked without it.
 """
@@ -12,16 +15,17 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from skyreels_v3.errors import UserError, shown
-from skyreels_v3.media.files import temporary_name
+from skyreels_v3.media.files import reason_of, replace_file
 
 try:
     import fcntl
@@ -36,150 +40,236 @@ logger = logging.getLogger(__name__)
 
 REQUEST_FILE = "request.json"
 PASS_FILES = "pass-*.safetensors"
+STEPS_FILES = "steps-*.safetensors"
+STATE_FOLDER = re.compile(r"(.+)\.state(-\d+)?")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run is known by.
+
+    Attributes:
+        flags: those that make the same video again.
+        inputs: flag, what was given and SHA-256 of its content, of each input.
+        save_quantized: the folder of a checkpoint that it makes as well.
+        any_seed: the run's own seed was drawn; one that goes on takes that of the interrupted run.
+    """
+
+    output: Path
+    flags: Mapping[str, Any]
+    inputs: Sequence[tuple[str, str, str]] = ()
+    save_quantized: Path | None = None
+    frame_folder: bool = False
+    any_seed: bool = False
+
+    def to_json(self) -> str:
+        output = f"{self.output}/" if self.frame_folder else str(self.output)
+        quantized = None if self.save_quantized is None else str(self.save_quantized)
+        record = {"output": output, "flags": dict(self.flags), "inputs": self.digests, "save_quantized": quantized}
+        return json.dumps(record)
+
+    @property
+    def digests(self) -> list[list[str]]:
+        """Flag and SHA-256 of each input, for JSON."""
+        return [[flag, digest] for flag, _, digest in self.inputs]
+
+    def check_same(self, left: Mapping[str, Any]) -> None:
+        """Raise UserError unless a record as `to_json` made it is that of a run with the same flags and inputs."""
+        before, now = left["flags"], json.loads(json.dumps(dict(self.flags)))
+        now.setdefault("dtype", before.get("dtype"))  # until torch has been asked
+        if self.any_seed:
+            now["seed"] = before.get("seed")
+        different = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        if different:
+            changes = ", ".join(f"{key} {shown(before.get(key))} -> {shown(now.get(key))}" for key in different)
+            raise UserError("--resume", f"the interrupted run had other flags ({changes}); repeat its command")
+        for (flag, source, digest), read_before in zip(self.inputs, left["inputs"], strict=True):
+            if [flag, digest] != read_before:
+                reason = f"{shown(source)} has changed since the interrupted run"
+                raise UserError(f"--{flag}", f"{reason}; put the old one back, or leave --resume out to begin anew")
 
 
 class RunState:
     """Saved passes, and room for unfinished files, in a folder of one run; nobody else resumes it meanwhile.
 
     Args:
-        request: the folder's file of the run's flags, open; it is locked as long as it is.
+        request: the folder's file of the run's record, open; it is locked as long as it is.
+        resumed: an interrupted run left it.
         made: folders above that are this run's, innermost first; they go away with an empty-handed run.
     """
 
-    def __init__(self, folder: Path, request: IO[str], made: tuple[Path, ...] = ()) -> None:
+    def __init__(
+        self, folder: Path, request: IO[str], record: RunRecord, resumed: bool = False, made: tuple[Path, ...] = ()
+    ) -> None:
         self.folder = folder
+        self.resumed = resumed
         self.passes = 0
+        self.failed = False  # to keep what was finished
+        self._record = record
         self._request = request
         self._made = made
 
     def recall(self) -> dict[str, Tensor]:
-        """The `latents` of the pass that comes next and the state of its `generator` after it, if they were saved."""
+        """The `latents` of the pass that comes next and the state of its `generator` after it, if they were saved.
+
+        With more tensors: those from the middle of the pass, as they were given to `save_step`.
+        """
+        if saved := self._load(self._pass_file()):
+            self.passes += 1
+            logger.info("pass %d was finished before", self.passes)
+        return saved or self._load(self._steps_file())
+
+    def save(self, latents: Tensor, generator: torch.Generator) -> None:
+        """Keep the latents of a pass that has just been made."""
+        self._store(self._pass_file(), {"latents": latents, "generator": generator.get_state()})
+        with suppress(OSError):
+            self._steps_file().unlink(missing_ok=True)
+        self.passes += 1
+
+    def save_step(self, latents: Tensor, generator: torch.Generator, more: Mapping[str, Tensor]) -> None:
+        """Keep the latents of a pass that is being made, in the place of those kept before, and what goes with them."""
+        self._store(self._steps_file(), {"latents": latents, "generator": generator.get_state(), **more})
+
+    def close(self, completed: bool) -> None:
+        """Remove the folder, unless there is something in it that an interrupted run could go on from."""
+        if completed or not self._has_something():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            remove_empty(self._made)
+        elif self.folder.is_dir():
+            remove_unfinished(self.folder)
+            record = self._record
+            output = f"{record.output}/" if record.frame_folder else record.output
+            way_on = f"--resume, --output {output} and --seed {record.flags.get('seed')}"
+            logger.warning("%s keeps what is finished; to go on, repeat the command with %s", self.folder, way_on)
+        self._request.close()
+
+    def _has_something(self) -> bool:
+        quantized = self._record.save_quantized
+        return bool(kept_in(self.folder)) or (quantized is not None and quantized.exists())
+
+    def _pass_file(self) -> Path:
+        return self.folder / f"pass-{self.passes:03d}.safetensors"
+
+    def _steps_file(self) -> Path:
+        return self.folder / f"steps-{self.passes:03d}.safetensors"
+
+    def _load(self, file: Path) -> dict[str, Tensor]:
+        """What was stored in a file, with a state of the generator; nothing where that is not there or damaged."""
         import torch
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        file = self._pass_file()
         if not file.is_file():
             return {}
         try:
             saved = load_file(file)
             saved["latents"], torch.Generator().set_state(saved["generator"])
-        except (SafetensorError, KeyError, RuntimeError, TypeError) as error:
-            reason = f"{shown(file)} is damaged ({shown(error)})"
-            raise UserError("--resume", f"{reason}; delete it, and the pass is made again") from error
-        self.passes += 1
-        logger.info("pass %d was finished before", self.passes)
+        except (OSError, SafetensorError, KeyError, RuntimeError, TypeError) as error:
+            logger.warning("%s is damaged (%s); that pass is made again", file, shown(error))
+            return {}
         return saved
 
-    def save(self, latents: Tensor, generator: torch.Generator) -> None:
-        """Keep the latents of a pass that has just been made."""
-        from safetensors.torch import save_file
+    def _store(self, file: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write a safety copy; where that cannot be done, say so, and go on."""
+        from safetensors.torch import save
 
-        file = self._pass_file()
-        temporary = temporary_name(file)
-        save_file({"latents": latents.cpu().contiguous(), "generator": generator.get_state()}, temporary)
-        os.replace(temporary, file)
-        self.passes += 1
-
-    def close(self, completed: bool) -> None:
-        """Remove the folder, unless there is something in it that an interrupted run could go on from."""
-        if completed or not any(self.folder.glob(PASS_FILES)):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            remove_empty(self._made)
-        else:
-            remove_unfinished(self.folder)
-            logger.warning("%s keeps what is finished; to go on, repeat the command with %s", *self._way_on())
-        self._request.close()
-
-    def _pass_file(self) -> Path:
-        return self.folder / f"pass-{self.passes:03d}.safetensors"
-
-    def _way_on(self) -> tuple[Path, str]:
-        """The folder, and the flags that an interrupted command may have left to chance."""
-        left = json.loads((self.folder / REQUEST_FILE).read_text(encoding="utf-8"))
-        return self.folder, f"--resume, --output {left['output']} and --seed {left['flags'].get('seed')}"
+        try:
+            if not self.folder.is_dir():  # somebody has removed it
+                self.folder.mkdir(parents=True)
+                self._request.close()
+                self._request = begin_request(self.folder, self._record)
+            replace_file(file, save({name: alone(tensor) for name, tensor in tensors.items()}))
+        except OSError as error:
+            if not self.failed:
+                reason = reason_of(error, self.folder)
+                logger.warning("%s cannot be written (%s); if this run is interrupted, that is lost", file, reason)
+            self.failed = True
 
 
-def open_state(output: Path, flags: Mapping[str, Any], resume: bool, frame_folder: bool = False) -> RunState:
-    """A new run's state, or the one that an interrupted run for `output` has left.
+def open_state(record: RunRecord, resume: bool = False, strict: bool = True) -> RunState:
+    """A new run's state; with `resume` the one that an interrupted run of the same record has left, if there is one.
 
-    Raises:
-        UserError: there is none to resume, or it belongs to a run with other flags.
+    Args:
+        strict: see `find_left`.
     """
-    if resume:
-        folder, request = find_left(output, flags)
+    if resume and (left := find_left(record, strict)) is not None:
+        folder, request, _ = left
         remove_unfinished(folder)
-        return RunState(folder, request)
-    made = tuple(parent for parent in output.parents if not parent.exists())
+        return RunState(folder, request, record, resumed=True)
+    made = tuple(parent for parent in record.output.parents if not parent.exists())
     for number in count(1):
-        folder = state_folder(output, number)
+        folder = state_folder(record.output, number)
         try:
             folder.mkdir(parents=True)
         except FileExistsError:  # another run's, which may still want it
             continue
-        request = (folder / REQUEST_FILE).open("x", encoding="utf-8")
-        lock(request)
-        json.dump({"output": f"{output}/" if frame_folder else str(output), "flags": dict(flags)}, request)
-        request.flush()
-        return RunState(folder, request, made)
+        return RunState(folder, begin_request(folder, record), record, made=made)
     raise AssertionError("unreachable")
 
 
-def check_left(output: Path, flags: Mapping[str, Any]) -> None:
-    """Raise UserError unless a run with `flags` for `output` was interrupted and can go on."""
-    find_left(output, flags)[1].close()
+def begin_request(folder: Path, record: RunRecord) -> IO[str]:
+    """The file of a run's record in a new folder, locked."""
+    request = (folder / REQUEST_FILE).open("x", encoding="utf-8")
+    lock(request)
+    request.write(record.to_json())
+    request.flush()
+    return request
 
 
-def find_left(output: Path, flags: Mapping[str, Any]) -> tuple[Path, IO[str]]:
-    """The folder that an interrupted run with `flags` for `output` has left, and its request file, locked."""
-    pattern = re.compile(re.escape(output.stem) + r"\.state(-\d+)?")
-    there = output.parent.iterdir() if output.parent.is_dir() else ()
-    folders = sorted(path for path in there if pattern.fullmatch(path.name) and path.is_dir())
+Left = tuple[Path, IO[str], dict[str, Any]]  # a folder, its file of the run's record, locked, and what is in that
+
+
+def find_left(record: RunRecord, strict: bool = True, anywhere: bool = False) -> Left | None:
+    """What an interrupted run of the same record has left, None if there is nothing.
+
+    Args:
+        strict: where there are only runs for that output that cannot be resumed, say why; else there is none.
+        anywhere: look for a run of any output in that folder, the newest first; others may be any run's.
+
+    Raises:
+        UserError: it had other flags or inputs, or it has not ended.
+    """
     problems = []
-    for folder in folders or [state_folder(output)]:
+    for folder in sorted(state_folders(record.output, anywhere), reverse=anywhere):
         try:
-            return folder, claim(folder, flags)
+            return claim(folder, record)
         except UserError as error:
             problems.append(error)
-    raise problems[0]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.debug("%s holds no interrupted run: %s", folder, error)
+    if problems and strict and not anywhere:
+        raise problems[0]
+    return None
 
 
-def claim(folder: Path, flags: Mapping[str, Any]) -> IO[str]:
-    """The request file of an interrupted run with `flags`, locked."""
-    try:
-        request = (folder / REQUEST_FILE).open("r+", encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise nothing_left(folder, error.strerror) from error
+def state_folders(output: Path, anywhere: bool = False) -> Iterator[Path]:
+    """Folders that runs for an output, or for any beside it, have left."""
+    for path in output.parent.iterdir() if output.parent.is_dir() else ():
+        name = STATE_FOLDER.fullmatch(path.name)
+        if name is not None and (anywhere or name[1] == output.stem) and path.is_dir():
+            yield path
+
+
+def claim(folder: Path, record: RunRecord) -> Left:
+    """What an interrupted run of the same record has left in a folder.
+
+    Raises:
+        UserError: it is another run's, or in use.
+        OSError, ValueError, KeyError, TypeError, AttributeError: it is nothing of the kind.
+    """
+    request = (folder / REQUEST_FILE).open("r+", encoding="utf-8", errors="replace")
     try:
         lock(request)
-        check_same_run(folder, request.read(), flags)
+        left = json.loads(request.read())
+        record.check_same(left)
     except BlockingIOError as error:
         request.close()
         reason = f"{shown(folder)} is in use by a run that has not ended"
         raise UserError("--resume", f"{reason}; wait for it, or stop it first") from error
-    except UserError:
+    except BaseException:
         request.close()
         raise
-    return request
-
-
-def check_same_run(folder: Path, content: str, flags: Mapping[str, Any]) -> None:
-    """Raise UserError unless a request file's content is that of a run with the same flags."""
-    try:
-        left = dict(json.loads(content)["flags"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise nothing_left(folder, str(error)) from error
-    now = json.loads(json.dumps(dict(flags)))
-    now.setdefault("dtype", left.get("dtype"))  # until torch has been asked
-    different = sorted(key for key in left.keys() | now.keys() if left.get(key) != now.get(key))
-    if different:
-        changes = ", ".join(f"{key} {shown(left.get(key))} -> {shown(now.get(key))}" for key in different)
-        raise UserError("--resume", f"the interrupted run had other flags ({changes}); repeat its command")
-
-
-def nothing_left(folder: Path, reason: str | None) -> UserError:
-    remedy = "give the --output of an interrupted run, or leave --resume out"
-    return UserError("--resume", f"{shown(folder)} holds no interrupted run ({reason}); {remedy}")
+    return folder, request, left
 
 
 def lock(request: IO[str]) -> None:
@@ -200,15 +290,30 @@ def state_folder(output: Path, number: int = 1) -> Path:
     return output.with_name(f"{output.stem}.state{suffix}")
 
 
+def passes_in(folder: Path) -> list[Path]:
+    """The files of the passes that a run has finished, in their order."""
+    return sorted(folder.glob(PASS_FILES))
+
+
+def kept_in(folder: Path) -> list[Path]:
+    """All safety copies in a folder."""
+    return [*passes_in(folder), *folder.glob(STEPS_FILES)]
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """A copy on the CPU that shares its memory with nothing, as files want it."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
 def remove_unfinished(folder: Path) -> None:
-    """Remove all that is neither a finished pass nor the request."""
-    kept = {folder / REQUEST_FILE, *folder.glob(PASS_FILES)}
+    """Remove all that is neither a safety copy nor the request."""
+    kept = {folder / REQUEST_FILE, *kept_in(folder)}
     for path in folder.iterdir():
         if path not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def remove_empty(folders: tuple[Path, ...]) -> None:
+def remove_empty(folders: Iterable[Path]) -> None:
     """Remove folders as far as they are empty, innermost first."""
     for folder in folders:
         try:

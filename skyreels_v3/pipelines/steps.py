@@ -26,7 +26,7 @@ from skyreels_v3.pipelines.state import RunState
 from skyreels_v3.runtime import Runtime
 from skyreels_v3.sampling.denoise import Condition, Pin, Predictions, denoise, leave
 from skyreels_v3.sampling.guidance import NEGATIVE_PROMPT, Guidance
-from skyreels_v3.sampling.schedules import unipc
+from skyreels_v3.sampling.schedules import ATTRIBUTES, restore_scheduler, scheduler_state, unipc
 from skyreels_v3.sampling.step_cache import StepCache
 from skyreels_v3.tasks import LATENT_CHANNELS, VAE_STRIDE, GenerationRequest
 
@@ -152,35 +152,64 @@ class Steps:
         name: str = "denoising",
         pin: Pin = leave,
     ) -> Tensor:
-        """Latents (1, 16, F, h, w) from noise, on the device; those of an interrupted run where it had finished them.
+        """Latents (1, 16, F, h, w) from noise, on the device; those of an interrupted run as far as it had got.
 
         Args:
             conditions: makes the conditions; not called for a pass that was finished before.
             generator: where the noise comes from.
         """
         parallel = self.runtime.parallel
-        if saved := parallel.once(self.recall):
+        saved = parallel.once(self.recall)
+        if saved and ATTRIBUTES not in saved:
             generator.set_state(saved["generator"])
             return saved["latents"].to(self.runtime.device)
         made = conditions()
         transformer = self.components.transformer
         scheduler = self.schedule(request)
-        start = noise.to(self.runtime.device)
+        start, done = noise.to(self.runtime.device), 0
+        if saved:
+            generator.set_state(saved["generator"])
+            restore_scheduler(scheduler, saved, self.runtime.device)
+            start, done = saved["latents"].to(self.runtime.device), scheduler.step_index
+            logger.info("going on after step %d of %d", done, len(scheduler.timesteps))
+        keep = self.safety_copies(request, scheduler, generator)
         resident = self.runtime.resident(transformer, "denoising", transformer.blocks)
         divided = self.predictions(request)
         with resident, divided as predictions, self.runtime.bar(name, len(scheduler.timesteps)) as bar:
+            bar.update(done)
             ends = [perf_counter()]
 
-            def progress() -> None:
+            def after_step(step: int, latents: Tensor) -> None:
                 ends.append(perf_counter())
                 bar.update()
+                keep(step, latents)
 
-            latents = denoise(transformer, scheduler, start, made, guidance, progress, pin, predictions)
+            latents = denoise(transformer, scheduler, start, made, guidance, after_step, pin, predictions, done)
         if request.compile:
             log_step_times(ends)
         if self.state is not None:
             self.state.save(latents, generator)
         return latents
+
+    def safety_copies(
+        self, request: GenerationRequest, scheduler: Any, generator: torch.Generator
+    ) -> Callable[[int, Tensor], None]:
+        """What keeps the latents that a step ended in, if so many seconds have passed since it last did.
+
+        Not with a step cache, which knows more than the scheduler does: that pass begins anew.
+        """
+        state, every, steps = self.state, request.checkpoint_every, len(scheduler.timesteps)
+        last = perf_counter()
+
+        def keep(step: int, latents: Tensor) -> None:
+            nonlocal last
+            if state is None or not every or request.cache is not None:
+                return
+            if step < steps and perf_counter() - last >= every:
+                state.save_step(latents, generator, scheduler_state(scheduler))
+                last = perf_counter()
+
+        return keep
 
     def schedule(self, request: GenerationRequest) -> Any:
         """The scheduler of a pass, set to its first step."""

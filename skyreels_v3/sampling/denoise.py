@@ -88,21 +88,23 @@ def denoise(
     latents: Tensor,
     conditions: Mapping[str, Condition],
     guidance: Guidance,
-    progress: Callable[[], object] = lambda: None,
+    after_step: Callable[[int, Tensor], object] = lambda step, latents: None,
     pin: Pin = leave,
     predictions: Predictions = one_by_one,
+    done: int = 0,
 ) -> Tensor:
     """Turn noise (B, C, F, H, W) into latents.
 
     Args:
         model: predicts velocities.
-        scheduler: a diffusers scheduler, set to its first step.
-        latents: noise, float32, on the model's device.
+        scheduler: a diffusers scheduler, set to its next step.
+        latents: noise, float32, on the model's device; or what became of it in the first `done` steps.
         conditions: by the names that `guidance` asks for.
-        progress: called after each step.
+        after_step: called after each step with its number, from 1, and the latents that it ended in.
         pin: called with the latents and their noise level before the first step and after each; gives the latents to
             go on with, such as ones whose first frames are known.
         predictions: computes the predictions under the conditions.
+        done: steps that an interrupted loop has made.
 
     Raises:
         FloatingPointError: latents became infinite or not a number.
@@ -114,15 +116,16 @@ def denoise(
             contexts[name] = conditions[name].embed(model)
         return conditions[name].predict(model, contexts[name], latents, timestep)
 
-    latents = pin(latents, float(scheduler.sigmas[0]))
-    for step, timestep in enumerate(scheduler.timesteps):
+    if done == 0:
+        latents = pin(latents, float(scheduler.sigmas[0]))
+    for step, timestep in enumerate(scheduler.timesteps[done:], start=done + 1):
         velocity = guidance(predictions(guidance.conditions, predict).__getitem__)
         latents = scheduler.step(velocity, timestep, latents).prev_sample
-        latents = pin(latents, float(scheduler.sigmas[step + 1]))
+        latents = pin(latents, float(scheduler.sigmas[step]))
         if not torch.isfinite(latents).all():
             raise FloatingPointError(
-                f"the latents are not finite after step {step + 1} of {len(scheduler.timesteps)}; "
+                f"the latents are not finite after step {step} of {len(scheduler.timesteps)}; "
                 "the checkpoint or the inputs are damaged, or --dtype float32 is needed"
             )
-        progress()
+        after_step(step, latents)
     return latents

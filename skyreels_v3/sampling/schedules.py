@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from torch import Tensor
 
 from skyreels_v3.errors import UserError
 
@@ -63,3 +66,41 @@ def euler_of(
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1])
     scheduler.set_begin_index(0)
     return scheduler
+
+
+CONFIG = "_internal_dict"  # where diffusers' schedulers keep theirs
+ATTRIBUTES = "attributes"  # the name of the tensor that says which attributes the others are
+
+
+def scheduler_state(scheduler: Any) -> dict[str, Tensor]:
+    """All that a scheduler knows besides its config, between two steps, as tensors for a file.
+
+    Multistep schedulers go on from what earlier steps predicted. What is no tensor, and which tensor is what, is JSON
+    in one more.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def packed(value: Any, name: str) -> Any:
+        if isinstance(value, list):
+            return [packed(entry, f"{name}.{place}") for place, entry in enumerate(value)]
+        if not isinstance(value, Tensor):
+            return value
+        tensors[name] = value
+        return {"tensor": name, "cpu": value.device.type == "cpu"}
+
+    attributes = {name: packed(value, name) for name, value in vars(scheduler).items() if name != CONFIG}
+    return {**tensors, ATTRIBUTES: torch.frombuffer(bytearray(json.dumps(attributes).encode()), dtype=torch.uint8)}
+
+
+def restore_scheduler(scheduler: Any, state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Have a scheduler made for the same steps know what `scheduler_state` says; tensors go back to `device`."""
+
+    def unpacked(value: Any) -> Any:
+        if isinstance(value, list):
+            return [unpacked(entry) for entry in value]
+        if not isinstance(value, dict):
+            return value
+        return state[value["tensor"]].to("cpu" if value["cpu"] else device)
+
+    attributes = json.loads(bytes(state[ATTRIBUTES].tolist()))
+    vars(scheduler).update({name: unpacked(value) for name, value in attributes.items()})

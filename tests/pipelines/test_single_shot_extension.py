@@ -13,7 +13,7 @@ from skyreels_v3.media.inputs import open_inputs
 from skyreels_v3.memory.planner import plan
 from skyreels_v3.pipelines.components import load_components
 from skyreels_v3.pipelines.single_shot_extension import SingleShotExtension
-from skyreels_v3.pipelines.state import open_state
+from skyreels_v3.pipelines.state import RunRecord, open_state
 from skyreels_v3.runtime import start
 
 CLIP = Path(__file__).resolve().parents[2] / "assets" / "boat.mp4"
@@ -30,7 +30,7 @@ def test_exactly_the_seconds_asked_for(tmp_path, monkeypatch, duration):
     request, inputs = open_inputs(request, tmp_path)
     runtime = start(replace(request, device="cpu"), plan(request, None))
     components = load_components(make_tiny(request.task), request, runtime)
-    state = open_state(tmp_path / "a.mp4", {}, resume=False)
+    state = open_state(RunRecord(tmp_path / "a.mp4", {}))
     passes, frames = 0, 0
     for made in SingleShotExtension(components, runtime, state)(request, inputs):
         passes += 1

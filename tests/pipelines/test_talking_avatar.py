@@ -20,7 +20,7 @@ from skyreels_v3.errors import UserError
 from skyreels_v3.media.inputs import Inputs, open_inputs
 from skyreels_v3.memory.planner import plan
 from skyreels_v3.pipelines.components import Components, load_components
-from skyreels_v3.pipelines.state import open_state
+from skyreels_v3.pipelines.state import RunRecord, open_state
 from skyreels_v3.pipelines.steps import video_to_frames
 from skyreels_v3.pipelines.talking_avatar import Given, Scene, TalkingAvatar, audio_windows, in_turn, token_span
 from skyreels_v3.runtime import start
@@ -54,7 +54,7 @@ def components(cache) -> Components:
 def make(components, tmp_path) -> Iterator[Callable[..., Made]]:
     """A pipeline, its request and its inputs from flags; the portrait is 96 x 64 unless they say otherwise."""
     Image.effect_noise((96, 64), 80).convert("RGB").save(tmp_path / "portrait.png")
-    state = open_state(tmp_path / "a.mp4", {}, resume=False)
+    state = open_state(RunRecord(tmp_path / "a.mp4", {}))
 
     def make(*flags: object) -> Made:
         image = () if "--input_video" in flags else ("--input_image", tmp_path / "portrait.png")
