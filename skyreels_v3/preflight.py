@@ -157,24 +157,16 @@ def default_place(request: GenerationRequest) -> tuple[Path, str]:
     """The folder of the video of a request that names no output, and how its name begins."""
     if request.outdir is None:
         return Path("result") / request.task.name, f"{request.seed}_"
-    words = re.sub(r"[/\\:\x00-\x1f\x7f]", "", request.prompt[:PROMPT_IN_NAME]).encode()[:NAME_BYTES]
-    stem = f"{words.decode(errors='ignore').strip(' .')}_{request.seed}_{request.number}"
+    words = re.sub(NOT_IN_NAMES, "", request.prompt[:PROMPT_IN_NAME]).encode()[:NAME_BYTES]
+    stem = f"{words.decode(errors='ignore').lstrip(' .')}_{request.seed}_{request.number}"
     return Path("results") / request.outdir, stem
 
 
 def free_name(request: GenerationRequest) -> Path:
     """Where the video of a request goes that names no output. Small ones may be made several in a second."""
-<<<<<<< HEAD
-    path = Path("result") / request.task.name / f"{request.seed}_{datetime.now():%Y%m%d-%H%M%S}.mp4"
-    if request.outdir is not None:
-        words = re.sub(NOT_IN_NAMES, "", request.prompt[:PROMPT_IN_NAME]).encode()[:NAME_BYTES]
-        name = f"{words.decode(errors='ignore').lstrip(' .')}_{request.seed}_{request.number}.mp4"
-        path = Path("results") / request.outdir / name
-=======
     folder, stem = default_place(request)
     time = f"{datetime.now():%Y%m%d-%H%M%S}" if request.outdir is None else ""
     path = folder / f"{stem}{time}.mp4"
->>>>>>> 73cf97c (--resume works however a run ended, refuses changed inputs by name, and goes on within a pass)
     numbered = (path.with_name(f"{path.stem}-{number}.mp4") for number in count(2))
     return next(name for name in chain([path], numbered) if not os.path.lexists(name))
 
