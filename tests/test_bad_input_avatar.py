@@ -60,7 +60,6 @@ SOUNDS = [
     sound("empty", "give a complete file"),
     sound("zero.wav", "give a recording of speech"),
     sound("cut.wav", "give a complete sound file"),
-    sound("cut.mp3", "give a complete sound file"),
     sound("text.mp3", "give a"),
     sound("portrait.png", "give a sound file, such as an mp3 or wav"),
     sound("silent.mp4", "give a sound file, or a video with sound"),
@@ -206,7 +205,6 @@ def files(tmp_path_factory) -> Path:
         ("cut.png", folder / "portrait.png", 3000),
         ("cut.jpg", folder / "whole.jpg", 1000),
         ("cut.wav", folder / "6s.wav", 20_000),
-        ("cut.mp3", ASSETS / "speech.mp3", 10_000),
     ):
         (folder / name).write_bytes(whole.read_bytes()[:size])
     for name in ("text.png", "text.mp3"):

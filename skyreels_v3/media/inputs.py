@@ -131,8 +131,8 @@ def open_sound(source: str, request: GenerationRequest, folder: Path, notes: lis
     """A recording of a length that the models take."""
     flag = "--input_audio"
     path = localise(source, flag, folder, request.url_timeout, progress=request.verbosity >= 0)
-    with naming(source, path, notes):
-        return probe_audio(path, flag)
+    with naming(source, path, notes) as say:
+        return probe_audio(path, flag, say)
 
 
 @contextmanager

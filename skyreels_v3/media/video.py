@@ -79,8 +79,14 @@ CRF = 16  # x264's constant quality: 0 is lossless, 18 is usually called visuall
 PRESET = "medium"
 AAC_BITS = "256k"  # a second; the encoder takes less where the sample rate allows no more
 # Samples one after the other from time 0, as `audio.read_audio` hands them to the model: a track that begins late or
-# has gaps in its timestamps must not run away from the lips. Whole numbers clip what float files have beyond [-1, 1].
-SOUND_FROM_ZERO = "asetpts=N/SR/TB,aformat=sample_fmts=s32:channel_layouts=mono|stereo"
+# has gaps in its timestamps must not run away from the lips.
+FROM_ZERO = "asetpts=N/SR/TB"
+SURROUND = re.compile(r" Hz, (?!mono|stereo|[12] channels)")  # in the description of a track
+LIMITER = "alimiter=limit=0.98:level=0:latency=1"  # no make-up gain, and no delay by its look-ahead
+# In floating point, where ffmpeg does not turn the sum down to what the loudest possible one would need.
+DOWNMIX = f"aformat=sample_fmts=fltp:channel_layouts=stereo,{LIMITER}"
+WHOLE_NUMBERS = "aformat=sample_fmts=s32:channel_layouts=mono|stereo"  # clip what float files have beyond [-1, 1]
+SOUND_FADE = 0.01  # s, at the end of a clip's sound
 COMMENT_BYTES = 120_000  # one argument of a Linux program may have 128 KiB
 PNG_COMPRESSION = 3  # of 9; higher levels take much longer for a few percent
 FRAMES_AHEAD = 16  # frames that may wait to be written while the next ones are made: 44 MB at 1280 x 720
@@ -92,8 +98,9 @@ class ClipInfo:
     """What is known of a clip without decoding it.
 
     `width` and `height` are as displayed: after rotation, in square pixels. `fps` is the clip's own (mean) rate,
-    `seconds` the length of its video. `frames` is the number of frames that `read_frames` gives at the wanted rate;
-    it can be off by one where a container does not say how long the last frame is shown.
+    `start` the time of its first frame in the file and `seconds` the length of its video. `frames` is the number of
+    frames that `read_frames` gives at the wanted rate; it can be off by one where a container does not say how long the
+    last frame is shown.
     """
 
     path: Path
@@ -102,6 +109,8 @@ class ClipInfo:
     fps: float
     seconds: float
     frames: int
+    start: float = 0.0
+    has_sound: bool = False
 
 
 def probe(path: Path, flag: str, fps: int, say: Callable[[str], object] = logger.warning) -> ClipInfo:
@@ -140,6 +149,8 @@ def probe(path: Path, flag: str, fps: int, say: Callable[[str], object] = logger
         fps=len(times) / seconds if seconds else 0.0,
         seconds=seconds,
         frames=max(0, _round_half_up(end * fps) - _round_half_up(start * fps)),
+        start=float(start),
+        has_sound=track.has_sound,
     )
 
 
@@ -205,7 +216,7 @@ def write_video(
     width: int,
     fps: int,
     comment: str,
-    audio: Path | None = None,
+    audio: Path | ClipInfo | None = None,
     workspace: Path | None = None,
 ) -> Path:
     """Encode frames, uint8 [height, width, 3], as they come: H.264, yuv420p, BT.709, index in front.
@@ -219,8 +230,9 @@ def write_video(
         height, width: even numbers.
         comment: the file's comment, for what made it.
         audio: a sound file, or a clip for its sound track, that `audio.probe_audio` has accepted. It is heard from the
-            first frame on as AAC, at its own sample rate (the nearest that AAC has) and in its own channels (at most
-            two), cut or filled with silence to the length of the frames; in a partial file likewise.
+            first frame on as AAC, at its own sample rate (the nearest that AAC has) and in its own channels (more than
+            two are mixed to stereo), cut or filled with silence to the length of the frames; in a partial file
+            likewise. Or a clip whose frames come first: its sound is heard with them, as the timestamps say.
         workspace: a folder of the same file system for the unfinished file; that of `path` if there is none.
 
     Returns:
@@ -228,7 +240,7 @@ def write_video(
 
     Raises:
         RuntimeError: there are no frames, or ffmpeg fails. When only the sound could not be added, the silent frames
-            are kept as a partial file.
+            are kept as a partial file; a clip's sound that could not be added is only a warning.
     """
     if len(comment.encode()) > COMMENT_BYTES:
         raise ValueError(f"comment of more than {COMMENT_BYTES} bytes")
@@ -379,7 +391,9 @@ class _VideoSink:
 
     is_folder = False
 
-    def __init__(self, temporary: Path, height: int, width: int, fps: int, comment: str, audio: Path | None) -> None:
+    def __init__(
+        self, temporary: Path, height: int, width: int, fps: int, comment: str, audio: Path | ClipInfo | None
+    ) -> None:
         self.temporary = temporary
         self.added = 0
         self._fps = fps
@@ -421,22 +435,31 @@ class _VideoSink:
         if self._audio is not None and self.added:
             self._add_sound(self._audio)
 
-    def _add_sound(self, audio: Path) -> None:
+    def _add_sound(self, audio: Path | ClipInfo) -> None:
         """Replace the silent file by one with sound. A failure leaves the silent file, and is not tried again."""
         both = temporary_name(self.temporary)
-        streams = "-map 0:v -map 1:a:0 -map_chapters -1 -c:v copy -c:a aac".split()
-        filters = f"{SOUND_FROM_ZERO},apad,atrim=end={self.added / self._fps:.6f}"
+        clip, path = (audio, audio.path) if isinstance(audio, ClipInfo) else (None, audio)
+        track, downmix = sound_track(path)
+        timing = [FROM_ZERO]
+        if clip is not None:
+            end = clip.frames / self._fps
+            timing = [f"asetpts=PTS-({clip.start:.6f})/TB", "aresample=async=1:min_hard_comp=0.04:first_pts=0"]
+            timing += [f"atrim=end={end:.6f}", f"afade=out:st={max(0, end - SOUND_FADE):.6f}:d={SOUND_FADE}"]
+        filters = ",".join([*timing, *downmix, WHOLE_NUMBERS, "apad", f"atrim=end={self.added / self._fps:.6f}"])
+        streams = ["-map", "0:v", "-map", f"1:{track}", "-map_chapters", "-1", "-c:v", "copy", "-c:a", "aac"]
         try:
             run_ffmpeg(
-                ["-i", f"file:{self.temporary}", *sound_input(audio), *streams, "-b:a", AAC_BITS, "-af", filters]
+                ["-i", f"file:{self.temporary}", *sound_input(path), *streams, "-b:a", AAC_BITS, "-af", filters]
                 + ["-metadata", f"comment={self._comment}", "-movflags", "+faststart", "-f", "mp4", f"file:{both}"],
-                f"add the sound of {audio}",
+                f"add the sound of {path}",
             )
             both.replace(self.temporary)
             self._audio = None
-        except RuntimeError:
+        except RuntimeError as error:
             self._audio = None
-            raise
+            if clip is None:
+                raise
+            logger.warning("%s; the video has none", error)
         finally:
             both.unlink(missing_ok=True)
 
@@ -481,13 +504,14 @@ class _VideoTrack:
     """Of the video tracks of a file the one to be read, and how.
 
     `source` are ffmpeg's options that choose it, `before` and `after` the filters around the one that sets the frame
-    rate, `notes` what the user should know.
+    rate, `has_sound` tells of the file, `notes` are what the user should know.
     """
 
     source: list[str]
     before: str = ""
     after: str = TO_RGB
     too_large: bool = False
+    has_sound: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -517,7 +541,8 @@ def _video_track(path: Path) -> _VideoTrack:
     if interlaced:
         notes.append("is interlaced; whole frames are made of its fields")
     too_large = int(width) * int(height) * across > MAX_FRAME_PIXELS * down
-    return _VideoTrack(source, "bwdif=deint=interlaced," * interlaced, after, too_large, tuple(notes))
+    has_sound = any(kind == "Audio" for _, kind, _ in TRACK.findall(log))
+    return _VideoTrack(source, "bwdif=deint=interlaced," * interlaced, after, too_large, has_sound, tuple(notes))
 
 
 def _to_sdr(matrix: str, primaries: str, transfer: str, alpha: bool) -> str:
@@ -532,9 +557,13 @@ def _to_sdr(matrix: str, primaries: str, transfer: str, alpha: bool) -> str:
     return ",".join([*steps, TO_SDR.format(whole=planes)])
 
 
-def sound_track(path: Path) -> str:
-    """ffmpeg's specifier of a file's default sound track, else of the first one, as in "0:1"."""
-    return _chosen_track(path, "Audio", SOUND_CONTAINERS)[0]
+def sound_track(path: Path) -> tuple[str, list[str]]:
+    """The number of a file's default sound track, else of the first one, and filters to stereo if it has more channels.
+
+    The number is ffmpeg's, within the file; it is "a:0" where there is none.
+    """
+    specifier, text, _ = _chosen_track(path, "Audio", SOUND_CONTAINERS)
+    return specifier.removeprefix("0:"), [DOWNMIX] if SURROUND.search(text) else []
 
 
 def _chosen_track(path: Path, kind: str, containers: str) -> tuple[str, str, str]:

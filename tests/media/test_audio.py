@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 
 from skyreels_v3.errors import UserError
 from skyreels_v3.media.audio import AudioInfo, mix, normalise_loudness, probe_audio, read_audio
+from skyreels_v3.media.video import write_video
 
 FLAG = "--input_audio"
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -64,7 +65,7 @@ def test_recordings_are_read_as_librosa_reads_them(name: str) -> None:
 
 
 @pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
-@pytest.mark.parametrize("rate, channels", [(16_000, 1), (48_000, 2), (44_100, 6)])
+@pytest.mark.parametrize("rate, channels", [(16_000, 1), (48_000, 2)])
 def test_wav_files_are_read_as_librosa_reads_them(tmp_path: Path, subtype: str, rate: int, channels: int) -> None:
     levels = np.random.default_rng(0).uniform(-0.9, 0.9, (rate, channels))
     path = save(tmp_path / "a.wav", levels, rate, subtype)
@@ -128,8 +129,9 @@ def test_samples_that_are_no_numbers(tmp_path: Path, value: float) -> None:
     levels = tone(1.0)
     levels[500] = value
     path = save(tmp_path / "a.wav", levels, subtype="FLOAT")
-    with pytest.raises(UserError, match=r"--input_audio: .*a\.wav has samples that are not finite .*; export"):
-        read_audio(path, FLAG)
+    for read in (probe_audio, read_audio):
+        with pytest.raises(UserError, match=r"--input_audio: .*a\.wav has samples that are not finite .*; export"):
+            read(path, FLAG)
 
 
 def test_clipping(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -143,7 +145,107 @@ def test_clipping(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
 
 
+def in_5_1(**channels: np.ndarray) -> np.ndarray:
+    """[samples, 6] in the order of WAV files; channels that are not given are silent."""
+    silent = np.zeros_like(next(iter(channels.values())))
+    return np.stack([channels.get(name, silent) for name in ("FL", "FR", "FC", "LFE", "BL", "BR")], 1)
+
+
+def test_surround_is_mixed_to_stereo(tmp_path: Path) -> None:
+    """As ITU-R BS.775 has it, at its level, and without the bass channel."""
+    names = ("FL", "FR", "FC", "LFE", "BL", "BR")
+    levels = {name: tone(1.0, hertz=200 + 100 * i, level=0.1) for i, name in enumerate(names)}
+    samples = read_audio(save(tmp_path / "a.wav", in_5_1(**levels), subtype="FLOAT"), FLAG)
+    sides = [levels[a] + np.sqrt(0.5) * (levels["FC"] + levels[b]) for a, b in (("FL", "BL"), ("FR", "BR"))]
+    assert np.abs(samples - np.mean(sides, 0))[100:-100].max() < 1e-4
+
+
+def loudness(path: Path) -> float:
+    """LUFS by ffmpeg's meter."""
+    command = [get_ffmpeg_exe(), "-hide_banner", "-i", path, "-af", "ebur128=framelog=quiet", "-f", "null", "-"]
+    log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return float(re.findall(r"I: +(-?[\d.]+) LUFS", log)[-1])
+
+
+@pytest.mark.parametrize("channel", ["FL", "FC"])
+def test_surround_keeps_its_loudness(tmp_path: Path, channel: str) -> None:
+    path = save(tmp_path / "a.wav", in_5_1(**{channel: tone(2.0, 48_000, level=0.3)}), 48_000)
+    frames = (np.zeros((32, 32, 3), np.uint8) for _ in range(50))
+    video = write_video(frames, tmp_path / "a.mp4", height=32, width=32, fps=25, comment="", audio=path)
+    mixed = mix([path], True, tmp_path / "mixed.wav")
+    assert [loudness(video), loudness(mixed)] == pytest.approx([loudness(path)] * 2, abs=0.3)
+
+
+def test_loud_surround_is_limited(tmp_path: Path) -> None:
+    loud = tone(1.0, 48_000, level=0.9)
+    samples = read_audio(save(tmp_path / "a.wav", in_5_1(FL=loud, FR=loud, FC=loud), 48_000), FLAG)
+    assert 0.9 < np.abs(samples).max() < 1
+
+
+def test_default_track_is_heard(tmp_path: Path) -> None:
+    other = save(tmp_path / "other.wav", 0.1 * tone(2.0))
+    tracks = ["-i", other, "-i", SPEECH, "-map", 0, "-map", 1, "-c:a", "flac"]
+    ffmpeg(*tracks, "-disposition:a:0", 0, "-disposition:a:1", "default", tmp_path / "a.mka")
+    assert np.abs(read_audio(tmp_path / "a.mka", FLAG) - read_audio(SPEECH, FLAG)).max() <= 1e-7
+    target = mix([tmp_path / "a.mka"], True, tmp_path / "mixed.wav")
+    assert correlation(read_audio(target, FLAG), read_audio(SPEECH, FLAG)) > 0.99
+    frames = (np.zeros((32, 32, 3), np.uint8) for _ in range(50))
+    video = write_video(frames, tmp_path / "a.mp4", height=32, width=32, fps=25, comment="", audio=tmp_path / "a.mka")
+    assert correlation(read_audio(video, FLAG), read_audio(SPEECH, FLAG)) > 0.99
+
+
 # probing
+
+
+def notes_on(path: Path) -> list[str]:
+    """What `probe_audio` says, which names the file."""
+    notes: list[str] = []
+    probe_audio(path, FLAG, notes.append)
+    assert all(note.startswith(f"{path} ") for note in notes)
+    return [note.removeprefix(f"{path} ") for note in notes]
+
+
+def test_nothing_to_hear_is_said(tmp_path: Path) -> None:
+    note = "has nothing to hear, it is below -70 LUFS; the lips will not follow it"
+    assert notes_on(save(tmp_path / "a.wav", np.zeros(16_000))) == [note]
+    assert notes_on(save(tmp_path / "b.wav", np.full(16_000, 0.5))) == [note]  # a constant
+    # one second, of many, of a tone 2 dB below and above the gate; the meter's filter is flat here
+    for level, notes in ((-72, [note]), (-68, [])):
+        quiet = np.zeros(160_000)
+        quiet[60_000:76_000] = tone(1.0, hertz=997, level=10 ** (level / 20) * np.sqrt(2))
+        assert notes_on(save(tmp_path / "c.wav", quiet, subtype="FLOAT")) == notes
+
+
+def test_channels_that_cancel_are_said_and_heard(tmp_path: Path) -> None:
+    speech = soundfile.read(SPEECH)[0]
+    path = save(tmp_path / "a.wav", np.stack([-0.99 * speech, speech], 1), subtype="FLOAT")
+    assert notes_on(path) == ["has channels that cancel each other; the model hears only the loudest one"]
+    assert np.abs(read_audio(path, FLAG) - read_audio(SPEECH, FLAG)).max() <= 1e-7
+    noise = np.random.default_rng(0).normal(0, 0.1, (2, 16_000))
+    for left, right in (noise, (noise[0], 0 * noise[0]), (noise[0], noise[1] - 0.5 * noise[0])):
+        assert notes_on(save(tmp_path / "b.wav", np.stack([left, right], 1))) == []
+
+
+@pytest.mark.parametrize("options", [["-b:a", "64k"], ["-q:a", 4]])
+def test_cut_mp3_is_said(tmp_path: Path, options: list[object]) -> None:
+    """Tools that cut between packets leave the length in its header, and players do not mind."""
+    save(tmp_path / "noise.wav", np.random.default_rng(0).normal(0, 0.1, 80_000))
+    ffmpeg("-i", tmp_path / "noise.wav", *options, tmp_path / "a.mp3")
+    content = (tmp_path / "a.mp3").read_bytes()
+    (tmp_path / "a.mp3").write_bytes(content[: int(len(content) * 0.6)])
+    (note,) = notes_on(tmp_path / "a.mp3")
+    assert re.fullmatch(r"was 5\.\d s long by its header, and holds [23]\.\d s; it may have been cut off", note)
+
+
+def test_many_channels(tmp_path: Path) -> None:
+    """More than there are places for are refused, others mixed to stereo."""
+    check_refused(save(tmp_path / "a.wav", np.zeros((16_000, 64))), "channels of unknown places", "stereo")
+    ffmpeg("-i", SPEECH, "-af", "pan=7.1.4|FC=c0", "-c:a", "pcm_f32le", tmp_path / "b.wav")
+    assert correlation(read_audio(tmp_path / "b.wav", FLAG), read_audio(SPEECH, FLAG)) > 0.99
+
+
+def test_extreme_rates(tmp_path: Path) -> None:
+    check_refused(save(tmp_path / "a.wav", tone(1.0, 400_000), 400_000), "400000 samples a second", "48000")
 
 
 def check_refused(path: Path, *words: str) -> None:
@@ -196,8 +298,6 @@ def test_zero_length(tmp_path: Path, name: str) -> None:
         ("a.flac", []),
         ("a.m4a", []),
         ("fast.m4a", ["-movflags", "+faststart"]),
-        ("a.mp3", ["-b:a", "64k"]),
-        ("vbr.mp3", ["-q:a", 4]),
         ("a.ogg", []),
         ("a.opus", []),
         ("a.mka", []),
@@ -236,9 +336,12 @@ def test_limits(tmp_path: Path) -> None:
 
 def test_probe_is_fast(tmp_path: Path) -> None:
     ffmpeg("-f", "lavfi", "-i", "sine=r=44100:d=200", "-ac", 2, "-q:a", 6, tmp_path / "a.mp3")
-    begin = time.monotonic()
-    assert probe_audio(tmp_path / "a.mp3", FLAG).seconds == pytest.approx(200.0)
-    assert time.monotonic() - begin < 1.5  # 0.3 s on an idle machine
+    seconds = []
+    for _ in range(3):
+        begin = time.monotonic()
+        assert probe_audio(tmp_path / "a.mp3", FLAG).seconds == pytest.approx(200.0)
+        seconds.append(time.monotonic() - begin)
+    assert min(seconds) < 1.5  # 0.5 s on an idle machine
 
 
 def test_importing_and_probing_need_no_large_library() -> None:
