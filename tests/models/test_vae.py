@@ -185,13 +185,13 @@ def peaks(model: VideoVAE, video: torch.Tensor, latents: torch.Tensor, tiles: tu
 
 @pytest.mark.parametrize("name", ["native", "random_vae"])
 def test_bfloat16(name, request):
-    """What bfloat16 costs: measured 45 dB at least."""
+    """What bfloat16 may cost: 35 dB, where 45 or more were measured."""
     model = request.getfixturevalue(name)
     half = VideoVAE(copy.deepcopy(model.module).to(torch.bfloat16))
     exact, rounded = encode_and_decode(model, (1, 1)), encode_and_decode(half, (2, 2))
     for part, expected in zip(rounded, exact, strict=True):
         assert part.dtype == torch.float32
-        assert psnr(part, expected) > 40
+        assert psnr(part, expected) > 35
 
 
 def psnr(x: torch.Tensor, reference: torch.Tensor) -> float:

@@ -87,7 +87,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_librarys():
         (predict(made(kind).bfloat16(), arguments) - exact).square().mean().sqrt()
         for kind in (HunyuanTransformer3DModel, HunyuanVideoTransformer3DModel)
     ]
-    assert 0 < errors[0] < 1.2 * errors[1]
+    assert 0 < errors[0] < 2 * errors[1]
 
 
 def test_attention_is_the_one_handed_in():
