@@ -66,7 +66,7 @@ FEW = ("--height", "720", "--width", "1280", "--num_inference_steps", "2")  # of
 UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 DENOISING, DECODING = "denoising", "decoding with the VAE"  # stages, by the product's names
 PLANNED = {  # the planner's names of the product's stages
-    "the text encoder": "text encoder",
+    "encoding the prompt": "text encoder",
     "encoding with the VAE": "VAE encode",
     DENOISING: "transformer",
     DECODING: "VAE decode",

@@ -14,7 +14,7 @@ import shutil
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import TYPE_CHECKING
@@ -120,19 +120,23 @@ class Runtime:
     parallel: Parallel
     room: Room
     streams: dict[nn.Module, BlockStream] = field(default_factory=dict)
+    announced: set[str] = field(default_factory=set)  # stages of which the user has been told
 
     @contextmanager
     def resident(self, module: nn.Module, stage: str, blocks: Sequence[nn.Module] = ()) -> Iterator[None]:
         """Have `module` on the device for the length of a `with` block, as far as the memory policy lets it.
 
         Args:
-            stage: what it is needed for, in case memory runs out.
+            stage: what it is needed for, such as "encoding the prompt".
             blocks: parts of it that may come one after the other.
         """
         from skyreels_v3.memory.offload import on_device
         from skyreels_v3.memory.shard import is_sharded
         from skyreels_v3.memory.shortage import explained
 
+        if stage.startswith("encoding") and stage not in self.announced:  # other stages have a bar
+            logger.info(stage)
+            self.announced.add(stage)
         with explained(stage, self.plan, self.policy.mode, self.free_memory), ExitStack() as stack:
             if is_sharded(module):
                 pass  # what is to be here is here
@@ -168,11 +172,11 @@ class Runtime:
 
         return torch.Generator().manual_seed(seed)
 
-    def bar(self, name: str, total: int) -> tqdm[None]:
-        """A progress bar on stderr, a context manager with `update`."""
-        from tqdm import tqdm
+    def bar(self, name: str, total: int) -> AbstractContextManager[tqdm[None]]:
+        """A progress bar on stderr, see `progress.progress_bar`."""
+        from skyreels_v3.progress import progress_bar
 
-        return tqdm(desc=name, total=total, disable=not self.show_progress, file=sys.stderr)
+        return progress_bar(name, total, self.show_progress)
 
 
 def set_environment() -> None:

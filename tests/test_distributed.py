@@ -246,7 +246,10 @@ def wait_for(*files: Path) -> float:
 
 
 TROUBLES = {
-    "out of memory": ("torch.empty(1 << 62, dtype=torch.uint8)", "error: rank 1: OutOfMemory: out of memory in denoi"),
+    "out of memory": (
+        "torch.empty(1 << 62, dtype=torch.uint8)",
+        "error: rank 1: OutOfMemory: out of memory while denoi",
+    ),
     "a bug": ("raise RuntimeError('a bug')", "error: rank 1: RuntimeError: a bug (--verbose shows where)"),
     "killed": ("os.kill(os.getpid(), signal.SIGKILL)", ""),  # torchrun says so
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import subprocess
 from pathlib import Path
@@ -41,8 +42,11 @@ def sound_of(path: Path) -> str:
 @pytest.mark.parametrize(("seconds", "rate", "frames"), [(0.5, 22050, 13), (1.01, 48000, 26), (3.5, 44100, 88)])
 def test_picture_and_sound_are_as_long(main, tmp_path, seconds, rate, frames):
     sound = tone(tmp_path / "sound.wav", seconds, rate)
-    code, stdout, stderr = main(*AVATAR, "--input_audio", sound, "--output", "a.mp4", "--quiet")
+    code, stdout, stderr = main(*AVATAR, "--input_audio", sound, "--output", "a.mp4")
     assert (code, stdout) == (0, "a.mp4\n"), stderr
+    bars = dict(re.findall(r"^(\w[\w /]+): +(\d+%)", stderr, re.MULTILINE))  # how far each has come
+    assert {"loading", "decoding"} < bars.keys()
+    assert {*bars.values()} == {"100%"}
     made = probe(tmp_path / "a.mp4", "", 25)
     assert (made.frames, made.width, made.height) == (frames, 32, 32)
     assert abs(probe_audio(tmp_path / "a.mp4", "").seconds - made.seconds) < FRAME

@@ -212,7 +212,7 @@ def ask_for_too_much(*_: object, **__: object) -> None:
 # stage: what is patched to ask for too much, and what is left of the run
 FINISHED_PASS = {"out/a.state/request.json", "out/a.state/pass-000.safetensors"}  # for --resume
 SHORTAGES: dict[str, tuple[type, str, set[str]]] = {
-    "the text encoder": (TextEncoder, "__call__", set()),
+    "encoding the prompt": (TextEncoder, "__call__", set()),
     "encoding with the VAE": (VideoVAE, "encode", set()),
     "denoising": (SkyReelsTransformer3DModel, "forward", set()),
     "decoding with the VAE": (VideoVAE, "decode_stream", FINISHED_PASS),
@@ -232,7 +232,7 @@ def test_out_of_memory(main, monkeypatch, tmp_path, stage, mode):
     lines = [line for line in stderr.splitlines() if not line.startswith("WARNING: tiny is a toy")]
     assert len(lines) == 1
     assert re.match(
-        rf"error: OutOfMemory: out of memory in {stage}: [\d.]+ GB of host memory more were asked", lines[0]
+        rf"error: OutOfMemory: out of memory while {stage}: [\d.]+ GB of host memory more were asked", lines[0]
     )
     for way in ("--low_vram", "--vae_dtype bfloat16", "a smaller --resolution"):
         assert way in lines[0]

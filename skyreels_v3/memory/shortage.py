@@ -39,7 +39,7 @@ def explained(stage: str, plan: Plan, mode: str, free: Callable[[], int | None])
         there = free()
         left = "" if there is None else f", {giga(there)} are free"
         raise OutOfMemory(
-            f"out of memory in {stage}: {asked} more were asked for{left}; {way_out(plan, mode, there is not None)}"
+            f"out of memory while {stage}: {asked} more were asked for{left}; {way_out(plan, mode, there is not None)}"
         ) from error
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 
 from skyreels_v3.media.inputs import Inputs
 from skyreels_v3.models.transformer import Segment
@@ -29,4 +28,4 @@ class ShotSwitchingExtension(Steps):
         generator = self.runtime.generator(request.seed)
         noise = self.noise(request, frames, generator)
         latents = self.denoise(request, noise, lambda: conditions, guidance, generator)
-        yield Pass(latents.cpu(), islice(self.decode(latents, rounding=False), request.frames_out))
+        yield Pass(latents.cpu(), self.decode(latents, rounding=False, frames=request.frames_out))

@@ -37,16 +37,22 @@ class SingleShotExtension(Steps):
             name = f"denoising {number}/{len(rolls)}"
             latents = self.denoise(request, noise, lambda made=conditions: made, guidance, generator, name)
             tail: deque[Frame] = deque(maxlen=len(clip))
-            new = self.new_frames(prefix, latents, tail)
-            yield Pass(latents.cpu(), islice(new, max(0, missing)))
+            last, wanted = number == len(rolls), max(0, missing)
+            new = self.new_frames(prefix, latents, tail, wanted if last else None)
+            yield Pass(latents.cpu(), new if last else islice(new, wanted))
             missing -= 4 * frames
-            if number < len(rolls):
+            if not last:
                 deque(new, maxlen=0)  # roll-outs can make too much before the last one; it conditions that all the same
                 clip = np.stack(tail)
 
-    def new_frames(self, prefix: Tensor, latents: Tensor, tail: deque[Frame]) -> Iterator[Frame]:
-        """Decode condition and new frames together and give the new ones; `tail` ends up with the last of them."""
+    def new_frames(self, prefix: Tensor, latents: Tensor, tail: deque[Frame], wanted: int | None) -> Iterator[Frame]:
+        """Decode condition and new frames together and give the new ones; `tail` ends up with the last of them.
+
+        `wanted`: how many new ones, None for all.
+        """
         condition_frames = 4 * (prefix.shape[2] - 1) + 1
-        for frame in islice(self.decode(torch.cat((prefix, latents), dim=2), rounding=False), condition_frames, None):
+        frames = None if wanted is None else condition_frames + wanted
+        decoded = self.decode(torch.cat((prefix, latents), dim=2), rounding=False, frames=frames)
+        for frame in islice(decoded, condition_frames, None):
             tail.append(frame)
             yield frame

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -28,7 +29,7 @@ from skyreels_v3.sampling.denoise import Condition, Pin, Predictions, denoise, l
 from skyreels_v3.sampling.guidance import NEGATIVE_PROMPT, Guidance
 from skyreels_v3.sampling.schedules import ATTRIBUTES, restore_scheduler, scheduler_state, unipc
 from skyreels_v3.sampling.step_cache import StepCache
-from skyreels_v3.tasks import LATENT_CHANNELS, VAE_STRIDE, GenerationRequest
+from skyreels_v3.tasks import LATENT_CHANNELS, VAE_STRIDE, GenerationRequest, latent_frames
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class Steps:
         assert encoder is not None
         if quant is not None:
             quantize_blocks(encoder.blocks, "quantising the text encoder", quant, self.runtime)
-        with self.runtime.resident(encoder.module, "the text encoder", encoder.blocks):
+        with self.runtime.resident(encoder.module, "encoding the prompt", encoder.blocks):
             yield encoder
 
     def encode_frames(self, frames: np.ndarray, generator: torch.Generator | None = None) -> Tensor:
@@ -241,16 +242,23 @@ class Steps:
         assert self.state is not None
         return self.state.recall()
 
-    def decode_video(self, latents: Tensor) -> Iterator[Tensor]:
-        """Video (1, 3, f, H, W) in [-1, 1] of latents (1, 16, F, h, w), piece by piece as it is asked for."""
-        vae = self.components.vae
-        resident = self.runtime.resident(vae.module, "decoding with the VAE")
-        with resident, self.runtime.bar("decoding", latents.shape[2]) as bar:
-            for chunk in vae.decode_stream(latents):
-                bar.update()
-                yield chunk
+    def decode_video(self, latents: Tensor, frames: int | None = None) -> Iterator[Tensor]:
+        """Video (1, 3, f, H, W) in [-1, 1] of latents (1, 16, F, h, w), piece by piece as it is asked for.
 
-    def decode(self, latents: Tensor, rounding: bool) -> Iterator[Frame]:
-        """Frames of latents (1, 16, F, h, w), decoded as they are asked for."""
-        for chunk in self.decode_video(latents):
+        Args:
+            frames: how many are wanted, None for all.
+        """
+        vae = self.components.vae
+        left = frames or VAE_STRIDE[0] * latents.shape[2]
+        total = min(latents.shape[2], latent_frames(left + VAE_STRIDE[0] - 1))  # the last one's frames may be too many
+        resident = self.runtime.resident(vae.module, "decoding with the VAE")
+        with resident, self.runtime.bar("decoding", total) as bar:
+            for chunk in islice(vae.decode_stream(latents), total):
+                bar.update()
+                yield chunk[:, :, :left]
+                left -= chunk.shape[2]
+
+    def decode(self, latents: Tensor, rounding: bool, frames: int | None = None) -> Iterator[Frame]:
+        """Frames of latents (1, 16, F, h, w), decoded as they are asked for; see `decode_video`."""
+        for chunk in self.decode_video(latents, frames):
             yield from video_to_frames(chunk, rounding)

@@ -10,7 +10,6 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import numpy as np
 import torch
@@ -95,9 +94,9 @@ class TalkingAvatar(Steps):
             return
         name = f"denoising 1/{len(plan.windows) + 1}"
         latents = self.make_window(request, scene, texts, Given(scene.portrait), 0, name)
-        decoded = self.decode_matched(request, latents, scene)
+        decoded = self.decode_matched(request, latents, scene, None if plan.windows else plan.audio_frames)
         if not plan.windows:
-            yield Pass(latents.cpu(), islice(to_frames(decoded), plan.audio_frames))
+            yield Pass(latents.cpu(), to_frames(decoded))
             return
         keys = self.key_frames(request, inputs, plan, decoded)
         yield Pass(latents.cpu(), iter(()))
@@ -296,16 +295,18 @@ class TalkingAvatar(Steps):
 
         return self.runtime.parallel.once(encode)["image"].to(self.runtime.device)
 
-    def decode_matched(self, request: GenerationRequest, latents: Tensor, scene: Scene) -> Iterator[Tensor]:
-        """Frames (1, 3, 1, H, W) of latents, in the portrait's colours."""
-        for chunk in self.decode_video(latents):
+    def decode_matched(
+        self, request: GenerationRequest, latents: Tensor, scene: Scene, frames: int | None
+    ) -> Iterator[Tensor]:
+        """Frames (1, 3, 1, H, W) of latents, in the portrait's colours; see `decode_video`."""
+        for chunk in self.decode_video(latents, frames):
             yield from match_color(chunk, scene.portrait, request.color_correction_strength).split(1, dim=2)
 
     def new_frames(
         self, request: GenerationRequest, latents: Tensor, scene: Scene, window: Window, tail: deque[Tensor]
     ) -> Iterator[Frame]:
         """The frames of a window that are written; `tail` ends up with the last of them."""
-        for index, frame in enumerate(islice(self.decode_matched(request, latents, scene), window.end)):
+        for index, frame in enumerate(self.decode_matched(request, latents, scene, window.end)):
             tail.append(frame)
             if index >= window.first:
                 yield video_to_frames(frame, rounding=False)[0]

@@ -46,7 +46,7 @@ def said(error: Exception, mode: str = "resident", free: int | None = FREE, **ch
 
 def test_a_gpus():
     line = said(torch.OutOfMemoryError(GPU))
-    assert line.startswith("out of memory in decoding with the VAE: 2.00 GiB more were asked for, 1.1 GB are free; ")
+    assert line.startswith("out of memory while decoding with the VAE: 2.00 GiB more were asked for, 1.1 GB are free; ")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_other_errors_pass(error):
 def test_it_is_explained_once():
     plan = made()
     with (
-        pytest.raises(OutOfMemory, match="out of memory in the inner stage"),
+        pytest.raises(OutOfMemory, match="out of memory while the inner stage"),
         explained("the outer stage", plan, "resident", lambda: FREE),
         explained("the inner stage", plan, "resident", lambda: FREE),
     ):
@@ -179,7 +179,7 @@ def test_in_a_stay_on_the_device(mode):
     module = Greedy()
     before = [*module.parameters()]
     with (
-        pytest.raises(OutOfMemory, match=r"^out of memory in denoising: 1000000\.0 GB of host memory"),
+        pytest.raises(OutOfMemory, match=r"^out of memory while denoising: 1000000\.0 GB of host memory"),
         run.resident(module, "denoising", module.blocks),
     ):
         module(torch.zeros(1, 2))
