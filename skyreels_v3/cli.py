@@ -7,6 +7,7 @@ flags and the same checks. A wrong request is a `UserError`; nothing here import
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import re
@@ -40,8 +41,10 @@ from skyreels_v3.tasks import (
 
 MAX_TEXT = 10_000  # characters of one value; of a prompt the model reads 512 tokens
 MAX_CONFIG_BYTES = 1 << 20
+RECORDS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".png")  # what a --config that is no YAML is called
 MAX_SPEAKERS = 2
 SAME_PROMPT = "same"
+CONFIG_HELP = "YAML file with flags as keys, or a video made here, to make it again; the command line wins"
 METAVARS = {str: "TEXT", int: "N", float: "X"}
 DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # as web pages and word processors print those of a flag
 MAX_SIDE = 2048
@@ -250,7 +253,7 @@ NOT_RECORDED = (
         "verbose",
     ),
     *("memory", "stream_blocks", "high_cpu_memory", "no_cache"),
-    *("gpu_num", "use_usp", *NEED_USP),
+    *("gpu_num", "use_usp", *NEED_USP, "jobs"),
 )
 # what says the same as other flags
 SHORTHANDS = ("offload", "low_vram", "parameters_level", "compiler_transformer", "sequence_batch")
@@ -369,7 +372,7 @@ def build_parser() -> Parser:
             help_text = flag.help.replace("%", "%%")
             alone = {} if flag.bare is None else {"nargs": "?", "const": flag.bare}
             group.add_argument(f"--{flag.name}", metavar=metavar, help=help_text, **alone)
-    group.add_argument("--config", metavar="FILE", help="YAML file with flags as keys; the command line wins")
+    group.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     group.add_argument("--version", action="version", version=f"skyreels_v3 {__version__}", help="print the version")
     group.add_argument("-h", "--help", action="help", help="print this")
     return parser
@@ -434,8 +437,10 @@ def told(value: Any) -> str:
 
 
 def read_config_file(name: str) -> dict[str, Any]:
-    """The flags in a YAML file, converted."""
-    content = read_yaml(name)
+    """The flags in a YAML file, or in what a video says of how it was made, converted."""
+    path = Path(os.path.expanduser(name))
+    recorded = path.suffix.lower() in RECORDS or (bool(name) and os.path.isdir(path))  # unlike Path's for odd names
+    content = read_record(path) if recorded else read_yaml(name)
     if not isinstance(content, Mapping):
         raise UserError("--config", f"{shown(name)} holds no 'flag: value' lines; write some, such as 'seed: 1'")
     values = {}
@@ -447,6 +452,21 @@ def read_config_file(name: str) -> dict[str, Any]:
         except UserError as error:
             raise UserError("--config", f"{shown(name)}: {error}") from None
     return values
+
+
+def read_record(path: Path) -> Any:
+    """The flags in the comment of a video, of a folder of frames, or of one of those. All of it is distrusted."""
+    from skyreels_v3.media.files import check_readable
+    from skyreels_v3.media.video import read_comment
+
+    if not path.is_dir():
+        check_readable(path, "--config")
+    try:
+        flags = json.loads(read_comment(path))["flags"]
+        return {name: value for name, value in flags.items() if name not in NOT_RECORDED}
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = f"{shown(path)} does not say how it was made"
+        raise UserError("--config", f"{reason}; give a video of generate_video.py, or a YAML file") from error
 
 
 def unknown_key(key: Any, value: Any) -> str:

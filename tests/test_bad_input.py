@@ -250,11 +250,11 @@ OUTPUTS = [
 
 CONFIGS = [
     config("nothere.yaml", "nothere.yaml cannot be read", "check the path"),
-    config("folder", "folder is not a file", "give one"),
+    config("folder", "folder does not say how it was made", "give a video"),
     config("fifo", "fifo is not a file", "give one"),
     config("huge.yaml", "huge.yaml is not a file of at most", "give one"),
     config("empty", "holds no 'flag: value' lines", "write some"),
-    config("text.mp4", "holds no 'flag: value' lines", "write some"),
+    config("text.mp4", "does not say how it was made", "give a video"),
     config("list.yaml", "holds no 'flag: value' lines", "write some"),
     config("broken.yaml", "is not YAML (line 3", "write 'flag: value' lines"),
     config("nest.yaml", "is not YAML", "write 'flag: value' lines"),

@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import generate_video
-from skyreels_v3.media.video import probe, read_frames
+from skyreels_v3.media.video import probe, read_frames, write_video
 from tests.conftest import files_in, stop_at
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -216,3 +216,59 @@ def test_a_dry_run_loads_and_leaves_nothing(reference, picture, tmp_path, model_
     assert plan["checkpoint"].startswith(model_id)
     assert ("to fetch" in plan) == (model_id == "some/model")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("output", ["a.mp4", "frames/"])
+def test_a_video_is_made_again_from_what_it_says(main, picture, tmp_path, output):
+    flags = ["--model_id", "tiny", "--height", 32, "--width", 48, "--num_frames", 5, "--device", "cpu", "--quiet"]
+    flags += [
+        "--prompt",
+        "a=fox; #1 \\ \u00fcber\nlines",
+        "--ref_imgs",
+        picture,
+        "--num_inference_steps",
+        2,
+        "--seed",
+        -1,
+    ]
+    assert main(*REFERENCE[:2], *flags, "--output", output)[0] == 0
+    source = tmp_path / output
+    sources = [source, source / "00003.png"] if source.is_dir() else [source]
+    for number, config in enumerate(sources):
+        code, out, err = main("--config", config, "--quiet", "--output", f"again{number}/")
+        assert (code, out) == (0, f"again{number}\n"), err
+        if source.is_dir():
+            expected = [np.asarray(Image.open(path)) for path in sorted(source.iterdir())]
+            made = [np.asarray(Image.open(path)) for path in sorted((tmp_path / f"again{number}").iterdir())]
+            assert np.array_equal(expected, made)
+    code, out, _ = main("--config", source, "--quiet")  # its name is not used again
+    assert code == 0
+    assert out.startswith("result/reference_to_video/")
+    if not source.is_dir():
+        first, second = ([*read_frames(path, 24)] for path in (source, tmp_path / out.strip()))
+        assert np.array_equal(first, second)
+    assert main("--config", source, "--seed", 5, "--dry_run")[1].count("5_") == 1  # the command line wins
+
+
+def test_videos_that_do_not_say_how_they_were_made(main, tmp_path):
+    frames = [np.zeros((32, 32, 3), np.uint8)] * 3
+    comments = {"none": "", "text": "holiday", "list": "[1]", "odd": '{"flags": 3}', "deep": "[" * 100_000}
+    for name, comment in comments.items():
+        path = write_video(frames, tmp_path / f"{name}.mp4", height=32, width=32, fps=24, comment=comment)
+        code, _, err = main("--config", path)
+        assert (code, err.count("\n")) == (2, 1)
+        assert err.startswith(
+            f"error: --config: {path} does not say how it was made; give a video of generate_video.py"
+        )
+    made = json.dumps({"flags": {"prompt": "a", "output": "/etc/a.mp4", "jobs": "x.jsonl", "task": "t2v"}})
+    path = write_video(frames, tmp_path / "hostile.mp4", height=32, width=32, fps=24, comment=made)
+    assert "unknown key task" in main("--config", path)[2]
+    made = json.dumps(
+        {"flags": {"task_type": "t2v", "model_id": "tiny", "prompt": "a", "output": "x.mp4", "jobs": "j"}}
+    )
+    path = write_video(frames, tmp_path / "more.mp4", height=32, width=32, fps=24, comment=made)
+    code, out, _ = main("--config", path, "--dry_run")
+    assert code == 0
+    assert "x.mp4" not in out
+    (tmp_path / "folder").mkdir()
+    assert "folder does not say how" in main("--config", "folder")[2]

@@ -87,6 +87,7 @@ LIMITER = "alimiter=limit=0.98:level=0:latency=1"  # no make-up gain, and no del
 DOWNMIX = f"aformat=sample_fmts=fltp:channel_layouts=stereo,{LIMITER}"
 WHOLE_NUMBERS = "aformat=sample_fmts=s32:channel_layouts=mono|stereo"  # clip what float files have beyond [-1, 1]
 SOUND_FADE = 0.01  # s, at the end of a clip's sound
+METADATA_BYTES = 1 << 20  # that are read
 COMMENT_BYTES = 120_000  # one argument of a Linux program may have 128 KiB
 PNG_COMPRESSION = 3  # of 9; higher levels take much longer for a few percent
 FRAMES_AHEAD = 16  # frames that may wait to be written while the next ones are made: 44 MB at 1280 x 720
@@ -249,17 +250,25 @@ def write_video(
 
 
 def read_comment(path: Path) -> str:
-    """The comment of a file that `write_video` made, or of a folder by `write_frame_folder`; empty if there is none.
+    """The comment of a file that `write_video` made, of a folder by `write_frame_folder`, or of a file in that.
+
+    Empty if there is none.
 
     Raises:
-        OSError, RuntimeError: it is neither.
+        OSError, RuntimeError, ValueError: it is none of these, or says too much.
     """
-    if path.is_dir():
-        with Image.open(path / "00000.png", formats=["PNG"]) as picture:
-            return str(picture.info.get("comment", ""))
-    with _reading([*_input(path), "-c", "copy", "-t", "0", "-f", "ffmetadata", "pipe:1"]) as stream:
-        text = stream.read().decode(errors="replace")
-    found = re.search(r"^comment=((?:[^\\\n]|\\.)*)", text, re.MULTILINE | re.DOTALL)
+    if path.is_dir() or path.suffix == ".png":
+        try:
+            with Image.open(path / "00000.png" if path.is_dir() else path, formats=["PNG"]) as picture:
+                return str(picture.info.get("comment", ""))
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{path} is no frame of ours") from error
+    arguments = [*_input(path, CONTAINERS), "-c", "copy", "-t", "0", "-f", "ffmetadata", "pipe:1"]
+    with _reading(arguments) as stream:
+        text = stream.read(METADATA_BYTES).decode(errors="replace")
+        if stream.read(1):
+            raise RuntimeError(f"{path} has more than {METADATA_BYTES} bytes of metadata")
+    found = re.search(r"^comment=((?:[^\\\n]|\\.)*)", text, re.MULTILINE | re.DOTALL | re.IGNORECASE)
     return re.sub(r"\\(.)", r"\1", found[1], flags=re.DOTALL) if found else ""
 
 
