@@ -202,7 +202,7 @@ BAD = [
     Case("both", [*T2V, "--outdir", "a", "--output", "b.mp4"], "--output", "conflicts", "give one"),
     Case("several", [*T2V, "--video_num", "2", "--output", "b.mp4"], "--output", "is for one video", "--outdir"),
     Case("other-task", [*T2V, "--model_id", "Skywork/SkyReels-V1-Hunyuan-I2V", "--device", "cpu"],
-         "--model_id", "checkpoint of i2v", "needs Skywork/SkyReels-V1-Hunyuan-T2V"),
+         "--model_id", "checkpoint of i2v", "needs Skywork/SkyReels-V1-Hunyuan-T2V, or give --task_type i2v"),
     Case("v3-fps", ["--task_type", "reference_to_video", "--ref_imgs", "a.png", "--prompt", "a", "--fps", "30"],
          "--fps", "30", "does not take it"),
     Case("missing-image", [*I2V, "--device", "cpu", "--gpu_num", "4"], "--image", "cat.webp", "check the path"),

@@ -105,7 +105,8 @@ def refuse_other_tasks(request: GenerationRequest) -> None:
         published = request.model_id in (other.model_id, *other.also_published_as)
         if published and other.model_id != request.task.model_id:
             reason = f"{request.model_id} is the checkpoint of {other.name}"
-            raise UserError("--model_id", f"{reason}; {request.task.name} needs {request.task.model_id}")
+            needs = f"{request.task.name} needs {request.task.model_id}"
+            raise UserError("--model_id", f"{reason}; {needs}, or give --task_type {other.name}")
 
 
 def download(request: GenerationRequest) -> Path:
