@@ -81,11 +81,13 @@ def start_processes(flags: Mapping[str, Any], argv: Sequence[str], wanted: int) 
     if flags.get("dry_run"):
         return act_on(flags, team)  # one can say what all would do
     logger.setLevel(logging.ERROR)  # they say the rest
-    if "jobs" not in flags and not any(map(is_url, (request := request_of(flags)).sources)):
-        from skyreels_v3.preflight import preflight
+    if "jobs" not in flags:
+        request = request_of(flags)
+        if not any(is_url(source) for _, source in request.sources):
+            from skyreels_v3.preflight import preflight
 
-        with suppress(AlreadyDone):  # they see to that
-            preflight(request, Path(), team)  # what is wrong is found before they are started
+            with suppress(AlreadyDone):  # they see to that
+                preflight(request, Path(), team)  # what is wrong is found before they are started
     from skyreels_v3.launch import launch
 
     task = [f"--task_type={flags['task_type']}"] if "task_type" in flags else []
