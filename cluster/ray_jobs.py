@@ -29,9 +29,9 @@ from skyreels_v3.cli import parse_flags, verbosity_of
 from skyreels_v3.errors import UserError
 from skyreels_v3.jobs import (
     Job,
+    Results,
     Studio,
     carry_out,
-    check_results,
     failure,
     left_to_do,
     read_jobs,
@@ -87,15 +87,14 @@ def run(flags: Mapping[str, Any]) -> int:
         raise UserError("--jobs", "missing; give a file with a request in each line")
     defaults = {name: value for name, value in flags.items() if name not in ("jobs", "verbose")}
     jobs = read_jobs(flags["jobs"], defaults | {"quiet": True})  # many progress bars are none
-    results = results_file(flags["jobs"])
-    check_results(results)
+    results = Results(results_file(flags["jobs"]))
     todo = left_to_do(jobs, results, ALONE)
     failed = share_out(todo, results, on_cpu=flags.get("device") == "cpu") if todo else 0
-    report(failed, len(jobs), results)
+    report(failed, len(jobs), results.path)
     return 1 if failed else 0
 
 
-def share_out(todo: Sequence[Job], results: Path, on_cpu: bool) -> int:
+def share_out(todo: Sequence[Job], results: Results, on_cpu: bool) -> int:
     """Have actors take the jobs one after the other; returns how many went wrong."""
     ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}, logging_level="warning")
     kind, options = ("CPU", {"num_cpus": 1}) if on_cpu else ("GPU", {"num_gpus": 1})
@@ -107,8 +106,11 @@ def share_out(todo: Sequence[Job], results: Path, on_cpu: bool) -> int:
     running: dict[ray.ObjectRef, tuple[Any, Job]] = {}
     while waiting or running:
         while waiting and idle:
-            worker, job = idle.pop(), waiting.popleft()
-            running[worker.carry_out.remote(job)] = worker, job
+            if results.claim(job := waiting.popleft()):
+                worker = idle.pop()
+                running[worker.carry_out.remote(job)] = worker, job
+        if not running:
+            break
         (ended,), _ = ray.wait([*running])
         worker, job = running.pop(ended)
         try:

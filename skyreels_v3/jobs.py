@@ -10,11 +10,12 @@ A run for one video is a `Studio` that makes one. torch is imported when the fir
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -141,39 +142,101 @@ def check_results(path: Path) -> None:
     """Raise UserError unless results can be added to a file."""
     if not os.path.lexists(path):
         check_writable(path, "--jobs")
-    elif not (path.is_file() and os.access(path, os.W_OK)):
+    elif not (path.is_file() and os.access(path, os.R_OK | os.W_OK)):
         raise UserError("--jobs", f"{shown(path)}, for the results, cannot be written to; check its rights")
 
 
-def ended(path: Path) -> tuple[set[str], set[str]]:
-    """The ids of the jobs in a file of results: of those that are done, and of those that have failed only.
-
-    A line that was cut off by a kill counts for nothing.
-    """
-    ids: dict[str, set[str]] = {"done": set(), "error": set()}
-    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+def parse_results(content: bytes) -> dict[str, list[dict[str, Any]]]:
+    """What the lines of a file of results say, by the ids of the jobs; one that was cut off by a kill says nothing."""
+    found = defaultdict(list)
+    for line in content.split(b"\n"):
         with suppress(ValueError, RecursionError, KeyError, TypeError):
             result = json.loads(line)
-            ids[result["status"]].add(str(result["id"]))
-    return ids["done"], ids["error"] - ids["done"]
+            found[str(result["id"])].append(dict(result))
+    return found
 
 
-def append(path: Path, result: Mapping[str, Any]) -> None:
-    """Add a result, in one piece, to a file that other processes add to as well."""
-    line = json.dumps(result).encode() + b"\n"
-    with path.open("ab+", buffering=0) as file:
-        if fcntl is not None:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-        if file.seek(0, os.SEEK_END) > 0:
-            file.seek(-1, os.SEEK_END)
-            line = line if file.read(1) == b"\n" else b"\n" + line  # after a line that was cut off
-        file.write(line)
+def video_of(entries: Iterable[Mapping[str, Any]]) -> str | None:
+    """The path of a job's latest video, as its results name it; None if it has none."""
+    return next((str(entry.get("output")) for entry in reversed([*entries]) if entry.get("status") == "done"), None)
 
 
-def record(path: Path, result: Mapping[str, Any]) -> None:
+class Results:
+    """A file of results, open: what became of jobs, and which are being done.
+
+    Of several runs of the same jobs each does those that no other is doing. A job is claimed by locking a byte of the
+    file, behind its end, whose place is the job's. The system frees it when the process ends, however it does. It also
+    does when the process closes the file anywhere, so it is opened once.
+
+    Raises:
+        UserError: it cannot be written to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        check_results(path)
+        self.path = path
+        self._file = path.open("ab+", buffering=0)
+        self.before = self.read()
+
+    def read(self) -> dict[str, list[dict[str, Any]]]:
+        """See `parse_results`."""
+        self._file.seek(0)
+        return parse_results(self._file.read())
+
+    def is_there(self, video: str | None) -> bool:
+        """Whether there is a video, and its file."""
+        return video is not None and os.path.lexists(self.path.parent / video)
+
+    def claim(self, job: Job) -> bool:
+        """Whether a job is this process's to do: no other run is doing it, or has since this one began."""
+        mine = self._lock(job.id)
+        if mine:
+            entries = self.read()[job.id]
+            mine = len(entries) <= len(self.before[job.id]) and not self.is_there(video_of(entries))
+            if not mine:
+                self._unlock(job.id)
+        if not mine:
+            logger.info("line %d is another run's", job.number)
+        return mine
+
+    def add(self, result: Mapping[str, Any]) -> None:
+        """Add a result, in one piece, and free its job; paths are written relative to the file."""
+        if result.get("output") and not os.path.isabs(result["output"]):
+            result = {**result, "output": os.path.relpath(result["output"], self.path.parent)}
+        line = json.dumps(result).encode() + b"\n"
+        self._lock(wait=True)
+        if self._file.seek(0, os.SEEK_END) > 0:
+            self._file.seek(-1, os.SEEK_END)
+            line = line if self._file.read(1) == b"\n" else b"\n" + line  # after a line that was cut off
+        self._file.write(line)
+        self._unlock()
+        self._unlock(result["id"])
+
+    def _lock(self, id: str = "", wait: bool = False) -> bool:
+        """Lock what belongs to a job, or without an id the end of the file; False if another process has it."""
+        try:
+            if fcntl is not None:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place_of(id))
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            logger.warning("%s: no locks there (%s); start no second run of these jobs", self.path, error.strerror)
+        return True
+
+    def _unlock(self, id: str = "") -> None:
+        with suppress(OSError):
+            if fcntl is not None:
+                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, place_of(id))
+
+
+def place_of(id: str) -> int:
+    """Of the byte of a file that is locked for a job; 0 without one."""
+    return int(id[:15], 16) + 1 if id else 0  # a file's length has 63 bits
+
+
+def record(results: Results, result: Mapping[str, Any]) -> None:
     """Write down how a job ended, and tell the user."""
-    append(path, result)
+    results.add(result)
     if result["status"] == "done":
         show(result["output"])
     else:
@@ -458,8 +521,7 @@ def run_jobs(flags: Mapping[str, Any], ranks: Ranks) -> int:
         if ranks.main:
             show_plans(name, jobs, ranks if together else ALONE)
         return 0
-    results = results_file(name)
-    check_results(results)
+    results = Results(results_file(name))
     studio = Studio(ranks, ranks if together else ALONE)
     if ranks.world > 1:
         on_cpu = not together or all(job.request.device == "cpu" for job in jobs if job.request is not None)
@@ -469,6 +531,8 @@ def run_jobs(flags: Mapping[str, Any], ranks: Ranks) -> int:
         share_stock(studio, todo)
     failed = 0
     for job in todo if together else taken(todo, ranks):
+        if not claimed(job, results, studio.team):
+            continue
         if job.request is not None:
             logger.info("line %d: %s", job.number, job.request.task.name)
         failed += not carry_out(job, studio, lambda result: record(results, result))
@@ -477,7 +541,7 @@ def run_jobs(flags: Mapping[str, Any], ranks: Ranks) -> int:
         # not by torch's own barrier: a job may take longer than that waits
         failed = sum(processes.hear(f"failed/{rank}") for rank in range(ranks.world))
     if ranks.main:
-        report(failed, len(jobs), results)
+        report(failed, len(jobs), results.path)
     processes.part()
     return 1 if failed else 0
 
@@ -488,22 +552,34 @@ def report(failed: int, jobs: int, results: Path) -> None:
         processes.say(f"error: {failed} of {jobs} jobs failed; {results} says why\n")
 
 
-def left_to_do(jobs: Sequence[Job], results: Path, ranks: Ranks) -> list[Job]:
+def claimed(job: Job, results: Results, team: Ranks) -> bool:
+    """Whether a job is this run's to do; of processes that make each video together the first one decides."""
+    mine = results.claim(job) if team.main else False
+    return mine if team.world == 1 else processes.agreed(f"claimed/{job.id}", mine, team)
+
+
+def left_to_do(jobs: Sequence[Job], results: Results, ranks: Ranks) -> list[Job]:
     """The jobs that are not done, in the order to do them; the first process decides for all.
 
     Those that have failed before come last, or one that ends the run would keep others from ever being done.
     """
-    done, failed = ended(results)
-    todo = in_order(job for job in jobs if job.id not in done | failed)
-    todo += in_order(job for job in jobs if job.id in failed)
+    videos = {job.id: video_of(results.before[job.id]) for job in jobs}
+    left = [job for job in jobs if not results.is_there(videos[job.id])]
+    for job in left:
+        if (video := videos[job.id]) is not None:
+            logger.warning("line %d: %s is gone; it is made again", job.number, shown(results.path.parent / video))
+    failed = {job.id for job in left if results.before[job.id] and videos[job.id] is None}
+    todo = in_order(job for job in left if job.id not in failed) + in_order(job for job in left if job.id in failed)
     if len(todo) < len(jobs):
-        logger.info("%d of %d jobs are done already, %s says", len(jobs) - len(todo), len(jobs), results)
+        logger.info("%d of %d jobs are done already, %s says", len(jobs) - len(todo), len(jobs), results.path)
     if ranks.world == 1:
         return todo
     known = {job.id: job for job in jobs}
     agreed = processes.agreed("jobs", [job.id for job in todo], ranks)
     if not known.keys() >= set(agreed):
-        raise UserError("--jobs", f"{shown(results)}: this machine has another file; put it where all machines see it")
+        raise UserError(
+            "--jobs", f"{shown(results.path)}: this machine has another file; put it where all machines see it"
+        )
     return [known[each] for each in agreed]
 
 
@@ -527,10 +603,13 @@ def taken(jobs: Sequence[Job], ranks: Ranks) -> Iterator[Job]:
 
 
 def show_plans(name: str, jobs: Sequence[Job], team: Ranks) -> None:
-    """Print the plan of each job, or what is wrong with it; raise UserError if there is a wrong one."""
-    wrong = 0
+    """Print the plan of each job, that it is done, or what is wrong; raise UserError if there is a wrong one."""
+    path, wrong = results_file(name), 0
+    results = parse_results(path.read_bytes() if path.is_file() else b"")
     for job in jobs:
-        text = plan_of(job, team)
+        video = video_of(results[job.id])
+        done = video is not None and os.path.lexists(path.parent / video)
+        text = f"{'done':14}{path.parent / video}" if done else plan_of(job, team)
         wrong += text.startswith("error")
         show(f"{'line':14}{job.number}\n{text}\n")
     if wrong:
