@@ -259,7 +259,7 @@ NOT_RECORDED = (
 SHORTHANDS = ("offload", "low_vram", "parameters_level", "compiler_transformer", "sequence_batch")
 # what beside --jobs is no default for every line, with its way out
 ONLY_IN_A_JOB = dict.fromkeys(("output", "save_latents", "save_quantized"), "write it into the lines, a name for each")
-ONLY_IN_A_JOB |= {"resume": "leave it out, jobs that are done are skipped", "video_num": "write a line for each"}
+ONLY_IN_A_JOB |= {"resume": "leave it out, the same command goes on by itself", "video_num": "write a line for each"}
 # what is for a whole run; --config is no flag of the table
 NOT_IN_A_JOB = (
     *("jobs", "config", "gpu_num", "use_usp", *NEED_USP),

@@ -101,7 +101,7 @@ def make_job(number: int, line: bytes, defaults: Mapping[str, Any], seen: Counte
         if not isinstance(given, dict):
             raise UserError("--jobs", f"{shown(text)} is no JSON object; write flags as keys, such as {EXAMPLE}")
         identity = identity_of(without_overruled(defaults, given) | given)
-        request = request_of(job_flags(given, defaults))
+        request = replace(request_of(job_flags(given, defaults)), resume_if_same=True)
     except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
         problem = f"--jobs: {shown(text)} is not JSON ({shown(error)}); write flags as keys, such as {EXAMPLE}"
     except UserError as error:

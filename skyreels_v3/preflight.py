@@ -96,7 +96,7 @@ def go_on(request: GenerationRequest, inputs: Inputs) -> GenerationRequest:
         AlreadyDone: it was complete.
     """
     named = [] if request.output is None else [request.output]
-    made = named or earlier_outputs(request)
+    made = named or (earlier_outputs(request) if request.resume else [])
     request = with_output(request)
     record = record_of(request, inputs)
     left = find_left(record, strict=request.resume, anywhere=not named)
@@ -210,7 +210,7 @@ def record_of(request: GenerationRequest, inputs: Inputs, **more: Any) -> RunRec
     """What the run for a request is known by; `more` flags are those that are only known later."""
     assert request.output is not None
     flags = recorded_flags(request) | more
-    made = (request.save_quantized, request.frame_folder, request.seed_drawn)
+    made = (request.save_quantized, request.frame_folder, request.seed_drawn, request.resume_if_same)
     return RunRecord(request.output, flags, inputs.digests(), *made)
 
 

@@ -53,6 +53,7 @@ class RunRecord:
         inputs: flag, what was given and SHA-256 of its content, of each input.
         save_quantized: the folder of a checkpoint that it makes as well.
         any_seed: the run's own seed was drawn; one that goes on takes that of the interrupted run.
+        unasked: the same command goes on without --resume.
     """
 
     output: Path
@@ -61,6 +62,7 @@ class RunRecord:
     save_quantized: Path | None = None
     frame_folder: bool = False
     any_seed: bool = False
+    unasked: bool = False
 
     def to_json(self) -> str:
         output = f"{self.output}/" if self.frame_folder else str(self.output)
@@ -139,8 +141,9 @@ class RunState:
             remove_unfinished(self.folder)
             record = self._record
             output = f"{record.output}/" if record.frame_folder else record.output
-            way_on = f"--resume, --output {output} and --seed {record.flags.get('seed')}"
-            logger.warning("%s keeps what is finished; to go on, repeat the command with %s", self.folder, way_on)
+            flags = f" with --resume, --output {output} and --seed {record.flags.get('seed')}"
+            way_on = f"repeat the command{'' if record.unasked else flags}"
+            logger.warning("%s keeps what is finished; to go on, %s", self.folder, way_on)
         self._request.close()
 
     def _has_something(self) -> bool:
