@@ -20,9 +20,9 @@ import torch
 from safetensors.numpy import load_file
 
 from skyreels_v3 import jobs, runtime, session
-from skyreels_v3.cli import parse_request
+from skyreels_v3.cli import parse_flags, parse_request
 from skyreels_v3.errors import UserError
-from skyreels_v3.jobs import Stock, append, ended, in_order, left_to_do, read_jobs, results_file
+from skyreels_v3.jobs import Results, Stock, in_order, left_to_do, parse_results, read_jobs, results_file
 from skyreels_v3.pipelines.steps import Steps
 from skyreels_v3.ranks import ALONE
 from skyreels_v3.runtime import Room
@@ -160,28 +160,79 @@ def test_a_run_that_cannot_begin(case, refuse, write, tmp_path):
 def test_many_writers_and_a_line_that_was_cut_off(tmp_path):
     file = tmp_path / "jobs.results.jsonl"
     file.write_text('{"id": "a", "status": "done"}\n["\n{"id": "b", "status": "do')
-    assert ended(file) == ({"a"}, set())
+    writers = [Results(file) for _ in range(4)]
+    assert [*writers[0].before] == ["a"]
 
     def write(writer: int) -> None:
         for number in range(50):
-            append(file, {"id": f"{writer} {number} \u00fc", "status": "done", "output": "x" * 500})
+            writers[writer].add({"id": f"{writer}{number:04x}", "status": "done", "output": "\u00fc" * 500})
 
     threads = [threading.Thread(target=write, args=(writer,)) for writer in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    ids = {f"{writer} {number} \u00fc" for writer in range(4) for number in range(50)}
-    assert ended(file) == ({"a", *ids}, set())
-    assert ended(tmp_path / "nothing.jsonl") == (set(), set())
+    ids = {f"{writer}{number:04x}" for writer in range(4) for number in range(50)}
+    assert parse_results(file.read_bytes()).keys() == {"a", *ids}
 
 
-def test_what_failed_before_comes_last(write, tmp_path):
-    file = write(FOX, FOX | {"seed": 1}, FOX | {"seed": 2}, FOX | {"seed": 3})
-    lines, results = read_jobs(str(file), {}), results_file(str(file))
-    for job, status in ((0, "error"), (1, "error"), (1, "done"), (2, "done")):
-        append(results, {"id": lines[job].id, "status": status})
-    assert [job.number for job in left_to_do(lines, results, ALONE)] == [4, 1]
+def test_what_is_left_to_do(write, tmp_path, caplog):
+    """What failed before comes last; what is done is left out, unless its video is gone."""
+    file = write(*(FOX | {"seed": seed} for seed in range(5)))
+    lines, results = read_jobs(str(file), {}), Results(results_file(str(file)))
+    (tmp_path / "there").mkdir()  # a folder of frames
+    for job, status, video in ((0, "error", ""), (1, "error", ""), (1, "done", "there"), (2, "done", "gone")):
+        named = {"output": str(tmp_path / video)} if video else {}
+        results.add({"id": lines[job].id, "status": status} | named)
+    assert [job.number for job in left_to_do(lines, Results(results.path), ALONE)] == [3, 4, 5, 1]
+    assert [text for text in caplog.messages if "gone" in text] == [
+        f"line 3: {tmp_path}/gone is gone; it is made again"
+    ]
+
+
+CLAIMING = """
+import sys
+from pathlib import Path
+from skyreels_v3.jobs import Job, Results
+
+results = Results(Path(sys.argv[1]))
+print(results.claim(Job(1, sys.argv[2], None)), flush=True)
+input()
+"""
+
+
+def test_a_job_is_one_runs(write, tmp_path):
+    """As long as that lives; then another's, but not that of one that began before it was done."""
+    (job, other) = read_jobs(str(write(FOX, BOAT)), {})
+    results = Results(tmp_path / "jobs.results.jsonl")
+
+    def begin() -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", CLAIMING, str(results.path), job.id]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    runs = [begin(), begin()]
+    said = {run.stdout.readline(): run for run in runs}
+    assert said.keys() == {"True\n", "False\n"}
+    assert not results.claim(job) and results.claim(other)
+    for run in runs:
+        run.kill()
+        run.communicate()
+    assert results.claim(job)
+    begun_before = Results(results.path)
+    results.add({"id": job.id, "status": "error"})
+    assert not begun_before.claim(job) and Results(results.path).claim(job)
+
+
+def test_results_of_files_elsewhere(tmp_path, monkeypatch):
+    """Videos are named from where the file of results is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jobs").mkdir()
+    results = Results(Path("jobs/a.results.jsonl"))
+    for output in ("result/a.mp4", "jobs/b.mp4", f"{tmp_path}/c.mp4"):
+        results.add({"id": "a", "status": "done", "output": output})
+    expected = ["../result/a.mp4", "b.mp4", f"{tmp_path}/c.mp4"]
+    assert [entry["output"] for entry in results.read()["a"]] == expected
 
 
 def test_those_that_need_the_same_come_together(write):
@@ -363,21 +414,56 @@ def test_interrupted(main, write, on_make):
     assert [json.loads(line)["job"] for line in lines] == [1, 2, 3]
 
 
+def test_a_job_goes_on_from_its_finished_passes(main, write, monkeypatch, caplog, tmp_path):
+    """One that names no output, whose seed was drawn."""
+    talk = {"task_type": "talking_avatar", "input_image": str(ASSETS / "portrait.png"), "prompt": "a", "seed": -1}
+    small = {"input_audio": str(ASSETS / "speech.mp3"), "height": 32, "width": 32, "num_inference_steps": 1}
+    file = write(talk | small)
+    denoise, passes = Steps.denoise, [1, 2]
+
+    def interrupted(self: Steps, *given: Any, **more: Any) -> Any:
+        if passes.pop(0) == 2:
+            raise KeyboardInterrupt
+        return denoise(self, *given, **more)
+
+    monkeypatch.setattr(Steps, "denoise", interrupted)
+    code, _, stderr = main("--jobs", "jobs.jsonl", *TOY[:4])
+    assert code == 130 and "resume" not in stderr
+    (kept,) = tmp_path.glob("result/talking_avatar/*.state")
+    assert caplog.messages[-1] == f"{kept.relative_to(tmp_path)} keeps what is finished; to go on, repeat the command"
+    seed = kept.name.split("_")[0]
+    monkeypatch.setattr(Steps, "denoise", denoise)
+    code, stdout, _ = main("--jobs", "jobs.jsonl", *TOY[:4])
+    assert (code, stdout) == (0, f"{kept.relative_to(tmp_path).with_suffix('.mp4')}\n")
+    assert [text for text in caplog.messages if "finished before" in text] == ["pass 1 was finished before"]
+    assert not kept.exists() and str(results_of(file)[-1]["seed"]) == seed
+
+
 def test_a_dry_run(write, tmp_path, cache):
-    write(FOX, "x", MISSING, BOAT)
+    file = write(FOX, "x", MISSING, BOAT, FOX | {"seed": 1, "output": "b.mp4"})
+    (tmp_path / "b.mp4").touch()
     flags = [str(flag) for flag in (*TOY, "--dry_run")]
-    made = subprocess.run(
-        [sys.executable, "-c", DRIVER, "--jobs", "jobs.jsonl", *flags], cwd=tmp_path, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "SKYREELS_CACHE": str(cache)}, check=False,
-    )  # fmt: skip
+    done = read_jobs(str(file), parse_flags(flags))[4]
+    results_file(str(file)).write_text(json.dumps({"id": done.id, "status": "done", "output": "b.mp4"}))
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", DRIVER, "--jobs", "jobs.jsonl", *flags], cwd=tmp_path, capture_output=True,
+            text=True, env=os.environ | {"PYTHONPATH": str(ROOT), "SKYREELS_CACHE": str(cache)}, check=False,
+        )  # fmt: skip
+
+    made = run()
     assert made.returncode == 2, made.stderr  # also: torch was not imported
-    assert made.stderr == "error: --jobs: jobs.jsonl: 2 of 4 lines cannot work; correct them, see above\n"
-    first, second, third, fourth = made.stdout.rstrip("\n").split("\n\n")
+    assert made.stderr == "error: --jobs: jobs.jsonl: 2 of 5 lines cannot work; correct them, see above\n"
+    first, second, third, fourth, fifth = made.stdout.rstrip("\n").split("\n\n")
     assert first.startswith("line          1\ntask          reference_to_video: ")
     assert second.startswith("line          2\nerror         --jobs: x is not JSON")
     assert third == "line          3\nerror         --input_video: nowhere.mp4 does not exist; check the path"
     assert "48 x 32, 48 new frames" in fourth
-    assert files_in(tmp_path) == {"jobs.jsonl"}
+    assert fifth == "line          5\ndone          b.mp4"
+    assert files_in(tmp_path) == {"jobs.jsonl", "jobs.results.jsonl", "b.mp4"}
+    write(FOX, FOX | {"seed": 1, "output": "b.mp4"})
+    assert run().returncode == 0
 
 
 # What is loaded
