@@ -18,7 +18,7 @@ from skyreels_v3.checkpoints.hub import TINY, check_client, check_pair, is_quant
 from skyreels_v3.errors import AlreadyDone, UserError, shown
 from skyreels_v3.media.files import check_writable
 from skyreels_v3.media.inputs import Inputs, open_inputs
-from skyreels_v3.media.video import read_comment
+from skyreels_v3.media.video import check_ffmpeg, read_comment
 from skyreels_v3.memory.planner import describe, latent_frames_of_passes, plan
 from skyreels_v3.pipelines.outputs import join_passes
 from skyreels_v3.pipelines.state import RunRecord, find_left
@@ -63,6 +63,8 @@ def preflight(
         request = with_output(request)
     if ranks.main and not going_on:
         check_outputs(request)
+    if not request.frame_folder or request.input_video or request.input_audio:
+        check_ffmpeg()
     request, inputs = open_inputs(request, downloads)
     if going_on:
         request = go_on(request, inputs)

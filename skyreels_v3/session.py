@@ -21,7 +21,7 @@ from skyreels_v3.errors import IncompleteOutput
 from skyreels_v3.media.audio import mix
 from skyreels_v3.media.files import reason_of
 from skyreels_v3.media.inputs import Inputs
-from skyreels_v3.media.video import COMMENT_BYTES, read_frames, resized, write_frame_folder, write_video
+from skyreels_v3.media.video import COMMENT_BYTES, ClipInfo, read_frames, resized, write_frame_folder, write_video
 from skyreels_v3.memory.planner import Plan, plan
 from skyreels_v3.memory.policy import Policy, choose
 from skyreels_v3.pipelines.components import load_components, others_of
@@ -128,10 +128,12 @@ def write(
     if request.frame_folder:
         return write_frame_folder(frames, request.output, comment=made_by, workspace=workspace)
     size = {"height": request.height, "width": request.width, "fps": request.task.fps}
-    sounds = [audio.path for audio in inputs.audio]
-    if len(sounds) > 1:
-        sounds = [mix(sounds, request.audio_type == "sequential", workspace / "mixed.wav")]
-    sound = sounds[0] if sounds else None
+    sound: Path | ClipInfo | None = inputs.audio[0].path if inputs.audio else None
+    if len(inputs.audio) > 1:
+        paths = [audio.path for audio in inputs.audio]
+        sound = mix(paths, request.audio_type == "sequential", workspace / "mixed.wav")
+    if request.include_input and inputs.clip is not None and inputs.clip.has_sound:
+        sound = inputs.clip
     return write_video(frames, request.output, **size, comment=made_by, audio=sound, workspace=workspace)
 
 

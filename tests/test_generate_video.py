@@ -23,6 +23,9 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import generate_video
+from skyreels_v3 import session
+from skyreels_v3.cli import parse_request
+from skyreels_v3.media.inputs import Inputs
 from skyreels_v3.media.video import probe, read_frames, write_video
 from tests.conftest import files_in, stop_at
 
@@ -120,21 +123,40 @@ def test_interrupted_before_the_first_frame_nothing_is_left(start, picture, tmp_
     assert not files_in(tmp_path / "temporary")
 
 
-def test_input_and_extension_as_one_video(main, write_lossless, tmp_path):
+def test_input_and_extension_as_one_video(main, write_lossless, tmp_path, caplog):
     frames = np.random.default_rng(1).integers(0, 256, (12, 32, 48, 3), np.uint8)
-    clip = write_lossless(tmp_path / "clip.mp4", frames)
+    sound = ["-i", write_lossless(tmp_path / "silent.mp4", frames), "-f", "lavfi", "-i", "sine=d=1", "-c:v", "copy"]
+    clip = tmp_path / "clip.mp4"
+    subprocess.run([get_ffmpeg_exe(), "-v", "error", *sound, clip], stdin=subprocess.DEVNULL, check=True)
     code, stdout, stderr = main(
         "--task_type", "shot_switching_extension", "--prompt", "a", "--input_video", clip, "--model_id", "tiny", *SMALL,
         "--duration", "2", "--include_input", "--output", "frames/", "--save_latents", "latents.safetensors",
     )  # fmt: skip
     assert code == 0, stderr
     assert stdout == "frames\n"
+    assert f"{clip} has sound, which PNG frames cannot have; give an mp4 as --output to keep it" in caplog.messages
     written = sorted((tmp_path / "frames").glob("*.png"))
     assert len(written) == 12 + 2 * 24
     np.testing.assert_array_equal([np.asarray(Image.open(path)) for path in written[:12]], frames)
     latents = load_file(tmp_path / "latents.safetensors")
     assert {name: value.shape for name, value in latents.items()} == {"latents.0": (1, 16, 13, 4, 6)}
     assert json.loads(Image.open(written[0]).text["comment"])["flags"]["include_input"] is True
+
+
+def test_sound_of_the_input_clip(write_lossless, tmp_path):
+    sound = ["-i", write_lossless(tmp_path / "silent.mp4", np.zeros((24, 32, 48, 3), np.uint8)), "-f", "lavfi", "-i"]
+    subprocess.run([get_ffmpeg_exe(), "-v", "error", *sound, "sine=d=1", tmp_path / "a.mp4"], check=True)
+    argv = ["--task_type", "single_shot_extension", "--prompt", "a", "--input_video", str(tmp_path / "a.mp4"), *SMALL]
+    clip = probe(tmp_path / "a.mp4", "--input_video", 24)
+    for include in ([], ["--include_input"]):
+        request = parse_request([*argv, *include, "--output", str(tmp_path / f"{len(include)}.mp4")])
+        frames = iter(np.zeros((48, 32, 48, 3), np.uint8))
+        path = session.write(request, Inputs(clip=clip), frames, "", tmp_path)
+        command = [get_ffmpeg_exe(), "-hide_banner", "-i", path, "-af", "silencedetect=d=0.5", "-f", "null", "-"]
+        log = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+        assert ("Audio: aac" in log) == bool(include)
+        if include:
+            assert [round(float(start)) for start in re.findall(r"silence_start: ([\d.]+)", log)] == [1]
 
 
 def checkpoint(

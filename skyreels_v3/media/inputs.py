@@ -124,6 +124,8 @@ def open_clip(source: str, request: GenerationRequest, folder: Path, notes: list
         clip = probe(path, flag, request.task.fps, say)
         if clip.frames < request.condition_frames:
             raise too_short(path, flag, request.task.fps, request.condition_frames, clip.frames)
+        if request.include_input and request.frame_folder and clip.has_sound:
+            say(f"{shown(path)} has sound, which PNG frames cannot have; give an mp4 as --output to keep it")
     return clip
 
 

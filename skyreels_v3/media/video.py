@@ -8,6 +8,7 @@ full disk looks like success, and they kill the encoder when Ctrl-C comes while 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import signal
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from math import floor
 from pathlib import Path
 from queue import SimpleQueue
@@ -92,6 +94,7 @@ COMMENT_BYTES = 120_000  # one argument of a Linux program may have 128 KiB
 PNG_COMPRESSION = 3  # of 9; higher levels take much longer for a few percent
 FRAMES_AHEAD = 16  # frames that may wait to be written while the next ones are made: 44 MB at 1280 x 720
 ERROR_LINES = 5
+TRIAL_SECONDS = 10.0  # for ffmpeg to encode a tiny frame
 
 
 @dataclass(frozen=True)
@@ -682,6 +685,50 @@ def _reading(arguments: list[str]) -> Iterator[IO[bytes]]:
             process.kill()
             process.wait()
             _pipe(process.stdout).close()
+
+
+def check_ffmpeg() -> None:
+    """Have ffmpeg encode a frame with sound, once in a process (0.05 s).
+
+    Raises:
+        UserError: there is none, or it cannot be started, is too old, or lacks an encoder.
+    """
+    own = os.environ.get("IMAGEIO_FFMPEG_EXE")
+    way_out = "unset it, so that imageio-ffmpeg's own is taken" if own else "set it to one that can, or reinstall it"
+    try:
+        problem = _problem_of(get_ffmpeg_exe())
+    except RuntimeError as error:  # imageio-ffmpeg finds none
+        problem = f"{error}"
+    if problem:
+        where = "" if own else "not set, and imageio-ffmpeg gives "
+        raise UserError("IMAGEIO_FFMPEG_EXE", f"{where}{problem}; {way_out}")
+
+
+@cache
+def _problem_of(program: str) -> str:
+    """What keeps an ffmpeg from doing its work here, nothing if all is well."""
+    picture, silence = "color=s=16x16:d=0.04,format=yuv420p[v]", "anullsrc=d=0.04[a]"
+    streams = ["-map", "[v]", "-map", "[a]", "-fps_mode", "passthrough", "-c:v", "libx264", "-c:a", "aac"]
+    command = [program, "-hide_banner", "-nostdin", "-filter_complex", f"{picture};{silence}", *streams]
+    try:
+        run = subprocess.run(
+            [*command, "-f", "null", "-"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=TRIAL_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{shown(program)}, which cannot be started ({shown(error)})"
+    log = run.stderr.decode(errors="replace")
+    if "fps_mode" in log:
+        return f"{shown(program)}, which is older than ffmpeg 5.1"
+    missing = [name for name in ("libx264", "aac") if f"Unknown encoder '{name}'" in log]
+    if missing:
+        return f"{shown(program)}, which has no encoder {missing[0]}"
+    if run.returncode:
+        return f"{shown(program)}, which fails ({shown(' / '.join(log.strip().splitlines()[-2:]))})"
+    return ""
 
 
 def ffmpeg_command(arguments: list[str]) -> list[str]:

@@ -27,6 +27,7 @@ from skyreels_v3.media.image import cover_crop
 from skyreels_v3.media.video import (
     FRAMES_AHEAD,
     TO_YUV,
+    check_ffmpeg,
     last_frames,
     probe,
     read_frames,
@@ -947,3 +948,87 @@ def test_frame_folder_is_lossless(tmp_path: Path) -> None:
             assert np.array_equal(np.asarray(image), frame)
             assert image.text["comment"] == comment
     assert write_frame_folder(iter(frames), folder, comment="").name == "run.v1-2"
+
+
+# writing with the sound of a clip that comes first
+
+
+@pytest.mark.parametrize(
+    "options, heard_at",
+    [
+        ([], (0.2, 0.9)),
+        (["-itsoffset", 0.3], (0.5, 1.2)),
+        (["-itsoffset", -0.3], (0.6,)),
+    ],
+    ids=["together", "late", "early"],
+)
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_sound_of_the_clip_stays_with_its_frames(tmp_path: Path, name: str, options: list[object], heard_at) -> None:
+    """Silence comes after it; the clip is 1.5 s long, at another rate, and the video 3 s."""
+    sound = clicks(tmp_path / "a.wav", 48_000, 3.0, (0.2, 0.9, 1.9), 2)
+    picture = encode(smooth(45), tmp_path / "b.mp4", 30)
+    clip = tmp_path / name
+    made = ffmpeg(
+        "-i", picture, *options, "-i", sound, "-c:v", "copy", "-c:a", "aac", "-map", "0:v", "-map", "1:a", clip
+    )
+    assert made.returncode == 0, made.stderr
+    info = probe(clip, FLAG, 24)
+    assert info.has_sound
+    path = write_with(info, 72, tmp_path / "out.mp4", 24)
+    assert click_times(path) == pytest.approx(heard_at, abs=0.03)
+    assert lengths(path) == pytest.approx((3.0, 3.0), abs=1e-3)
+
+
+def test_sound_of_a_clip_with_gaps_in_its_times(tmp_path: Path) -> None:
+    """Both tracks pause for a second, as where a phone's recording was interrupted."""
+    pause = "'PTS+gte(T,0.5)/TB'"
+    sound = clicks(tmp_path / "a.wav", 48_000, 1.5, (0.2, 0.9))
+    picture = encode(smooth(36), tmp_path / "b.mp4", 24)
+    filters = ["-vf", f"setpts={pause}", "-af", f"asetpts={pause}", "-fps_mode", "passthrough", "-c:a", "libopus"]
+    made = ffmpeg("-i", picture, "-i", sound, *filters, *LOSSLESS, tmp_path / "c.mkv")
+    assert made.returncode == 0, made.stderr
+    info = probe(tmp_path / "c.mkv", FLAG, 24)
+    assert info.frames == 60
+    assert click_times(write_with(info, 84, tmp_path / "out.mp4", 24)) == pytest.approx((0.2, 1.9), abs=0.03)
+
+
+def test_sound_of_a_clip_that_cannot_be_added(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    clip = tmp_path / "a.mkv"
+    sound = clicks(tmp_path / "a.wav", 48_000, 1.0, (0.2,))
+    assert ffmpeg("-i", encode(smooth(24), tmp_path / "b.mp4", 24), "-i", sound, clip).returncode == 0
+    info = probe(clip, FLAG, 24)
+    clip.unlink()
+    path = write_with(info, 48, tmp_path / "out.mp4", 24)
+    assert path.name == "out.mp4"
+    assert "could not add the sound of" in caplog.text
+    assert "the video has none" in caplog.text
+
+
+# ffmpeg itself
+
+UNFIT = {
+    "echo \"Unrecognized option 'fps_mode'.\" >&2; exit 1": "older than ffmpeg 5.1",
+    "echo \"Unknown encoder 'libx264'\" >&2; exit 8": "no encoder libx264",
+    "exit 3": "fails",
+}
+
+
+def test_ffmpeg_is_fit() -> None:
+    check_ffmpeg()
+
+
+@pytest.mark.parametrize("script", UNFIT)
+def test_unfit_ffmpeg_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    program = tmp_path / "ffmpeg"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+    expected = f"IMAGEIO_FFMPEG_EXE: .*{UNFIT[script]}.*; unset it, so that imageio-ffmpeg's own is taken"
+    with pytest.raises(UserError, match=expected):
+        check_ffmpeg()
+
+
+def test_missing_ffmpeg_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nonexistent/ffmpeg")
+    with pytest.raises(UserError, match=r"/nonexistent/ffmpeg, which cannot be started \(.*No such file"):
+        check_ffmpeg()
