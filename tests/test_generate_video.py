@@ -66,7 +66,7 @@ def test_a_run_and_its_repetition_twice_at_once(start, picture, tmp_path):
     assert probe(working / path, "", 24).frames == 5
 
     comment = comment_of(working / path)
-    assert comment.keys() == {"skyreels_v3", "flags"}
+    assert comment.keys() == {"skyreels_v3", "flags", "inputs"}
     assert comment["flags"]["prompt"] == REFERENCE[3]
     assert comment["flags"]["seed"] == int(seed) != 42
     (working / "again.yaml").write_text(json.dumps(comment["flags"]))

@@ -14,7 +14,7 @@ import os
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +32,7 @@ NATIVE_TOKENIZER = "google/umt5-xxl"
 NATIVE_IMAGE_ENCODER_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 AUDIO_ENCODER = "chinese-wav2vec2-base"
 AUDIO_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+CACHES = {"huggingface": "HF_HOME", "modelscope": "MODELSCOPE_CACHE"}  # what says where hubs' clients keep files
 TINY = "tiny"  # the embedded model, made on the spot
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as in the library that reads it
@@ -159,6 +160,24 @@ def fetch_snapshot(request: GenerationRequest, patterns: list[str]) -> Path:
         if request.verbosity < 0:
             disable_progress_bars()
     return Path(snapshot_download(request.model_id, allow_patterns=patterns))
+
+
+def downloaded(source: str, repositories: Mapping[str, Iterable[str]]) -> tuple[Path, int]:
+    """The folder that a hub's client downloads to, and how many bytes of those repositories' files are there already.
+
+    Args:
+        repositories: for the id of each the patterns of the files that are needed.
+    """
+    if source == "modelscope":
+        return Path(os.environ.get(CACHES[source], Path.home() / ".cache" / "modelscope")), 0
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    files: set[Path] = set()
+    for name, patterns in repositories.items():
+        repository = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+        for pattern in (*(f"snapshots/*/{pattern}" for pattern in patterns), "blobs/*.incomplete"):
+            files |= {file.resolve() for file in repository.glob(pattern) if file.is_file()}
+    return Path(HF_HUB_CACHE), sum(file.stat().st_size for file in files)
 
 
 def download_patterns(task: TaskSpec) -> list[str]:

@@ -8,11 +8,13 @@ what the kernels need for themselves.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from skyreels_v3.checkpoints import hub
+from skyreels_v3.media.files import existing_folder
 from skyreels_v3.memory.hunyuan_sizes import HunyuanSizes
 from skyreels_v3.memory.units import BYTES, STREAM_SLOTS
 from skyreels_v3.ranks import ALONE, UNDIVIDED, Degrees, Ranks, choose_degrees
@@ -38,6 +40,7 @@ IMAGE_TOKENS = 257
 VAE_PARAMETERS = 126_892_531
 HUNYUAN_VAE_PARAMETERS = 246_478_803
 IMAGE_ENCODER_PARAMETERS = 630_766_080
+IMAGE_ENCODER_FILE_BYTES = 4_770_000_000  # CLIP's text encoder is in it, too
 AUDIO_ENCODER_PARAMETERS = 94_371_712
 # Live bytes of a forward, of each channel of the model's width: of all tokens while self-attention works (the tokens,
 # their queries, keys and values, and what comes out; a little for the rotary positions), of all tokens while a few are
@@ -60,6 +63,7 @@ HUNYUAN_VAE_ENCODE = 20
 HUNYUAN_VAE_TILE = {"float32": 5_150_000_000, "bfloat16": 2_580_000_000}
 HUNYUAN_VAE_DECODE = {"float32": 580, "bfloat16": 340}
 TILINGS = ((1, 1), (1, 2), (2, 2), (2, 3))  # rows and columns; with more of them the halos cost more than is saved
+OUTPUT_BYTES = {False: 0.5, True: 3}  # at most about, for each pixel: of an mp4, of PNG files
 TINY_BYTES = 1 << 20  # of each of the toy's components, roughly
 
 
@@ -394,18 +398,23 @@ def kept_bytes(request: GenerationRequest, terms: int, tokens: int) -> int:
 
 def component_bytes(request: GenerationRequest, checkpoint: Path | None, dtype: str) -> dict[str, int]:
     """Bytes of the weights of all components but the transformer."""
-    hunyuan = request.task.layout == HUNYUAN
-    parameters = {"text encoder": UMT5.parameters, "VAE": VAE_PARAMETERS}
-    if hunyuan:
-        parameters = {"text encoder": LLAMA_AND_CLIP.parameters, "VAE": HUNYUAN_VAE_PARAMETERS}
-    if "input_audio" in request.task.inputs:
-        parameters |= {"image encoder": IMAGE_ENCODER_PARAMETERS, "audio encoder": AUDIO_ENCODER_PARAMETERS}
+    hunyuan, parameters = request.task.layout == HUNYUAN, component_parameters(request)
     others = checkpoint if request.base_model_id is None else Path(request.base_model_id)
     if others is not None and (not hunyuan or others.is_dir()):
         return hub.stored_bytes(others, request.task)
     if request.model_id == hub.TINY:
         return dict.fromkeys(parameters, TINY_BYTES)
     return {name: count * BYTES[stage_dtype(request, name, dtype)] for name, count in parameters.items()}
+
+
+def component_parameters(request: GenerationRequest) -> dict[str, int]:
+    """Parameters of all published components but the transformer."""
+    if request.task.layout == HUNYUAN:
+        return {"text encoder": LLAMA_AND_CLIP.parameters, "VAE": HUNYUAN_VAE_PARAMETERS}
+    parameters = {"text encoder": UMT5.parameters, "VAE": VAE_PARAMETERS}
+    if "input_audio" in request.task.inputs:
+        parameters |= {"image encoder": IMAGE_ENCODER_PARAMETERS, "audio encoder": AUDIO_ENCODER_PARAMETERS}
+    return parameters
 
 
 def text_encoder_stage(encoder: TextEncoderSizes, size: int, dtype: str, quantized: bool) -> Stage:
@@ -453,6 +462,8 @@ def describe(plan: Plan) -> str:
         lines += [("to fetch", f"from {request.model_source}: {', '.join(hub.download_patterns(request.task))}")]
     if request.task.layout == HUNYUAN and request.model_id != hub.TINY:
         lines += [describe_base(request)]
+    if to_fetch := missing_repositories(plan):
+        lines += [("download", describe_download(plan, to_fetch))]
     shift = "the scheduler's shift" if request.shift is None else f"shift {request.shift:g}"
     lines += [("steps", f"{request.num_inference_steps}, {shift}, {plan.forwards} forwards a pass")]
     for number, made in enumerate(plan.passes, start=1):
@@ -461,10 +472,10 @@ def describe(plan: Plan) -> str:
     for name, stage in plan.stages.items():
         quantized = f", {request.quant}" if request.quant and name in ("transformer", "text encoder") else ""
         weights = f"{giga(stage.weights)} weights ({stage_dtype(request, name, plan.dtype)}{quantized})"
-        lines += [(name, f"{weights}, about {giga(stage.activations)} activations")]
+        lines += [(name, weights + (f", about {giga(stage.activations)} activations" if stage.activations else ""))]
     if plan.degrees.world > 1:
         lines += [("processes", f"{plan.degrees.world}: {plan.degrees}; memory is that of one of them")]
-    lines += [("memory", describe_memory(plan)), ("output", str(request.output))]
+    lines += [("memory", describe_memory(plan)), ("output", str(request.output)), ("disk", describe_disk(request))]
     return "\n".join(f"{name:14}{text}" for name, text in lines)
 
 
@@ -474,6 +485,51 @@ def describe_base(request: GenerationRequest) -> tuple[str, str]:
     if Path(name).is_dir():
         return "base model", f"{name} (on this machine)"
     return "base model", f"{name}, to fetch: {', '.join(hub.base_patterns())}"
+
+
+def missing_repositories(plan: Plan) -> dict[str, list[str]]:
+    """The hub's repositories of which something is to be downloaded, and the patterns of its files."""
+    request, found = plan.request, {}
+    if request.model_id == hub.TINY:
+        return {}
+    if plan.checkpoint is None:
+        found[request.model_id] = hub.download_patterns(request.task)
+    base = request.base_model_id or request.task.base_model_id
+    if request.task.layout == HUNYUAN and not Path(base).is_dir():
+        found[base] = hub.base_patterns()
+    return found
+
+
+def describe_download(plan: Plan, repositories: Mapping[str, list[str]]) -> str:
+    """How much is to be downloaded, how much of that is here, and whether there is room for the rest."""
+    request = plan.request
+    size = transformer_sizes(request, None).weight_bytes("bfloat16") if request.model_id in repositories else 0
+    if request.task.layout != HUNYUAN or any(name != request.model_id for name in repositories):
+        size += sum(published_bytes(request).values())
+    folder, here = hub.downloaded(request.model_source, repositories)
+    free = shutil.disk_usage(folder if folder.exists() else existing_folder(folder)).free
+    begun = f"{giga(here)} of it" if here else "nothing"
+    text = f"about {giga(size)} in bfloat16, {begun} is here already; {giga(free)} free in {folder}"
+    return (
+        text if size - here <= free else f"{text}: too little; set {hub.CACHES[request.model_source]} to another folder"
+    )
+
+
+def published_bytes(request: GenerationRequest) -> dict[str, int]:
+    """About the bytes of the published files of all components but the transformer."""
+    sizes = {
+        name: count * BYTES[stage_dtype(replace(request, vae_dtype="float32"), name, "bfloat16")]
+        for name, count in component_parameters(request).items()
+    }
+    return sizes | ({"image encoder": IMAGE_ENCODER_FILE_BYTES} if "image encoder" in sizes else {})
+
+
+def describe_disk(request: GenerationRequest) -> str:
+    """How much room there is for the output."""
+    assert request.output is not None and request.height is not None and request.width is not None
+    free = shutil.disk_usage(existing_folder(request.output)).free
+    need = OUTPUT_BYTES[request.frame_folder] * request.frames_out * request.height * request.width
+    return f"{giga(free)} free for the output" + (f": it may need {giga(need)}" if need > free else "")
 
 
 def describe_memory(plan: Plan) -> str:
@@ -487,8 +543,10 @@ def describe_memory(plan: Plan) -> str:
 
 
 def giga(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e9:.1f} GB" if size >= 5e7 or not size else f"{max(size / 1e6, 0.1):.1f} MB"
 
 
 def peta(work: float) -> str:
+    if work < 1e11:
+        return f"{work / 1e9:.3g} GFLOP"
     return f"{work / 1e15:.1f} PFLOP" if work >= 1e14 else f"{work / 1e12:.3g} TFLOP"

@@ -91,7 +91,7 @@ def test_the_hosts():
     """A real one."""
     plan = made()
     with (
-        pytest.raises(OutOfMemory, match=r"in loading: 1000000\.0 GB of host memory more were asked for; ask"),
+        pytest.raises(OutOfMemory, match=r"while loading: 1000000\.0 GB of host memory more were asked for; ask"),
         explained("loading", plan, "resident", lambda: None),
     ):
         torch.empty(10**15, dtype=torch.uint8)

@@ -1,0 +1,59 @@
+"""What --dry_run says, and what is looked at before anything long begins."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from skyreels_v3.memory.planner import describe, plan
+from skyreels_v3.tasks import GenerationRequest, task_spec
+
+
+def sparse(path: Path, size: float) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.truncate(int(size))
+    return path
+
+
+def described(request: GenerationRequest, checkpoint: Path | None = None) -> dict[str, str]:
+    text = describe(plan(replace(request, output=Path("o.mp4")), checkpoint, "bfloat16"))
+    return {line[:14].strip(): line[14:] for line in text.splitlines()}
+
+
+def test_the_download_and_the_room_for_it(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    request = GenerationRequest(
+        task=task_spec("reference_to_video"), model_id="Skywork/SkyReels-V3-R2V-14B", prompt="p", height=720, width=1280
+    )
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=41e9))
+    # 14.3 and 5.7 billion parameters of two bytes, 0.13 billion of four
+    assert (
+        described(request)["download"]
+        == f"about 40.8 GB in bfloat16, nothing is here already; 41.0 GB free in {tmp_path}"
+    )
+    repository = tmp_path / "models--Skywork--SkyReels-V3-R2V-14B"
+    blob = sparse(repository / "blobs" / "a", 3e9)
+    for snapshot in ("old", "new"):
+        (repository / "snapshots" / snapshot / "transformer").mkdir(parents=True)
+        (repository / "snapshots" / snapshot / "transformer" / "a.safetensors").symlink_to(blob)
+    sparse(repository / "snapshots" / "new" / "sample.mp4", 5e9)  # not needed
+    sparse(repository / "blobs" / "b.incomplete", 1e9)
+    assert "4.0 GB of it is here already" in described(request)["download"]
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1e8))
+    plan_ = described(request)
+    assert plan_["download"].endswith(f"0.1 GB free in {tmp_path}: too little; set HF_HOME to another folder")
+    assert plan_["disk"] == "0.1 GB free for the output"
+    assert "GB free for the output: it may need" in described(replace(request, frame_folder=True))["disk"]
+
+
+@pytest.mark.parametrize("task", ["t2v", "talking_avatar"])
+def test_the_toy_downloads_nothing_and_is_told_in_small_units(task):
+    request = GenerationRequest(task=task_spec(task), model_id="tiny", prompt="p", height=64, width=64, audio_seconds=1)
+    told = described(request)
+    assert "download" not in told
+    assert not any(re.search(r"\b0\.0 GB|0\.0\d+ TFLOP", text) for text in told.values())
