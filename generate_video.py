@@ -19,7 +19,7 @@ from typing import Any
 
 from skyreels_v3 import processes
 from skyreels_v3.cli import parse_flags, request_of, verbosity_of
-from skyreels_v3.console import escape_unknown, show
+from skyreels_v3.console import Stderr, escape_unknown, show
 from skyreels_v3.errors import AlreadyDone, IncompleteOutput, UserError
 from skyreels_v3.jobs import Studio, cause_of, downloads_folder, run_jobs
 from skyreels_v3.media.sources import is_url
@@ -97,7 +97,7 @@ def start_processes(flags: Mapping[str, Any], argv: Sequence[str], wanted: int) 
 def set_up_logging(verbosity: int, ranks: Ranks = ALONE) -> None:
     """Messages go to stderr, those of the first process; the libraries' own chatter only with --verbose."""
     level = {-1: logging.WARNING, 0: logging.INFO, 1: logging.DEBUG}[verbosity] if ranks.main else logging.ERROR
-    logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s", level=logging.ERROR)
+    logging.basicConfig(stream=Stderr(), format="%(levelname)s: %(message)s", level=logging.ERROR)
     logger.setLevel(level)
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from io import TextIOWrapper
+from typing import Any, TextIO
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,33 @@ def show(result: object) -> None:
         print(result, flush=True)  # noqa: T201
     except OSError as error:
         logger.warning("stdout takes no more (%s), not even %s", error.strerror, result)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # also what is left in its buffer, when Python ends
-        os.close(nowhere)
+        close(sys.stdout)
+
+
+def say(text: str) -> None:
+    """Write to stderr, if it takes anything: Ctrl-C may have ended `| tee` as well, a terminal may be closed."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        close(sys.stderr)
+
+
+class Stderr:
+    """stderr for messages and progress bars, written to by `say`."""
+
+    def write(self, text: str) -> None:
+        say(text)
+
+    def flush(self) -> None:
+        """Nothing is left to flush."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
+def close(stream: TextIO) -> None:
+    """Have all go nowhere that is written to a stream, also what it has left when Python ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from skyreels_v3 import processes
 from skyreels_v3.cli import NOT_RECORDED, job_flags, request_of, without_overruled
-from skyreels_v3.console import show
+from skyreels_v3.console import say, show
 from skyreels_v3.errors import AlreadyDone, UserError, shown
 from skyreels_v3.media.files import check_readable, check_writable, run_folder
 from skyreels_v3.ranks import ALONE, Ranks
@@ -549,7 +549,7 @@ def run_jobs(flags: Mapping[str, Any], ranks: Ranks) -> int:
 def report(failed: int, jobs: int, results: Path) -> None:
     """Say at the end of a run that jobs failed, if some did."""
     if failed:
-        processes.say(f"error: {failed} of {jobs} jobs failed; {results} says why\n")
+        say(f"error: {failed} of {jobs} jobs failed; {results} says why\n")
 
 
 def claimed(job: Job, results: Results, team: Ranks) -> bool:

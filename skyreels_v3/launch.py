@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from skyreels_v3.console import say
 from skyreels_v3.media.files import run_folder
-from skyreels_v3.processes import INTERRUPTED, LAUNCHER, say
+from skyreels_v3.processes import INTERRUPTED, LAUNCHER
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure

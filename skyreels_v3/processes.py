@@ -13,12 +13,12 @@ import os
 import signal
 import sys
 import time
-from contextlib import suppress
 from datetime import timedelta
 from threading import Thread
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from skyreels_v3.console import say
 from skyreels_v3.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -174,10 +174,3 @@ def speaks(ranks: Ranks, error: BaseException | None) -> bool:
         return next_number("ended") == 0
     except RuntimeError:  # whoever keeps the store is gone
         return ranks.main
-
-
-def say(text: str) -> None:
-    """Write to stderr, if anyone is still there."""
-    with suppress(OSError):
-        sys.stderr.write(text)
-        sys.stderr.flush()

@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from skyreels_v3.console import Stderr
+
 PARTS = 10  # lines of a bar in a file, besides that at its beginning
 SECONDS = 10  # between lines where the end is not known
 
@@ -42,6 +44,6 @@ def progress_bar(name: str, total: int | None, shown: bool = True, **how: Any) -
         how: more of tqdm's arguments.
     """
     kind = tqdm if sys.stderr.isatty() else LineBar
-    with kind(desc=name, total=total, disable=not shown, file=sys.stderr, **how) as bar:
+    with kind(desc=name, total=total, disable=not shown, file=Stderr(), **how) as bar:
         yield bar
         bar.total = bar.n

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from skyreels_v3.console import escape_unknown, show
+from skyreels_v3.progress import progress_bar
 
 
 @pytest.mark.parametrize(("encoding", "shown"), [("cp1252", b"\\u72d0.mp4\n"), ("utf-8", "\u72d0.mp4\n".encode())])
@@ -27,3 +28,13 @@ def test_nobody_reads_stdout_any_more(monkeypatch, caplog):
         show("a.mp4")
         show("b.mp4")
     assert caplog.messages == ["stdout takes no more (Broken pipe), not even a.mp4"]
+
+
+def test_nobody_reads_stderr_any_more(monkeypatch):
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        os.close(reading)
+        with progress_bar("loading", 2) as bar:
+            bar.update(2)
+    assert bar.n == 2
