@@ -12,7 +12,6 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,10 +47,7 @@ def generate(request: GenerationRequest, downloads: Path, ranks: Ranks) -> Itera
     """Make the videos, with the other processes if there are some, and give the path of each."""
     studio = Studio(ranks, team=ranks)
     first, *others = request.videos()
-    seen = None
-    if ranks.leads:
-        with suppress(AlreadyDone):  # the others do not know yet
-            seen = studio.look(first, downloads)
+    seen = studio.look(first, downloads) if ranks.leads else None
     if ranks.world > 1:
         processes.meet(ranks, request.device)
     for video in (first, *others):
@@ -81,13 +77,16 @@ def start_processes(flags: Mapping[str, Any], argv: Sequence[str], wanted: int) 
     if flags.get("dry_run"):
         return act_on(flags, team)  # one can say what all would do
     logger.setLevel(logging.ERROR)  # they say the rest
-    if "jobs" not in flags:
-        request = request_of(flags)
-        if not any(is_url(source) for _, source in request.sources):
-            from skyreels_v3.preflight import preflight
+    request = None if "jobs" in flags else request_of(flags)
+    if request is not None and not any(is_url(source) for _, source in request.sources):
+        from skyreels_v3.preflight import preflight
 
-            with suppress(AlreadyDone):  # they see to that
-                preflight(request, Path(), team)  # what is wrong is found before they are started
+        try:
+            preflight(request, Path(), team)  # what is wrong is found before they are started
+        except AlreadyDone as done:
+            if request.video_num == 1:
+                show(done.output)
+                return 0
     from skyreels_v3.launch import launch
 
     task = [f"--task_type={flags['task_type']}"] if "task_type" in flags else []

@@ -10,12 +10,11 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skyreels_v3.media.files import temporary_name
+from skyreels_v3.media.files import replace_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,25 +63,18 @@ class TensorCache:
 
     def store(self, text: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep what was computed for a text, and the newest others."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         if self.folder is None:
             return
-        file = self._file(text)
-        temporary = temporary_name(file)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-            os.replace(temporary, file)
+            content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+            replace_file(self._file(text), content)
             by_age = sorted(self.folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
             for old in by_age[:-KEPT]:
                 old.unlink(missing_ok=True)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             logger.debug("a file cannot be kept: %s", error)
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
     def _file(self, text: str) -> Path:
         assert self.folder is not None

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from skyreels_v3.media.inputs import Inputs
     from skyreels_v3.session import Session
 
-    Seen = tuple[GenerationRequest, Inputs, Path | None]  # what `preflight` gives
+    Seen = tuple[GenerationRequest, Inputs, Path | None] | AlreadyDone  # what `preflight` gives, or raises
     Ready = tuple[GenerationRequest, Inputs, Path]  # the same, nothing missing
 
 logger = logging.getLogger(__name__)
@@ -374,10 +374,13 @@ class Studio:
         self.session: Session | None = None
 
     def look(self, request: GenerationRequest, downloads: Path) -> Seen:
-        """See `preflight`."""
+        """See `preflight`; that a video is there already is not raised before all processes know."""
         from skyreels_v3.preflight import preflight
 
-        return preflight(request, downloads, self.team)
+        try:
+            return preflight(request, downloads, self.team)
+        except AlreadyDone as done:
+            return done
 
     def prepare(self, request: GenerationRequest, downloads: Path, name: str, seen: Seen | None = None) -> Ready:
         """Look at a request's inputs and fetch what is missing.
@@ -412,7 +415,10 @@ class Studio:
 
     def find(self, request: GenerationRequest, downloads: Path, seen: Seen | None) -> Ready:
         """What `prepare` gives, on this process."""
-        request, inputs, here = seen or self.look(request, downloads)
+        seen = seen or self.look(request, downloads)
+        if isinstance(seen, AlreadyDone):
+            raise seen
+        request, inputs, here = seen
         request, checkpoint = self.stock.complete(request, here)
         return request, inputs, checkpoint
 

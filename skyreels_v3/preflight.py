@@ -21,7 +21,7 @@ from skyreels_v3.media.inputs import Inputs, open_inputs
 from skyreels_v3.media.video import check_ffmpeg, read_comment
 from skyreels_v3.memory.planner import describe, latent_frames_of_passes, plan
 from skyreels_v3.pipelines.outputs import join_passes
-from skyreels_v3.pipelines.state import RunRecord, find_left
+from skyreels_v3.pipelines.state import NO_RECORD, RunRecord, find_left
 from skyreels_v3.ranks import ALONE, Ranks
 from skyreels_v3.runtime import check_compute, check_device, expected_device, expected_dtype
 from skyreels_v3.tasks import HUNYUAN, GenerationRequest
@@ -142,8 +142,12 @@ def finish(request: GenerationRequest, output: Path, state: Path) -> None:
 def is_of(output: Path, record: RunRecord) -> bool:
     """Whether a file or a folder was made by a run of the same flags and inputs, as its comment says."""
     try:
-        record.check_same(json.loads(read_comment(output)))
-    except (UserError, OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+        comment = read_comment(output)
+    except (OSError, RuntimeError, ValueError):
+        return False
+    try:
+        record.check_same(json.loads(comment))
+    except (UserError, *NO_RECORD):
         return False
     return True
 

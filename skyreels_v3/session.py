@@ -7,7 +7,7 @@ import json
 import logging
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from skyreels_v3 import __version__, runtime
 from skyreels_v3.checkpoints.save import save_quantized
 from skyreels_v3.errors import IncompleteOutput
 from skyreels_v3.media.audio import mix
-from skyreels_v3.media.files import reason_of
+from skyreels_v3.media.files import NO_ROOM, reason_of
 from skyreels_v3.media.inputs import Inputs
 from skyreels_v3.media.video import COMMENT_BYTES, ClipInfo, read_frames, resized, write_frame_folder, write_video
 from skyreels_v3.memory.planner import Plan, plan
@@ -94,7 +94,7 @@ class Session:
             logger.info("seed %d, %d x %d", request.seed, request.height, request.width)
             passes = self.passes(request, inputs, state)
             # closed before anything is said of how it ended: a progress bar that is open would write after it
-            with closing(all_frames(request, inputs, passes, latents)) as frames:
+            with closing(all_frames(request, inputs, passes, latents)) as frames, naming_room(request.output):
                 path = write(request, inputs, frames, comment(record), state.folder)
             completed = request.save_latents is None or state.failed
             if request.save_latents is not None:
@@ -148,6 +148,17 @@ def all_frames(
         if request.save_latents is not None:
             latents.append(made.latents)
         yield from made.frames
+
+
+@contextmanager
+def naming_room(path: Path) -> Iterator[None]:
+    """Have the error of a full disk say what could not be written there, and how much is free."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise RuntimeError(f"{path} cannot be written ({reason_of(error, path)}); make room") from error
 
 
 def write_latents(latents: Sequence[Tensor], path: Path, video: Path, kept: bool) -> None:

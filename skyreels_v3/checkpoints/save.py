@@ -15,7 +15,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from skyreels_v3.checkpoints.hub import base_patterns, download_patterns
-from skyreels_v3.media.files import publish, temporary_name
+from skyreels_v3.media.files import follow_umask, publish, temporary_name
 from skyreels_v3.tasks import HUNYUAN, TaskSpec
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ def save_quantized(transformer: ModelMixin, checkpoint: Path, others: Path, fold
         transformer.save_config(target)
         state = {name: standing_alone(parameter.detach()) for name, parameter in transformer.named_parameters()}
         save_torch_state_dict(state, target, filename_pattern=WEIGHTS)
+        follow_umask(temporary)
         made = publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

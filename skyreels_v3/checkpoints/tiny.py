@@ -43,6 +43,7 @@ from skyreels_v3.checkpoints.hub import (
 )
 from skyreels_v3.checkpoints.tiny_hunyuan import write_hunyuan
 from skyreels_v3.checkpoints.toy import SIZES, WEIGHTS, toy, weights, write_json
+from skyreels_v3.media.files import follow_umask
 from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
 from skyreels_v3.tasks import TaskSpec
 
@@ -62,6 +63,7 @@ def make_tiny(task: TaskSpec) -> Path:
     temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
     try:
         write(temporary)
+        follow_umask(temporary)
         temporary.rename(folder)
     except OSError:
         if not folder.is_dir():  # else another run has made it meanwhile: the same files

@@ -33,6 +33,7 @@ NAME_BYTES = 255  # longest file name of the usual file systems
 NAME_RESERVE = 16  # for what `publish` and `partial_name` may add to a name
 RUN_FOLDER = "skyreels-"  # what the names of runs' temporary folders begin with
 IN_USE = ".in-use"  # a file in them, locked as long as its run lives
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NO_HARD_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV}
 
 
@@ -206,7 +207,24 @@ def existing_folder(path: Path) -> Path:
 def reason_of(error: Exception, path: Path | None = None) -> str:
     """Why something could not be done with a file; where there was no room for `path`, how much is free there."""
     reason = getattr(error, "strerror", None) or str(error)
-    if path is None or getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+    if path is None or getattr(error, "errno", None) not in NO_ROOM:
         return reason
     folder = existing_folder(path)
-    return f"{reason}, {shutil.disk_usage(folder).free / 1e6:.1f} MB free in {shown(folder)}"
+    return f"{reason}, {size_of(shutil.disk_usage(folder).free)} free in {shown(folder)}"
+
+
+def size_of(number: float) -> str:
+    """A number of bytes, for people."""
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.2f} MB"
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file, or all in a folder and itself, the rights that new ones have; safetensors and tempfile do not.
+
+    What has other names elsewhere is left as it is there.
+    """
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for each in (path, *path.rglob("*")):
+        if each.is_dir() or each.stat().st_nlink == 1:
+            each.chmod((0o777 if each.is_dir() else 0o666) & ~mask)

@@ -32,7 +32,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from skyreels_v3.errors import UserError, shown
-from skyreels_v3.media.files import check_readable, partial_name, publish, temporary_name
+from skyreels_v3.media.files import NO_ROOM, check_readable, partial_name, publish, temporary_name
 from skyreels_v3.media.image import cover_crop
 
 logger = logging.getLogger(__name__)
@@ -95,6 +95,7 @@ PNG_COMPRESSION = 3  # of 9; higher levels take much longer for a few percent
 FRAMES_AHEAD = 16  # frames that may wait to be written while the next ones are made: 44 MB at 1280 x 720
 ERROR_LINES = 5
 TRIAL_SECONDS = 10.0  # for ffmpeg to encode a tiny frame
+HAS_OPEN_FILES = Path("/proc/self/fd").is_dir()  # names by which a process opens its files anew: Linux
 
 
 @dataclass(frozen=True)
@@ -309,13 +310,14 @@ def _deliver(frames: Iterable[np.ndarray], sink: _Sink, final: Path) -> Path:
     try:
         for number, frame in enumerate(frames):
             if number == 0:
-                final.parent.mkdir(parents=True, exist_ok=True)
+                sink.temporary.parent.mkdir(parents=True, exist_ok=True)
             writer.add(frame)
         writer.wait()
         writer.check()
         sink.finish()
         if not sink.added:
             raise RuntimeError(f"{final}: there are no frames to write")
+        final.parent.mkdir(parents=True, exist_ok=True)
         return publish(sink.temporary, final)
     except BaseException:
         writer.wait()
@@ -417,23 +419,43 @@ class _VideoSink:
         self._command = ffmpeg_command(
             ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "pipe:0"]
             + ["-vf", TO_YUV, "-c:v", "libx264", "-crf", str(CRF), "-preset", PRESET, "-movflags", "+faststart"]
-            + ["-metadata", f"comment={comment}", "-f", "mp4", "-n", f"file:{temporary}"]
+            + ["-metadata", f"comment={comment}", "-f", "mp4", "-y"]
         )
+        self._file: IO[bytes] | None = None
 
     def add(self, frame: np.ndarray) -> None:
         if frame.shape != self._shape or frame.dtype != np.uint8:
             raise ValueError(f"frame {self.added} is {frame.dtype} {frame.shape}, not uint8 {self._shape}")
         if self._process is None:
-            # a session of its own: Ctrl-C in the terminal must not reach the encoder before the file is closed
-            self._process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stderr=self._log, start_new_session=True
-            )
+            self._process = self._start()
         try:
             _pipe(self._process.stdin).write(np.ascontiguousarray(frame).data)
         except BrokenPipeError:
             self.finish()  # ffmpeg has ended, which it does only when it fails
             raise RuntimeError("ffmpeg ended early") from None
         self.added += 1
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        """The encoder, at work on an open file, which lives on where somebody removes its folder meanwhile."""
+        self._file = self.temporary.open("x+b")
+        number = self._file.fileno()
+        target, kept = (f"/proc/self/fd/{number}", (number,)) if HAS_OPEN_FILES else (str(self.temporary), ())
+        # a session of its own: Ctrl-C in the terminal must not reach the encoder before the file is closed
+        return subprocess.Popen(
+            [*self._command, f"file:{target}"],
+            stdin=subprocess.PIPE,
+            stderr=self._log,
+            pass_fds=kept,
+            start_new_session=True,
+        )
+
+    def _bring_back(self) -> None:
+        """Give the file a name again where it has lost that with its folder."""
+        if self._file is not None and not self.temporary.exists():
+            self.temporary.parent.mkdir(parents=True, exist_ok=True)
+            with self.temporary.open("xb") as new:
+                self._file.seek(0)
+                shutil.copyfileobj(self._file, new)
 
     def finish(self) -> None:
         if self._process is None:
@@ -443,7 +465,8 @@ class _VideoSink:
         except BrokenPipeError:
             pass  # the exit status tells more
         if self._process.wait():
-            raise RuntimeError(f"ffmpeg could not write {self.temporary.name}: {_last_lines(self._log)}")
+            raise _write_error(self.temporary, _last_lines(self._log))
+        self._bring_back()
         if self._audio is not None and self.added:
             self._add_sound(self._audio)
 
@@ -480,6 +503,8 @@ class _VideoSink:
             self._process.kill()
             self._process.wait()
         self._log.close()
+        if self._file is not None:
+            self._file.close()
         self.temporary.unlink(missing_ok=True)
 
 
@@ -760,6 +785,14 @@ def _input(path: Path, containers: str) -> list[str]:
         *("-protocol_whitelist", "file,pipe", "-format_whitelist", containers),
         *("-max_pixels", str(MAX_FRAME_PIXELS), "-i", f"file:{path}"),
     ]
+
+
+def _write_error(path: Path, log: str) -> Exception:
+    """What keeps ffmpeg from writing a file, by its last words: no room, or something else."""
+    full = (number for number in NO_ROOM if os.strerror(number) in log)
+    if (number := next(full, None)) is not None:
+        return OSError(number, os.strerror(number), str(path))
+    return RuntimeError(f"ffmpeg could not write {path.name}: {log}")
 
 
 def _last_lines(log: IO[bytes]) -> str:

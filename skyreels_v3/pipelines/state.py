@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 REQUEST_FILE = "request.json"
 PASS_FILES = "pass-*.safetensors"
 STEPS_FILES = "steps-*.safetensors"
+NO_RECORD = (ValueError, KeyError, TypeError, AttributeError)  # what reading another thing than a record raises
 STATE_FOLDER = re.compile(r"(.+)\.state(-\d+)?")
 
 
@@ -238,7 +239,7 @@ def find_left(record: RunRecord, strict: bool = True, anywhere: bool = False) ->
             return claim(folder, record)
         except UserError as error:
             problems.append(error)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, *NO_RECORD) as error:
             logger.debug("%s holds no interrupted run: %s", folder, error)
     if problems and strict and not anywhere:
         raise problems[0]
@@ -258,7 +259,7 @@ def claim(folder: Path, record: RunRecord) -> Left:
 
     Raises:
         UserError: it is another run's, or in use.
-        OSError, ValueError, KeyError, TypeError, AttributeError: it is nothing of the kind.
+        OSError, or one of NO_RECORD: it is nothing of the kind.
     """
     request = (folder / REQUEST_FILE).open("r+", encoding="utf-8", errors="replace")
     try:
