@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,10 +27,12 @@ from skyreels_v3.errors import UserError
 from skyreels_v3.media.image import cover_crop
 from skyreels_v3.media.video import (
     FRAMES_AHEAD,
+    HAS_OPEN_FILES,
     TO_YUV,
     check_ffmpeg,
     last_frames,
     probe,
+    read_comment,
     read_frames,
     resized,
     run_ffmpeg,
@@ -931,9 +934,36 @@ def test_without_sound_nothing_has_changed(tmp_path: Path, monkeypatch: pytest.M
     assert len(started) == 1
     assert started[0][1:-1] == (
         "-hide_banner -nostdin -nostats -v warning -f rawvideo -pix_fmt rgb24 -s 96x64 -r 24 -i pipe:0 -vf "
-        f"{TO_YUV} -c:v libx264 -crf 16 -preset medium -movflags +faststart -metadata comment=c -f mp4 -n"
+        f"{TO_YUV} -c:v libx264 -crf 16 -preset medium -movflags +faststart -metadata comment=c -f mp4 -y"
     ).split(" ")
     assert "Audio" not in ffmpeg("-i", tmp_path / "a.mp4").stderr.decode()
+
+
+@pytest.mark.skipif(not HAS_OPEN_FILES, reason="open files have no names here")
+@pytest.mark.parametrize("workspace", [None, "out/a.state"])
+def test_a_folder_that_is_removed_costs_no_frame(tmp_path: Path, workspace: str | None) -> None:
+    sound, path = clicks(tmp_path / "a.wav", 44_100, 3.0, (0.1,)), tmp_path / "out" / "a.mp4"
+    room = None if workspace is None else tmp_path / workspace
+
+    def frames() -> Iterator[np.ndarray]:
+        for number, frame in enumerate(smooth(60)):
+            if number == 50:
+                shutil.rmtree(tmp_path / "out")
+            yield frame
+
+    made = write_video(frames(), path, height=64, width=96, fps=25, comment="c", audio=sound, workspace=room)
+    assert (made, read_comment(made)) == (path, "c")
+    assert len(list(read_frames(path, 25))) == 60
+    assert click_times(path) == pytest.approx([0.1], abs=0.004)
+
+
+def test_a_full_disk_is_said(small_disk: Callable[[int], Path]) -> None:
+    disk = small_disk(48)
+    noise = np.random.default_rng(0).integers(0, 256, (30, 64, 96, 3), dtype=np.uint8)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write(noise, disk / "a.mp4")
+    assert caught.value.filename.startswith(f"{disk}/")
+    assert not any(disk.iterdir())
 
 
 def test_frame_folder_is_lossless(tmp_path: Path) -> None:
