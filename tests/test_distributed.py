@@ -56,7 +56,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "two-odd": talk | ODD | {"input_audio": "one.wav,two.wav"},
     "cat-odd": cat | ODD | {"num_frames": 29},  # 3 pieces of the VAE
     "cat-cached": cat | EVEN | {"guidance_scale": 1, "num_inference_steps": 12, "cache": "fbcache:0.2"},
-    "comes-odd": comes | ODD,
+    "comes-odd": comes | {"height": 272, "width": 48},  # two tiles of the VAE, in the picture too
 }
 QUICK = ("fox-odd", "cut-odd", "shot-odd", "talk-odd", "comes-odd")
 GUIDED = ("guided-odd", "cut-even", "talk-even", "cat-odd")
