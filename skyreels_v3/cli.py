@@ -13,7 +13,8 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -220,6 +221,8 @@ ONLY_FOR = {
     "speaker_boxes": ("input_audio",),
     "keyframes": ("input_audio",),
 }
+# flags that are for the same thing, in tasks that differ
+ALIKE = (("image", "input_image", "ref_imgs"), ("guidance_scale", "text_guidance_scale"), ("num_frames", "duration"))
 EXCLUSIVE = (
     ("duration", "num_frames"),
     ("quiet", "verbose"),
@@ -406,8 +409,18 @@ def convert_text(flag: Flag, value: Any) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise UserError(name, f"{shown(value)} is not UTF-8; type it again, or rename the file") from None
+        raise UserError(name, f"{shown(value)} {encoding_problem(value)}") from None
     return value
+
+
+def encoding_problem(value: str) -> str:
+    """What is wrong with a value that is not UTF-8 in Python's eyes: it, or the locale that Python has read it by."""
+    try:
+        os.fsencode(value).decode()
+    except UnicodeError:
+        return "is not UTF-8; type it again, or rename the file"
+    locale = sys.getfilesystemencoding()
+    return f"is UTF-8, but the terminal's locale says {locale}; set PYTHONUTF8=1 or LC_ALL=C.UTF-8"
 
 
 def convert_number(flag: Flag, value: Any) -> int | float:
@@ -556,7 +569,8 @@ def check_conflicts(spec: TaskSpec, values: Mapping[str, Any]) -> None:
     for name in ONLY_FOR:
         if values.get(name, False) is not False and not takes(spec, name):
             value = "" if values[name] is True else f"{told(values[name])}: "
-            raise UserError(f"--{name}", f"{value}{spec.name} does not take it; leave it out")
+            instead = (f"give --{other} instead" for other in counterparts(spec, name) if other not in values)
+            raise UserError(f"--{name}", f"{value}{spec.name} does not take it; {next(instead, 'leave it out')}")
     for name in spec.inputs:
         if name == "input_image" and "input_video" in values:  # an existing video is dubbed
             continue
@@ -579,6 +593,11 @@ def check_conflicts(spec: TaskSpec, values: Mapping[str, Any]) -> None:
         if values.get(name, "") not in ("", 1.0) and not guided:
             reason = f"{shown(values[name])} has no effect without text guidance"
             raise UserError(f"--{name}", f"{reason}; give --{text_scale} above 1 as well")
+
+
+def counterparts(spec: TaskSpec, name: str) -> Iterator[str]:
+    """The flags by which the task takes what another one takes by the flag of that name."""
+    return (other for alike in ALIKE if name in alike for other in alike if other != name and takes(spec, other))
 
 
 def check_values(spec: TaskSpec, values: Mapping[str, Any]) -> None:

@@ -142,7 +142,7 @@ CONFLICTS = [
     bad(EXTENSION, "--ref_imgs", "{files}/good.png", "single_shot_extension does not take it; leave it out"),
     bad(SHOT, "--ref_imgs", "{files}/good.png", "shot_switching_extension does not take it; leave it out"),
     bad(REFERENCE, "--input_video", "{assets}/boat.mp4", "reference_to_video does not take it; leave it out"),
-    bad(EXTENSION, "--num_frames", "5", "does not take it; leave it out"),
+    bad(EXTENSION, "--num_frames", "5", "does not take it; give --duration instead"),
     bad(EXTENSION, "--image_guidance_scale", "0", "does not take it; leave it out"),
     Case("include_input", [*REFERENCE, "--include_input"], "--include_input", "does not take it", "leave it out"),
     bad(REFERENCE, "--image_guidance_scale", "2", "give --guidance_scale above 1"),

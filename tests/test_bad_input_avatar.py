@@ -133,7 +133,7 @@ DUBBING = [
 ]  # fmt: skip
 OTHER_TASKS = [
     *[
-        bad(AVATAR, flag, value, "talking_avatar does not take it; leave it out")
+        bad(AVATAR, flag, value, "talking_avatar does not take it; ")
         for flag, value in (
             ("--guidance_scale", "2.0"), ("--image_guidance_scale", "2.0"), ("--duration", "5"), ("--num_frames", "5"),
             ("--ref_imgs", "{assets}/fox.png"),
@@ -141,7 +141,7 @@ OTHER_TASKS = [
     ],
     Case("avatar--include_input", [*DUB, "--include_input"], "--include_input", "talking_avatar", "leave it out"),
     *[
-        bad(base, flag, value, f"{base[1]} does not take it; leave it out")
+        bad(base, flag, value, f"{base[1]} does not take it; ")
         for base in (REFERENCE, EXTENSION)
         for flag, value in (
             ("--input_image", "{assets}/portrait.png"), ("--input_audio", "{files}/1s.wav"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -198,3 +199,28 @@ def test_help_and_version_are_quick():
     assert made.stdout.startswith("usage: generate_video.py --task_type TASK")
     made, _ = run("--version")
     assert (made.returncode, made.stdout, made.stderr) == (0, f"skyreels_v3 {__version__}\n", "")
+
+
+def test_the_locale_is_at_fault():
+    ascii_only = os.environ | {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, str(ROOT / "generate_video.py"), *REFERENCE, "--prompt", b"caf\xc3\xa9"]
+    made = subprocess.run(command, capture_output=True, text=True, check=False, env=ascii_only)
+    assert made.returncode == 2
+    assert "is UTF-8, but the terminal's locale says ascii; set PYTHONUTF8=1 or LC_ALL" in made.stderr
+
+
+@pytest.mark.parametrize(
+    ("task", "flag", "way_out"),
+    [
+        ("talking_avatar", "image", "give --input_image instead"),
+        ("reference_to_video", "input_image", "give --ref_imgs instead"),
+        ("i2v", "ref_imgs", "give --image instead"),
+        ("talking_avatar", "guidance_scale", "give --text_guidance_scale instead"),
+        ("single_shot_extension", "num_frames", "give --duration instead"),
+        ("talking_avatar", "duration", "leave it out"),
+    ],
+)
+def test_what_another_task_takes(task, flag, way_out):
+    value = "5" if flag in ("duration", "num_frames", "guidance_scale") else "a.png"
+    with pytest.raises(UserError, match=rf"^--{flag}: {value}(\.0)?: {task} does not take it; {way_out}"):
+        parse_request(["--task_type", task, "--prompt", "x", f"--{flag}", value])
