@@ -52,7 +52,7 @@ DISCARDED = 0x4  # packet flag: decoded but not shown, as an edit list says
 # A track in ffmpeg's description of a file, with its metadata.
 TRACK = re.compile(r"^  Stream #0:(\d+)\S*: (Video|Audio): (.*(?:\n {4,}.*)*)", re.MULTILINE)
 FIRST = {"Video": "V", "Audio": "a"}  # specifiers of a kind of tracks
-PICTURE = re.compile(r", (\w+)(?:\(([^)]*)\))?, (\d+)x(\d+)(?:,? \[?SAR (\d+):(\d+))?")  # format, its details, size
+PICTURE = re.compile(r", (\w+)(?:\((.*?)\))?, (\d+)x(\d+)(?:,? \[?SAR (\d+):(\d+))?")  # format, its details, size
 COLOURS = re.compile(r"([\w-]+)/([\w-]+)/([\w-]+)")  # matrix, primaries, transfer function
 MAX_FRAME_PIXELS = 40_000_000  # 8K has 35 million
 
@@ -574,12 +574,13 @@ def _video_track(path: Path) -> _VideoTrack:
             notes.append(f"is HDR ({HDR[colours[3]]}); it is tone-mapped to SDR")
     elif matrix == "unknown" and "bt709" not in details and pixel_format.startswith("yuv") and int(height) >= HD_HEIGHT:
         after = after.replace("scale=", "scale=in_color_matrix=bt709:", 1)
-    interlaced = INTERLACED.search(details) is not None
-    if interlaced:
+    if INTERLACED.search(details):
         notes.append("is interlaced; whole frames are made of its fields")
+    # where nothing is said each frame tells; the filter passes progressive ones on as they are
+    may_be_interlaced = "progressive" not in details and pixel_format.startswith("yuv")
     too_large = int(width) * int(height) * across > MAX_FRAME_PIXELS * down
     has_sound = any(kind == "Audio" for _, kind, _ in TRACK.findall(log))
-    return _VideoTrack(source, "bwdif=deint=interlaced," * interlaced, after, too_large, has_sound, tuple(notes))
+    return _VideoTrack(source, "bwdif=deint=interlaced," * may_be_interlaced, after, too_large, has_sound, tuple(notes))
 
 
 def _to_sdr(matrix: str, primaries: str, transfer: str, alpha: bool) -> str:

@@ -28,6 +28,7 @@ from skyreels_v3.media.image import cover_crop
 from skyreels_v3.media.video import (
     FRAMES_AHEAD,
     HAS_OPEN_FILES,
+    TO_RGB,
     TO_YUV,
     check_ffmpeg,
     last_frames,
@@ -369,20 +370,38 @@ def test_matrix_and_range(tmp_path: Path, matrix: str, height: int, options: lis
     assert np.abs(next(read_frames(clip, 24)).astype(int) - frame[0]).max() <= 2
 
 
-def test_interlaced_fields_become_frames(tmp_path: Path) -> None:
+INTERLACED = {
+    "a.mp4": ("96x96", ["-c:v", "libx264", "-flags", "+ilme+ildct", "-crf", 4]),
+    "b.mkv": ("96x96", ["-c:v", "mpeg2video", "-flags", "+ilme+ildct", "-q:v", 2]),
+    "c.avi": ("720x576", ["-c:v", "dvvideo"]),  # a camcorder's, which only says so of each frame
+}
+
+
+@pytest.mark.parametrize("name", INTERLACED)
+def test_interlaced_fields_become_frames(tmp_path: Path, name: str) -> None:
     """A bar that moves by 8 pixels a field is straight in every frame."""
+    size, codec = INTERLACED[name]
     bar = np.zeros((96, 64, 96, 3), np.uint8)
     for number, frame in enumerate(bar):
         frame[:, (start := number * 8 % 64) : start + 16] = 255
-    options = ["-vf", "tinterlace=interleave_top,setfield=tff", "-flags", "+ilme+ildct", "-crf", 4]
-    clip = encode(bar, tmp_path / "a.mp4", 50, *options, "-pix_fmt", "yuv420p")
+    filters = f"scale={size}:flags=neighbor,tinterlace=interleave_bottom,setfield=bff"
+    clip = encode(bar, tmp_path / name, 50, "-vf", filters, *codec, "-pix_fmt", "yuv420p", "-r", 25)
     notes: list[str] = []
     info = probe(clip, FLAG, 25, notes.append)
-    assert notes == [f"{clip} is interlaced; whole frames are made of its fields"]
+    assert notes == [f"{clip} is interlaced; whole frames are made of its fields"] * (name != "c.avi")
     frames = np.stack(list(read_frames(clip, 25))).astype(int)
     assert len(frames) == info.frames == 48
-    rows = frames[2:-2, 4:-4, :, 1]
+    rows = frames[2:-2, 8:-8, :, 1]
     assert np.abs(rows[:, 1:] - rows[:, :-1]).max() < 60
+
+
+@pytest.mark.parametrize("name, codec", [("a.avi", ["mjpeg"]), ("b.mkv", ["huffyuv", "-pix_fmt", "yuv422p"])])
+def test_progressive_frames_are_left_alone(tmp_path: Path, name: str, codec: list[object]) -> None:
+    """Where the file does not say what they are, which the recorded clip's does."""
+    clip = encode(smooth(30), tmp_path / name, 24, "-c:v", *codec)
+    expected = ffmpeg("-i", clip, "-vf", TO_RGB, "-f", "rawvideo", "-").stdout
+    assert b"".join(frame.tobytes() for frame in read_frames(clip, 24)) == expected
+    assert len(expected) == 30 * 64 * 96 * 3
 
 
 TRANSPARENT = {
