@@ -160,6 +160,13 @@ class Runtime:
             )
         return self.streams[module]
 
+    def take_device(self) -> None:
+        """Make the device current in this thread, or its driver would set up the first one as well."""
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
     def free_memory(self) -> int | None:
         """Free bytes of the device's own memory, None where it has none of its own."""
         import torch

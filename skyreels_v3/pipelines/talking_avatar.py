@@ -10,6 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from skyreels_v3.media.color import match_color
 from skyreels_v3.media.image import cover_crop, covered_box, full_size
 from skyreels_v3.media.inputs import Inputs
 from skyreels_v3.media.video import read_frames, resized
-from skyreels_v3.pipelines.steps import Frame, Pass, Steps, frames_to_video, video_to_frames
+from skyreels_v3.pipelines.steps import Frame, Pass, Steps, frames_to_video
 from skyreels_v3.sampling.denoise import Conditioning, leave
 from skyreels_v3.sampling.guidance import NO_AUDIO, NO_TEXT_NO_AUDIO, Guidance, text_audio_guidance
 from skyreels_v3.sampling.schedules import euler
@@ -96,7 +97,7 @@ class TalkingAvatar(Steps):
         latents = self.make_window(request, scene, texts, Given(scene.portrait), 0, name)
         decoded = self.decode_matched(request, latents, scene, None if plan.windows else plan.audio_frames)
         if not plan.windows:
-            yield Pass(latents.cpu(), to_frames(decoded))
+            yield Pass(latents.cpu(), self.frames_of(decoded, rounding=False))
             return
         keys = self.key_frames(request, inputs, plan, decoded)
         yield Pass(latents.cpu(), iter(()))
@@ -163,7 +164,8 @@ class TalkingAvatar(Steps):
         """The frame (1, 3, 1, H, W) that each window ends in, by the windows' starts; the user's before made ones."""
         wanted = {window.key_frame for window in plan.windows}
         # on the host: there may be as many as the pass has frames
-        made = {index: frame.cpu() for index, frame in enumerate(decoded) if index in wanted}
+        frames = (frame for piece in decoded for frame in piece.split(1, dim=2))
+        made = {index: frame.cpu() for index, frame in enumerate(frames) if index in wanted}
         keys = {window.start: made[window.key_frame] for window in plan.windows}
         replaced: set[int] = set()
         for picture, seconds in inputs.keyframes:
@@ -298,24 +300,21 @@ class TalkingAvatar(Steps):
     def decode_matched(
         self, request: GenerationRequest, latents: Tensor, scene: Scene, frames: int | None
     ) -> Iterator[Tensor]:
-        """Frames (1, 3, 1, H, W) of latents, in the portrait's colours; see `decode_video`."""
-        for chunk in self.decode_video(latents, frames):
-            yield from match_color(chunk, scene.portrait, request.color_correction_strength).split(1, dim=2)
+        """Video (1, 3, f, H, W) of latents in the portrait's colours, piece by piece; see `decode_video`."""
+        for piece in self.decode_video(latents, frames):
+            yield match_color(piece, scene.portrait, request.color_correction_strength)
 
     def new_frames(
         self, request: GenerationRequest, latents: Tensor, scene: Scene, window: Window, tail: deque[Tensor]
     ) -> Iterator[Frame]:
         """The frames of a window that are written; `tail` ends up with the last of them."""
-        for index, frame in enumerate(self.decode_matched(request, latents, scene, window.end)):
-            tail.append(frame)
-            if index >= window.first:
-                yield video_to_frames(frame, rounding=False)[0]
 
+        def pieces() -> Iterator[Tensor]:
+            for piece in self.decode_matched(request, latents, scene, window.end):
+                tail.extend(piece.split(1, dim=2))
+                yield piece
 
-def to_frames(video: Iterator[Tensor]) -> Iterator[Frame]:
-    """Frames (1, 3, 1, H, W) in [-1, 1] as uint8 [H, W, 3]."""
-    for frame in video:
-        yield video_to_frames(frame, rounding=False)[0]
+        return islice(self.frames_of(pieces(), rounding=False), window.first, None)
 
 
 def in_turn(voices: list[np.ndarray], sequential: bool) -> list[np.ndarray]:
