@@ -39,8 +39,12 @@ lint: $(VENV)/installed-dev
 bench: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/run_all.py cpu
 
-bench-gpu: $(VENV)/installed
-	$(VENV)/bin/python benchmarks/run_all.py gpu
+# with a Python that has all packages already: make bench-gpu PY=python3 OUT=results-here
+PY ?= $(VENV)/bin/python
+MINUTES ?= 6
+OUT ?= benchmarks/results/gpu
+bench-gpu: $(if $(filter $(VENV)/%,$(PY)),$(VENV)/installed)
+	$(PY) benchmarks/run_all.py gpu --minutes $(MINUTES) --out $(OUT)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache

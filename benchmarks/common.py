@@ -7,6 +7,7 @@ import json
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -113,6 +114,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def environment(name: str, device: torch.device) -> dict[str, Any]:
     """What a figure depends on besides the code: the command, versions, device and threads."""
     module = torch.get_device_module(device)
+    of_gpu = {} if device.type != "cuda" else gpu_facts() | {"reserved_bytes": torch.cuda.max_memory_reserved(device)}
     return {
         "benchmark": name,
         "command": shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
@@ -122,7 +124,19 @@ def environment(name: str, device: torch.device) -> dict[str, Any]:
         "machine": platform.machine(),
         "device": module.get_device_name(device) if hasattr(module, "get_device_name") else device.type,
         "threads": torch.get_num_threads(),
+        **of_gpu,
     }
+
+
+def gpu_facts() -> dict[str, Any]:
+    """Of the first GPU: the versions of what it works with, and its memory."""
+    query = ["nvidia-smi", "--query-gpu=driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        said = ""
+    driver, _, memory = (said.splitlines() or [""])[0].partition(", ")
+    return {"driver": driver, "memory": memory, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
 
 
 def quartiles(ratio: Mapping[str, float], digits: int = 2) -> str:

@@ -4,19 +4,24 @@ The product's own path runs in this process, and is watched from outside: every 
 by name, every step of the denoising moves its progress bar on, and frames are decoded while they are written.
 
 --model_id tiny, the default, is the built-in toy: it shows what the path costs besides the networks. --model_id full
-has the published sizes with random weights, made on the device and kept on the host as loaded ones would be: nothing is
-downloaded, 40 GB of host memory are needed, and what it paints is noise. All other flags are generate_video.py's.
+has the published sizes of V3 with random weights, made on the device, in seconds: nothing is downloaded, and what it
+paints is noise. Weights that are to be on the host are the same ones in each block, so they take little room there
+unless they are pinned. With --layers N the transformer has so many blocks, and a step is scaled to all. --model_id
+small is the same with the toy's sizes. All other flags are generate_video.py's.
 
     python benchmarks/end_to_end.py
-    python benchmarks/end_to_end.py --model_id full --memory stream --quant fp8 --resolution 480P
+    python benchmarks/end_to_end.py --model_id full --low_vram --resolution 480P
+    python benchmarks/end_to_end.py --model_id full --low_vram --layers 10 --task_type talking_avatar --resolution 480P
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import tempfile
 import time
+import wave
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -26,31 +31,42 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout, nothing installed
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from torch import nn
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    UMT5Config,
+    UMT5EncoderModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+)
 
 import generate_video
-from benchmarks.common import environment, gigabytes, parser_of, report, wait_for
+from benchmarks.common import at_least, environment, gigabytes, parser_of, report, wait_for
 from benchmarks.models import random_model, random_transformer
 from skyreels_v3 import runtime, session
 from skyreels_v3.cache import TensorCache
 from skyreels_v3.checkpoints.hub import TINY
 from skyreels_v3.checkpoints.published import load_text_encoder
+from skyreels_v3.checkpoints.toy import SIZES
 from skyreels_v3.cli import parse_request
 from skyreels_v3.errors import UserError
 from skyreels_v3.jobs import fetch
-from skyreels_v3.memory.planner import Plan, Sizes, plan, vae_bytes
+from skyreels_v3.memory.planner import Plan, Sizes, toy_sizes, vae_bytes
+from skyreels_v3.models.audio_encoder import AudioEncoder
+from skyreels_v3.models.image_encoder import ImageEncoder
 from skyreels_v3.models.text_encoder import TextEncoder
 from skyreels_v3.models.vae import VideoVAE
 from skyreels_v3.pipelines import components
 from skyreels_v3.preflight import preflight
 from skyreels_v3.ranks import ALONE
 from skyreels_v3.runtime import Runtime
-from skyreels_v3.tasks import TASK_NAMES, GenerationRequest
+from skyreels_v3.tasks import TASK_NAMES, GenerationRequest, task_spec
 
-FULL = "full"
+FULL, SMALL = "full", "small"
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 INPUTS = {
     "reference_to_video": ("--ref_imgs", f"{ASSETS / 'fox.png'},{ASSETS / 'lantern.png'}"),
@@ -60,10 +76,21 @@ INPUTS = {
     "t2v": (),
     "i2v": ("--image", str(ASSETS / "fox.png")),
 }
-NOT_FULL = ("talking_avatar", "t2v", "i2v")  # of whose encoders only the toy's are made here
-SMALL = ("--height", "128", "--width", "192", "--num_inference_steps", "4")  # of the toy
-FEW = ("--height", "720", "--width", "1280", "--num_inference_steps", "2")  # of the full one
-UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+V3 = (*INPUTS,)[:4]  # of V1's encoders only the toy's are made here
+SECONDS, RATE = 3, 16_000  # of sound: one pass, however long the asset is
+FEW = ("--height", "128", "--width", "192", "--num_inference_steps", "4")  # of the toy
+FEW_FULL = ("--height", "720", "--width", "1280", "--num_inference_steps", "2")
+PUBLISHED: dict[str, dict[str, Any]] = {  # besides the transformer's, which the task knows; the toy's are in toy.SIZES
+    "text_encoder": {
+        **{"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    },
+    "vae": {},
+    "image_encoder": {
+        **{"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16},
+        **{"image_size": 224, "patch_size": 14, "hidden_act": "gelu"},
+    },
+    "audio_encoder": {},
+}
 DENOISING, DECODING = "denoising", "decoding with the VAE"  # stages, by the product's names
 PLANNED = {  # the planner's names of the product's stages
     "encoding the prompt": "text encoder",
@@ -92,11 +119,12 @@ def main() -> int:
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     """The flags that are the benchmark's, and those that are not."""
     parser = parser_of(__doc__, device=False)
-    parser.add_argument("--model_id", choices=(TINY, FULL), default=TINY)
+    parser.add_argument("--model_id", choices=(TINY, FULL, SMALL), default=TINY)
+    parser.add_argument("--layers", type=at_least(1), help="blocks of the full model's transformer (default: all)")
     parser.add_argument("--task_type", choices=TASK_NAMES, default="reference_to_video")
     args, rest = parser.parse_known_args()
-    if args.model_id == FULL and args.task_type in NOT_FULL:
-        parser.error(f"--model_id full: has no encoders for {args.task_type}; choose another --task_type")
+    if args.model_id != TINY and args.task_type not in V3:
+        parser.error(f"--model_id {args.model_id}: has no encoders for {args.task_type}; choose another --task_type")
     return args, rest
 
 
@@ -161,6 +189,8 @@ class Laps:
 
     def update(self, count: int = 1) -> None:
         """One more; a step has ended on the device by then, since its result was looked at."""
+        if count == 0:  # of an interrupted run's steps, of which there are none
+            return
         now = time.perf_counter()
         self.steps.append(now - self.last)
         self.last = now
@@ -198,16 +228,21 @@ def watched_run(args: argparse.Namespace, rest: list[str], folder: Path, record:
     """generate_video.py's own path with the watchers in it; returns the request as it was run."""
     flags = ["--task_type", args.task_type, "--model_id", TINY, "--prompt", "A boat sails into the dusk"]
     flags += [*INPUTS[args.task_type], "--output", str(folder / "video.mp4"), "--no_cache", "--quiet"]
-    sizes = [*(FEW if args.model_id == FULL else SMALL)]
+    if args.task_type == "talking_avatar" and args.model_id != TINY:
+        flags += ["--input_audio", str(write_sound(folder / "sound.wav"))]
+    sizes = [*(FEW_FULL if args.model_id == FULL else FEW)]
     if "--resolution" in rest:
         sizes = sizes[4:]
     request, inputs, _ = preflight(parse_request([*flags, *sizes, *rest]), folder)
     checkpoint: Any = fetch(request)
     loading = components.load_components
+    if args.model_id != TINY:
+        toy, checkpoint = checkpoint, None  # the planner then takes the published sizes, of the toy those
+        loading = lambda _, *others: random_components(toy, *others)  # noqa: E731
     if args.model_id == FULL:
-        request = replace(request, model_id=request.task.model_id)
-        toy, checkpoint = checkpoint, None  # the planner then takes the published sizes
-        loading = lambda _, *others: full_components(toy, *others)  # noqa: E731
+        layers = args.layers or request.task.transformer["num_layers"]
+        task = replace(request.task, transformer={**request.task.transformer, "num_layers": layers})
+        request = replace(request, model_id=request.task.model_id, task=task)
     starting, frames = runtime.start, session.all_frames
     with ExitStack() as stack:
         for module, name, watcher in (
@@ -248,15 +283,35 @@ def watched_writing(write: Callable[..., Path], record: Record) -> Callable[...,
     return written
 
 
-def full_components(toy: Path, request: GenerationRequest, runtime: Runtime) -> components.Components:
-    """Networks of the published sizes with random weights; the tokenizer is the toy's."""
-    device, host = runtime.device, torch.device("cpu")
-    config = UMT5Config(feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False, **UMT5_XXL)
-    text_encoder = random_model(lambda: UMT5EncoderModel(config), runtime.dtype, device, host)
+def write_sound(path: Path) -> Path:
+    """A tone that swells and fades."""
+    time = np.linspace(0, SECONDS, SECONDS * RATE)
+    samples = 0.3 * np.sin(2 * np.pi * 220 * time) * np.sin(2 * np.pi * time) ** 2
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, RATE, 0, "NONE", ""))
+        file.writeframes((samples * 32767).astype("<i2").tobytes())
+    return path
+
+
+def random_components(toy: Path, request: GenerationRequest, runtime: Runtime) -> components.Components:
+    """Networks with random weights, of the published sizes or the toy's; the tokenizer is the toy's."""
+    small = request.model_id == TINY
+    sizes, device = SIZES if small else PUBLISHED, runtime.device
+    home = device if runtime.policy.mode == "resident" else torch.device("cpu")
+    config = UMT5Config(
+        feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False, **sizes["text_encoder"]
+    )
+    text_encoder = random_model(lambda: UMT5EncoderModel(config), runtime.dtype, device, home)
     tokenizer = load_text_encoder(toy, request.task.layout, runtime.dtype).tokenizer
-    vae = VideoVAE(AutoencoderKLWan().eval().requires_grad_(False).to(getattr(torch, request.vae_dtype)))
+    vae = VideoVAE(fresh(lambda: AutoencoderKLWan(**sizes["vae"]), getattr(torch, request.vae_dtype), device, home))
     vae.set_tiles(*runtime.policy.tiles)
-    transformer = random_transformer(Sizes(**request.task.transformer), runtime.dtype, device, host)
+    sound: dict[str, Any] = {}
+    if "input_audio" in request.task.inputs:
+        image, audio = CLIPVisionConfig(**sizes["image_encoder"]), Wav2Vec2Config(**sizes["audio_encoder"])
+        sound["image_encoder"] = ImageEncoder(fresh(lambda: CLIPVisionModel(image), runtime.dtype, device, home))
+        sound["audio_encoder"] = AudioEncoder(fresh(lambda: Wav2Vec2Model(audio), torch.float32, device, home))
+    known = toy_sizes(request) if small else request.task.transformer
+    transformer = random_transformer(Sizes(**known), runtime.dtype, device, home)
     components.set_up_transformer(transformer, request, runtime)
     return components.Components(
         transformer,
@@ -265,7 +320,15 @@ def full_components(toy: Path, request: GenerationRequest, runtime: Runtime) -> 
         prompts=TensorCache(None, ""),
         measurements=TensorCache(None, ""),
         quant=request.quant,
+        **sound,
     )
+
+
+def fresh(build: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device, home: torch.device) -> Any:
+    """A new model as it is initialised, made on `device` and kept on `home`."""
+    with device:
+        model = build()
+    return model.eval().requires_grad_(False).to(home, dtype)
 
 
 # What came out
@@ -285,10 +348,10 @@ def predicted(planned: Plan, made: Runtime, stage: str, before: Sequence[str]) -
     return working + sum((there | {name.split()[0]: now.weights}).values())
 
 
-def summarise(record: Record, request: GenerationRequest, full: bool) -> dict[str, Any]:
+def summarise(record: Record, full: bool) -> dict[str, Any]:
     """Each stage's figures, in the order in which they began."""
     assert record.runtime is not None
-    planned = plan(request, None) if full else None
+    planned = record.runtime.plan if full else None
     made: dict[str, Any] = {}
     for stage, taken in record.seconds.items():
         peak = record.peaks.get(stage)
@@ -300,13 +363,18 @@ def summarise(record: Record, request: GenerationRequest, full: bool) -> dict[st
 def tell(args: argparse.Namespace, request: GenerationRequest, record: Record) -> None:
     """A table for people, then one JSON line."""
     assert record.runtime is not None
-    stages = summarise(record, request, args.model_id == FULL)
+    stages = summarise(record, args.model_id == FULL)
     total = stages.pop("total")["seconds"]
     made, first, later = record.runtime, record.steps[0], record.steps[1:]
     title = f"{args.model_id}, {request.task.name}, {request.frames_out} frames of {request.height} x {request.width}, "
     title += f"{made.dtype}, {request.quant or 'not quantised'}, memory {made.policy.mode}"
     rows = [row(name, figure) for name, figure in stages.items()]
-    named = [("its first step", first), *([("a later step", sum(later) / len(later))] if later else [])]
+    step = statistics.median(later or [first])
+    named = [("its first step", first), ("a later step", step)]
+    blocks = request.task.transformer["num_layers"]
+    all_blocks = task_spec(args.task_type).transformer["num_layers"]
+    if blocks != all_blocks:
+        named += [(f"with {all_blocks} blocks, not {blocks}", step * all_blocks / blocks)]
     rows += [(f"  {name}", f"{taken:.3f}", "-", "-", "-") for name, taken in named]
     rest = total - sum(figure["seconds"] for figure in stages.values())
     rows += [("all else", f"{rest:.3f}", "-", "-", "-")]
@@ -315,6 +383,7 @@ def tell(args: argparse.Namespace, request: GenerationRequest, record: Record) -
     line |= {"frames": request.frames_out, "height": request.height, "width": request.width}
     line |= {"dtype": str(made.dtype).removeprefix("torch."), "memory": made.policy.mode, "quant": request.quant}
     line |= {"stages": stages, "steps": [round(taken, 4) for taken in record.steps], "total": total}
+    line |= {"blocks": blocks, "step_of_all_blocks": round(step * all_blocks / blocks, 3)}
     report(title, ("", "s", "peak, GB", "planned, GB", "peak / planned"), rows, [], line, args.json)
 
 

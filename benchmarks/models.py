@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -124,18 +125,30 @@ def random_model(
     home: torch.device | None = None,
     float32_names: Sequence[str] = (),
 ) -> Any:
-    """A model with random weights of a new model's size, made on `device` one after the other and kept on `home`."""
+    """A model with random weights of a new model's size, made on `device` one after the other and kept on `home`.
+
+    At home all blocks have the same weights, held once: 28 GB would take as long to come there as a whole benchmark. A
+    device that they go to, or a form that they are brought into, has those of each block.
+    """
     with torch.device("meta"):
         model = build()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    shared: dict[tuple[str, torch.Size], Tensor] = {}
 
     def made(tensor: Tensor) -> Tensor:
         name = names[id(tensor)]
+        if home in (None, device):
+            return nn.Parameter(value_of(tensor, name), requires_grad=False)
+        key = (re.sub(r"\d+", "", name), tensor.shape)
+        if key not in shared:
+            shared[key] = value_of(tensor, name).to(home)
+        return nn.Parameter(shared[key], requires_grad=False)
+
+    def value_of(tensor: Tensor, name: str) -> Tensor:
         scale = (3 * tensor[0].numel()) ** -0.5 if tensor.ndim > 1 else 0.02
         middle = 1.0 if tensor.ndim == 1 and name.endswith("weight") else 0.0  # of norms
         value = torch.randn(tensor.shape, device=device).mul_(scale).add_(middle)
-        target = torch.float32 if any(part in name for part in float32_names) else dtype
-        return nn.Parameter(value.to(target).to(home or device), requires_grad=False)
+        return value.to(torch.float32 if any(part in name for part in float32_names) else dtype)
 
     replace_tensors(model, made)
     return model.eval()

@@ -1,20 +1,29 @@
-"""Runs a set of benchmarks, each in a process of its own, and collects their last lines in one file.
+"""Runs a set of benchmarks, each in a process of its own, and writes what each gave as soon as it is there.
 
-    python benchmarks/run_all.py cpu            # about 10 minutes on 2 cores, writes benchmarks/results/cpu.json
-    python benchmarks/run_all.py gpu            # of the first GPU, into a file of its name
-    python benchmarks/run_all.py --table benchmarks/results/cpu.json
+    python benchmarks/run_all.py cpu                          # about 10 minutes on 2 cores
+    python benchmarks/run_all.py gpu --minutes 6 --out DIR    # of the first GPU: what fits, the most telling first
+    python benchmarks/run_all.py gpu --toy --out DIR          # the same set at toy size on the CPU, in a minute
+    python benchmarks/run_all.py --table DIR/results.jsonl
 
-The file is a JSON object: name of the benchmark -> its line. It is written after each benchmark; one that fails leaves
-no line, and the others go on. --table prints a file's tables as Markdown.
+--out (default: benchmarks/results/SET) gets a line of JSON in results.jsonl for each benchmark that has ended: its
+name, how it ended ("done", "failed", "timed out" or "no time left"), seconds, and its own line or the end of what it
+said. NAME.log has all that it said. One that fails, hangs or runs out of memory costs itself only.
+
+All modules are imported once, before the processes are made, which saves each of them some 10 s.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
-import re
-import subprocess
+import multiprocessing
+import os
+import signal
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +31,77 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from skyreels_v3.runtime import set_environment
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
+PATIENCE = 3  # times the estimate, after which a benchmark is ended
+SLACK = 60  # seconds more
+PROBE = 120  # seconds, for the first use of a GPU
+SAID = 2000  # characters of the end of what a benchmark said
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A benchmark with its flags; `seconds`: of an H100, or for the CPU's set of 2 cores, with everything around it."""
+
+    script: str
+    flags: tuple[str, ...]
+    seconds: int
+    toy: tuple[str, ...] = ()
+
+
 CUDA = ("--device", "cuda")
-SETS: dict[str, dict[str, tuple[str, ...]]] = {
+SMALL = ("--dim", "128", "--layers", "3", "--frames", "1", "--height", "4", "--width", "4", "--rounds", "2")
+STEP = (*CUDA, "--official", "r2v-720p", "--layers", "2", "--rounds", "2", "--modes")
+FULL = ("--model_id", "full", *CUDA, "--num_inference_steps", "3")
+TOY_RUN = ("--model_id", "small", "--height", "32", "--width", "32", "--num_inference_steps", "2")
+FP8_MODES = "exact,fp8,fp8_dynamic"
+LOW_VRAM = ("--low_vram", "--layers", "10", "--resolution")
+EXTENSION, AVATAR = ("--task_type", "single_shot_extension"), ("--task_type", "talking_avatar")
+SETS: dict[str, dict[str, Entry]] = {
     "cpu": {
-        "transformer_step": ("--rounds", "7"),
-        "offload": ("--rounds", "7", "--frames", "2"),
-        "vae": ("--rounds", "3"),
-        "end_to_end": ("--num_frames", "25"),
-        "load": ("--runs", "3"),
-        "memory_vs_length": (),
-        "hunyuan": (),
-        "step_cache": (),
+        "transformer_step": Entry("transformer_step", ("--rounds", "7"), 120),
+        "offload": Entry("offload", ("--rounds", "7", "--frames", "2"), 60),
+        "vae": Entry("vae", ("--rounds", "3"), 60),
+        "end_to_end": Entry("end_to_end", ("--num_frames", "25"), 20),
+        "load": Entry("load", ("--runs", "3"), 240),
+        "memory_vs_length": Entry("memory_vs_length", (), 90),
+        "hunyuan": Entry("hunyuan", (), 60),
+        "step_cache": Entry("step_cache", (), 30),
     },
     "gpu": {
-        "transformer_step": (*CUDA, "--official", "r2v-720p", "--layers", "3", "--rounds", "2"),
-        "offload": (*CUDA, "--official", "r2v-480p", "--layers", "8", "--rounds", "3"),
-        "vae": (*CUDA, "--frames", "17", "--height", "720", "--width", "1280", "--rounds", "2"),
-        "end_to_end": ("--model_id", "full", "--device", "cuda"),
-        "hunyuan": (*CUDA, "--official", "--rounds", "2"),
-        "step_cache": (*CUDA, "--dim", "1024"),
+        "step-720p": Entry("transformer_step", (*STEP, "exact,stream"), 30, (*SMALL, "--modes", "exact,stream")),
+        "stream-480p": Entry("offload", (*CUDA, "--official", "r2v-480p", "--layers", "6", "--rounds", "2"), 45, SMALL),
+        "step-720p-fp8": Entry("transformer_step", (*STEP, FP8_MODES), 30, (*SMALL, "--modes", "exact,fp8")),
+        "vae-720p": Entry(
+            "vae",
+            (*CUDA, "--frames", "9", "--height", "720", "--width", "1280", "--rounds", "2"),
+            45,
+            ("--base_dim", "4", "--frames", "5", "--height", "32", "--width", "32", "--rounds", "2"),
+        ),
+        "avatar-480p-low-vram": Entry(
+            "end_to_end", (*FULL, *AVATAR, *LOW_VRAM, "480P"), 40, (*TOY_RUN, *AVATAR, "--low_vram")
+        ),
+        "extension-480p-low-vram": Entry(
+            "end_to_end", (*FULL, *EXTENSION, *LOW_VRAM, "480P"), 35, (*TOY_RUN, *EXTENSION, "--low_vram")
+        ),
+        "extension-720p-low-vram": Entry(
+            "end_to_end", (*FULL, *EXTENSION, *LOW_VRAM, "720P"), 55, (*TOY_RUN, *EXTENSION, "--low_vram")
+        ),
+        "v1-step": Entry("hunyuan", (*CUDA, "--official", "--layers", "3", "--rounds", "2"), 45, SMALL),
+        "run-480p": Entry("end_to_end", (*FULL, "--resolution", "480P"), 60, (*TOY_RUN, "--num_frames", "5")),
+        "step-720p-compiled": Entry("transformer_step", (*STEP, "exact,compile"), 75, (*SMALL, "--modes", "exact")),
+        "step-cache": Entry(
+            "step_cache",
+            (*CUDA, "--dim", "1024"),
+            30,
+            ("--dim", "64", "--layers", "1", "--frames", "1", "--height", "4", "--width", "4", "--steps", "6")
+            + ("--rounds", "2"),
+        ),
+        "run-720p-low-vram": Entry(
+            "end_to_end",
+            (*FULL, *LOW_VRAM[:1], *LOW_VRAM[3:], "720P"),
+            330,
+            (*TOY_RUN, "--low_vram", "--num_frames", "5"),
+        ),
     },
 }
 
@@ -51,53 +110,121 @@ def main() -> int:
     """Run a set, or print a file's tables; 1 when a benchmark failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", nargs="?", choices=SETS)
-    parser.add_argument("--table", type=Path, metavar="FILE", help="print this file's tables instead")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of what comes out")
+    parser.add_argument("--minutes", type=float, help="begin nothing that would take longer, and end what does")
+    parser.add_argument("--toy", action="store_true", help="of gpu: toy sizes, on the CPU")
+    parser.add_argument("--only", metavar="NAME,...", help="these benchmarks of the set, in this order")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print this file's tables as Markdown instead")
     args = parser.parse_args()
     if (args.set is None) == (args.table is None):
         parser.error("give a set or --table FILE")
-    if args.set:
-        return run_set(args.set)
-    try:
-        lines = json.loads(args.table.read_text(encoding="utf-8"))
-        print("\n\n".join(map(markdown, lines.values())))
-    except OSError as error:
-        parser.error(f"--table: {args.table} cannot be read ({error})")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        parser.error(f"--table: {args.table} was not written by this script")
-    return 0
+    if args.table:
+        try:
+            lines = [json.loads(line) for line in args.table.read_text(encoding="utf-8").splitlines()]
+            print("\n\n".join(markdown(line["line"]) for line in lines if line["status"] == "done"))
+        except OSError as error:
+            parser.error(f"--table: {args.table} cannot be read ({error})")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            parser.error(f"--table: {args.table} was not written by this script")
+        return 0
+    entries = SETS[args.set]
+    if args.toy and args.set != "gpu":
+        parser.error("--toy: only the set gpu has toy sizes")
+    if unknown := {*(args.only.split(",") if args.only else ())} - entries.keys():
+        parser.error(f"--only: {', '.join(sorted(unknown))}: not in the set; choose from {', '.join(entries)}")
+    chosen = {name: entries[name] for name in (args.only.split(",") if args.only else entries)}
+    return run_set(chosen, args.out or RESULTS / args.set, args.minutes, args.toy, args.set == "gpu" and not args.toy)
 
 
-def run_set(name: str) -> int:
-    """Run its benchmarks and write what they gave."""
+def run_set(entries: dict[str, Entry], folder: Path, minutes: float | None, toy: bool, gpu: bool) -> int:
+    """Run them one after the other, and write what each gave."""
+    start = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    folder.mkdir(parents=True, exist_ok=True)
+    results = folder / "results.jsonl"
+    results.unlink(missing_ok=True)
     set_environment()  # as the product does
-    lines: dict[str, Any] = {}
-    for benchmark, arguments in SETS[name].items():
-        line = run(benchmark, arguments)
-        if line is not None:
-            lines[benchmark] = line
-            file = RESULTS / f"{machine(lines)}.json"
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
-    failed = SETS[name].keys() - lines.keys()
-    print(f"failed: {', '.join(sorted(failed))}" if failed else f"written: {file}", flush=True)
-    return 1 if failed else 0
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else a look for a GPU here would spoil it for forks
+    for entry in entries.values():
+        importlib.import_module(f"benchmarks.{entry.script}")
+    context: Any = multiprocessing.get_context("fork")
+    if gpu and run(context, "machine", ["benchmarks.run_all", "probe"], folder, PROBE)[0] != "done":
+        context = multiprocessing.get_context("spawn")  # something that was imported has touched the GPU all the same
+    statuses = []
+    for name, entry in entries.items():
+        left = float("inf") if minutes is None else 60 * minutes - (time.monotonic() - start)
+        flags = entry.toy if toy else entry.flags
+        record: dict[str, Any] = {"name": name, "script": entry.script, "flags": flags, "status": "no time left"}
+        if entry.seconds <= left or toy:
+            began = time.monotonic()
+            module = f"benchmarks.{entry.script}"
+            limit = min(left, PATIENCE * entry.seconds + SLACK)
+            record["status"], said = run(context, name, [module, "main", *flags], folder, limit)
+            record["wall_s"] = round(time.monotonic() - began, 1)
+            try:
+                record["line"] = json.loads(said.splitlines()[-1]) if record["status"] == "done" else None
+            except (ValueError, IndexError):
+                record["status"] = "failed"
+            if record["status"] != "done":
+                record["said"] = said[-SAID:]
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        statuses.append(record["status"])
+        tell(record)
+    print(f"{statuses.count('done')} of {len(statuses)} done; written: {results}", flush=True)
+    return 0 if {*statuses} <= {"done", "no time left"} else 1
 
 
-def run(benchmark: str, arguments: tuple[str, ...]) -> dict[str, Any] | None:
-    """A benchmark's line; what people read of it is passed on. None if it failed."""
-    print(f"== {benchmark} {' '.join(arguments)}", flush=True)
-    made = subprocess.run(
-        [sys.executable, str(HERE / f"{benchmark}.py"), *arguments], stdout=subprocess.PIPE, text=True, check=False
-    )
-    *shown, line = made.stdout.strip().split("\n")
-    print("\n".join(shown), flush=True)
-    return json.loads(line) if made.returncode == 0 and line else None
+def run(context: Any, name: str, call: Sequence[str], folder: Path, limit: float) -> tuple[str, str]:
+    """Call a module's function with flags in a process of its own: how it ended, and what it said."""
+    log = folder / f"{name}.log"
+    sys.stdout.flush()
+    process = context.Process(target=carry_out, args=(call, log))
+    process.start()
+    status = "done"
+    try:
+        process.join(limit)
+    finally:  # also when this process is to end
+        if process.is_alive():
+            status = "timed out"
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+    status = "failed" if status == "done" and process.exitcode else status
+    said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    return status, f"{said}\nexit code {process.exitcode}" if status == "failed" else said
 
 
-def machine(lines: dict[str, Any]) -> str:
-    """A file's name for the device that most figures are of."""
-    device = next(iter(lines.values()))["device"]
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+def carry_out(call: Sequence[str], log: Path) -> None:
+    """In the process: call it, all that it says going to `log`."""
+    os.setsid()  # so that it can be ended with all that it has started
+    with log.open("wb") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    module, function, *flags = call
+    sys.argv = [f"{module.rpartition('.')[2]}.py", *flags]
+    sys.exit(getattr(importlib.import_module(module), function)())
+
+
+def probe() -> None:
+    """Use the GPU, and say which it is."""
+    import torch
+
+    from benchmarks.common import environment
+
+    torch.zeros(1, device="cuda")
+    print(json.dumps(environment("run_all", torch.device("cuda", 0))))
+
+
+def tell(record: dict[str, Any]) -> None:
+    """What people read of a benchmark."""
+    print(f"== {record['name']}: {record['status']}, {record.get('wall_s', 0)} s", flush=True)
+    if record["status"] == "done":
+        from benchmarks.common import table
+
+        line = record["line"]
+        print("\n".join((line["title"], table(*line["table"][:1], line["table"][1:]), *line["notes"])), flush=True)
+    elif "said" in record:
+        print(record["said"][-300:], flush=True)
 
 
 def markdown(line: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -15,23 +16,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import run_all
+
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ("--dim", "128", "--layers", "3", "--frames", "1", "--height", "4", "--width", "4", "--rounds", "2")
 COMMON = {"benchmark", "command", "torch", "device", "threads", "title", "table", "notes"}
-CASES = {
-    "transformer_step": ((*SMALL, "--modes", "exact,fp8,stream"), {"modes", "ceiling_tflops", "met", "tokens"}),
-    "offload": (SMALL, {"ways", "baseline", "tokens"}),
-    "vae": (("--base_dim", "4", "--frames", "1", "--height", "32", "--width", "32"), {"encode", "decode"}),
-    "end_to_end": (
-        ("--num_frames", "5", "--height", "32", "--width", "32", "--num_inference_steps", "2"),
-        {"stages", "steps", "total", "memory"},
-    ),
-    "hunyuan": (SMALL, {"ways", "baseline", "met", "tokens"}),
-    "step_cache": (
-        ("--dim", "64", "--layers", "1", "--frames", "1", "--height", "4", "--width", "4")
-        + ("--steps", "6", "--rounds", "2"),
-        {"loops", "baseline"},
-    ),
+KEYS = {
+    "transformer_step": {"modes", "ceiling_tflops", "met", "tokens"},
+    "offload": {"ways", "baseline", "tokens"},
+    "vae": {"encode", "decode"},
+    "end_to_end": {"stages", "steps", "total", "memory", "step_of_all_blocks"},
+    "hunyuan": {"ways", "baseline", "met", "tokens"},
+    "step_cache": {"loops", "baseline"},
 }
 WRONG = (
     ("transformer_step", "--modes", "fast"),
@@ -41,7 +36,7 @@ WRONG = (
     ("offload", "--layers", "2"),
     ("offload", "--official", "r2v-4k"),
     ("vae", "--frames", "4"),
-    ("end_to_end", "--model_id", "full", "--task_type", "talking_avatar"),
+    ("end_to_end", "--model_id", "small", "--task_type", "i2v"),
     ("end_to_end", "--model_id", "full", "--task_type", "t2v"),
     ("hunyuan", "--layers", "1"),
     ("hunyuan", "--dim", "200"),
@@ -61,18 +56,56 @@ def run(name: str, arguments: tuple[str, ...], cache: Path) -> subprocess.Comple
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_it_ends_in_json(name, tmp_path, cache):
-    arguments, keys = CASES[name]
-    file = tmp_path / "line.json"
-    made = run(name, (*arguments, "--json", str(file)), cache)
-    assert made.returncode == 0, made.stderr
-    last = made.stdout.splitlines()[-1]
-    assert file.read_text(encoding="utf-8").strip() == last
-    line = json.loads(last)
-    assert line["benchmark"] == name
-    assert line.keys() >= COMMON | keys
-    assert all(len(row) == len(line["table"][0]) for row in line["table"])
+def test_the_gpus_set_at_toy_size(tmp_path, cache):
+    """Each by the path that it takes on a GPU, in one run of the set; a line for each as it ends."""
+    made = run("run_all", ("gpu", "--toy", "--out", str(tmp_path)), cache)
+    assert made.returncode == 0, made.stdout + made.stderr
+    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [record["name"] for record in records] == [*run_all.SETS["gpu"]]
+    for record in records:
+        line = record["line"]
+        assert record["status"] == "done" and line["benchmark"] == record["script"]
+        assert line.keys() >= COMMON | KEYS[record["script"]]
+        assert all(len(row) == len(line["table"][0]) for row in line["table"])
+    assert {record["script"] for record in records} == KEYS.keys()
+    made = run("run_all", ("--table", str(tmp_path / "results.jsonl")), cache)
+    assert made.stdout.count("### ") == len(records)
+
+
+@pytest.mark.parametrize(
+    ("call", "status", "seconds"),
+    [(("benchmarks.run_all", "main", "no-such-set"), "failed", 60), (("signal", "pause"), "timed out", 0.5)],
+)
+def test_one_that_fails_or_hangs_costs_itself_only(tmp_path, call, status, seconds):
+    how, said = run_all.run(multiprocessing.get_context("fork"), "a", call, tmp_path, seconds)
+    assert how == status
+    assert ("no-such-set" in said and "exit code 2" in said) == (status == "failed")
+
+
+def test_what_fits_is_run(tmp_path, monkeypatch):
+    """Those that take longer than what is left are passed over, and lines are there for all."""
+    entries = {name: run_all.Entry("common", (name,), seconds) for name, seconds in (("a", 50), ("b", 90), ("c", 5))}
+    clock, limits = [0.0], []
+
+    def carried_out(context: object, name: str, call: object, folder: Path, limit: float) -> tuple[str, str]:
+        clock[0] += entries[name].seconds
+        limits.append(limit)
+        return ("failed", "CUDA out of memory") if name == "c" else ("done", json.dumps(LINE))
+
+    monkeypatch.setattr(run_all, "run", carried_out)
+    monkeypatch.setattr(run_all.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(run_all.time, "monotonic", lambda: clock[0])
+    assert run_all.run_set(entries, tmp_path, minutes=2, toy=False, gpu=False) == 1
+    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [record["status"] for record in records] == ["done", "no time left", "failed"]
+    assert records[2]["said"] == "CUDA out of memory"
+    assert limits == [120, 70]  # never more than is left
+
+
+def test_six_minutes_hold_the_most_telling():
+    """The estimates of what comes first, and what it costs to begin."""
+    entries = [*run_all.SETS["gpu"].values()][:8]
+    assert sum(entry.seconds for entry in entries) + 30 < 360
 
 
 @pytest.mark.slow
@@ -98,18 +131,26 @@ def test_nonsense_is_a_usage_error(arguments, monkeypatch, capsys):
     assert flags[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [(), ("cpu", "--table", "x"), ("--table", "nowhere.json")], ids=" ".join)
-def test_nonsense_for_run_all(arguments, cache):
-    made = run("run_all", arguments, cache)
-    assert made.returncode == 2
-    assert "Traceback" not in made.stderr
+NONSENSE = ((), ("cpu", "--table", "x"), ("--table", "nowhere.json"), ("cpu", "--toy"), ("gpu", "--only", "vae-8k"))
 
 
-def test_tables_as_markdown(tmp_path, cache):
-    line = {"benchmark": "load", "command": "c", "title": "t", "device": "cpu", "torch": "2", "diffusers": "1"}
-    line |= {"threads": 2, "table": [["", "s"], ["ours", "1.0"]], "notes": ["fine"]}
-    file = tmp_path / "cpu.json"
-    file.write_text(json.dumps({"load": line}), encoding="utf-8")
-    made = run("run_all", ("--table", str(file)), cache)
-    assert made.returncode == 0, made.stderr
-    assert "|  | s |\n| --- | ---: |\n| ours | 1.0 |\n\nfine\n" in made.stdout
+@pytest.mark.parametrize("arguments", NONSENSE, ids=" ".join)
+def test_nonsense_for_run_all(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run_all", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        run_all.main()
+    assert stop.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+LINE = {"benchmark": "load", "command": "c", "title": "t", "device": "cpu", "torch": "2", "diffusers": "1"}
+LINE |= {"threads": 2, "table": [["", "s"], ["ours", "1.0"]], "notes": ["fine"]}
+
+
+def test_tables_as_markdown(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "results.jsonl"
+    records = ({"name": "load", "status": "done", "line": LINE}, {"name": "vae", "status": "failed", "said": "no"})
+    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["run_all", "--table", str(file)])
+    assert run_all.main() == 0
+    assert "|  | s |\n| --- | ---: |\n| ours | 1.0 |\n\nfine\n" in capsys.readouterr().out
