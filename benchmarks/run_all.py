@@ -200,6 +200,7 @@ def carry_out(call: Sequence[str], log: Path) -> None:
     with log.open("wb") as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     module, function, *flags = call
     sys.argv = [f"{module.rpartition('.')[2]}.py", *flags]
     sys.exit(getattr(importlib.import_module(module), function)())

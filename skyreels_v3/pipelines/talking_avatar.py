@@ -298,7 +298,7 @@ class TalkingAvatar(Steps):
         return self.runtime.parallel.once(encode)["image"].to(self.runtime.device)
 
     def decode_matched(
-        self, request: GenerationRequest, latents: Tensor, scene: Scene, frames: int | None
+        self, request: GenerationRequest, latents: Tensor, scene: Scene, frames: int | None = None
     ) -> Iterator[Tensor]:
         """Video (1, 3, f, H, W) of latents in the portrait's colours, piece by piece; see `decode_video`."""
         for piece in self.decode_video(latents, frames):
