@@ -20,7 +20,7 @@ from skyreels_v3.media.files import check_writable
 from skyreels_v3.media.inputs import Inputs, open_inputs
 from skyreels_v3.media.video import check_ffmpeg, read_comment
 from skyreels_v3.memory.planner import describe, latent_frames_of_passes, plan
-from skyreels_v3.pipelines.outputs import join_passes
+from skyreels_v3.pipelines.outputs import check_room, join_passes
 from skyreels_v3.pipelines.state import NO_RECORD, RunRecord, find_left
 from skyreels_v3.ranks import ALONE, Ranks
 from skyreels_v3.runtime import check_compute, check_device, expected_device, expected_dtype
@@ -68,11 +68,12 @@ def preflight(
     request, inputs = open_inputs(request, downloads)
     if going_on:
         request = go_on(request, inputs)
+    warnings = [*inputs.notes, *(check_room(request, checkpoint) if ranks.main else ())]
     if request.use_usp:
         plan(request, checkpoint, expected_dtype(request), ranks)  # refuses degrees that do not fit
     for note in request.notes:  # not before all has been checked: an error stands alone
         logger.info(note)
-    for note in inputs.notes:
+    for note in warnings:
         logger.warning(note)
     return request, inputs, checkpoint
 

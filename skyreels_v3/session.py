@@ -19,7 +19,7 @@ from skyreels_v3 import __version__, runtime
 from skyreels_v3.checkpoints.save import save_quantized
 from skyreels_v3.errors import IncompleteOutput
 from skyreels_v3.media.audio import mix
-from skyreels_v3.media.files import NO_ROOM, reason_of
+from skyreels_v3.media.files import is_full, reason_of
 from skyreels_v3.media.inputs import Inputs
 from skyreels_v3.media.video import COMMENT_BYTES, ClipInfo, read_frames, resized, write_frame_folder, write_video
 from skyreels_v3.memory.planner import Plan, plan
@@ -89,7 +89,8 @@ class Session:
             if request.save_quantized is not None and not (state.resumed and request.save_quantized.exists()):
                 others = others_of(self.checkpoint, request)
                 transformer, folder = self.components.transformer, request.save_quantized
-                save_quantized(transformer, self.checkpoint, others, folder, request.task)
+                with naming_room(folder):
+                    save_quantized(transformer, self.checkpoint, others, folder, request.task)
             latents: list[Tensor] = []
             logger.info("seed %d, %d x %d", request.seed, request.height, request.width)
             passes = self.passes(request, inputs, state)
@@ -155,8 +156,8 @@ def naming_room(path: Path) -> Iterator[None]:
     """Have the error of a full disk say what could not be written there, and how much is free."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in NO_ROOM:
+    except Exception as error:
+        if not is_full(error):
             raise
         raise RuntimeError(f"{path} cannot be written ({reason_of(error, path)}); make room") from error
 

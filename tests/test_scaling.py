@@ -122,14 +122,10 @@ def group_of(value):
         return None
 
 
-def watched_denoise(model, scheduler, latents, conditions, guidance, progress, *others):
-    number = 1
-
-    def next_step():
-        nonlocal number
-        number += 1
-        count.stage = f"step {number}"
-        progress()
+def watched_denoise(model, scheduler, latents, conditions, guidance, after_step, *others):
+    def next_step(step, latents):
+        count.stage = f"step {step + 1}"
+        after_step(step, latents)
 
     with count.at("step 1"):
         return denoise(model, scheduler, latents, conditions, guidance, next_step, *others)

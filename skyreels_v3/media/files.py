@@ -206,16 +206,22 @@ def existing_folder(path: Path) -> Path:
 
 def reason_of(error: Exception, path: Path | None = None) -> str:
     """Why something could not be done with a file; where there was no room for `path`, how much is free there."""
-    reason = getattr(error, "strerror", None) or str(error)
-    if path is None or getattr(error, "errno", None) not in NO_ROOM:
-        return reason
+    if path is None or not is_full(error):
+        return getattr(error, "strerror", None) or str(error)
     folder = existing_folder(path)
-    return f"{reason}, {size_of(shutil.disk_usage(folder).free)} free in {shown(folder)}"
+    return f"{os.strerror(errno.ENOSPC)}, {giga(shutil.disk_usage(folder).free)} free in {shown(folder)}"
 
 
-def size_of(number: float) -> str:
+def is_full(error: Exception) -> bool:
+    """Whether an error, of a library or a program too, is for want of room on a disk, or of the user's part of it."""
+    return getattr(error, "errno", None) in NO_ROOM or any(os.strerror(number) in str(error) for number in NO_ROOM)
+
+
+def giga(size: float) -> str:
     """A number of bytes, for people."""
-    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.2f} MB"
+    if size >= 5e7 or not size:
+        return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
 def follow_umask(path: Path) -> None:

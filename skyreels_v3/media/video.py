@@ -32,7 +32,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from skyreels_v3.errors import UserError, shown
-from skyreels_v3.media.files import NO_ROOM, check_readable, partial_name, publish, temporary_name
+from skyreels_v3.media.files import check_readable, partial_name, publish, temporary_name
 from skyreels_v3.media.image import cover_crop
 
 logger = logging.getLogger(__name__)
@@ -465,7 +465,7 @@ class _VideoSink:
         except BrokenPipeError:
             pass  # the exit status tells more
         if self._process.wait():
-            raise _write_error(self.temporary, _last_lines(self._log))
+            raise RuntimeError(f"ffmpeg could not write {self.temporary.name}: {_last_lines(self._log)}")
         self._bring_back()
         if self._audio is not None and self.added:
             self._add_sound(self._audio)
@@ -786,14 +786,6 @@ def _input(path: Path, containers: str) -> list[str]:
         *("-protocol_whitelist", "file,pipe", "-format_whitelist", containers),
         *("-max_pixels", str(MAX_FRAME_PIXELS), "-i", f"file:{path}"),
     ]
-
-
-def _write_error(path: Path, log: str) -> Exception:
-    """What keeps ffmpeg from writing a file, by its last words: no room, or something else."""
-    full = (number for number in NO_ROOM if os.strerror(number) in log)
-    if (number := next(full, None)) is not None:
-        return OSError(number, os.strerror(number), str(path))
-    return RuntimeError(f"ffmpeg could not write {path.name}: {log}")
 
 
 def _last_lines(log: IO[bytes]) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from skyreels_v3.checkpoints import hub
-from skyreels_v3.media.files import existing_folder
+from skyreels_v3.media.files import existing_folder, giga
 from skyreels_v3.memory.hunyuan_sizes import HunyuanSizes
 from skyreels_v3.memory.units import BYTES, STREAM_SLOTS
 from skyreels_v3.ranks import ALONE, UNDIVIDED, Degrees, Ranks, choose_degrees
@@ -540,10 +540,6 @@ def describe_memory(plan: Plan) -> str:
         f"{mode} {giga(plan.peak(mode, TILINGS[0]))} ({giga(plan.peak(mode, TILINGS[-1]))})" for mode in MEMORY_MODES
     )
     return f"about {', '.join(told)} on the device at most; in brackets with the VAE in tiles, made when needed"
-
-
-def giga(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 5e7 or not size else f"{max(size / 1e6, 0.1):.1f} MB"
 
 
 def peta(work: float) -> str:

@@ -1,16 +1,60 @@
-"""What a run writes besides the video. torch is imported with the first tensor that is saved."""
+"""How much a run writes, and what besides the video. torch is imported with the first tensor that is saved."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skyreels_v3.media.files import publish, replace_file, temporary_name
+from skyreels_v3.errors import UserError, shown
+from skyreels_v3.media.files import existing_folder, giga, publish, replace_file, temporary_name
+from skyreels_v3.memory.planner import OUTPUT_BYTES, latent_frames_of_passes, plan
 from skyreels_v3.pipelines.state import passes_in
+from skyreels_v3.runtime import expected_dtype
+from skyreels_v3.tasks import LATENT_CHANNELS, VAE_STRIDE, GenerationRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+LITTLE = 1 << 14  # bytes without which no output is possible
+COPIES = 4  # of the largest pass's latents, and more, in a safety copy of a scheduler that goes on from earlier steps
+
+
+def check_room(request: GenerationRequest, checkpoint: Path | None) -> Iterator[str]:
+    """Warnings where the disks may have too little room for what a request writes.
+
+    Raises:
+        UserError: they cannot have enough.
+    """
+    disks: dict[int, list[tuple[str, Path, float, float]]] = {}
+    for entry in bytes_to_write(request, checkpoint):
+        disks.setdefault(existing_folder(entry[1]).stat().st_dev, []).append(entry)
+    for entries in disks.values():
+        flag, path, _, _ = max(entries, key=lambda entry: entry[2])
+        folder = existing_folder(path)
+        usage = shutil.disk_usage(folder)
+        least, most = (sum(entry[place] for entry in entries) for place in (2, 3))
+        if usage.total and usage.free < least + LITTLE:  # some file systems do not tell
+            reason = f"{shown(path)} needs {giga(least + LITTLE)}, {giga(usage.free)} are free in {shown(folder)}"
+            raise UserError(flag, f"{reason}; make room, or give a path on another disk")
+        if usage.total and usage.free < most:
+            yield f"{giga(usage.free)} are free in {folder}; this run may need {giga(most)}"
+
+
+def bytes_to_write(request: GenerationRequest, checkpoint: Path | None) -> Iterator[tuple[str, Path, float, float]]:
+    """For each output its flag, its path, and how many bytes it takes at least and at most."""
+    assert request.output is not None and request.height is not None and request.width is not None
+    size = 4 * LATENT_CHANNELS * (request.height // VAE_STRIDE[1]) * (request.width // VAE_STRIDE[2])
+    passes = [frames * size for frames, _ in latent_frames_of_passes(request)]
+    video = OUTPUT_BYTES[request.frame_folder] * request.frames_out * request.height * request.width
+    yield "--output", request.output, 0, video + sum(passes) + COPIES * max(passes)
+    if request.save_latents is not None:
+        yield "--save_latents", request.save_latents, sum(passes), sum(passes)
+    if request.save_quantized is not None:
+        weights = plan(request, checkpoint, expected_dtype(request)).stages["transformer"].weights
+        yield "--save_quantized", request.save_quantized, weights / 2, weights
 
 
 def save_latents(latents: Sequence[Tensor], path: Path) -> Path:

@@ -8,14 +8,16 @@ import shutil
 import signal
 import stat
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from imageio_ffmpeg import get_ffmpeg_exe
+from safetensors.torch import load_file
 
 from skyreels_v3.errors import UserError
 from skyreels_v3.media.audio import probe_audio
@@ -26,6 +28,7 @@ from skyreels_v3.pipelines.state import RunRecord, RunState, open_state, state_f
 from skyreels_v3.sampling.denoise import Conditioning, denoise
 from skyreels_v3.sampling.guidance import FULL, text_guidance
 from skyreels_v3.sampling.schedules import euler, euler_of, restore_scheduler, scheduler_state, unipc
+from skyreels_v3.session import write
 from tests.conftest import ROOT, files_in, stop_at
 
 ASSETS = ROOT / "assets"
@@ -79,49 +82,157 @@ def frames_of(path: Path, fps: int) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("task", "passes", "fps", "stop"),
-    [("talking_avatar", 3, 25, signal.SIGKILL), ("single_shot_extension", 2, 24, signal.SIGKILL)],
+    [("talking_avatar", 3, 25, signal.SIGINT), ("single_shot_extension", 2, 24, signal.SIGKILL)],
 )
-def test_a_killed_run_goes_on_to_the_same_video(start, main, command, tmp_path, task, passes, fps, stop):
-    working = tmp_path / "working"
-    run = start(*command[task])
-    stop_at(run, rf"denoising {passes}/{passes}: .* \d/{STEPS} ", stop)
-    assert run.returncode == -stop
+def test_an_ended_run_goes_on_to_the_same_video(start, main, command, tmp_path, caplog, task, passes, fps, stop):
+    """In the middle of a pass, with a folder of weights that it has made, and to the same latents."""
+    working, argv = tmp_path / "working", (*command[task], "--save_latents", "o/a.safetensors")
+    more = ("--quant", "--save_quantized", "q")
+    run = start(*argv, *more, "--checkpoint_every", "0.05")
+    said = stop_at(run, rf"denoising {passes}/{passes}: .* [2-9]\d/{STEPS} ", stop)
     left = files_in(working / "o")
+    if stop == signal.SIGINT:
+        assert run.returncode == 130
+        assert "the first 69 frames are in o/a.partial.mp4" in said
+        assert (
+            "o/a.state keeps what is finished; to go on, repeat the command with --resume, --output o/a.mp4 and" in said
+        )
+        partial = working / "o" / "a.partial.mp4"
+        assert len(frames_of(partial, fps)) == 69
+        assert probe_audio(partial, "").seconds == pytest.approx(69 / fps, abs=1 / fps)
+        assert not files_in(tmp_path / "temporary")
+        left.remove("a.partial.mp4")
+        partial.unlink()
+    else:
+        assert run.returncode == -stop
     finished = {f"a.state/pass-{number:03d}.safetensors" for number in range(passes - 1)}
-    assert left >= {"a.state/request.json", *finished}
-    assert {name.split("/")[0] for name in left} == {"a.state"}  # unfinished files are in there as well
+    assert left >= {"a.state/request.json", f"a.state/steps-{passes - 1:03d}.safetensors", *finished}
+    assert {name.split("/")[0] for name in left} <= {
+        "a.state",
+        "a.partial.mp4",
+    }  # and unfinished files
     (working / "o" / "a.state" / ".a.0123456789ab.tmp.mp4").touch()
 
     os.chdir(working)
-    code, stdout, stderr = main(*command[task], "--resume")
+    made = (working / "q").stat().st_mtime_ns
+    code, stdout, stderr = main(*argv, *more, "--resume")
     assert (code, stdout) == (0, "o/a.mp4\n"), stderr
     assert not re.search(r"denoising 1/", stderr)
-    assert re.search(rf"denoising {passes}/{passes}: 100%", stderr)
-    assert files_in(working) == {"o/a.mp4"}
-    assert not (working / "o" / "a.state").exists()
-    (working / "o" / "a.mp4").rename(working / "resumed.mp4")
-    code, _, stderr = main(*command[task])
+    assert re.search(rf"going on after step \d+ of {STEPS}\n", caplog.text)
+    assert (working / "q").stat().st_mtime_ns == made
+    assert files_in(working / "o") == {"a.mp4", "a.safetensors"}
+    (working / "o").rename(working / "resumed")
+    code, _, stderr = main(*argv, "--quant")
     assert code == 0, stderr
-    resumed = frames_of(working / "resumed.mp4", fps)
+    resumed = frames_of(working / "resumed" / "a.mp4", fps)
     assert len(resumed) == SECONDS[task] * fps
     np.testing.assert_array_equal(resumed, frames_of(working / "o" / "a.mp4", fps))
-    assert files_in(working) == {"o/a.mp4", "resumed.mp4"}  # a run that completes leaves nothing else
+    first, second = (load_file(working / name / "a.safetensors") for name in ("resumed", "o"))
+    assert first.keys() == second.keys() == {f"latents.{number}" for number in range(passes)}
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert files_in(working / "o") == {"a.mp4", "a.safetensors"}  # a run that completes leaves nothing else
 
 
-def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(start, command, tmp_path):
-    working = tmp_path / "working"
-    run = start(*command["talking_avatar"])
-    stderr = stop_at(run, rf"denoising 3/3: .* \d/{STEPS} ", signal.SIGINT)
-    assert run.returncode == 130
-    passes = {f"o/a.state/pass-00{number}.safetensors" for number in (0, 1)}
-    assert files_in(working) == {"o/a.partial.mp4", "o/a.state/request.json", *passes}
-    assert not files_in(tmp_path / "temporary")
-    assert "the first 69 frames are in o/a.partial.mp4" in stderr
-    assert "o/a.state keeps what is finished" in stderr
-    assert "repeat the command with --resume, --output o/a.mp4 and --seed 42" in stderr
-    partial = working / "o" / "a.partial.mp4"
-    assert len(frames_of(partial, 25)) == 69
-    assert probe_audio(partial, "").seconds == pytest.approx(69 / 25, abs=1 / 25)
+@pytest.fixture
+def small() -> tuple[object, ...]:
+    """A command line of a second."""
+    task = ("--task_type", "reference_to_video", "--ref_imgs", ASSETS / "fox.png", "--num_frames", 5)
+    return (*task, *TINY[:-2], "--num_inference_steps", 4)
+
+
+@pytest.fixture
+def interrupt(monkeypatch) -> Callable[[int], None]:
+    """Have the next denoising be interrupted after a step; 0: after none, and no more."""
+
+    def interrupt(at: int) -> None:
+        def denoised(*arguments: Any) -> torch.Tensor:
+            after_step = arguments[5]
+
+            def interrupted(step: int, latents: torch.Tensor) -> None:
+                after_step(step, latents)
+                if step == at:
+                    raise KeyboardInterrupt
+
+            return denoise(*arguments[:5], interrupted, *arguments[6:])
+
+        monkeypatch.setattr("skyreels_v3.pipelines.steps.denoise", denoised)
+
+    return interrupt
+
+
+def test_a_run_of_which_nothing_is_left_begins(main, small, interrupt, tmp_path, caplog):
+    argv = (*small, "--output", "o/a.mp4")
+    interrupt(2)
+    assert main(*argv)[:2] == (130, "")
+    assert not (tmp_path / "o").exists()
+    interrupt(0)
+    assert main(*argv, "--resume")[:2] == (0, "o/a.mp4\n")
+    assert "there is no interrupted run of this request in o; it starts from the beginning" in caplog.text
+
+
+@pytest.mark.parametrize("seed", [(), ("--seed", "-1")])
+def test_without_an_output_the_interrupted_run_is_found(main, small, interrupt, tmp_path, caplog, seed):
+    interrupt(2)
+    assert main(*small, "--checkpoint_every", "0.0001", "--seed", "7")[0] == 130
+    assert main(*small, "--checkpoint_every", "0.0001", *seed)[0] == 130
+    folder = tmp_path / "result" / "reference_to_video"
+    state = next(path for path in folder.iterdir() if not path.name.startswith("7_"))
+    interrupt(0)
+    if seed:
+        shutil.rmtree(next(folder.glob("7_*")))
+    code, stdout, stderr = main(*small, *seed, "--resume")
+    assert code == 0, stderr
+    assert "going on after step 2 of 4" in caplog.text
+    assert tmp_path / stdout.strip() == state.with_suffix(".mp4")
+    assert main(*small, "--seed", state.name.split("_")[0], "--resume")[:2] == (0, stdout)
+    assert "is done already" in caplog.text
+
+
+@pytest.mark.parametrize("output", ["o/a.mp4", "o/a/"])
+def test_a_run_that_was_complete_is_done(main, small, tmp_path, caplog, output):
+    argv = (*small, "--output", output)
+    assert main(*argv)[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    caplog.clear()
+    assert main(*argv, "--resume") == (0, f"{Path(output)}\n", "")
+    assert caplog.messages == [f"{Path(output)} is done already"]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    code, _, stderr = main(*argv, "--seed", "1", "--resume")
+    assert code == 2 and "exists already" in stderr
+
+
+def test_latents_that_could_not_be_saved_are_saved_later(main, small, monkeypatch, tmp_path):
+    def write_and_block(*arguments: Any) -> Path:
+        (tmp_path / "l").write_text("in the way of a folder")
+        return write(*arguments)
+
+    monkeypatch.setattr("skyreels_v3.session.write", write_and_block)
+    argv = (*small, "--output", "o/a.mp4")
+    code, stdout, stderr = main(*argv, "--save_latents", "l/a.safetensors")
+    assert (code, stdout) == (1, "o/a.mp4\n")
+    reason = "--save_latents: l/a.safetensors cannot be written (Not a directory)"
+    assert f"{reason}; give another --save_latents and --resume; o/a.mp4 is complete" in stderr
+    code, stdout, _ = main(*argv, "--save_latents", "a.safetensors", "--resume")
+    assert (code, stdout) == (0, "o/a.mp4\n")
+    assert files_in(tmp_path / "o") == {"a.mp4"}
+    assert main(*argv[:-1], "o/b.mp4", "--save_latents", "b.safetensors")[0] == 0
+    first, second = (load_file(tmp_path / name)["latents.0"] for name in ("a.safetensors", "b.safetensors"))
+    assert torch.equal(first, second)
+
+
+def test_a_full_disk(main, small, small_disk, caplog):
+    """What cannot fit is refused before anything is made; copies that do not fit cost nothing but a warning."""
+    disk = small_disk(40)
+    argv = (*small, "--num_frames", 33, "--height", 96, "--width", 96, "--num_inference_steps", 1, "--output")
+    code, _, stderr = main(*argv, "o/a.mp4", "--save_latents", disk / "a.safetensors")
+    assert code == 2
+    assert f"--save_latents: {disk}/a.safetensors needs 99.3 kB, 41.0 kB are free in {disk}; make room" in stderr
+    code, _, stderr = main(*argv, disk / "a.mp4")
+    assert code == 1
+    assert f"41.0 kB are free in {disk}; this run may need" in caplog.text
+    assert "pass-000.safetensors cannot be written (No space left on device, " in caplog.text
+    assert re.search(rf"{disk}/a.mp4 cannot be written \(No space left on device, \d.+ free in {disk}\); make", stderr)
+    assert not any(disk.iterdir())
 
 
 def record_of(folder: Path, **changes: object) -> RunRecord:
