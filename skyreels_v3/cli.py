@@ -35,6 +35,7 @@ from skyreels_v3.tasks import (
     RESOLUTIONS,
     SIZE_MULTIPLE,
     TASK_NAMES,
+    TINY,
     GenerationRequest,
     TaskSpec,
     task_spec,
@@ -42,6 +43,9 @@ from skyreels_v3.tasks import (
 
 MAX_TEXT = 10_000  # characters of one value; of a prompt the model reads 512 tokens
 MAX_CONFIG_BYTES = 1 << 20
+INPUTS = ("image", "ref_imgs", "input_video", "input_image", "input_audio", "keyframes", "jobs")
+HUB_IDS = ("model_id", "base_model_id", "lora")
+OUTPUTS = ("output", "save_latents", "save_quantized")
 RECORDS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".png")  # what a --config that is no YAML is called
 MAX_SPEAKERS = 2
 SAME_PROMPT = "same"
@@ -454,6 +458,7 @@ def read_config_file(name: str) -> dict[str, Any]:
     path = Path(os.path.expanduser(name))
     recorded = path.suffix.lower() in RECORDS or (bool(name) and os.path.isdir(path))  # unlike Path's for odd names
     content = read_record(path) if recorded else read_yaml(name)
+    folder = "" if recorded else os.path.dirname(path)
     if not isinstance(content, Mapping):
         raise UserError("--config", f"{shown(name)} holds no 'flag: value' lines; write some, such as 'seed: 1'")
     values = {}
@@ -461,7 +466,7 @@ def read_config_file(name: str) -> dict[str, Any]:
         if key not in BY_NAME:
             raise UserError("--config", f"{shown(name)}: {unknown_key(key, value)}")
         try:
-            values[key] = convert_entry(key, value)
+            values[key] = convert_entry(key, value, folder)
         except UserError as error:
             raise UserError("--config", f"{shown(name)}: {error}") from None
     return values
@@ -488,13 +493,40 @@ def unknown_key(key: Any, value: Any) -> str:
     return f"unknown key {told(key)}; {meant}"
 
 
-def convert_entry(name: str, value: Any) -> Any:
-    """A value from a file, where inputs may be a list, converted."""
+def convert_entry(name: str, value: Any, folder: str) -> Any:
+    """A value from a file in `folder`, where inputs may be a list, converted."""
     if name not in ("ref_imgs", "input_audio") or not isinstance(value, list):
-        return convert(BY_NAME[name], value)
-    entries = [convert(BY_NAME[name], entry) for entry in value]
-    convert(BY_NAME[name], ",".join(value))  # the limit is for all of them together
+        value = convert(BY_NAME[name], value)
+        if name in ("ref_imgs", "input_audio", "keyframes", "lora") and folder:
+            return ",".join(from_folder(name, entry, folder) for entry in split(value))
+        return from_folder(name, value, folder)
+    entries = [from_folder(name, convert(BY_NAME[name], entry), folder) for entry in value]
+    convert(BY_NAME[name], ",".join(entries))  # the limit is for all of them together
     return entries
+
+
+def from_folder(name: str, entry: Any, folder: str) -> Any:
+    """A value in a file in `folder`; if it is a relative path, as it is called from the current folder.
+
+    What is not there but here is meant as it stands, as a run has recorded it; and so is what may be a hub's id.
+    """
+    if not folder or name not in (*INPUTS, *HUB_IDS, *OUTPUTS) or not entry.strip():
+        return entry
+    if "://" in entry or entry == TINY or os.path.isabs(os.path.expanduser(entry)):
+        return entry
+    there = os.path.join(folder, entry)
+    if name in OUTPUTS or exists(name, there):
+        return there
+    return entry if name in HUB_IDS or exists(name, entry) else there
+
+
+def exists(name: str, entry: str) -> bool:
+    """Whether an entry of a flag names a file or a folder that is there."""
+    if name == "lora":
+        entry = parse_loras({"lora": entry})[0][0]
+    elif name == "keyframes":
+        entry = entry.rpartition("@")[0]
+    return os.path.exists(os.path.expanduser(entry))
 
 
 def check_beside_jobs(values: Mapping[str, Any]) -> None:
@@ -505,8 +537,11 @@ def check_beside_jobs(values: Mapping[str, Any]) -> None:
             raise UserError(f"--{name}", f"{value}is for one video, --jobs makes several; {remedy}")
 
 
-def job_flags(line: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def job_flags(line: Mapping[str, Any], defaults: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """The flags of a line of --jobs, converted, with those of the command line where they leave room for them.
+
+    Args:
+        folder: that of the file, where its relative paths begin.
 
     Raises:
         UserError: an unknown flag, one that a line cannot have, or a value that is none.
@@ -517,7 +552,7 @@ def job_flags(line: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
             raise UserError(f"--{name}", "cannot stand in a line of --jobs; it is for the command line")
         if name not in BY_NAME:
             raise UserError("--jobs", unknown_key(name, value))
-        values[name] = convert_entry(name, value)
+        values[name] = convert_entry(name, value, folder)
     return without_overruled(defaults, values) | values
 
 

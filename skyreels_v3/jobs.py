@@ -30,7 +30,7 @@ from skyreels_v3.errors import AlreadyDone, UserError, shown
 from skyreels_v3.media.files import check_readable, check_writable, run_folder
 from skyreels_v3.ranks import ALONE, Ranks
 from skyreels_v3.runtime import set_environment
-from skyreels_v3.tasks import HUNYUAN, GenerationRequest
+from skyreels_v3.tasks import HUNYUAN, TINY, GenerationRequest
 
 try:
     import fcntl
@@ -86,14 +86,17 @@ def read_jobs(name: str, defaults: Mapping[str, Any]) -> list[Job]:
         raise UserError("--jobs", f"{reason}; divide it into several files")
     lines = path.read_bytes().split(b"\n")
     seen: Counter[str] = Counter()
-    jobs = [make_job(number, line, defaults, seen) for number, line in enumerate(lines, start=1) if line.strip()]
+    folder = os.path.dirname(path)
+    jobs = [
+        make_job(number, line, defaults, seen, folder) for number, line in enumerate(lines, start=1) if line.strip()
+    ]
     if not jobs:
         raise UserError("--jobs", f"{shown(name)} has no lines; write some, such as {EXAMPLE}")
     return without_clashes(jobs)
 
 
-def make_job(number: int, line: bytes, defaults: Mapping[str, Any], seen: Counter[str]) -> Job:
-    """The job of a line; `seen` counts those that are alike."""
+def make_job(number: int, line: bytes, defaults: Mapping[str, Any], seen: Counter[str], folder: str) -> Job:
+    """The job of a line of a file in `folder`; `seen` counts those that are alike."""
     request, problem, text = None, "", line.decode(errors="replace").strip()
     identity = identity_of(text)
     try:
@@ -101,7 +104,7 @@ def make_job(number: int, line: bytes, defaults: Mapping[str, Any], seen: Counte
         if not isinstance(given, dict):
             raise UserError("--jobs", f"{shown(text)} is no JSON object; write flags as keys, such as {EXAMPLE}")
         identity = identity_of(without_overruled(defaults, given) | given)
-        request = replace(request_of(job_flags(given, defaults)), resume_if_same=True)
+        request = replace(request_of(job_flags(given, defaults, folder)), resume_if_same=True)
     except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
         problem = f"--jobs: {shown(text)} is not JSON ({shown(error)}); write flags as keys, such as {EXAMPLE}"
     except UserError as error:
@@ -334,7 +337,7 @@ class Stock:
 
 def fetch(request: GenerationRequest) -> Path:
     """The folder of a checkpoint that was not on this machine."""
-    from skyreels_v3.checkpoints.hub import TINY, download
+    from skyreels_v3.checkpoints.hub import download
 
     if request.model_id != TINY:
         return download(request)

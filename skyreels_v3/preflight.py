@@ -14,7 +14,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from skyreels_v3.checkpoints.hub import TINY, check_client, check_pair, is_quantized, locate, locate_base, locate_lora
+from skyreels_v3.checkpoints.hub import check_client, check_pair, is_quantized, locate, locate_base, locate_lora
 from skyreels_v3.errors import AlreadyDone, UserError, shown
 from skyreels_v3.media.files import check_writable
 from skyreels_v3.media.inputs import Inputs, open_inputs
@@ -24,7 +24,7 @@ from skyreels_v3.pipelines.outputs import check_room, join_passes
 from skyreels_v3.pipelines.state import NO_RECORD, RunRecord, find_left
 from skyreels_v3.ranks import ALONE, Ranks
 from skyreels_v3.runtime import check_compute, check_device, expected_device, expected_dtype
-from skyreels_v3.tasks import HUNYUAN, GenerationRequest
+from skyreels_v3.tasks import HUNYUAN, TINY, GenerationRequest
 
 logger = logging.getLogger(__name__)
 

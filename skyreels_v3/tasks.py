@@ -23,6 +23,7 @@ TASK_NAMES = (
     *("t2v", "i2v"),
 )
 HUNYUAN = "hunyuan"  # the layout of V1: HunyuanVideo's transformer, trained further
+TINY = "tiny"  # the built-in toy, in the place of a checkpoint's id
 RESOLUTIONS = ("480P", "540P", "720P")
 
 MEMORY_MODES = ("resident", "offload", "stream")  # where components live, see memory/policy.py; fastest first

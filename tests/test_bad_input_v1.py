@@ -217,4 +217,8 @@ def test_v1s_flags_can_stand_in_a_line_of_jobs(tmp_path):
     (tmp_path / "jobs.jsonl").write_text(json.dumps(line))
     (job,) = read_jobs(str(tmp_path / "jobs.jsonl"), {})
     assert job.problem == "" and job.request is not None
-    assert (job.request.image, job.request.base_model_id, job.request.task.fps) == ("a.png", "a/b", 30)
+    assert (job.request.image, job.request.base_model_id, job.request.task.fps) == (
+        str(tmp_path / "a.png"),
+        "a/b",
+        30,
+    )

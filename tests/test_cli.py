@@ -26,13 +26,14 @@ SHOT = ["--task_type", "shot_switching_extension", "--prompt", "a fox", "--input
 
 
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path, monkeypatch):
     """Write a config file and return the flags that name it."""
+    monkeypatch.chdir(tmp_path)
 
-    def write(content: object) -> list[str]:
-        path = tmp_path / "config.yaml"
-        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
-        return ["--config", str(path)]
+    def write(content: object, path: str = "config.yaml") -> list[str]:
+        text = content if isinstance(content, str) else yaml.safe_dump(content)
+        Path(path).write_text(text, encoding="utf-8")
+        return ["--config", path]
 
     return write
 
@@ -91,6 +92,32 @@ def test_minus_one_draws_a_seed():
     seeds = {parse_request([*REFERENCE, "--seed", "-1"]).seed for _ in range(5)}
     assert len(seeds) == 5
     assert min(seeds) >= 0
+
+
+def test_relative_paths_begin_where_the_config_file_is(config, tmp_path):
+    """As far as they are there; others may be as a run has recorded them, or a hub's ids."""
+    for name in ("here.png", "both.png", "there/both.png", "there/a.safetensors", "there/model/x", "there/tiny/x"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    content = {
+        "task_type": "reference_to_video", "prompt": "a", "output": "frames/", "save_latents": "a.safetensors",
+        "ref_imgs": f"both.png,here.png,nowhere.png,{tmp_path}/x.png", "model_id": "model",
+        "lora": "a.safetensors:0.5,owner/name",
+    }  # fmt: skip
+    request = parse_request(config(content, "there/config.yaml"))
+    assert request.ref_imgs == ("there/both.png", "here.png", "there/nowhere.png", f"{tmp_path}/x.png")
+    assert (request.model_id, request.output) == ("there/model", Path("there/frames"))
+    assert (request.save_latents, request.frame_folder) == (Path("there/a.safetensors"), True)
+    assert [lora[0] for lora in request.lora] == ["there/a.safetensors", "owner/name"]
+    assert request.flags["ref_imgs"] == "there/both.png,here.png,there/nowhere.png," + f"{tmp_path}/x.png"
+    content |= {"model_id": "tiny", "ref_imgs": ["http://a/b.png", "both.png"]}
+    request = parse_request([*config(content, "there/config.yaml"), "--output", "a.mp4"])
+    assert (request.model_id, request.output) == ("tiny", Path("a.mp4"))
+    assert request.ref_imgs == ("http://a/b.png", "there/both.png")
+    avatar = {"task_type": "talking_avatar", "prompt": "a", "input_image": "both.png", "input_audio": "a.wav"}
+    request = parse_request(config(avatar | {"keyframes": "both.png@1.5,x.png@2"}, "there/config.yaml"))
+    assert (request.input_image, request.input_audio) == ("there/both.png", ("there/a.wav",))
+    assert request.keyframes == (("there/both.png", 1.5), ("there/x.png", 2.0))
 
 
 def test_a_config_file_holds_any_flag(config):

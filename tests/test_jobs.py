@@ -41,13 +41,15 @@ MISSING = BOAT | {"input_video": "nowhere.mp4"}
 
 
 @pytest.fixture
-def write(tmp_path) -> Callable[..., Path]:
+def write(tmp_path, monkeypatch) -> Callable[..., Path]:
     """Write jobs.jsonl; lines are objects or texts."""
+    monkeypatch.chdir(tmp_path)
 
     def write(*lines: Any) -> Path:
         texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
-        (tmp_path / "jobs.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
-        return tmp_path / "jobs.jsonl"
+        file = Path("jobs.jsonl")
+        file.write_text("\n".join(texts) + "\n", encoding="utf-8")
+        return file
 
     return write
 
@@ -116,6 +118,14 @@ def test_bad_lines(write, line, problem):
     assert bad.request is None and problem in bad.problem
     assert bad.problem.isprintable() and len(bad.problem) < 600
     assert good.request is not None
+
+
+def test_paths_begin_where_the_file_is(write, tmp_path, monkeypatch):
+    write(FOX | {"ref_imgs": "a.png", "output": "a.mp4"})
+    monkeypatch.chdir(tmp_path.parent)
+    (job,) = read_jobs(f"{tmp_path.name}/jobs.jsonl", {})
+    assert job.request.ref_imgs == (f"{tmp_path.name}/a.png",)
+    assert job.request.output == Path(tmp_path.name) / "a.mp4"
 
 
 def test_an_output_that_is_another_ones(write):

@@ -228,11 +228,12 @@ def test_the_spec_says_what_it_is_for():
 
 
 @pytest.mark.parametrize("argv", [T2V, I2V], ids=["t2v", "i2v"])
-def test_what_is_recorded_makes_the_same_request(argv, tmp_path):
+def test_what_is_recorded_makes_the_same_request(argv, tmp_path, monkeypatch):
     """What a video's comment says is ready for --config."""
     flags = ["--num_frames", "100", "--quant", "--cache", "magcache:0.1", "--fps", "30", "--no_riflex", "--seed", "9"]
     request = parse_request([*argv, *flags])
-    (tmp_path / "made.yaml").write_text(json.dumps(dict(request.flags)))
-    again = parse_request(["--config", str(tmp_path / "made.yaml")])
+    monkeypatch.chdir(tmp_path)
+    Path("made.yaml").write_text(json.dumps(dict(request.flags)))
+    again = parse_request(["--config", "made.yaml"])
     assert replace(again, notes=request.notes) == request
     assert again.flags == request.flags

@@ -22,7 +22,7 @@ from typing import Any
 
 from skyreels_v3.checkpoints.key_maps import NATIVE_CONFIG
 from skyreels_v3.errors import CheckpointError, UserError, shown
-from skyreels_v3.tasks import HUNYUAN, LATENT_CHANNELS, TASK_NAMES, GenerationRequest, TaskSpec, task_spec
+from skyreels_v3.tasks import HUNYUAN, LATENT_CHANNELS, TASK_NAMES, TINY, GenerationRequest, TaskSpec, task_spec
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,6 @@ NATIVE_IMAGE_ENCODER_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14
 AUDIO_ENCODER = "chinese-wav2vec2-base"
 AUDIO_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 CACHES = {"huggingface": "HF_HOME", "modelscope": "MODELSCOPE_CACHE"}  # what says where hubs' clients keep files
-TINY = "tiny"  # the embedded model, made on the spot
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as in the library that reads it
 BASE_MODELS = ("text_encoder", "text_encoder_2", "vae")  # folders of what V1 takes from HunyuanVideo
