@@ -21,6 +21,7 @@ from skyreels_v3.errors import UserError, shown
 from skyreels_v3.media.files import check_readable
 
 logger = logging.getLogger(__name__)
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what is wrong with a file is in its exceptions
 
 # No others: Pillow starts programs for some, and few eyes have looked at the decoders of the rest.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")

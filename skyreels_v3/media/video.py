@@ -540,13 +540,12 @@ class _FolderSink:
 class _VideoTrack:
     """Of the video tracks of a file the one to be read, and how.
 
-    `source` are ffmpeg's options that choose it, `before` and `after` the filters around the one that sets the frame
-    rate, `has_sound` tells of the file, `notes` are what the user should know.
+    `source` are ffmpeg's options that choose it, `filters` make its frames RGB, `has_sound` tells of the file, `notes`
+    are what the user should know.
     """
 
     source: list[str]
-    before: str = ""
-    after: str = TO_RGB
+    filters: str = TO_RGB
     too_large: bool = False
     has_sound: bool = False
     notes: tuple[str, ...] = ()
@@ -567,20 +566,21 @@ def _video_track(path: Path) -> _VideoTrack:
         source = ["-c:v", "libvpx-vp9" if text.startswith("vp9") else "libvpx", *source]
     colours = COLOURS.search(details)
     matrix = colours[1] if colours is not None else "unknown"
-    after, notes = TO_RGB_ON_WHITE if alpha else TO_RGB, []
+    filters, notes = TO_RGB_ON_WHITE if alpha else TO_RGB, []
     if colours is not None and (colours[3] in HDR or colours[2] in WIDE_PRIMARIES):
-        after = f"{_to_sdr(*colours.groups(), alpha)},{after}"
+        filters = f"{_to_sdr(*colours.groups(), alpha)},{filters}"
         if colours[3] in HDR:
             notes.append(f"is HDR ({HDR[colours[3]]}); it is tone-mapped to SDR")
     elif matrix == "unknown" and "bt709" not in details and pixel_format.startswith("yuv") and int(height) >= HD_HEIGHT:
-        after = after.replace("scale=", "scale=in_color_matrix=bt709:", 1)
+        filters = filters.replace("scale=", "scale=in_color_matrix=bt709:", 1)
     if INTERLACED.search(details):
         notes.append("is interlaced; whole frames are made of its fields")
-    # where nothing is said each frame tells; the filter passes progressive ones on as they are
-    may_be_interlaced = "progressive" not in details and pixel_format.startswith("yuv")
+    if "progressive" not in details and pixel_format.startswith("yuv"):
+        # where nothing is said each frame tells; progressive ones are passed on as they are
+        filters = f"bwdif=deint=interlaced,{filters}"
     too_large = int(width) * int(height) * across > MAX_FRAME_PIXELS * down
     has_sound = any(kind == "Audio" for _, kind, _ in TRACK.findall(log))
-    return _VideoTrack(source, "bwdif=deint=interlaced," * may_be_interlaced, after, too_large, has_sound, tuple(notes))
+    return _VideoTrack(source, filters, too_large, has_sound, tuple(notes))
 
 
 def _to_sdr(matrix: str, primaries: str, transfer: str, alpha: bool) -> str:
@@ -673,7 +673,8 @@ def _is_cut_gif(path: Path) -> bool:
 
 def _decode(track: _VideoTrack, fps: int | None, options: list[str] | None = None) -> Iterator[np.ndarray]:
     """Frames of a track at `fps` frames a second, or as they are in the file, uint8 [H, W, 3]."""
-    filters = track.before + (f"fps={fps}," if fps else "") + track.after
+    # The rate last: what follows it would do its work on all repetitions of a long still before the first is read.
+    filters = track.filters + (f",fps={fps}" if fps else "")
     arguments = track.source + ["-vf", filters, "-fps_mode", "passthrough", *(options or [])]
     with _reading(arguments + ["-c:v", "ppm", "-f", "image2pipe", "pipe:1"]) as stream:
         while (frame := _read_ppm(stream)) is not None:

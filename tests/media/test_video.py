@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from itertools import islice
 from math import floor
 from pathlib import Path
 
@@ -132,6 +133,15 @@ def test_variable_rate(tmp_path: Path) -> None:
     assert frames[:known] == expected[:known]
     assert set(frames[known:]) <= {29}
     assert probe(clip, FLAG, 24).frames == len(frames)
+
+
+def test_long_still_does_not_pile_up(tmp_path: Path) -> None:
+    """Recordings of a screen have no frames where nothing moves: here for hours."""
+    pause = "setpts='PTS+gte(N,12)*20000/TB'"
+    clip = encode(numbered(24), tmp_path / "a.mkv", 24, "-vf", pause, "-fps_mode", "passthrough", *LOSSLESS)
+    begin = time.monotonic()
+    assert numbers(islice(read_frames(clip, 24), 100)) == [*range(11), *[11] * 89]
+    assert time.monotonic() - begin < 5
 
 
 @pytest.mark.parametrize("rotation, turned", [(90, 1), (180, 2), (270, 3)])
@@ -381,7 +391,7 @@ INTERLACED = {
 def test_interlaced_fields_become_frames(tmp_path: Path, name: str) -> None:
     """A bar that moves by 8 pixels a field is straight in every frame."""
     size, codec = INTERLACED[name]
-    bar = np.zeros((96, 64, 96, 3), np.uint8)
+    bar = np.zeros((32, 64, 96, 3), np.uint8)
     for number, frame in enumerate(bar):
         frame[:, (start := number * 8 % 64) : start + 16] = 255
     filters = f"scale={size}:flags=neighbor,tinterlace=interleave_bottom,setfield=bff"
@@ -390,7 +400,7 @@ def test_interlaced_fields_become_frames(tmp_path: Path, name: str) -> None:
     info = probe(clip, FLAG, 25, notes.append)
     assert notes == [f"{clip} is interlaced; whole frames are made of its fields"] * (name != "c.avi")
     frames = np.stack(list(read_frames(clip, 25))).astype(int)
-    assert len(frames) == info.frames == 48
+    assert len(frames) == info.frames == 16
     rows = frames[2:-2, 8:-8, :, 1]
     assert np.abs(rows[:, 1:] - rows[:, :-1]).max() < 60
 
