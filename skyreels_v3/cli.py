@@ -354,7 +354,9 @@ def refuse_unknown(words: Sequence[str], argv: Sequence[str]) -> None:
     if before.removeprefix("--") in SWITCHES:
         reason = f"{told(words[0])}: a switch takes no value"
         raise UserError(before, f"{reason}; give {before} alone for yes, or leave it out for no")
-    raise UserError("command line", f"{told(words[0])} belongs to no flag; put quotes around values with spaces")
+    raise UserError(
+        "command line", f"{told(words[0])} does not belong to any flag; put quotes around values with spaces"
+    )
 
 
 def build_parser() -> Parser:
@@ -484,7 +486,7 @@ def read_record(path: Path) -> Any:
         return {name: value for name, value in flags.items() if name not in NOT_RECORDED}
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = f"{shown(path)} does not say how it was made"
-        raise UserError("--config", f"{reason}; give a video of generate_video.py, or a YAML file") from error
+        raise UserError("--config", f"{reason}; give a video that generate_video.py made, or a YAML file") from error
 
 
 def unknown_key(key: Any, value: Any) -> str:
@@ -549,7 +551,7 @@ def job_flags(line: Mapping[str, Any], defaults: Mapping[str, Any], folder: str)
     values = {}
     for name, value in line.items():
         if name in NOT_IN_A_JOB:
-            raise UserError(f"--{name}", "cannot stand in a line of --jobs; it is for the command line")
+            raise UserError(f"--{name}", "is not allowed in a line of --jobs; give it on the command line")
         if name not in BY_NAME:
             raise UserError("--jobs", unknown_key(name, value))
         values[name] = convert_entry(name, value, folder)
@@ -562,7 +564,7 @@ def read_yaml(name: str) -> Any:
     try:
         status = path.stat()
         if not name or not stat.S_ISREG(status.st_mode) or status.st_size > MAX_CONFIG_BYTES:
-            raise UserError("--config", f"{told(name)} is not a file of at most {MAX_CONFIG_BYTES} bytes; give one")
+            raise UserError("--config", f"{told(name)} is not a file of at most {MAX_CONFIG_BYTES >> 20} MiB; give one")
         return yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError("--config", f"{shown(name)} cannot be read ({error.strerror}); check the path") from error
@@ -641,7 +643,9 @@ def check_values(spec: TaskSpec, values: Mapping[str, Any]) -> None:
         raise UserError("--prompt", "missing or empty; say what happens in the video")
     duration = values.get("duration", spec.default_duration)
     if "window_prompt" in values and not values["window_prompt"].strip():
-        raise UserError("--window_prompt", "an empty value; give what happens, 'same' for --prompt, or leave it out")
+        raise UserError(
+            "--window_prompt", "an empty value; say what happens, give 'same' for --prompt, or leave it out"
+        )
     if not spec.min_duration <= duration <= spec.max_duration:
         limits = f"{spec.min_duration} to {spec.max_duration}"
         raise UserError("--duration", f"{told(duration)} is out of range; {spec.name} takes {limits} whole seconds")
@@ -670,7 +674,7 @@ def check_size(values: Mapping[str, Any]) -> None:
             raise UserError(f"--{name}", f"{side} is not a multiple of {SIZE_MULTIPLE}; give {near}")
     if (pixels := values.get("height", 0) * values.get("width", 0)) > MAX_PIXELS:
         size = f"{values['height']} x {values['width']}"
-        raise UserError("--height", f"{size} is {pixels} pixels; give a size of at most {MAX_PIXELS}")
+        raise UserError("--height", f"{size} is {pixels:,} pixels; give a size of at most {MAX_PIXELS:,}")
 
 
 def check_references(values: Mapping[str, Any]) -> None:
@@ -691,11 +695,16 @@ def check_memory(values: Mapping[str, Any]) -> None:
         reason = f"{values['stream_blocks']} blocks can only stay if the others are streamed"
         raise UserError("--stream_blocks", f"{reason}; add --memory stream or --low_vram")
     if values.get("shard_weights") and values.get("memory") == "stream":
-        raise UserError("--shard_weights", "conflicts with --memory stream: either the weights stay or they stream")
+        raise UserError(
+            "--shard_weights", "conflicts with --memory stream: divided weights are not streamed; leave one of them out"
+        )
     if values.get("shard_weights") and "save_quantized" in values:
-        raise UserError("--shard_weights", "conflicts with --save_quantized: no process has all weights; save first")
+        raise UserError(
+            "--shard_weights",
+            "conflicts with --save_quantized: no process has all the weights; save them in a run of its own",
+        )
     if "save_quantized" in values and not (values.get("low_vram") or "quant" in values):
-        reason = f"{told(values['save_quantized'])}: no weights are quantised"
+        reason = f"{told(values['save_quantized'])}: nothing is quantized"
         raise UserError("--save_quantized", f"{reason}; add --quant fp8 or --low_vram")
     parse_loras(values)
 
@@ -708,15 +717,15 @@ def parse_cache(text: str) -> CacheSettings:
     except ValueError:
         threshold = math.nan
     if method not in METHODS or not 0 <= threshold < math.inf:
-        reason = f"{told(text)}: give {', '.join(METHODS)}"
-        raise UserError("--cache", f"{reason}, and after a colon a threshold, such as fbcache:0.1")
+        reason = f"{told(text)}: choose {', '.join(METHODS)}"
+        raise UserError("--cache", f"{reason}, with a threshold after a colon if need be, such as fbcache:0.1")
     return CacheSettings(method, threshold)
 
 
 def check_steps(cache: CacheSettings, steps: int) -> None:
     """Raise UserError for a cache where there are too few steps."""
     if steps < MIN_CACHED_STEPS:
-        reason = f"{cache.method}: with {steps} steps each changes too much to be skipped"
+        reason = f"{cache.method}: {steps} steps are too few to skip any"
         raise UserError("--cache", f"{reason}; give --num_inference_steps {MIN_CACHED_STEPS} or more, or leave it out")
 
 
@@ -731,7 +740,7 @@ def parse_loras(values: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
             name, scale = entry, 1.0
         name = name if colon and name else entry
         if not name.strip() or not math.isfinite(scale):
-            raise UserError("--lora", f"{told(entry)}: give FILE, FOLDER or OWNER/NAME, and after a colon its scale")
+            raise UserError("--lora", f"{told(entry)}: give FILE, FOLDER or OWNER/NAME, and its scale after a colon")
         loras.append((name, scale))
     return tuple(loras)
 
@@ -750,7 +759,9 @@ def check_speakers(values: Mapping[str, Any]) -> None:
     parse_boxes(values)
     parse_keyframes(values)
     if values.get("resume") and values.get("seed") == -1 and values.get("video_num", 1) > 1:
-        raise UserError("--resume", "the seeds of the interrupted run are not drawn again; give the first as --seed")
+        raise UserError(
+            "--resume", "the seeds of the interrupted run cannot be drawn again; give its first one as --seed"
+        )
 
 
 def parse_boxes(values: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
@@ -790,7 +801,9 @@ def check_outputs(values: Mapping[str, Any]) -> None:
     if latents.suffix != ".safetensors":
         raise UserError("--save_latents", f"{told(values['save_latents'])}: give a name ending in .safetensors")
     if not output.endswith("/") and Path(output) in latents.parents:
-        raise UserError("--save_latents", f"{shown(latents)} is inside the file --output; give another path")
+        raise UserError(
+            "--save_latents", f"{shown(latents)} would be inside the file that --output names; give another path"
+        )
 
 
 def check_several(values: Mapping[str, Any]) -> None:
@@ -805,7 +818,7 @@ def check_several(values: Mapping[str, Any]) -> None:
             raise UserError("--seed", f"{reason}, {MAX_SEED}; give at most {last}")
     outdir = values.get("outdir", "some")
     if not outdir.strip() or "\0" in outdir:
-        raise UserError("--outdir", f"{told(outdir)} is no name of a folder; give one")
+        raise UserError("--outdir", f"{told(outdir)} is not a folder name; give one")
 
 
 def verbosity_of(values: Mapping[str, Any]) -> int:

@@ -23,7 +23,7 @@ def show(result: object) -> None:
     try:
         print(result, flush=True)  # noqa: T201
     except OSError as error:
-        logger.warning("stdout takes no more (%s), not even %s", error.strerror, result)
+        logger.warning("stdout cannot be written to (%s); the result is %s", error.strerror, result)
         close(sys.stdout)
 
 

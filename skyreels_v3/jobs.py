@@ -82,7 +82,7 @@ def read_jobs(name: str, defaults: Mapping[str, Any]) -> list[Job]:
     path = Path(os.path.expanduser(name))
     check_readable(path, "--jobs")
     if (size := path.stat().st_size) > MAX_JOBS_BYTES:
-        reason = f"{shown(name)} has {size} bytes, {MAX_JOBS_BYTES} at most are read"
+        reason = f"{shown(name)} has {size} bytes, at most {MAX_JOBS_BYTES} are read"
         raise UserError("--jobs", f"{reason}; divide it into several files")
     lines = path.read_bytes().split(b"\n")
     seen: Counter[str] = Counter()
@@ -102,7 +102,7 @@ def make_job(number: int, line: bytes, defaults: Mapping[str, Any], seen: Counte
     try:
         given = json.loads(line)
         if not isinstance(given, dict):
-            raise UserError("--jobs", f"{shown(text)} is no JSON object; write flags as keys, such as {EXAMPLE}")
+            raise UserError("--jobs", f"{shown(text)} is not a JSON object; write flags as keys, such as {EXAMPLE}")
         identity = identity_of(without_overruled(defaults, given) | given)
         request = replace(request_of(job_flags(given, defaults, folder)), resume_if_same=True)
     except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
@@ -127,7 +127,7 @@ def without_clashes(jobs: Iterable[Job]) -> list[Job]:
     for job in jobs:
         output = None if job.request is None else job.request.output
         if output is not None and output in outputs:
-            problem = f"--output: {shown(output)} is that of line {outputs[output]} already; give another name"
+            problem = f"--output: {shown(output)} is the output of line {outputs[output]} already; give another name"
             job = replace(job, request=None, problem=problem)
         elif output is not None:
             outputs[output] = job.number
@@ -199,7 +199,7 @@ class Results:
             if not mine:
                 self._unlock(job.id)
         if not mine:
-            logger.info("line %d is another run's", job.number)
+            logger.info("line %d: another run is doing it", job.number)
         return mine
 
     def add(self, result: Mapping[str, Any]) -> None:
@@ -223,7 +223,9 @@ class Results:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 return False
-            logger.warning("%s: no locks there (%s); start no second run of these jobs", self.path, error.strerror)
+            logger.warning(
+                "%s cannot be locked (%s); do not start a second run of these jobs", self.path, error.strerror
+            )
         return True
 
     def _unlock(self, id: str = "") -> None:
@@ -580,7 +582,7 @@ def left_to_do(jobs: Sequence[Job], results: Results, ranks: Ranks) -> list[Job]
     failed = {job.id for job in left if results.before[job.id] and videos[job.id] is None}
     todo = in_order(job for job in left if job.id not in failed) + in_order(job for job in left if job.id in failed)
     if len(todo) < len(jobs):
-        logger.info("%d of %d jobs are done already, %s says", len(jobs) - len(todo), len(jobs), results.path)
+        logger.info("%d of %d jobs are done already, according to %s", len(jobs) - len(todo), len(jobs), results.path)
     if ranks.world == 1:
         return todo
     known = {job.id: job for job in jobs}
@@ -622,7 +624,9 @@ def show_plans(name: str, jobs: Sequence[Job], team: Ranks) -> None:
         wrong += text.startswith("error")
         show(f"{'line':14}{job.number}\n{text}\n")
     if wrong:
-        raise UserError("--jobs", f"{shown(name)}: {wrong} of {len(jobs)} lines cannot work; correct them, see above")
+        raise UserError(
+            "--jobs", f"{shown(name)}: {wrong} of {len(jobs)} lines cannot work; correct them as said above"
+        )
 
 
 def plan_of(job: Job, team: Ranks) -> str:

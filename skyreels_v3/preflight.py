@@ -203,8 +203,8 @@ def follow_checkpoint(request: GenerationRequest, checkpoint: Path) -> Generatio
     if not is_quantized(checkpoint / request.task.transformer_folder):
         return request
     if request.lora:
-        reason = f"{shown(request.lora[0][0])}: the checkpoint's weights are quantised already"
-        raise UserError("--lora", f"{reason}; give it to the run that quantises them, with --save_quantized")
+        reason = f"{shown(request.lora[0][0])}: the checkpoint's weights are quantized already"
+        raise UserError("--lora", f"{reason}; give it to the run that quantizes them, with --save_quantized")
     return replace(request, quant=request.quant or "fp8")  # the text encoder too, as when it was saved
 
 

@@ -57,11 +57,11 @@ def ranks_of(environment: Mapping[str, str]) -> Ranks:
         numbers = {name: int(environment.get(key) or defaults[key]) for name, key in VARIABLES.items()}
     except ValueError as error:
         raise UserError(
-            "--use_usp", f"RANK, WORLD_SIZE and the like are wrong ({error}); start with torchrun"
+            "--use_usp", f"RANK, WORLD_SIZE and related variables are wrong ({error}); start with torchrun"
         ) from error
     ranks = Ranks(**numbers)
     if not (0 <= ranks.rank < ranks.world and 0 <= ranks.local_rank < ranks.local_world <= ranks.world):
-        raise UserError("--use_usp", f"RANK, WORLD_SIZE and the like are wrong ({ranks}); start with torchrun")
+        raise UserError("--use_usp", f"RANK, WORLD_SIZE and related variables are wrong ({ranks}); start with torchrun")
     return ranks
 
 
@@ -114,10 +114,12 @@ def choose_degrees(request: GenerationRequest, world: int, heads: int, terms: in
     """
     cfg = request.cfg_degree or (terms if terms > 1 and world % terms == 0 else 1)
     if cfg > terms:
-        reason = f"{cfg}: the guidance has {terms} term{'s' if terms > 1 else ''} only"
+        reason = f"{cfg}: the guidance has only {terms} term{'s' if terms > 1 else ''}"
         raise UserError("--cfg_degree", f"{reason}; give {terms} at most, or turn guidance on")
     if world % cfg:
-        raise UserError("--cfg_degree", f"{cfg}: does not divide the {world} processes; give one that does")
+        raise UserError(
+            "--cfg_degree", f"{cfg}: {world} processes cannot be divided by it; give a degree that divides them"
+        )
     return Degrees(cfg, *divide_sequence(request, world // cfg, heads))
 
 

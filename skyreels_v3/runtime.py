@@ -50,7 +50,7 @@ def check_device(device: str) -> None:
     if device == "cuda" and not any(has_library(name) for name in GPU_DRIVERS):
         raise UserError("--device", "cuda: this machine has no NVIDIA or AMD driver; use --device cpu or auto")
     if device == "mps" and (sys.platform, platform.machine()) != ("darwin", "arm64"):
-        raise UserError("--device", "mps: this machine is no Apple Silicon Mac; use --device cpu or auto")
+        raise UserError("--device", "mps: this machine is not an Apple Silicon Mac; use --device cpu or auto")
 
 
 @cache
@@ -240,7 +240,7 @@ def start(request: GenerationRequest, plan: Plan) -> Runtime:
     if plan.degrees.world > 1:
         logger.info("%d processes: %s", plan.degrees.world, plan.degrees)
     if policy.mode == "stream" and room.device is not None and not policy.pinned:
-        logger.warning("there is not enough free host memory to pin the transformer; it streams unpinned, slower")
+        logger.warning("too little host memory is free to pin the transformer; it streams unpinned, which is slower")
     set_convolutions(dtype)
     kernel, attention = choose_attention(request.attention, device, dtype)
     return Runtime(device, dtype, request.verbosity >= 0, policy, plan, kernel, attention, parallel, room)

@@ -159,7 +159,7 @@ def naming_room(path: Path) -> Iterator[None]:
     except Exception as error:
         if not is_full(error):
             raise
-        raise RuntimeError(f"{path} cannot be written ({reason_of(error, path)}); make room") from error
+        raise RuntimeError(f"{path} cannot be written ({reason_of(error, path)}); free some space") from error
 
 
 def write_latents(latents: Sequence[Tensor], path: Path, video: Path, kept: bool) -> None:

@@ -338,8 +338,8 @@ MEMORY = [
 LORAS = [
     bad(REFERENCE, "--lora", "", "give FILE, FOLDER or OWNER/NAME", "an empty value", "empty"),
     bad(REFERENCE, "--lora", "{files}/good.lora.safetensors,", "give FILE, FOLDER or OWNER/NAME", "an empty value"),
-    bad(REFERENCE, "--lora", "{files}/good.lora.safetensors:nan", "after a colon its scale"),
-    bad(REFERENCE, "--lora", "{files}/good.lora.safetensors:inf", "after a colon its scale"),
+    bad(REFERENCE, "--lora", "{files}/good.lora.safetensors:nan", "its scale after a colon"),
+    bad(REFERENCE, "--lora", "{files}/good.lora.safetensors:inf", "its scale after a colon"),
     bad(REFERENCE, "--lora", "{files}/nothere.safetensors", "give a .safetensors file", "is no file or folder"),
     bad(REFERENCE, "--lora", "{files}/nothere.safetensors:0.5", "give a .safetensors file", "{files}/nothere"),
     bad(REFERENCE, "--lora", "{files}/good.lora.safetensors:half", "give a .safetensors file", "safetensors:half"),

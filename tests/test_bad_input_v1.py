@@ -204,7 +204,7 @@ def test_what_cannot_stand_in_a_line_of_jobs(tmp_path, name, value):
     good = {"task_type": "t2v", "prompt": "FPS-24, a", "model_id": "tiny"}
     (tmp_path / "jobs.jsonl").write_text("\n".join(json.dumps(line) for line in (good | {name: value}, good)))
     refused, taken = read_jobs(str(tmp_path / "jobs.jsonl"), {})
-    assert refused.request is None and refused.problem.startswith(f"--{name}: cannot stand in a line of --jobs")
+    assert refused.request is None and refused.problem.startswith(f"--{name}: is not allowed in a line of --jobs")
     assert refused.problem.isprintable() and "\n" not in refused.problem
     assert taken.request is not None
 

@@ -27,7 +27,7 @@ def test_nobody_reads_stdout_any_more(monkeypatch, caplog):
         os.close(reading)
         show("a.mp4")
         show("b.mp4")
-    assert caplog.messages == ["stdout takes no more (Broken pipe), not even a.mp4"]
+    assert caplog.messages == ["stdout cannot be written to (Broken pipe); the result is a.mp4"]
 
 
 def test_nobody_reads_stderr_any_more(monkeypatch):

@@ -75,7 +75,7 @@ def test_hints_are_of_flags_that_there_are():
         (["--device", "cuda:1"], "to choose a GPU set CUDA_VISIBLE_DEVICES=1"),
         (["--offload", "True"], "^--offload: True: a switch takes no value; give --offload alone for yes"),
         (["\u2014seed", "1"], "^command line: \u2014seed begins with a dash that is not two hyphens; type --seed"),
-        (["a", "fox"], "^command line: a belongs to no flag; put quotes"),
+        (["a", "fox"], "^command line: a does not belong to any flag; put quotes"),
     ],
 )
 def test_a_value_that_is_none(argv, message):

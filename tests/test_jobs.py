@@ -98,7 +98,7 @@ def test_ids(write):
     ("line", "problem"),
     [
         ("{", "--jobs: { is not JSON (Expecting property name"),
-        ("[1, 2]", "--jobs: [1, 2] is no JSON object; write flags as keys"),
+        ("[1, 2]", "--jobs: [1, 2] is not a JSON object; write flags as keys"),
         ("[" * 100_000, "is not JSON (maximum recursion depth exceeded"),
         ('{"seed": %s}' % ("[" * 100_000), "is not JSON (maximum recursion depth exceeded"),
         ('{"seed": %s}' % ("9" * 5000), "is not JSON (Exceeds the limit"),
@@ -110,7 +110,7 @@ def test_ids(write):
         (FOX | {"num_inference_steps": 0}, "--num_inference_steps: 0 is out of range"),
         (FOX | {"ref_imgs": ["a", 1]}, "--ref_imgs: 1 is not text"),
         ({"prompt": "a"}, "--task_type: missing"),
-        *((FOX | {name: True}, f"--{name}: cannot stand in a line of --jobs") for name in NOT_IN_A_LINE),
+        *((FOX | {name: True}, f"--{name}: is not allowed in a line of --jobs") for name in NOT_IN_A_LINE),
     ],
 )
 def test_bad_lines(write, line, problem):
@@ -131,7 +131,7 @@ def test_paths_begin_where_the_file_is(write, tmp_path, monkeypatch):
 def test_an_output_that_is_another_ones(write):
     out = FOX | {"output": "a.mp4"}
     first, second, third = read_jobs(str(write(out, out | {"seed": 1}, FOX)), {})
-    assert second.problem == "--output: a.mp4 is that of line 1 already; give another name"
+    assert second.problem == "--output: a.mp4 is the output of line 1 already; give another name"
     assert first.request is not None and third.request is not None
 
 
@@ -347,7 +347,7 @@ def test_good_and_bad_lines(main, write, loads, on_make, tmp_path, caplog):
     write(*file.read_text().splitlines()[::4], FOX | {"seed": 2, "output": "three.mp4"})
     code, stdout, stderr = main("--jobs", "jobs.jsonl", *TOY)
     assert (code, stdout) == (0, "three.mp4\n")
-    assert "2 of 3 jobs are done already, jobs.results.jsonl says" in caplog.messages
+    assert "2 of 3 jobs are done already, according to jobs.results.jsonl" in caplog.messages
     assert len(loads) == 3
     assert main("--jobs", "jobs.jsonl", *TOY)[:2] == (0, "")
 
@@ -464,7 +464,7 @@ def test_a_dry_run(write, tmp_path, cache):
 
     made = run()
     assert made.returncode == 2, made.stderr  # also: torch was not imported
-    assert made.stderr == "error: --jobs: jobs.jsonl: 2 of 5 lines cannot work; correct them, see above\n"
+    assert made.stderr == "error: --jobs: jobs.jsonl: 2 of 5 lines cannot work; correct them as said above\n"
     first, second, third, fourth, fifth = made.stdout.rstrip("\n").split("\n\n")
     assert first.startswith("line          1\ntask          reference_to_video: ")
     assert second.startswith("line          2\nerror         --jobs: x is not JSON")

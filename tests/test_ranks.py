@@ -87,9 +87,9 @@ def test_division_as_asked_for(flags, world, terms, degrees):
 @pytest.mark.parametrize(
     ("flags", "world", "terms", "message"),
     [
-        ({"cfg_degree": 2}, 4, 1, r"^--cfg_degree: 2: the guidance has 1 term only; .* turn guidance on"),
-        ({"cfg_degree": 3}, 6, 2, r"^--cfg_degree: 3: the guidance has 2 terms only; give 2 at most"),
-        ({"cfg_degree": 2}, 3, 2, r"^--cfg_degree: 2: does not divide the 3 processes"),
+        ({"cfg_degree": 2}, 4, 1, r"^--cfg_degree: 2: the guidance has only 1 term; .* turn guidance on"),
+        ({"cfg_degree": 3}, 6, 2, r"^--cfg_degree: 3: the guidance has only 2 terms; give 2 at most"),
+        ({"cfg_degree": 2}, 3, 2, r"^--cfg_degree: 2: 3 processes cannot be divided by it"),
         ({"ulysses_degree": 3}, 4, 1, r"^--ulysses_degree: 3: ring x Ulysses must be 4"),
         ({"ring_degree": 8}, 4, 1, r"^--ring_degree: 8: ring x Ulysses must be 4"),
         ({"ulysses_degree": 2, "ring_degree": 1}, 4, 1, r"^--ulysses_degree: 2: ring x Ulysses must be 4"),

@@ -197,7 +197,7 @@ BAD = [
     bad(T2V, "--fps", "0", "out of range"),
     bad(T2V, "--gpu_num", "0", "out of range"),
     bad(T2V, "--quant", "int8", "choose fp8 or fp8_dynamic"),
-    bad(T2V, "--outdir", " ", "no name of a folder", "an empty value", name="blank"),
+    bad(T2V, "--outdir", " ", "is not a folder name", "an empty value", name="blank"),
     bad([*T2V, "--device", "cpu"], "--base_model_id", "no such/thing", "neither a folder nor a hub id"),
     Case("both", [*T2V, "--outdir", "a", "--output", "b.mp4"], "--output", "conflicts", "give one"),
     Case("several", [*T2V, "--video_num", "2", "--output", "b.mp4"], "--output", "is for one video", "--outdir"),
