@@ -64,6 +64,7 @@ TO_RGB_ON_WHITE = (
     "format=rgb24"
 )
 WITH_ALPHA = re.compile(r"yuva|gbrap|rgba|bgra|argb|abgr|ya\d|pal8|ayuv|vuya")  # pixel formats
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # the default ones leave alpha out
 HD_HEIGHT = 720  # from here on a clip that does not tell its matrix has BT.709's, as players have it
 INTERLACED = re.compile("top first|bottom first|top coded first|bottom coded first")
 HDR = {"arib-std-b67": "HLG", "smpte2084": "PQ"}
@@ -137,7 +138,7 @@ def probe(path: Path, flag: str, fps: int, say: Callable[[str], object] = logger
     try:
         height, width = next(_decode(track, None, ["-frames:v", "1"])).shape[:2]
     except (RuntimeError, StopIteration) as error:
-        if "zscale" in str(error):
+        if "No such filter: 'zscale'" in str(error):
             reason = (
                 f"{shown(path)} is HDR or of a wide gamut, for which {shown(get_ffmpeg_exe())} has no zscale filter"
             )
@@ -561,9 +562,9 @@ def _video_track(path: Path) -> _VideoTrack:
     pixel_format, details, width, height, *aspect = picture.groups(default="")
     across, down = (int(value or 1) for value in aspect)
     alpha = WITH_ALPHA.match(pixel_format) is not None
-    if re.search(r"^ +alpha_mode +: 1$", text, re.MULTILINE):  # which only this library decodes
-        alpha = True
-        source = ["-c:v", "libvpx-vp9" if text.startswith("vp9") else "libvpx", *source]
+    library = ALPHA_DECODERS.get(text[:3])
+    if library and re.search(r"^ +alpha_mode +: 1$", text, re.MULTILINE):
+        alpha, source = True, ["-c:v", library, *source]
     colours = COLOURS.search(details)
     matrix = colours[1] if colours is not None else "unknown"
     filters, notes = TO_RGB_ON_WHITE if alpha else TO_RGB, []
