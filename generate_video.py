@@ -19,7 +19,7 @@ from typing import Any
 from skyreels_v3 import processes
 from skyreels_v3.cli import parse_flags, request_of, verbosity_of
 from skyreels_v3.console import Stderr, escape_unknown, show
-from skyreels_v3.errors import AlreadyDone, IncompleteOutput, UserError
+from skyreels_v3.errors import AlreadyDone, IncompleteOutput, UserError, redact
 from skyreels_v3.jobs import Studio, cause_of, downloads_folder, run_jobs
 from skyreels_v3.media.sources import is_url
 from skyreels_v3.ranks import ALONE, Ranks, check_ranks, ranks_of
@@ -93,10 +93,19 @@ def start_processes(flags: Mapping[str, Any], argv: Sequence[str], wanted: int) 
     return launch([__file__, *argv, *task], wanted)
 
 
+class RedactingFormatter(logging.Formatter):
+    """Keeps secrets of addresses out of what is logged, whoever logs it; out of tracebacks, too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
 def set_up_logging(verbosity: int, ranks: Ranks = ALONE) -> None:
     """Messages go to stderr, those of the first process; the libraries' own chatter only with --verbose."""
     level = {-1: logging.WARNING, 0: logging.INFO, 1: logging.DEBUG}[verbosity] if ranks.main else logging.ERROR
-    logging.basicConfig(stream=Stderr(), format="%(levelname)s: %(message)s", level=logging.ERROR)
+    handler = logging.StreamHandler(Stderr())
+    handler.setFormatter(RedactingFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.ERROR)
     logger.setLevel(level)
 
 

@@ -23,7 +23,7 @@ import yaml
 
 from skyreels_v3 import __version__
 from skyreels_v3.attention.available import ATTENTIONS
-from skyreels_v3.errors import UserError, shown
+from skyreels_v3.errors import UserError, redact_url, shown
 from skyreels_v3.hints import SEE_HELP, flag_meant, value_meant
 from skyreels_v3.runtime import DEVICES, DTYPES
 from skyreels_v3.sampling.cache_methods import METHODS, CacheSettings
@@ -176,6 +176,7 @@ FLAGS = (
     ),
     Flag("outdir", "put the video into results/FOLDER, named by prompt, seed and number", metavar="FOLDER"),
     Flag("include_input", "write the input clip and its extension as one video", bool),
+    Flag("no_metadata", "leave out of the video what made it", bool),
     Flag("save_latents", "also write the final latents of each pass", metavar="FILE.safetensors"),
     Flag("resume", "continue the interrupted run of the same command, or start where there is none", bool),
     Flag(
@@ -197,11 +198,13 @@ FLAGS = (
     Flag(
         "url_timeout", "seconds to wait for a server's answer (default: 1.2)", float, low=0.05, high=600, group="Other"
     ),
+    Flag("allow_private_urls", "also fetch inputs from this machine and private networks", bool),
     Flag("dry_run", "check everything and print the plan; load and download no weights", bool),
     Flag("quiet", "warnings and the result only", bool),
     Flag("verbose", "more about what is done, and tracebacks of errors", bool),
 )
 BY_NAME = {flag.name: flag for flag in FLAGS}
+SOURCES = ("image", "ref_imgs", "input_video", "input_image", "input_audio", "keyframes")  # paths or addresses
 SWITCHES = {flag.name for flag in FLAGS if flag.kind is bool}
 # flags that only some tasks take, and the inputs or the layout by which those tasks are known
 ONLY_FOR = {
@@ -253,6 +256,8 @@ NOT_RECORDED = (
         "video_num",
         "save_latents",
         "save_quantized",
+        "no_metadata",
+        "allow_private_urls",
         "resume",
         "checkpoint_every",
         "dry_run",
@@ -271,6 +276,7 @@ ONLY_IN_A_JOB |= {"resume": "leave it out, the same command goes on by itself", 
 NOT_IN_A_JOB = (
     *("jobs", "config", "gpu_num", "use_usp", *NEED_USP),
     *("video_num", "resume", "dry_run", "quiet", "verbose"),
+    "allow_private_urls",  # lines may be somebody else's
 )
 
 
@@ -839,7 +845,9 @@ def make_request(spec: TaskSpec, values: Mapping[str, Any], notes: Sequence[str]
     seed = secrets.randbelow(MAX_SEED - values.get("video_num", 1) + 2)  # the last video has a seed, too
     given["seed"] = seed if drawn else values.get("seed", 42)
     values, changes = as_trained(spec, {**presets(spec, given), **given})
-    recorded = {"task_type": spec.name} | {name: values[name] for name in values if is_recorded(spec, name, values)}
+    recorded = {"task_type": spec.name} | {
+        name: without_secrets(name, values[name]) for name in values if is_recorded(spec, name, values)
+    }
     if values.get("window_prompt") == SAME_PROMPT:
         values["window_prompt"] = values["prompt"]
     if "num_frames" in values:
@@ -857,6 +865,17 @@ def make_request(spec: TaskSpec, values: Mapping[str, Any], notes: Sequence[str]
             values[name] = Path(os.path.expanduser(values[name]))
     values = {name: value for name, value in values.items() if name not in ("verbose", "quiet", "gpu_num", "fps")}
     return GenerationRequest(task=spec, flags=recorded, notes=(*notes, *changes), seed_drawn=drawn, **values)
+
+
+def without_secrets(name: str, value: Any) -> Any:
+    """A flag's value as it is recorded: addresses of inputs without user, password and query."""
+    if name not in SOURCES:
+        return value
+    safe = []
+    for entry in value.split(",") if isinstance(value, str) else value:
+        source, *time = entry.rsplit("@", 1) if name == "keyframes" else [entry]
+        safe.append("@".join([redact_url(source), *time]))
+    return ",".join(safe) if isinstance(value, str) else safe
 
 
 def is_recorded(spec: TaskSpec, name: str, values: Mapping[str, Any]) -> bool:

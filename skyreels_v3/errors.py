@@ -10,11 +10,39 @@ import re
 from pathlib import Path
 
 SHOWN_CHARACTERS = 100  # of a value in a message
+SCHEME = r"[A-Za-z][A-Za-z0-9+.-]{0,20}://"
+URL = re.compile(rf"{SCHEME}\S+")
+URL_PARTS = re.compile(
+    rf"(\s*{SCHEME})((?:[^/?#]*|(?!\[)[^/?#@]*:(?!\d*(?:[/?#]|$))[^@]*)@)?([^?#]*)([?#])?", re.DOTALL
+)
+
+
+def redact_url(url: str) -> str:
+    """An address without what gives access to it: `...` for user and password, `?...` for the query and what follows.
+
+    A password with characters that should have been escaped counts as one, too.
+    """
+    parts = URL_PARTS.match(url)
+    if parts is None:
+        return url
+    scheme, user, place, more = parts.groups()
+    return f"{scheme}{'...@' if user else ''}{place}{'?...' if more else ''}"
+
+
+def redact(text: str) -> str:
+    """`text` with every address in it as `redact_url` gives it; once more changes nothing."""
+
+    def cut(found: re.Match[str]) -> str:
+        safe = redact_url(found[0])
+        done = found[0].startswith(safe) and not re.search(r"\w", found[0][len(safe) :])
+        return found[0] if done else safe
+
+    return URL.sub(cut, text)
 
 
 def shown(value: object) -> str:
-    """`value` for a one-line message: its middle left out when it is long, control characters escaped."""
-    text = str(value)
+    """`value` for a one-line message: no secrets, its middle left out when it is long, control characters escaped."""
+    text = redact_url(str(value)) if URL_PARTS.match(str(value)) else redact(str(value))
     if len(text) > SHOWN_CHARACTERS:
         half = SHOWN_CHARACTERS // 2 - 2
         text = f"{text[:half]}...{text[-half:]}"
@@ -36,7 +64,7 @@ class UserError(Exception):
 
     def __init__(self, flag: str, message: str) -> None:
         message = re.sub(r"\s*\n\s*", " ", message)  # libraries' own reasons come in many lines
-        super().__init__(one_line(f"{flag}: {message}"))
+        super().__init__(one_line(f"{flag}: {redact(message)}"))
         self.flag = flag
 
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from skyreels_v3 import processes
 from skyreels_v3.cli import NOT_RECORDED, job_flags, request_of, without_overruled
 from skyreels_v3.console import say, show
-from skyreels_v3.errors import AlreadyDone, UserError, shown
+from skyreels_v3.errors import AlreadyDone, UserError, redact, shown
 from skyreels_v3.media.files import check_readable, check_writable, run_folder
 from skyreels_v3.ranks import ALONE, Ranks
 from skyreels_v3.runtime import set_environment
@@ -500,7 +500,7 @@ def failure(error: Exception) -> dict[str, Any]:
 def cause_of(error: Exception) -> str:
     """An error that is no user's, in a line."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    return redact(f"{type(error).__name__}: {lines[0] if lines else 'no message'}")
 
 
 def as_told(error: Exception) -> Told:

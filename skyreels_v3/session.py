@@ -95,8 +95,9 @@ class Session:
             logger.info("seed %d, %d x %d", request.seed, request.height, request.width)
             passes = self.passes(request, inputs, state)
             # closed before anything is said of how it ended: a progress bar that is open would write after it
+            made_by = "" if request.no_metadata else comment(record)
             with closing(all_frames(request, inputs, passes, latents)) as frames, naming_room(request.output):
-                path = write(request, inputs, frames, comment(record), state.folder)
+                path = write(request, inputs, frames, made_by, state.folder)
             completed = request.save_latents is None or state.failed
             if request.save_latents is not None:
                 write_latents(latents, request.save_latents, path, kept=not state.failed)

@@ -123,6 +123,7 @@ class GenerationRequest:
     frame_folder: bool = False  # the output is a folder of PNG files
     save_latents: Path | None = None
     include_input: bool = False
+    no_metadata: bool = False
     memory: str = "auto"  # where components live, see memory/policy.py
     stream_blocks: int = 0  # blocks of the transformer that stay on the device when it is streamed
     high_cpu_memory: bool = False  # pin what is streamed, however much of the host's memory that is
@@ -145,6 +146,7 @@ class GenerationRequest:
     resume_if_same: bool = False  # go on with an interrupted run of just this request, else begin
     seed_drawn: bool = False
     url_timeout: float = 1.2
+    allow_private_urls: bool = False
     verbosity: int = 0
     flags: Mapping[str, Any] = field(default_factory=dict)  # as given, to run it again
     notes: tuple[str, ...] = ()  # on what was changed of it, for the user

@@ -37,7 +37,8 @@ EXTENSION = [
     *("--model_id", "tiny", "--device", "cpu"),
 ]
 SHOT = [*EXTENSION, "--task_type", "shot_switching_extension"]
-URL = ["--url_timeout", "0.5"]
+LOCAL = ["--allow_private_urls"]
+URL = [*LOCAL, "--url_timeout", "0.5"]
 
 
 def config(name: str, shown: str, remedy: str) -> Case:
@@ -221,8 +222,8 @@ ADDRESSES = [
             ("http://127.0.0.1:9/{file}", "check address and network"),
         )
     ],
-    bad(REFERENCE, "--ref_imgs", "{server}/silent/a.png", "raise --url_timeout"),  # with the default timeout
-    bad(EXTENSION, "--input_video", "{server}/silent/a.mp4", "raise --url_timeout"),
+    bad([*REFERENCE, *LOCAL], "--ref_imgs", "{server}/silent/a.png", "raise --url_timeout"),  # with the default timeout
+    bad([*EXTENSION, *LOCAL], "--input_video", "{server}/silent/a.mp4", "raise --url_timeout"),
     bad([*EXTENSION, *URL], "--input_video", "{server}/text/a.mp4", "not media"),
     bad([*EXTENSION, *URL], "--input_video", "{server}/garbage/a.mp4", "is truncated or not a video; give a complete"),
     bad([*REFERENCE, *URL], "--ref_imgs", "{server}/garbage/a.png", "is not a picture; give a JPEG"),

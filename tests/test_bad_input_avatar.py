@@ -51,7 +51,7 @@ PORTRAITS = [
     bad(AVATAR, "--input_image", "{files}/text.png", "give a JPEG, PNG"),
     bad(AVATAR, "--input_image", "{files}/1s.wav", "give a JPEG, PNG"),
     bad(AVATAR, "--input_image", "{files}/4s.mp4", "give a JPEG, PNG"),
-    bad(AVATAR, "--input_image", "http://127.0.0.1:9/a.png", "check address and network"),
+    bad(AVATAR, "--input_image", "http://127.0.0.1:9/a.png", "--allow_private_urls"),
 ]
 SOUNDS = [
     missing("no-sound", [*BASE, *PORTRAIT], "--input_audio", "needs speech: sound file or video"),

@@ -40,7 +40,7 @@ PICTURES = [
     bad(TOY_I2V, "--image", "{assets}/boat.mp4", "give a JPEG, PNG"),
     bad(TOY_I2V, "--image", "ftp://example.org/a.png", "download it and give the path"),
     bad(TOY_I2V, "--image", "file:///etc/passwd", "download it and give the path"),
-    bad(TOY_I2V, "--image", "http://127.0.0.1:9/a.png", "check address and network"),
+    bad(TOY_I2V, "--image", "http://127.0.0.1:9/a.png", "--allow_private_urls"),
     bad(TOY_I2V, "--image", "{files}/good.png,{files}/good.png", "check the path"),
     bad([*TOY_I2V, *PICTURE], "--ref_imgs", "{files}/good.png", "i2v does not take it; leave it out"),
     bad([*TOY_I2V, *PICTURE], "--input_image", "{files}/good.png", "i2v does not take it; leave it out"),

@@ -14,7 +14,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -26,7 +29,7 @@ import generate_video
 from skyreels_v3 import session
 from skyreels_v3.cli import parse_request
 from skyreels_v3.media.inputs import Inputs
-from skyreels_v3.media.video import probe, read_frames, write_video
+from skyreels_v3.media.video import probe, read_comment, read_frames, write_video
 from tests.conftest import files_in, stop_at
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -294,3 +297,45 @@ def test_videos_that_do_not_say_how_they_were_made(main, tmp_path):
     assert "x.mp4" not in out
     (tmp_path / "folder").mkdir()
     assert "folder does not say how" in main("--config", "folder")[2]
+
+
+@pytest.fixture
+def address(picture) -> Iterator[str]:
+    """The picture on a web server of this machine, signed."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(picture.parent))) as server:
+        Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://me:secret@127.0.0.1:{server.server_port}/{picture.name}?sig=secret"
+        server.shutdown()
+
+
+def test_addresses_are_recorded_without_their_secrets(main, address, tmp_path, monkeypatch):
+    flags = (*REFERENCE, "--model_id", "tiny", "--num_frames", "1", "--ref_imgs", address)
+    code, _, stderr = main(*flags, "--output", "a.mp4")
+    assert code == 2
+    assert "--allow_private_urls" in stderr
+    code, stdout, more = main(*flags, "--output", "a.mp4", "--allow_private_urls", "--verbose")
+    assert (code, stdout) == (0, "a.mp4\n"), more
+    assert "secret" not in stderr + more
+    safe = address.replace("me:secret", "...").replace("sig=secret", "...")
+    assert comment_of(tmp_path / "a.mp4")["flags"]["ref_imgs"] == safe
+    assert b"secret" not in (tmp_path / "a.mp4").read_bytes()
+    other = [*flags[:-1], address.replace("sig=secret", "sig=another")]
+    code, stdout, more = main(*other, "--output", "a.mp4", "--allow_private_urls", "--resume")
+    assert (code, stdout) == (0, "a.mp4\n"), more  # the same input under another signature: it is made already
+    (tmp_path / "again.yaml").write_text(json.dumps(comment_of(tmp_path / "a.mp4")["flags"]))
+    code, _, stderr = main("--config", "again.yaml", "--output", "b.mp4")
+    assert code == 2
+    assert f"--ref_imgs: {safe}: its query or password was not recorded; give the whole address" in stderr
+
+
+@pytest.mark.parametrize("output", ["a.mp4", "a/"])
+def test_a_video_that_shall_not_say_what_made_it(main, picture, tmp_path, output):
+    flags = (*REFERENCE, "--model_id", "tiny", "--num_frames", "1", "--ref_imgs", picture)
+    assert main(*flags, "--output", output, "--no_metadata")[0] == 0
+    assert all(b"fox" not in (tmp_path / name).read_bytes() for name in files_in(tmp_path) if name.startswith("a"))
+    assert read_comment(tmp_path / output) == ""

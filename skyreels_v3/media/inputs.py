@@ -14,7 +14,7 @@ from PIL import Image
 from skyreels_v3.errors import UserError, shown
 from skyreels_v3.media.audio import MAX_SECONDS, AudioInfo, probe_audio
 from skyreels_v3.media.image import covered_box, full_size, open_image
-from skyreels_v3.media.sources import MAX_IMAGE_BYTES, localise
+from skyreels_v3.media.sources import MAX_IMAGE_BYTES, MAX_VIDEO_BYTES, localise
 from skyreels_v3.media.video import ClipInfo, last_frames, probe, resized, too_short
 from skyreels_v3.tasks import GenerationRequest, choose_size
 from skyreels_v3.windows import WINDOW_FRAMES
@@ -72,9 +72,7 @@ def open_inputs(request: GenerationRequest, folder: Path) -> tuple[GenerationReq
         request = replace(request, height=height, width=width)
     check_boxes(request, images)
     # what was fetched is in the folder by now
-    files = tuple(
-        (name, given, localise(given, f"--{name}", folder, request.url_timeout)) for name, given in request.sources
-    )
+    files = tuple((name, given, fetched(given, f"--{name}", request, folder)) for name, given in request.sources)
     return request, Inputs(tuple(images), clip, audio, keyframes, tuple(notes), files)
 
 
@@ -109,9 +107,15 @@ def check_boxes(request: GenerationRequest, images: Sequence[Image.Image]) -> No
             raise UserError("--speaker_boxes", f"{reason}; give a box nearer to the middle, or another size")
 
 
+def fetched(source: str, flag: str, request: GenerationRequest, folder: Path, max_bytes: int = MAX_VIDEO_BYTES) -> Path:
+    """The file of an input, see `localise`."""
+    progress = request.verbosity >= 0
+    return localise(source, flag, folder, request.url_timeout, max_bytes, progress, request.allow_private_urls)
+
+
 def open_picture(source: str, flag: str, request: GenerationRequest, folder: Path, notes: list[str]) -> Image.Image:
     """A picture, from a path or an address; `notes` gets what is to be said of it, as in the other two."""
-    path = localise(source, flag, folder, request.url_timeout, MAX_IMAGE_BYTES, request.verbosity >= 0)
+    path = fetched(source, flag, request, folder, MAX_IMAGE_BYTES)
     with naming(source, path, notes) as say:
         return open_image(path, flag, say)
 
@@ -119,7 +123,7 @@ def open_picture(source: str, flag: str, request: GenerationRequest, folder: Pat
 def open_clip(source: str, request: GenerationRequest, folder: Path, notes: list[str]) -> ClipInfo:
     """A clip that is long enough for the task."""
     flag = "--input_video"
-    path = localise(source, flag, folder, request.url_timeout, progress=request.verbosity >= 0)
+    path = fetched(source, flag, request, folder)
     with naming(source, path, notes) as say:
         clip = probe(path, flag, request.task.fps, say)
         if clip.frames < request.condition_frames:
@@ -132,7 +136,7 @@ def open_clip(source: str, request: GenerationRequest, folder: Path, notes: list
 def open_sound(source: str, request: GenerationRequest, folder: Path, notes: list[str]) -> AudioInfo:
     """A recording of a length that the models take."""
     flag = "--input_audio"
-    path = localise(source, flag, folder, request.url_timeout, progress=request.verbosity >= 0)
+    path = fetched(source, flag, request, folder)
     with naming(source, path, notes) as say:
         return probe_audio(path, flag, say)
 

@@ -518,7 +518,8 @@ class _FolderSink:
         self.temporary = temporary
         self.added = 0
         self._info = PngInfo()
-        self._info.add_text("comment", comment)
+        if comment:
+            self._info.add_text("comment", comment)
 
     def add(self, frame: np.ndarray) -> None:
         self.temporary.mkdir(exist_ok=True)

@@ -1,0 +1,41 @@
+"""What messages keep to themselves."""
+
+from __future__ import annotations
+
+import pytest
+
+from skyreels_v3.errors import UserError, redact, redact_url, shown
+
+
+@pytest.mark.parametrize(
+    ("url", "safe"),
+    [
+        ("https://h.example:8080/a/b.png", "https://h.example:8080/a/b.png"),
+        ("https://h/@2x.png", "https://h/@2x.png"),
+        ("http://[::1]:80/a@b", "http://[::1]:80/a@b"),
+        ("https://h/a.png?sig=secret", "https://h/a.png?..."),
+        ("https://h/a.png#secret", "https://h/a.png?..."),
+        ("https://h/a.png?sig=secret and more secret\nsecret", "https://h/a.png?..."),
+        ("https://me:secret@h/a.png", "https://...@h/a.png"),
+        ("https://secret@h/a.png?secret@h", "https://...@h/a.png?..."),
+        ("https://me:secret@secret@h/a.png", "https://...@h/a.png"),
+        ("https://me:secret/secret@h/a.png", "https://...@h/a.png"),
+        ("https://me:secret?secret@h/a.png", "https://...@h/a.png"),
+        (" s3+x://me:secret@h?secret", " s3+x://...@h?..."),
+        ("a.png?b", "a.png?b"),
+    ],
+)
+def test_addresses_lose_their_secrets(url: str, safe: str) -> None:
+    assert redact_url(url) == safe
+    assert redact_url(safe) == safe
+    assert shown(url) == safe.replace("\n", "\\n")
+
+
+def test_secrets_in_messages() -> None:
+    text = "Client error '403' for url 'https://me:secret@h/a?sig=secret' and https://h/b?secret, that is all"
+    safe = "Client error '403' for url 'https://...@h/a?... and https://h/b?... that is all"
+    assert redact(text) == redact(safe) == safe
+    assert redact("(https://h/a?...); https://h/b?...: no") == "(https://h/a?...); https://h/b?...: no"
+    assert str(UserError("--x", text)) == f"--x: {safe}"
+    assert "secret" not in shown("https://h/" + "x" * 200 + "?sig=secret")
+    redact("a" * 100_000)  # in no time
