@@ -183,6 +183,13 @@ def test_several_videos(main, tmp_path):
     frames = [[*read_frames(str(path))][1:] for path in (names[1], Path(out.strip()))]
     assert frames[0] == frames[1]
 
+    names[0].unlink()  # as if the run had been killed there
+    made_at = names[1].stat().st_mtime_ns
+    names.append(Path(f"results/films/{PROMPT}_{SEED + 2}_2.mp4"))
+    code, out, stderr = main(*small, "--video_num", 3, "--resume")
+    assert (code, out.splitlines()) == (0, [str(name) for name in names]), stderr
+    assert names[1].stat().st_mtime_ns == made_at and len([*names[0].parent.iterdir()]) == 4
+
 
 def test_a_quantised_checkpoint_stands_alone(main, tmp_path):
     """Saved with all that V1 takes from elsewhere, and the same video comes of it."""
