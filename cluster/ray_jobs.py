@@ -26,6 +26,7 @@ import ray
 
 from generate_video import set_up_logging
 from skyreels_v3.cli import parse_flags, verbosity_of
+from skyreels_v3.console import escape_unknown, say
 from skyreels_v3.errors import UserError
 from skyreels_v3.jobs import (
     Job,
@@ -39,6 +40,7 @@ from skyreels_v3.jobs import (
     report,
     results_file,
 )
+from skyreels_v3.processes import INTERRUPTED, prepare_to_end
 from skyreels_v3.ranks import ALONE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,16 +68,18 @@ class Worker:
 
 def main(argv: Sequence[str]) -> int:
     """Run a command line; returns the exit code, one of generate_video.py's."""
+    escape_unknown()
+    prepare_to_end(ALONE)
     try:
         flags = parse_flags(argv)
         set_up_logging(verbosity_of(flags), ALONE)
         return run(flags)
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        say(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 130
+        say("interrupted\n")
+        return INTERRUPTED
 
 
 def run(flags: Mapping[str, Any]) -> int:
