@@ -34,7 +34,7 @@ from skyreels_v3.tasks import HUNYUAN, TINY, GenerationRequest
 
 try:
     import fcntl
-except ImportError:  # Windows: appending in one piece has to do
+except ImportError:  # Windows: appending in one piece has to do, and one run at a time
     fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
@@ -179,6 +179,7 @@ class Results:
         check_results(path)
         self.path = path
         self._file = path.open("ab+", buffering=0)
+        self._has_locks = fcntl is not None
         self.before = self.read()
 
     def read(self) -> dict[str, list[dict[str, Any]]]:
@@ -217,21 +218,19 @@ class Results:
 
     def _lock(self, id: str = "", wait: bool = False) -> bool:
         """Lock what belongs to a job, or without an id the end of the file; False if another process has it."""
-        try:
-            if fcntl is not None:
+        if self._has_locks:
+            try:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place_of(id))
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                return False
-            logger.warning(
-                "%s cannot be locked (%s); do not start a second run of these jobs", self.path, error.strerror
-            )
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    return False
+                self._has_locks = False
+                logger.warning("%s cannot be locked (%s); start no second run of these jobs", self.path, error.strerror)
         return True
 
     def _unlock(self, id: str = "") -> None:
-        with suppress(OSError):
-            if fcntl is not None:
-                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, place_of(id))
+        if self._has_locks:
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, place_of(id))
 
 
 def place_of(id: str) -> int:

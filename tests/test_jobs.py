@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -232,6 +233,19 @@ def test_a_job_is_one_runs(write, tmp_path):
     begun_before = Results(results.path)
     results.add({"id": job.id, "status": "error"})
     assert not begun_before.claim(job) and Results(results.path).claim(job)
+
+
+def test_a_disk_without_locks(write, monkeypatch, caplog):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(jobs.fcntl, "lockf", refuse)
+    (job,) = read_jobs(str(write(FOX)), {})
+    results = Results(Path("jobs.results.jsonl"))
+    assert results.claim(job)
+    results.add({"id": job.id, "status": "done"})
+    said = "jobs.results.jsonl cannot be locked (No locks available); start no second run of these jobs"
+    assert caplog.messages == [said] and len(results.read()[job.id]) == 1
 
 
 def test_results_of_files_elsewhere(tmp_path, monkeypatch):
