@@ -262,7 +262,9 @@ def _decode(path: Path, flag: str) -> tuple[np.ndarray, int, str]:
     """
     track, downmix = sound_track(path)
     filters = [option for name in downmix for option in ("-af", name)]
-    run = _run(path, flag, track, ["-map_metadata", "-1", *filters, "-c:a", "pcm_f32be", "-f", "au", "pipe:1"])
+    longest = ["-t", str(MAX_SECONDS + 2)]  # whatever the packets have said
+    options = ["-map_metadata", "-1", *longest, *filters, "-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
+    run = _run(path, flag, track, options)
     if len(run.stdout) >= AU_HEADER.size:
         _, offset, _, _, rate, count = AU_HEADER.unpack_from(run.stdout)
         samples = np.frombuffer(run.stdout, ">f4", offset=offset).reshape(-1, count).T

@@ -33,6 +33,7 @@ MAX_PIXELS = 72_000_000
 # longest side of a video, they show no difference after the final resampling.
 REDUCED_SIDE = 4096
 Image.MAX_IMAGE_PIXELS = 128_000_000  # Pillow does not open what has more than twice as many
+MAX_SCANS = 500  # of a progressive JPEG, which has about ten: each goes over the whole picture
 REDUCTION = "reduction"  # in `Image.info`: that half, quarter or eighth, as a whole number
 
 WHITE = (255, 255, 255)
@@ -66,6 +67,8 @@ def open_image(path: Path, flag: str, say: Callable[[str], object] = logger.warn
                 reduction = round(width / image.width)
                 if math.prod(image.size) > MAX_PIXELS:
                     raise Image.DecompressionBombError
+                if image.info.get("progressive") and path.read_bytes().count(b"\xff\xda") > MAX_SCANS:
+                    raise ValueError(f"more than {MAX_SCANS} scans")
                 image.load()
                 if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a photo and what goes with it
                     say(f"{shown(path)} holds several pictures; the first one is taken")

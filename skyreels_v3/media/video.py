@@ -55,6 +55,7 @@ FIRST = {"Video": "V", "Audio": "a"}  # specifiers of a kind of tracks
 PICTURE = re.compile(r", (\w+)(?:\((.*?)\))?, (\d+)x(\d+)(?:,? \[?SAR (\d+):(\d+))?")  # format, its details, size
 COLOURS = re.compile(r"([\w-]+)/([\w-]+)/([\w-]+)")  # matrix, primaries, transfer function
 MAX_FRAME_PIXELS = 40_000_000  # 8K has 35 million
+MAX_CLIP_SECONDS = 4 * 3600  # all of a clip is decoded for its end
 
 # Non-square pixels are stretched to square ones; where they are square, the picture only changes its pixel format.
 SCALE = "scale=w='max(1,round(iw*sar))':h=ih:flags=bicubic+accurate_rnd+full_chroma_int"
@@ -144,10 +145,12 @@ def probe(path: Path, flag: str, fps: int, say: Callable[[str], object] = logger
             )
             raise UserError(flag, f"{reason}; unset IMAGEIO_FFMPEG_EXE, or convert the clip to SDR BT.709") from error
         raise UserError(flag, f"{shown(path)}: no frame can be decoded; convert it to an H.264 mp4 file") from error
-    for note in track.notes:
-        say(f"{shown(path)} {note}")
     start, end = times[0][0], times[-1][1]
     seconds = float(end - start)
+    if seconds > MAX_CLIP_SECONDS:
+        raise UserError(flag, f"{shown(path)} is {seconds:.0f} s long; cut it to {MAX_CLIP_SECONDS} s at most")
+    for note in track.notes:
+        say(f"{shown(path)} {note}")
     return ClipInfo(
         path=path,
         width=width,

@@ -396,3 +396,13 @@ def test_large_jpeg_is_decoded_reduced(tmp_path: Path, monkeypatch: pytest.Monke
     assert np.abs(pixels(image) - np.rot90(sample(), -1)).max() < 16
     Image.fromarray(sample(120, 160)).save(tmp_path / "a.png")
     check_refused(tmp_path / "a.png", "too many pixels")
+
+
+def test_jpeg_of_many_scans(tmp_path: Path) -> None:
+    """Each takes its time, and costs a few bytes."""
+    Image.new("L", (160, 160), 90).save(tmp_path / "a.jpg", progressive=True)
+    assert pixels(open_image(tmp_path / "a.jpg", FLAG)).max() <= 91
+    content = (tmp_path / "a.jpg").read_bytes()
+    last = content.rindex(b"\xff\xda")
+    (tmp_path / "b.jpg").write_bytes(content[:-2] + content[last:-2] * 500 + content[-2:])
+    check_refused(tmp_path / "b.jpg", "more than 500 scans")
