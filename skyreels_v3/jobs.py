@@ -410,7 +410,8 @@ class Studio:
             own, problem = error, as_told(error)
         if self.team.leads:
             processes.tell(f"found/{name}/{self.team.machine}", [str(downloads), self.stock.known(), problem])
-        everyone = self.exchange(f"ready/{name}", [request.seed, problem])
+        seed = request.seed if ready is None else ready[0].seed  # maybe that of an interrupted run
+        everyone = self.exchange(f"ready/{name}", [seed, problem])
         for _, problem in everyone:
             if problem is not None:
                 raise own or as_error(problem)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,6 +173,28 @@ def main(tmp_path, cache, monkeypatch, capsys) -> Callable[..., tuple[int, str, 
     for number, handler in handlers.items():
         signal.signal(number, handler)
     logging.getLogger("skyreels_v3").setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def interrupt(monkeypatch) -> Callable[[int], None]:
+    """Have the next denoising be interrupted after a step; 0: after none, and no more."""
+
+    def interrupt(at: int) -> None:
+        from skyreels_v3.sampling.denoise import denoise
+
+        def denoised(*arguments: Any) -> Any:
+            after_step = arguments[5]
+
+            def interrupted(step: int, latents: Any) -> None:
+                after_step(step, latents)
+                if step == at:
+                    raise KeyboardInterrupt
+
+            return denoise(*arguments[:5], interrupted, *arguments[6:])
+
+        monkeypatch.setattr("skyreels_v3.pipelines.steps.denoise", denoised)
+
+    return interrupt
 
 
 @pytest.fixture

@@ -319,17 +319,22 @@ def test_two_machines(begin, tmp_path, expected):
     compare({"fox-odd": read(tmp_path / "working", "frames")}, {"fox-odd": expected["fox-odd"]})
 
 
-def test_a_seed_that_is_drawn_is_the_same_for_all(begin, tmp_path):
+def test_what_one_process_left_all_go_on_with(main, begin, interrupt, monkeypatch, tmp_path):
+    """In the middle of a pass, with its seed; each would have drawn another."""
+    argv = (*TOY, *ARGUMENTS, *SMALL)
+    (tmp_path / "working").mkdir(exist_ok=True)
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "working")
+        interrupt(1)
+        assert main(*argv, "--seed", "7", "--checkpoint_every", "0.0001")[0] == 130
+        interrupt(0)
+        assert main(*argv, "--seed", "7", "--output", "b.mp4", "--save_latents", "b.safetensors")[0] == 0
     launcher = (*LAUNCHER, "--standalone", "--nproc_per_node", "2", str(ROOT / "generate_video.py"))
-    run = begin(*launcher, *TOY, *ARGUMENTS, *SMALL, "--use_usp", "--seed", "-1", "--save_latents", "a.safetensors")
+    run = begin(*launcher, *argv, "--use_usp", "--seed", "-1", "--resume", "--save_latents", "a.safetensors")
     stdout, stderr = run.communicate(timeout=120)
     assert run.returncode == 0, stderr
-    seed = Path(stdout.strip()).name.split("_")[0]
-    alone = begin(
-        sys.executable, str(ROOT / "generate_video.py"), *TOY, *ARGUMENTS, *SMALL,
-        "--seed", seed, "--save_latents", "b.safetensors",
-    )  # fmt: skip
-    assert alone.communicate(timeout=120)[0] and alone.returncode == 0
+    assert Path(stdout.strip()).name.split("_")[0] == "7"
+    assert "going on after step 1 of 2" in stderr
     a, b = (load_file(tmp_path / "working" / f"{name}.safetensors")["latents.0"] for name in "ab")
     np.testing.assert_allclose(a, b, atol=TOLERANCE, rtol=0)
 

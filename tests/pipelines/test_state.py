@@ -8,7 +8,7 @@ import shutil
 import signal
 import stat
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,26 +138,6 @@ def small() -> tuple[object, ...]:
     """A command line of a second."""
     task = ("--task_type", "reference_to_video", "--ref_imgs", ASSETS / "fox.png", "--num_frames", 5)
     return (*task, *TINY[:-2], "--num_inference_steps", 4)
-
-
-@pytest.fixture
-def interrupt(monkeypatch) -> Callable[[int], None]:
-    """Have the next denoising be interrupted after a step; 0: after none, and no more."""
-
-    def interrupt(at: int) -> None:
-        def denoised(*arguments: Any) -> torch.Tensor:
-            after_step = arguments[5]
-
-            def interrupted(step: int, latents: torch.Tensor) -> None:
-                after_step(step, latents)
-                if step == at:
-                    raise KeyboardInterrupt
-
-            return denoise(*arguments[:5], interrupted, *arguments[6:])
-
-        monkeypatch.setattr("skyreels_v3.pipelines.steps.denoise", denoised)
-
-    return interrupt
 
 
 def test_a_run_of_which_nothing_is_left_begins(main, small, interrupt, tmp_path, caplog):
