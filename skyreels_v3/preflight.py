@@ -14,6 +14,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from skyreels_v3 import throughput
 from skyreels_v3.checkpoints.hub import check_client, check_pair, is_quantized, locate, locate_base, locate_lora
 from skyreels_v3.errors import AlreadyDone, UserError, shown
 from skyreels_v3.media.files import check_writable
@@ -237,4 +238,5 @@ def networks(request: GenerationRequest) -> tuple[object, ...]:
 def planned(request: GenerationRequest, downloads: Path, ranks: Ranks) -> str:
     """What a request would do, for people."""
     request, _, checkpoint = preflight(request, downloads, ranks)
-    return describe(plan(request, checkpoint, expected_dtype(request), ranks))
+    made = plan(request, checkpoint, expected_dtype(request), ranks)
+    return describe(made, throughput.seconds_of(made))

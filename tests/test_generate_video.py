@@ -272,7 +272,9 @@ def test_a_video_is_made_again_from_what_it_says(main, picture, tmp_path, output
     if not source.is_dir():
         first, second = ([*read_frames(path, 24)] for path in (source, tmp_path / out.strip()))
         assert np.array_equal(first, second)
-    assert main("--config", source, "--seed", 5, "--dry_run")[1].count("5_") == 1  # the command line wins
+    plan = main("--config", source, "--seed", 5, "--dry_run")[1]
+    assert plan.count("5_") == 1  # the command line wins
+    assert re.search(r"^time +about [\d.]+ s of denoising", plan, re.MULTILINE)
 
 
 def test_videos_that_do_not_say_how_they_were_made(main, tmp_path):

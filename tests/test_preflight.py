@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from skyreels_v3 import throughput
 from skyreels_v3.memory.planner import describe, plan
 from skyreels_v3.tasks import GenerationRequest, task_spec
 
@@ -57,3 +58,27 @@ def test_the_toy_downloads_nothing_and_is_told_in_small_units(task):
     told = described(request)
     assert "download" not in told
     assert not any(re.search(r"\b0\.0 GB|0\.0\d+ TFLOP", text) for text in told.values())
+
+
+def test_the_time_is_told_where_it_was_measured(monkeypatch, tmp_path):
+    monkeypatch.setenv("SKYREELS_CACHE", str(tmp_path / "cache"))
+    request = GenerationRequest(
+        task=task_spec("talking_avatar"),
+        model_id="a/b",
+        prompt="p",
+        height=480,
+        width=480,
+        audio_seconds=8,
+        device="cpu",
+    )
+    made = plan(request, None)
+    assert throughput.seconds_of(made) is None
+    throughput.store(made, 21, 100.0)
+    assert throughput.seconds_of(made) == pytest.approx(100 * len(made.passes))
+    longer = plan(replace(request, audio_seconds=100, num_inference_steps=16), None)
+    assert throughput.seconds_of(longer) == pytest.approx(200 * len(longer.passes))
+    assert throughput.seconds_of(plan(replace(request, quant="fp8"), None)) is None  # that is not known
+    throughput.path().write_text("damaged")
+    assert throughput.seconds_of(made) is None
+    throughput.store(made, 21, 50.0)
+    assert throughput.seconds_of(made) == pytest.approx(50 * len(made.passes))

@@ -450,8 +450,8 @@ def stage_dtype(request: GenerationRequest, name: str, dtype: str) -> str:
     return "float32" if name.startswith("audio") else dtype
 
 
-def describe(plan: Plan) -> str:
-    """The plan as a table for people."""
+def describe(plan: Plan, seconds: float | None = None) -> str:
+    """The plan as a table for people; `seconds`: how long the denoising will take, if that is known."""
     request = plan.request
     seconds = request.frames_out / request.task.fps
     size = f"{request.width} x {request.height}"
@@ -469,6 +469,8 @@ def describe(plan: Plan) -> str:
     for number, made in enumerate(plan.passes, start=1):
         work = f"{peta(made.flop / plan.forwards)} a forward, {peta(made.flop)} in all"
         lines += [(f"pass {number}", f"latents {list(made.latents)}, {made.tokens:,} tokens, {work}")]
+    if seconds is not None:
+        lines += [("time", f"about {duration(seconds)} of denoising, as fast as it was here before")]
     for name, stage in plan.stages.items():
         quantized = f", {request.quant}" if request.quant and name in ("transformer", "text encoder") else ""
         weights = f"{giga(stage.weights)} weights ({stage_dtype(request, name, plan.dtype)}{quantized})"
@@ -540,6 +542,12 @@ def describe_memory(plan: Plan) -> str:
         f"{mode} {giga(plan.peak(mode, TILINGS[0]))} ({giga(plan.peak(mode, TILINGS[-1]))})" for mode in MEMORY_MODES
     )
     return f"about {', '.join(told)} on the device at most; in brackets with the VAE in tiles, made when needed"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def peta(work: float) -> str:

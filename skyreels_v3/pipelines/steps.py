@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from skyreels_v3 import throughput
 from skyreels_v3.media.inputs import Inputs, condition_clip
 from skyreels_v3.models.hunyuan.text_encoder import HunyuanTextEncoder
 from skyreels_v3.models.text_encoder import TextEncoder, pad_context
@@ -205,6 +206,9 @@ class Steps:
             latents = denoise(transformer, scheduler, start, made, guidance, after_step, pin, predictions, done)
         if request.compile:
             log_step_times(ends)
+        elif parallel.main and request.cache is None and not done:
+            latents.flatten()[0].item()  # waits for the device
+            throughput.store(self.runtime.plan, noise.shape[2], perf_counter() - ends[0])
         if self.state is not None:
             self.state.save(latents, generator)
         return latents
