@@ -219,12 +219,9 @@ def test_resized() -> None:
 
 def test_probe_is_fast(tmp_path: Path) -> None:
     clip = encode(np.repeat(smooth(1, 360, 640), 240, 0), tmp_path / "a.mp4", 24, "-preset", "ultrafast")
-    for _ in range(3):  # the machine may be busy
-        begin = time.monotonic()
-        assert probe(clip, FLAG, 24).frames == 240
-        if (seconds := time.monotonic() - begin) < 0.5:
-            break
-    assert seconds < 0.5
+    begin = sum(os.times()[:4])  # of processors: the machine may be busy
+    assert probe(clip, FLAG, 24).frames == 240
+    assert sum(os.times()[:4]) - begin < 0.5
 
 
 def check_refused(path: Path, *words: str) -> None:
