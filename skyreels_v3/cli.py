@@ -23,6 +23,7 @@ import yaml
 
 from skyreels_v3 import __version__
 from skyreels_v3.attention.available import ATTENTIONS
+from skyreels_v3.config_text import read_yaml_text
 from skyreels_v3.errors import UserError, redact_url, shown
 from skyreels_v3.hints import SEE_HELP, flag_meant, value_meant
 from skyreels_v3.runtime import DEVICES, DTYPES
@@ -42,7 +43,7 @@ from skyreels_v3.tasks import (
 )
 
 MAX_TEXT = 10_000  # characters of one value; of a prompt the model reads 512 tokens
-MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 256 << 10
 INPUTS = ("image", "ref_imgs", "input_video", "input_image", "input_audio", "keyframes", "jobs")
 HUB_IDS = ("model_id", "base_model_id", "lora")
 OUTPUTS = ("output", "save_latents", "save_quantized")
@@ -565,16 +566,16 @@ def job_flags(line: Mapping[str, Any], defaults: Mapping[str, Any], folder: str)
 
 
 def read_yaml(name: str) -> Any:
-    """The content of a YAML file of a user's. PyYAML's own parser: libyaml's dies of deeply nested brackets."""
+    """The content of a YAML file of a user's."""
     path = Path(os.path.expanduser(name))
     try:
         status = path.stat()
         if not name or not stat.S_ISREG(status.st_mode) or status.st_size > MAX_CONFIG_BYTES:
-            raise UserError("--config", f"{told(name)} is not a file of at most {MAX_CONFIG_BYTES >> 20} MiB; give one")
-        return yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+            raise UserError("--config", f"{told(name)} is not a file of at most {MAX_CONFIG_BYTES >> 10} KiB; give one")
+        return read_yaml_text(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError("--config", f"{shown(name)} cannot be read ({error.strerror}); check the path") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates and numbers that are none
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}: {getattr(error, 'problem', error)}" if mark else shown(error)
         raise UserError("--config", f"{shown(name)} is not YAML ({place}); write 'flag: value' lines") from error

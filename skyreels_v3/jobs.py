@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from skyreels_v3 import processes
 from skyreels_v3.cli import NOT_RECORDED, job_flags, request_of, without_overruled
+from skyreels_v3.config_text import read_json_text
 from skyreels_v3.console import say, show
 from skyreels_v3.errors import AlreadyDone, UserError, redact, shown
 from skyreels_v3.media.files import check_readable, check_writable, run_folder
@@ -100,7 +101,7 @@ def make_job(number: int, line: bytes, defaults: Mapping[str, Any], seen: Counte
     request, problem, text = None, "", line.decode(errors="replace").strip()
     identity = identity_of(text)
     try:
-        given = json.loads(line)
+        given = read_json_text(line)
         if not isinstance(given, dict):
             raise UserError("--jobs", f"{shown(text)} is not a JSON object; write flags as keys, such as {EXAMPLE}")
         identity = identity_of(without_overruled(defaults, given) | given)
