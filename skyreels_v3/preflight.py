@@ -114,7 +114,7 @@ def go_on(request: GenerationRequest, inputs: Inputs) -> GenerationRequest:
     folder, file, before = left
     with file:  # locked until here
         output = folder.parent / Path(before["output"]).name
-        if os.path.lexists(output):  # made by that run, which began when it was not there
+        if os.path.lexists(output) and is_of(output, record, unsaid=True):  # it was not there when that run began
             finish(request, output, folder)
             raise AlreadyDone(output)
     if request.seed_drawn:
@@ -141,12 +141,18 @@ def finish(request: GenerationRequest, output: Path, state: Path) -> None:
     shutil.rmtree(state, ignore_errors=True)
 
 
-def is_of(output: Path, record: RunRecord) -> bool:
-    """Whether a file or a folder was made by a run of the same flags and inputs, as its comment says."""
+def is_of(output: Path, record: RunRecord, unsaid: bool = False) -> bool:
+    """Whether a file or a folder was made by a run of the same flags and inputs, as its comment says.
+
+    Args:
+        unsaid: what to take it for if it has none.
+    """
     try:
         comment = read_comment(output)
     except (OSError, RuntimeError, ValueError):
         return False
+    if not comment:
+        return unsaid
     try:
         record.check_same(json.loads(comment))
     except (UserError, *NO_RECORD):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 
 from skyreels_v3.errors import UserError
 from skyreels_v3.media.audio import probe_audio
-from skyreels_v3.media.video import read_frames
+from skyreels_v3.media.video import read_comment, read_frames
 from skyreels_v3.models.transformer import Segment
 from skyreels_v3.pipelines.outputs import save_latents
 from skyreels_v3.pipelines.state import RunRecord, RunState, open_state, state_folder
@@ -179,6 +180,12 @@ def test_a_run_that_was_complete_is_done(main, small, tmp_path, caplog, output):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     code, _, stderr = main(*argv, "--seed", "1", "--resume")
     assert code == 2 and "exists already" in stderr
+    left = json.loads(read_comment(tmp_path / output)) | {"output": output, "save_quantized": None}
+    left["flags"]["seed"] = 1
+    (tmp_path / "o" / "a.state").mkdir()  # of a run that was interrupted before
+    (tmp_path / "o" / "a.state" / "request.json").write_text(json.dumps(left))
+    code, _, stderr = main(*argv, "--seed", "1", "--resume")
+    assert code == 2 and "exists already" in stderr and (tmp_path / "o" / "a.state").exists()
 
 
 def test_latents_that_could_not_be_saved_are_saved_later(main, small, monkeypatch, tmp_path):
