@@ -38,6 +38,7 @@ from skyreels_v3.tasks import (
     TASK_NAMES,
     TINY,
     GenerationRequest,
+    Lora,
     TaskSpec,
     task_spec,
 )
@@ -49,6 +50,9 @@ HUB_IDS = ("model_id", "base_model_id", "lora")
 OUTPUTS = ("output", "save_latents", "save_quantized")
 RECORDS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".png")  # what a --config that is no YAML is called
 MAX_SPEAKERS = 2
+MAX_COMMAS = 20  # in the name of one of several files
+KEYFRAME = re.compile(r".+@\d{1,4}(\.\d{1,6})?", re.DOTALL)
+PARTIAL = ":partial"
 SAME_PROMPT = "same"
 CONFIG_HELP = "YAML file with flags as keys, or a video made here, to make it again; the command line wins"
 METAVARS = {str: "TEXT", int: "N", float: "X"}
@@ -124,7 +128,7 @@ FLAGS = (
     ),
     Flag("base_model_id", "hub id or folder of HunyuanVideo, for its encoders and VAE (t2v, i2v)"),
     Flag("model_source", "hub to download from (default: huggingface)", choices=("huggingface", "modelscope")),
-    Flag("lora", "LoRAs to add: files, folders or hub ids, each with a scale", metavar="LORA[:SCALE][,...]"),
+    Flag("lora", "LoRAs to add: files, folders or hub ids, each with a scale", metavar="LORA[:SCALE[:partial]][,...]"),
     Flag("device", "where to compute (default: auto)", choices=DEVICES, group="Memory and speed"),
     Flag(
         "dtype",
@@ -206,6 +210,8 @@ FLAGS = (
 )
 BY_NAME = {flag.name: flag for flag in FLAGS}
 SOURCES = ("image", "ref_imgs", "input_video", "input_image", "input_audio", "keyframes")  # paths or addresses
+# flags with several entries: comma-separated, given several times, or a list in a file
+LISTS = ("ref_imgs", "input_audio", "keyframes", "lora")
 SWITCHES = {flag.name for flag in FLAGS if flag.kind is bool}
 # flags that only some tasks take, and the inputs or the layout by which those tasks are known
 ONLY_FOR = {
@@ -308,7 +314,7 @@ def parse_flags(argv: Sequence[str], default_task: str | None = None) -> dict[st
     refuse_unknown(unknown, argv)
     given = {name: value for name, value in vars(found).items() if value is not None}
     config = given.pop("config", None)
-    values = {name: convert(BY_NAME[name], value) for name, value in given.items()}
+    values = {name: convert_given(name, value) for name, value in given.items()}
     if config is not None:
         values = without_overruled(read_config_file(config), values) | values
     if default_task is not None:
@@ -386,8 +392,10 @@ def build_parser() -> Parser:
         else:
             metavar = flag.metavar or "|".join(flag.choices) or METAVARS[flag.kind]
             help_text = flag.help.replace("%", "%%")
-            alone = {} if flag.bare is None else {"nargs": "?", "const": flag.bare}
-            group.add_argument(f"--{flag.name}", metavar=metavar, help=help_text, **alone)
+            options: dict[str, Any] = {} if flag.bare is None else {"nargs": "?", "const": flag.bare}
+            if flag.name in LISTS:
+                options["action"] = "append"
+            group.add_argument(f"--{flag.name}", metavar=metavar, help=help_text, **options)
     group.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     group.add_argument("--version", action="version", version=f"skyreels_v3 {__version__}", help="print the version")
     group.add_argument("-h", "--help", action="help", help="print this")
@@ -462,6 +470,11 @@ def told(value: Any) -> str:
     return shown(text) if text.strip() else "an empty value"
 
 
+def joined(value: Any) -> Any:
+    """A flag's value, entries as one text."""
+    return ", ".join(value) if isinstance(value, list) else value
+
+
 def read_config_file(name: str) -> dict[str, Any]:
     """The flags in a YAML file, or in what a video says of how it was made, converted."""
     path = Path(os.path.expanduser(name))
@@ -502,16 +515,23 @@ def unknown_key(key: Any, value: Any) -> str:
     return f"unknown key {told(key)}; {meant}"
 
 
+def convert_given(name: str, value: Any) -> Any:
+    """A value from the command line, where a flag with several entries may be given several times, converted."""
+    if name not in LISTS:
+        return convert(BY_NAME[name], value)
+    return [entry for text in value for entry in split(name, convert(BY_NAME[name], text))]
+
+
 def convert_entry(name: str, value: Any, folder: str) -> Any:
-    """A value from a file in `folder`, where inputs may be a list, converted."""
-    if name not in ("ref_imgs", "input_audio") or not isinstance(value, list):
-        value = convert(BY_NAME[name], value)
-        if name in ("ref_imgs", "input_audio", "keyframes", "lora") and folder:
-            return ",".join(from_folder(name, entry, folder) for entry in split(value))
-        return from_folder(name, value, folder)
-    entries = [from_folder(name, convert(BY_NAME[name], entry), folder) for entry in value]
-    convert(BY_NAME[name], ",".join(entries))  # the limit is for all of them together
-    return entries
+    """A value from a file in `folder`, where a flag with several entries may be a list, converted."""
+    if name not in LISTS:
+        return from_folder(name, convert(BY_NAME[name], value), folder)
+    if isinstance(value, list):
+        entries = [convert(BY_NAME[name], entry) for entry in value]
+        convert(BY_NAME[name], ",".join(entries))  # the limit is for all of them together
+    else:
+        entries = split(name, convert(BY_NAME[name], value), folder)
+    return [from_folder(name, entry, folder) for entry in entries]
 
 
 def from_folder(name: str, entry: Any, folder: str) -> Any:
@@ -529,13 +549,52 @@ def from_folder(name: str, entry: Any, folder: str) -> Any:
     return entry if name in HUB_IDS or exists(name, entry) else there
 
 
-def exists(name: str, entry: str) -> bool:
-    """Whether an entry of a flag names a file or a folder that is there."""
+def split(name: str, text: str, folder: str = "") -> list[str]:
+    """The entries of a comma-separated value; commas in the name of a file that is there, or in an address, are its.
+
+    Args:
+        folder: where files may be as well.
+    """
+    if exists(name, text, folder):
+        return [text.strip()]
+    parts, entries = text.split(","), []
+    while parts:
+        count = file_length(name, parts, folder) or address_length(name, parts, folder) or 1
+        entries.append(",".join(parts[:count]).strip())
+        parts = parts[count:]
+    return entries
+
+
+def file_length(name: str, parts: Sequence[str], folder: str) -> int:
+    """How many of the first pieces between commas are together a file that is there, at most; 0 for none."""
+    lengths = range(min(len(parts), MAX_COMMAS), 0, -1)
+    return next((length for length in lengths if exists(name, ",".join(parts[:length]), folder)), 0)
+
+
+def address_length(name: str, parts: Sequence[str], folder: str) -> int:
+    """The same of an address: all up to the next one, or to a file that is there; 0 for no address."""
+    if not is_address(parts[0]):
+        return 0
+    for length in range(1, len(parts)):
+        ended = name == "keyframes" and KEYFRAME.fullmatch(parts[length - 1].strip())
+        if ended or is_address(parts[length]) or file_length(name, parts[length:], folder):
+            return length
+    return len(parts)
+
+
+def exists(name: str, entry: str, folder: str = "") -> bool:
+    """Whether an entry of a flag names a file or a folder that is there, or in `folder`."""
+    entry = entry.strip()
     if name == "lora":
-        entry = parse_loras({"lora": entry})[0][0]
+        entry = parse_lora(entry).source
     elif name == "keyframes":
         entry = entry.rpartition("@")[0]
-    return os.path.exists(os.path.expanduser(entry))
+    path = os.path.expanduser(entry)
+    return bool(entry) and (os.path.exists(path) or (bool(folder) and os.path.exists(os.path.join(folder, path))))
+
+
+def is_address(entry: str) -> bool:
+    return re.match(r"\s*https?://", entry, re.IGNORECASE) is not None
 
 
 def check_beside_jobs(values: Mapping[str, Any]) -> None:
@@ -612,7 +671,7 @@ def check_conflicts(spec: TaskSpec, values: Mapping[str, Any]) -> None:
     """Flags that the task needs, does not take, or that contradict each other."""
     for name in ONLY_FOR:
         if values.get(name, False) is not False and not takes(spec, name):
-            value = "" if values[name] is True else f"{told(values[name])}: "
+            value = "" if values[name] is True else f"{told(joined(values[name]))}: "
             instead = (f"give --{other} instead" for other in counterparts(spec, name) if other not in values)
             raise UserError(f"--{name}", f"{value}{spec.name} does not take it; {next(instead, 'leave it out')}")
     for name in spec.inputs:
@@ -622,7 +681,7 @@ def check_conflicts(spec: TaskSpec, values: Mapping[str, Any]) -> None:
             raise UserError(f"--{name}", f"missing; {spec.name} needs {BY_NAME[name].help}")
     for one, other in EXCLUSIVE:
         if values.get(one, False) is not False and values.get(other, False) is not False:
-            value = "" if values[one] is True else f"{values[one]} "
+            value = "" if values[one] is True else f"{joined(values[one])} "
             raise UserError(f"--{one}", f"{value}conflicts with --{other}; give one of them")
     for name in NEED_USP:
         if values.get(name, False) is not False and not values.get("use_usp"):
@@ -687,7 +746,7 @@ def check_size(values: Mapping[str, Any]) -> None:
 def check_references(values: Mapping[str, Any]) -> None:
     if "ref_imgs" not in values:
         return
-    references = split(values["ref_imgs"])
+    references = values["ref_imgs"]
     if not (1 <= len(references) <= REFERENCE_SLOTS and all(references)):
         reason = f"{told(', '.join(references))}: {len(references)} entries" if any(references) else "an empty value"
         raise UserError("--ref_imgs", f"{reason}; give 1 to {REFERENCE_SLOTS} images, comma-separated, none empty")
@@ -736,26 +795,32 @@ def check_steps(cache: CacheSettings, steps: int) -> None:
         raise UserError("--cache", f"{reason}; give --num_inference_steps {MIN_CACHED_STEPS} or more, or leave it out")
 
 
-def parse_loras(values: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
-    """--lora as names and scales; a scale is what follows the last colon, if it is a number."""
+def parse_loras(values: Mapping[str, Any]) -> tuple[Lora, ...]:
+    """--lora as sources, scales and whether a part will do."""
     loras = []
-    for entry in split(values["lora"]) if "lora" in values else ():
-        name, colon, end = entry.rpartition(":")
-        try:
-            scale = float(end) if colon else 1.0
-        except ValueError:
-            name, scale = entry, 1.0
-        name = name if colon and name else entry
-        if not name.strip() or not math.isfinite(scale):
+    for entry in values.get("lora", ()):
+        lora = parse_lora(entry)
+        if not lora.source.strip() or not math.isfinite(lora.scale):
             raise UserError("--lora", f"{told(entry)}: give FILE, FOLDER or OWNER/NAME, and its scale after a colon")
-        loras.append((name, scale))
+        loras.append(lora)
     return tuple(loras)
+
+
+def parse_lora(entry: str) -> Lora:
+    """SOURCE[:SCALE][:partial]; a scale is what follows the last colon, if it is a number."""
+    rest = entry.removesuffix(PARTIAL)
+    name, colon, end = rest.rpartition(":")
+    try:
+        scale = float(end) if colon and name else None
+    except ValueError:
+        scale = None
+    return Lora(rest, 1.0, rest != entry) if scale is None else Lora(name, scale, rest != entry)
 
 
 def check_speakers(values: Mapping[str, Any]) -> None:
     """One or two sounds; where two people are and how they take turns only if there are two."""
-    sounds = split(values.get("input_audio", "one"))
-    if len(sounds) > MAX_SPEAKERS or not all(sounds):
+    sounds = values.get("input_audio", ["one"])
+    if not 1 <= len(sounds) <= MAX_SPEAKERS or not all(sounds):
         reason = f"{told(', '.join(sounds))}: {len(sounds)} sounds, or an empty one"
         raise UserError("--input_audio", f"{reason}; give one, or two for two speakers, comma-separated")
     for name in ("audio_type", "speaker_boxes"):
@@ -791,9 +856,9 @@ def parse_boxes(values: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
 def parse_keyframes(values: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
     """--keyframes as images and seconds."""
     found = []
-    for entry in split(values["keyframes"]) if "keyframes" in values else ():
+    for entry in values.get("keyframes", ()):
         image, _, seconds = entry.rpartition("@")
-        if not image or not re.fullmatch(r"\d{1,4}(\.\d{1,6})?", seconds):
+        if not KEYFRAME.fullmatch(entry):
             raise UserError("--keyframes", f"{told(entry)}: give an image and its time in seconds, such as a.png@2.5")
         found.append((image, float(seconds)))
     return tuple(found)
@@ -833,12 +898,6 @@ def verbosity_of(values: Mapping[str, Any]) -> int:
     return int(values.get("verbose", False)) - int(values.get("quiet", False))
 
 
-def split(references: str | Sequence[str]) -> list[str]:
-    """The entries of a comma-separated list; a config file may have a YAML list instead."""
-    entries = references.split(",") if isinstance(references, str) else references
-    return [entry.strip() for entry in entries]
-
-
 def make_request(spec: TaskSpec, values: Mapping[str, Any], notes: Sequence[str]) -> GenerationRequest:
     """A request from checked values, the preset's where none was given."""
     given = written_out(values)
@@ -856,8 +915,7 @@ def make_request(spec: TaskSpec, values: Mapping[str, Any], notes: Sequence[str]
     if "fps" in values:
         spec = replace(spec, fps=values["fps"])
     values["verbosity"] = verbosity_of(values)
-    for name in ("ref_imgs", "input_audio"):
-        values[name] = tuple(split(values[name])) if name in values else ()
+    values |= {name: tuple(values.get(name, ())) for name in ("ref_imgs", "input_audio")}
     values |= {"speaker_boxes": parse_boxes(values), "keyframes": parse_keyframes(values), "lora": parse_loras(values)}
     values["cache"] = parse_cache(values["cache"]) if values.get("cache") else None
     values["frame_folder"] = values.get("output", "").endswith("/")

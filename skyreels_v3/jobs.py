@@ -279,15 +279,18 @@ class Stock:
         Args:
             checkpoint: its folder, None if it is yet to be fetched or made.
         """
+        from skyreels_v3.checkpoints.lora import check_loras
         from skyreels_v3.preflight import follow_checkpoint
 
+        loras = tuple(lora._replace(source=self.lora(lora.source, request)) for lora in request.lora)
+        request = replace(request, lora=loras)
         if checkpoint is None:
+            check_loras(request, None)  # they weigh less than what would have been fetched in vain
             names = (request.model_source, request.model_id, request.task.name)
             checkpoint = Path(self.get(names, lambda: fetch(request)))
         if request.task.layout == HUNYUAN:
             request = replace(request, base_model_id=self.base(request, checkpoint))
-        loras = tuple((self.lora(name, request), scale) for name, scale in request.lora)
-        return follow_checkpoint(replace(request, lora=loras), checkpoint), checkpoint
+        return follow_checkpoint(request, checkpoint), checkpoint
 
     def base(self, request: GenerationRequest, checkpoint: Path) -> str:
         """The folder of V1's other components."""

@@ -8,6 +8,8 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from itertools import chain, count
@@ -15,7 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from skyreels_v3 import throughput
-from skyreels_v3.checkpoints.hub import check_client, check_pair, is_quantized, locate, locate_base, locate_lora
+from skyreels_v3.checkpoints.contents import check_components, check_transformer
+from skyreels_v3.checkpoints.hub import (
+    check_client,
+    check_pair,
+    errors_about,
+    is_quantized,
+    locate,
+    locate_base,
+    locate_lora,
+)
+from skyreels_v3.checkpoints.lora import check_loras
+from skyreels_v3.cli import LISTS
 from skyreels_v3.errors import AlreadyDone, UserError, shown
 from skyreels_v3.media.files import check_writable
 from skyreels_v3.media.inputs import Inputs, open_inputs
@@ -51,13 +64,36 @@ def preflight(
     Raises:
         UserError: what cannot work, with the flag to change.
     """
+    with commas_explained(request):
+        return checked(request, downloads, ranks)
+
+
+@contextmanager
+def commas_explained(request: GenerationRequest) -> Iterator[None]:
+    """Have an error about one of several entries that is not there say what made them several."""
+    try:
+        yield
+    except UserError as error:
+        name = error.flag.removeprefix("--")
+        absent = any(words in str(error) for words in ("does not exist", "no file or folder"))
+        if name not in LISTS or not absent or len(getattr(request, name)) < 2:
+            raise
+        reason = str(error).removeprefix(f"{error.flag}: ")
+        remedy = f"commas separate entries: where a name has one, give {error.flag} once for each"
+        raise UserError(error.flag, f"{reason}; {remedy}") from error
+
+
+def checked(request: GenerationRequest, downloads: Path, ranks: Ranks) -> tuple[GenerationRequest, Inputs, Path | None]:
+    """See `preflight`."""
     check_device(request.device)
     check_compute(request)
     checkpoint = checkpoint_here(request)
     if checkpoint is not None:
         request = follow_checkpoint(request, checkpoint)
+    else:
+        check_loras(request, None)
     request = with_base(request, base_here(request, checkpoint))
-    if any(locate_lora(name) is None for name, _ in request.lora):
+    if any(locate_lora(lora.source) is None for lora in request.lora):
         check_client(request)
     going_on = ranks.main and (request.resume or request.resume_if_same)
     if not going_on:
@@ -195,6 +231,9 @@ def base_here(request: GenerationRequest, checkpoint: Path | None) -> Path | Non
     if request.task.layout != HUNYUAN:
         return None
     base = locate_base(request, checkpoint)
+    if base is not None:
+        with errors_about("--base_model_id" if request.base_model_id is not None else "--model_id"):
+            check_components(base, request.task)
     if base is not None and checkpoint is not None:
         check_pair(checkpoint, base)
     return base
@@ -206,11 +245,19 @@ def with_base(request: GenerationRequest, base: Path | None) -> GenerationReques
 
 
 def follow_checkpoint(request: GenerationRequest, checkpoint: Path) -> GenerationRequest:
-    """The request for the checkpoint in a folder: FP8 weights make it one in FP8, which takes no more LoRAs."""
+    """The request for the checkpoint in a folder: FP8 weights make it one in FP8, which takes no more LoRAs.
+
+    Raises:
+        UserError: the checkpoint's files, or a LoRA that is on this machine, are not what the transformer is made of.
+    """
+    check_transformer(checkpoint / request.task.transformer_folder, request.task)
+    if request.task.layout != HUNYUAN:
+        check_components(checkpoint, request.task)
     if not is_quantized(checkpoint / request.task.transformer_folder):
+        check_loras(request, checkpoint)
         return request
     if request.lora:
-        reason = f"{shown(request.lora[0][0])}: the checkpoint's weights are quantized already"
+        reason = f"{shown(request.lora[0].source)}: the checkpoint's weights are quantized already"
         raise UserError("--lora", f"{reason}; give it to the run that quantizes them, with --save_quantized")
     return replace(request, quant=request.quant or "fp8")  # the text encoder too, as when it was saved
 

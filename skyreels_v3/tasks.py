@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -78,6 +78,14 @@ class TaskSpec:
         return self.condition_frames[duration] if isinstance(self.condition_frames, Mapping) else self.condition_frames
 
 
+class Lora(NamedTuple):
+    """A LoRA that is asked for."""
+
+    source: str  # file, folder or hub id
+    scale: float = 1.0
+    partial: bool = False  # leave out what the model has nothing for
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
     """Everything one run needs, checked. `height` and `width` are None until the inputs have been seen."""
@@ -132,7 +140,7 @@ class GenerationRequest:
     vae_dtype: str = "float32"
     attention: str = "auto"
     compile: bool = False
-    lora: tuple[tuple[str, float], ...] = ()  # (file, folder or hub id; scale)
+    lora: tuple[Lora, ...] = ()
     no_cache: bool = False
     use_usp: bool = False
     ulysses_degree: int | None = None  # None: see ranks.choose_degrees

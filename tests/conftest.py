@@ -48,6 +48,8 @@ class Case:
 def bad(base: list[str], flag: str, value: str, remedy: str, shown: str | None = None, name: str = "") -> Case:
     """A good command line made bad by one flag's value."""
     name = f"{base[1].split('_')[0]}{flag}={name or value[:40]}"
+    if flag in base:  # given twice some flags add up
+        base = [*base[: base.index(flag)], *base[base.index(flag) + 2 :]]
     return Case(name, [*base, flag, value], flag, value if shown is None else shown, remedy)
 
 

@@ -677,7 +677,10 @@ WRONG_CONTENT: dict[str, tuple[str, str, Callable[[dict], object], str]] = {
         "wrong shape conv2.weight",
     ),
     "vae-config": ("diffusers", "vae/config.json", lambda c: c.update(magic=1), "unknown entries magic"),
-    "vae-config-type": ("diffusers", "vae/config.json", lambda c: c.update(base_dim="x"), "no model has the sizes"),
+    "vae-config-type": ("diffusers", "vae/config.json", lambda c: c.update(base_dim="x"), "base_dim = x is no size"),
+    "vae-config-knob": (
+        "diffusers", "vae/config.json", lambda c: c.update(is_residual=True), "is_residual = True is not supported",
+    ),
     "vae-statistics": (
         "diffusers", "vae/config.json", lambda c: c.update(latents_std=[1]), "latents_std = [1] is not 16 numbers",
     ),
@@ -693,7 +696,7 @@ WRONG_CONTENT: dict[str, tuple[str, str, Callable[[dict], object], str]] = {
         "wrong shape token_embedding.weight",
     ),
     "text-encoder-config-type": (
-        "diffusers", "text_encoder/config.json", lambda c: c.update(d_model="x"), "no model has the sizes",
+        "diffusers", "text_encoder/config.json", lambda c: c.update(d_model="x"), "d_model = x is no size",
     ),
     "tokenizer": ("diffusers", "tokenizer/tokenizer.json", lambda c: c.clear(), "cannot be read"),
     "text-encoder-extra": (
@@ -701,7 +704,7 @@ WRONG_CONTENT: dict[str, tuple[str, str, Callable[[dict], object], str]] = {
     ),
     "text-encoder-misshapen": (
         "diffusers", "text_encoder/model.safetensors",
-        lambda t: t.update({"shared.weight": t["shared.weight"][:5].clone()}), "wrong shapes shared.weight ([5,",
+        lambda t: t.update({"shared.weight": t["shared.weight"][:5].clone()}), "vocab_size = 264 is more than",
     ),
     "text-encoder-layers": (
         "diffusers", "text_encoder/config.json", lambda c: c.update(num_layers=1), "unexpected keys encoder.block.1",

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file, save_file
+from safetensors import torch
+from safetensors.numpy import save_file
 
 from skyreels_v3.checkpoints.tiny_hunyuan import write_hunyuan
 from skyreels_v3.jobs import read_jobs
+from skyreels_v3.memory.quantize import FP8
 from tests.conftest import ROOT, bad, check_refused
 
 ASSETS = ROOT / "assets"
@@ -177,7 +179,10 @@ def test_the_base_is_looked_at_before_a_transformer_is_fetched(refuse, root, tmp
 
 def test_a_checkpoint_in_fp8_takes_no_lora(refuse, root, files, tmp_path):
     file = root / "transformer" / WEIGHTS
-    save_file(load_file(file) | {"x_embedder.proj.weight_scale": np.ones(1, "f4")}, file)
+    tensors = torch.load_file(file)
+    layer = "transformer_blocks.0.attn.to_q"
+    tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"].to(FP8)
+    torch.save_file(tensors | {f"{layer}.weight_scale": tensors[f"{layer}.bias"]}, file)
     save_file({"a.lora_A.weight": np.zeros((1, 4), "f4")}, tmp_path / "a.safetensors")
     line = refused(refuse, [*DIVIDED, "--lora", str(tmp_path / "a.safetensors")], root, tmp_path)
     assert line.startswith("error: --lora: ") and "--save_quantized" in line

@@ -24,6 +24,8 @@ REFERENCE = ["--task_type", "reference_to_video", "--prompt", "a fox", "--ref_im
 EXTENSION = ["--task_type", "single_shot_extension", "--prompt", "a fox", "--input_video", "a.mp4"]
 SHOT = ["--task_type", "shot_switching_extension", "--prompt", "a fox", "--input_video", "a.mp4"]
 
+AVATAR = ["--task_type", "talking_avatar", "--prompt", "a", "--input_image", "p.png", "--input_audio", "a.wav"]
+
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
@@ -52,7 +54,7 @@ def test_what_is_not_given_comes_from_the_preset(argv):
 
 def test_every_flag_reaches_the_request():
     request = parse_request([
-        *REFERENCE, "--ref_imgs", "a.png, b.png", "--model_id", "x/y", "--model_source", "modelscope",
+        *REFERENCE, "--ref_imgs", "b.png, c.png", "--model_id", "x/y", "--model_source", "modelscope",
         "--negative_prompt", "blur", "--num_frames", "17", "--resolution", "540P", "--height", "320", "--width", "480",
         "--seed", "7", "--num_inference_steps", "3", "--shift", "2.5", "--guidance_scale", "3",
         "--image_guidance_scale", "1.5", "--device", "cpu", "--dtype", "float32", "--offload", "--output", "f/",
@@ -60,7 +62,7 @@ def test_every_flag_reaches_the_request():
         "--quant", "fp8_dynamic", "--save_quantized", "q", "--vae_dtype", "bfloat16", "--attention", "sdpa",
         "--compile", "--lora", "a.safetensors:0.5,C:\\b.safetensors,c/d:-1", "--no_cache",
     ])  # fmt: skip
-    assert request.ref_imgs == ("a.png", "b.png")
+    assert request.ref_imgs == ("a.png", "b.png", "c.png")
     assert (request.model_id, request.model_source, request.negative_prompt) == ("x/y", "modelscope", "blur")
     assert (request.num_frames, request.frames_out, request.resolution) == (17, 17, "540P")
     assert (request.height, request.width, request.seed, request.num_inference_steps) == (320, 480, 7, 3)
@@ -68,7 +70,7 @@ def test_every_flag_reaches_the_request():
     assert (request.device, request.dtype, request.memory, request.dry_run) == ("cpu", "float32", "offload", True)
     assert (request.quant, request.save_quantized, request.vae_dtype) == ("fp8_dynamic", Path("q"), "bfloat16")
     assert (request.attention, request.compile, request.no_cache) == ("sdpa", True, True)
-    assert request.lora == (("a.safetensors", 0.5), ("C:\\b.safetensors", 1.0), ("c/d", -1.0))
+    assert request.lora == (("a.safetensors", 0.5, False), ("C:\\b.safetensors", 1.0, False), ("c/d", -1.0, False))
     assert (request.output, request.frame_folder) == (Path("f"), True)
     assert (request.save_latents, request.url_timeout, request.verbosity) == (Path("l.safetensors"), 9.0, 1)
     clip = parse_request([*EXTENSION, "--include_input", "--duration", "10", "--quiet"])
@@ -251,3 +253,51 @@ def test_what_another_task_takes(task, flag, way_out):
     value = "5" if flag in ("duration", "num_frames", "guidance_scale") else "a.png"
     with pytest.raises(UserError, match=rf"^--{flag}: {value}(\.0)?: {task} does not take it; {way_out}"):
         parse_request(["--task_type", task, "--prompt", "x", f"--{flag}", value])
+
+
+PICTURE, STYLE, SOUND = "made Apr 2, 2025, 03_04 PM.png", "style, v2.safetensors", "Hello, take 2.wav"
+SCALED = "http://host/fit,w_300,h_200/a.png?x=1,2"
+LISTS = {
+    "a name with commas": ("ref_imgs", [PICTURE], [PICTURE]),
+    "among others": ("ref_imgs", [f"b.png, {PICTURE},c.png"], ["b.png", PICTURE, "c.png"]),
+    "nothing of that name": ("ref_imgs", ["no, such.png"], ["no", "such.png"]),
+    "an address with commas": ("ref_imgs", [SCALED], [SCALED]),
+    "addresses": ("ref_imgs", [f"{SCALED},https://host/b.png", "c.png"], [SCALED, "https://host/b.png", "c.png"]),
+    "an address and a file": ("ref_imgs", [f"http://host/b.png,{PICTURE}"], ["http://host/b.png", PICTURE]),
+    "sounds": ("input_audio", [SOUND, "b.wav"], [SOUND, "b.wav"]),
+    "two sounds": ("input_audio", [f"b.wav,{SOUND}"], ["b.wav", SOUND]),
+    "key frames": ("keyframes", [f"{PICTURE}@1.5,b.png@3"], [(PICTURE, 1.5), ("b.png", 3.0)]),
+    "addresses of key frames": (
+        "keyframes", ["http://host/a,b.png@1,b.png@2", "c.png@3"],
+        [("http://host/a,b.png", 1.0), ("b.png", 2.0), ("c.png", 3.0)],
+    ),
+    "LoRAs": (
+        "lora", [f"{STYLE}:0.5,a/b", f"c.safetensors:partial,{STYLE}:-1:partial"],
+        [(STYLE, 0.5, False), ("a/b", 1.0, False), ("c.safetensors", 1.0, True), (STYLE, -1.0, True)],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LISTS)
+def test_what_commas_separate(case, tmp_path, monkeypatch):
+    """Not the parts of a file's name or of an address; flags add up, and a file's lists are taken as they stand."""
+    name, given, expected = LISTS[case]
+    for file in (PICTURE, STYLE, SOUND):
+        (tmp_path / file).touch()
+    monkeypatch.chdir(tmp_path)
+    base = REFERENCE[:-2] if name in ("ref_imgs", "lora") else AVATAR
+    base = base if name != "input_audio" else base[:-2]
+    more = REFERENCE[-2:] if name == "lora" else []
+    flags = [word for value in given for word in (f"--{name}", value)]
+    assert getattr(parse_request([*base, *more, *flags]), name) == tuple(expected)
+
+
+@pytest.mark.parametrize("entries", [[PICTURE, "b.png"], ["http://host/a.png,b.png", "c, d.png"]])
+def test_lists_of_a_config_file(entries, tmp_path):
+    """No commas are looked for in them, and the command line puts its own in their place."""
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"ref_imgs": entries, "lora": [f"{STYLE}:2"]}))
+    request = parse_request([*REFERENCE[:-2], "--config", str(tmp_path / "a.yaml")])
+    assert request.ref_imgs == tuple(entries)
+    assert request.flags["ref_imgs"] == entries
+    assert request.lora == ((STYLE, 2.0, False),)
+    assert parse_request([*REFERENCE, "--config", str(tmp_path / "a.yaml")]).ref_imgs == ("a.png",)

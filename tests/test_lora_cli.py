@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPTextModel, LlamaModel
 
+from skyreels_v3.checkpoints import hub
 from skyreels_v3.checkpoints.tiny import make_tiny
 from skyreels_v3.tasks import task_spec
 from tests.conftest import ROOT
@@ -28,17 +29,24 @@ BASE = (
     *("--height", 32, "--width", 48),
 )
 LAYERS = {"attn1.to_q": (96, 96), "attn2.to_out.0": (96, 96), "ffn.net.0.proj": (192, 96)}
+DIFFERENCES = {
+    **{"blocks.0.self_attn.q.diff_b": (96,), "blocks.1.norm3.diff": (96,), "blocks.0.diff_m": (1, 6, 96)},
+    **{"patch_embedding.lora_A.weight": (4, 16, 1, 2, 2), "patch_embedding.lora_B.weight": (96, 4, 1, 1, 1)},
+    **{"head.diff_m": (1, 2, 96), "head.head.diff": (64, 96)},
+}
 Make = Callable[..., np.ndarray]
 
 
 def write_lora(path: Path, seed: int = 0, rank: int = 4, **layers: tuple[int, int]) -> Path:
-    """A LoRA for some layers of the toy's first block."""
+    """A LoRA for some layers of the toy's first block; if none are named, with differences beside the pairs."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, (rows, columns) in (layers or LAYERS).items():
         layer = f"transformer.blocks.0.{name}"
         tensors[f"{layer}.lora_A.weight"] = torch.randn(rank, columns, generator=generator) / columns**0.5
         tensors[f"{layer}.lora_B.weight"] = torch.randn(rows, rank, generator=generator)
+    for name, shape in {} if layers else DIFFERENCES.items():
+        tensors[f"diffusion_model.{name}"] = torch.randn(shape, generator=generator) / 10
     save_file(tensors, path)
     return path
 
@@ -113,25 +121,49 @@ def test_a_saved_checkpoint_holds_the_lora(make, main, lora, tmp_path):
 
 WRONG = {
     "layer": (
-        {"attn9.to_q": (96, 96)},
-        "unexpected keys blocks.0.attn9.to_q.lora_A.weight, blocks.0.attn9.to_q.lora_B.weight",
+        {"attn9.to_q": (96, 96), "attn1.to_q": (96, 96)},
+        "does not fit its model, which has nothing for transformer.blocks.0.attn9.to_q.lora_A.weight, "
+        "transformer.blocks.0.attn9.to_q.lora_B.weight; wrong.safetensors:1:partial applies the rest",
     ),
-    "rows": ({"attn1.to_q": (95, 96)}, "wrong shapes blocks.0.attn1.to_q.lora_B.weight ([95, 4] instead of [96, 4])"),
-    "columns": ({"attn1.to_q": (96, 32)}, "wrong shapes blocks.0.attn1.to_q.lora_A.weight ([4, 32] instead of [4, 96]"),
+    "rows": (
+        {"attn1.to_q": (95, 96)},
+        "does not fit its model: wrong shapes transformer.blocks.0.attn1.to_q.lora_B.weight "
+        "([95, 4] instead of [96, 4])",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-@pytest.mark.parametrize("flags", [(), ("--quant", "fp8")], ids=["live", "fused"])
+@pytest.mark.parametrize("flags", [(), ("--dry_run",)], ids=["run", "dry run"])
 def test_a_lora_that_does_not_fit(main, tmp_path, name, flags):
     layers, says = WRONG[name]
     file = write_lora(tmp_path / "wrong.safetensors", **layers)
-    code, stdout, stderr = main(*BASE, "--lora", file, "--output", "out/a.mp4", *flags)
-    assert (code, stdout) == (2, "")
-    assert stderr.splitlines()[-1] == f"error: --lora: {file} does not fit its model: {says}" + (
-        ")" if name == "columns" else ""
-    )
+    assert main(*BASE, "--lora", file, "--output", "out/a.mp4", *flags) == (2, "", f"error: --lora: {file} {says}\n")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_hubs_lora_is_looked_at_before_the_checkpoint_is_fetched(main, tmp_path, monkeypatch):
+    """By what the published model is known to be."""
+    file = write_lora(tmp_path / "small.safetensors")
+    monkeypatch.setattr(hub, "download_lora", lambda name, request: file)
+    monkeypatch.setattr(hub, "download", lambda request: pytest.fail("the checkpoint is fetched"))
+    code, stdout, stderr = main(*BASE, "--model_id", "some/model", "--lora", "a/b", "--output", "out/a.mp4")
+    assert (code, stdout) == (2, "")
+    assert f"--lora: {file} does not fit its model: wrong shapes" in stderr and "instead of [1, 2, 5120]" in stderr
+
+
+def test_a_part_of_a_lora(make, tmp_path, caplog):
+    """What is left out is said, and the rest is what it is alone; what commas separate may have some, too."""
+    layers, _ = WRONG["layer"]
+    file = write_lora(tmp_path / "one, or more.safetensors", **layers)
+    rest = write_lora(tmp_path / "rest.safetensors", **dict(list(layers.items())[1:]))
+    tensors = load_file(file)
+    save_file({key: torch.from_numpy(tensors[key]) for key in load_file(rest)}, rest)
+    made = make("--lora", f"{file}:0.5:partial", "--lora", f"{rest}:0")
+    assert (
+        "2 of 4 entries are left out, the model has nothing for transformer.blocks.0.attn9.to_q.lora_A" in caplog.text
+    )
+    np.testing.assert_allclose(made, make("--lora", f"{rest}:0.5"), atol=1e-5, rtol=0)
 
 
 def test_a_file_that_is_no_lora(main, tmp_path):
@@ -212,11 +244,11 @@ def test_v1_makes_what_the_library_makes(make_t2v, stock, v1_lora):
 def test_loras_of_another_model(main, make, lora, v1_lora, tmp_path):
     """V3's for V1, and the other way round."""
     for base, file, key in (
-        (T2V, lora, "blocks.0.attn1.to_q.lora_A.weight"),
-        (BASE, v1_lora, "single_transformer_blocks.1.attn.to_v.lora_A.weight"),
+        (T2V, lora, "diffusion_model.blocks.0.diff_m"),
+        (BASE, v1_lora, "transformer.single_transformer_blocks.1.attn.to_v.lora_A.weight"),
     ):
         code, stdout, stderr = main(*base, "--lora", file, "--output", "out/a.mp4")
         assert (code, stdout) == (2, "")
-        says = f"error: --lora: {file} does not fit its model: unexpected keys {key}, "
+        says = f"error: --lora: {file} does not fit its model, which has nothing for {key}, "
         assert stderr.splitlines()[-1].startswith(says)
         assert not (tmp_path / "out").exists()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from skyreels_v3.checkpoints.key_maps import NATIVE_CONFIG
 from skyreels_v3.errors import CheckpointError, UserError, shown
@@ -42,7 +42,8 @@ WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 TOKENIZER_FILE = "tokenizer.json"
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # as diffusers and PEFT call theirs
 LORA_CONFIG = "adapter_config.json"
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+OTHER_FORMATS = (".gguf", ".bin", ".pt", ".pth", ".ckpt")
+WEIGHT_SUFFIXES = (".safetensors", *OTHER_FORMATS)
 HUB_LORA = re.compile(rf"({HUB_ID.pattern})(?:/((?:[^/.][^/]*/)*[^/.][^/]*\.safetensors))?", re.ASCII)
 LORA_REMEDY = "give a .safetensors file, a folder with one, or a hub id: OWNER/NAME or OWNER/NAME/FILE.safetensors"
 
@@ -255,6 +256,8 @@ def check_files(folder: Path, models: list[Path], files: list[Path], kind: str, 
     files = [*(model / "config.json" for model in models), *files]
     missing = [str(path.relative_to(folder)) for path in files if not path.is_file()]
     empty = [model for model in models if model.is_dir() and not any(model.glob("*.safetensors"))]
+    for other in (file for model in empty for file in sorted(model.iterdir()) if file.suffix in OTHER_FORMATS):
+        raise CheckpointError(f"{other} is no .safetensors file; other formats of weights are not read, give that one")
     missing += [str((model / "*.safetensors").relative_to(folder)) for model in empty]
     if missing:
         raise CheckpointError(
@@ -274,13 +277,13 @@ def audio_weights(folder: Path) -> Path:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model's folder: the shards that its index names, or the one file."""
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        return indexed_files(index)
+    for index in sorted(folder.glob("*.safetensors.index*.json"), key=lambda path: (len(path.name), path.name)):
+        return indexed_files(index)  # the shortest name: one of a variant is taken where there is no other
     found = [file for file in sorted(folder.glob("*.safetensors")) if file.is_file()]
     files = [file for file in found if file.name in WEIGHT_FILES] or found
     if len(files) != 1:
         reason = f"{folder} holds {len(files)} safetensors files and no index"
-        raise CheckpointError(f"{reason}; expected {WEIGHT_FILES[0]}, download it again")
+        raise CheckpointError(f"{reason}; download {WEIGHT_FILES[0]}.index.json as well, or leave one file there")
     return files
 
 
@@ -341,28 +344,50 @@ def text_encoder_files(folder: Path, task: TaskSpec) -> list[Path]:
 
 def is_quantized(transformer: Path) -> bool:
     """Whether the checked transformer's folder holds FP8 weights, see memory/quantize.py."""
-    return any(name.endswith(".weight_scale") for file in weight_files(transformer) for name in header_of(file)[0])
+    return any(
+        name.endswith(".weight_scale") for file in weight_files(transformer) for name in read_header(file).tensors
+    )
 
 
-def header_of(file: Path) -> tuple[dict[str, Any], int]:
-    """What a safetensors file's header says of each tensor, by name, and where in the file the tensors begin."""
+class Header(NamedTuple):
+    """What a safetensors file says of itself.
+
+    Attributes:
+        tensors: dtype, shape and data_offsets of each, by name.
+        metadata: whatever its writer put there.
+        begin: where in the file the tensors are.
+    """
+
+    tensors: dict[str, dict[str, Any]]
+    metadata: dict[str, Any]
+    begin: int
+
+
+def read_header(file: Path) -> Header:
+    """The header of a file that is a safetensors file, see `check_safetensors`."""
     size = file.stat().st_size
     with file.open("rb") as handle:
         (header_size,) = struct.unpack("<Q", handle.read(8))
-        header = json.loads(handle.read(min(header_size, size, MAX_HEADER_BYTES)))
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}, 8 + header_size
+        tensors = json.loads(handle.read(min(header_size, size, MAX_HEADER_BYTES)))
+    return Header(tensors, tensors.pop("__metadata__", None) or {}, 8 + header_size)
 
 
 def check_safetensors(file: Path) -> None:
     """Raise CheckpointError when the file's length is not what its own header says."""
     size = file.stat().st_size
     try:
-        tensors, begin = header_of(file)
+        tensors, _, begin = read_header(file)
         expected = begin + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-    except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
+        known = all(is_entry(entry) for entry in tensors.values())
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} is truncated or no safetensors file; download it again") from error
-    if size != expected:
+    if size != expected or not known:
         raise CheckpointError(f"{file} is truncated or damaged ({size} bytes instead of {expected}); download it again")
+
+
+def is_entry(entry: Mapping[str, Any]) -> bool:
+    """Whether this describes a tensor."""
+    return isinstance(entry["dtype"], str) and all(type(axis) is int and axis >= 0 for axis in entry["shape"])
 
 
 def check_pickle(file: Path) -> None:

@@ -11,48 +11,26 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
+from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from skyreels_v3.checkpoints.key_maps import IDENTITY, KeyMap
-from skyreels_v3.checkpoints.load import load_model, read_config, read_tensors
-from skyreels_v3.checkpoints.published import known_arguments, load_tokenizer
+from skyreels_v3.checkpoints.contents import hunyuan_arguments, known_arguments, read_config, sizes_of, without_prefix
+from skyreels_v3.checkpoints.key_maps import CLIP, HUNYUAN_VAE_CONSTANTS, LLAMA
+from skyreels_v3.checkpoints.load import load_model, read_tensors
+from skyreels_v3.checkpoints.published import load_tokenizer
 from skyreels_v3.errors import CheckpointError
 from skyreels_v3.memory.quantize import SCALE, with_fp8_layers
 from skyreels_v3.models.hunyuan.text_encoder import HunyuanTextEncoder
 from skyreels_v3.models.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.models.hunyuan.vae import HunyuanVAE
 
-# A Llama or a CLIP may be stored alone, or as a part of the model that it was trained in, with that one's head.
-LLAMA: KeyMap = (
-    (r"lm_head\..+", None),
-    (r"(?:.+\.)?rotary_emb\.inv_freq", None),
-    (r"model\.(.+)", r"\1"),
-    *IDENTITY,
-)
-CLIP: KeyMap = (
-    (r"text_projection\..+", None),
-    (r"(?:text_model\.)?embeddings\.position_ids", None),
-    (r"text_model\.(.+)", r"\1"),
-    *IDENTITY,
-)
-
-# Knobs that the code does not turn: any other value is refused by name.
-TRANSFORMER_CONSTANTS: dict[str, object] = {"image_condition_type": None}
-VAE_CONSTANTS: dict[str, object] = {
-    "latent_channels": 16,
-    "spatial_compression_ratio": 8,
-    "temporal_compression_ratio": 4,
-}
-
 
 def load_hunyuan_transformer(folder: Path, dtype: torch.dtype, values: bool = True) -> HunyuanTransformer3DModel:
     """The transformer in `folder` (config.json and safetensors); `values`: see `load.read_tensors`."""
-    tensors = read_tensors(folder, values)
-    config = read_config(folder / "config.json")
-    arguments = known_arguments(HunyuanVideoTransformer3DModel, config, TRANSFORMER_CONSTANTS, folder)
+    tensors = without_prefix(read_tensors(folder, values))
+    arguments = hunyuan_arguments(read_config(folder / "config.json"), tensors, folder)
 
     def build() -> nn.Module:
         return with_fp8_layers(HunyuanTransformer3DModel(**arguments), tensors)
@@ -63,8 +41,8 @@ def load_hunyuan_transformer(folder: Path, dtype: torch.dtype, values: bool = Tr
 def load_hunyuan_vae(base: Path, dtype: torch.dtype, values: bool = True) -> HunyuanVAE:
     """The VAE in the folder `base` of HunyuanVideo; `values`: see `load.read_tensors`."""
     source = base / "vae"
-    tensors, config = read_tensors(source, values), read_config(source / "config.json")
-    arguments = known_arguments(AutoencoderKLHunyuanVideo, config, VAE_CONSTANTS, source)
+    tensors, names = read_tensors(source, values), AutoencoderKLHunyuanVideo._get_init_keys(AutoencoderKLHunyuanVideo)
+    arguments = known_arguments(names, sizes_of(source, tensors), HUNYUAN_VAE_CONSTANTS, source / "config.json")
     module = load_model(lambda: AutoencoderKLHunyuanVideo(**arguments), tensors, source, dtype)
     factor = cast(AutoencoderKLHunyuanVideo, module).config.scaling_factor
     if not isinstance(factor, int | float) or not factor > 0:
@@ -82,7 +60,8 @@ def load_hunyuan_text_encoder(base: Path, dtype: torch.dtype) -> HunyuanTextEnco
 
 def load_llama(folder: Path, dtype: torch.dtype) -> LlamaModel:
     """The Llama in `folder`, without what would predict the next token."""
-    sizes = read_config(folder / "config.json") | {"use_cache": False}
+    tensors = read_tensors(folder)
+    sizes = sizes_of(folder, tensors, "llama") | {"use_cache": False}
     rotary: dict[str, Tensor] = {}
 
     def build() -> LlamaModel:
@@ -91,7 +70,6 @@ def load_llama(folder: Path, dtype: torch.dtype) -> LlamaModel:
             rotary.update(LlamaRotaryEmbedding(config).named_buffers(prefix="rotary_emb"))
         return LlamaModel(config)
 
-    tensors = read_tensors(folder)
     module = load_model(build, tensors, folder, half_as_stored(tensors, dtype), LLAMA, buffers=rotary)
     return cast(LlamaModel, module)
 
@@ -108,16 +86,19 @@ def half_as_stored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> torch.d
 
 def load_clip(folder: Path, dtype: torch.dtype) -> CLIPTextModel:
     """The CLIP text encoder in `folder`."""
-    sizes = read_config(folder / "config.json")
+    tensors = read_tensors(folder)
+    sizes = sizes_of(folder, tensors, "clip_text_model")
+    longest = max(axis for tensor in tensors.values() for axis in (0, *tensor.shape))
     positions: dict[str, Tensor] = {}
 
     def build() -> CLIPTextModel:
         config = CLIPTextConfig(**sizes)
         with torch.device("cpu"):
-            positions["embeddings.position_ids"] = torch.arange(config.max_position_embeddings)[None]
+            count = min(config.max_position_embeddings, longest)  # more would not fit the weights
+            positions["embeddings.position_ids"] = torch.arange(count)[None]
         return CLIPTextModel(config)
 
-    return cast(CLIPTextModel, load_model(build, read_tensors(folder), folder, dtype, CLIP, buffers=positions))
+    return cast(CLIPTextModel, load_model(build, tensors, folder, dtype, CLIP, buffers=positions))
 
 
 def load_llama_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -55,44 +55,60 @@ NATIVE_TRANSFORMER: KeyMap = (
     (r"head\.modulation", r"scale_shift_table"),
 )
 
-# HunyuanVideo's own names of linear layers -> HunyuanTransformer3DModel. `final_layer.adaLN_modulation.1` is not among
+# HunyuanVideo's own names and ComfyUI's -> HunyuanTransformer3DModel. `final_layer.adaLN_modulation.1` is not among
 # them: its halves, shift and scale, come in the other order there.
 _DOUBLE, _SINGLE = r"double_blocks\.(\d+)\.", r"single_blocks\.(\d+)\."
 _REFINER = r"txt_in\.individual_token_refiner\.blocks\.(\d+)\."
 _REFINED = r"context_embedder.token_refiner.refiner_blocks.\1."
-FEED = "proj_mlp"  # what is stacked below queries, keys and values in the blocks of one kind
+_FIRST, _SECOND = r"(?:mlp\.0|in_layer|linear_1)\.(.+)", r"(?:mlp\.2|out_layer|linear_2)\.(.+)"
+
+
+def _hunyuan_stream(name: str, attention: tuple[str, ...], norms: str, end: str) -> KeyMap:
+    """One stream of the blocks of two: the layers of the video's tokens, or of the text's."""
+    place, ours = _DOUBLE + name, r"transformer_blocks.\1."
+    context = "" if name == "img" else "_context"
+    return (
+        (place + r"_attn[_.]qkv\.(.+)", tuple(rf"{ours}attn.{part}.\2" for part in attention)),
+        (place + r"_attn[_.]proj\.(.+)", rf"{ours}attn.{end}.\2"),
+        (place + r"_attn(?:_q_norm|\.norm\.query_norm)\.(.+)", rf"{ours}attn.{norms}q.\2"),
+        (place + r"_attn(?:_k_norm|\.norm\.key_norm)\.(.+)", rf"{ours}attn.{norms}k.\2"),
+        (place + r"_mod\.lin(?:ear)?\.(.+)", rf"{ours}norm1{context}.linear.\2"),
+        (place + r"_mlp\.(?:fc1|0)\.(.+)", rf"{ours}ff{context}.net.0.proj.\2"),
+        (place + r"_mlp\.(?:fc2|2)\.(.+)", rf"{ours}ff{context}.net.2.\2"),
+    )
+
+
 NATIVE_HUNYUAN: KeyMap = (
-    (r"time_in\.mlp\.0\.(.+)", r"time_text_embed.timestep_embedder.linear_1.\1"),
-    (r"time_in\.mlp\.2\.(.+)", r"time_text_embed.timestep_embedder.linear_2.\1"),
-    (r"guidance_in\.mlp\.0\.(.+)", r"time_text_embed.guidance_embedder.linear_1.\1"),
-    (r"guidance_in\.mlp\.2\.(.+)", r"time_text_embed.guidance_embedder.linear_2.\1"),
-    (r"vector_in\.in_layer\.(.+)", r"time_text_embed.text_embedder.linear_1.\1"),
-    (r"vector_in\.out_layer\.(.+)", r"time_text_embed.text_embedder.linear_2.\1"),
+    (r"img_in\.proj\.(.+)", r"x_embedder.proj.\1"),
+    (r"time_in\." + _FIRST, r"time_text_embed.timestep_embedder.linear_1.\1"),
+    (r"time_in\." + _SECOND, r"time_text_embed.timestep_embedder.linear_2.\1"),
+    (r"guidance_in\." + _FIRST, r"time_text_embed.guidance_embedder.linear_1.\1"),
+    (r"guidance_in\." + _SECOND, r"time_text_embed.guidance_embedder.linear_2.\1"),
+    (r"vector_in\." + _FIRST, r"time_text_embed.text_embedder.linear_1.\1"),
+    (r"vector_in\." + _SECOND, r"time_text_embed.text_embedder.linear_2.\1"),
     (r"txt_in\.input_embedder\.(.+)", r"context_embedder.proj_in.\1"),
-    (r"txt_in\.t_embedder\.mlp\.0\.(.+)", r"context_embedder.time_text_embed.timestep_embedder.linear_1.\1"),
-    (r"txt_in\.t_embedder\.mlp\.2\.(.+)", r"context_embedder.time_text_embed.timestep_embedder.linear_2.\1"),
-    (r"txt_in\.c_embedder\.linear_([12])\.(.+)", r"context_embedder.time_text_embed.text_embedder.linear_\1.\2"),
-    (_REFINER + r"self_attn_qkv\.(.+)", tuple(_REFINED + rf"attn.to_{part}.\2" for part in "qkv")),
-    (_REFINER + r"self_attn_proj\.(.+)", _REFINED + r"attn.to_out.0.\2"),
-    (_REFINER + r"mlp\.fc1\.(.+)", _REFINED + r"ff.net.0.proj.\2"),
-    (_REFINER + r"mlp\.fc2\.(.+)", _REFINED + r"ff.net.2.\2"),
+    (r"txt_in\.t_embedder\." + _FIRST, r"context_embedder.time_text_embed.timestep_embedder.linear_1.\1"),
+    (r"txt_in\.t_embedder\." + _SECOND, r"context_embedder.time_text_embed.timestep_embedder.linear_2.\1"),
+    (r"txt_in\.c_embedder\." + _FIRST, r"context_embedder.time_text_embed.text_embedder.linear_1.\1"),
+    (r"txt_in\.c_embedder\." + _SECOND, r"context_embedder.time_text_embed.text_embedder.linear_2.\1"),
+    (_REFINER + r"self_attn[_.]qkv\.(.+)", tuple(_REFINED + rf"attn.to_{part}.\2" for part in "qkv")),
+    (_REFINER + r"self_attn[_.]proj\.(.+)", _REFINED + r"attn.to_out.0.\2"),
+    (_REFINER + r"norm([12])\.(.+)", _REFINED + r"norm\2.\3"),
+    (_REFINER + r"mlp\.(?:fc1|0)\.(.+)", _REFINED + r"ff.net.0.proj.\2"),
+    (_REFINER + r"mlp\.(?:fc2|2)\.(.+)", _REFINED + r"ff.net.2.\2"),
     (_REFINER + r"adaLN_modulation\.1\.(.+)", _REFINED + r"norm_out.linear.\2"),
-    (_DOUBLE + r"img_attn_qkv\.(.+)", tuple(rf"transformer_blocks.\1.attn.to_{part}.\2" for part in "qkv")),
-    (_DOUBLE + r"txt_attn_qkv\.(.+)", tuple(rf"transformer_blocks.\1.attn.add_{part}_proj.\2" for part in "qkv")),
-    (_DOUBLE + r"img_attn_proj\.(.+)", r"transformer_blocks.\1.attn.to_out.0.\2"),
-    (_DOUBLE + r"txt_attn_proj\.(.+)", r"transformer_blocks.\1.attn.to_add_out.\2"),
-    (_DOUBLE + r"img_mod\.linear\.(.+)", r"transformer_blocks.\1.norm1.linear.\2"),
-    (_DOUBLE + r"txt_mod\.linear\.(.+)", r"transformer_blocks.\1.norm1_context.linear.\2"),
-    (_DOUBLE + r"img_mlp\.fc1\.(.+)", r"transformer_blocks.\1.ff.net.0.proj.\2"),
-    (_DOUBLE + r"img_mlp\.fc2\.(.+)", r"transformer_blocks.\1.ff.net.2.\2"),
-    (_DOUBLE + r"txt_mlp\.fc1\.(.+)", r"transformer_blocks.\1.ff_context.net.0.proj.\2"),
-    (_DOUBLE + r"txt_mlp\.fc2\.(.+)", r"transformer_blocks.\1.ff_context.net.2.\2"),
+    *_hunyuan_stream("img", ("to_q", "to_k", "to_v"), "norm_", "to_out.0"),
+    *_hunyuan_stream("txt", ("add_q_proj", "add_k_proj", "add_v_proj"), "norm_added_", "to_add_out"),
     (
         _SINGLE + r"linear1\.(.+)",
-        tuple(rf"single_transformer_blocks.\1.{part}.\2" for part in ("attn.to_q", "attn.to_k", "attn.to_v", FEED)),
+        tuple(
+            rf"single_transformer_blocks.\1.{part}.\2" for part in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+        ),
     ),
     (_SINGLE + r"linear2\.(.+)", r"single_transformer_blocks.\1.proj_out.\2"),
-    (_SINGLE + r"modulation\.linear\.(.+)", r"single_transformer_blocks.\1.norm.linear.\2"),
+    (_SINGLE + r"(?:q_norm|norm\.query_norm)\.(.+)", r"single_transformer_blocks.\1.attn.norm_q.\2"),
+    (_SINGLE + r"(?:k_norm|norm\.key_norm)\.(.+)", r"single_transformer_blocks.\1.attn.norm_k.\2"),
+    (_SINGLE + r"modulation\.lin(?:ear)?\.(.+)", r"single_transformer_blocks.\1.norm.linear.\2"),
     (r"final_layer\.linear\.(.+)", r"proj_out.\1"),
 )
 
@@ -114,6 +130,20 @@ NATIVE_TEXT_ENCODER: KeyMap = (
 
 # transformers' own files may hold the tied token embedding once or twice.
 TRANSFORMERS_TEXT_ENCODER: KeyMap = ((r"encoder\.embed_tokens\.weight", r"shared.weight"), *IDENTITY)
+
+# A Llama or a CLIP may be stored alone, or as a part of the model that it was trained in, with that one's head.
+LLAMA: KeyMap = (
+    (r"lm_head\..+", None),
+    (r"(?:.+\.)?rotary_emb\.inv_freq", None),
+    (r"model\.(.+)", r"\1"),
+    *IDENTITY,
+)
+CLIP: KeyMap = (
+    (r"text_projection\..+", None),
+    (r"(?:text_model\.)?embeddings\.position_ids", None),
+    (r"text_model\.(.+)", r"\1"),
+    *IDENTITY,
+)
 
 # Wan-native CLIP -> transformers.CLIPVisionModel. The file holds the text tower as well, which no task uses.
 _LAYER = r"visual\.transformer\.(\d+)\."
@@ -211,11 +241,37 @@ NATIVE_CONSTANTS: dict[str, object] = {
     "vae_scale": 4,
 }
 DIFFUSERS_CONSTANTS: dict[str, object] = {
+    "patch_size": [1, 2, 2],
     "added_kv_proj_dim": None,
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
     "rope_max_seq_len": 1024,
     "pos_embed_seq_len": None,
+}
+WAN_VAE_CONSTANTS: dict[str, object] = {
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+    "is_residual": False,
+    "in_channels": 3,
+    "out_channels": 3,
+    "patch_size": None,
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 8,
+}
+HUNYUAN_CONSTANTS: dict[str, object] = {
+    "image_condition_type": None,
+    "patch_size": 2,
+    "patch_size_t": 1,
+    "qk_norm": "rms_norm",
+}
+HUNYUAN_VAE_CONSTANTS: dict[str, object] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 16,
+    "spatial_compression_ratio": 8,
+    "temporal_compression_ratio": 4,
 }
 
 

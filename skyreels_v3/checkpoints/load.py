@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
 import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from skyreels_v3.checkpoints.hub import read_json, weight_files
-from skyreels_v3.checkpoints.key_maps import IDENTITY, KeyMap, invert, restore, translate
+from skyreels_v3.checkpoints.contents import check_format, check_keys, name_some, refuse_dtypes, rename
+from skyreels_v3.checkpoints.hub import weight_files
+from skyreels_v3.checkpoints.key_maps import IDENTITY, KeyMap
 from skyreels_v3.errors import CheckpointError
 from skyreels_v3.models.parameters import replace_tensors
 
-NAMED_KEYS = 5  # keys spelled out in an error message
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+WEIGHTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8)  # dtypes that hold some
 
 
 def read_tensors(path: Path, values: bool = True) -> dict[str, Tensor]:
@@ -33,11 +34,13 @@ def read_tensors(path: Path, values: bool = True) -> dict[str, Tensor]:
     Without `values` they are on meta: the weights come from another process, and nothing but headers is read.
 
     Raises:
-        CheckpointError: a file that is missing, truncated or no checkpoint, or holds something other than tensors.
+        CheckpointError: a file that is missing, truncated or no checkpoint, or holds something other than tensors, or
+            weights that are quantized in a way that is not ours.
     """
     tensors: dict[str, Tensor] = {}
     for file in weight_files(path) if path.is_dir() else [path]:
         tensors.update(read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file))
+    check_format(tensors, path)
     return tensors if values else {key: tensor.to("meta") for key, tensor in tensors.items()}
 
 
@@ -80,30 +83,6 @@ def read_ahead(files: Sequence[Path]) -> None:
     Thread(target=read, daemon=True).start()
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A checkpoint's config.json without the library's own underscored entries."""
-    return {key: value for key, value in read_json(path).items() if not key.startswith("_")}
-
-
-def rename(tensors: Mapping[str, Tensor], key_map: KeyMap, source: Path) -> dict[str, Tensor]:
-    """Tensors under their models' names; stacked weights are split (views, not copies)."""
-    renamed: dict[str, Tensor] = {}
-    unknown = []
-    for key, tensor in tensors.items():
-        try:
-            target = translate(key, key_map)
-        except KeyError:
-            unknown.append(key)
-            continue
-        if isinstance(target, tuple):
-            renamed.update(zip(target, tensor.chunk(len(target)), strict=True))
-        elif target is not None:
-            renamed[target] = tensor
-    if unknown:
-        raise CheckpointError(f"{source}: unexpected keys {name_some(unknown)}")
-    return renamed
-
-
 def load_model(
     build: Callable[[], nn.Module],
     tensors: Mapping[str, Tensor],
@@ -128,43 +107,48 @@ def load_model(
         with torch.device("meta"):
             model = build()
     except Exception as error:  # the libraries' classes raise whatever a strange size or name leads to
-        raise CheckpointError(f"{source}: no model has the sizes of its config ({error}); download it again") from error
+        reason = f"{source}: no model has the sizes of its config ({error})"
+        raise CheckpointError(f"{reason}; give the model's own config") from error
     tensors = rename(tensors, key_map, source)
     parameters = dict(model.named_parameters())  # tied weights once, under their first name
-    check_keys(parameters, tensors, source, key_map)
+    check_keys({name: parameter.shape for name, parameter in parameters.items()}, tensors, source, key_map)
+    check_dtypes(parameters, tensors, source)
     loaded: dict[int, Tensor] = {id(buffer): (buffers or {})[name] for name, buffer in model.named_buffers()}
     for name, parameter in parameters.items():
         target = torch.float32 if any(part in name for part in float32_names) else dtype
-        if parameter.dtype == tensors[name].dtype and parameter.element_size() == 1:  # quantised
+        if parameter.dtype == tensors[name].dtype and parameter.element_size() == 1:  # quantized
             target = parameter.dtype
         loaded[id(parameter)] = nn.Parameter(tensors[name].to(target), requires_grad=False)
     replace_tensors(model, lambda tensor: loaded[id(tensor)])
     return model.eval()
 
 
-def check_keys(
-    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: Path, key_map: KeyMap = IDENTITY
-) -> None:
-    """Raise CheckpointError, in the checkpoint's own names, unless `found` has the keys and shapes of `expected`."""
-    names = invert(key_map)
-    problems = []
-    if missing := expected.keys() - found.keys():
-        problems.append(f"missing keys {name_some(restore(key, names) for key in missing)}")
-    if unexpected := found.keys() - expected.keys():
-        problems.append(f"unexpected keys {name_some(restore(key, names) for key in unexpected)}")
-    misshapen = [
-        f"{restore(key, names)} ({list(found[key].shape)} instead of {list(expected[key].shape)})"
-        for key in expected.keys() & found.keys()
-        if found[key].shape != expected[key].shape
-    ]
-    if misshapen:
-        problems.append(f"wrong shapes {name_some(misshapen)}")
-    if problems:
-        raise CheckpointError(f"{source} does not fit its model: {'; '.join(problems)}")
+def check_dtypes(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Raise CheckpointError for tensors that are no weights as they stand: integers, or FP8 whose scale is missing.
+
+    A plain cast to FP8 is taken: what published weights are is far from the end of its range. Divided by a scale they
+    fill it. One matrix tells.
+    """
+    wrong = {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype not in WEIGHTS}
+    wrong |= {
+        name: tensors[name].dtype
+        for name, parameter in parameters.items()
+        if parameter.dtype in FP8 and tensors[name].dtype != parameter.dtype
+    }
+    refuse_dtypes(wrong, source)
+    casts = (name for name, tensor in tensors.items() if tensor.dtype in FP8 and parameters[name].dtype not in FP8)
+    name = next((name for name in casts if tensors[name].ndim == 2 and not tensors[name].is_meta), None)
+    if name is not None and tensors[name].float().abs().max() > torch.finfo(tensors[name].dtype).max / 2:
+        raise CheckpointError(
+            f"{source}: {name} is FP8 that was divided by a scale, and there is none; give the scaled "
+            "weights in bfloat16, and --quant fp8 to have them in FP8"
+        )
 
 
-def name_some(names: Iterable[str]) -> str:
-    """The first names of a list, and how many more there are."""
-    names = sorted(names)
-    more = f" and {len(names) - NAMED_KEYS} more" if len(names) > NAMED_KEYS else ""
-    return ", ".join(names[:NAMED_KEYS]) + more
+def check_finite(model: nn.Module, name: str) -> None:
+    """Raise CheckpointError for a model's weights that hold infinity or no numbers."""
+    wrong = [key for key, weight in model.named_parameters() if not weight.float().isfinite().all()]
+    if wrong:
+        raise CheckpointError(
+            f"the {name}'s {name_some(wrong)}: numbers that are not finite; give a checkpoint without"
+        )

@@ -25,15 +25,23 @@ from transformers import (
 )
 
 from skyreels_v3.checkpoints import key_maps
+from skyreels_v3.checkpoints.contents import (
+    known_arguments,
+    read_config,
+    shape_of,
+    sizes_of,
+    wan_arguments,
+    wan_key_map,
+    without_prefix,
+)
 from skyreels_v3.checkpoints.hub import (
     NATIVE_IMAGE_ENCODER_FILE,
     NATIVE_TEXT_ENCODER_FILE,
     NATIVE_TOKENIZER,
     NATIVE_VAE_FILE,
     audio_weights,
-    transformer_config,
 )
-from skyreels_v3.checkpoints.load import load_model, read_config, read_tensors
+from skyreels_v3.checkpoints.load import load_model, read_tensors
 from skyreels_v3.errors import CheckpointError
 from skyreels_v3.memory.quantize import SCALE, with_fp8_layers
 from skyreels_v3.models.audio_encoder import AudioEncoder
@@ -50,14 +58,9 @@ def load_transformer(folder: Path, dtype: torch.dtype, values: bool = True) -> S
 
     `values`: see `load.read_tensors`.
     """
-    config = read_config(folder / "config.json")
-    tensors = read_tensors(folder, values)
-    native = "num_heads" in config
-    if native:
-        arguments = native_arguments(config, tensors, folder)
-    else:
-        arguments = known_arguments(SkyReelsTransformer3DModel, config, key_maps.DIFFUSERS_CONSTANTS, folder)
-    key_map = key_maps.NATIVE_TRANSFORMER if native else key_maps.IDENTITY
+    tensors = without_prefix(read_tensors(folder, values))
+    arguments = wan_arguments(read_config(folder / "config.json"), tensors, folder)
+    key_map = wan_key_map(tensors)
     float32_names = [*SkyReelsTransformer3DModel._keep_in_fp32_modules, SCALE]
 
     def build() -> SkyReelsTransformer3DModel:
@@ -67,66 +70,15 @@ def load_transformer(folder: Path, dtype: torch.dtype, values: bool = True) -> S
     return cast(SkyReelsTransformer3DModel, model)
 
 
-def known_arguments(
-    model: Any, config: Mapping[str, Any], constants: Mapping[str, object], folder: Path
-) -> dict[str, Any]:
-    """Arguments of a diffusers model from its config; knobs that are not turned, and unknown ones, are refused by name.
-
-    Args:
-        constants: the only values that some knobs may have; they are no arguments.
-    """
-    check_constants(config, constants, folder)
-    arguments = {key: value for key, value in config.items() if key not in constants}
-    refuse_unknown(arguments.keys() - model._get_init_keys(model), folder)
-    return arguments
-
-
-def native_arguments(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
-    """Arguments of our transformer from a Wan-native config and the shapes of the tensors it leaves out."""
-    check_constants(config, key_maps.NATIVE_CONSTANTS, folder)
-    refuse_unknown(config.keys() - key_maps.NATIVE_CONFIG.keys() - key_maps.NATIVE_CONSTANTS.keys(), folder)
-    arguments = {ours: config[theirs] for theirs, ours in key_maps.NATIVE_CONFIG.items() if ours and theirs in config}
-    arguments |= transformer_config(folder, arguments.keys() - {"eps"})
-    arguments["text_dim"] = shape_of("text_embedding.0.weight", 2, tensors, folder)[1]
-    if "img_emb.proj.1.weight" in tensors:
-        arguments["image_dim"] = shape_of("img_emb.proj.1.weight", 2, tensors, folder)[1]
-    if "audio_window" in config:
-        width = shape_of("audio_proj.proj1.weight", 2, tensors, folder)[1]
-        arguments["audio_features"] = width // config["audio_window"]
-    return arguments
-
-
-def shape_of(key: str, axes: int, tensors: Mapping[str, Tensor], source: Path) -> torch.Size:
-    """The shape of a tensor that a model's sizes are read from."""
-    if key not in tensors:
-        raise CheckpointError(f"{source} lacks {key}, which the model's sizes are read from; download it again")
-    shape = tensors[key].shape
-    if len(shape) != axes or 0 in shape:
-        raise CheckpointError(f"{source}: wrong shape {key} ({list(shape)}); download it again")
-    return shape
-
-
-def check_constants(config: Mapping[str, Any], constants: Mapping[str, object], folder: Path) -> None:
-    """Raise CheckpointError when a config turns a knob that the code does not have."""
-    for key in config.keys() & constants.keys():
-        if config[key] != constants[key]:
-            raise CheckpointError(
-                f"{folder}/config.json: {key} = {config[key]} is not supported, only {constants[key]}"
-            )
-
-
-def refuse_unknown(keys: set[str], folder: Path) -> None:
-    """Raise CheckpointError when there are entries that nothing is known of."""
-    if keys:
-        raise CheckpointError(f"{folder}/config.json: unknown entries {', '.join(sorted(keys))}")
-
-
 def load_vae(root: Path, layout: str, dtype: torch.dtype, values: bool = True) -> VideoVAE:
     """The VAE of the checkpoint at `root`; `values`: see `load.read_tensors`."""
     if layout == "diffusers":
         source, key_map = root / "vae", key_maps.IDENTITY
         tensors = read_tensors(source, values)
-        arguments = known_arguments(AutoencoderKLWan, read_config(source / "config.json"), {}, source)
+        names = AutoencoderKLWan._get_init_keys(AutoencoderKLWan)
+        arguments = known_arguments(
+            names, sizes_of(source, tensors), key_maps.WAN_VAE_CONSTANTS, source / "config.json"
+        )
     else:
         source, key_map = root / NATIVE_VAE_FILE, key_maps.NATIVE_VAE
         tensors = read_tensors(source, values)
@@ -152,7 +104,8 @@ def load_text_encoder(root: Path, layout: str, dtype: torch.dtype) -> TextEncode
     """The UMT5 text encoder of the checkpoint at `root`, with its tokenizer."""
     if layout == "diffusers":
         source, tokenizer, key_map = root / "text_encoder", root / "tokenizer", key_maps.TRANSFORMERS_TEXT_ENCODER
-        tensors, sizes = read_tensors(source), read_config(source / "config.json")
+        tensors = read_tensors(source)
+        sizes = sizes_of(source, tensors, "umt5")
     else:
         source, tokenizer = root / NATIVE_TEXT_ENCODER_FILE, root / NATIVE_TOKENIZER
         key_map, tensors = key_maps.NATIVE_TEXT_ENCODER, read_tensors(source)
@@ -215,12 +168,13 @@ def native_image_sizes(tensors: Mapping[str, Tensor], source: Path) -> dict[str,
 def load_audio_encoder(root: Path, dtype: torch.dtype) -> AudioEncoder:
     """The wav2vec2 audio encoder of the checkpoint at `root`."""
     source = audio_weights(root)
-    sizes = read_config(source.parent / "config.json")
+    tensors = read_tensors(source)
+    sizes = sizes_of(source.parent, tensors, "wav2vec2")
 
     def build() -> Wav2Vec2Model:
         return Wav2Vec2Model(Wav2Vec2Config(**sizes))
 
-    module = load_model(build, read_tensors(source), source, dtype, key_maps.TRANSFORMERS_AUDIO_ENCODER)
+    module = load_model(build, tensors, source, dtype, key_maps.TRANSFORMERS_AUDIO_ENCODER)
     return AudioEncoder(cast(Wav2Vec2Model, module))
 
 

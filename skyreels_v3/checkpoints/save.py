@@ -21,7 +21,7 @@ from skyreels_v3.tasks import HUNYUAN, TaskSpec
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
-TRANSFORMER_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
+TRANSFORMER_FILES = ("config.json", "*.safetensors", "*.safetensors.index*.json")
 
 
 def save_quantized(transformer: ModelMixin, checkpoint: Path, others: Path, folder: Path, task: TaskSpec) -> Path:

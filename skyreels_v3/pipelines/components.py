@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from skyreels_v3.cache import TensorCache, cache_folder, identity_of
+from skyreels_v3.checkpoints.adapters import apply_loras
 from skyreels_v3.checkpoints.hub import BASE_SCHEDULER, errors_about, read_json, text_encoder_files, weight_files
 from skyreels_v3.checkpoints.hunyuan import load_hunyuan_text_encoder, load_hunyuan_transformer, load_hunyuan_vae
 from skyreels_v3.checkpoints.load import read_ahead
-from skyreels_v3.checkpoints.lora import apply_loras
 from skyreels_v3.checkpoints.published import (
     load_audio_encoder,
     load_image_encoder,
@@ -131,9 +131,8 @@ def hunyuan_loaders(folder: Path, request: GenerationRequest, runtime: Runtime, 
 
 def set_up_transformer(transformer: Transformer, request: GenerationRequest, runtime: Runtime) -> None:
     """What is done to the transformer from outside: adapters, quantisation, attention, processes, its stream."""
-    if request.lora:
-        loras = [(Path(file), scale) for file, scale in request.lora]  # names were replaced when they were fetched
-        apply_loras(transformer, loras, fuse=request.quant is not None)
+    if request.lora:  # their sources were replaced by files when they were fetched
+        apply_loras(transformer, request.lora, fuse=request.quant is not None)
     if request.quant is not None:
         quantize_blocks(transformer.blocks, "quantising", request.quant, runtime)
     if not isinstance(transformer, HunyuanTransformer3DModel):  # whose blocks take all tokens at once

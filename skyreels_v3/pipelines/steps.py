@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from skyreels_v3 import throughput
+from skyreels_v3.checkpoints.load import check_finite
 from skyreels_v3.media.inputs import Inputs, condition_clip
 from skyreels_v3.models.hunyuan.text_encoder import HunyuanTextEncoder
 from skyreels_v3.models.text_encoder import TextEncoder, pad_context
@@ -203,7 +204,11 @@ class Steps:
                 bar.update()
                 keep(step, latents)
 
-            latents = denoise(transformer, scheduler, start, made, guidance, after_step, pin, predictions, done)
+            try:
+                latents = denoise(transformer, scheduler, start, made, guidance, after_step, pin, predictions, done)
+            except FloatingPointError:
+                check_finite(transformer, "transformer")  # not before: it reads all weights
+                raise
         if request.compile:
             log_step_times(ends)
         elif parallel.main and request.cache is None and not done:

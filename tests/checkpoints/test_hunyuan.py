@@ -164,7 +164,7 @@ LOADERS = {
 def test_every_key_must_fit(root, folder):
     file = next((root / folder).glob("*.safetensors"))
     whole = load_file(file)
-    key = min(whole)
+    key = max(whole)
     name = key.removeprefix("text_model.")
     for spoilt, message in (
         ({known: whole[known] for known in whole.keys() - {key}}, f"missing keys {name}"),
@@ -182,12 +182,22 @@ def test_every_key_must_fit(root, folder):
         (".", {"more": 1}, "unknown entries more"),
         (".", {"image_condition_type": "token_replace"}, "image_condition_type = token_replace is not supported"),
         (".", {"image_condition_type": "latent_concat"}, "only None"),
-        (".", {"num_layers": "two"}, "no model has the sizes of its config"),
+        (".", {"num_layers": "two"}, "num_layers = two is no size"),
+        (".", {"num_layers": 10**6}, "num_layers = 1000000 is more than the weights beside it have"),
+        (".", {"attention_head_dim": 10**12}, "attention_head_dim = 1000000000000 is more than"),
+        (".", {"patch_size": 4}, "patch_size = 4 is not supported, only 2"),
         ("vae", {"more": 1}, "unknown entries more"),
         ("vae", {"temporal_compression_ratio": 8}, "temporal_compression_ratio = 8 is not supported, only 4"),
         ("vae", {"scaling_factor": None}, "scaling_factor = None is no positive number"),
-        ("text_encoder", {"num_attention_heads": "many"}, "no model has the sizes of its config"),
-        ("text_encoder_2", {"hidden_size": -1}, "no model has the sizes of its config"),
+        ("vae", {"layers_per_block": 10**6}, "layers_per_block = 1000000 is more than"),
+        ("vae", {"block_out_channels": [8, 8, 8, 10**6]}, "block_out_channels = 1000000 is more than"),
+        ("vae", {"norm_num_groups": 3}, "no model has the sizes of its config"),
+        ("text_encoder", {"num_attention_heads": "many"}, "num_attention_heads = many is no size"),
+        ("text_encoder", {"num_hidden_layers": 10**6}, "num_hidden_layers = 1000000 is more than"),
+        ("text_encoder", {"model_type": "mistral"}, "model_type = mistral is not supported, only llama"),
+        ("text_encoder", {"quantization_config": {"quant_method": "awq"}}, "quantization_config is not supported"),
+        ("text_encoder_2", {"hidden_size": -1}, "hidden_size = -1 is no size"),
+        ("text_encoder_2", {"max_position_embeddings": 10**15}, "wrong shapes embeddings.position_embedding.weight"),
     ],
 )
 def test_configs_that_are_refused(root, folder, entry, message):

@@ -16,15 +16,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from skyreels_v3.attention.backends import sdpa
-from skyreels_v3.checkpoints import key_maps
+from skyreels_v3.checkpoints import adapters, key_maps
 from skyreels_v3.checkpoints.hunyuan import load_hunyuan_transformer
 from skyreels_v3.checkpoints.key_maps import NATIVE_HUNYUAN
 from skyreels_v3.checkpoints.load import read_tensors
-from skyreels_v3.checkpoints.lora import apply_loras, model_names, read_lora
+from skyreels_v3.checkpoints.lora import model_names, read_lora
 from skyreels_v3.checkpoints.published import load_transformer
+from skyreels_v3.checkpoints.shapes import Shapes, hunyuan_shapes
 from skyreels_v3.errors import CheckpointError
+from skyreels_v3.memory.hunyuan_sizes import HunyuanSizes
+from skyreels_v3.memory.quantize import Fp8Linear, quantize
 from skyreels_v3.models.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
+from skyreels_v3.tasks import Lora
 
 SMALL = {
     "num_attention_heads": 2,
@@ -74,6 +78,14 @@ def folder(tmp_path_factory) -> Path:
 
 def mapped(folder: Path, dtype: torch.dtype = torch.float32) -> SkyReelsTransformer3DModel:
     return load_transformer(folder / str(dtype).removeprefix("torch."), dtype)
+
+
+def apply_loras(model: nn.Module, loras: list[tuple[Path, float]], fuse: bool, partial: bool = False) -> None:
+    adapters.apply_loras(model, [Lora(str(file), scale, partial) for file, scale in loras], fuse)
+
+
+def shapes_of(model: nn.Module) -> Shapes:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def random_pairs(seed: int = 0, native: bool = False) -> Pairs:
@@ -172,12 +184,13 @@ def test_every_native_linear_layer_has_its_flat_name(folder):
         native = key_maps.restore(f"{name}.weight", inverse).removesuffix(".weight")
         native = re.sub(r"attn_audio\.to_[kv]", "audio_cross_attn.kv_linear", native)  # no way back: two in one
         assert native != name
-        dotted = model_names(native, Path(), key_maps.NATIVE_TRANSFORMER)
-        flat = "lora_unet_" + native.replace(".", "_")
-        assert model_names(flat, Path(), key_maps.NATIVE_TRANSFORMER) == dotted
-        assert name in dotted
+        dotted = model_names(native, "weight", key_maps.NATIVE_TRANSFORMER)
+        for prefix in ("lora_unet_", "lora_unet__"):
+            flat = prefix + native.replace(".", "_")
+            assert model_names(flat, "weight", key_maps.NATIVE_TRANSFORMER) == dotted
+        assert f"{name}.weight" in dotted
         found.update(dotted)
-    assert found == layers
+    assert found == {f"{name}.weight" for name in layers}
 
 
 @pytest.mark.parametrize("name", [STACKED, f"lora_unet_{STACKED.replace('.', '_')}"])
@@ -324,18 +337,17 @@ def compare_layers(ours: nn.Module, theirs: nn.Module, folder: Path) -> None:
     assert changed == 2 * 8 + 2 + 1  # of two blocks, the image embedding and the head
 
 
-def test_settings_beside_are_of_files_with_pefts_names_and_no_alpha(tmp_path):
+def test_settings_beside_are_of_files_with_pefts_names_and_no_alpha(tmp_path, folder):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 8}))
     pairs = dict(list(random_pairs().items())[:1])
-    (up,) = (pair[1] for pair in pairs.values())
-    key = f"{LAYERS[0][0]}.lora_B.weight"
     for template, alpha, factor in (
         ("base_model.model.{}.lora_{}.weight", None, 4),
         ("base_model.model.{}.lora_{}.weight", 1.0, 0.5),
         ("transformer.{}.lora_{}.weight", None, 1),
     ):
-        read = read_lora(write(tmp_path / "a.safetensors", pairs, template, alpha))
-        torch.testing.assert_close(read[key], factor * up)
+        file = read_lora(write(tmp_path / "a.safetensors", pairs, template, alpha), shapes_of(mapped(folder)))
+        (change,) = adapters.read_changes(file)[f"{LAYERS[0][0]}.weight"]
+        assert change.scale == factor
 
 
 @pytest.mark.parametrize(
@@ -364,7 +376,7 @@ def test_settings_that_mean_something_else(tmp_path, change, message, place):
         header["lora_adapter_metadata"] = json.dumps({f"transformer.{key}": v for key, v in settings.items()})
     save_file(tensors, tmp_path / "a.safetensors", metadata=header)
     with pytest.raises(CheckpointError, match=re.escape(message)):
-        read_lora(tmp_path / "a.safetensors")
+        read_lora(tmp_path / "a.safetensors", {"blocks.0.attn1.to_q.weight": (32, 32)})
 
 
 def pair(name: str, rows: int = 32, columns: int = 32, rank: int = 2) -> dict[str, Tensor]:
@@ -372,52 +384,74 @@ def pair(name: str, rows: int = 32, columns: int = 32, rank: int = 2) -> dict[st
 
 
 QUERY = "blocks.0.attn1.to_q"
+NOTHING = "does not fit its model, which has nothing for "
 REFUSED = {
     "nothing": ({}, "no entries"),
-    "a checkpoint": ({f"{QUERY}.weight": torch.ones(32, 32)}, f"not supported: {QUERY}.weight"),
-    "full weights": (
-        pair(QUERY) | {"diffusion_model.blocks.0.self_attn.q.diff": torch.ones(32, 32)},
-        "not supported: diffusion_model.blocks.0.self_attn.q.diff; give a LoRA of lora_A and lora_B",
+    "a checkpoint": (
+        {f"{QUERY}.weight": torch.ones(32, 32)},
+        f"not supported: {QUERY}.weight; give a LoRA of low-rank",
     ),
-    "biases": (pair(QUERY) | {f"{QUERY}.diff_b": torch.ones(32)}, f"not supported: {QUERY}.diff_b"),
     "DoRA": (pair(QUERY) | {f"{QUERY}.dora_scale": torch.ones(32)}, f"not supported: {QUERY}.dora_scale"),
     "LoKr": ({f"{QUERY}.lokr_w1": torch.ones(2, 2)}, f"not supported: {QUERY}.lokr_w1"),
     "biases of B": (pair(QUERY) | {f"{QUERY}.lora_B.bias": torch.ones(32)}, f"not supported: {QUERY}.lora_B.bias"),
     "text encoder": (
         pair(QUERY) | pair("text_encoder.encoder.block.0"),
-        "LoRAs of text encoders are not supported: text_encoder.encoder.block.0.lora_A.weight, text_encoder",
+        NOTHING + "text_encoder.encoder.block.0.lora_A.weight, text_encoder.encoder.block.0.lora_B.weight; bad.safete",
     ),
-    "kohya's text encoder": (pair("lora_te_text_model"), "text encoders are not supported: lora_te_text_model.lora_A"),
+    "kohya's text encoder": (pair("lora_te_text_model"), NOTHING + "lora_te_text_model.lora_A.weight, "),
     "B alone": ({f"{QUERY}.lora_B.weight": torch.ones(32, 2)}, f"A or B is missing of {QUERY}"),
     "alpha alone": ({f"{QUERY}.alpha": torch.tensor(1.0)}, f"A or B is missing of {QUERY}"),
     "ranks": (
         pair(QUERY) | {f"{QUERY}.lora_B.weight": torch.ones(32, 3)},
-        f"wrong shapes {QUERY} (A [2, 32], B [32, 3])",
+        f"wrong shapes {QUERY}.lora_B.weight ([32, 3] instead of [32, 2])",
     ),
-    "no rank": (pair(QUERY, rank=0), f"wrong shapes {QUERY} (A [0, 32], B [32, 0])"),
+    "no rank": (pair(QUERY, rank=0), f"wrong shapes {QUERY}.lora_A.weight ([0, 32] instead of [0, 32])"),
     "convolution": (
         {
-            "patch_embedding.lora_A.weight": torch.ones(2, 16, 1, 2, 2),
+            "patch_embedding.lora_A.weight": torch.ones(2, 16, 1, 2, 1),
             "patch_embedding.lora_B.weight": torch.ones(32, 2, 1, 1, 1),
         },
-        "wrong shapes patch_embedding (A [2, 16, 1, 2, 2]",
+        "wrong shapes patch_embedding.lora_A.weight ([2, 16, 1, 2, 1] instead of [2, 16, 1, 2, 2])",
     ),
-    "alphas": (pair(QUERY) | {f"{QUERY}.alpha": torch.ones(2)}, f"wrong shapes {QUERY} (alpha [2], A"),
-    "odd halves": (pair(STACKED, rows=63, columns=12), f"wrong shape {STACKED} (B [63, 2], which is to be 2 weights)"),
-    "two names": (pair(QUERY) | pair("blocks.0.self_attn.q"), f"more than one LoRA of {QUERY}.lora_A.weight, {QUERY}"),
+    "alphas": (pair(QUERY) | {f"{QUERY}.alpha": torch.ones(2)}, f"wrong shapes {QUERY}.alpha ([2] instead of [])"),
+    "odd halves": (
+        pair(STACKED, rows=63, columns=12),
+        f"wrong shapes {STACKED}.lora_B.weight ([63, 2] instead of [64, 2])",
+    ),
+    "two names": (pair(QUERY) | pair("blocks.0.self_attn.q"), "more than one LoRA of blocks.0.self_attn.q.lora_A.wei"),
     "two prefixes": (pair(QUERY) | pair(f"transformer.{QUERY}"), "more than one LoRA of "),
-    "an unknown flat name": (pair("lora_unet_blocks_0_attn9_q"), "unexpected keys lora_unet_blocks_0_attn9_q"),
-    "no such block": (
-        pair("blocks.7.self_attn.q"),
-        "does not fit its model: unexpected keys blocks.7.attn1.to_q.lora_A",
+    "an unknown flat name": (
+        pair("lora_unet_blocks_0_attn9_q"),
+        NOTHING + "lora_unet_blocks_0_attn9_q.lora_A.weight, lora_unet_blocks_0_attn9_q.lora_B.weight; give a LoRA of",
     ),
-    "no such layer": (pair("blocks.0.attn9.to_q"), "unexpected keys blocks.0.attn9.to_q.lora_A.weight"),
-    "not linear": (pair("patch_embedding"), "unexpected keys patch_embedding.lora_A.weight"),
-    "a norm": (pair("blocks.0.norm2"), "unexpected keys blocks.0.norm2.lora_A.weight"),
+    "no such block": (
+        pair(QUERY) | pair("diffusion_model.blocks.7.self_attn.q"),
+        NOTHING + "diffusion_model.blocks.7.self_attn.q.lora_A.weight, diffusion_model.blocks.7.self_attn.q.lora_B.wei"
+        "ght; bad.safetensors:1:partial applies the rest",
+    ),
+    "no such layer": (pair("blocks.0.attn9.to_q"), NOTHING + "blocks.0.attn9.to_q.lora_A.weight"),
+    "a norm": (pair("blocks.0.norm2"), "wrong shapes blocks.0.norm2.lora_A.weight ([2, 32] instead of [2])"),
     "another width": (
         pair(QUERY, rows=48, columns=40),
         f"wrong shapes {QUERY}.lora_A.weight ([2, 40] instead of [2, 32]), "
         f"{QUERY}.lora_B.weight ([48, 2] instead of [32, 2])",
+    ),
+    "another width of a difference": (
+        pair(QUERY) | {"blocks.0.self_attn.q.diff_b": torch.ones(48)},
+        "wrong shapes blocks.0.self_attn.q.diff_b ([48] instead of [32])",
+    ),
+    "a bias of a norm without one": (
+        pair(QUERY) | {"blocks.0.self_attn.norm_q.diff_b": torch.ones(32)},
+        NOTHING + "blocks.0.self_attn.norm_q.diff_b; bad.safetensors:1:partial applies the rest",
+    ),
+    "integers": (
+        pair(QUERY) | {"blocks.0.norm3.diff": torch.ones(32, dtype=torch.int8)},
+        "numbers of this kind are no weights: blocks.0.norm3.diff (I8)",
+    ),
+    "no numbers": (pair(QUERY) | {"blocks.0.norm3.diff": torch.full([32], torch.nan)}, "blocks.0.norm3.diff holds num"),
+    "infinite": (
+        pair(QUERY) | {"head.diff_m": torch.full([1, 2, 32], torch.inf)},
+        "head.diff_m holds numbers that are",
     ),
 }
 
@@ -442,19 +476,19 @@ def test_files_that_are_none(tmp_path):
     file = write(tmp_path / "a.safetensors", random_pairs())
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"--lora: .*a\.safetensors is truncated"):
-        read_lora(file)
+        read_lora(file, {})
     torch.save(random_pairs(), tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"--lora: .*a\.pt is no \.safetensors file"):
-        read_lora(tmp_path / "a.pt")
+        read_lora(tmp_path / "a.pt", {})
     with pytest.raises(CheckpointError, match=r"--lora: .*none\.safetensors cannot be read"):
-        read_lora(tmp_path / "none.safetensors")
+        read_lora(tmp_path / "none.safetensors", {})
 
 
 def test_a_model_without_the_conditions(tmp_path):
     """A LoRA of the avatar's on a model without sound is refused."""
     build(image_dim=None, audio_dim=None).save_pretrained(tmp_path)
     model = load_transformer(tmp_path, torch.float32)
-    with pytest.raises(CheckpointError, match="unexpected keys audio_projection"):
+    with pytest.raises(CheckpointError, match="has nothing for audio_projection"):
         apply_loras(model, [(write(tmp_path / "a.safetensors", random_pairs()), 1.0)], fuse=True)
 
 
@@ -462,7 +496,132 @@ def test_what_is_applied_is_logged(tmp_path, folder, caplog):
     file = write(tmp_path / "a.safetensors", random_pairs())
     with caplog.at_level(logging.INFO, logger="skyreels_v3"):
         apply_loras(mapped(folder), [(file, 0.5)], fuse=True)
-    assert f"LoRA {file}: {len(LAYERS)} layers, scale 0.5, fused" in caplog.text
+    assert f"LoRA {file}: {len(LAYERS)} weights, scale 0.5, fused" in caplog.text
+
+
+# Differences beside the pairs: native name, our weight, its shape
+DIFFERENCES = (
+    ("blocks.0.self_attn.q.diff_b", "blocks.0.attn1.to_q.bias", (32,)),
+    ("blocks.0.self_attn.norm_q.diff", "blocks.0.attn1.norm_q.weight", (32,)),
+    ("blocks.1.cross_attn.norm_k_img.diff", "blocks.1.attn2.norm_added_k.weight", (32,)),
+    ("blocks.1.cross_attn.v.diff", "blocks.1.attn2.to_v.weight", (32, 32)),
+    ("blocks.0.norm3.diff", "blocks.0.norm2.weight", (32,)),
+    ("blocks.0.norm3.diff_b", "blocks.0.norm2.bias", (32,)),
+    ("blocks.1.diff_m", "blocks.1.scale_shift_table", (1, 6, 32)),
+    ("blocks.0.audio_cross_attn.kv_linear.diff_b", "blocks.0.attn_audio.to_{}.bias", (64,)),
+    ("patch_embedding.diff_b", "patch_embedding.bias", (32,)),
+    ("time_embedding.0.diff_b", "condition_embedder.time_embedder.linear_1.bias", (32,)),
+    ("head.head.diff", "proj_out.weight", (64, 32)),
+    ("head.diff_m", "scale_shift_table", (1, 2, 32)),
+)
+
+
+def differences(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A file of pairs and differences, and what it adds to each weight, in float64."""
+    torch.manual_seed(seed)
+    file: dict[str, Tensor] = {}
+    added: dict[str, Tensor] = {}
+    for name, weight, shape in DIFFERENCES:
+        file[f"diffusion_model.{name}"] = change = torch.randn(shape)
+        halves = ((weight.format(part), half) for part, half in zip("kv", change.chunk(2), strict=True))
+        added |= {k: v.double() for k, v in (halves if "{}" in weight else [(weight, change)])}
+    down, up = torch.randn(3, 16, 1, 2, 2), torch.randn(32, 3, 1, 1, 1)  # of a convolution
+    file |= {f"diffusion_model.patch_embedding.lora_{part}.weight": t for part, t in (("down", down), ("up", up))}
+    added["patch_embedding.weight"] = torch.einsum("or,r...->o...", up.double().flatten(1), down.double())
+    for ours, theirs in (
+        ("blocks.0.attn1.to_k", "blocks.0.self_attn.k"),
+        ("blocks.1.attn2.to_v", "blocks.1.cross_attn.v"),
+    ):
+        down, up = torch.randn(2, 32), torch.randn(32, 2)
+        file |= {f"diffusion_model.{theirs}.lora_{part}.weight": t for part, t in (("down", down), ("up", up))}
+        file[f"diffusion_model.{theirs}.alpha"] = torch.tensor(1.0)
+        added[f"{ours}.weight"] = added.get(f"{ours}.weight", 0) + 0.5 * up.double() @ down.double()
+    return file, added
+
+
+def merged(model: nn.Module) -> dict[str, Tensor]:
+    """A model's weights by their own names, PEFT's layers taken into them."""
+    made = {}
+    for name, weight in model.named_parameters():
+        plain = name.replace("base_layer.", "")
+        layer = model.get_submodule(plain.rpartition(".")[0])
+        if "lora_" not in name:
+            made[plain] = weight.double()
+        if hasattr(layer, "base_layer") and plain.endswith(".weight"):
+            for adapter in layer.active_adapters:
+                if adapter in layer.lora_A:
+                    made[plain] = made[plain] + layer.get_delta_weight(adapter).double()
+    return made
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
+def test_differences_are_added_beside_the_pairs(tmp_path, folder, fuse):
+    """To biases, norms, modulation, convolutions and whole weights, of two files, each times its scale."""
+    scales = (0.5, -2.0)
+    added: dict[str, Tensor] = {}
+    for number, scale in enumerate(scales):
+        file, changes = differences(number)
+        save_file(file, tmp_path / f"{number}.safetensors")
+        for name, change in changes.items():
+            added[name] = added.get(name, 0) + scale * change
+    model, base = mapped(folder), dict(mapped(folder).named_parameters())
+    apply_loras(model, [(tmp_path / f"{number}.safetensors", scale) for number, scale in enumerate(scales)], fuse)
+    found = merged(model)
+    assert found.keys() == base.keys() and added.keys() < base.keys()
+    for name, weight in base.items():
+        if name in added:
+            torch.testing.assert_close(found[name], weight.double() + added[name], atol=1e-5, rtol=1e-5)
+        else:
+            assert torch.equal(found[name], weight.double())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_in_fp8_what_is_not_quantised_is_exact(tmp_path, folder):
+    """Fused first and rounded after: layers that stay in bfloat16 are the sum rounded once, or untouched."""
+    file, added = differences(0)
+    save_file(file, tmp_path / "a.safetensors")
+    model, base = mapped(folder, torch.bfloat16), dict(mapped(folder, torch.bfloat16).named_parameters())
+    apply_loras(model, [(tmp_path / "a.safetensors", 1.0)], fuse=True)
+    quantize(model.blocks, torch.device("cpu"))
+    changed = 0
+    for name, weight in model.named_parameters():
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), Fp8Linear) and not name.endswith("bias"):
+            continue
+        exact = base[name].double() + added.get(name, 0)
+        changed += name in added
+        off = (weight.double() - exact).abs() / exact.abs().clamp(min=1e-6)
+        assert off.max() <= (2**-8 if weight.dtype == torch.bfloat16 else 1e-5), name  # half a step
+        assert name in added or torch.equal(weight, base[name])
+    assert changed == len(added) - 1  # but attn1.to_k
+
+
+SIBLING = (
+    pair("blocks.0.self_attn.q") | pair("blocks.1.self_attn.k_img") | pair("lora_te1_text") | pair("blocks.7.ffn.0")
+)
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
+def test_a_part_of_a_lora_of_another_model(tmp_path, folder, fuse, caplog):
+    """What the model has nothing for is left out and counted; what does not fit is refused all the same."""
+    save_file(SIBLING, tmp_path / "a.safetensors")
+    model = mapped(folder)
+    with pytest.raises(
+        CheckpointError, match=r"has nothing for .* and 1 more; a\.safetensors:1:partial applies the rest"
+    ):
+        apply_loras(model, [(tmp_path / "a.safetensors", 1.0)], fuse)
+    apply_loras(model, [(tmp_path / "a.safetensors", 0.5)], fuse, partial=True)
+    layers = {QUERY: (torch.ones(2, 32), torch.ones(32, 2))}
+    check_layers(model, mapped(folder), [(layers, 0.5, None)])
+    assert (
+        "6 of 8 entries are left out, the model has nothing for blocks.1.self_attn.k_img.lora_A.weight" in caplog.text
+    )
+    for wrong, says in (
+        ({"blocks.0.norm3.diff": torch.ones(33)}, "wrong shapes"),
+        (pair("blocks.7.ffn.0"), "which has"),
+    ):
+        save_file(wrong, tmp_path / "b.safetensors")
+        with pytest.raises(CheckpointError, match=says):
+            apply_loras(mapped(folder), [(tmp_path / "b.safetensors", 1.0)], fuse, partial=True)
 
 
 # SkyReels V1. The references are diffusers' model, with LoRAs loaded by itself, and its converter of names.
@@ -594,9 +753,25 @@ def test_hunyuans_own_names_as_the_library_converts_them(tmp_path, prefix):
     pairs = native_pairs(CONVERTED_WIDTH, names, rank=1)
     tensors = {f"{name}.lora_{part}.weight": t for name, p in pairs.items() for part, t in zip("AB", p, strict=True)}
     converted = _convert_hunyuan_video_lora_to_diffusers(tensors)
-    made = read_lora(write(tmp_path / "a.safetensors", pairs, prefix + "{}.lora_{}.weight"), NATIVE_HUNYUAN)
-    assert {f"transformer.{key}" for key in made} == converted.keys()
-    assert all(torch.equal(tensor, converted[f"transformer.{key}"]) for key, tensor in made.items())
+    shapes = hunyuan_shapes(HunyuanSizes(num_layers=1, num_single_layers=1, num_refiner_layers=1))
+    shapes = {
+        name: shape if name.endswith("bias") else widened(name, shape, converted) for name, shape in shapes.items()
+    }
+    file = read_lora(write(tmp_path / "a.safetensors", pairs, prefix + "{}.lora_{}.weight"), shapes, NATIVE_HUNYUAN)
+    made = {}
+    for name, (change,) in adapters.read_changes(file).items():
+        layer = f"transformer.{name.removesuffix('.weight')}"
+        made |= {f"{layer}.lora_A.weight": change.down, f"{layer}.lora_B.weight": change.up}
+    assert made.keys() == converted.keys()
+    assert all(torch.equal(tensor, converted[key]) for key, tensor in made.items())
+
+
+def widened(name: str, shape: tuple[int, ...], converted: dict[str, Tensor]) -> tuple[int, ...]:
+    """The shape that a converted pair is for: the names are what is tested, and all widths are one here."""
+    layer = f"transformer.{name.removesuffix('.weight')}"
+    if f"{layer}.lora_A.weight" not in converted:
+        return shape
+    return len(converted[f"{layer}.lora_B.weight"]), converted[f"{layer}.lora_A.weight"].shape[1]
 
 
 def test_every_linear_layer_has_hunyuans_name_dotted_and_flat(hunyuan):
@@ -604,11 +779,27 @@ def test_every_linear_layer_has_hunyuans_name_dotted_and_flat(hunyuan):
     layers = {name for name, module in loaded_hunyuan(hunyuan).named_modules() if isinstance(module, nn.Linear)}
     found = set()
     for name in NATIVE_LAYERS:
-        dotted = model_names(name, Path(), NATIVE_HUNYUAN)
-        assert model_names(f"lora_unet_{name.replace('.', '_')}", Path(), NATIVE_HUNYUAN) == dotted
+        dotted = model_names(name, "weight", NATIVE_HUNYUAN)
+        for other in (name, comfyui(name)):
+            assert model_names(other, "weight", NATIVE_HUNYUAN) == dotted
+            assert model_names(f"lora_unet_{other.replace('.', '_')}", "weight", NATIVE_HUNYUAN) == dotted
         assert found.isdisjoint(dotted)
         found.update(dotted)
-    assert found == layers - {"norm_out.linear"}
+    assert found == {f"{name}.weight" for name in layers - {"norm_out.linear"}}
+
+
+def comfyui(name: str) -> str:
+    """ComfyUI's name for one of HunyuanVideo's own."""
+    for one, other in (
+        ("attn_qkv", "attn.qkv"), ("attn_proj", "attn.proj"), ("mlp.fc1", "mlp.0"), ("mlp.fc2", "mlp.2"),
+        ("mod.linear", "mod.lin"), ("modulation.linear", "modulation.lin"),
+        ("time_in.mlp.0", "time_in.in_layer"), ("time_in.mlp.2", "time_in.out_layer"),
+        ("guidance_in.mlp.0", "guidance_in.in_layer"), ("guidance_in.mlp.2", "guidance_in.out_layer"),
+        ("t_embedder.mlp.0", "t_embedder.in_layer"), ("t_embedder.mlp.2", "t_embedder.out_layer"),
+        ("c_embedder.linear_1", "c_embedder.in_layer"), ("c_embedder.linear_2", "c_embedder.out_layer"),
+    ):  # fmt: skip
+        name = name.replace(one, other)
+    return name
 
 
 @pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
@@ -623,7 +814,8 @@ def test_hunyuans_own_names(tmp_path, hunyuan, flat, fuse):
     wanted: Pairs = {}
     for name, (down, up) in pairs.items():
         start = 0
-        for layer in model_names(name, Path(), NATIVE_HUNYUAN):
+        for weight in model_names(name, "weight", NATIVE_HUNYUAN):
+            layer = weight.removesuffix(".weight")
             end = start + base.get_submodule(layer).out_features
             wanted[layer], start = (down, up[start:end]), end
         assert start == len(up)
@@ -635,20 +827,16 @@ def test_hunyuans_own_names(tmp_path, hunyuan, flat, fuse):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (pair("blocks.0.attn1.to_q"), "unexpected keys blocks.0.attn1.to_q.lora_A.weight, blocks.0.attn1.to_q.lora_B"),
-        (pair("blocks.0.self_attn.q"), "unexpected keys blocks.0.self_attn.q.lora_A.weight"),
-        (pair("lora_unet_blocks_0_self_attn_q"), "unexpected keys lora_unet_blocks_0_self_attn_q"),
-        (pair("double_blocks.9.img_attn_proj"), "unexpected keys transformer_blocks.9.attn.to_out.0.lora_A.weight"),
-        (pair("final_layer.adaLN_modulation.1", 64), "unexpected keys final_layer.adaLN_modulation.1.lora_A.weight"),
-        (pair("single_blocks.0.linear1", rows=96), "wrong shape single_blocks.0.linear1 (B [96, 2], which is to be 4"),
-        (
-            pair("single_blocks.0.linear1", rows=100),
-            "wrong shapes single_transformer_blocks.0.proj_mlp.lora_B.weight ([4, 2] instead of [128, 2])",
-        ),
-        (pair("double_blocks.0.img_attn_qkv", rows=95), "wrong shape double_blocks.0.img_attn_qkv (B [95, 2]"),
+        (pair("blocks.0.attn1.to_q"), NOTHING + "blocks.0.attn1.to_q.lora_A.weight, blocks.0.attn1.to_q.lora_B.weight"),
+        (pair("blocks.0.self_attn.q"), NOTHING + "blocks.0.self_attn.q.lora_A.weight"),
+        (pair("lora_unet_blocks_0_self_attn_q"), NOTHING + "lora_unet_blocks_0_self_attn_q"),
+        (pair("double_blocks.9.img_attn_proj"), NOTHING + "double_blocks.9.img_attn_proj.lora_A.weight"),
+        (pair("final_layer.adaLN_modulation.1", 64), NOTHING + "final_layer.adaLN_modulation.1.lora_A.weight"),
+        (pair("single_blocks.0.linear1", rows=100), "single_blocks.0.linear1.lora_B.weight ([100, 2] instead of [224"),
+        (pair("double_blocks.0.img_attn_qkv", rows=95), "wrong shapes double_blocks.0.img_attn_qkv.lora_B.weight ([95"),
         (
             pair("double_blocks.0.img_attn_proj") | pair("transformer.transformer_blocks.0.attn.to_out.0"),
-            "more than one LoRA of transformer_blocks.0.attn.to_out.0.lora_A.weight",
+            "more than one LoRA of transformer.transformer_blocks.0.attn.to_out.0.lora_A.weight",
         ),
     ],
 )  # fmt: skip
@@ -664,5 +852,46 @@ def test_files_that_do_not_fit_hunyuans(tmp_path, hunyuan, tensors, message, fus
 @pytest.mark.parametrize("name", ["transformer_blocks.0.attn.to_q", "double_blocks.0.img_attn_proj"])
 def test_hunyuans_loras_do_not_fit_v3(tmp_path, folder, name):
     save_file(pair(name), tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match=f"--lora: .* does not fit its model: unexpected keys {name}.lora_A"):
+    with pytest.raises(
+        CheckpointError, match=f"--lora: .* does not fit its model, which has nothing for {name}.lora_A"
+    ):
         apply_loras(mapped(folder), [(tmp_path / "a.safetensors", 1.0)], fuse=False)
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
+def test_differences_of_hunyuans(tmp_path, hunyuan, fuse):
+    """Of its own names and ComfyUI's: biases of stacked layers, norms, and the convolution."""
+    torch.manual_seed(0)
+    file = {
+        "double_blocks.0.img_attn_qkv.diff_b": torch.randn(96),
+        "double_blocks.0.txt_attn.qkv.diff": torch.randn(96, 32),
+        "double_blocks.0.txt_attn.norm.key_norm.diff": torch.randn(16),
+        "single_blocks.0.linear1.diff_b": torch.randn(224),
+        "single_blocks.0.q_norm.diff": torch.randn(16),
+        "img_in.proj.diff": torch.randn(32, 16, 1, 2, 2),
+        "txt_in.individual_token_refiner.blocks.0.norm2.diff_b": torch.randn(32),
+    }
+    save_file({f"diffusion_model.{name}": tensor for name, tensor in file.items()}, tmp_path / "a.safetensors")
+    double, single = "transformer_blocks.0", "single_transformer_blocks.0"
+    names = {
+        "double_blocks.0.img_attn_qkv.diff_b": [f"{double}.attn.to_{part}.bias" for part in "qkv"],
+        "double_blocks.0.txt_attn.qkv.diff": [f"{double}.attn.add_{part}_proj.weight" for part in "qkv"],
+        "double_blocks.0.txt_attn.norm.key_norm.diff": [f"{double}.attn.norm_added_k.weight"],
+        "single_blocks.0.linear1.diff_b": [
+            *(f"{single}.attn.to_{part}.bias" for part in "qkv"),
+            f"{single}.proj_mlp.bias",
+        ],
+        "single_blocks.0.q_norm.diff": [f"{single}.attn.norm_q.weight"],
+        "img_in.proj.diff": ["x_embedder.proj.weight"],
+        "txt_in.individual_token_refiner.blocks.0.norm2.diff_b": [
+            "context_embedder.token_refiner.refiner_blocks.0.norm2.bias"
+        ],
+    }
+    model, base = loaded_hunyuan(hunyuan), dict(loaded_hunyuan(hunyuan).named_parameters())
+    apply_loras(model, [(tmp_path / "a.safetensors", 0.5)], fuse)
+    found = dict(model.named_parameters())
+    for key, ours in names.items():
+        stacked = torch.cat([found[name].double() - base[name].double() for name in ours])
+        torch.testing.assert_close(stacked, 0.5 * file[key].double(), atol=1e-6, rtol=1e-6)
+    changed = {name for name in base if not torch.equal(found[name], base[name])}
+    assert changed == set().union(*names.values())
