@@ -293,11 +293,12 @@ def test_what_commas_separate(case, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("entries", [[PICTURE, "b.png"], ["http://host/a.png,b.png", "c, d.png"]])
-def test_lists_of_a_config_file(entries, tmp_path):
+def test_lists_of_a_config_file(entries, tmp_path, monkeypatch):
     """No commas are looked for in them, and the command line puts its own in their place."""
-    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"ref_imgs": entries, "lora": [f"{STYLE}:2"]}))
-    request = parse_request([*REFERENCE[:-2], "--config", str(tmp_path / "a.yaml")])
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text(yaml.safe_dump({"ref_imgs": entries, "lora": [f"{STYLE}:2"]}))
+    request = parse_request([*REFERENCE[:-2], "--config", "a.yaml"])
     assert request.ref_imgs == tuple(entries)
     assert request.flags["ref_imgs"] == entries
     assert request.lora == ((STYLE, 2.0, False),)
-    assert parse_request([*REFERENCE, "--config", str(tmp_path / "a.yaml")]).ref_imgs == ("a.png",)
+    assert parse_request([*REFERENCE, "--config", "a.yaml"]).ref_imgs == ("a.png",)

@@ -278,7 +278,7 @@ def test_what_is_fetched_is_fetched_once(monkeypatch, tmp_path):
         return tmp_path
 
     monkeypatch.setattr(jobs, "fetch", fetch)
-    monkeypatch.setattr("skyreels_v3.preflight.is_quantized", lambda _: False)
+    monkeypatch.setattr("skyreels_v3.preflight.follow_checkpoint", lambda request, _: request)
     request = parse_request(["--task_type", "reference_to_video", "--prompt", "a", "--ref_imgs", "a.png"])
     stock, other = Stock(), Stock()
     wanted = [replace(request, model_id=name) for name in ("a/b", "no/where", "a/b", "no/where", "c/d")]
