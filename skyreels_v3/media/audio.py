@@ -62,7 +62,7 @@ class AudioInfo:
 
 
 def probe_audio(path: Path, flag: str, say: Callable[[str], object] = logger.warning) -> AudioInfo:
-    """Look at a sound file, or at the sound track of a clip: it is decoded once, but not kept (half a second for 200 s).
+    """Look at a sound file, or at the sound track of a clip: it is decoded once, but not kept (0.5 s for 200 s).
 
     Args:
         say: called with what the user should know of the sound.
