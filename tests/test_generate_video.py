@@ -286,7 +286,7 @@ def test_videos_that_do_not_say_how_they_were_made(main, tmp_path):
         code, _, err = main("--config", path)
         assert (code, err.count("\n")) == (2, 1)
         assert err.startswith(
-            f"error: --config: {path} does not say how it was made; give a video of generate_video.py"
+            f"error: --config: {path} does not say how it was made; give a video that generate_video.py made"
         )
     made = json.dumps({"flags": {"prompt": "a", "output": "/etc/a.mp4", "jobs": "x.jsonl", "task": "t2v"}})
     path = write_video(frames, tmp_path / "hostile.mp4", height=32, width=32, fps=24, comment=made)
