@@ -86,7 +86,8 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tup
     except UserError as error:
         logger.info("attention sdpa; preferred, but unusable: %s", error.__cause__ or error)
         return "sdpa", sdpa
-    logger.info("attention %s, for compute capability %s, cuDNN %s, %s", choice, capability, version, dtype)
+    facts = f", for compute capability {capability}, cuDNN {version}, {dtype}" if capability is not None else ""
+    logger.info("attention %s%s", choice, facts)
     return choice, attention
 
 

@@ -108,14 +108,13 @@ class _Download:
         return path
 
     async def _copy(self, response: httpx.Response, file: IO[bytes], length: int | None) -> None:
-        from tqdm import tqdm
+        from skyreels_v3.progress import progress_bar  # only addresses pay for it
 
         hidden = not self.progress or (length is not None and length < BAR_BYTES)
         received = 0
         # a download of unknown length shows its bar when it takes more than a second
-        with tqdm(
-            desc="download", total=length, unit="B", unit_scale=True, disable=hidden, delay=1.0 * (not length)
-        ) as bar:
+        units = {"unit": "B", "unit_scale": True, "delay": 1.0 * (not length)}
+        with progress_bar("download", length, not hidden, **units) as bar:
             async for chunk in response.aiter_bytes():
                 received += len(chunk)
                 self._check_size(received)

@@ -134,7 +134,7 @@ def set_up_transformer(transformer: Transformer, request: GenerationRequest, run
     if request.lora:  # their sources were replaced by files when they were fetched
         apply_loras(transformer, request.lora, fuse=request.quant is not None)
     if request.quant is not None:
-        quantize_blocks(transformer.blocks, "quantising", request.quant, runtime)
+        quantize_blocks(transformer.blocks, "quantizing the transformer", request.quant, runtime)
     if not isinstance(transformer, HunyuanTransformer3DModel):  # whose blocks take all tokens at once
         keep_wide_weights(transformer.blocks)
     transformer.set_attention(runtime.attention)

@@ -142,7 +142,7 @@ class Steps:
         encoder, quant = self.components.text_encoder, self.components.quant
         assert encoder is not None
         if quant is not None:
-            quantize_blocks(encoder.blocks, "quantising the text encoder", quant, self.runtime)
+            quantize_blocks(encoder.blocks, "quantizing the text encoder", quant, self.runtime)
         with self.runtime.resident(encoder.module, "encoding the prompt", encoder.blocks):
             yield encoder
 
