@@ -90,7 +90,7 @@ class Session:
                 others = others_of(self.checkpoint, request)
                 transformer, folder = self.components.transformer, request.save_quantized
                 with naming_room(folder):
-                    save_quantized(transformer, self.checkpoint, others, folder, request.task)
+                    save_quantized(transformer, self.checkpoint, others, folder, request.task, state.folder)
             latents: list[Tensor] = []
             logger.info("seed %d, %d x %d", request.seed, request.height, request.width)
             passes = self.passes(request, inputs, state)

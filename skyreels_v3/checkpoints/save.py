@@ -15,7 +15,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from skyreels_v3.checkpoints.hub import base_patterns, download_patterns
-from skyreels_v3.media.files import follow_umask, publish, temporary_name
+from skyreels_v3.media.files import existing_folder, follow_umask, publish, temporary_name
 from skyreels_v3.tasks import HUNYUAN, TaskSpec
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,9 @@ WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
 TRANSFORMER_FILES = ("config.json", "*.safetensors", "*.safetensors.index*.json")
 
 
-def save_quantized(transformer: ModelMixin, checkpoint: Path, others: Path, folder: Path, task: TaskSpec) -> Path:
+def save_quantized(
+    transformer: ModelMixin, checkpoint: Path, others: Path, folder: Path, task: TaskSpec, workspace: Path | None = None
+) -> Path:
     """Write `transformer`, and whatever else of its checkpoint the task needs, to a new folder for --model_id.
 
     The transformer is written under our own names, which `load_transformer` reads in every layout. The other files are
@@ -32,11 +34,14 @@ def save_quantized(transformer: ModelMixin, checkpoint: Path, others: Path, fold
 
     Args:
         others: the folder of the other components, if that is not `checkpoint`.
+        workspace: a folder for what is unfinished; not used where it is on another file system.
 
     Returns:
         the folder that it became, `folder` unless that was taken meanwhile.
     """
-    temporary = temporary_name(folder)
+    if workspace is None or workspace.stat().st_dev != existing_folder(folder).stat().st_dev:
+        workspace = folder.parent
+    temporary = temporary_name(workspace / folder.name)
     own = (checkpoint / task.transformer_folder).resolve()
     try:
         needed = needed_files(checkpoint, download_patterns(task))
@@ -51,6 +56,7 @@ def save_quantized(transformer: ModelMixin, checkpoint: Path, others: Path, fold
         state = {name: standing_alone(parameter.detach()) for name, parameter in transformer.named_parameters()}
         save_torch_state_dict(state, target, filename_pattern=WEIGHTS)
         follow_umask(temporary)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         made = publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

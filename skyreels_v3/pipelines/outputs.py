@@ -38,7 +38,7 @@ def check_room(request: GenerationRequest, checkpoint: Path | None) -> Iterator[
         least, most = (sum(entry[place] for entry in entries) for place in (2, 3))
         if usage.total and usage.free < least + LITTLE:  # some file systems do not tell
             reason = f"{shown(path)} needs {giga(least + LITTLE)}, {giga(usage.free)} are free in {shown(folder)}"
-            raise UserError(flag, f"{reason}; make room, or give a path on another disk")
+            raise UserError(flag, f"{reason}; free some space, or give a path on another disk")
         if usage.total and usage.free < most:
             yield f"{giga(usage.free)} are free in {folder}; this run may need {giga(most)}"
 

@@ -213,12 +213,12 @@ def test_a_full_disk(main, small, small_disk, caplog):
     argv = (*small, "--num_frames", 33, "--height", 96, "--width", 96, "--num_inference_steps", 1, "--output")
     code, _, stderr = main(*argv, "o/a.mp4", "--save_latents", disk / "a.safetensors")
     assert code == 2
-    assert f"--save_latents: {disk}/a.safetensors needs 99.3 kB, 41.0 kB are free in {disk}; make room" in stderr
+    assert f"--save_latents: {disk}/a.safetensors needs 99.3 kB, 41.0 kB are free in {disk}; free some" in stderr
     code, _, stderr = main(*argv, disk / "a.mp4")
     assert code == 1
     assert f"41.0 kB are free in {disk}; this run may need" in caplog.text
     assert "pass-000.safetensors cannot be written (No space left on device, " in caplog.text
-    assert re.search(rf"{disk}/a.mp4 cannot be written \(No space left on device, \d.+ free in {disk}\); make", stderr)
+    assert re.search(rf"{disk}/a.mp4 cannot be written \(No space left on device, \d.+ free in {disk}\); free", stderr)
     assert not any(disk.iterdir())
 
 
