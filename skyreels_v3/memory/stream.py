@@ -122,14 +122,14 @@ class BlockStream:
         assert self.pin is not None
         tensors = tensors_of(block)
         room = torch.empty(size_of(tensors), dtype=torch.uint8)
+        places = laid_out(room, tensors)
+        for place, tensor in zip(places, tensors, strict=True):  # by all threads, and so the system makes the room
+            place.copy_(tensor.detach())
         if not self.pin(room):
             left = len(self.streamed) - len(self._packed)
             logger.warning("host memory cannot be pinned any more; %d blocks stream unpinned", left)
             self.pin = None
             return None
-        places = laid_out(room, tensors)
-        for place, tensor in zip(places, tensors, strict=True):
-            place.copy_(tensor.detach())
         give(block, places)
         return room
 
