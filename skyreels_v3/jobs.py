@@ -642,6 +642,8 @@ def plan_of(job: Job, team: Ranks) -> str:
         with downloads_folder(team) as downloads:
             try:
                 return planned(job.request, downloads, team)
+            except AlreadyDone as done:
+                return f"{'done':14}{done.output}"
             except UserError as error:
                 problem = str(error)
     return f"{'error':14}{problem}"

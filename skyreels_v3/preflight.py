@@ -151,7 +151,8 @@ def go_on(request: GenerationRequest, inputs: Inputs) -> GenerationRequest:
     with file:  # locked until here
         output = folder.parent / Path(before["output"]).name
         if os.path.lexists(output) and is_of(output, record, unsaid=True):  # it was not there when that run began
-            finish(request, output, folder)
+            if not request.dry_run:
+                finish(request, output, folder)
             raise AlreadyDone(output)
     if request.seed_drawn:
         seed = before["flags"]["seed"]

@@ -20,12 +20,15 @@ import torch
 from imageio_ffmpeg import get_ffmpeg_exe
 from safetensors.torch import load_file
 
+from skyreels_v3.cli import parse_request
 from skyreels_v3.errors import UserError
 from skyreels_v3.media.audio import probe_audio
+from skyreels_v3.media.inputs import open_inputs
 from skyreels_v3.media.video import read_comment, read_frames
 from skyreels_v3.models.transformer import Segment
 from skyreels_v3.pipelines.outputs import save_latents
 from skyreels_v3.pipelines.state import RunRecord, RunState, open_state, state_folder
+from skyreels_v3.preflight import record_of as record_of_request
 from skyreels_v3.sampling.denoise import Conditioning, denoise
 from skyreels_v3.sampling.guidance import FULL, text_guidance
 from skyreels_v3.sampling.schedules import euler, euler_of, restore_scheduler, scheduler_state, unipc
@@ -186,6 +189,23 @@ def test_a_run_that_was_complete_is_done(main, small, tmp_path, caplog, output):
     (tmp_path / "o" / "a.state" / "request.json").write_text(json.dumps(left))
     code, _, stderr = main(*argv, "--seed", "1", "--resume")
     assert code == 2 and "exists already" in stderr and (tmp_path / "o" / "a.state").exists()
+
+
+def test_a_job_that_was_complete_is_done(main, small, tmp_path):
+    """By a run that was killed before it could say so, or clear up."""
+    names, values = small[::2], small[1::2]
+    flags = {name.removeprefix("--"): str(value) for name, value in zip(names, values, strict=True)}
+    (tmp_path / "jobs.jsonl").write_text(json.dumps(flags | {"output": "o/a.mp4"}))
+    argv = (*small, "--output", "o/a.mp4")
+    assert main(*argv)[0] == 0
+    request, inputs = open_inputs(parse_request([str(word) for word in argv]), tmp_path)
+    state = open_state(record_of_request(request, inputs, dtype="float32"))
+    numbers(state, 1.0)
+    state.close(completed=False)
+    assert main("--jobs", "jobs.jsonl", "--dry_run")[:2] == (0, f"{'line':14}1\n{'done':14}o/a.mp4\n\n")
+    assert (tmp_path / "o" / "a.state").exists()
+    assert main("--jobs", "jobs.jsonl")[:2] == (0, "o/a.mp4\n")
+    assert files_in(tmp_path / "o") == {"a.mp4"}
 
 
 def test_latents_that_could_not_be_saved_are_saved_later(main, small, monkeypatch, tmp_path):
