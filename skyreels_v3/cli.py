@@ -357,10 +357,10 @@ def refuse_unknown(words: Sequence[str], argv: Sequence[str]) -> None:
     name, _, value = words[0].partition("=")
     if len(words) > 1 and not value and not words[1].startswith("-"):
         value = words[1]
-    meant = flag_meant(name, value, (*BY_NAME, "config")) if re.match(r"--?\w", name) else SEE_HELP
+    meant = flag_meant(name, value, (*BY_NAME, "config", "help", "version")) if re.match(r"-+\w", name) else SEE_HELP
     if re.match(r"--.", name) or meant != SEE_HELP:
         raise UserError(shown(name), f"there is no such flag; {meant}")
-    if name[:1] in DASHES:
+    if name and name[0] in DASHES:
         reason = f"{told(name)} begins with a dash that is not two hyphens"
         raise UserError("command line", f"{reason}; type --{shown(name.lstrip(DASHES + '-'))}")
     before = argv[argv.index(words[0]) - 1] if words[0] in argv[1:] else ""

@@ -94,12 +94,17 @@ def flag_meant(word: str, value: str, flags: Collection[str]) -> str:
         value: what was given for it, "" if nothing was.
         flags: the names of those that there are.
     """
+    first, _, rest = word.partition(" ")
+    if rest and first.strip("-") in flags:
+        return f'put quotes around the value only: {first} "{shown(rest)}"'
     word = word[:MAX_WORD].strip("-").replace("-", "_").lower()
     if word in ("task", "mode"):
         return f"give --task_type {task_meant(value)}".strip()
     if "size" in word and (sides := as_size(value)):
         return f"give {sides}"
     if (remedy := TO_DO.get(word)) is not None:
+        if "{}" not in remedy and value.lower() in ("false", "0", "no"):
+            return "leave it out"
         value = f'"{shown(value)}"' if re.search(r"\s", value) else shown(value)
         return f"{'give ' if remedy.startswith('-') else ''}{remedy.replace('{}', value)}".strip()
     begun = [name for name in flags if name.startswith(word)] if len(word) > 2 else []

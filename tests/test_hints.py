@@ -24,6 +24,9 @@ ELSEWHERE_MEANT = {
     "--ulysses_size 4": "give --ulysses_degree 4",
     "--ring_size 2": "give --ring_degree 2",
     "--offload_model True": "give --offload",
+    "--offload_model False": "leave it out",
+    "---seed 1": "did you mean --seed?",
+    "--HELP": "did you mean --help?",
     "--ckpt_dir ./Wan": "give --model_id ./Wan",
     "--task t2v-14B": "give --task_type t2v",
     "--task s2v-14B": "give --task_type talking_avatar",
@@ -75,6 +78,8 @@ def test_hints_are_of_flags_that_there_are():
         (["--device", "cuda:1"], "to choose a GPU set CUDA_VISIBLE_DEVICES=1"),
         (["--offload", "True"], "^--offload: True: a switch takes no value; give --offload alone for yes"),
         (["\u2014seed", "1"], "^command line: \u2014seed begins with a dash that is not two hyphens; type --seed"),
+        (["--prompt a fox"], 'there is no such flag; put quotes around the value only: --prompt "a fox"'),
+        ([""], "^command line: an empty value does not belong to any flag"),
         (["a", "fox"], "^command line: a does not belong to any flag; put quotes"),
     ],
 )

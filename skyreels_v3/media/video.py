@@ -265,7 +265,7 @@ def read_comment(path: Path) -> str:
     Raises:
         OSError, RuntimeError, ValueError: it is none of these, or says too much.
     """
-    if path.is_dir() or path.suffix == ".png":
+    if path.is_dir() or path.suffix.lower() == ".png":
         try:
             with Image.open(path / "00000.png" if path.is_dir() else path, formats=["PNG"]) as picture:
                 return str(picture.info.get("comment", ""))
