@@ -227,9 +227,10 @@ class WatchedRuntime(Runtime):
 def watched_run(args: argparse.Namespace, rest: list[str], folder: Path, record: Record) -> GenerationRequest:
     """generate_video.py's own path with the watchers in it; returns the request as it was run."""
     flags = ["--task_type", args.task_type, "--model_id", TINY, "--prompt", "A boat sails into the dusk"]
-    flags += [*INPUTS[args.task_type], "--output", str(folder / "video.mp4"), "--no_cache", "--quiet"]
+    given = [*INPUTS[args.task_type]]
     if args.task_type == "talking_avatar" and args.model_id != TINY:
-        flags += ["--input_audio", str(write_sound(folder / "sound.wav"))]
+        given[-1] = str(write_sound(folder / "sound.wav"))
+    flags += [*given, "--output", str(folder / "video.mp4"), "--no_cache", "--quiet"]
     sizes = [*(FEW_FULL if args.model_id == FULL else FEW)]
     if "--resolution" in rest:
         sizes = sizes[4:]

@@ -99,7 +99,7 @@ SETS: dict[str, dict[str, Entry]] = {
         "run-720p-low-vram": Entry(
             "end_to_end",
             (*FULL, *LOW_VRAM[:1], *LOW_VRAM[3:], "720P"),
-            330,
+            180,
             (*TOY_RUN, "--low_vram", "--num_frames", "5"),
         ),
     },
