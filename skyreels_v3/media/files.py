@@ -233,4 +233,5 @@ def follow_umask(path: Path) -> None:
     os.umask(mask)
     for each in (path, *path.rglob("*")):
         if each.is_dir() or each.stat().st_nlink == 1:
-            each.chmod((0o777 if each.is_dir() else 0o666) & ~mask)
+            with suppress(OSError):  # a file system without rights
+                each.chmod((0o777 if each.is_dir() else 0o666) & ~mask)

@@ -525,7 +525,8 @@ class _FolderSink:
             self._info.add_text("comment", comment)
 
     def add(self, frame: np.ndarray) -> None:
-        self.temporary.mkdir(exist_ok=True)
+        if self.added == 0:  # not later: where somebody has removed it, frames are missing
+            self.temporary.mkdir(exist_ok=True)
         path = self.temporary / f"{self.added:05d}.png"
         try:
             Image.fromarray(frame).save(path, pnginfo=self._info, compress_level=PNG_COMPRESSION)

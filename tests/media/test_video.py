@@ -986,6 +986,19 @@ def test_a_folder_that_is_removed_costs_no_frame(tmp_path: Path, workspace: str 
     assert click_times(path) == pytest.approx([0.1], abs=0.004)
 
 
+def test_a_frame_folder_that_is_removed_is_not_taken_for_whole(tmp_path: Path) -> None:
+    def frames() -> Iterator[np.ndarray]:
+        for number, frame in enumerate(smooth(60)):
+            if number == 50:
+                for folder in tmp_path.iterdir():
+                    shutil.rmtree(folder)
+            yield frame
+
+    with pytest.raises(FileNotFoundError, match=r"\d\d.png"):
+        write_frame_folder(frames(), tmp_path / "a", comment="c")
+    assert not any(tmp_path.iterdir())
+
+
 def test_frame_folder_is_lossless(tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (4, 20, 30, 3), dtype=np.uint8)
     comment = '{"prompt": "gr\u00fc\u00df \u732b"}'
