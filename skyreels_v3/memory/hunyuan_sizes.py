@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 
+from skyreels_v3.checkpoints.shapes import hunyuan_shapes
 from skyreels_v3.memory.units import BYTES, STREAM_SLOTS, kept_blocks
 from skyreels_v3.ranks import UNDIVIDED, Degrees
 
-PATCH = 1 * 2 * 2  # latent pixels of a token
-SINUSOID = 256  # values that a timestep is embedded from
-REFINER_RATIO = 4  # width of the text refiner's hidden layers
 TEXT_TOKENS = 256  # of a prompt, at most
 # Live bytes of a forward, of each channel of the model's width, for each token of video and text: at the peak, which is
 # where blocks of one stream multiply what attention and feed-forward layer made by their last matrix, and while
@@ -24,11 +23,6 @@ ATTENTION_BYTES = {"bfloat16": 22.4, "float32": 44.4}
 # Of all of a process's tokens, while several processes exchange them: queries, keys and values with padding, the same
 # from the others, and what comes out, on its way back.
 EXCHANGE_TENSORS = 8
-
-
-def linear(inputs: int, outputs: int) -> int:
-    """Parameters of a linear layer."""
-    return (inputs + 1) * outputs
 
 
 @dataclass(frozen=True)
@@ -61,36 +55,10 @@ class HunyuanSizes:
         """Number of blocks of both kinds."""
         return self.num_layers + self.num_single_layers
 
-    def double_parameters(self) -> int:
-        """Parameters of a block of two streams: modulation, attention with its norms, feed-forward; of each stream."""
-        dim = self.dim
-        attention = 4 * linear(dim, dim) + 2 * self.attention_head_dim
-        return 2 * (linear(dim, 6 * dim) + attention + linear(dim, self.hidden) + linear(self.hidden, dim))
-
-    def single_parameters(self) -> int:
-        """Parameters of a block of one stream, whose attention and feed-forward layer share the last matrix."""
-        dim = self.dim
-        attention = 3 * linear(dim, dim) + 2 * self.attention_head_dim
-        return linear(dim, 3 * dim) + attention + linear(dim, self.hidden) + linear(dim + self.hidden, dim)
-
-    def refiner_parameters(self) -> int:
-        """Parameters of the text's embedding: of its mean and the timestep, and of its tokens."""
-        dim, hidden = self.dim, REFINER_RATIO * self.dim
-        mean = linear(self.text_embed_dim, dim) + linear(dim, dim)
-        time = linear(SINUSOID, dim) + linear(dim, dim)
-        norms, modulation = 4 * dim, linear(dim, 2 * dim)
-        layer = norms + 4 * linear(dim, dim) + linear(dim, hidden) + linear(hidden, dim) + modulation
-        return mean + time + linear(self.text_embed_dim, dim) + self.num_refiner_layers * layer
-
+    @cache  # noqa: B019  of few sizes
     def parameters(self) -> int:
         """Number of parameters; all are of one dtype."""
-        dim = self.dim
-        embedded_numbers = 2 if self.guidance_embeds else 1  # the timestep and the guidance's strength
-        conditions = embedded_numbers * (linear(SINUSOID, dim) + linear(dim, dim))
-        conditions += linear(self.pooled_projection_dim, dim) + linear(dim, dim)
-        ends = linear(PATCH * self.in_channels, dim) + linear(dim, 2 * dim) + linear(dim, PATCH * self.out_channels)
-        blocks = self.num_layers * self.double_parameters() + self.num_single_layers * self.single_parameters()
-        return self.refiner_parameters() + conditions + ends + blocks
+        return sum(map(math.prod, hunyuan_shapes(self).values()))
 
     def matrices(self) -> tuple[int, int]:
         """Elements and rows of what is quantised: attention and feed-forward layers of the blocks."""

@@ -11,9 +11,11 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from skyreels_v3.checkpoints import hub
+from skyreels_v3.checkpoints.shapes import wan_shapes
 from skyreels_v3.media.files import existing_folder, giga
 from skyreels_v3.memory.hunyuan_sizes import HunyuanSizes
 from skyreels_v3.memory.units import BYTES, STREAM_SLOTS
@@ -34,6 +36,7 @@ from skyreels_v3.tasks import (
 )
 from skyreels_v3.windows import WINDOW_FRAMES, plan_windows
 
+FLOAT32 = ("time_embedder", "time_proj", "scale_shift_table", "norm", "proj_out")  # in names of weights, in every case
 TEXT_TOKENS = 512
 IMAGE_TOKENS = 257
 # Parameters of the published components; the VAE is float32 always.
@@ -115,38 +118,12 @@ class Sizes:
     def blocks(self) -> int:
         return self.num_layers
 
+    @cache  # noqa: B019  of few sizes
     def parameters(self) -> tuple[int, int]:
         """Number of parameters, and how many of them are float32 in every case (the time embedding, mostly)."""
-        dim, patch = self.dim, PATCH_SIZE[0] * PATCH_SIZE[1] * PATCH_SIZE[2]
-        block = 8 * dim**2 + 2 * dim * self.ffn_dim + self.ffn_dim + 21 * dim
-        block_float32 = (4 + 2 + 6) * dim  # norms and modulation
-        ends = dim * (patch * self.in_channels + 1) + (self.text_dim + 1) * dim + (dim + 1) * dim
-        time = (self.freq_dim + 1) * dim + (dim + 1) * dim + 6 * (dim + 1) * dim
-        head = (dim + 1) * patch * self.out_channels + 2 * dim
-        float32 = self.num_layers * block_float32 + time + head
-        everything = self.num_layers * block + ends + time + head
-        for more, more_float32 in (self.image_parameters(), self.audio_parameters()):
-            everything, float32 = everything + more, float32 + more_float32
-        return everything, float32
-
-    def image_parameters(self) -> tuple[int, int]:
-        """As `parameters`, of the image embedding and attention."""
-        if self.image_dim is None:
-            return 0, 0
-        norms = 2 * self.image_dim + 2 * self.dim + self.num_layers * self.dim
-        layers = (self.image_dim + 1) * self.image_dim + (self.image_dim + 1) * self.dim
-        return norms + layers + self.num_layers * 2 * (self.dim + 1) * self.dim, norms
-
-    def audio_parameters(self) -> tuple[int, int]:
-        """As `parameters`, of the audio projection and attention."""
-        if self.audio_dim is None:
-            return 0, 0
-        entries = self.audio_window + self.audio_window // 2 * 2 + 4  # of the first frame's window and of later ones
-        hidden, tokens = self.audio_hidden_dim, self.audio_tokens * self.audio_dim
-        projection = hidden * (entries * self.audio_features + 2) + (hidden + 1) * hidden + (hidden + 1) * tokens
-        norms = 2 * self.audio_dim + self.num_layers * 2 * self.dim
-        block = 2 * (self.dim + 1) * self.dim + 2 * (self.audio_dim + 1) * self.dim
-        return norms + projection + self.num_layers * block, norms
+        counts = {name: math.prod(shape) for name, shape in wan_shapes(self).items()}
+        float32 = sum(count for name, count in counts.items() if any(part in name for part in FLOAT32))
+        return sum(counts.values()), float32
 
     def matrices(self) -> tuple[int, int]:
         """Elements and rows of what is quantised: self-attention and the feed-forward layer."""
