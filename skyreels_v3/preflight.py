@@ -19,13 +19,12 @@ from typing import Any
 from skyreels_v3 import throughput
 from skyreels_v3.checkpoints.contents import check_components, check_transformer
 from skyreels_v3.checkpoints.hub import (
-    check_client,
+    check_on_hub,
     check_pair,
     errors_about,
     is_quantized,
     locate,
     locate_base,
-    locate_lora,
 )
 from skyreels_v3.checkpoints.lora import check_loras
 from skyreels_v3.cli import LISTS
@@ -93,8 +92,8 @@ def checked(request: GenerationRequest, downloads: Path, ranks: Ranks) -> tuple[
     else:
         check_loras(request, None)
     request = with_base(request, base_here(request, checkpoint))
-    if any(locate_lora(lora.source) is None for lora in request.lora):
-        check_client(request)
+    if ranks.main:
+        check_on_hub(request)
     going_on = ranks.main and (request.resume or request.resume_if_same)
     if not going_on:
         request = with_output(request)

@@ -15,7 +15,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +41,7 @@ BASE_SCHEDULER = "scheduler/scheduler_config.json"
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 TOKENIZER_FILE = "tokenizer.json"
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # as diffusers and PEFT call theirs
+LIST_SECONDS = 10.0
 LORA_CONFIG = "adapter_config.json"
 OTHER_FORMATS = (".gguf", ".bin", ".pt", ".pth", ".ckpt")
 WEIGHT_SUFFIXES = (".safetensors", *OTHER_FORMATS)
@@ -86,7 +87,10 @@ def local_folder(name: str, flag: str, remedy: str) -> Path | None:
     given = shown(name) if name.strip() else "an empty value"
     folder = Path(os.path.expanduser(name))
     if name.strip() and os.path.isdir(folder):  # unlike Path's, it takes impossible names
-        return folder
+        if not (folder / "snapshots").is_dir():
+            return folder
+        snapshots = sorted((folder / "snapshots").iterdir(), key=os.path.getmtime) or [folder / "snapshots" / "COMMIT"]
+        raise UserError(flag, f"{given} is a hub's cache of a model; give the folder {snapshots[-1]} in it, or its id")
     if os.path.isfile(folder):
         raise UserError(flag, f"{given} is a file; give a checkpoint's folder or a hub id")
     if not HUB_ID.fullmatch(name):
@@ -116,6 +120,11 @@ def download(request: GenerationRequest) -> Path:
     Raises:
         UserError: the hub cannot be reached, or does not have the model or all of its files; says what to do.
     """
+    there = cached(request)
+    if there is not None:
+        with suppress(CheckpointError):  # not all of it
+            check_folder(there, request.task)
+            return there
     folder = fetch(request, download_patterns(request.task), "--model_id")
     check_folder(folder, request.task)
     return folder
@@ -123,10 +132,29 @@ def download(request: GenerationRequest) -> Path:
 
 def download_base(request: GenerationRequest) -> Path:
     """As `download`, of V1's other components."""
-    name = request.base_model_id or request.task.base_model_id
-    folder = fetch(replace(request, model_id=name), base_patterns(), "--base_model_id")
+    base = replace(request, model_id=request.base_model_id or request.task.base_model_id)
+    there = cached(base)
+    if there is not None:
+        with suppress(UserError):  # not all of it
+            check_base(there, request.task, "--base_model_id")
+            return there
+    folder = fetch(base, base_patterns(), "--base_model_id")
     check_base(folder, request.task, "--base_model_id")
     return folder
+
+
+def cached(request: GenerationRequest) -> Path | None:
+    """The folder of a hub's model in the cache of Hugging Face's client, complete or not, without that client."""
+    if request.model_source == "modelscope":
+        return None
+    from huggingface_hub import constants
+
+    model = Path(constants.HF_HUB_CACHE, f"models--{request.model_id.replace('/', '--')}")
+    try:
+        snapshot = model / "snapshots" / (model / "refs" / constants.DEFAULT_REVISION).read_text().strip()
+    except (OSError, ValueError):
+        return None
+    return snapshot if snapshot.is_dir() else None
 
 
 def base_patterns() -> list[str]:
@@ -137,16 +165,32 @@ def base_patterns() -> list[str]:
 def fetch(request: GenerationRequest, patterns: list[str], flag: str) -> Path:
     """The folder of a hub's model with the files of those patterns; failures are UserErrors about `flag`."""
     logger.info("fetching %s from %s: %s", request.model_id, request.model_source, ", ".join(patterns))
-    other = "huggingface" if request.model_source == "modelscope" else "modelscope"
     try:
         return fetch_snapshot(request, patterns)
     except Exception as error:  # the hubs' clients raise anything from OSError to their HTTP library's own errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            flag,
-            f"{request.model_id} could not be fetched from {request.model_source} ({reason}); check the id and the "
-            f"connection, try --model_source {other}, or download it elsewhere and give its folder",
-        ) from error
+        raise fetch_error(request, flag, error) from error
+
+
+def fetch_error(request: GenerationRequest, flag: str, error: Exception) -> UserError:
+    """What a hub's client raised, for a user."""
+    other = "huggingface" if request.model_source == "modelscope" else "modelscope"
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    remedy = f"check the id and the connection, try --model_source {other}"
+    if status_of(error) in (401, 403):
+        remedy = "check the id; a gated or private model needs its licence accepted on its page and `hf auth login`"
+        remedy += f" or HF_TOKEN; or try --model_source {other}"
+    message = f"{request.model_id} could not be fetched from {request.model_source} ({reason}); {remedy}"
+    return UserError(flag, f"{message}, or download it elsewhere and give its folder")
+
+
+def status_of(error: BaseException | None) -> int | None:
+    """The hub's HTTP status behind an error, if there was an answer."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return status
+        error = error.__cause__
+    return None
 
 
 def fetch_snapshot(request: GenerationRequest, patterns: list[str]) -> Path:
@@ -482,32 +526,74 @@ def download_lora(name: str, request: GenerationRequest) -> Path:
         UserError: the hub cannot be reached or does not have the file; says what to do.
     """
     check_client(request)
-    match = HUB_LORA.fullmatch(name)
-    assert match, f"{name} is no hub id of a LoRA"
-    request, file = replace(request, model_id=match[1]), match[2]
-    if file is None and (listed := list_files(request)):
+    request, file = lora_on_hub(name, request)
+    there = cached(request)
+    if file is not None and there is not None and (there / file).is_file():
+        check_lora_file(there / file)
+        return there / file
+    if file is None and (listed := list_files(request, "--lora")):
         file = choose_lora(listed, name)
     wanted = LORA_FILES if file is None else [file]
     settings = (Path(file or LORA_CONFIG).parent / LORA_CONFIG).as_posix()
     folder = fetch(request, [glob.escape(pattern) for pattern in (*wanted, settings)], "--lora")
     path = folder / (file or choose_lora(os.listdir(folder), name))
     if not path.is_file():
-        raise UserError("--lora", f"{request.model_id} on {request.model_source} has no {file}; check the file's name")
+        raise no_such_lora(request, path.name if file is None else file)
     check_lora_file(path)
     return path
 
 
-def list_files(request: GenerationRequest) -> list[str]:
-    """The files of a hub's model; none when it cannot be asked: what is in the cache may still do."""
+def lora_on_hub(name: str, request: GenerationRequest) -> tuple[GenerationRequest, str | None]:
+    """A request for the model that a hub id of a LoRA is about, and the file if it names one."""
+    match = HUB_LORA.fullmatch(name)
+    assert match, f"{name} is no hub id of a LoRA"
+    return replace(request, model_id=match[1]), match[2]
+
+
+def no_such_lora(request: GenerationRequest, file: str) -> UserError:
+    return UserError("--lora", f"{request.model_id} on {request.model_source} has no {file}; check the file's name")
+
+
+def check_on_hub(request: GenerationRequest) -> None:
+    """Raise UserError for LoRAs and encoders that their hub does not have, or does not give: before all is fetched.
+
+    A hub that cannot be asked is no error yet: what is needed may be in its client's cache.
+    """
+    for name in (lora.source for lora in request.lora if locate_lora(lora.source) is None):
+        check_client(request)
+        lora, file = lora_on_hub(name, request)
+        if file is not None and ((there := cached(lora)) is not None and (there / file).is_file()):
+            continue
+        listed = list_files(lora, "--lora")
+        if listed and file is None:
+            choose_lora(listed, name)
+        elif listed and file not in listed:
+            raise no_such_lora(lora, str(file))
+    base = request.base_model_id
+    if base is not None and not os.path.isdir(os.path.expanduser(base)):
+        model = replace(request, model_id=base)
+        if cached(model) is None:
+            list_files(model, "--base_model_id")
+
+
+def list_files(request: GenerationRequest, flag: str) -> list[str]:
+    """The files of a hub's model; none when it cannot be asked: what is in the cache may still do.
+
+    Raises:
+        UserError: about `flag`, where the hub answers that there is no such model, or not for everybody.
+    """
     try:
         if request.model_source == "modelscope":
             from modelscope.hub.api import HubApi
 
             entries = HubApi().get_model_files(request.model_id, recursive=True)
             return [entry["Path"] for entry in entries if entry["Type"] != "tree"]
-        from huggingface_hub import list_repo_files
+        from huggingface_hub import HfApi
 
-        return list_repo_files(request.model_id)
+        found = HfApi().model_info(request.model_id, timeout=LIST_SECONDS)
+        return [file.rfilename for file in found.siblings or ()]
     except Exception as error:  # as for a download, which follows and tells the user
+        if status_of(error) in (401, 403, 404) and cached(request) is None:
+            raise fetch_error(request, flag, error) from error
         logger.debug("the files of %s cannot be listed: %s", request.model_id, error)
         return []

@@ -59,6 +59,7 @@ class Hub:
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = files
         self.asked: list[str] = []
+        self.status = 0  # what everything is answered with, if not 0
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -78,6 +79,9 @@ class Hub:
         path = unquote(handler.path.split("?")[0])
         name = path.partition("/resolve/")[2].partition("/")[2]
         headers = {"Content-Type": "application/json"}
+        if self.status:
+            handler.send_error(self.status)
+            return
         if name in self.files:
             self.asked.append(name)
             body = self.files[name]
@@ -198,6 +202,50 @@ def test_offline_without_a_cache_says_what_to_do(fetch):
         assert message.startswith("--model_id: some/model could not be fetched from huggingface (")
         assert "check the id and the connection" in message
         assert "try --model_source modelscope, or download it elsewhere and give its folder" in message
+
+
+def test_a_complete_model_needs_no_client(served, fetch):
+    folder = fetch(served("reference_to_video").url, *REFERENCE, "--quiet").stdout
+    driver = DRIVER + '\nassert "httpx" not in sys.modules\n'
+    proxy = {"ALL_PROXY": "socks5://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
+    run = fetch(NOWHERE, *REFERENCE, "--quiet", driver=driver, **proxy)
+    assert (run.stdout, run.stderr) == (folder, "")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_model_that_not_everybody_gets(served, fetch, status):
+    server = served("reference_to_video")
+    server.status = status
+    run = fetch(server.url, *REFERENCE, "--quiet")
+    assert run.returncode == 1
+    assert run.stderr.startswith("--model_id: some/model could not be fetched from huggingface (")
+    for way_out in ("licence accepted on its page", "`hf auth login`", "HF_TOKEN"):
+        assert way_out in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lora", "some/typo"], "--lora: some/typo could not be fetched from huggingface ("),
+        (["--lora", "some/model/b.safetensors"], "--lora: some/model on huggingface has no b.safetensors"),
+        (["--lora", "some/model"], "--lora: some/model holds 2 .safetensors files (a.safetensors, c.safetensors)"),
+    ],
+)
+def test_what_is_not_on_the_hub_is_found_before_anything_is_fetched(lora_hub, fetch, flags, message):
+    server = lora_hub("a.safetensors", "c.safetensors")
+    argv = [*REFERENCE, "--dry_run", *flags]
+    run = fetch(server.url, *argv, driver="import sys, generate_video\nsys.exit(generate_video.main(sys.argv[1:]))")
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith(f"error: {message}")
+    assert server.asked == []
+
+
+def test_the_folder_of_a_model_in_the_hubs_cache(tmp_path):
+    snapshot = tmp_path / "models--some--model" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    request = parse_request([*REFERENCE, "--model_id", str(snapshot.parent.parent)])
+    with pytest.raises(UserError, match=f"--model_id: .*/models--some--model is .*; give the folder .*/{COMMIT} in it"):
+        hub.locate(request)
 
 
 def test_a_model_that_is_not_on_the_hub(served, fetch):
