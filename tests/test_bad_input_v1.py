@@ -182,7 +182,7 @@ def test_a_checkpoint_in_fp8_takes_no_lora(refuse, root, files, tmp_path):
     tensors = torch.load_file(file)
     layer = "transformer_blocks.0.attn.to_q"
     tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"].to(FP8)
-    torch.save_file(tensors | {f"{layer}.weight_scale": tensors[f"{layer}.bias"]}, file)
+    torch.save_file(tensors | {f"{layer}.weight_scale": tensors[f"{layer}.bias"].abs()}, file)
     save_file({"a.lora_A.weight": np.zeros((1, 4), "f4")}, tmp_path / "a.safetensors")
     line = refused(refuse, [*DIVIDED, "--lora", str(tmp_path / "a.safetensors")], root, tmp_path)
     assert line.startswith("error: --lora: ") and "--save_quantized" in line
