@@ -141,4 +141,4 @@ def main(argv: Sequence[str], default_task: str | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    processes.leave(main(sys.argv[1:]))

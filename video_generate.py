@@ -4,6 +4,7 @@
 import sys
 
 from generate_video import main
+from skyreels_v3.processes import leave
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], default_task="t2v"))
+    leave(main(sys.argv[1:], default_task="t2v"))

@@ -1,7 +1,7 @@
 """Where a checkpoint or a LoRA is: on this machine, checked, or on a hub that it is downloaded from. No torch.
 
-Only the files that the task needs are fetched, downloads resume where they broke off, and a second run finds them in
-the hub's own cache.
+Only the files that the task needs are fetched, an interrupted download goes on with the files that were not complete,
+and a second run finds them in the hub's own cache.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 from skyreels_v3.checkpoints.key_maps import NATIVE_CONFIG
+from skyreels_v3.console import say
 from skyreels_v3.errors import CheckpointError, UserError, shown
 from skyreels_v3.tasks import HUNYUAN, LATENT_CHANNELS, TASK_NAMES, TINY, GenerationRequest, TaskSpec, task_spec
 
@@ -203,7 +206,38 @@ def fetch_snapshot(request: GenerationRequest, patterns: list[str]) -> Path:
 
         if request.verbosity < 0:
             disable_progress_bars()
-    return Path(snapshot_download(request.model_id, allow_patterns=patterns))
+        remove_orphans(request.model_id)
+    fetched: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            fetched.set_result(snapshot_download(request.model_id, allow_patterns=patterns))
+        except BaseException as error:
+            fetched.set_exception(error)
+
+    # the client's threads finish their files before they mind an interrupt; this one is not waited for
+    Thread(target=run, daemon=True).start()
+    try:
+        return Path(fetched.result())
+    except KeyboardInterrupt:
+        say("\n" * (request.verbosity >= 0))  # after its progress bars
+        raise
+
+
+def remove_orphans(model_id: str) -> None:
+    """Remove what killed downloads of a model have left in Hugging Face's cache: its client does not use it.
+
+    Files that are being downloaded, by another process too, are locked.
+    """
+    from filelock import FileLock, Timeout
+    from huggingface_hub import constants
+
+    folder = f"models--{model_id.replace('/', '--')}"
+    for file in Path(constants.HF_HUB_CACHE, folder, "blobs").glob("*.incomplete"):
+        lock = Path(constants.HF_HUB_CACHE, ".locks", folder, f"{file.name.split('.')[0]}.lock")
+        with suppress(Timeout, OSError, NotImplementedError), FileLock(lock, timeout=0):
+            file.unlink(missing_ok=True)
+            logger.debug("removed %s, which a download has left unfinished", file)
 
 
 def downloaded(source: str, repositories: Mapping[str, Iterable[str]]) -> tuple[Path, int]:

@@ -10,17 +10,20 @@ import hashlib
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from PIL import Image
 
 from skyreels_v3.checkpoints import hub
 from skyreels_v3.cli import parse_request
@@ -59,6 +62,8 @@ class Hub:
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = files
         self.asked: list[str] = []
+        self.slow = ""  # the file whose rest comes when it is released
+        self.reached, self.released = threading.Event(), threading.Event()
         self.status = 0  # what everything is answered with, if not 0
         outer = self
 
@@ -99,7 +104,12 @@ class Hub:
             handler.send_header(key, value)
         handler.end_headers()
         if handler.command == "GET":
-            handler.wfile.write(body)
+            if name == self.slow:
+                handler.wfile.write(body[:1000])
+                self.reached.set()
+                self.released.wait(30)
+            with suppress(OSError):
+                handler.wfile.write(body[1000 * (name == self.slow) :])
 
     def entry(self, name: str) -> dict[str, object]:
         body = self.files[name]
@@ -202,6 +212,36 @@ def test_offline_without_a_cache_says_what_to_do(fetch):
         assert message.startswith("--model_id: some/model could not be fetched from huggingface (")
         assert "check the id and the connection" in message
         assert "try --model_source modelscope, or download it elsewhere and give its folder" in message
+
+
+def test_an_interrupted_download_ends_at_once_and_leaves_nothing_behind(served, fetch, tmp_path):
+    server = served("reference_to_video")
+    server.slow = "transformer/diffusion_pytorch_model.safetensors"
+    if server.slow not in server.files:
+        server.slow = max(server.files.keys() - set(UNNEEDED), key=lambda name: len(server.files[name]))
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    kept = {key: v for key, v in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()}
+    run = subprocess.Popen(
+        [sys.executable, str(ROOT / "generate_video.py"), *REFERENCE, "--height", "32", "--width", "32"],
+        env=kept | {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}, cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert server.reached.wait(60)
+    begin = time.perf_counter()
+    run.send_signal(signal.SIGINT)
+    _, stderr = run.communicate(timeout=30)
+    assert time.perf_counter() - begin < 10
+    assert (run.returncode, stderr.splitlines()[-1]) == (130, "interrupted")
+    server.released.set()
+    server.slow = ""
+    left = tmp_path / "home" / "hub"
+    assert [*left.rglob("*.incomplete")]
+    before = len(server.asked)
+    again = fetch(server.url, *REFERENCE, "--quiet")
+    assert again.returncode == 0, again.stderr
+    assert len(server.asked) > before
+    assert [*left.rglob("*.incomplete")] == []
 
 
 def test_a_complete_model_needs_no_client(served, fetch):
