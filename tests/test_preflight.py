@@ -56,7 +56,7 @@ def test_the_download_and_the_room_for_it(monkeypatch, tmp_path):
 def test_the_toy_downloads_nothing_and_is_told_in_small_units(task):
     request = GenerationRequest(task=task_spec(task), model_id="tiny", prompt="p", height=64, width=64, audio_seconds=1)
     told = described(request)
-    assert "download" not in told
+    assert not {"download", "time"} & told.keys()  # no run has been measured
     assert not any(re.search(r"\b0\.0 GB|0\.0\d+ TFLOP", text) for text in told.values())
 
 
@@ -75,6 +75,9 @@ def test_the_time_is_told_where_it_was_measured(monkeypatch, tmp_path):
     assert throughput.seconds_of(made) is None
     throughput.store(made, 21, 100.0)
     assert throughput.seconds_of(made) == pytest.approx(100 * len(made.passes))
+    assert f"{'time':14}about 5 min of denoising" in describe(
+        replace(made, request=replace(request, output=Path("o.mp4"))), 300.0
+    )
     longer = plan(replace(request, audio_seconds=100, num_inference_steps=16), None)
     assert throughput.seconds_of(longer) == pytest.approx(200 * len(longer.passes))
     assert throughput.seconds_of(plan(replace(request, quant="fp8"), None)) is None  # that is not known

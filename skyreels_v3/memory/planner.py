@@ -427,12 +427,11 @@ def stage_dtype(request: GenerationRequest, name: str, dtype: str) -> str:
     return "float32" if name.startswith("audio") else dtype
 
 
-def describe(plan: Plan, seconds: float | None = None) -> str:
-    """The plan as a table for people; `seconds`: how long the denoising will take, if that is known."""
+def describe(plan: Plan, denoising: float | None = None) -> str:
+    """The plan as a table for people; `denoising`: the seconds that it will take, if that is known."""
     request = plan.request
-    seconds = request.frames_out / request.task.fps
-    size = f"{request.width} x {request.height}"
-    video = f"{size}, {request.frames_out} new frames at {request.task.fps} fps ({seconds:.2f} s)"
+    size, length = f"{request.width} x {request.height}", request.frames_out / request.task.fps
+    video = f"{size}, {request.frames_out} new frames at {request.task.fps} fps ({length:.2f} s)"
     lines = [("task", f"{request.task.name}: {request.task.summary}"), ("video", video)]
     lines += [("checkpoint", request.model_id if plan.checkpoint is None else f"{plan.checkpoint} (on this machine)")]
     if plan.checkpoint is None and request.model_id != hub.TINY:
@@ -446,8 +445,8 @@ def describe(plan: Plan, seconds: float | None = None) -> str:
     for number, made in enumerate(plan.passes, start=1):
         work = f"{peta(made.flop / plan.forwards)} a forward, {peta(made.flop)} in all"
         lines += [(f"pass {number}", f"latents {list(made.latents)}, {made.tokens:,} tokens, {work}")]
-    if seconds is not None:
-        lines += [("time", f"about {duration(seconds)} of denoising, as fast as it was here before")]
+    if denoising is not None:
+        lines += [("time", f"about {duration(denoising)} of denoising, as fast as it was here before")]
     for name, stage in plan.stages.items():
         quantized = f", {request.quant}" if request.quant and name in ("transformer", "text encoder") else ""
         weights = f"{giga(stage.weights)} weights ({stage_dtype(request, name, plan.dtype)}{quantized})"
