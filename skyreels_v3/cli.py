@@ -588,7 +588,7 @@ def exists(name: str, entry: str, folder: str = "") -> bool:
     if name == "lora":
         entry = parse_lora(entry).source
     elif name == "keyframes":
-        entry = entry.rpartition("@")[0]
+        entry = entry.rpartition("@")[0] if KEYFRAME.fullmatch(entry) else ""
     path = os.path.expanduser(entry)
     return bool(entry) and (os.path.exists(path) or (bool(folder) and os.path.exists(os.path.join(folder, path))))
 
