@@ -108,6 +108,6 @@ def load_llama_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     puts that one's rules in the place of the file's: most prompts would get other tokens.
     """
     try:
-        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing more special
         raise CheckpointError(f"the tokenizer in {folder} cannot be read ({error}); download it again") from error

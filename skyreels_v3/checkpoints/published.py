@@ -181,6 +181,6 @@ def load_audio_encoder(root: Path, dtype: torch.dtype) -> AudioEncoder:
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in `folder`."""
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing more special
         raise CheckpointError(f"the tokenizer in {folder} cannot be read ({error}); download it again") from error

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from contextlib import suppress
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from skyreels_v3.checkpoints.hunyuan import load_llama_tokenizer
 from skyreels_v3.checkpoints.load import load_model, read_tensors
-from skyreels_v3.checkpoints.published import load_text_encoder, load_transformer, load_vae
+from skyreels_v3.checkpoints.published import load_text_encoder, load_tokenizer, load_transformer, load_vae
 from skyreels_v3.errors import CheckpointError
 
 
@@ -76,3 +81,30 @@ def test_whole_checkpoints(reference, name, layout):
     for module in (encoder.module, vae.module):
         assert not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
     assert encoder.module.shared.weight is encoder.module.encoder.embed_tokens.weight
+
+
+def test_code_in_a_checkpoint_is_not_run(reference, tmp_path):
+    marker = tmp_path / "was-run"
+    code = f"open({str(marker)!r}, 'w').close()\n"
+    for config in ({}, {"tokenizer_class": "Planted", "model_type": "planted"}):
+        folder = tmp_path / f"tokenizer-{len(config)}"
+        shutil.copytree(reference / "pipelines" / "checkpoints" / "reference_to_video" / "tokenizer", folder)
+        planted = {"auto_map": {"AutoTokenizer": ["planted.Planted", "planted.Planted"], "AutoConfig": "planted.C"}}
+        for name in ("tokenizer_config.json", "config.json"):
+            old = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+            (folder / name).write_text(json.dumps(old | planted | config))
+        (folder / "planted.py").write_text(code)
+        for load in (load_tokenizer, load_llama_tokenizer):
+            with suppress(CheckpointError):  # to take it without its code is as good
+                load(folder)
+
+    class Planted:
+        def __reduce__(self) -> tuple[object, ...]:
+            return exec, (code,)
+
+    torch.save({"first.weight": Planted()}, tmp_path / "planted.pth")
+    with pytest.raises(CheckpointError, match=r"planted\.pth is damaged or holds something other than tensors"):
+        read_tensors(tmp_path / "planted.pth")
+    assert not marker.exists()
+    torch.load(tmp_path / "planted.pth", weights_only=False)
+    assert marker.exists()  # it would have worked
