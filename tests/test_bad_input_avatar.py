@@ -106,7 +106,8 @@ KEY_FRAMES = [
     bad(AVATAR, "--keyframes", "{files}/cut.png@2", "give a complete file", "{files}/cut.png"),
     bad(AVATAR, "--keyframes", "{assets}/fox.png@6.5", "the sound is 6.00 s long; give times within it", "at 6.5 s"),
     Case(
-        "keyframes-short-sound", [*BASE, *PORTRAIT, "--input_audio", "{files}/1s.wav", "--keyframes", "{assets}/fox.png@0.5"],
+        "keyframes-short-sound",
+        [*BASE, *PORTRAIT, "--input_audio", "{files}/1s.wav", "--keyframes", "{assets}/fox.png@0.5"],
         "--keyframes", "the sound is 1.00 s long", "sound of at least 3.24 s",
     ),
 ]  # fmt: skip
