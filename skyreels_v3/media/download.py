@@ -263,7 +263,7 @@ def _check_unresolved(host: str, allow_private: bool) -> None:
 
 def _private(host: str, address: str) -> str:
     leads = "is" if host == address else f"leads to {shown(address)},"
-    return f"{shown(host)} {leads} an address of this machine, a private or a reserved network"
+    return f"{shown(host)} {leads} an address of this machine, of a private or a reserved network"
 
 
 def is_public(address: str) -> bool:
