@@ -153,6 +153,9 @@ def ended(text: str, code: int, ranks: Ranks, error: BaseException | None = None
         The exit code. Where processes have met it does not return: what Python and the others' absence do at the end
         would only be noise.
     """
+    if isinstance(error, KeyboardInterrupt):  # all is tidied up; another one would only break into Python's own end
+        for number in (signal.SIGINT, *ENDS):
+            signal.signal(number, signal.SIG_IGN)
     try:
         if speaks(ranks, error):
             if ranks.world > 1:

@@ -165,7 +165,7 @@ def main(tmp_path, cache, monkeypatch, capsys) -> Callable[..., tuple[int, str, 
     """Run the command in this process; returns exit code, stdout and stderr."""
     monkeypatch.setenv("SKYREELS_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in processes.ENDS}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, *processes.ENDS)}
 
     def main(*arguments: object, default_task: str | None = None) -> tuple[int, str, str]:
         code = generate_video.main([str(argument) for argument in arguments], default_task)

@@ -444,7 +444,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     ),
     "broken-index": (
         VIDEO_EXTENSION,
-        lambda root: (root / "transformer" / f"{WEIGHTS}.index.json").write_text("{"),
+        lambda root: (root / "transformer" / f"{WEIGHTS}.index.json").write_text("[" * 100_000),
         f"{WEIGHTS}.index.json is no index of shards",
     ),
     "index-of-elsewhere": (

@@ -112,6 +112,7 @@ def test_interrupted_while_writing_no_bar_comes_after_the_last_word(main, pictur
 
     monkeypatch.setattr("skyreels_v3.session.write_video", interrupted)
     code, stdout, stderr = main(*REFERENCE, "--model_id", "tiny", "--ref_imgs", picture, "--num_frames", "5")
+    os.kill(os.getpid(), signal.SIGINT)  # pressed twice
     assert (code, stdout) == (130, "")
     assert re.search(r"decoding: .* 1/2 ", stderr)
     assert stderr.splitlines()[-1] == "interrupted"

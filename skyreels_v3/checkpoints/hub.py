@@ -370,7 +370,7 @@ def indexed_files(index: Path) -> list[Path]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         files = [index.parent / name for name in sorted(names)]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index} is no index of shards; download it again") from error
     if missing := [str(file) for file in files if file.parent != index.parent or not file.is_file()]:
         raise CheckpointError(f"missing shards {', '.join(missing)}; download them again")
@@ -456,10 +456,11 @@ def check_safetensors(file: Path) -> None:
     try:
         tensors, _, begin = read_header(file)
         expected = begin + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-        known = all(is_entry(entry) for entry in tensors.values())
+        if not all(is_entry(entry) for entry in tensors.values()):
+            raise ValueError("an entry that is none")
     except (struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} is truncated or no safetensors file; download it again") from error
-    if size != expected or not known:
+    if size != expected:
         raise CheckpointError(f"{file} is truncated or damaged ({size} bytes instead of {expected}); download it again")
 
 

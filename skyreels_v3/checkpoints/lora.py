@@ -279,7 +279,7 @@ def parse_header(header: Any, source: Path) -> dict[str, Any]:
     """The transformer's settings in a header's entry."""
     try:
         content = json.loads(header)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise LoraError(f"{source}: {HEADER_ENTRY} in its header is no JSON ({error})") from error
     if not isinstance(content, dict):
         raise LoraError(f"{source}: {HEADER_ENTRY} in its header is no JSON object")

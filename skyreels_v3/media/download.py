@@ -170,9 +170,9 @@ class _Transport(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         host = request.url.raw_host.decode("ascii")
-        if request.url.scheme not in ("http", "https"):
+        if request.url.scheme not in ("http", "https", ""):  # httpx drops the scheme of an address without a host
             raise httpx.UnsupportedProtocol("another scheme")
-        if not host or (request.url.port or 0) > MAX_PORT:
+        if not host or not 0 <= (request.url.port or 0) <= MAX_PORT:
             raise httpx.InvalidURL("no host, or no port")
         variable, proxy = _proxy_of(request.url.scheme, host)
         if proxy is not None:

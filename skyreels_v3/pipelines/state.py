@@ -41,7 +41,8 @@ logger = logging.getLogger(__name__)
 REQUEST_FILE = "request.json"
 PASS_FILES = "pass-*.safetensors"
 STEPS_FILES = "steps-*.safetensors"
-NO_RECORD = (ValueError, KeyError, TypeError, AttributeError)  # what reading another thing than a record raises
+# what reading another thing than a record raises; RecursionError: thousands of brackets
+NO_RECORD = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 STATE_FOLDER = re.compile(r"(.+)\.state(-\d+)?")
 
 

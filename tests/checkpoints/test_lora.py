@@ -477,6 +477,9 @@ def test_files_that_are_none(tmp_path):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"--lora: .*a\.safetensors is truncated"):
         read_lora(file, {})
+    save_file(pair(QUERY), file, metadata={"lora_adapter_metadata": "[" * 100_000})
+    with pytest.raises(CheckpointError, match="in its header is no JSON"):
+        read_lora(file, {})
     torch.save(random_pairs(), tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"--lora: .*a\.pt is no \.safetensors file"):
         read_lora(tmp_path / "a.pt", {})

@@ -341,7 +341,7 @@ def test_a_state_of_another_run_is_not_taken(tmp_path):
     drawn.close(completed=True)
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"output": "a.mp4"}', "\0\xff"])
+@pytest.mark.parametrize("content", ["", "[1]", '{"output": "a.mp4"}', "\0\xff", "[" * 100_000])
 def test_where_nothing_was_left_a_new_run_begins(tmp_path, content):
     (tmp_path / "a.state").mkdir()
     if content:
