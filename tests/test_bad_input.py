@@ -676,6 +676,12 @@ WRONG_CONTENT: dict[str, tuple[str, str, Callable[[dict], object], str]] = {
         "native", NATIVE_VAE, lambda t: t.update({"conv2.weight": t["conv2.weight"].sum()}),
         "wrong shape conv2.weight",
     ),
+    "nan-config": (
+        "diffusers", "transformer/config.json", lambda c: c.update(eps=float("nan")), "eps = nan is no positive number",
+    ),
+    "text-encoder-config-number": (
+        "diffusers", "text_encoder/config.json", lambda c: c.update(layer_norm_epsilon="x"), "epsilon = x is no",
+    ),
     "vae-config": ("diffusers", "vae/config.json", lambda c: c.update(magic=1), "unknown entries magic"),
     "vae-config-type": ("diffusers", "vae/config.json", lambda c: c.update(base_dim="x"), "base_dim = x is no size"),
     "vae-config-knob": (

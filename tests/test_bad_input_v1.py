@@ -127,6 +127,10 @@ BASE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no-scheduler": (lambda folder: shutil.rmtree(folder / "scheduler"), "missing scheduler/scheduler_config.json"),
     "cut-llama": (lambda folder: cut(folder / "text_encoder" / "model.safetensors"), "is truncated or damaged"),
     "clip-config": (lambda folder: (folder / "text_encoder_2" / "config.json").write_text("[]"), "is no JSON object"),
+    "brackets": (
+        lambda folder: (folder / "text_encoder_2" / "config.json").write_text("[" * 100_000),
+        "config.json cannot be read",
+    ),
 }
 
 

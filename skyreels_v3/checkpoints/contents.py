@@ -6,6 +6,7 @@ hold the tensors themselves against the models by the same functions.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -44,6 +45,7 @@ WIDTH = re.compile(
     r"audio_dim|(?:in|out|latent|block_out)_channels|conv_kernel|num_conv_pos_embeddings|"
     r"relative_attention_num_buckets"
 )
+POSITIVE = re.compile(r"(?:\w+_)?eps(?:ilon)?|rope_theta|scaling_factor")
 
 
 class Tensorlike(Protocol):
@@ -112,9 +114,12 @@ def refuse_dtypes(dtypes: Mapping[str, object], source: Path) -> None:
 
 
 def check_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensorlike], source: Path) -> None:
-    """Raise CheckpointError for sizes in a config that are none, or larger than the tensors there can be of."""
+    """Raise CheckpointError for numbers in a config that are none, and for sizes larger than the tensors there."""
     longest = max((axis for tensor in tensors.values() for axis in tensor.shape), default=0)
     for key, value in config.items():
+        if POSITIVE.fullmatch(key) and not (isinstance(value, int | float) and 0 < value < math.inf):
+            reason = f"{source}: {key} = {shown(value)} is no positive number"
+            raise CheckpointError(f"{reason}; give the model's own config")
         limit = len(tensors) if COUNT.fullmatch(key) else longest if WIDTH.fullmatch(key) else None
         for size in value if isinstance(value, list) else [value]:
             if limit is None or size is None:

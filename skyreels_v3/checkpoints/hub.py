@@ -396,7 +396,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a checkpoint's JSON file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
         raise CheckpointError(f"{path} cannot be read ({error}); download it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is no JSON object; download it again")

@@ -44,9 +44,6 @@ def load_hunyuan_vae(base: Path, dtype: torch.dtype, values: bool = True) -> Hun
     tensors, names = read_tensors(source, values), AutoencoderKLHunyuanVideo._get_init_keys(AutoencoderKLHunyuanVideo)
     arguments = known_arguments(names, sizes_of(source, tensors), HUNYUAN_VAE_CONSTANTS, source / "config.json")
     module = load_model(lambda: AutoencoderKLHunyuanVideo(**arguments), tensors, source, dtype)
-    factor = cast(AutoencoderKLHunyuanVideo, module).config.scaling_factor
-    if not isinstance(factor, int | float) or not factor > 0:
-        raise CheckpointError(f"{source}/config.json: scaling_factor = {factor} is no positive number")
     return HunyuanVAE(cast(AutoencoderKLHunyuanVideo, module))
 
 
