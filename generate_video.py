@@ -109,6 +109,14 @@ def set_up_logging(verbosity: int, ranks: Ranks = ALONE) -> None:
     logger.setLevel(level)
 
 
+def check_current_folder() -> None:
+    """Raise UserError where the current folder was removed: nothing relative is found there, and torch ends Python."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("command line", "the current folder is not there any more; change to one that is") from error
+
+
 def main(argv: Sequence[str], default_task: str | None = None) -> int:
     """Run a command line, for `default_task` where it names none; returns the exit code."""
     verbosity, ranks = 1, ALONE
@@ -124,6 +132,7 @@ def main(argv: Sequence[str], default_task: str | None = None) -> int:
         verbosity = verbosity_of(flags)
         set_up_logging(verbosity, ranks)
         wanted = flags.pop("gpu_num", 1)
+        check_current_folder()
         if wanted > 1 and ranks.world == 1:
             return start_processes(flags, argv, wanted)
         if wanted not in (1, ranks.world):

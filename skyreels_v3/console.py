@@ -6,13 +6,17 @@ import logging
 import os
 import sys
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Any, TextIO
 
 logger = logging.getLogger(__name__)
 
 
 def escape_unknown() -> None:
-    """Have characters that the terminal's encoding lacks written as escapes."""
+    """Have characters that the terminal's encoding lacks written as escapes, and all to nowhere that is closed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  to the end
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # notebooks have others
             stream.reconfigure(errors="backslashreplace")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from skyreels_v3.console import escape_unknown, show
+from skyreels_v3.console import escape_unknown, say, show
 from skyreels_v3.progress import progress_bar
 
 
@@ -28,6 +28,15 @@ def test_nobody_reads_stdout_any_more(monkeypatch, caplog):
         show("a.mp4")
         show("b.mp4")
     assert caplog.messages == ["stdout cannot be written to (Broken pipe); the result is a.mp4"]
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_closed_from_the_start(monkeypatch, closed):
+    monkeypatch.setattr(sys, closed, None)  # as Python does
+    escape_unknown()
+    show("a.mp4")
+    say("error: a\n")
+    getattr(sys, closed).close()
 
 
 def test_nobody_reads_stderr_any_more(monkeypatch):

@@ -104,7 +104,7 @@ def read_changes(file: LoraFile) -> Changes:
         rank = 1 if down is None else len(down)
         alpha = float(tensors[update.alpha]) if isinstance(update.alpha, str) else update.alpha
         scale = 1.0 if alpha is None else alpha / rank
-        for key in update.keys:
+        for key in (*update.keys, *([update.alpha] if isinstance(update.alpha, str) else [])):
             if not tensors[key].float().isfinite().all():
                 raise LoraError(
                     f"{file.source}: {key} holds numbers that are not finite; the LoRA is damaged, give another"

@@ -38,6 +38,7 @@ from skyreels_v3.checkpoints.hub import (
 )
 from skyreels_v3.checkpoints.key_maps import NATIVE_HUNYUAN, NATIVE_TRANSFORMER, KeyMap, translate
 from skyreels_v3.checkpoints.shapes import Shape, Shapes
+from skyreels_v3.errors import shown
 from skyreels_v3.tasks import HUNYUAN, GenerationRequest
 
 Parts = dict[str, str]  # what a file has for a layer: the key of each part
@@ -49,6 +50,7 @@ ENTRY = re.compile(
     r"\.(?:(?:(?P<A>lora_A|lora_down|lora\.down)|(?P<B>lora_B|lora_up|lora\.up))(?:\.\w+)?\.weight"
     r"|(?P<alpha>alpha)|(?P<weight>diff|w_norm)|(?P<bias>diff_b|b_norm)|(?P<modulation>diff_m))"
 )
+SLOW = re.compile(r"\)[*+{?]|(?:[*+?}].*){4}", re.DOTALL)  # patterns that may take a regular expression for ever
 TEXT_ENCODER = re.compile(r"(?:base_model\.model\.)?(?:text_encoder|lora_te)\w*(?:\..+)?")
 
 HEADER_ENTRY = "lora_adapter_metadata"  # diffusers' place for PEFT's settings
@@ -251,12 +253,14 @@ def alpha_of(layer: str, parts: Parts, settings: Mapping[str, Any], source: Path
     if not settings:
         return None
     patterns = settings.get("alpha_pattern") or {}  # PEFT: a name, or a regular expression, that ends the layer's name
+    if endless := [pattern for pattern in patterns if SLOW.search(str(pattern))]:
+        raise LoraError(f"{source}: its settings give an alpha_pattern that takes too long, {shown(endless[0])}")
     try:
         own = [value for pattern, value in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", layer)]
     except (AttributeError, re.error) as error:
         raise LoraError(f"{source}: its settings give an alpha_pattern that cannot be read ({error})") from error
     alpha = own[0] if own else settings.get("lora_alpha")
-    if not isinstance(alpha, int | float):
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise LoraError(f"{source}: its settings give {alpha} for the lora_alpha of {layer}, which is no number")
     return alpha
 

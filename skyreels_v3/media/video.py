@@ -745,7 +745,7 @@ def _problem_of(program: str) -> str:
     command = [program, "-hide_banner", "-nostdin", "-filter_complex", f"{picture};{silence}", *streams]
     try:
         run = subprocess.run(
-            [*command, "-f", "null", "-"],
+            [*command, "-f", "mp4", "-movflags", "frag_keyframe+empty_moov", "-"],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=TRIAL_SECONDS,
@@ -759,7 +759,7 @@ def _problem_of(program: str) -> str:
     missing = [name for name in ("libx264", "aac") if f"Unknown encoder '{name}'" in log]
     if missing:
         return f"{shown(program)}, which has no encoder {missing[0]}"
-    if run.returncode:
+    if run.returncode or not run.stdout:
         return f"{shown(program)}, which fails ({shown(' / '.join(log.strip().splitlines()[-2:]))})"
     return ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from pathlib import Path
 
@@ -359,6 +360,8 @@ def test_settings_beside_are_of_files_with_pefts_names_and_no_alpha(tmp_path, fo
         ({"init_lora_weights": "pissa"}, "init_lora_weights = pissa not supported"),
         ({"alpha_pattern": {"(": 1}}, "alpha_pattern that cannot be read"),
         ({"alpha_pattern": [1]}, "alpha_pattern that cannot be read"),
+        ({"alpha_pattern": {"(.*)*(.*)*!": 1}}, "alpha_pattern that takes too long"),
+        ({"lora_alpha": math.inf}, "give inf for the lora_alpha of blocks.0"),
         ({"lora_alpha": None}, "give None for the lora_alpha of blocks.0"),
     ],
 )
@@ -449,6 +452,7 @@ REFUSED = {
         "numbers of this kind are no weights: blocks.0.norm3.diff (I8)",
     ),
     "no numbers": (pair(QUERY) | {"blocks.0.norm3.diff": torch.full([32], torch.nan)}, "blocks.0.norm3.diff holds num"),
+    "no alpha": (pair(QUERY) | {f"{QUERY}.alpha": torch.tensor(torch.nan)}, f"{QUERY}.alpha holds numbers that are"),
     "infinite": (
         pair(QUERY) | {"head.diff_m": torch.full([1, 2, 32], torch.inf)},
         "head.diff_m holds numbers that are",

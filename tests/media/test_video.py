@@ -1072,6 +1072,7 @@ UNFIT = {
     "echo \"Unrecognized option 'fps_mode'.\" >&2; exit 1": "older than ffmpeg 5.1",
     "echo \"Unknown encoder 'libx264'\" >&2; exit 8": "no encoder libx264",
     "exit 3": "fails",
+    "exit 0": "fails",
 }
 
 
