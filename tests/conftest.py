@@ -33,6 +33,9 @@ heavy = {"torch", "diffusers", "transformers"} & sys.modules.keys()
 sys.exit(f"imported {sorted(heavy)}" if heavy else code)
 """
 
+# A shell starts what goes on in its background with SIGINT ignored, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -154,7 +157,6 @@ def start(tmp_path, cache) -> Callable[..., subprocess.Popen[str]]:
         return subprocess.Popen(
             command, cwd=tmp_path / "working", env=environment,
             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells start jobs with it ignored
         )  # fmt: skip
 
     return start
