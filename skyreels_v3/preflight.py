@@ -121,7 +121,8 @@ def with_output(request: GenerationRequest) -> GenerationRequest:
 
 def check_outputs(request: GenerationRequest) -> None:
     """Raise UserError for an output that is there already, or cannot be made."""
-    outputs = {"output": request.output, "save_latents": request.save_latents, "save_quantized": request.save_quantized}
+    output = "output" if request.outdir is None else "outdir"
+    outputs = {output: request.output, "save_latents": request.save_latents, "save_quantized": request.save_quantized}
     for name, path in outputs.items():
         if path is not None:
             check_writable(path, f"--{name}")

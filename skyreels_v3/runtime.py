@@ -192,10 +192,9 @@ def set_environment() -> None:
     # stages of different sizes follow one another: room that one leaves must fit the next
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     compiled = cache_folder() / "compiled"
-    with suppress(OSError):  # where it cannot be made, torch chooses
-        compiled.mkdir(parents=True, exist_ok=True)
-        if os.access(compiled, os.W_OK):
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+    there = next(folder for folder in (compiled, *compiled.absolute().parents) if folder.exists())
+    if there.is_dir() and os.access(there, os.W_OK):  # else torch's own choice: it makes the folder at once
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
 
 
 def start(request: GenerationRequest, plan: Plan) -> Runtime:

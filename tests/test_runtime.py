@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -139,12 +136,3 @@ def test_convolutions_are_exact_in_a_float32_run(dtype, precision):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU")
 def test_pinning_takes_nothing_where_nothing_is_transferred():
     assert runtime.pin(torch.device("cpu"), torch.empty(3, dtype=torch.uint8))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc can be written to, it is said, and nothing made in it")
-def test_compiled_code_without_a_place(tmp_path, monkeypatch):
-    for cache in (tmp_path, Path("/proc")):
-        monkeypatch.setattr(os, "environ", {"SKYREELS_CACHE": str(cache)})
-        runtime.set_environment()
-        places = [str(tmp_path / "compiled")] if cache == tmp_path else []
-        assert [value for name, value in os.environ.items() if name == "TORCHINDUCTOR_CACHE_DIR"] == places

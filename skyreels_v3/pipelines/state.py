@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REQUEST_FILE = "request.json"
+MAX_RECORD = 1 << 20  # characters; what is longer is none
 PASS_FILES = "pass-*.safetensors"
 STEPS_FILES = "steps-*.safetensors"
 # what reading another thing than a record raises; RecursionError: thousands of brackets
@@ -265,7 +266,7 @@ def claim(folder: Path, record: RunRecord) -> Left:
     request = (folder / REQUEST_FILE).open("r+", encoding="utf-8", errors="replace")
     try:
         lock(request)
-        left = json.loads(request.read())
+        left = json.loads(request.read(MAX_RECORD))
         record.check_same(left)
     except BlockingIOError as error:
         request.close()

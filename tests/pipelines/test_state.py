@@ -351,6 +351,19 @@ def test_where_nothing_was_left_a_new_run_begins(tmp_path, content):
     state.close(completed=True)
 
 
+def test_a_record_without_end_is_none(tmp_path):
+    record = record_of(tmp_path)
+    state = open_state(record)
+    numbers(state, 1.0)
+    state.close(completed=False)
+    file = tmp_path / "a.state" / "request.json"
+    for padding, resumed in (("", True), (" " * (1 << 20), False)):
+        file.write_text(padding + file.read_text())
+        state = open_state(record, resume=True)
+        assert state.resumed == resumed
+        state.close(completed=False)
+
+
 def test_a_run_without_a_finished_pass_leaves_nothing(tmp_path):
     state = open_state(RunRecord(tmp_path / "new" / "folder" / "a.mp4", FLAGS))
     (state.folder / "a.tmp.mp4").touch()
