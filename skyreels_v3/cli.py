@@ -598,7 +598,9 @@ def is_address(entry: str) -> bool:
 
 
 def check_beside_jobs(values: Mapping[str, Any]) -> None:
-    """Raise UserError for a flag that cannot stand beside --jobs."""
+    """Raise UserError for a flag that cannot stand beside --jobs, and for a name of none."""
+    if not values["jobs"].strip():
+        raise UserError("--jobs", "an empty path; give a file")
     for name, remedy in ONLY_IN_A_JOB.items():
         if values.get(name, False) is not False:
             value = "" if values[name] is True else f"{told(values[name])}: "

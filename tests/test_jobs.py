@@ -143,6 +143,7 @@ def test_as_windows_editors_write_it(tmp_path):
 
 REFUSED = [
     Case("missing", ["--jobs", "{tmp_path}/none.jsonl"], "--jobs", "{tmp_path}/none.jsonl", "check the path"),
+    Case("no name", ["--jobs", ""], "--jobs", "an empty path", "give a file"),
     Case("a folder", ["--jobs", "{tmp_path}"], "--jobs", "{tmp_path}", "give a file"),
     Case("empty", ["--jobs", "{tmp_path}/empty.jsonl"], "--jobs", "{tmp_path}/empty.jsonl", "write some"),
     Case("large", ["--jobs", "{tmp_path}/large.jsonl"], "--jobs", "{tmp_path}/large.jsonl", "divide it"),
