@@ -125,7 +125,7 @@ DUBBING = [
         "--keyframes", "fox.png@1", "conflicts with --input_video; give one of them",
     ),
     Case(
-        "clip-too-short", [*DUB, *SOUND],
+        "clip-too-short", [*BASE, "--input_video", "{files}/4s.mp4", *SOUND],
         "--input_video", "4s.mp4 is 4.00 s long, the sound 6.00 s", "give a longer clip or a shorter sound",
     ),
     bad(DUB, "--input_video", "{files}/nothere.mp4", "check the path"),
