@@ -83,6 +83,8 @@ TASKS = {name: name for name in TASK_NAMES} | {
     "a2v": "talking_avatar",
     "s2v": "talking_avatar",
     "v2v": "single_shot_extension",
+    "text_to_video": "t2v",
+    "image_to_video": "i2v",
 }
 
 
@@ -129,7 +131,8 @@ def value_meant(flag: str, value: str, choices: Collection[str]) -> str:
 
 def task_meant(value: str) -> str:
     """The task that a name such as Wan's t2v-14B stands for, "" for none."""
-    return TASKS.get(value.lower().split("-")[0], "")
+    name = value.lower().replace("-", "_")
+    return TASKS.get(name) or TASKS.get(name.split("_")[0], "")
 
 
 def as_size(value: str) -> str:

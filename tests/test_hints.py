@@ -73,6 +73,7 @@ def test_hints_are_of_flags_that_there_are():
         (["--resolution", "720p"], "did you mean 720P"),
         (["--resolution", "640P"], "480P, 540P or 720P$"),
         (["--task_type", "i2v-A14B"], "did you mean i2v"),
+        (["--task_type", "text-to-video"], "did you mean t2v"),
         (["--dtype", "float16"], "bfloat16 or float32$"),
         (["--device", "gpu"], "did you mean cuda"),
         (["--device", "cuda:1"], "to choose a GPU set CUDA_VISIBLE_DEVICES=1"),
