@@ -27,7 +27,7 @@ demo: $(VENV)/installed
 	    --prompt "FPS-24, A cat wearing sunglasses works as a lifeguard at a pool"
 
 test: $(VENV)/installed-dev
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-extended: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest -m extended

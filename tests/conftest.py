@@ -36,6 +36,13 @@ sys.exit(f"imported {sorted(heavy)}" if heavy else code)
 # A shell starts what goes on in its background with SIGINT ignored, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+LONGEST = ("test_distributed.py", "test_scaling.py", "test_recorded_runs.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that no worker is left with one of them in the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @dataclass(frozen=True)
 class Case:
