@@ -68,7 +68,8 @@ DRIVER = """
 import json
 import os
 import sys
-from contextlib import contextmanager
+import threading
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch.distributed as dist
@@ -138,8 +139,10 @@ def watched_encode(vae, *given):
 
 def watched_decode(vae, latents):
     made = decode(vae, latents)
+    # a mode counts in the thread that it was entered in; pieces are decoded in one of their own
+    own = nullcontext() if threading.current_thread() is threading.main_thread() else count
     while True:
-        with count.at("decode"):
+        with count.at("decode"), own:
             chunk = next(made, None)
         if chunk is None:
             return
