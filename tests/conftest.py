@@ -33,8 +33,10 @@ heavy = {"torch", "diffusers", "transformers"} & sys.modules.keys()
 sys.exit(f"imported {sorted(heavy)}" if heavy else code)
 """
 
-# A shell starts what goes on in its background with SIGINT ignored, and so would all that the tests start.
+# A shell starts what goes on in its background with SIGINT ignored, nohup with SIGHUP; runs in tests hear both
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 LONGEST = ("test_distributed.py", "test_scaling.py", "test_recorded_runs.py")
 

@@ -43,7 +43,7 @@ PICTURES = [
     bad(TOY_I2V, "--image", "ftp://example.org/a.png", "download it and give the path"),
     bad(TOY_I2V, "--image", "file:///etc/passwd", "download it and give the path"),
     bad(TOY_I2V, "--image", "http://127.0.0.1:9/a.png", "--allow_private_urls"),
-    bad(TOY_I2V, "--image", "{files}/good.png,{files}/good.png", "check the path"),
+    bad(TOY_I2V, "--image", "{files}/good.png,{files}/good.png", "check the path", "{files}...good.png"),
     bad([*TOY_I2V, *PICTURE], "--ref_imgs", "{files}/good.png", "i2v does not take it; leave it out"),
     bad([*TOY_I2V, *PICTURE], "--input_image", "{files}/good.png", "i2v does not take it; leave it out"),
     bad(["--task_type", "reference_to_video", "--prompt", "a", "--ref_imgs", "{files}/good.png"], "--image",

@@ -338,7 +338,7 @@ def test_addresses_are_recorded_without_their_secrets(main, address, tmp_path, m
     assert (code, stdout) == (0, "a.mp4\n"), more
     assert "secret" not in stderr + more
     safe = address.replace("me:secret", "...").replace("sig=secret", "...")
-    assert comment_of(tmp_path / "a.mp4")["flags"]["ref_imgs"] == safe
+    assert comment_of(tmp_path / "a.mp4")["flags"]["ref_imgs"] == [safe]
     assert b"secret" not in (tmp_path / "a.mp4").read_bytes()
     other = [*flags[:-1], address.replace("sig=secret", "sig=another")]
     code, stdout, more = main(*other, "--output", "a.mp4", "--allow_private_urls", "--resume")

@@ -104,12 +104,13 @@ class Hub:
             handler.send_header(key, value)
         handler.end_headers()
         if handler.command == "GET":
-            if name == self.slow:
+            slow = name != "" and name == self.slow
+            if slow:
                 handler.wfile.write(body[:1000])
                 self.reached.set()
                 self.released.wait(30)
             with suppress(OSError):
-                handler.wfile.write(body[1000 * (name == self.slow) :])
+                handler.wfile.write(body[1000 * slow :])
 
     def entry(self, name: str) -> dict[str, object]:
         body = self.files[name]

@@ -12,7 +12,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file
 
-from skyreels_v3.checkpoints.load import load_model, read_config, read_tensors
+from skyreels_v3.checkpoints.contents import read_config
+from skyreels_v3.checkpoints.load import load_model, read_tensors
 from skyreels_v3.checkpoints.published import load_vae
 from skyreels_v3.models import vae
 from skyreels_v3.models.vae import VideoVAE
