@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,20 @@ def cache_folder() -> Path:
     """Where made files are kept: $SKYREELS_CACHE, or skyreels_v3 in the user's cache folder."""
     base = os.environ.get("SKYREELS_CACHE")
     return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skyreels_v3"
+
+
+def compiled_folder() -> Path:
+    """Where compiled code is kept: on machines that share a cache folder, for each kind of processor its own.
+
+    torch finds code again that is for other instructions than this processor's, which crashes or computes wrong.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        instructions = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):  # not Linux
+        instructions = platform.processor()
+    kind = f"{platform.machine()} {instructions} {os.environ.get('ATEN_CPU_CAPABILITY')}"
+    return cache_folder() / "compiled" / hashlib.sha256(kind.encode()).hexdigest()[:12]
 
 
 def identity_of(files: Iterable[Path], *more: object) -> str:

@@ -20,7 +20,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from skyreels_v3.attention.available import check_attention
-from skyreels_v3.cache import cache_folder
+from skyreels_v3.cache import compiled_folder
 from skyreels_v3.errors import UserError
 from skyreels_v3.tasks import GenerationRequest
 
@@ -191,7 +191,7 @@ def set_environment() -> None:
     os.environ.setdefault("LOG_LEVEL", "error")  # xDiT's; it speaks on stdout, in each process
     # stages of different sizes follow one another: room that one leaves must fit the next
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    compiled = cache_folder() / "compiled"
+    compiled = compiled_folder()
     there = next(folder for folder in (compiled, *compiled.absolute().parents) if folder.exists())
     if there.is_dir() and os.access(there, os.W_OK):  # else torch's own choice: it makes the folder at once
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))

@@ -148,6 +148,12 @@ def check_refused(case: Case, refuse: Callable[[list[str]], str], **places: obje
     assert case.remedy in line.replace(value, "", 1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory) -> None:
+    """Compiled code is not taken from where another run has left it, perhaps for another processor."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> Path:
     """Where the toy model is made, once."""

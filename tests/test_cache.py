@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from skyreels_v3 import cache
-from skyreels_v3.cache import TensorCache, cache_folder, identity_of
+from skyreels_v3.cache import TensorCache, cache_folder, compiled_folder, identity_of
 
 
 def context(rows: int = 3, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
@@ -141,3 +141,12 @@ def test_where_it_is(tmp_path, monkeypatch):
     assert cache_folder() == tmp_path / "all" / "skyreels_v3"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "skyreels_v3"
+
+
+def test_code_for_other_instructions_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("SKYREELS_CACHE", str(tmp_path))
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    slow = compiled_folder()
+    assert slow == compiled_folder() and slow.parent == tmp_path / "compiled"
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert compiled_folder() != slow
