@@ -127,11 +127,9 @@ def without_clashes(jobs: Iterable[Job]) -> list[Job]:
     checked = []
     for job in jobs:
         output = None if job.request is None else job.request.output
-        if output is not None and output in outputs:
-            problem = f"--output: {shown(output)} is the output of line {outputs[output]} already; give another name"
+        if output is not None and (line := outputs.setdefault(output.resolve(), job.number)) != job.number:
+            problem = f"--output: {shown(output)} is the output of line {line} already; give another name"
             job = replace(job, request=None, problem=problem)
-        elif output is not None:
-            outputs[output] = job.number
         checked.append(job)
     return checked
 

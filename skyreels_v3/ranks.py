@@ -15,6 +15,8 @@ from skyreels_v3.tasks import GenerationRequest
 
 VARIABLES = {"rank": "RANK", "world": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "local_world": "LOCAL_WORLD_SIZE"}
 
+ADDRESS = ("MASTER_ADDR", "MASTER_PORT")  # where the processes meet
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -48,7 +50,7 @@ def ranks_of(environment: Mapping[str, str]) -> Ranks:
     """What a launcher such as torchrun says in its environment variables; one process where it says nothing.
 
     Raises:
-        UserError: the variables are not numbers, or contradict each other.
+        UserError: the variables are not numbers, contradict each other, or lack the address where the processes meet.
     """
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
         return ALONE
@@ -62,6 +64,10 @@ def ranks_of(environment: Mapping[str, str]) -> Ranks:
     ranks = Ranks(**numbers)
     if not (0 <= ranks.rank < ranks.world and 0 <= ranks.local_rank < ranks.local_world <= ranks.world):
         raise UserError("--use_usp", f"RANK, WORLD_SIZE and related variables are wrong ({ranks}); start with torchrun")
+    missing = [name for name in ADDRESS if not environment.get(name)]
+    if ranks.world > 1 and missing:
+        reason = f"RANK and WORLD_SIZE are set, {' and '.join(missing)} not"
+        raise UserError("--use_usp", f"{reason}; start with torchrun, or set where the first process listens")
     return ranks
 
 

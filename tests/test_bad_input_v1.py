@@ -198,7 +198,8 @@ def test_a_checkpoint_in_fp8_takes_no_lora(refuse, root, files, tmp_path):
 @pytest.fixture
 def two_processes(monkeypatch) -> None:
     """What torchrun says to the first of two."""
-    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+    says = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}
+    for name, value in (says | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}).items():
         monkeypatch.setenv(name, str(value))
 
 

@@ -131,9 +131,11 @@ def test_paths_begin_where_the_file_is(write, tmp_path, monkeypatch):
 
 def test_an_output_that_is_another_ones(write):
     out = FOX | {"output": "a.mp4"}
-    first, second, third = read_jobs(str(write(out, out | {"seed": 1}, FOX)), {})
+    again = FOX | {"output": "./b/../a.mp4"}
+    first, second, third, fourth = read_jobs(str(write(out, out | {"seed": 1}, FOX, again)), {})
     assert second.problem == "--output: a.mp4 is the output of line 1 already; give another name"
     assert first.request is not None and third.request is not None
+    assert "is the output of line 1 already" in fourth.problem
 
 
 def test_as_windows_editors_write_it(tmp_path):

@@ -13,13 +13,14 @@ from skyreels_v3.ranks import ALONE, Degrees, Ranks, check_ranks, choose_degrees
 REQUEST = parse_request(
     ["--task_type", "reference_to_video", "--ref_imgs", "a.png", "--prompt", "a", "--use_usp"]
 )  # fmt: skip
-LAUNCHED = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+ADDRESS = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+LAUNCHED = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", **ADDRESS}
 
 
 def test_what_a_launcher_says():
     assert ranks_of({}) == ranks_of({"RANK": "0"}) == ALONE
     assert ranks_of(LAUNCHED) == Ranks(5, 8, 1, 4)
-    assert ranks_of({"RANK": "1", "WORLD_SIZE": "2"}) == Ranks(1, 2, 1, 2)
+    assert ranks_of({"RANK": "1", "WORLD_SIZE": "2", **ADDRESS}) == Ranks(1, 2, 1, 2)
     ranks = ranks_of(LAUNCHED)
     assert (ranks.machine, ranks.main, ranks.leads) == (1, False, False)
     assert (ALONE.machine, ALONE.main, ALONE.leads) == (0, True, True)
@@ -32,6 +33,15 @@ def test_what_a_launcher_says():
 def test_a_launcher_that_contradicts_itself(wrong):
     with pytest.raises(UserError, match=r"^--use_usp: .* wrong .*start with torchrun"):
         ranks_of(LAUNCHED | wrong)
+
+
+@pytest.mark.parametrize("missing", ADDRESS)
+def test_a_launcher_that_says_no_address(missing):
+    with pytest.raises(
+        UserError, match=rf"^--use_usp: RANK and WORLD_SIZE are set, {missing} not; start with torchrun"
+    ):
+        ranks_of({name: value for name, value in LAUNCHED.items() if name != missing})
+    assert ranks_of({"RANK": "0", "WORLD_SIZE": "1"}) == ALONE
 
 
 def test_several_processes_must_be_told_what_to_do():
