@@ -26,6 +26,8 @@ demo: $(VENV)/installed
 	$(RUN) --task_type t2v --num_frames 49 --height 128 --width 192 \
 	    --prompt "FPS-24, A cat wearing sunglasses works as a lifeguard at a pool"
 
+# pytest starts a worker for each core
+test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
