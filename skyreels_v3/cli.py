@@ -741,7 +741,7 @@ def check_size(values: Mapping[str, Any]) -> None:
             near = f"{below} or {below + SIZE_MULTIPLE}"
             raise UserError(f"--{name}", f"{side} is not a multiple of {SIZE_MULTIPLE}; give {near}")
     if (pixels := values.get("height", 0) * values.get("width", 0)) > MAX_PIXELS:
-        size = f"{values['height']} x {values['width']}"
+        size = f"{values['width']} x {values['height']}"
         raise UserError("--height", f"{size} is {pixels:,} pixels; give a size of at most {MAX_PIXELS:,}")
 
 

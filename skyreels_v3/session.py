@@ -92,7 +92,7 @@ class Session:
                 with naming_room(folder):
                     save_quantized(transformer, self.checkpoint, others, folder, request.task, state.folder)
             latents: list[Tensor] = []
-            logger.info("seed %d, %d x %d", request.seed, request.height, request.width)
+            logger.info("seed %d, %d x %d", request.seed, request.width, request.height)
             passes = self.passes(request, inputs, state)
             # closed before anything is said of how it ended: a progress bar that is open would write after it
             made_by = "" if request.no_metadata else comment(record)
