@@ -60,12 +60,15 @@ class UserError(Exception):
     Args:
         flag: the command line flag at fault, such as `--ref_imgs`.
         message: the value that was given, what is wrong with it and what to give instead.
+
+    Attributes:
+        message: the same in one line and without secrets; the error's own text is this after the flag.
     """
 
     def __init__(self, flag: str, message: str) -> None:
         message = re.sub(r"\s*\n\s*", " ", message)  # libraries' own reasons come in many lines
-        super().__init__(one_line(f"{flag}: {redact(message)}"))
-        self.flag = flag
+        self.flag, self.message = flag, one_line(redact(message))
+        super().__init__(one_line(f"{flag}: {self.message}"))
 
 
 class CheckpointError(UserError):

@@ -283,7 +283,7 @@ class Stock:
         loras = tuple(lora._replace(source=self.lora(lora.source, request)) for lora in request.lora)
         request = replace(request, lora=loras)
         if checkpoint is None:
-            check_loras(request, None)  # they weigh less than what would have been fetched in vain
+            check_loras(request)  # they weigh less than what would have been fetched in vain
             names = (request.model_source, request.model_id, request.task.name)
             checkpoint = Path(self.get(names, lambda: fetch(request)))
         if request.task.layout == HUNYUAN:
@@ -510,7 +510,7 @@ def as_told(error: Exception) -> Told:
     if isinstance(error, AlreadyDone):
         return DONE, str(error.output)
     if isinstance(error, UserError):
-        return error.flag, str(error).removeprefix(f"{error.flag}: ")
+        return error.flag, error.message
     return None, cause_of(error)
 
 

@@ -77,9 +77,8 @@ def commas_explained(request: GenerationRequest) -> Iterator[None]:
         absent = any(words in str(error) for words in ("does not exist", "no file or folder"))
         if name not in LISTS or not absent or len(getattr(request, name)) < 2:
             raise
-        reason = str(error).removeprefix(f"{error.flag}: ")
         remedy = f"commas separate entries: where a name has one, give {error.flag} once for each"
-        raise UserError(error.flag, f"{reason}; {remedy}") from error
+        raise UserError(error.flag, f"{error.message}; {remedy}") from error
 
 
 def checked(request: GenerationRequest, downloads: Path, ranks: Ranks) -> tuple[GenerationRequest, Inputs, Path | None]:
@@ -90,7 +89,7 @@ def checked(request: GenerationRequest, downloads: Path, ranks: Ranks) -> tuple[
     if checkpoint is not None:
         request = follow_checkpoint(request, checkpoint)
     else:
-        check_loras(request, None)
+        check_loras(request)
     request = with_base(request, base_here(request, checkpoint))
     if ranks.main:
         check_on_hub(request)
@@ -251,11 +250,11 @@ def follow_checkpoint(request: GenerationRequest, checkpoint: Path) -> Generatio
     Raises:
         UserError: the checkpoint's files, or a LoRA that is on this machine, are not what the transformer is made of.
     """
-    check_transformer(checkpoint / request.task.transformer_folder, request.task)
+    shapes = check_transformer(checkpoint / request.task.transformer_folder, request.task)
     if request.task.layout != HUNYUAN:
         check_components(checkpoint, request.task)
     if not is_quantized(checkpoint / request.task.transformer_folder):
-        check_loras(request, checkpoint)
+        check_loras(request, shapes)
         return request
     if request.lora:
         reason = f"{shown(request.lora[0].source)}: the checkpoint's weights are quantized already"
@@ -273,7 +272,7 @@ def record_of(request: GenerationRequest, inputs: Inputs, **more: Any) -> RunRec
     assert request.output is not None
     flags = recorded_flags(request) | more
     made = (request.save_quantized, request.frame_folder, request.seed_drawn, request.resume_if_same)
-    return RunRecord(request.output, flags, inputs.digests(), *made)
+    return RunRecord(request.output, flags, inputs.digests, *made)
 
 
 def networks(request: GenerationRequest) -> tuple[object, ...]:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Change:
-    """What is added to a weight, times a scale: `up @ down`, or `up` alone where `down` is None."""
+    """What is added to a weight as a matrix, times a scale: `up @ down`, or `up` alone where `down` is None."""
 
     up: Tensor
     down: Tensor | None
@@ -143,11 +143,7 @@ def updated(weight: Tensor, changes: Sequence[Change]) -> Tensor:
     """A weight with all that is added to it, in float32 and rounded once, as a new tensor."""
     total = weight.float().reshape(len(weight), -1)
     for change in changes:
-        up = (
-            change.up.to(total).reshape(len(total), -1)
-            if change.down is not None
-            else change.up.to(total).view_as(total)
-        )
+        up = change.up.to(total)
         added = up if change.down is None else up @ change.down.to(total)
         total = torch.add(total, added, alpha=change.scale)
     return total.view_as(weight).to(weight.dtype)

@@ -20,6 +20,7 @@ from skyreels_v3.checkpoints.shapes import Shape, Shapes, hunyuan_shapes, wan_sh
 from skyreels_v3.errors import CheckpointError, shown
 from skyreels_v3.memory.hunyuan_sizes import HunyuanSizes
 from skyreels_v3.memory.planner import Sizes, transformer_sizes
+from skyreels_v3.memory.units import SCALE
 from skyreels_v3.tasks import HUNYUAN, GenerationRequest, TaskSpec
 
 NAMED_KEYS = 5  # keys spelled out in an error message
@@ -34,8 +35,8 @@ QUANTIZED = (
     (r".+\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+|SCB)", "bitsandbytes' format"),
     (r".+\.(?:qweight|qzeros|g_idx|wscales|smooth_factor)", "4-bit integers"),
 )
+SCALE_END = f".{SCALE}"
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # what repackaged transformers' names begin with
-SCALE = ".weight_scale"
 # Entries of configs that say how large a model is, by what none of them can be more than: the number of tensors, and
 # the longest axis of one.
 COUNT = re.compile(r"num_(?:\w+_)?layers|num_layers|layers_per_block|num_res_blocks")
@@ -100,8 +101,8 @@ def check_format(keys: Iterable[str], source: Path) -> None:
 def check_scales(tensors: Mapping[str, Tensorlike], source: Path) -> None:
     """Raise CheckpointError unless each scale is a row's of a matrix beside it."""
     for key, scale in tensors.items():
-        weight = tensors.get(f"{key.removesuffix(SCALE)}.weight")
-        if key.endswith(SCALE) and (weight is None or len(weight.shape) != 2 or scale.shape != weight.shape[:1]):
+        weight = tensors.get(f"{key.removesuffix(SCALE_END)}.weight")
+        if key.endswith(SCALE_END) and (weight is None or len(weight.shape) != 2 or scale.shape != weight.shape[:1]):
             reason = f"{source} holds weights in FP8 that is scaled otherwise than by rows"
             raise CheckpointError(f"{reason} ({shown(key)} {list(scale.shape)}), not supported; {REMEDY}")
 
@@ -296,19 +297,17 @@ def check_transformer(folder: Path, task: TaskSpec) -> Shapes:
         expected = wan_shapes(Sizes(**(dict(task.transformer) | known)))
     check_scales(tensors, folder)
     found = rename(tensors, key_map, folder)
-    scales = {key: found[key] for key in found if key.endswith(SCALE)}
+    scales = {key: found[key] for key in found if key.endswith(SCALE_END)}
     check_keys(expected | {key: scale.shape for key, scale in scales.items()}, found, folder, key_map)
     refuse_dtypes({key: tensor.dtype for key, tensor in tensors.items() if tensor.dtype not in WEIGHT_DTYPES}, folder)
     for key in scales:
-        if (dtype := found[f"{key.removesuffix(SCALE)}.weight"].dtype) != "F8_E4M3":
+        if (dtype := found[f"{key.removesuffix(SCALE_END)}.weight"].dtype) != "F8_E4M3":
             raise CheckpointError(f"{folder}: {key} is a scale of FP8 weights, beside it are {dtype}; {REMEDY}")
     return expected
 
 
-def transformer_shapes(request: GenerationRequest, checkpoint: Path | None) -> Shapes:
-    """The weights of the request's transformer: of the checkpoint, checked, if it is here, else of the known one."""
-    if checkpoint is not None:
-        return check_transformer(checkpoint / request.task.transformer_folder, request.task)
+def published_shapes(request: GenerationRequest) -> Shapes:
+    """The weights of the request's transformer, as long as its checkpoint is not here to tell."""
     sizes = transformer_sizes(request, None)
     return hunyuan_shapes(sizes) if isinstance(sizes, HunyuanSizes) else wan_shapes(sizes)
 

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from skyreels_v3.checkpoints.key_maps import NATIVE_CONFIG
 from skyreels_v3.console import say
 from skyreels_v3.errors import CheckpointError, UserError, shown
+from skyreels_v3.memory.units import SCALE
 from skyreels_v3.tasks import HUNYUAN, LATENT_CHANNELS, TASK_NAMES, TINY, GenerationRequest, TaskSpec, task_spec
 
 logger = logging.getLogger(__name__)
@@ -152,12 +153,17 @@ def cached(request: GenerationRequest) -> Path | None:
         return None
     from huggingface_hub import constants
 
-    model = Path(constants.HF_HUB_CACHE, f"models--{request.model_id.replace('/', '--')}")
+    model = Path(constants.HF_HUB_CACHE, folder_in_cache(request.model_id))
     try:
         snapshot = model / "snapshots" / (model / "refs" / constants.DEFAULT_REVISION).read_text().strip()
     except (OSError, ValueError):
         return None
     return snapshot if snapshot.is_dir() else None
+
+
+def folder_in_cache(model_id: str) -> str:
+    """The name of a model's folder in the cache of Hugging Face's client."""
+    return f"models--{model_id.replace('/', '--')}"
 
 
 def base_patterns() -> list[str]:
@@ -232,7 +238,7 @@ def remove_orphans(model_id: str) -> None:
     from filelock import FileLock, Timeout
     from huggingface_hub import constants
 
-    folder = f"models--{model_id.replace('/', '--')}"
+    folder = folder_in_cache(model_id)
     for file in Path(constants.HF_HUB_CACHE, folder, "blobs").glob("*.incomplete"):
         lock = Path(constants.HF_HUB_CACHE, ".locks", folder, f"{file.name.split('.')[0]}.lock")
         with suppress(Timeout, OSError, NotImplementedError), FileLock(lock, timeout=0):
@@ -252,7 +258,7 @@ def downloaded(source: str, repositories: Mapping[str, Iterable[str]]) -> tuple[
 
     files: set[Path] = set()
     for name, patterns in repositories.items():
-        repository = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+        repository = Path(HF_HUB_CACHE, folder_in_cache(name))
         for pattern in (*(f"snapshots/*/{pattern}" for pattern in patterns), "blobs/*.incomplete"):
             files |= {file.resolve() for file in repository.glob(pattern) if file.is_file()}
     return Path(HF_HUB_CACHE), sum(file.stat().st_size for file in files)
@@ -322,7 +328,7 @@ def errors_about(flag: str) -> Iterator[None]:
     except CheckpointError as error:
         if error.flag == flag:
             raise
-        raise UserError(flag, str(error).removeprefix(f"{error.flag}: ")) from error
+        raise UserError(flag, error.message) from error
 
 
 def check_files(folder: Path, models: list[Path], files: list[Path], kind: str, source: str) -> None:
@@ -422,9 +428,7 @@ def text_encoder_files(folder: Path, task: TaskSpec) -> list[Path]:
 
 def is_quantized(transformer: Path) -> bool:
     """Whether the checked transformer's folder holds FP8 weights, see memory/quantize.py."""
-    return any(
-        name.endswith(".weight_scale") for file in weight_files(transformer) for name in read_header(file).tensors
-    )
+    return any(name.endswith(f".{SCALE}") for file in weight_files(transformer) for name in read_header(file).tensors)
 
 
 class Header(NamedTuple):
@@ -495,7 +499,7 @@ def lora_errors() -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        raise LoraError(str(error).removeprefix(f"{error.flag}: ")) from error
+        raise LoraError(error.message) from error
     except OSError as error:
         raise LoraError(f"{error.filename} cannot be read ({error.strerror})") from error
 

@@ -20,8 +20,8 @@ from skyreels_v3.checkpoints.contents import hunyuan_arguments, known_arguments,
 from skyreels_v3.checkpoints.key_maps import CLIP, HUNYUAN_VAE_CONSTANTS, LLAMA
 from skyreels_v3.checkpoints.load import load_model, read_tensors
 from skyreels_v3.checkpoints.published import load_tokenizer
-from skyreels_v3.errors import CheckpointError
-from skyreels_v3.memory.quantize import SCALE, with_fp8_layers
+from skyreels_v3.memory.quantize import with_fp8_layers
+from skyreels_v3.memory.units import SCALE
 from skyreels_v3.models.hunyuan.text_encoder import HunyuanTextEncoder
 from skyreels_v3.models.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.models.hunyuan.vae import HunyuanVAE
@@ -104,7 +104,4 @@ def load_llama_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     It is a Llama 3's, of bytes, while its config names the class of Llama 2's. transformers 5 believes the name and
     puts that one's rules in the place of the file's: most prompts would get other tokens.
     """
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises nothing more special
-        raise CheckpointError(f"the tokenizer in {folder} cannot be read ({error}); download it again") from error
+    return cast(PreTrainedTokenizerFast, load_tokenizer(folder, PreTrainedTokenizerFast))

@@ -23,9 +23,9 @@ from skyreels_v3.checkpoints.contents import (
     WEIGHT_DTYPES,
     Stored,
     name_some,
+    published_shapes,
     refuse_dtypes,
     stored_tensors,
-    transformer_shapes,
 )
 from skyreels_v3.checkpoints.hub import (
     LORA_CONFIG,
@@ -84,15 +84,15 @@ class LoraFile:
     left_out: tuple[str, ...] = ()
 
 
-def check_loras(request: GenerationRequest, checkpoint: Path | None) -> None:
+def check_loras(request: GenerationRequest, shapes: Shapes | None = None) -> None:
     """Raise LoraError unless each of the request's LoRAs that is on this machine fits its transformer.
 
     Args:
-        checkpoint: its folder if it is on this machine, else the task's known sizes tell.
+        shapes: of the transformer's weights; None where its checkpoint is not here, and the task's known sizes tell.
     """
     files = [(file, lora.partial) for lora in request.lora if (file := locate_lora(lora.source)) is not None]
     if files:
-        shapes = transformer_shapes(request, checkpoint)
+        shapes = published_shapes(request) if shapes is None else shapes
         native = NATIVE_HUNYUAN if request.task.layout == HUNYUAN else NATIVE_TRANSFORMER
         for file, partial in files:
             read_lora(file, shapes, native, partial)

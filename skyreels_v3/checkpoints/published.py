@@ -43,7 +43,8 @@ from skyreels_v3.checkpoints.hub import (
 )
 from skyreels_v3.checkpoints.load import load_model, read_tensors
 from skyreels_v3.errors import CheckpointError
-from skyreels_v3.memory.quantize import SCALE, with_fp8_layers
+from skyreels_v3.memory.quantize import with_fp8_layers
+from skyreels_v3.memory.units import SCALE
 from skyreels_v3.models.audio_encoder import AudioEncoder
 from skyreels_v3.models.image_encoder import ImageEncoder
 from skyreels_v3.models.text_encoder import TextEncoder
@@ -178,9 +179,9 @@ def load_audio_encoder(root: Path, dtype: torch.dtype) -> AudioEncoder:
     return AudioEncoder(cast(Wav2Vec2Model, module))
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in `folder`."""
+def load_tokenizer(folder: Path, kind: Any = AutoTokenizer) -> Any:
+    """The tokenizer in `folder`, of one of the library's classes."""
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing more special
         raise CheckpointError(f"the tokenizer in {folder} cannot be read ({error}); download it again") from error

@@ -71,10 +71,11 @@ def probe_audio(path: Path, flag: str, say: Callable[[str], object] = logger.war
         UserError: `path` is not a whole, decodable file with between 0.4 and 200 s of sound.
     """
     check_readable(path, flag)
-    seconds = _packet_seconds(path, flag)  # reads hours of sound in a second
+    track, downmix = sound_track(path)
+    seconds = _packet_seconds(path, flag, track)  # reads hours of sound in a second
     notes: list[str] = []
     if seconds <= MAX_SECONDS + 1:  # packets may hold a little more than is heard
-        channels, rate, log = _decode(path, flag)
+        channels, rate, log = _decode(path, flag, track, downmix)
         seconds = channels.shape[1] / rate
         notes = _check_whole(path, flag, seconds, log)
         notes += _check_heard(channels, rate)
@@ -100,7 +101,7 @@ def read_audio(path: Path, flag: str) -> np.ndarray:
     """
     import librosa
 
-    channels, rate, _ = _decode(path, flag)
+    channels, rate, _ = _decode(path, flag, *sound_track(path))
     peak = float(np.abs(channels).max())
     if peak > 1:
         logger.warning("%s: the sound peaks at %.4g times full scale and is clipped", path, peak)
@@ -110,15 +111,10 @@ def read_audio(path: Path, flag: str) -> np.ndarray:
 
 def _to_mono(channels: np.ndarray) -> tuple[np.ndarray, bool]:
     """The mean of channels [channels, samples], and False; of channels that cancel each other the loudest, and True."""
-    mean, powers = channels.mean(axis=0), [_power(channel) for channel in channels]
-    if _power(mean) < CANCELLED * max(powers):
-        return channels[np.argmax(powers)], True
+    mean, powers = channels.mean(axis=0), channels.var(axis=1)
+    if mean.var() < CANCELLED * powers.max():
+        return channels[powers.argmax()], True
     return mean, False
-
-
-def _power(samples: np.ndarray) -> float:
-    """The variance of samples."""
-    return float(np.dot(samples, samples)) / len(samples) - float(samples.mean()) ** 2
 
 
 def normalise_loudness(samples: np.ndarray) -> np.ndarray:
@@ -163,13 +159,13 @@ def mix(paths: Sequence[Path], sequential: bool, target: Path) -> Path:
     return target
 
 
-def _packet_seconds(path: Path, flag: str) -> float:
-    """Seconds of sound by the lengths of its packets, which are not decoded.
+def _packet_seconds(path: Path, flag: str, track: str) -> float:
+    """Seconds of sound of a track by the lengths of its packets, which are not decoded.
 
     Raises:
         UserError: no sound, or nothing that can be read.
     """
-    listing = _run(path, flag, sound_track(path)[0], ["-c:a", "copy", "-f", "framecrc", "pipe:1"]).stdout.decode()
+    listing = _run(path, flag, track, ["-c:a", "copy", "-f", "framecrc", "pipe:1"]).stdout.decode()
     rate = re.search(r"^#sample_rate 0: (\d+)", listing, re.MULTILINE)
     if rate and int(rate[1]) > MAX_RATE:
         raise UserError(flag, f"{shown(path)} has {rate[1]} samples a second; convert it to 48000")
@@ -252,15 +248,14 @@ def _without_sound(path: Path, flag: str) -> UserError:
     return UserError(flag, f"{shown(path)} has a sound track of 0 s; give a recording of speech")
 
 
-def _decode(path: Path, flag: str) -> tuple[np.ndarray, int, str]:
-    """All samples, float32 [1 or 2 channels, samples] with at least one, their rate in Hz, and what ffmpeg said.
+def _decode(path: Path, flag: str, track: str, downmix: list[str]) -> tuple[np.ndarray, int, str]:
+    """A track's samples, float32 [1 or 2 channels, samples] with at least one, their rate in Hz, and what ffmpeg said.
 
     They come as an AU file, the simplest one that names rate and channels.
 
     Raises:
         UserError: the sound cannot be decoded, is empty, or has samples that are not numbers.
     """
-    track, downmix = sound_track(path)
     filters = [option for name in downmix for option in ("-af", name)]
     longest = ["-t", str(MAX_SECONDS + 2)]  # whatever the packets have said
     options = ["-map_metadata", "-1", *longest, *filters, "-c:a", "pcm_f32be", "-f", "au", "pipe:1"]

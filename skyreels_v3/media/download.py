@@ -15,6 +15,7 @@ import socket
 import tempfile
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import IO, Any
@@ -47,18 +48,16 @@ def download(
     return asyncio.run(_Download(url, flag, timeout, max_bytes, progress, allow_private).into(folder))
 
 
+@dataclass(frozen=True)
 class _Download:
     """One download and its limits. Every failure is a UserError that names the address."""
 
-    def __init__(
-        self, url: str, flag: str, timeout: float, max_bytes: int, progress: bool, allow_private: bool
-    ) -> None:
-        self.url = url
-        self.flag = flag
-        self.timeout = timeout
-        self.max_bytes = max_bytes
-        self.progress = progress
-        self.allow_private = allow_private
+    url: str
+    flag: str
+    timeout: float
+    max_bytes: int
+    progress: bool
+    allow_private: bool
 
     async def into(self, folder: Path) -> Path:
         """Download into a new file of `folder`, which is made if need be; nothing is left there on failure."""

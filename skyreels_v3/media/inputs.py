@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,9 @@ class Inputs:
     notes: tuple[str, ...] = ()  # what the user should know of them
     files: tuple[tuple[str, str, Path], ...] = ()  # of all inputs: flag, what was given, where that is
 
+    @cached_property
     def digests(self) -> tuple[tuple[str, str, str], ...]:
-        """Flag, what was given and SHA-256 of its content, of all inputs."""
+        """Flag, what was given and SHA-256 of its content, of all inputs; a clip is read for it once."""
         return tuple((flag, source, digest_of(path)) for flag, source, path in self.files)
 
 
@@ -151,7 +153,7 @@ def naming(source: str, path: Path, notes: list[str]) -> Iterator[Callable[[str]
     try:
         yield lambda note: notes.append(named(note))
     except UserError as error:
-        raise UserError(error.flag, named(str(error).removeprefix(f"{error.flag}: "))) from error
+        raise UserError(error.flag, named(error.message)) from error
 
 
 def condition_clip(

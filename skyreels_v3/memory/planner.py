@@ -502,11 +502,16 @@ def published_bytes(request: GenerationRequest) -> dict[str, int]:
     return sizes | ({"image encoder": IMAGE_ENCODER_FILE_BYTES} if "image encoder" in sizes else {})
 
 
+def output_bytes(request: GenerationRequest) -> float:
+    """About the bytes of the output at most."""
+    assert request.height is not None and request.width is not None
+    return OUTPUT_BYTES[request.frame_folder] * request.frames_out * request.height * request.width
+
+
 def describe_disk(request: GenerationRequest) -> str:
     """How much room there is for the output."""
-    assert request.output is not None and request.height is not None and request.width is not None
-    free = shutil.disk_usage(existing_folder(request.output)).free
-    need = OUTPUT_BYTES[request.frame_folder] * request.frames_out * request.height * request.width
+    assert request.output is not None
+    free, need = shutil.disk_usage(existing_folder(request.output)).free, output_bytes(request)
     return f"{giga(free)} free for the output" + (f": it may need {giga(need)}" if need > free else "")
 
 

@@ -27,10 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from skyreels_v3.memory.units import SCALE
+
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
 LOWEST = -126  # exponent of the smallest scale: what is below it, not every device computes with
-SCALE = "weight_scale"  # name of the scales beside a weight; a checkpoint that has them is quantised
 MULTIPLE = 16  # sizes that the FP8 matrix units take
 # Layers that stay as they are: attention to the conditions, whose result reaches the tokens without a gate, so that its
 # error is seen most; `wo` of UMT5, since transformers casts the input of that layer to the dtype of its weight; and the

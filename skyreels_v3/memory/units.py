@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 BYTES = {"bfloat16": 2, "float32": 4}
+SCALE = "weight_scale"  # name of the scales beside a weight in FP8; a checkpoint that has them is quantized
 STREAM_SLOTS = 2  # blocks on the device at one time, those that stay aside; see memory/stream.py
 
 

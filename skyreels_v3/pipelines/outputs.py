@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from skyreels_v3.errors import UserError, shown
 from skyreels_v3.media.files import existing_folder, giga, publish, replace_file, temporary_name
-from skyreels_v3.memory.planner import OUTPUT_BYTES, latent_frames_of_passes, plan
+from skyreels_v3.memory.planner import latent_frames_of_passes, output_bytes, plan
 from skyreels_v3.pipelines.state import passes_in
 from skyreels_v3.runtime import expected_dtype
 from skyreels_v3.tasks import LATENT_CHANNELS, VAE_STRIDE, GenerationRequest
@@ -48,8 +48,7 @@ def bytes_to_write(request: GenerationRequest, checkpoint: Path | None) -> Itera
     assert request.output is not None and request.height is not None and request.width is not None
     size = 4 * LATENT_CHANNELS * (request.height // VAE_STRIDE[1]) * (request.width // VAE_STRIDE[2])
     passes = [frames * size for frames, _ in latent_frames_of_passes(request)]
-    video = OUTPUT_BYTES[request.frame_folder] * request.frames_out * request.height * request.width
-    yield "--output", request.output, 0, video + sum(passes) + COPIES * max(passes)
+    yield "--output", request.output, 0, output_bytes(request) + sum(passes) + COPIES * max(passes)
     if request.save_latents is not None:
         yield "--save_latents", request.save_latents, sum(passes), sum(passes)
     if request.save_quantized is not None:
