@@ -305,7 +305,7 @@ def random_components(toy: Path, request: GenerationRequest, runtime: Runtime) -
     text_encoder = random_model(lambda: UMT5EncoderModel(config), runtime.dtype, device, home)
     tokenizer = load_text_encoder(toy, request.task.layout, runtime.dtype).tokenizer
     vae = VideoVAE(fresh(lambda: AutoencoderKLWan(**sizes["vae"]), getattr(torch, request.vae_dtype), device, home))
-    vae.set_tiles(*runtime.policy.tiles)
+    components.set_up_vae(vae, runtime)
     sound: dict[str, Any] = {}
     if "input_audio" in request.task.inputs:
         image, audio = CLIPVisionConfig(**sizes["image_encoder"]), Wav2Vec2Config(**sizes["audio_encoder"])

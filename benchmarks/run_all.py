@@ -69,16 +69,16 @@ SETS: dict[str, dict[str, Entry]] = {
     },
     "gpu": {
         "step-720p": Entry("transformer_step", (*STEP, "exact,stream"), 30, (*SMALL, "--modes", "exact,stream")),
-        "stream-480p": Entry("offload", (*CUDA, "--official", "r2v-480p", "--layers", "6", "--rounds", "2"), 45, SMALL),
+        "stream-480p": Entry("offload", (*CUDA, "--official", "r2v-480p", "--layers", "4", "--rounds", "2"), 50, SMALL),
         "step-720p-fp8": Entry("transformer_step", (*STEP, FP8_MODES), 30, (*SMALL, "--modes", "exact,fp8")),
         "vae-720p": Entry(
             "vae",
             (*CUDA, "--frames", "9", "--height", "720", "--width", "1280", "--rounds", "2"),
-            45,
+            25,
             ("--base_dim", "4", "--frames", "5", "--height", "32", "--width", "32", "--rounds", "2"),
         ),
         "avatar-480p-low-vram": Entry(
-            "end_to_end", (*FULL, *AVATAR, *LOW_VRAM, "480P"), 40, (*TOY_RUN, *AVATAR, "--low_vram")
+            "end_to_end", (*FULL, *AVATAR, *LOW_VRAM, "480P"), 55, (*TOY_RUN, *AVATAR, "--low_vram")
         ),
         "extension-480p-low-vram": Entry(
             "end_to_end", (*FULL, *EXTENSION, *LOW_VRAM, "480P"), 35, (*TOY_RUN, *EXTENSION, "--low_vram")
@@ -86,8 +86,8 @@ SETS: dict[str, dict[str, Entry]] = {
         "extension-720p-low-vram": Entry(
             "end_to_end", (*FULL, *EXTENSION, *LOW_VRAM, "720P"), 55, (*TOY_RUN, *EXTENSION, "--low_vram")
         ),
-        "v1-step": Entry("hunyuan", (*CUDA, "--official", "--layers", "3", "--rounds", "2"), 45, SMALL),
-        "run-480p": Entry("end_to_end", (*FULL, "--resolution", "480P"), 60, (*TOY_RUN, "--num_frames", "5")),
+        "v1-step": Entry("hunyuan", (*CUDA, "--official", "--layers", "3", "--rounds", "2"), 30, SMALL),
+        "run-480p": Entry("end_to_end", (*FULL, "--resolution", "480P"), 35, (*TOY_RUN, "--num_frames", "5")),
         "step-720p-compiled": Entry("transformer_step", (*STEP, "exact,compile"), 75, (*SMALL, "--modes", "exact")),
         "step-cache": Entry(
             "step_cache",

@@ -88,8 +88,7 @@ def load_components(folder: Path, request: GenerationRequest, runtime: Runtime) 
         stay = runtime.policy.mode == "resident" and not runtime.plan.shards
         for module in (components.vae.module, components.transformer):
             broadcast_weights(module, runtime.device if stay else torch.device("cpu"))
-    components.vae.set_tiles(*runtime.policy.tiles)
-    components.vae.share(runtime.parallel.team)
+    set_up_vae(components.vae, runtime)
     set_up_transformer(components.transformer, request, runtime)
     return components
 
@@ -127,6 +126,14 @@ def hunyuan_loaders(folder: Path, request: GenerationRequest, runtime: Runtime, 
     if runtime.parallel.main:
         loaders["text_encoder"] = lambda: load_hunyuan_text_encoder(others, runtime.dtype)
     return loaders
+
+
+def set_up_vae(vae: VideoVAE | HunyuanVAE, runtime: Runtime) -> None:
+    """What is done to the VAE from outside: the layout of its weights, its tiles, processes."""
+    if runtime.device.type == "cuda":  # cuDNN's kernels want it, and would bring each input into it and back
+        vae.module.to(memory_format=torch.channels_last_3d)
+    vae.set_tiles(*runtime.policy.tiles)
+    vae.share(runtime.parallel.team)
 
 
 def set_up_transformer(transformer: Transformer, request: GenerationRequest, runtime: Runtime) -> None:
