@@ -16,13 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from skyreels_v3 import processes
+from skyreels_v3.batch import Studio, cause_of, downloads_folder, run_jobs
 from skyreels_v3.cli import parse_flags, request_of, verbosity_of
 from skyreels_v3.console import Stderr, escape_unknown, show
 from skyreels_v3.errors import AlreadyDone, IncompleteOutput, UserError, redact
-from skyreels_v3.jobs import Studio, cause_of, downloads_folder, run_jobs
 from skyreels_v3.media.sources import is_url
-from skyreels_v3.ranks import ALONE, Ranks, check_ranks, ranks_of
+from skyreels_v3.parallel import processes
+from skyreels_v3.parallel.ranks import ALONE, Ranks, check_ranks, ranks_of
 from skyreels_v3.tasks import GenerationRequest
 
 logger = logging.getLogger("skyreels_v3")
@@ -87,7 +87,7 @@ def start_processes(flags: Mapping[str, Any], argv: Sequence[str], wanted: int) 
             if request.video_num == 1:
                 show(done.output)
                 return 0
-    from skyreels_v3.launch import launch
+    from skyreels_v3.parallel.launch import launch
 
     task = [f"--task_type={flags['task_type']}"] if "task_type" in flags else []
     return launch([__file__, *argv, *task], wanted)

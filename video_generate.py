@@ -4,7 +4,7 @@
 import sys
 
 from generate_video import main
-from skyreels_v3.processes import leave
+from skyreels_v3.parallel.processes import leave
 
 if __name__ == "__main__":
     leave(main(sys.argv[1:], default_task="t2v"))

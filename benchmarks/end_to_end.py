@@ -47,24 +47,24 @@ from transformers import (
 import generate_video
 from benchmarks.common import at_least, environment, gigabytes, parser_of, report, wait_for
 from benchmarks.models import random_model, random_transformer
-from skyreels_v3 import runtime, session
+from skyreels_v3 import components, runtime
+from skyreels_v3 import generate as session
+from skyreels_v3.batch import fetch
 from skyreels_v3.cache import TensorCache
 from skyreels_v3.checkpoints.hub import TINY
-from skyreels_v3.checkpoints.published import load_text_encoder
-from skyreels_v3.checkpoints.toy import SIZES
+from skyreels_v3.checkpoints.tiny import SIZES
 from skyreels_v3.cli import parse_request
 from skyreels_v3.errors import UserError
-from skyreels_v3.jobs import fetch
-from skyreels_v3.memory.planner import Plan, Sizes, toy_sizes, vae_bytes
-from skyreels_v3.models.audio_encoder import AudioEncoder
-from skyreels_v3.models.image_encoder import ImageEncoder
-from skyreels_v3.models.text_encoder import TextEncoder
-from skyreels_v3.models.vae import VideoVAE
-from skyreels_v3.pipelines import components
+from skyreels_v3.parallel.ranks import ALONE
+from skyreels_v3.plan import Plan, Sizes, toy_sizes, vae_bytes
 from skyreels_v3.preflight import preflight
-from skyreels_v3.ranks import ALONE
 from skyreels_v3.runtime import Runtime
 from skyreels_v3.tasks import TASK_NAMES, GenerationRequest, task_spec
+from skyreels_v3.wan.audio_encoder import AudioEncoder
+from skyreels_v3.wan.checkpoint import load_text_encoder
+from skyreels_v3.wan.image_encoder import ImageEncoder
+from skyreels_v3.wan.text_encoder import TextEncoder
+from skyreels_v3.wan.vae import VideoVAE
 
 FULL, SMALL = "full", "small"
 ASSETS = Path(__file__).resolve().parents[1] / "assets"

@@ -54,12 +54,12 @@ from benchmarks.models import DTYPES, HEAD_DIM, random_model
 from benchmarks.transformer_step import LIMIT, Result, agree, relative_difference
 from skyreels_v3 import runtime
 from skyreels_v3.cli import parse_request
-from skyreels_v3.memory.hunyuan_sizes import TEXT_TOKENS, HunyuanSizes
-from skyreels_v3.memory.planner import plan
-from skyreels_v3.models.hunyuan.transformer import HunyuanTransformer3DModel
-from skyreels_v3.pipelines.components import set_up_transformer
-from skyreels_v3.pipelines.hunyuan_video import Context, HunyuanConditioning
-from skyreels_v3.sampling.denoise import Condition
+from skyreels_v3.components import set_up_transformer
+from skyreels_v3.denoising.loop import Condition
+from skyreels_v3.hunyuan.pipeline import Context, HunyuanConditioning
+from skyreels_v3.hunyuan.sizes import TEXT_TOKENS, HunyuanSizes
+from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
+from skyreels_v3.plan import plan
 from skyreels_v3.tasks import VAE_STRIDE, GenerationRequest, latent_frames, task_spec
 
 TASK = "t2v"

@@ -14,12 +14,12 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from benchmarks.common import Work, at_least, measure_peak
-from skyreels_v3.memory.planner import IMAGE_TOKENS, TEXT_TOKENS, Sizes, latent_frames_of_passes
 from skyreels_v3.memory.quantize import with_fp8_layers
 from skyreels_v3.memory.stream import tensors_of
-from skyreels_v3.models.parameters import replace_tensors
-from skyreels_v3.models.transformer import Context, Segment, SkyReelsTransformer3DModel
+from skyreels_v3.plan import IMAGE_TOKENS, TEXT_TOKENS, Sizes, latent_frames_of_passes
 from skyreels_v3.tasks import PATCH_SIZE, VAE_STRIDE, GenerationRequest, choose_size, task_spec
+from skyreels_v3.tensors import replace_tensors
+from skyreels_v3.wan.transformer import Context, Segment, SkyReelsTransformer3DModel
 
 HEAD_DIM = 128
 FFN_RATIO = 2.7  # 13824 / 5120

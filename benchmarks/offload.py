@@ -58,8 +58,8 @@ from benchmarks.models import (
 from skyreels_v3.attention.backends import choose_attention
 from skyreels_v3.memory.offload import on_device
 from skyreels_v3.memory.stream import BlockStream, tensors_of
-from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
 from skyreels_v3.runtime import pin
+from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
 BASELINE = "resident"
 LEAST_LAYERS = 3  # with fewer, all fit into the stream's two places

@@ -9,7 +9,7 @@ exchange among N processes, N - 1 times its own tensor in a gathering, which is 
 
 A step's seconds are its work at --tflops, plus what has to be waited for: the Ulysses exchanges, and of the ring and of
 the gathered weights what is longer than the work beside them. Of a ring that is attention to the process's own part:
-xDiT asks for all parts at once and waits before the second. With padding nothing is beside it, see attention/usp.py.
+xDiT asks for all parts at once and waits before the second. With padding nothing is beside it, see parallel/usp.py.
 Start-up times of the exchanges and kernels that are slower on fewer tokens are left out.
 
 --processes takes numbers, divided as generate_video.py does, and GUIDANCExRINGxULYSSES. All flags that are not listed
@@ -43,7 +43,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.common import at_least, environment, parser_of
 from skyreels_v3.cli import parse_request
 from skyreels_v3.errors import UserError
-from skyreels_v3.memory.planner import (
+from skyreels_v3.parallel.ranks import UNDIVIDED, Degrees, Ranks, choose_degrees
+from skyreels_v3.plan import (
     BYTES,
     IMAGE_TOKENS,
     TEXT_TOKENS,
@@ -55,8 +56,6 @@ from skyreels_v3.memory.planner import (
     tokens_per_frame,
     transformer_sizes,
 )
-from skyreels_v3.models.vae import TiledStages, decoder_stages, encoder_stages, enough_tiles
-from skyreels_v3.ranks import UNDIVIDED, Degrees, Ranks, choose_degrees
 from skyreels_v3.tasks import (
     LATENT_CHANNELS,
     PATCH_SIZE,
@@ -67,6 +66,7 @@ from skyreels_v3.tasks import (
     choose_size,
     task_spec,
 )
+from skyreels_v3.wan.vae import TiledStages, decoder_stages, encoder_stages, enough_tiles
 
 LANDSCAPE = (720, 1280)
 DTYPE = "bfloat16"

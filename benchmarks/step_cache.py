@@ -41,9 +41,9 @@ from benchmarks.common import (
     report,
     time_rounds,
 )
-from skyreels_v3.sampling.cache_methods import CacheSettings
-from skyreels_v3.sampling.guidance import FULL
-from skyreels_v3.sampling.step_cache import FEWEST_STEPS, StepCache
+from skyreels_v3.denoising.cache_methods import CacheSettings
+from skyreels_v3.denoising.guidance import FULL
+from skyreels_v3.denoising.step_cache import FEWEST_STEPS, StepCache
 
 BASELINE = "uncached"
 THRESHOLDS = {"fbcache": (0.3, 0.5), "teacache": (0.5, 1.0), "magcache": (0.03, 0.1)}

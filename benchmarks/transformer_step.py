@@ -70,8 +70,8 @@ from skyreels_v3.attention.backends import choose_attention
 from skyreels_v3.compile import compile_blocks
 from skyreels_v3.memory.quantize import keep_wide_weights, quantize
 from skyreels_v3.memory.stream import BlockStream
-from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
 from skyreels_v3.runtime import COMPILERS, FP8_CAPABILITY, pin
+from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
 BASELINE = "diffusers"
 EXACT = ("exact", "stream")  # in which the same is computed, and has to be at least as fast

@@ -44,7 +44,7 @@ from benchmarks.common import (
     report,
     time_rounds,
 )
-from skyreels_v3.models.vae import VideoVAE
+from skyreels_v3.wan.vae import VideoVAE
 
 BASELINE = "whole"
 TILES = (2, 2)

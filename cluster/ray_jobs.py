@@ -25,10 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 import ray
 
 from generate_video import set_up_logging
-from skyreels_v3.cli import parse_flags, verbosity_of
-from skyreels_v3.console import escape_unknown, say
-from skyreels_v3.errors import UserError
-from skyreels_v3.jobs import (
+from skyreels_v3.batch import (
     Job,
     Results,
     Studio,
@@ -40,8 +37,11 @@ from skyreels_v3.jobs import (
     report,
     results_file,
 )
-from skyreels_v3.processes import INTERRUPTED, prepare_to_end
-from skyreels_v3.ranks import ALONE
+from skyreels_v3.cli import parse_flags, verbosity_of
+from skyreels_v3.console import escape_unknown, say
+from skyreels_v3.errors import UserError
+from skyreels_v3.parallel.processes import INTERRUPTED, prepare_to_end
+from skyreels_v3.parallel.ranks import ALONE
 
 ROOT = Path(__file__).resolve().parents[1]
 

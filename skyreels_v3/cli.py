@@ -22,12 +22,12 @@ from typing import Any, NoReturn
 import yaml
 
 from skyreels_v3 import __version__
-from skyreels_v3.attention.available import ATTENTIONS
+from skyreels_v3.attention.kernels import ATTENTIONS
 from skyreels_v3.config_text import read_yaml_text
+from skyreels_v3.denoising.cache_methods import METHODS, CacheSettings
 from skyreels_v3.errors import UserError, redact_url, shown
 from skyreels_v3.hints import SEE_HELP, flag_meant, value_meant
 from skyreels_v3.runtime import DEVICES, DTYPES
-from skyreels_v3.sampling.cache_methods import METHODS, CacheSettings
 from skyreels_v3.tasks import (
     HUNYUAN,
     MEMORY_MODES,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from skyreels_v3.models.kinds import Transformer
+from skyreels_v3.model_api import Transformer
 
 GRAPHS = 16  # of one part at most: shapes, dtypes and adapters differ
 

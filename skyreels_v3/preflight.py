@@ -32,10 +32,10 @@ from skyreels_v3.errors import AlreadyDone, UserError, shown
 from skyreels_v3.media.files import check_writable
 from skyreels_v3.media.inputs import Inputs, open_inputs
 from skyreels_v3.media.video import check_ffmpeg, read_comment
-from skyreels_v3.memory.planner import describe, latent_frames_of_passes, plan
-from skyreels_v3.pipelines.outputs import check_room, join_passes
-from skyreels_v3.pipelines.state import NO_RECORD, RunRecord, find_left
-from skyreels_v3.ranks import ALONE, Ranks
+from skyreels_v3.outputs import check_room, join_passes
+from skyreels_v3.parallel.ranks import ALONE, Ranks
+from skyreels_v3.plan import describe, latent_frames_of_passes, plan
+from skyreels_v3.resume import NO_RECORD, RunRecord, find_left
 from skyreels_v3.runtime import check_compute, check_device, expected_device, expected_dtype
 from skyreels_v3.tasks import HUNYUAN, TINY, GenerationRequest
 

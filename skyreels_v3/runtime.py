@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
-from skyreels_v3.attention.available import check_attention
+from skyreels_v3.attention.kernels import check_attention
 from skyreels_v3.cache import compiled_folder
 from skyreels_v3.errors import UserError
 from skyreels_v3.tasks import GenerationRequest
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from skyreels_v3.attention.backends import AttentionFn
-    from skyreels_v3.distributed import Parallel
-    from skyreels_v3.memory.planner import Plan
     from skyreels_v3.memory.policy import Policy
     from skyreels_v3.memory.stream import BlockStream
+    from skyreels_v3.parallel.groups import Parallel
+    from skyreels_v3.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -131,8 +131,8 @@ class Runtime:
             blocks: parts of it that may come one after the other.
         """
         from skyreels_v3.memory.offload import on_device
-        from skyreels_v3.memory.shard import is_sharded
-        from skyreels_v3.memory.shortage import explained
+        from skyreels_v3.memory.oom import explained
+        from skyreels_v3.parallel.shard import is_sharded
 
         if stage.startswith("encoding") and stage not in self.announced:  # other stages have a bar
             logger.info(stage)
@@ -209,8 +209,8 @@ def start(request: GenerationRequest, plan: Plan) -> Runtime:
     import torch
 
     from skyreels_v3.attention.backends import choose_attention
-    from skyreels_v3.distributed import Parallel
     from skyreels_v3.memory.policy import choose
+    from skyreels_v3.parallel.groups import Parallel
 
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = request.device if request.device != "auto" else next(name for name, there in usable.items() if there)

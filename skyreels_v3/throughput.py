@@ -9,7 +9,7 @@ from typing import Any
 
 from skyreels_v3.cache import cache_folder
 from skyreels_v3.media.files import replace_file
-from skyreels_v3.memory.planner import Plan
+from skyreels_v3.plan import Plan
 from skyreels_v3.runtime import expected_device
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ import pytest
 from imageio_ffmpeg import write_frames
 
 import generate_video
-from skyreels_v3 import processes
+from skyreels_v3.parallel import processes
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "tests" / "data" / "reference"
@@ -199,7 +199,7 @@ def interrupt(monkeypatch) -> Callable[[int], None]:
     """Have the next denoising be interrupted after a step; 0: after none, and no more."""
 
     def interrupt(at: int) -> None:
-        from skyreels_v3.sampling.denoise import denoise
+        from skyreels_v3.denoising.loop import denoise
 
         def denoised(*arguments: Any) -> Any:
             after_step = arguments[5]
@@ -211,7 +211,7 @@ def interrupt(monkeypatch) -> Callable[[int], None]:
 
             return denoise(*arguments[:5], interrupted, *arguments[6:])
 
-        monkeypatch.setattr("skyreels_v3.pipelines.steps.denoise", denoised)
+        monkeypatch.setattr("skyreels_v3.stages.denoise", denoised)
 
     return interrupt
 

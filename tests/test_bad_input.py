@@ -738,8 +738,8 @@ def test_wrong_content(reference, tmp_path, name):
     """The loaders' own checks; that the command prints them is in test_generate_video.py."""
     import torch
 
-    from skyreels_v3.checkpoints import published
     from skyreels_v3.errors import CheckpointError
+    from skyreels_v3.wan import checkpoint as published
 
     layout, file, change, says = WRONG_CONTENT[name]
     root = damaged(reference, tmp_path, REFERENCE_TO_VIDEO if layout == "diffusers" else VIDEO_EXTENSION)

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors import torch
 from safetensors.numpy import save_file
 
-from skyreels_v3.checkpoints.tiny_hunyuan import write_hunyuan
-from skyreels_v3.jobs import read_jobs
+from skyreels_v3.batch import read_jobs
+from skyreels_v3.hunyuan.tiny import write_hunyuan
 from skyreels_v3.memory.quantize import FP8
 from tests.conftest import ROOT, bad, check_refused
 

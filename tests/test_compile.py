@@ -12,8 +12,8 @@ from torch._dynamo.utils import counters
 from skyreels_v3.compile import compile_blocks
 from skyreels_v3.memory.quantize import quantize
 from skyreels_v3.memory.stream import BlockStream
-from skyreels_v3.models.transformer import Segment, SkyReelsTransformer3DModel, block
 from skyreels_v3.runtime import COMPILERS
+from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel, block
 
 pytestmark = [
     pytest.mark.slow,

@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from skyreels_v3 import runtime, session
+from skyreels_v3 import components, runtime
+from skyreels_v3 import generate as session
 from skyreels_v3.memory.policy import Policy
-from skyreels_v3.pipelines import components
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 GPU = torch.device("meta")  # one that every build of torch has

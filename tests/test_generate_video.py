@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import generate_video
-from skyreels_v3 import session
+from skyreels_v3 import generate as session
 from skyreels_v3.cli import parse_request
 from skyreels_v3.media.inputs import Inputs
 from skyreels_v3.media.video import probe, read_comment, read_frames, write_video
@@ -110,7 +110,7 @@ def test_interrupted_while_writing_no_bar_comes_after_the_last_word(main, pictur
         next(frames)  # the bar of decoding is open
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("skyreels_v3.session.write_video", interrupted)
+    monkeypatch.setattr("skyreels_v3.generate.write_video", interrupted)
     code, stdout, stderr = main(*REFERENCE, "--model_id", "tiny", "--ref_imgs", picture, "--num_frames", "5")
     os.kill(os.getpid(), signal.SIGINT)  # pressed twice
     assert (code, stdout) == (130, "")

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from skyreels_v3.attention.available import KERNELS, is_installed
+from skyreels_v3.attention.kernels import KERNELS, is_installed
 from skyreels_v3.runtime import FP8_CAPABILITY
 
 pytestmark = [
@@ -42,7 +42,7 @@ os.environ["LOG_LEVEL"] = "error"
 import torch
 import torch.distributed as dist
 from skyreels_v3.attention.backends import choose_attention, sdpa
-from skyreels_v3.attention.usp import has_xdit, xdit_usp
+from skyreels_v3.parallel.usp import has_xdit, xdit_usp
 
 os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29611")
 device = torch.device("cuda", 0)
@@ -189,11 +189,11 @@ def largest_model(folder: Path, task: str) -> Path:
     """A toy with blocks large enough to be seen in the device's memory: about 0.9 GB in bfloat16."""
     from diffusers import HunyuanVideoTransformer3DModel
 
-    from skyreels_v3.checkpoints.tiny import make_tiny, published_config, save_file
-    from skyreels_v3.checkpoints.tiny_hunyuan import HUNYUAN, write_model
-    from skyreels_v3.checkpoints.toy import SIZES, WEIGHTS, weights, write_json
-    from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
+    from skyreels_v3.checkpoints.tiny import SIZES, WEIGHTS, weights, write_json
+    from skyreels_v3.hunyuan.tiny import HUNYUAN, write_model
     from skyreels_v3.tasks import task_spec
+    from skyreels_v3.wan.tiny import make_tiny, published_config, save_file
+    from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
     root = shutil.copytree(make_tiny(task_spec(task)), folder / "large")
     heads = {"num_attention_heads": 8, "attention_head_dim": 128}

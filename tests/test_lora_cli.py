@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPTextModel, LlamaModel
 
 from skyreels_v3.checkpoints import hub
-from skyreels_v3.checkpoints.tiny import make_tiny
 from skyreels_v3.tasks import task_spec
+from skyreels_v3.wan.tiny import make_tiny
 from tests.conftest import ROOT
 
 BASE = (

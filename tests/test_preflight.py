@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from skyreels_v3 import throughput
-from skyreels_v3.memory.planner import describe, plan
+from skyreels_v3.plan import describe, plan
 from skyreels_v3.tasks import GenerationRequest, task_spec
 
 

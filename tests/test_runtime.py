@@ -11,8 +11,8 @@ from torch import nn
 from skyreels_v3 import runtime
 from skyreels_v3.cli import MAX_SEED
 from skyreels_v3.errors import UserError
-from skyreels_v3.memory.planner import plan
 from skyreels_v3.memory.policy import Policy
+from skyreels_v3.plan import plan
 from skyreels_v3.tasks import MEMORY_MODES, GenerationRequest, task_spec
 
 

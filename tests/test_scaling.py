@@ -21,8 +21,8 @@ import pytest
 
 from benchmarks import scaling
 from skyreels_v3.cli import parse_request
-from skyreels_v3.memory.planner import transformer_sizes
-from skyreels_v3.ranks import Degrees
+from skyreels_v3.parallel.ranks import Degrees
+from skyreels_v3.plan import transformer_sizes
 from skyreels_v3.tasks import GenerationRequest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,14 +76,14 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from skyreels_v3 import processes
-from skyreels_v3.checkpoints.tiny import make_tiny
+from skyreels_v3.parallel import processes
+from skyreels_v3.wan.tiny import make_tiny
 from skyreels_v3.cli import parse_request
-from skyreels_v3.models.vae import VideoVAE
-from skyreels_v3.pipelines import steps
+from skyreels_v3.wan.vae import VideoVAE
+from skyreels_v3 import stages as steps
 from skyreels_v3.preflight import preflight
-from skyreels_v3.ranks import ranks_of
-from skyreels_v3.session import Session
+from skyreels_v3.parallel.ranks import ranks_of
+from skyreels_v3.generate import Session
 
 SENT = {  # of a tensor that is handed in, or of all that come back
     "alltoall_base_": ("exchange", 1, lambda size, members: size * (members - 1) / members),

@@ -171,7 +171,7 @@ def test_the_old_name_makes_a_t2v_where_no_task_is_named(tmp_path):
 
 def test_the_processes_are_told_of_the_task(main, monkeypatch):
     started = []
-    monkeypatch.setattr("skyreels_v3.launch.launch", lambda command, processes: started.append(command) or 0)
+    monkeypatch.setattr("skyreels_v3.parallel.launch.launch", lambda command, processes: started.append(command) or 0)
     assert main(*T2V[2:], *TOY, "--gpu_num", "2", default_task="t2v")[0] == 0
     assert parse_flags(started[0][1:])["task_type"] == "t2v"
 

@@ -14,8 +14,9 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline  # noqa: F401  before the pretence, which is for xDiT alone
 
 import generate_video
-from skyreels_v3 import distributed, runtime
-from skyreels_v3.attention import usp
+from skyreels_v3 import runtime
+from skyreels_v3.parallel import groups as distributed
+from skyreels_v3.parallel import usp
 
 PROBES = {
     "is_available": lambda: True,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from skyreels_v3.attention.available import FLAG, KERNELS, check_attention, is_installed
+from skyreels_v3.attention.kernels import FLAG, KERNELS, check_attention, is_installed
 from skyreels_v3.errors import UserError
 
 logger = logging.getLogger(__name__)

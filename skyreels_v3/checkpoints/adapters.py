@@ -21,8 +21,8 @@ from skyreels_v3.checkpoints.hub import LoraError, lora_errors
 from skyreels_v3.checkpoints.key_maps import NATIVE_HUNYUAN, NATIVE_TRANSFORMER
 from skyreels_v3.checkpoints.load import read_safetensors
 from skyreels_v3.checkpoints.lora import LoraFile, read_lora
-from skyreels_v3.models.hunyuan.transformer import HunyuanTransformer3DModel
-from skyreels_v3.models.kinds import Transformer
+from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
+from skyreels_v3.model_api import Transformer
 from skyreels_v3.tasks import Lora
 
 logger = logging.getLogger(__name__)

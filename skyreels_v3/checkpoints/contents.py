@@ -18,9 +18,9 @@ from skyreels_v3.checkpoints.hub import read_header, read_json, transformer_conf
 from skyreels_v3.checkpoints.key_maps import IDENTITY, KeyMap, invert, restore, translate
 from skyreels_v3.checkpoints.shapes import Shape, Shapes, hunyuan_shapes, wan_shapes
 from skyreels_v3.errors import CheckpointError, shown
-from skyreels_v3.memory.hunyuan_sizes import HunyuanSizes
-from skyreels_v3.memory.planner import Sizes, transformer_sizes
+from skyreels_v3.hunyuan.sizes import HunyuanSizes
 from skyreels_v3.memory.units import SCALE
+from skyreels_v3.plan import Sizes, transformer_sizes
 from skyreels_v3.tasks import HUNYUAN, GenerationRequest, TaskSpec
 
 NAMED_KEYS = 5  # keys spelled out in an error message

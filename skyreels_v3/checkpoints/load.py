@@ -22,7 +22,7 @@ from skyreels_v3.checkpoints.contents import check_format, check_keys, name_some
 from skyreels_v3.checkpoints.hub import weight_files
 from skyreels_v3.checkpoints.key_maps import IDENTITY, KeyMap
 from skyreels_v3.errors import CheckpointError
-from skyreels_v3.models.parameters import replace_tensors
+from skyreels_v3.tensors import replace_tensors
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 WEIGHTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8)  # dtypes that hold some

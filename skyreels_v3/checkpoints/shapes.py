@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from skyreels_v3.tasks import PATCH_SIZE
 
 if TYPE_CHECKING:
-    from skyreels_v3.memory.hunyuan_sizes import HunyuanSizes
-    from skyreels_v3.memory.planner import Sizes
+    from skyreels_v3.hunyuan.sizes import HunyuanSizes
+    from skyreels_v3.plan import Sizes
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]

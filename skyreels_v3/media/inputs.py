@@ -18,7 +18,7 @@ from skyreels_v3.media.image import covered_box, full_size, open_image
 from skyreels_v3.media.sources import MAX_IMAGE_BYTES, MAX_VIDEO_BYTES, localise
 from skyreels_v3.media.video import ClipInfo, last_frames, probe, resized, too_short
 from skyreels_v3.tasks import GenerationRequest, choose_size
-from skyreels_v3.windows import WINDOW_FRAMES
+from skyreels_v3.wan.windows import WINDOW_FRAMES
 
 
 @dataclass(frozen=True)

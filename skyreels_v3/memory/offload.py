@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from skyreels_v3.models.parameters import replace_tensors
+from skyreels_v3.tensors import replace_tensors
 
 
 @contextmanager

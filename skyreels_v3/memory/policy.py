@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from skyreels_v3.memory.planner import TILINGS, Plan, giga
+from skyreels_v3.plan import TILINGS, Plan, giga
 from skyreels_v3.tasks import MEMORY_MODES
 
 MARGIN = 1.1  # for what kernels need for themselves and for fragmentation

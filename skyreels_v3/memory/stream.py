@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from skyreels_v3.memory.offload import on_device
 from skyreels_v3.memory.units import kept_blocks
-from skyreels_v3.models.parameters import replace_tensors
+from skyreels_v3.tensors import replace_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,10 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor
 
-from skyreels_v3.attention import available, backends
-from skyreels_v3.attention.available import KERNELS, Kernel
+from skyreels_v3.attention import backends
+from skyreels_v3.attention import kernels as available
 from skyreels_v3.attention.backends import attention_map, choose_attention, cudnn, dispatched, preferred, sdpa
+from skyreels_v3.attention.kernels import KERNELS, Kernel
 from skyreels_v3.errors import UserError
 
 CPU = torch.device("cpu")

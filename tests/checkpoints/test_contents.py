@@ -16,12 +16,12 @@ from torch import Tensor
 
 from skyreels_v3.checkpoints.contents import check_components, check_transformer
 from skyreels_v3.checkpoints.hub import weight_files
-from skyreels_v3.checkpoints.hunyuan import load_hunyuan_transformer, load_llama
-from skyreels_v3.checkpoints.published import load_text_encoder, load_transformer, load_vae
-from skyreels_v3.checkpoints.tiny_hunyuan import write_hunyuan
 from skyreels_v3.errors import CheckpointError
+from skyreels_v3.hunyuan.checkpoint import load_hunyuan_transformer, load_llama
+from skyreels_v3.hunyuan.tiny import write_hunyuan
 from skyreels_v3.memory.quantize import quantize
 from skyreels_v3.tasks import task_spec
+from skyreels_v3.wan.checkpoint import load_text_encoder, load_transformer, load_vae
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FP8 = torch.float8_e4m3fn

@@ -15,9 +15,9 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
 from skyreels_v3.checkpoints import hub
-from skyreels_v3.checkpoints.tiny_hunyuan import write_hunyuan
 from skyreels_v3.cli import parse_request
 from skyreels_v3.errors import UserError
+from skyreels_v3.hunyuan.tiny import write_hunyuan
 from skyreels_v3.tasks import GenerationRequest, task_spec
 
 TRANSFORMER = ("config.json", "diffusion_pytorch_model.safetensors")

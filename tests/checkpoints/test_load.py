@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from skyreels_v3.checkpoints.hunyuan import load_llama_tokenizer
 from skyreels_v3.checkpoints.load import load_model, read_tensors
-from skyreels_v3.checkpoints.published import load_text_encoder, load_tokenizer, load_transformer, load_vae
 from skyreels_v3.errors import CheckpointError
+from skyreels_v3.hunyuan.checkpoint import load_llama_tokenizer
+from skyreels_v3.wan.checkpoint import load_text_encoder, load_tokenizer, load_transformer, load_vae
 
 
 class Net(nn.Module):

@@ -18,18 +18,18 @@ from torch import Tensor, nn
 
 from skyreels_v3.attention.backends import sdpa
 from skyreels_v3.checkpoints import adapters, key_maps
-from skyreels_v3.checkpoints.hunyuan import load_hunyuan_transformer
 from skyreels_v3.checkpoints.key_maps import NATIVE_HUNYUAN
 from skyreels_v3.checkpoints.load import read_tensors
 from skyreels_v3.checkpoints.lora import model_names, read_lora
-from skyreels_v3.checkpoints.published import load_transformer
 from skyreels_v3.checkpoints.shapes import Shapes, hunyuan_shapes
 from skyreels_v3.errors import CheckpointError
-from skyreels_v3.memory.hunyuan_sizes import HunyuanSizes
+from skyreels_v3.hunyuan.checkpoint import load_hunyuan_transformer
+from skyreels_v3.hunyuan.sizes import HunyuanSizes
+from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.memory.quantize import Fp8Linear, quantize
-from skyreels_v3.models.hunyuan.transformer import HunyuanTransformer3DModel
-from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
 from skyreels_v3.tasks import Lora
+from skyreels_v3.wan.checkpoint import load_transformer
+from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
 SMALL = {
     "num_attention_heads": 2,

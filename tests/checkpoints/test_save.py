@@ -15,11 +15,11 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 
 from skyreels_v3.checkpoints.hub import check_folder
-from skyreels_v3.checkpoints.published import load_transformer
 from skyreels_v3.checkpoints.save import save_quantized
-from skyreels_v3.checkpoints.tiny import make_tiny
 from skyreels_v3.memory.quantize import FP8
 from skyreels_v3.tasks import task_spec
+from skyreels_v3.wan.checkpoint import load_transformer
+from skyreels_v3.wan.tiny import make_tiny
 from tests.conftest import ROOT, files_in
 
 ASSETS = ROOT / "assets"

@@ -7,9 +7,9 @@ import torch
 from diffusers import HunyuanVideoTransformer3DModel
 
 from skyreels_v3.checkpoints.shapes import hunyuan_shapes, wan_shapes
-from skyreels_v3.memory.hunyuan_sizes import HunyuanSizes
-from skyreels_v3.memory.planner import Sizes
-from skyreels_v3.models.transformer import SkyReelsTransformer3DModel
+from skyreels_v3.hunyuan.sizes import HunyuanSizes
+from skyreels_v3.plan import Sizes
+from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
 WAN = {
     **{"num_attention_heads": 2, "attention_head_dim": 6, "num_layers": 2, "ffn_dim": 7, "text_dim": 8, "freq_dim": 10},

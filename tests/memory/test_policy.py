@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from skyreels_v3.memory import planner
+from skyreels_v3 import plan as planner
 from skyreels_v3.memory.policy import MARGIN, PINNED_SHARE, RESERVE, choose
 from skyreels_v3.tasks import MEMORY_MODES, TASK_NAMES, GenerationRequest, task_spec
 

@@ -15,7 +15,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from skyreels_v3.attention.backends import sdpa
 from skyreels_v3.memory.quantize import quantize
 from skyreels_v3.memory.stream import SLOTS, BlockStream, laid_out, size_of, tensors_of
-from skyreels_v3.models.transformer import Segment, SkyReelsTransformer3DModel
+from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel
 
 CPU = torch.device("cpu")
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 24, "text_dim": 16, "freq_dim": 32, "ffn_dim": 64}

@@ -1,0 +1,647 @@
+"""Many videos in one run: a file with a request in each line, and beside it one that says what became of each.
+
+Jobs that need the same networks come one after the other, and the networks are loaded once for all of them. Of several
+processes each takes the next job as soon as it is through with one, on a GPU of its own; or all make every video
+together. What goes wrong with a job is written down, and the others go on. As a job ends, a line is added to the file
+of results; a run that finds its job done there skips it.
+
+A run for one video is a `Studio` that makes one. torch is imported when the first job's inputs have been looked at.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from skyreels_v3.cli import NOT_RECORDED, job_flags, request_of, without_overruled
+from skyreels_v3.config_text import read_json_text
+from skyreels_v3.console import say, show
+from skyreels_v3.errors import AlreadyDone, UserError, redact, shown
+from skyreels_v3.media.files import check_readable, check_writable, run_folder
+from skyreels_v3.parallel import processes
+from skyreels_v3.parallel.ranks import ALONE, Ranks
+from skyreels_v3.runtime import set_environment
+from skyreels_v3.tasks import HUNYUAN, TINY, GenerationRequest
+
+try:
+    import fcntl
+except ImportError:  # Windows: appending in one piece has to do, and one run at a time
+    fcntl = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from skyreels_v3.generate import Session
+    from skyreels_v3.media.inputs import Inputs
+
+    Seen = tuple[GenerationRequest, Inputs, Path | None] | AlreadyDone  # what `preflight` gives, or raises
+    Ready = tuple[GenerationRequest, Inputs, Path]  # the same, nothing missing
+
+logger = logging.getLogger(__name__)
+
+MAX_JOBS_BYTES = 1 << 24
+EXAMPLE = '{"task_type": "talking_avatar", "input_image": "a.png", "input_audio": "a.wav", "prompt": "a man talks"}'
+# how a job is done, not what it makes: it is the same job without
+WHERE = {"output", "outdir", "save_latents", "save_quantized"}
+HOW = {*NOT_RECORDED, "offload", "parameters_level", "sequence_batch", "url_timeout"} - WHERE
+DONE = "done"
+Told = tuple[str | None, str]  # an error, for other processes: the flag if it is a user's, or DONE; the text
+
+
+# The file and what became of its jobs
+
+
+@dataclass(frozen=True)
+class Job:
+    """A line of the file: a request, or what is wrong with it.
+
+    Attributes:
+        number: of the line.
+        id: the same for the same flags, wherever the line is.
+    """
+
+    number: int
+    id: str
+    request: GenerationRequest | None
+    problem: str = ""
+
+
+def read_jobs(name: str, defaults: Mapping[str, Any]) -> list[Job]:
+    """The jobs in a file, with `defaults` where a line leaves room for them.
+
+    Raises:
+        UserError: the file cannot be read, or has none.
+    """
+    path = Path(os.path.expanduser(name))
+    check_readable(path, "--jobs")
+    if (size := path.stat().st_size) > MAX_JOBS_BYTES:
+        reason = f"{shown(name)} has {size} bytes, at most {MAX_JOBS_BYTES} are read"
+        raise UserError("--jobs", f"{reason}; divide it into several files")
+    lines = path.read_bytes().split(b"\n")
+    seen: Counter[str] = Counter()
+    folder = os.path.dirname(path)
+    jobs = [
+        make_job(number, line, defaults, seen, folder) for number, line in enumerate(lines, start=1) if line.strip()
+    ]
+    if not jobs:
+        raise UserError("--jobs", f"{shown(name)} has no lines; write some, such as {EXAMPLE}")
+    return without_clashes(jobs)
+
+
+def make_job(number: int, line: bytes, defaults: Mapping[str, Any], seen: Counter[str], folder: str) -> Job:
+    """The job of a line of a file in `folder`; `seen` counts those that are alike."""
+    request, problem, text = None, "", line.decode(errors="replace").strip()
+    identity = identity_of(text)
+    try:
+        given = read_json_text(line)
+        if not isinstance(given, dict):
+            raise UserError("--jobs", f"{shown(text)} is not a JSON object; write flags as keys, such as {EXAMPLE}")
+        identity = identity_of(without_overruled(defaults, given) | given)
+        request = replace(request_of(job_flags(given, defaults, folder)), resume_if_same=True)
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
+        problem = f"--jobs: {shown(text)} is not JSON ({shown(error)}); write flags as keys, such as {EXAMPLE}"
+    except UserError as error:
+        problem = str(error)
+    seen[identity] += 1
+    return Job(number, hashlib.sha256(f"{identity} {seen[identity]}".encode()).hexdigest(), request, problem)
+
+
+def identity_of(flags: dict[str, Any] | str) -> str:
+    """A text that is the same for flags that make the same."""
+    if isinstance(flags, dict):
+        flags = {name: value for name, value in flags.items() if name not in HOW}
+    return json.dumps(flags, sort_keys=True)
+
+
+def without_clashes(jobs: Iterable[Job]) -> list[Job]:
+    """The jobs, without the requests of those for an output that is an earlier one's."""
+    outputs: dict[Path, int] = {}
+    checked = []
+    for job in jobs:
+        output = None if job.request is None else job.request.output
+        if output is not None and (line := outputs.setdefault(output.resolve(), job.number)) != job.number:
+            problem = f"--output: {shown(output)} is the output of line {line} already; give another name"
+            job = replace(job, request=None, problem=problem)
+        checked.append(job)
+    return checked
+
+
+def results_file(name: str) -> Path:
+    """Where the results of a file of jobs are."""
+    path = Path(os.path.expanduser(name))
+    return path.with_name(f"{path.stem}.results.jsonl")
+
+
+def check_results(path: Path) -> None:
+    """Raise UserError unless results can be added to a file."""
+    if not os.path.lexists(path):
+        check_writable(path, "--jobs")
+    elif not (path.is_file() and os.access(path, os.R_OK | os.W_OK)):
+        raise UserError("--jobs", f"{shown(path)}, for the results, cannot be written to; check its rights")
+
+
+def parse_results(content: bytes) -> dict[str, list[dict[str, Any]]]:
+    """What the lines of a file of results say, by the ids of the jobs; one that was cut off by a kill says nothing."""
+    found = defaultdict(list)
+    for line in content.split(b"\n"):
+        with suppress(ValueError, RecursionError, KeyError, TypeError):
+            result = json.loads(line)
+            found[str(result["id"])].append(dict(result))
+    return found
+
+
+def video_of(entries: Iterable[Mapping[str, Any]]) -> str | None:
+    """The path of a job's latest video, as its results name it; None if it has none."""
+    return next((str(entry.get("output")) for entry in reversed([*entries]) if entry.get("status") == "done"), None)
+
+
+class Results:
+    """A file of results, open: what became of jobs, and which are being done.
+
+    Of several runs of the same jobs each does those that no other is doing. A job is claimed by locking a byte of the
+    file, behind its end, whose place is the job's. The system frees it when the process ends, however it does. It also
+    does when the process closes the file anywhere, so it is opened once.
+
+    Raises:
+        UserError: it cannot be written to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        check_results(path)
+        self.path = path
+        self._file = path.open("ab+", buffering=0)
+        self._has_locks = fcntl is not None
+        self.before = self.read()
+
+    def read(self) -> dict[str, list[dict[str, Any]]]:
+        """See `parse_results`."""
+        self._file.seek(0)
+        return parse_results(self._file.read())
+
+    def is_there(self, video: str | None) -> bool:
+        """Whether there is a video, and its file."""
+        return video is not None and os.path.lexists(self.path.parent / video)
+
+    def claim(self, job: Job) -> bool:
+        """Whether a job is this process's to do: no other run is doing it, or has since this one began."""
+        mine = self._lock(job.id)
+        if mine:
+            entries = self.read()[job.id]
+            mine = len(entries) <= len(self.before[job.id]) and not self.is_there(video_of(entries))
+            if not mine:
+                self._unlock(job.id)
+        if not mine:
+            logger.info("line %d: another run is doing it", job.number)
+        return mine
+
+    def add(self, result: Mapping[str, Any]) -> None:
+        """Add a result, in one piece, and free its job; paths are written relative to the file."""
+        if result.get("output") and not os.path.isabs(result["output"]):
+            result = {**result, "output": os.path.relpath(result["output"], self.path.parent)}
+        line = json.dumps(result).encode() + b"\n"
+        self._lock(wait=True)
+        if self._file.seek(0, os.SEEK_END) > 0:
+            self._file.seek(-1, os.SEEK_END)
+            line = line if self._file.read(1) == b"\n" else b"\n" + line  # after a line that was cut off
+        self._file.write(line)
+        self._unlock()
+        self._unlock(result["id"])
+
+    def _lock(self, id: str = "", wait: bool = False) -> bool:
+        """Lock what belongs to a job, or without an id the end of the file; False if another process has it."""
+        if self._has_locks:
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place_of(id))
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    return False
+                self._has_locks = False
+                logger.warning("%s cannot be locked (%s); start no second run of these jobs", self.path, error.strerror)
+        return True
+
+    def _unlock(self, id: str = "") -> None:
+        if self._has_locks:
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, place_of(id))
+
+
+def place_of(id: str) -> int:
+    """Of the byte of a file that is locked for a job; 0 without one."""
+    return int(id[:15], 16) + 1 if id else 0  # a file's length has 63 bits
+
+
+def record(results: Results, result: Mapping[str, Any]) -> None:
+    """Write down how a job ended, and tell the user."""
+    results.add(result)
+    if result["status"] == "done":
+        show(result["output"])
+    else:
+        logger.error("line %d: %s", result["job"], result["error"])
+
+
+def in_order(jobs: Iterable[Job]) -> list[Job]:
+    """The jobs that are no requests, then the others, those together that need the same networks in the same place."""
+    from skyreels_v3.plan import guidance_of
+    from skyreels_v3.preflight import networks
+
+    groups: dict[tuple[object, ...], list[Job]] = {(): []}
+    for job in jobs:
+        key: tuple[object, ...] = ()
+        if (request := job.request) is not None:
+            terms = len(guidance_of(request).terms) if request.use_usp else 1  # processes are divided by them
+            key = (*networks(request), request.memory, request.stream_blocks, terms)
+        groups.setdefault(key, []).append(job)
+    return [job for group in groups.values() for job in group]
+
+
+# Making videos
+
+
+class Stock:
+    """Checkpoints and LoRAs from elsewhere. Each is fetched once, and one that could not be is not asked for again."""
+
+    def __init__(self) -> None:
+        self.paths: dict[str, str] = {}
+        self.problems: dict[str, Told] = {}
+
+    def complete(self, request: GenerationRequest, checkpoint: Path | None) -> tuple[GenerationRequest, Path]:
+        """A request and the folder of its checkpoint, with that and the LoRAs on this machine.
+
+        Args:
+            checkpoint: its folder, None if it is yet to be fetched or made.
+        """
+        from skyreels_v3.checkpoints.lora import check_loras
+        from skyreels_v3.preflight import follow_checkpoint
+
+        loras = tuple(lora._replace(source=self.lora(lora.source, request)) for lora in request.lora)
+        request = replace(request, lora=loras)
+        if checkpoint is None:
+            check_loras(request)  # they weigh less than what would have been fetched in vain
+            names = (request.model_source, request.model_id, request.task.name)
+            checkpoint = Path(self.get(names, lambda: fetch(request)))
+        if request.task.layout == HUNYUAN:
+            request = replace(request, base_model_id=self.base(request, checkpoint))
+        return follow_checkpoint(request, checkpoint), checkpoint
+
+    def base(self, request: GenerationRequest, checkpoint: Path) -> str:
+        """The folder of V1's other components."""
+        from skyreels_v3.checkpoints.hub import download_base, locate_base
+
+        if (folder := locate_base(request, checkpoint)) is not None:
+            return str(folder)
+        name = request.base_model_id or request.task.base_model_id
+        return self.get((request.model_source, name, "base"), lambda: download_base(request))
+
+    def lora(self, name: str, request: GenerationRequest) -> str:
+        """The file of a LoRA."""
+        from skyreels_v3.checkpoints.hub import download_lora, locate_lora
+
+        if (file := locate_lora(name)) is not None:
+            return str(file)
+        return self.get((request.model_source, name), lambda: download_lora(name, request))
+
+    def get(self, names: Sequence[str], fetch: Callable[[], Path]) -> str:
+        """What goes by some names, fetched if it has not been."""
+        key = " ".join(names)
+        if key in self.problems:
+            raise as_error(self.problems[key])
+        if key not in self.paths:
+            try:
+                self.paths[key] = str(fetch())
+            except Exception as error:
+                self.problems[key] = as_told(error)
+                raise
+        return self.paths[key]
+
+    def fill(self, requests: Iterable[GenerationRequest]) -> None:
+        """Fetch all that requests need."""
+        from skyreels_v3.preflight import checkpoint_here
+
+        for request in requests:
+            with suppress(Exception):  # the job itself meets it again
+                self.complete(request, checkpoint_here(request))
+
+    def known(self) -> list[Any]:
+        """All that another process on this machine must know, for JSON."""
+        return [self.paths, self.problems]
+
+    def learn(self, known: Sequence[Mapping[str, Any]]) -> None:
+        """Take over what another one knows."""
+        self.paths |= known[0]
+        self.problems |= known[1]
+
+
+def fetch(request: GenerationRequest) -> Path:
+    """The folder of a checkpoint that was not on this machine."""
+    from skyreels_v3.checkpoints.hub import download
+
+    if request.model_id != TINY:
+        return download(request)
+    from skyreels_v3.cache import cache_folder
+    from skyreels_v3.wan.tiny import make_tiny
+
+    try:
+        return make_tiny(request.task)
+    except OSError as error:
+        reason = f"{TINY} cannot be made in {cache_folder()} ({error.strerror or error})"
+        raise UserError("--model_id", f"{reason}; set SKYREELS_CACHE to a folder that can be written to") from error
+
+
+@contextmanager
+def downloads_folder(team: Ranks) -> Iterator[Path]:
+    """A folder for the inputs of one video that are URLs, by the process that fetches them; the others use that."""
+    if not team.leads:
+        yield Path()
+        return
+    with run_folder() as folder:
+        yield folder
+
+
+class Studio:
+    """Where videos are made, one after the other. What is loaded stays as long as the next one needs the same.
+
+    Args:
+        ranks: this process among all.
+        team: the same among those that make each video together, ALONE where each makes its own.
+    """
+
+    def __init__(self, ranks: Ranks, team: Ranks) -> None:
+        set_environment()  # before torch is imported
+        self.ranks = ranks
+        self.team = team
+        self.stock = Stock()
+        self.session: Session | None = None
+
+    def look(self, request: GenerationRequest, downloads: Path) -> Seen:
+        """See `preflight`; that a video is there already is not raised before all processes know."""
+        from skyreels_v3.preflight import preflight
+
+        try:
+            return preflight(request, downloads, self.team)
+        except AlreadyDone as done:
+            return done
+
+    def prepare(self, request: GenerationRequest, downloads: Path, name: str, seen: Seen | None = None) -> Ready:
+        """Look at a request's inputs and fetch what is missing.
+
+        Of a team the first process of each machine does so; the others come after it, and find everything there. If it
+        goes wrong on one process, it raises on all of them.
+
+        Args:
+            downloads: a folder for inputs that are URLs, for as long as the video is being made.
+            name: what the processes call this video; used once.
+            seen: what `look` has found already, where it has been called.
+        """
+        if self.team.world == 1:
+            return self.find(request, downloads, seen)
+        ready, problem, own = None, None, None
+        if not self.team.leads:
+            there, known, problem = processes.hear(f"found/{name}/{self.team.machine}")
+            downloads = Path(there)
+            self.stock.learn(known)
+        try:
+            ready = self.find(request, downloads, seen) if problem is None else None
+        except Exception as error:
+            own, problem = error, as_told(error)
+        if self.team.leads:
+            processes.tell(f"found/{name}/{self.team.machine}", [str(downloads), self.stock.known(), problem])
+        seed = request.seed if ready is None else ready[0].seed  # maybe that of an interrupted run
+        everyone = self.exchange(f"ready/{name}", [seed, problem])
+        for _, problem in everyone:
+            if problem is not None:
+                raise own or as_error(problem)
+        assert ready is not None
+        return replace(ready[0], seed=everyone[0][0]), *ready[1:]
+
+    def find(self, request: GenerationRequest, downloads: Path, seen: Seen | None) -> Ready:
+        """What `prepare` gives, on this process."""
+        seen = seen or self.look(request, downloads)
+        if isinstance(seen, AlreadyDone):
+            raise seen
+        request, inputs, here = seen
+        request, checkpoint = self.stock.complete(request, here)
+        return request, inputs, checkpoint
+
+    def exchange(self, name: str, value: Any) -> list[Any]:
+        """What each of the team has for a name that is used once."""
+        processes.tell(f"{name}/{self.team.rank}", value)
+        return [processes.hear(f"{name}/{rank}") for rank in range(self.team.world)]
+
+    def make(self, ready: Ready) -> Path:
+        """Make what was prepared; returns its path."""
+        from skyreels_v3.generate import Session
+
+        request, inputs, checkpoint = ready
+        if self.session is not None and not self.session.fits(request, checkpoint):
+            self.clear()
+        if self.session is None:
+            self.session = Session(request, checkpoint, self.ranks)
+        return self.session.generate(request, inputs)
+
+    def clear(self) -> None:
+        """Drop what is loaded."""
+        if self.session is not None:
+            from skyreels_v3.generate import free_memory
+
+            self.session = None
+            free_memory()
+
+
+def carry_out(job: Job, studio: Studio, write: Callable[[dict[str, Any]], object]) -> bool:
+    """Do a job and `write` its result; returns whether it was made.
+
+    Raises:
+        Exception: what went wrong while several processes were at work, since they may be out of step now.
+    """
+    start = perf_counter()
+    team, result = studio.team, {"job": job.number, "id": job.id}
+
+    def end(status: str, **what: Any) -> bool:
+        if team.main:
+            write(result | {"status": status, **what, "seconds": round(perf_counter() - start, 1)})
+        return status == "done"
+
+    if job.request is None:
+        return end("error", error=job.problem, exit=2)
+    with downloads_folder(team) as downloads:
+        try:
+            ready = studio.prepare(job.request, downloads, job.id)
+        except AlreadyDone as done:
+            return end("done", output=str(done.output))
+        except Exception as error:
+            logger.debug("line %d", job.number, exc_info=True)
+            return end("error", **failure(error))
+        try:
+            path = studio.make(ready)
+        except Exception as error:
+            logger.debug("line %d", job.number, exc_info=True)
+            if team.world > 1:
+                if processes.next_number(f"failed/{job.id}") == 0:
+                    write(result | {"status": "error", **failure(error)})
+                raise
+            problem = failure(error)
+        else:
+            return end("done", output=str(path), seed=ready[0].seed)
+    studio.clear()  # what is loaded may be in disorder; only now does the error hold none of it any more
+    return end("error", seed=ready[0].seed, **problem)
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """What a result says of an error."""
+    user_error = isinstance(error, UserError)
+    return {"error": str(error) if user_error else cause_of(error), "exit": 2 if user_error else 1}
+
+
+def cause_of(error: Exception) -> str:
+    """An error that is no user's, in a line."""
+    lines = str(error).strip().splitlines()
+    return redact(f"{type(error).__name__}: {lines[0] if lines else 'no message'}")
+
+
+def as_told(error: Exception) -> Told:
+    """An error for other processes."""
+    if isinstance(error, AlreadyDone):
+        return DONE, str(error.output)
+    if isinstance(error, UserError):
+        return error.flag, error.message
+    return None, cause_of(error)
+
+
+def as_error(told: Told) -> Exception:
+    """The error that another process tells of."""
+    flag, text = told
+    if flag == DONE:
+        return AlreadyDone(Path(text))
+    return RuntimeError(text) if flag is None else UserError(flag, text)
+
+
+# A run
+
+
+def run_jobs(flags: Mapping[str, Any], ranks: Ranks) -> int:
+    """Carry out --jobs with the other flags of the command line; returns the exit code."""
+    name = flags["jobs"]
+    jobs = read_jobs(name, {flag: value for flag, value in flags.items() if flag != "jobs"})
+    together = flags.get("use_usp", False)
+    if flags.get("dry_run"):
+        if ranks.main:
+            show_plans(name, jobs, ranks if together else ALONE)
+        return 0
+    results = Results(results_file(name))
+    studio = Studio(ranks, ranks if together else ALONE)
+    if ranks.world > 1:
+        on_cpu = not together or all(job.request.device == "cpu" for job in jobs if job.request is not None)
+        processes.meet(ranks, "cpu" if on_cpu else "auto")
+    todo = left_to_do(jobs, results, ranks)
+    if ranks.world > 1 and not together:
+        share_stock(studio, todo)
+    failed = 0
+    for job in todo if together else taken(todo, ranks):
+        if not claimed(job, results, studio.team):
+            continue
+        if job.request is not None:
+            logger.info("line %d: %s", job.number, job.request.task.name)
+        failed += not carry_out(job, studio, lambda result: record(results, result))
+    if ranks.world > 1 and not together:
+        processes.tell(f"failed/{ranks.rank}", failed)
+        # not by torch's own barrier: a job may take longer than that waits
+        failed = sum(processes.hear(f"failed/{rank}") for rank in range(ranks.world))
+    if ranks.main:
+        report(failed, len(jobs), results.path)
+    processes.part()
+    return 1 if failed else 0
+
+
+def report(failed: int, jobs: int, results: Path) -> None:
+    """Say at the end of a run that jobs failed, if some did."""
+    if failed:
+        say(f"error: {failed} of {jobs} jobs failed; {results} says why\n")
+
+
+def claimed(job: Job, results: Results, team: Ranks) -> bool:
+    """Whether a job is this run's to do; of processes that make each video together the first one decides."""
+    mine = results.claim(job) if team.main else False
+    return mine if team.world == 1 else processes.agreed(f"claimed/{job.id}", mine, team)
+
+
+def left_to_do(jobs: Sequence[Job], results: Results, ranks: Ranks) -> list[Job]:
+    """The jobs that are not done, in the order to do them; the first process decides for all.
+
+    Those that have failed before come last, or one that ends the run would keep others from ever being done.
+    """
+    videos = {job.id: video_of(results.before[job.id]) for job in jobs}
+    left = [job for job in jobs if not results.is_there(videos[job.id])]
+    for job in left:
+        if (video := videos[job.id]) is not None:
+            logger.warning("line %d: %s is gone; it is made again", job.number, shown(results.path.parent / video))
+    failed = {job.id for job in left if results.before[job.id] and videos[job.id] is None}
+    todo = in_order(job for job in left if job.id not in failed) + in_order(job for job in left if job.id in failed)
+    if len(todo) < len(jobs):
+        logger.info("%d of %d jobs are done already, according to %s", len(jobs) - len(todo), len(jobs), results.path)
+    if ranks.world == 1:
+        return todo
+    known = {job.id: job for job in jobs}
+    agreed = processes.agreed("jobs", [job.id for job in todo], ranks)
+    if not known.keys() >= set(agreed):
+        raise UserError(
+            "--jobs", f"{shown(results.path)}: this machine has another file; put it where all machines see it"
+        )
+    return [known[each] for each in agreed]
+
+
+def share_stock(studio: Studio, jobs: Iterable[Job]) -> None:
+    """Have what the jobs need fetched by one process of each machine, before the others begin."""
+    ranks = studio.ranks
+    if ranks.leads:
+        studio.stock.fill(job.request for job in jobs if job.request is not None)
+        processes.tell(f"stock/{ranks.machine}", studio.stock.known())
+    else:
+        studio.stock.learn(processes.hear(f"stock/{ranks.machine}"))
+
+
+def taken(jobs: Sequence[Job], ranks: Ranks) -> Iterator[Job]:
+    """Of the jobs those for this process: the next one that nobody has taken, each time."""
+    if ranks.world == 1:
+        yield from jobs
+        return
+    while (number := processes.next_number("job")) < len(jobs):
+        yield jobs[number]
+
+
+def show_plans(name: str, jobs: Sequence[Job], team: Ranks) -> None:
+    """Print the plan of each job, that it is done, or what is wrong; raise UserError if there is a wrong one."""
+    path, wrong = results_file(name), 0
+    results = parse_results(path.read_bytes() if path.is_file() else b"")
+    for job in jobs:
+        video = video_of(results[job.id])
+        done = video is not None and os.path.lexists(path.parent / video)
+        text = f"{'done':14}{path.parent / video}" if done else plan_of(job, team)
+        wrong += text.startswith("error")
+        show(f"{'line':14}{job.number}\n{text}\n")
+    if wrong:
+        raise UserError(
+            "--jobs", f"{shown(name)}: {wrong} of {len(jobs)} lines cannot work; correct them as said above"
+        )
+
+
+def plan_of(job: Job, team: Ranks) -> str:
+    """A job's plan, or its error in the same form."""
+    from skyreels_v3.preflight import planned
+
+    problem = job.problem
+    if job.request is not None:
+        with downloads_folder(team) as downloads:
+            try:
+                return planned(job.request, downloads, team)
+            except AlreadyDone as done:
+                return f"{'done':14}{done.output}"
+            except UserError as error:
+                problem = str(error)
+    return f"{'error':14}{problem}"

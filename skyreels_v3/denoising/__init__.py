@@ -1,0 +1,1 @@
+"""The denoising loop, guidance, schedules, step caching."""

@@ -1,0 +1,1 @@
+"""SkyReels V1: HunyuanVideo, trained further."""

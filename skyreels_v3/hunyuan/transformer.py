@@ -1,0 +1,109 @@
+"""`HunyuanTransformer3DModel`: the transformer of SkyReels V1, a HunyuanVideo model.
+
+The network is diffusers' own. Here its attention is handed in, as it is to our other transformer, and its blocks are
+one list. They come in two kinds: the first ones have layers of their own for the text's tokens, the others treat text
+and video alike. In all of them both attend to both: video tokens first, then the text's, as one sequence.
+
+The text is cropped to its real tokens before it gets here, and there is one sample in a batch. So there is no padding
+among the tokens and attention takes no mask.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers import HunyuanVideoTransformer3DModel
+from torch import Tensor, nn
+
+from skyreels_v3.attention.backends import AttentionFn
+from skyreels_v3.wan.transformer.rope import Rotary, apply_rotary
+
+
+class JointAttention:
+    """Attention among video and text tokens: a processor of diffusers' attention layers.
+
+    The kernel is told of the whole sequence; what comes before and after it takes each token by itself.
+    """
+
+    def __init__(self, attention: AttentionFn) -> None:
+        self.attention = attention
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Updates of the video tokens (B, Lv, D) and the text tokens (B, Lt, D).
+
+        The names are those that diffusers calls by. The mask would hide padding of the text, of which there is none.
+        """
+        assert image_rotary_emb is not None
+        query, key, value = self.project(attn, hidden_states, encoder_hidden_states, *image_rotary_emb)
+        attended = self.attention(query, key, value)
+        del query, key, value
+        return self.finish(attn, attended, encoder_hidden_states.shape[1])
+
+    def project(
+        self, attn: Any, video: Tensor, text: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, Lv + Lt, N, D); cos and sin (Lv, D) turn those of the video."""
+        of_video = (attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k), (attn.to_v, None)
+        of_text = (attn.add_q_proj, attn.norm_added_q), (attn.add_k_proj, attn.norm_added_k), (attn.add_v_proj, None)
+        if attn.add_q_proj is None:  # one set of layers for both
+            of_text = of_video
+        rotary = torch.stack((cos[:, ::2], sin[:, ::2]), dim=-1).unsqueeze(1)  # a channel pair has the same twice
+        query, key, value = (
+            torch.cat((heads(video, *first, attn.heads, turn), heads(text, *second, attn.heads)), dim=1)
+            for first, second, turn in zip(of_video, of_text, (rotary, rotary, None), strict=True)
+        )
+        return query, key, value
+
+    def finish(self, attn: Any, attended: Tensor, text: int) -> tuple[Tensor, Tensor]:
+        """Updates (B, Lv, D) and (B, Lt, D) from what attention made (B, Lv + Lt, N, D) of them, `text` being Lt."""
+        video, context = attended.flatten(2).tensor_split((attended.shape[1] - text,), dim=1)
+        # blocks of the second kind have no such layers here: they multiply by one matrix of theirs at the end
+        if attn.to_out is not None:
+            video = attn.to_out[0](video)
+        if attn.to_add_out is not None:
+            context = attn.to_add_out(context)
+        return video, context
+
+
+def heads(x: Tensor, layer: nn.Module, norm: nn.Module | None, number: int, rotary: Rotary | None = None) -> Tensor:
+    """`layer` of tokens x (B, L, N * D) as (B, L, N, D), normed and turned where that is wanted."""
+    made = layer(x).unflatten(-1, (number, -1))
+    if norm is not None:
+        made = norm(made)
+    return made if rotary is None else apply_rotary(made, rotary).type_as(made)
+
+
+class HunyuanTransformer3DModel(HunyuanVideoTransformer3DModel):
+    """diffusers' HunyuanVideo transformer, with attention from outside."""
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All blocks in the order in which they work."""
+        return [*self.transformer_blocks, *self.single_transformer_blocks]
+
+    def set_attention(self, attention: AttentionFn) -> None:
+        """Hand in the function that sees more than one token; the small text refiner keeps its own."""
+        joint = JointAttention(attention)
+        for block in self.blocks:
+            block.attn.set_processor(joint)
+
+    def compilable(self) -> Iterator[tuple[object, str]]:
+        """Most of what takes each token by itself outside of matrix products, as objects and names of methods."""
+        for joint in {block.attn.processor for block in self.blocks}:
+            yield joint, "project"
+
+    def to_json_string(self) -> str:
+        """The config under the name that the library knows, so that it loads what is saved here."""
+        config = json.loads(super().to_json_string())
+        config["_class_name"] = HunyuanVideoTransformer3DModel.__name__
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -1,1 +1,0 @@
-"""HunyuanVideo, the networks that SkyReels V1 is made of."""

@@ -1,7 +1,0 @@
-"""The SkyReels diffusion transformer (DiT): one class for the reference, extension and avatar checkpoints."""
-
-from skyreels_v3.models.transformer.block import Context
-from skyreels_v3.models.transformer.model import SkyReelsTransformer3DModel
-from skyreels_v3.models.transformer.rope import Segment
-
-__all__ = ["Context", "Segment", "SkyReelsTransformer3DModel"]

@@ -1,0 +1,1 @@
+"""One video on several processes, in torch.distributed's words."""

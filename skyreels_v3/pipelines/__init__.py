@@ -1,1 +1,0 @@
-"""One file per task: conditions, segments, denoising, decoding, as a stream of frames."""

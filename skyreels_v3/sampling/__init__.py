@@ -1,1 +1,0 @@
-"""From noise to latents: noise schedules, guidance, and the one denoising loop."""

@@ -1,0 +1,1 @@
+"""SkyReels V3: Wan 2.1's architecture."""

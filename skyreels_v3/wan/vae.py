@@ -1,0 +1,287 @@
+"""The Wan 2.1 video VAE: diffusers' AutoencoderKLWan with normalised latents, as a stream, in exact tiles.
+
+4k+1 frames <-> k+1 latent frames, height and width divided by 8, 16 channels. Latents outside this file are normalised,
+channel by channel, with the constants of the VAE's config.
+
+In time the VAE is causal: it takes one latent frame after another, and what its convolutions need of earlier frames is
+in their caches. In space only the attention in the middle, at an eighth of the frame's size, sees everything. The most
+memory is for the stages at the other end, at more than a quarter of the size: convolutions in a row, whose reach is 24
+pixels (decoder) or 16 (encoder). They can be run tile by tile: each stage is given what later ones still need of it, a
+halo that shrinks to nothing at the end. Nothing is blended. The numbers are those of the whole frame, but for float32's
+rounding where another shape gets another kernel. The caches, which hold the whole frame, limit what is saved: there is
+little to gain beyond 2 x 3 tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanCausalConv3d,
+    WanDecoder3d,
+    WanEncoder3d,
+    WanResample,
+    WanRMS_norm,
+)
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from skyreels_v3.parallel.groups import Team
+
+Span = tuple[int, int]  # first, last + 1
+
+
+class VideoVAE:
+    """Encodes video (B, 3, F, H, W) in [-1, 1] to latents (B, 16, (F-1)/4+1, H/8, W/8) and back."""
+
+    def __init__(self, module: AutoencoderKLWan) -> None:
+        assert not module.config.is_residual, "Wan 2.2's VAE is another one"
+        self.module = module
+        self.mean = torch.tensor(module.config.latents_mean).view(1, -1, 1, 1, 1)
+        self.std = torch.tensor(module.config.latents_std).view(1, -1, 1, 1, 1)
+        self.tiles = (1, 1)
+        self.team: Team | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return cast(torch.dtype, self.module.dtype)
+
+    def set_tiles(self, rows: int, columns: int) -> None:
+        """Encode and decode in so many tiles from now on: less memory, a little more work, the same result."""
+        assert rows > 0 and columns > 0, (rows, columns)
+        self.tiles = (rows, columns)
+
+    def share(self, team: Team | None) -> None:
+        """Encode and decode together with other processes from now on: each works on some of the tiles."""
+        self.team = team
+
+    @torch.inference_mode()
+    def encode(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Normalised latents, float32: the posterior's mode, or with a CPU `generator` a sample of it."""
+        stages, cut = encoder_stages(self.module.encoder, self.team is not None)
+        fine = TiledStages(stages[:cut], video.shape[-2:], self.tiles, self.team)
+        coarse = TiledStages(stages[cut:], fine.size)
+        moments = [coarse(fine(chunk.to(self.dtype))) for chunk in split_frames(video)]
+        posterior = DiagonalGaussianDistribution(self.module.quant_conv(torch.cat(moments, dim=2)).float())
+        latents = posterior.mode() if generator is None else posterior.sample(generator)
+        return (latents - self.mean.to(latents.device)) / self.std.to(latents.device)
+
+    @torch.inference_mode()
+    def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
+        """Decode latents (B, 16, F, h, w) one latent frame at a time.
+
+        The VAE is causal in time: what one latent frame needs of the earlier ones is kept in the convolutions' caches,
+        so the pieces laid end to end are the video that a decode of everything at once would give.
+
+        Yields:
+            (B, 3, f, 8h, 8w) in [-1, 1], float32: f = 1 for the first latent frame, then 4 each.
+
+        Raises:
+            FloatingPointError: the video is infinite or not a number, which would be written as black frames.
+        """
+        stages, cut = decoder_stages(self.module.decoder, self.team is not None)
+        coarse = TiledStages(stages[:cut], latents.shape[-2:])
+        fine = TiledStages(stages[cut:], coarse.size, self.tiles, self.team)
+        raw = latents.float() * self.std.to(latents.device) + self.mean.to(latents.device)
+        for index, frame in enumerate(raw.to(self.dtype).split(1, dim=2)):
+            # no name is given to what is yielded, or this generator would hold it while the next chunk is made
+            yield displayable(fine(coarse(self.module.post_quant_conv(frame))), index)
+
+
+def split_frames(video: Tensor) -> Iterator[Tensor]:
+    """What one latent frame each is made of: the first frame, then 4 each."""
+    yield video[:, :, :1]
+    for start in range(1, video.shape[2] - 3, 4):
+        yield video[:, :, start : start + 4]
+
+
+def displayable(chunk: Tensor, index: int) -> Tensor:
+    """Float32 in [-1, 1]; refused when it is not finite."""
+    if not torch.isfinite(chunk).all():
+        raise FloatingPointError(f"the decoded video is not finite in latent frame {index}; the VAE is damaged")
+    return chunk.float().clamp_(-1.0, 1.0)
+
+
+def encoder_stages(encoder: WanEncoder3d, shared: bool = False) -> tuple[list[nn.Module], int]:
+    """The encoder as a chain of modules, and how many of them come before a quarter of the size is reached.
+
+    `shared`: how many come before its attention. Tiles that other processes work on cost nothing here, so there may be
+    more stages in them; the halo's larger share of the work is for the stages that are small.
+    """
+    stages = [encoder.conv_in, *encoder.down_blocks, encoder.mid_block]
+    stages += [encoder.norm_out, encoder.nonlinearity, encoder.conv_out]
+    return stages, stages.index(encoder.mid_block) if shared else resamplings(stages)[1] + 1
+
+
+def decoder_stages(decoder: WanDecoder3d, shared: bool = False) -> tuple[list[nn.Module], int]:
+    """The decoder as a chain of modules, and how many of them come before a quarter of the size is left.
+
+    `shared`: how many there are up to its attention, see `encoder_stages`.
+    """
+    stages = [decoder.conv_in, decoder.mid_block]
+    for block in decoder.up_blocks:
+        stages += [*block.resnets, *(block.upsamplers or ())]
+    stages += [decoder.norm_out, decoder.nonlinearity, decoder.conv_out]
+    return stages, stages.index(decoder.mid_block) + 1 if shared else resamplings(stages)[1]
+
+
+def resamplings(stages: Sequence[nn.Module]) -> list[int]:
+    """Where in a chain the size changes."""
+    return [index for index, stage in enumerate(stages) if isinstance(stage, WanResample)]
+
+
+class TiledStages:
+    """A chain of stages with its state: run on chunk after chunk of one video, tile by tile.
+
+    Args:
+        stages: modules from (B, C, F, H, W) to such.
+        size: H and W of the first one's input.
+        tiles: rows and columns of the grid; no more are made than the result has rows and columns.
+        team: processes that divide the tiles, all with the same input; then there are enough for all of them.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[nn.Module],
+        size: Sequence[int],
+        tiles: tuple[int, int] = (1, 1),
+        team: Team | None = None,
+    ) -> None:
+        self.size = tuple(sizes_along(stages, length)[-1] for length in size)  # H and W of the result
+        self.team = team
+        grid = tiles if team is None else enough_tiles(self.size, tiles, team.size)
+        rows, columns = ([*split_evenly(*pair)] for pair in zip(self.size, grid, strict=True))
+        self.spans = [(row, column) for row in rows for column in columns]
+        self.tiles = [
+            Tile(stages, crops_along(stages, size[0], row), crops_along(stages, size[1], column))
+            for row, column in (self.spans if team is None else own_part(self.spans, team))
+        ]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The next frames (B, C, F, H, W) through all stages."""
+        out = None
+        for piece, (rows, columns) in zip(self.pieces(x), self.spans, strict=True):
+            if out is None:
+                out = piece.new_empty(*piece.shape[:3], *self.size)
+            out[..., slice(*rows), slice(*columns)] = piece
+            del piece  # before the next one is made
+        assert out is not None
+        return out
+
+    def pieces(self, x: Tensor) -> Iterator[Tensor]:
+        """The tiles' parts of the result, in order."""
+        if self.team is None:
+            yield from (tile(x) for tile in self.tiles)
+            return
+        # tiles differ by a row or a column at most; an exchange is of equal pieces
+        height, width = (max(end - first for first, end in spans) for spans in zip(*self.spans, strict=True))
+        for number, tile in enumerate(self.tiles):
+            piece = tile(x)
+            padded = F.pad(piece, (0, width - piece.shape[-1], 0, height - piece.shape[-2]))
+            spans = self.spans[number * self.team.size :]
+            for made, ((top, bottom), (left, right)) in zip(self.team.all_gather(padded), spans, strict=False):
+                yield made[..., : bottom - top, : right - left]
+
+
+def own_part(spans: Sequence[tuple[Span, Span]], team: Team) -> list[tuple[Span, Span]]:
+    """One of each `team.size` tiles. Where there are not enough the last one is made again: all must have one."""
+    return [spans[min(start + team.rank, len(spans) - 1)] for start in range(0, len(spans), team.size)]
+
+
+def enough_tiles(size: Sequence[int], tiles: tuple[int, int], processes: int) -> tuple[int, int]:
+    """The smallest grid of at least `tiles` in which every process has the same number, with the shortest borders."""
+    height, width = size
+    grids = [
+        (rows, columns)
+        for rows in range(tiles[0], tiles[0] * processes + 1)
+        for columns in range(tiles[1], tiles[1] * processes + 1)
+        if rows * columns % processes == 0
+    ]
+    return min(grids, key=lambda grid: (grid[0] * grid[1], grid[0] * width + grid[1] * height))
+
+
+class Tile:
+    """One tile of a chain of stages: what it cuts out before each of them and at the end, and their caches."""
+
+    def __init__(self, stages: Sequence[nn.Module], rows: Sequence[slice], columns: Sequence[slice]) -> None:
+        self.stages = stages
+        self.crops = [(..., *pair) for pair in zip(rows, columns, strict=True)]
+        convolutions = [part for stage in stages for part in stage.modules() if isinstance(part, WanCausalConv3d)]
+        self.caches: list[Any] = [None] * len(convolutions)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The tile's part of the result for the next frames; `x` is of the whole frame."""
+        index = [0]
+        for stage, crop in zip(self.stages, self.crops, strict=False):
+            x = advance(stage, x[crop], self.caches, index)
+        return x[self.crops[-1]]
+
+
+def advance(stage: nn.Module, x: Tensor, caches: list[Any], index: list[int]) -> Tensor:
+    """One stage on the next frames. The library's modules with caches take theirs at `index[0]` and move it on."""
+    if isinstance(stage, WanRMS_norm | nn.SiLU):
+        return stage(x)
+    if not isinstance(stage, WanCausalConv3d):
+        return stage(x, feat_cache=caches, feat_idx=index)
+    past, kept = caches[index[0]], stage.kernel_size[0] - 1
+    seen = x[:, :, -kept:] if past is None else torch.cat([past, x[:, :, -kept:]], dim=2)[:, :, -kept:]
+    caches[index[0]] = seen.clone()
+    index[0] += 1
+    return stage(x, past)
+
+
+def split_evenly(size: int, parts: int) -> Iterator[Span]:
+    """0 .. size - 1 in `parts` spans that differ by 1 at most; fewer where they would be empty."""
+    parts = min(parts, size)
+    return pairwise(size * part // parts for part in range(parts + 1))
+
+
+def resized(stage: nn.Module, size: int) -> int:
+    """Rows that a stage makes of `size` rows; columns likewise, here and below."""
+    mode = stage.mode if isinstance(stage, WanResample) else ""
+    if mode.startswith("up"):
+        return 2 * size
+    return size // 2 if mode.startswith("down") else size
+
+
+def sizes_along(stages: Sequence[nn.Module], size: int) -> list[int]:
+    """Rows before each stage and after the last one."""
+    return [*accumulate(stages, lambda rows, stage: resized(stage, rows), initial=size)]
+
+
+def needed_by(stage: nn.Module, span: Span) -> Span:
+    """Rows of its input that a stage makes the rows `span` of its output from.
+
+    A 3 x 3 convolution reaches one row far, two in a residual block two. An upsampling doubles the rows before its
+    convolution. A downsampling's convolution makes row i from the rows 2i, 2i + 1, 2i + 2: it is padded below only.
+    """
+    reach = sum(part.kernel_size[-1] // 2 for part in stage.modules() if isinstance(part, nn.Conv2d | nn.Conv3d))
+    first, end = span
+    mode = stage.mode if isinstance(stage, WanResample) else ""
+    if mode.startswith("up"):
+        return (first - reach) // 2, (end + reach + 1) // 2
+    return (2 * first, 2 * end + reach) if mode.startswith("down") else (first - reach, end + reach)
+
+
+def crops_along(stages: Sequence[nn.Module], size: int, span: Span) -> list[slice]:
+    """What to cut out before each stage, and at the end, to get the rows `span` of the result and nothing else.
+
+    The rows that a stage needs are found from the last stage to the first. Those beyond the frame are the padding that
+    a stage without tiles adds too; rows made from the padding at other borders are never among those needed.
+
+    Returns:
+        one more slice than stages, each counted from the first row that the stage before made.
+    """
+    needed = [span]
+    for stage, rows in zip(reversed(stages), reversed(sizes_along(stages, size)[:-1]), strict=True):
+        first, end = needed_by(stage, needed[-1])
+        needed.append((max(first, 0), min(end, rows)))
+    needed.reverse()
+    origins = [0, *(resized(stage, first) for stage, (first, _) in zip(stages, needed, strict=False))]
+    return [slice(first - origin, end - origin) for (first, end), origin in zip(needed, origins, strict=True)]

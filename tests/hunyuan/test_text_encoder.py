@@ -1,0 +1,164 @@
+"""HunyuanVideo's text encoders on the toy model, against stock pipelines with stock models of the same files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+from diffusers import HunyuanSkyreelsImageToVideoPipeline, HunyuanVideoPipeline
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from transformers import AutoTokenizer, CLIPTextModel, LlamaModel
+
+from skyreels_v3.hunyuan.checkpoint import load_hunyuan_text_encoder, load_llama_tokenizer
+from skyreels_v3.hunyuan.text_encoder import HunyuanTextEncoder
+from skyreels_v3.hunyuan.tiny import write_hunyuan
+
+LONG = "A small wooden boat with a torn red sail drifts across the calm lake at dawn, followed by two white swans."
+PROMPTS = ["", "FPS-24, A fox runs.", "Two lines,\n\nand {braces} in\u00e9dites: <video>!", LONG]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hunyuan")
+    write_hunyuan(folder, 16)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(root) -> HunyuanTextEncoder:
+    return load_hunyuan_text_encoder(root, torch.float32)
+
+
+@pytest.fixture(scope="module", params=[HunyuanVideoPipeline, HunyuanSkyreelsImageToVideoPipeline])
+def stock(request, root):
+    return request.param(
+        text_encoder=LlamaModel.from_pretrained(root / "text_encoder"),
+        tokenizer=AutoTokenizer.from_pretrained(root / "tokenizer"),
+        text_encoder_2=CLIPTextModel.from_pretrained(root / "text_encoder_2"),
+        tokenizer_2=AutoTokenizer.from_pretrained(root / "tokenizer_2"),
+        transformer=None, vae=None, scheduler=None,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def said(caplog) -> Iterator[pytest.LogCaptureFixture]:
+    """All that is logged, by the libraries too, which keep it from the root logger."""
+    libraries = [logging.getLogger(name) for name in ("transformers", "diffusers")]
+    for library in libraries:
+        library.addHandler(caplog.handler)
+    with caplog.at_level(logging.INFO, logger="skyreels_v3"):
+        yield caplog
+    for library in libraries:
+        library.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@torch.inference_mode()
+def test_it_is_the_librarys_encoding(encoder, stock, prompt, capsys):
+    states, pooled, mask = stock.encode_prompt(prompt)
+    made = encoder.encode(prompt)
+    assert made.keys() == {"context", "pooled"}
+    assert mask.sum() < 256 and not mask[:, int(mask.sum()) :].any()
+    torch.testing.assert_close(made["context"], states[:, : int(mask.sum())], atol=1e-6, rtol=0)
+    torch.testing.assert_close(made["pooled"], pooled, atol=1e-6, rtol=0)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_request_has_as_many_tokens_as_are_cut_off(encoder):
+    before, _, behind = DEFAULT_PROMPT_TEMPLATE["template"].partition("{}")
+    ids = encoder.tokenizer(before).input_ids
+    assert len(ids) == DEFAULT_PROMPT_TEMPLATE["crop_start"]
+    assert encoder.tokenizer.decode(ids) == f"<|begin_of_text|>{before}"
+    whole = encoder.tokenizer(f"{before}A fox{behind}").input_ids
+    assert whole[: len(ids)] == ids and len(whole) == len(ids) + len("A fox") + 1
+    assert encoder.encode("A fox")["context"].shape == (1, len("A fox") + 1, 32)
+
+
+def test_prompts_differ(encoder):
+    fox, ox = encoder.encode("A red fox"), encoder.encode("A red ox.")
+    assert fox["context"].shape == ox["context"].shape
+    changed = (fox["context"] - ox["context"])[0].abs().amax(dim=-1)
+    assert torch.equal(changed[:6], torch.zeros(6))  # causal: up to the first letter that differs
+    assert changed[6:].min() > 0.01
+    assert (fox["pooled"] - ox["pooled"]).abs().max() > 0.01
+
+
+def test_long_prompts(encoder, said, capsys):
+    assert encoder.encode("x" * 256)["context"].shape == (1, 256, 32)
+    assert "are used" not in said.text
+    assert encoder.encode("x" * 257)["context"].shape == (1, 256, 32)
+    assert "the prompt has 257 tokens; only the first 256 are used" in said.messages
+    assert capsys.readouterr().out == ""
+
+
+def test_prompts_that_are_long_for_clip(root, said, capsys):
+    """One line for each; the libraries have more to say, and do not."""
+    encoder = load_hunyuan_text_encoder(root, torch.float32)
+    encoder.encode("x" * 75)
+    assert not said.messages
+    for length in (76, 119):
+        said.clear()
+        encoder.encode("x" * length)
+        (record,) = said.records
+        assert record.levelno == logging.INFO and record.name.startswith("skyreels_v3")
+        clips = f"CLIP's summary is of the first 75 of the prompt's {length} tokens"
+        assert record.getMessage() == f"{clips}; the Llama sees up to 256"
+    assert capsys.readouterr() == ("", "")
+
+
+@torch.inference_mode()
+def test_nothing_is_silenced_for_others(encoder, stock, said):
+    """Stock pipelines with tokenizers of their own warn as ever."""
+    encoder.encode(LONG)
+    said.clear()
+    stock.tokenizer_2.deprecation_warnings.clear()  # another test may have heard it
+    stock.encode_prompt(LONG)
+    assert "Token indices sequence length is longer" in said.text
+    assert "The following part of your input was truncated" in said.text
+
+
+def test_what_a_run_says(generate, tmp_path):
+    """With the preset's negative prompt, which is long for the toy's CLIP of single characters."""
+    made = generate(
+        *("--task_type", "t2v", "--model_id", "tiny", "--device", "cpu", "--prompt", "FPS-24, a cat"),
+        *("--height", 64, "--width", 96, "--num_frames", 5, "--num_inference_steps", 2, "--output", "a.mp4"),
+        cwd=tmp_path, env=os.environ | {"SKYREELS_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert made.stderr.count("CLIP's summary") == 1
+    bars = ("loading:", "denoising:", "decoding:")
+    others = [line for line in made.stderr.splitlines() if line.strip() and not line.startswith(("INFO: ", *bars))]
+    assert len(others) == 1 and others[0].startswith("WARNING: tiny is a toy")
+
+
+def test_the_llamas_layers_are_its_blocks(encoder):
+    assert len(encoder.blocks) == 3
+    owned = {id(parameter) for parameter in encoder.module.parameters()}
+    assert {id(parameter) for block in encoder.blocks for parameter in block.parameters()} < owned
+    assert {id(parameter) for parameter in encoder.pipeline.text_encoder.parameters()} < owned
+
+
+def test_bfloat16_stays_close(root, encoder):
+    half = load_hunyuan_text_encoder(root, torch.bfloat16).encode(LONG)
+    for name, exact in encoder.encode(LONG).items():
+        assert half[name].dtype == torch.bfloat16
+        assert not half[name].requires_grad
+        assert (half[name] - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+def test_the_tokenizers_file_counts_and_not_its_class(root, encoder, tmp_path, name):
+    """The published tokenizer is a Llama 3's under the name of Llama 2's."""
+    shutil.copytree(root / "tokenizer", tmp_path / "tokenizer")
+    config = json.loads((root / "tokenizer" / "tokenizer_config.json").read_text())
+    text = json.dumps(config | {"tokenizer_class": name, "legacy": True, "add_prefix_space": None})
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(text)
+    tokenizer = load_llama_tokenizer(tmp_path / "tokenizer")
+    for prompt in PROMPTS:
+        expected = encoder.tokenizer(prompt, padding="max_length", max_length=300)
+        assert tokenizer(prompt, padding="max_length", max_length=300).input_ids == expected.input_ids

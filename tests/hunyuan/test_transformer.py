@@ -1,0 +1,217 @@
+"""The transformer of SkyReels V1, against the library's own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+from diffusers import HunyuanVideoTransformer3DModel
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from skyreels_v3.attention.backends import sdpa
+from skyreels_v3.compile import compile_blocks
+from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
+from skyreels_v3.memory.quantize import Fp8Linear, quantize
+from skyreels_v3.memory.stream import BlockStream
+from skyreels_v3.runtime import COMPILERS
+
+SMALL = {
+    **{"num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 2, "num_single_layers": 3},
+    **{"num_refiner_layers": 1, "text_embed_dim": 24, "pooled_projection_dim": 12, "rope_axes_dim": (4, 6, 6)},
+}
+TEXT, PADDING = 5, 4
+CPU = torch.device("cpu")
+MATRICES = (  # of a block of either kind, by hand
+    {
+        *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "to_add_out")),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        *(f"{name}.net.{layer}" for name in ("ff", "ff_context") for layer in ("0.proj", "2")),
+    },
+    {"attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out"},
+)
+
+
+def made(kind: type[HunyuanVideoTransformer3DModel], **changes: object) -> HunyuanVideoTransformer3DModel:
+    torch.manual_seed(0)
+    model = kind(**(SMALL | changes)).eval().requires_grad_(False)
+    for parameter in model.parameters():  # norms and biases of a new model do nothing
+        if parameter.ndim == 1:
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    if isinstance(model, HunyuanTransformer3DModel):
+        model.set_attention(sdpa)
+    return model
+
+
+def inputs(channels: int = 16, text: int = TEXT, padding: int = 0) -> dict[str, Tensor]:
+    """Arguments of a forward; the text's real tokens are the same whatever the padding."""
+    draw = torch.Generator().manual_seed(1)
+    latents, states = torch.randn(1, channels, 3, 4, 6, generator=draw), torch.randn(1, 64, 24, generator=draw)
+    return {
+        "hidden_states": latents,
+        "timestep": torch.tensor([700]),
+        "encoder_hidden_states": states[:, : text + padding],
+        "encoder_attention_mask": (torch.arange(text + padding) < text).long()[None],
+        "pooled_projections": torch.randn(1, 12, generator=draw),
+        "guidance": torch.tensor([6000.0]),
+    }
+
+
+def predict(model: HunyuanVideoTransformer3DModel, arguments: dict[str, Tensor]) -> Tensor:
+    with torch.inference_mode():
+        return model(**arguments, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("channels", [16, 32])
+def test_the_forward_is_the_librarys(channels):
+    ours, theirs = (
+        made(HunyuanTransformer3DModel, in_channels=channels),
+        made(HunyuanVideoTransformer3DModel, in_channels=channels),
+    )
+    out = predict(ours, inputs(channels))
+    assert out.shape == (1, 16, 3, 4, 6) and out.std() > 0.1
+    torch.testing.assert_close(out, predict(theirs, inputs(channels)), atol=1e-6, rtol=0)
+    padded = predict(theirs, inputs(channels, padding=PADDING))
+    torch.testing.assert_close(out, padded, atol=1e-5, rtol=0)
+
+
+def test_bfloat16_is_as_near_to_float32_as_the_librarys():
+    exact = predict(made(HunyuanVideoTransformer3DModel), inputs())
+    arguments = {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs().items()}
+    errors = [
+        (predict(made(kind).bfloat16(), arguments) - exact).square().mean().sqrt()
+        for kind in (HunyuanTransformer3DModel, HunyuanVideoTransformer3DModel)
+    ]
+    assert 0 < errors[0] < 2 * errors[1]
+
+
+def test_attention_is_the_one_handed_in():
+    model = made(HunyuanTransformer3DModel)
+    seen = []
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        seen.append((query.shape, key.shape, value.shape))
+        return sdpa(query, key, value)
+
+    model.set_attention(attention)
+    predict(model, inputs())
+    assert seen == [((1, 3 * 2 * 3 + TEXT, 4, 16),) * 3] * 5
+
+
+def test_the_blocks_in_order():
+    model = made(HunyuanTransformer3DModel)
+    order = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, *_: order.append(block))
+    predict(model, inputs())
+    assert order == model.blocks and len(order) == 5
+
+
+def test_either_class_loads_what_the_other_saves(tmp_path):
+    ours, theirs = made(HunyuanTransformer3DModel), made(HunyuanVideoTransformer3DModel)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("ours", "theirs")]
+    assert configs[0] == configs[1]
+    assert configs[0]["_class_name"] == "HunyuanVideoTransformer3DModel"
+    for kind, name in ((HunyuanVideoTransformer3DModel, "ours"), (HunyuanTransformer3DModel, "theirs")):
+        model = kind.from_pretrained(tmp_path / name).eval()
+        assert type(model) is kind
+        if isinstance(model, HunyuanTransformer3DModel):
+            model.set_attention(sdpa)
+        torch.testing.assert_close(predict(model, inputs()), predict(ours, inputs()), atol=1e-6, rtol=0)
+
+
+def test_what_is_quantised():
+    """Attention and feed-forward layers; modulation, embeddings and the head stay."""
+    model = made(HunyuanTransformer3DModel)
+    linear = {name for name, part in model.named_modules() if type(part) is nn.Linear}
+    quantize(model.blocks, CPU)
+    names = {f"transformer_blocks.{index}.{name}" for index in range(2) for name in MATRICES[0]}
+    names |= {f"single_transformer_blocks.{index}.{name}" for index in range(3) for name in MATRICES[1]}
+    assert {name for name, part in model.named_modules() if type(part) is Fp8Linear} == names
+    left = {name for name, part in model.named_modules() if type(part) is nn.Linear}
+    assert left == linear - names
+    assert {"transformer_blocks.0.norm1.linear", "transformer_blocks.1.norm1_context.linear"} < left
+    assert "single_transformer_blocks.2.norm.linear" in left
+
+
+def decibel(made: Tensor, exact: Tensor) -> float:
+    """Signal over noise."""
+    return 10 * torch.log10(exact.square().mean() / (made - exact).square().mean()).item()
+
+
+def test_fp8_stays_close():
+    model = made(HunyuanTransformer3DModel)
+    exact = predict(model, inputs())
+    quantize(model.blocks, CPU)
+    assert 30 < decibel(predict(model, inputs()), exact) < 60
+
+
+def plain_fp8() -> Tensor:
+    """What a model that is not compiled predicts in FP8."""
+    model = made(HunyuanTransformer3DModel)
+    quantize(model.blocks, CPU)
+    return predict(model, inputs())
+
+
+@pytest.fixture
+def own_compiler(tmp_path, monkeypatch) -> Iterator[None]:
+    """Nothing of an earlier test is compiled, and the settings are put back."""
+    if not any(map(shutil.which, COMPILERS)):
+        pytest.skip("no C++ compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def traced_only(own_compiler, monkeypatch):
+    """Graphs are made, and run as they are: how many there are does not depend on the code they become."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+
+
+@pytest.mark.slow
+@pytest.mark.extended
+def test_compiled(own_compiler):
+    """The same results."""
+    model = made(HunyuanTransformer3DModel)
+    expected = predict(model, inputs())
+    compile_blocks(model)
+    torch.testing.assert_close(predict(model, inputs()), expected, atol=1e-5, rtol=0)
+
+
+def test_compiled_and_streamed(traced_only):
+    """One graph for each kind of block, and none for a step or for weights that change places."""
+    model = made(HunyuanTransformer3DModel)
+    expected = predict(model, inputs())
+    compile_blocks(model)
+    for kinds in (2, 4):
+        for mode in (torch.inference_mode, contextlib.nullcontext):
+            with mode():
+                torch.testing.assert_close(predict(model, inputs()), expected, atol=1e-5, rtol=0)
+                for keep, pin in ((0, None), (1, lambda room: True)):
+                    with BlockStream(model, model.blocks, CPU, keep, pin).active():
+                        torch.testing.assert_close(predict(model, inputs()), expected, atol=1e-5, rtol=0)
+        assert counters["stats"]["unique_graphs"] == kinds
+        quantize(model.blocks, CPU)
+        expected = plain_fp8()
+
+
+def test_compiled_for_prompts_of_any_length(traced_only):
+    """A second length takes a graph for all that follow."""
+    model, plain = made(HunyuanTransformer3DModel), made(HunyuanTransformer3DModel)
+    compile_blocks(model)
+    for text in (5, 9, 17, 33):
+        torch.testing.assert_close(
+            predict(model, inputs(text=text)), predict(plain, inputs(text=text)), atol=1e-5, rtol=0
+        )
+    assert counters["stats"]["unique_graphs"] == 4

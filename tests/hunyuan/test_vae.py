@@ -1,0 +1,149 @@
+"""HunyuanVideo's VAE as a stream, against the library's own decode of everything at once."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import pytest
+import torch
+from diffusers import AutoencoderKLHunyuanVideo
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_skyreels_image2video import retrieve_latents
+from tests.models.test_vae import ThreadTeam
+
+from skyreels_v3.hunyuan.vae import HunyuanVAE
+from skyreels_v3.tasks import CONFIG_DIR, load_yaml
+
+SIZES = load_yaml(CONFIG_DIR / "tiny.yaml")["hunyuan"]["vae"]
+
+
+@pytest.fixture(scope="module")
+def stock() -> AutoencoderKLHunyuanVideo:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = AutoencoderKLHunyuanVideo(**SIZES).eval()
+    module.enable_tiling()
+    return module
+
+
+@pytest.fixture(scope="module")
+def ours(stock) -> HunyuanVAE:
+    """Of a module as it is loaded, without tiles."""
+    module = copy.deepcopy(stock)
+    module.disable_tiling()
+    return HunyuanVAE(module)
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+@torch.inference_mode()
+def decoded_at_once(stock: AutoencoderKLHunyuanVideo, latents: torch.Tensor) -> torch.Tensor:
+    return stock.decode(latents / stock.config.scaling_factor).sample.clamp(-1, 1)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 25])
+def test_it_is_the_librarys_decode(ours, stock, frames):
+    latents = noise(1, 16, frames, 3, 4)
+    chunks = list(ours.decode_stream(latents))
+    assert [chunk.shape[2] for chunk in chunks] == [1] + [4] * (frames - 1)
+    torch.testing.assert_close(torch.cat(chunks, dim=2), decoded_at_once(stock, latents), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(33, 3), (3, 40)])
+def test_tiles_are_the_librarys(ours, stock, size):
+    """Larger than a tile of 32 x 32, one way or the other; what the planner asks for changes nothing."""
+    latents = noise(1, 16, 5, *size)
+    ours.set_tiles(2, 3)
+    video = torch.cat(list(ours.decode_stream(latents)), dim=2)
+    torch.testing.assert_close(video, decoded_at_once(stock, latents), atol=1e-6, rtol=0)
+
+
+def test_the_latents_stay_as_they_are(ours):
+    latents = noise(2, 16, 6, 2, 3)
+    given = latents.clone()
+    first, second = (torch.cat(list(ours.decode_stream(latents)), dim=2) for _ in range(2))
+    assert torch.equal(latents, given)
+    assert torch.equal(first, second)
+
+
+def test_pieces_are_made_when_they_are_asked_for(ours, monkeypatch):
+    """And the frames of one are out before the next one begins: those that it shares with it are held back."""
+    made = []
+    monkeypatch.setattr(ours, "decode_piece", lambda z: made.append(z.shape[2]) or type(ours).decode_piece(ours, z))
+    seen = [len(made) for _ in ours.decode_stream(noise(1, 16, 9, 2, 2))]
+    assert seen == [1] * 4 + [2] * 3 + [3] * 2
+    assert made == [5, 5, 3]
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("frames", [1, 5, 9])
+def test_a_team_makes_the_same(ours, size, frames):
+    """Pieces of unequal length, and fewer than there are processes."""
+    latents = noise(1, 16, frames, 2, 3)
+    expected = torch.cat(list(ours.decode_stream(latents)), dim=2)
+    barrier, pieces = Barrier(size), [None] * size
+
+    def work(rank: int) -> torch.Tensor:
+        one = HunyuanVAE(ours.module)
+        one.share(ThreadTeam(rank, pieces, barrier))
+        return torch.cat(list(one.decode_stream(latents)), dim=2)
+
+    with ThreadPoolExecutor(size) as pool:
+        for made in pool.map(work, range(size)):
+            torch.testing.assert_close(made, expected, atol=1e-6, rtol=0)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("size", "sample"),
+    [((24, 272), False), ((24, 272), True), ((256, 256), True), ((400, 16), True), ((272, 464), True)],
+)
+def test_encode_is_the_librarys(ours, stock, size, sample):
+    """One tile, and several one way or both; the last ones are cut, down to 16 pixels."""
+    picture = noise(1, 3, 1, *size).clamp(-1, 1)
+    generator, own = (torch.Generator().manual_seed(3) if sample else None for _ in range(2))
+    expected = retrieve_latents(stock.encode(picture), generator, "sample" if sample else "argmax")
+    latents = ours.encode(picture, own)
+    assert latents.dtype == torch.float32
+    torch.testing.assert_close(latents, expected * stock.config.scaling_factor, atol=1e-6, rtol=0)
+
+
+@torch.inference_mode()
+def test_tiles_of_a_picture_are_the_published_ones(stock, ours):
+    """256 pixels high, every 192: each tile alone, faded into the next one over 8 latent pixels."""
+    module, picture = stock, noise(1, 3, 1, 448, 32).clamp(-1, 1)
+    upper, lower = (
+        module.quant_conv(module.encoder(picture[..., rows, :])) for rows in (slice(0, 256), slice(192, 448))
+    )
+    fade = (torch.arange(8) / 8)[:, None]
+    middle = upper[..., 24:, :] * (1 - fade) + lower[..., :8, :] * fade
+    last = module.quant_conv(module.encoder(picture[..., 384:, :]))  # seen before, and once more a tile
+    end = lower[..., 24:, :] * (1 - fade) + last * fade
+    mean = torch.cat((upper[..., :24, :], middle, lower[..., 8:24, :], end), dim=-2)[:, :16]
+    torch.testing.assert_close(ours.encode(picture), mean * stock.config.scaling_factor, atol=1e-6, rtol=0)
+
+
+@torch.inference_mode()
+def test_bfloat16(ours, stock):
+    """float32 at both ends; the sample's noise is the published code's, drawn in the VAE's dtype."""
+    half = HunyuanVAE(copy.deepcopy(ours.module).to(torch.bfloat16))
+    assert half.dtype == torch.bfloat16
+    video, seed = noise(1, 3, 1, 16, 16).clamp(-1, 1), torch.Generator().manual_seed
+    latents = half.encode(video, seed(3))
+    expected = retrieve_latents(half.module.encode(video.bfloat16()), seed(3)).float() * stock.config.scaling_factor
+    torch.testing.assert_close(latents, expected, atol=1e-6, rtol=0)
+    rounded = torch.cat(list(half.decode_stream(noise(1, 16, 5, 2, 3))), dim=2)
+    assert latents.dtype == rounded.dtype == torch.float32
+    assert (rounded - torch.cat(list(ours.decode_stream(noise(1, 16, 5, 2, 3))), dim=2)).abs().mean() < 0.02
+
+
+def test_what_is_not_finite_is_refused(ours):
+    latents = noise(1, 16, 6, 2, 2)
+    latents[:, :, 5] = torch.nan
+    stream = ours.decode_stream(latents)
+    assert [next(stream).shape[2] for _ in range(4)] == [1, 4, 4, 4]
+    with pytest.raises(FloatingPointError, match="in latent frame 4"):
+        next(stream)

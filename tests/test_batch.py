@@ -1,0 +1,661 @@
+"""--jobs: many videos in one run, with the built-in toy; alone, on processes that share them out, and together."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from skyreels_v3 import batch as jobs
+from skyreels_v3 import generate as session
+from skyreels_v3 import runtime
+from skyreels_v3.batch import Results, Stock, in_order, left_to_do, parse_results, read_jobs, results_file
+from skyreels_v3.cli import parse_flags, parse_request
+from skyreels_v3.errors import UserError
+from skyreels_v3.generate import Session
+from skyreels_v3.parallel.ranks import ALONE
+from skyreels_v3.runtime import Room
+from skyreels_v3.stages import Steps
+from tests.conftest import DRIVER, Case, check_refused, files_in
+
+ROOT = Path(__file__).resolve().parent.parent
+ASSETS = ROOT / "assets"
+TOY = ("--model_id", "tiny", "--device", "cpu", "--height", 32, "--width", 48, "--num_inference_steps", 2)
+FOX = {"task_type": "reference_to_video", "ref_imgs": [str(ASSETS / "fox.png")], "num_frames": 5, "prompt": "a fox"}
+BOAT = {
+    "task_type": "shot_switching_extension", "input_video": str(ASSETS / "boat.mp4"), "duration": 2, "prompt": "a boat",
+}  # fmt: skip
+NOT_IN_A_LINE = ("jobs", "config", "use_usp", "ulysses_degree", "resume", "dry_run", "quiet", "verbose")
+MISSING = BOAT | {"input_video": "nowhere.mp4"}
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch) -> Callable[..., Path]:
+    """Write jobs.jsonl; lines are objects or texts."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(*lines: Any) -> Path:
+        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        file = Path("jobs.jsonl")
+        file.write_text("\n".join(texts) + "\n", encoding="utf-8")
+        return file
+
+    return write
+
+
+def results_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in results_file(str(file)).read_text(encoding="utf-8").splitlines()]
+
+
+# The file
+
+
+def test_defaults_and_what_overrules_them(write):
+    file = write(
+        FOX,
+        FOX | {"memory": "stream", "seed": 7, "duration": 3} | {"num_frames": 9},
+        {name: value for name, value in FOX.items() if name != "num_frames"} | {"duration": 3},
+        FOX | {"offload": True},
+    )
+    one, wrong, other, last = read_jobs(str(file), {"offload": True, "num_frames": 13, "seed": 5, "quiet": True})
+    assert (one.request.memory, one.request.num_frames, one.request.seed, one.request.verbosity) == (
+        "offload",
+        5,
+        5,
+        -1,
+    )
+    assert wrong.request is None and wrong.problem.startswith("--duration: 3 conflicts with --num_frames")
+    assert (other.request.num_frames, other.request.duration, other.number) == (None, 3, 3)
+    assert last.request.memory == "offload"
+    (streamed,) = read_jobs(str(write(FOX | {"memory": "stream"})), {"offload": True})
+    assert streamed.request.memory == "stream"
+
+
+def test_ids(write):
+    """Of the flags, in whatever order and on whatever line; what only says how it is done is left out."""
+    turned = dict(reversed(FOX.items()))
+    first, again, other = read_jobs(str(write("", FOX, turned, FOX | {"seed": 1})), {})
+    assert len({first.id, again.id, other.id}) == 3
+    assert [job.number for job in (first, again, other)] == [2, 3, 4]
+    moved = read_jobs(str(write(FOX | {"seed": 1}, "[]", turned, FOX)), {"quiet": True, "memory": "stream"})
+    assert [job.id for job in moved if job.request is not None] == [other.id, first.id, again.id]
+    assert read_jobs(str(write(FOX)), {"seed": 1})[0].id == other.id
+    assert read_jobs(str(write(FOX | {"output": "a.mp4"})), {})[0].id != first.id
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{", "--jobs: { is not JSON (Expecting property name"),
+        ("[1, 2]", "--jobs: [1, 2] is not a JSON object; write flags as keys"),
+        ("[" * 100_000, "is not JSON (maximum recursion depth exceeded"),
+        ('{"seed": %s}' % ("[" * 100_000), "is not JSON (maximum recursion depth exceeded"),
+        ('{"seed": %s}' % ("9" * 5000), "is not JSON (Exceeds the limit"),
+        (b"\xff\xfe\x00".decode("latin-1"), "is not JSON"),
+        (FOX | {"sed": 1}, "--jobs: unknown key sed; did you mean seed?"),
+        (FOX | {"seed": float("nan")}, "--seed: nan is not a whole number"),
+        (FOX | {"seed": None}, "--seed: None is not a whole number"),
+        (FOX | {"prompt": "\ud800"}, "is not UTF-8"),
+        (FOX | {"num_inference_steps": 0}, "--num_inference_steps: 0 is out of range"),
+        (FOX | {"ref_imgs": ["a", 1]}, "--ref_imgs: 1 is not text"),
+        ({"prompt": "a"}, "--task_type: missing"),
+        *((FOX | {name: True}, f"--{name}: is not allowed in a line of --jobs") for name in NOT_IN_A_LINE),
+    ],
+)
+def test_bad_lines(write, line, problem):
+    bad, good = read_jobs(str(write(line, FOX)), {})
+    assert bad.request is None and problem in bad.problem
+    assert bad.problem.isprintable() and len(bad.problem) < 600
+    assert good.request is not None
+
+
+def test_paths_begin_where_the_file_is(write, tmp_path, monkeypatch):
+    write(FOX | {"ref_imgs": "a.png", "output": "a.mp4"})
+    monkeypatch.chdir(tmp_path.parent)
+    (job,) = read_jobs(f"{tmp_path.name}/jobs.jsonl", {})
+    assert job.request.ref_imgs == (f"{tmp_path.name}/a.png",)
+    assert job.request.output == Path(tmp_path.name) / "a.mp4"
+
+
+def test_an_output_that_is_another_ones(write):
+    out = FOX | {"output": "a.mp4"}
+    again = FOX | {"output": "./b/../a.mp4"}
+    first, second, third, fourth = read_jobs(str(write(out, out | {"seed": 1}, FOX, again)), {})
+    assert second.problem == "--output: a.mp4 is the output of line 1 already; give another name"
+    assert first.request is not None and third.request is not None
+    assert "is the output of line 1 already" in fourth.problem
+
+
+def test_as_windows_editors_write_it(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([json.dumps(FOX).encode()] * 2) + b"\r\n")
+    assert all(job.request is not None for job in read_jobs(str(tmp_path / "a.jsonl"), {}))
+
+
+REFUSED = [
+    Case("missing", ["--jobs", "{tmp_path}/none.jsonl"], "--jobs", "{tmp_path}/none.jsonl", "check the path"),
+    Case("no name", ["--jobs", ""], "--jobs", "an empty path", "give a file"),
+    Case("a folder", ["--jobs", "{tmp_path}"], "--jobs", "{tmp_path}", "give a file"),
+    Case("empty", ["--jobs", "{tmp_path}/empty.jsonl"], "--jobs", "{tmp_path}/empty.jsonl", "write some"),
+    Case("large", ["--jobs", "{tmp_path}/large.jsonl"], "--jobs", "{tmp_path}/large.jsonl", "divide it"),
+    Case("results", ["--jobs", "{tmp_path}/jobs.jsonl"], "--jobs", "{tmp_path}/jobs.results.jsonl", "check its rights"),
+    *(
+        Case(
+            flag, ["--jobs", "{tmp_path}/jobs.jsonl", f"--{flag}", value], f"--{flag}", value, "write it into the lines"
+        )
+        for flag, value in (("output", "a.mp4"), ("save_latents", "a.safetensors"), ("save_quantized", "folder"))
+    ),
+    Case("resume", ["--jobs", "{tmp_path}/jobs.jsonl", "--resume"], "--resume", "--jobs makes several", "leave it out"),
+    Case("seed", ["--jobs", "{tmp_path}/jobs.jsonl", "--seed", "x"], "--seed", "x", "give a whole number"),
+]
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
+def test_a_run_that_cannot_begin(case, refuse, write, tmp_path):
+    write(FOX)
+    (tmp_path / "empty.jsonl").write_text(" \n\n")
+    (tmp_path / "jobs.results.jsonl").mkdir()
+    with (tmp_path / "large.jsonl").open("wb") as file:
+        file.truncate(jobs.MAX_JOBS_BYTES + 1)
+    check_refused(case, refuse, tmp_path=tmp_path)
+
+
+def test_many_writers_and_a_line_that_was_cut_off(tmp_path):
+    file = tmp_path / "jobs.results.jsonl"
+    file.write_text('{"id": "a", "status": "done"}\n["\n{"id": "b", "status": "do')
+    writers = [Results(file) for _ in range(4)]
+    assert [*writers[0].before] == ["a"]
+
+    def write(writer: int) -> None:
+        for number in range(50):
+            writers[writer].add({"id": f"{writer}{number:04x}", "status": "done", "output": "\u00fc" * 500})
+
+    threads = [threading.Thread(target=write, args=(writer,)) for writer in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ids = {f"{writer}{number:04x}" for writer in range(4) for number in range(50)}
+    assert parse_results(file.read_bytes()).keys() == {"a", *ids}
+
+
+def test_what_is_left_to_do(write, tmp_path, caplog):
+    """What failed before comes last; what is done is left out, unless its video is gone."""
+    file = write(*(FOX | {"seed": seed} for seed in range(5)))
+    lines, results = read_jobs(str(file), {}), Results(results_file(str(file)))
+    (tmp_path / "there").mkdir()  # a folder of frames
+    for job, status, video in ((0, "error", ""), (1, "error", ""), (1, "done", "there"), (2, "done", "gone")):
+        named = {"output": str(tmp_path / video)} if video else {}
+        results.add({"id": lines[job].id, "status": status} | named)
+    assert [job.number for job in left_to_do(lines, Results(results.path), ALONE)] == [3, 4, 5, 1]
+    assert [text for text in caplog.messages if "gone" in text] == [
+        f"line 3: {tmp_path}/gone is gone; it is made again"
+    ]
+
+
+CLAIMING = """
+import sys
+from pathlib import Path
+from skyreels_v3.batch import Job, Results
+
+results = Results(Path(sys.argv[1]))
+print(results.claim(Job(1, sys.argv[2], None)), flush=True)
+input()
+"""
+
+
+def test_a_job_is_one_runs(write, tmp_path):
+    """As long as that lives; then another's, but not that of one that began before it was done."""
+    (job, other) = read_jobs(str(write(FOX, BOAT)), {})
+    results = Results(tmp_path / "jobs.results.jsonl")
+
+    def begin() -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", CLAIMING, str(results.path), job.id]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    runs = [begin(), begin()]
+    said = {run.stdout.readline(): run for run in runs}
+    assert said.keys() == {"True\n", "False\n"}
+    assert not results.claim(job) and results.claim(other)
+    for run in runs:
+        run.kill()
+        run.communicate()
+    assert results.claim(job)
+    begun_before = Results(results.path)
+    results.add({"id": job.id, "status": "error"})
+    assert not begun_before.claim(job) and Results(results.path).claim(job)
+
+
+def test_a_disk_without_locks(write, monkeypatch, caplog):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(jobs.fcntl, "lockf", refuse)
+    (job,) = read_jobs(str(write(FOX)), {})
+    results = Results(Path("jobs.results.jsonl"))
+    assert results.claim(job)
+    results.add({"id": job.id, "status": "done"})
+    said = "jobs.results.jsonl cannot be locked (No locks available); start no second run of these jobs"
+    assert caplog.messages == [said] and len(results.read()[job.id]) == 1
+
+
+def test_results_of_files_elsewhere(tmp_path, monkeypatch):
+    """Videos are named from where the file of results is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jobs").mkdir()
+    results = Results(Path("jobs/a.results.jsonl"))
+    for output in ("result/a.mp4", "jobs/b.mp4", f"{tmp_path}/c.mp4"):
+        results.add({"id": "a", "status": "done", "output": output})
+    expected = ["../result/a.mp4", "b.mp4", f"{tmp_path}/c.mp4"]
+    assert [entry["output"] for entry in results.read()["a"]] == expected
+
+
+def test_those_that_need_the_same_come_together(write):
+    lines = [
+        FOX, BOAT, FOX | {"seed": 1}, "x", BOAT | {"seed": 1}, FOX | {"quant": "fp8"}, FOX | {"resolution": "480P"},
+        FOX | {"dtype": "float32"}, FOX | {"memory": "offload"}, FOX | {"no_cache": True}, FOX | {"model_id": "a/b"},
+    ]  # fmt: skip
+    ordered = in_order(read_jobs(str(write(*lines)), {"device": "cpu"}))
+    assert [job.number for job in ordered] == [4, 1, 3, 7, 8, 2, 5, 6, 9, 10, 11]
+
+
+def test_what_is_fetched_is_fetched_once(monkeypatch, tmp_path):
+    asked = []
+
+    def fetch(request: Any) -> Path:
+        asked.append(request.model_id)
+        if request.model_id == "no/where":
+            raise UserError("--model_id", "no/where: is nowhere; look elsewhere")
+        return tmp_path
+
+    monkeypatch.setattr(jobs, "fetch", fetch)
+    monkeypatch.setattr("skyreels_v3.preflight.follow_checkpoint", lambda request, _: request)
+    request = parse_request(["--task_type", "reference_to_video", "--prompt", "a", "--ref_imgs", "a.png"])
+    stock, other = Stock(), Stock()
+    wanted = [replace(request, model_id=name) for name in ("a/b", "no/where", "a/b", "no/where", "c/d")]
+    stock.fill(wanted)
+    other.learn(json.loads(json.dumps(stock.known())))  # as another process hears of it
+    for known in (stock, other):
+        assert known.complete(wanted[0], None) == (wanted[0], tmp_path)
+        with pytest.raises(UserError, match=r"^--model_id: no/where: is nowhere; look elsewhere$") as error:
+            known.complete(wanted[1], None)
+        assert error.value.flag == "--model_id"
+    assert asked == ["a/b", "no/where", "c/d"]
+
+
+# One process
+
+
+@pytest.fixture
+def loads(monkeypatch) -> list[str]:
+    """The tasks that networks were loaded for."""
+    tasks = []
+    load = session.load_components
+
+    def spy(folder: Path, request: Any, runtime: Any) -> Any:
+        tasks.append(request.task.name)
+        return load(folder, request, runtime)
+
+    monkeypatch.setattr(session, "load_components", spy)
+    return tasks
+
+
+@pytest.fixture
+def on_make(monkeypatch) -> Callable[[Callable[[Any], object]], None]:
+    """Have something called with the request before each video is made."""
+
+    def on_make(act: Callable[[Any], object]) -> None:
+        generate = Session.generate
+
+        def watched(self: Session, request: Any, inputs: Any) -> Path:
+            act(request)
+            return generate(self, request, inputs)
+
+        monkeypatch.setattr(Session, "generate", watched)
+
+    return on_make
+
+
+def test_good_and_bad_lines(main, write, loads, on_make, tmp_path, caplog):
+    file = write(
+        FOX | {"output": "one.mp4", "seed": -1}, MISSING, "", "no JSON", BOAT | {"output": "frames/"},
+        FOX | {"output": "two.mp4", "save_latents": "two.safetensors"}, FOX | {"seed": -2},
+    )  # fmt: skip
+    seen: list[list[int]] = []
+    on_make(lambda _: seen.append([result["job"] for result in results_of(file)]))
+    code, stdout, stderr = main("--jobs", "jobs.jsonl", *TOY)
+    assert (code, stdout) == (1, "one.mp4\ntwo.mp4\nframes\n")
+    assert stderr.splitlines()[-1] == "error: 3 of 6 jobs failed; jobs.results.jsonl says why"
+    assert "line 2: --input_video: nowhere.mp4 does not exist; check the path" in caplog.messages
+    assert loads == ["reference_to_video", "shot_switching_extension"]
+    assert seen == [[4, 7], [4, 7, 1], [4, 7, 1, 6, 2]]  # as they end
+    assert {"one.mp4", "two.mp4", "two.safetensors"} < files_in(tmp_path)
+    assert len([*(tmp_path / "frames").iterdir()]) == 48
+    results = {result["job"]: result for result in results_of(file)}
+    assert {number: result["status"] for number, result in results.items()} == {
+        1: "done", 2: "error", 4: "error", 5: "done", 6: "done", 7: "error",
+    }  # fmt: skip
+    assert results[6].keys() == {"job", "id", "status", "output", "seed", "seconds"}
+    assert (results[6]["output"], results[6]["seed"]) == ("two.mp4", 42)
+    assert 0 <= results[1]["seed"] != 42
+    assert results[2].keys() == {"job", "id", "status", "error", "exit", "seconds"}
+    assert (results[2]["error"], results[2]["exit"]) == (
+        "--input_video: nowhere.mp4 does not exist; check the path", 2,
+    )  # fmt: skip
+
+    before = files_in(tmp_path)
+    code, stdout, stderr = main("--jobs", "jobs.jsonl", *TOY, "--quiet", "--memory", "stream")
+    assert (code, stdout) == (1, "")
+    assert stderr.splitlines()[-1] == "error: 3 of 6 jobs failed; jobs.results.jsonl says why"
+    assert len(loads) == 2 and len(results_of(file)) == 9 and files_in(tmp_path) == before
+
+    write(*file.read_text().splitlines()[::4], FOX | {"seed": 2, "output": "three.mp4"})
+    code, stdout, stderr = main("--jobs", "jobs.jsonl", *TOY)
+    assert (code, stdout) == (0, "three.mp4\n")
+    assert "2 of 3 jobs are done already, according to jobs.results.jsonl" in caplog.messages
+    assert len(loads) == 3
+    assert main("--jobs", "jobs.jsonl", *TOY)[:2] == (0, "")
+
+
+@pytest.mark.parametrize(
+    "mode", [(), ("--offload",), ("--low_vram",), ("--memory", "stream", "--stream_blocks", 1)], ids=str
+)
+def test_a_job_makes_what_a_run_makes(main, write, tmp_path, mode):
+    """Whatever was made before it. In bfloat16, whose products do not depend on where in memory the weights are."""
+    mode = (*mode, "--dtype", "bfloat16", "--no_cache")
+    write(
+        FOX | {"prompt": "before"},
+        FOX | {"save_latents": "job.safetensors", "guidance_scale": 2, "num_inference_steps": 3},
+    )
+    assert main("--jobs", "jobs.jsonl", *TOY, *mode)[0] == 0
+    flags = ("--task_type", FOX["task_type"], "--ref_imgs", FOX["ref_imgs"][0], "--num_frames", 5, "--prompt", "a fox")
+    alone = ("--save_latents", "run.safetensors", "--guidance_scale", 2)
+    assert main(*flags, *TOY[:-2], "--num_inference_steps", 3, *alone, *mode)[0] == 0
+    run, job = (load_file(tmp_path / f"{name}.safetensors")["latents.0"] for name in ("run", "job"))
+    np.testing.assert_array_equal(job, run)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("Tried to allocate 9.00 GiB"), ValueError("odd\nvery odd")])
+def test_one_job_fails(main, write, loads, monkeypatch, error):
+    """The next one gets networks of its own: those that were at work may be in disorder."""
+    file = write(FOX | {"seed": 1}, FOX | {"seed": 2}, FOX | {"seed": 3}, BOAT)
+    transformers: list[weakref.ref[Any]] = []
+    denoise, start = Steps.denoise, runtime.start
+
+    def only(*given: Any) -> Any:
+        assert not any(transformer() for transformer in transformers), "what was loaded before is still there"
+        return start(*given)
+
+    def fail(self: Steps, request: Any, *given: Any, **more: Any) -> Any:
+        transformers.append(weakref.ref(self.components.transformer))
+        if request.seed == 2:
+            with self.runtime.resident(self.components.transformer, "denoising"):
+                raise type(error)(*error.args)  # a new one: what is raised holds all that was at work
+        return denoise(self, request, *given, **more)
+
+    monkeypatch.setattr(Steps, "denoise", fail)
+    monkeypatch.setattr(runtime, "start", only)
+    code, stdout, stderr = main("--jobs", "jobs.jsonl", *TOY, "--memory", "stream")
+    assert code == 1 and len(stdout.splitlines()) == 3
+    assert stderr.splitlines()[-1] == "error: 1 of 4 jobs failed; jobs.results.jsonl says why"
+    result = results_of(file)[1]
+    assert (result["job"], result["status"], result["seed"], result["exit"]) == (2, "error", 2, 1)
+    assert result["error"] == "ValueError: odd" or result["error"].startswith(
+        "OutOfMemory: out of memory while denoising: 9.00 GiB more were asked for; ask for less with"
+    )
+    assert len(loads) == 3
+
+
+def test_interrupted(main, write, on_make):
+    file = write(FOX | {"seed": 1}, FOX | {"seed": 2}, FOX | {"seed": 3})
+
+    keys = [KeyboardInterrupt]
+
+    def press(request: Any) -> None:
+        if request.seed == 2 and keys:
+            raise keys.pop()
+
+    on_make(press)
+    code, stdout, stderr = main("--jobs", "jobs.jsonl", *TOY)
+    assert code == 130 and len(stdout.splitlines()) == 1
+    assert stderr.splitlines()[-1] == "interrupted"
+    assert [(result["job"], result["status"]) for result in results_of(file)] == [(1, "done")]
+    with results_file(str(file)).open("a") as results:
+        results.write('{"job": 2, "id')  # as if it had been killed
+    code, stdout, _ = main("--jobs", "jobs.jsonl", *TOY)
+    assert code == 0 and len(stdout.splitlines()) == 2
+    lines = results_file(str(file)).read_text().splitlines()
+    assert lines.pop(1) == '{"job": 2, "id'
+    assert [json.loads(line)["job"] for line in lines] == [1, 2, 3]
+
+
+def test_a_job_goes_on_from_its_finished_passes(main, write, monkeypatch, caplog, tmp_path):
+    """One that names no output, whose seed was drawn."""
+    talk = {"task_type": "talking_avatar", "input_image": str(ASSETS / "portrait.png"), "prompt": "a", "seed": -1}
+    small = {"input_audio": str(ASSETS / "speech.mp3"), "height": 32, "width": 32, "num_inference_steps": 1}
+    file = write(talk | small)
+    denoise, passes = Steps.denoise, [1, 2]
+
+    def interrupted(self: Steps, *given: Any, **more: Any) -> Any:
+        if passes.pop(0) == 2:
+            raise KeyboardInterrupt
+        return denoise(self, *given, **more)
+
+    monkeypatch.setattr(Steps, "denoise", interrupted)
+    code, _, stderr = main("--jobs", "jobs.jsonl", *TOY[:4])
+    assert code == 130 and "resume" not in stderr
+    (kept,) = tmp_path.glob("result/talking_avatar/*.state")
+    assert caplog.messages[-1] == f"{kept.relative_to(tmp_path)} keeps what is finished; to go on, repeat the command"
+    seed = kept.name.split("_")[0]
+    monkeypatch.setattr(Steps, "denoise", denoise)
+    code, stdout, _ = main("--jobs", "jobs.jsonl", *TOY[:4])
+    assert (code, stdout) == (0, f"{kept.relative_to(tmp_path).with_suffix('.mp4')}\n")
+    assert [text for text in caplog.messages if "finished before" in text] == ["pass 1 was finished before"]
+    assert not kept.exists() and str(results_of(file)[-1]["seed"]) == seed
+
+
+def test_a_dry_run(write, tmp_path, cache):
+    file = write(FOX, "x", MISSING, BOAT, FOX | {"seed": 1, "output": "b.mp4"})
+    (tmp_path / "b.mp4").touch()
+    flags = [str(flag) for flag in (*TOY, "--dry_run")]
+    done = read_jobs(str(file), parse_flags(flags))[4]
+    results_file(str(file)).write_text(json.dumps({"id": done.id, "status": "done", "output": "b.mp4"}))
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", DRIVER, "--jobs", "jobs.jsonl", *flags], cwd=tmp_path, capture_output=True,
+            text=True, env=os.environ | {"PYTHONPATH": str(ROOT), "SKYREELS_CACHE": str(cache)}, check=False,
+        )  # fmt: skip
+
+    made = run()
+    assert made.returncode == 2, made.stderr  # also: torch was not imported
+    assert made.stderr == "error: --jobs: jobs.jsonl: 2 of 5 lines cannot work; correct them as said above\n"
+    first, second, third, fourth, fifth = made.stdout.rstrip("\n").split("\n\n")
+    assert first.startswith("line          1\ntask          reference_to_video: ")
+    assert second.startswith("line          2\nerror         --jobs: x is not JSON")
+    assert third == "line          3\nerror         --input_video: nowhere.mp4 does not exist; check the path"
+    assert "48 x 32, 48 new frames" in fourth
+    assert fifth == "line          5\ndone          b.mp4"
+    assert files_in(tmp_path) == {"jobs.jsonl", "jobs.results.jsonl", "b.mp4"}
+    write(FOX, FOX | {"seed": 1, "output": "b.mp4"})
+    assert run().returncode == 0
+
+
+# What is loaded
+
+
+@pytest.fixture(scope="module")
+def loaded(cache) -> Session:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SKYREELS_CACHE", str(cache))
+        return Session(request_for(), jobs.fetch(request_for()), ALONE)
+
+
+def request_for(*flags: object) -> Any:
+    argv = ("--task_type", "reference_to_video", "--ref_imgs", "a.png", "--prompt", "a", *TOY, *flags)
+    return parse_request([str(flag) for flag in argv])
+
+
+@pytest.mark.parametrize(
+    ("flags", "fits"),
+    [
+        (("--seed", 1, "--prompt", "b", "--num_frames", 9, "--guidance_scale", 3), True),
+        (("--height", 720, "--width", 1280), True),
+        (("--dtype", "float32", "--memory", "resident"), True),
+        (("--dtype", "bfloat16"), False),
+        (("--memory", "offload"), False),
+        (("--memory", "stream", "--stream_blocks", 1), False),
+        (("--quant", "fp8"), False),
+        (("--vae_dtype", "bfloat16"), False),
+        (("--attention", "sdpa"), False),
+        (("--compile",), False),
+        (("--lora", "a/b"), False),
+        (("--no_cache",), False),
+    ],
+    ids=str,
+)
+def test_what_fits(loaded, flags, fits):
+    assert loaded.fits(request_for(*flags), loaded.checkpoint) is fits
+    assert not loaded.fits(request_for(*flags), loaded.checkpoint / "another")
+
+
+def test_memory_is_that_of_the_beginning(loaded, monkeypatch):
+    small, large = request_for(), request_for("--height", 720, "--width", 1280)
+    start = loaded.runtime
+    monkeypatch.setattr(loaded, "runtime", replace(start, room=Room(int(15e9), start.room.host)))
+    for request, tiles in ((small, (1, 1)), (large, (1, 2)), (small, (1, 1))):
+        assert loaded.fits(request, loaded.checkpoint)
+        loaded.follow(request)
+        assert loaded.components.vae.tiles == loaded.runtime.policy.tiles == tiles
+        assert loaded.runtime.plan.request == request
+    monkeypatch.setattr(loaded, "runtime", replace(start, room=Room(int(5e9), start.room.host)))
+    assert loaded.fits(small, loaded.checkpoint)
+    assert not loaded.fits(large, loaded.checkpoint)
+
+
+# Several processes
+
+# generate_video.py, and a note of who did what
+NOTED = """
+import os
+import sys
+from pathlib import Path
+
+import generate_video
+from skyreels_v3 import batch as jobs
+
+carry_out = jobs.carry_out
+
+
+def noted(job, *others):
+    with open("notes", "a") as notes:
+        notes.write(f"{job.number} {os.environ['RANK']}\\n")
+    return carry_out(job, *others)
+
+
+jobs.carry_out = noted
+sys.exit(generate_video.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def launch(tmp_path, cache) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command in two processes of torchrun's."""
+    (tmp_path / "noted.py").write_text(NOTED)
+
+    def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        environment = {"SKYREELS_CACHE": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [*launcher, "noted.py", *map(str, arguments)], cwd=tmp_path, env=os.environ | environment,
+            capture_output=True, text=True, check=False, timeout=200,
+        )  # fmt: skip
+
+    return launch
+
+
+def notes(folder: Path) -> dict[int, set[int]]:
+    """Which processes did which job."""
+    did: dict[int, set[int]] = {}
+    for line in (folder / "notes").read_text().splitlines():
+        number, rank = map(int, line.split())
+        did.setdefault(number, set()).add(rank)
+    return did
+
+
+@pytest.mark.slow
+def test_two_processes_share_them_out(launch, write, tmp_path):
+    file = write(*(FOX | {"seed": seed} for seed in range(1, 7)), MISSING, "x")
+    made = launch("--jobs", "jobs.jsonl", *TOY)
+    assert made.returncode != 0
+    results = results_of(file)
+    assert sorted(result["job"] for result in results) == [*range(1, 9)]
+    done = [result for result in results if result["status"] == "done"]
+    assert sorted(result["job"] for result in done) == [1, 2, 3, 4, 5, 6]
+    assert sorted(made.stdout.splitlines()) == sorted(result["output"] for result in done)
+    assert all((tmp_path / result["output"]).is_file() for result in done)
+    did = notes(tmp_path)
+    assert all(len(ranks) == 1 for ranks in did.values()) and set.union(*did.values()) == {0, 1}
+    assert made.stderr.count("error: 2 of 8 jobs failed; jobs.results.jsonl says why\n") == 1
+    assert made.stderr.count("loading: 100%") == 1  # of the one that speaks
+
+
+@pytest.mark.slow
+def test_two_processes_together(launch, main, write, tmp_path):
+    """Two tasks; a line that is wrong at once and one that turns out to be."""
+    small = {"height": 32, "width": 32}
+    fox, boat = FOX | small | {"seed": -1, "num_frames": 9}, BOAT | small
+    lines = [
+        fox | {"save_latents": "a.safetensors"}, MISSING, fox | {"output": "second.mp4"}, FOX | {"height": 31},
+        boat | {"save_latents": "b.safetensors"},
+    ]  # fmt: skip
+    file = write(*lines)
+    made = launch("--jobs", "jobs.jsonl", *TOY, "--use_usp")
+    assert made.returncode != 0
+    assert [(result["job"], result["status"]) for result in results_of(file)] == [
+        (4, "error"), (1, "done"), (3, "done"), (2, "error"), (5, "done"),
+    ], made.stderr  # fmt: skip
+    assert notes(tmp_path) == {number: {0, 1} for number in range(1, 6)}
+    assert made.stdout.splitlines() == [result["output"] for result in results_of(file) if result["status"] == "done"]
+    assert made.stderr.count("error: 2 of 5 jobs failed") == 1
+
+    alone = [
+        line | {"save_latents": f"alone-{line['save_latents']}", "seed": results_of(file)[place]["seed"]}
+        for line, place in ((lines[0], 1), (lines[4], 4))
+    ]
+    write(*alone)
+    assert main("--jobs", "jobs.jsonl", *TOY)[0] == 0
+    for name in ("a", "b"):
+        together, expected = (load_file(tmp_path / f"{start}{name}.safetensors") for start in ("", "alone-"))
+        assert together.keys() == expected.keys()
+        for key, latents in expected.items():
+            np.testing.assert_allclose(together[key], latents, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+def test_ray(write, tmp_path, cache):
+    file = write(FOX | {"output": "a.mp4"}, MISSING, FOX | {"output": "b.mp4", "seed": 1})
+    environment = {"SKYREELS_CACHE": str(cache), "RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "cluster" / "ray_jobs.py"), "--jobs", "jobs.jsonl", *map(str, TOY)]
+    made = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=200
+    )
+    assert made.returncode == 1, made.stderr
+    assert sorted(made.stdout.splitlines()) == ["a.mp4", "b.mp4"]
+    assert {result["job"]: result["status"] for result in results_of(file)} == {1: "done", 2: "error", 3: "done"}
+    assert made.stderr.splitlines()[-1] == "error: 1 of 3 jobs failed; jobs.results.jsonl says why"

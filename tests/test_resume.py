@@ -1,0 +1,459 @@
+"""Interrupted runs: what they leave, and that they go on to the very video of a run that was left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from imageio_ffmpeg import get_ffmpeg_exe
+from safetensors.torch import load_file
+
+from skyreels_v3.cli import parse_request
+from skyreels_v3.denoising.guidance import FULL, text_guidance
+from skyreels_v3.denoising.loop import Conditioning, denoise
+from skyreels_v3.denoising.schedules import euler, euler_of, restore_scheduler, scheduler_state, unipc
+from skyreels_v3.errors import UserError
+from skyreels_v3.generate import write
+from skyreels_v3.media.audio import probe_audio
+from skyreels_v3.media.inputs import open_inputs
+from skyreels_v3.media.video import read_comment, read_frames
+from skyreels_v3.outputs import save_latents
+from skyreels_v3.preflight import record_of as record_of_request
+from skyreels_v3.resume import RunRecord, RunState, open_state, state_folder
+from skyreels_v3.wan.transformer import Segment
+from tests.conftest import ROOT, files_in, stop_at
+
+ASSETS = ROOT / "assets"
+FLAGS = {"seed": 42, "dtype": "float32"}
+V1 = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 7.0}
+TINY = (
+    "--prompt",
+    "a",
+    "--model_id",
+    "tiny",
+    "--device",
+    "cpu",
+    "--height",
+    "32",
+    "--width",
+    "32",
+    "--output",
+    "o/a.mp4",
+)
+STEPS = 60  # enough to be stopped in
+SECONDS = {"talking_avatar": 5.6, "single_shot_extension": 6}  # of three passes, and of two
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch) -> Iterator[None]:
+    """Here and in the processes started: the sums of one are those of the other, and small tensors are quicker."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def command(tmp_path) -> dict[str, tuple[object, ...]]:
+    """A command line for each task."""
+    sound = tmp_path / "speech.wav"
+    speech = ["-stream_loop", "-1", "-i", ASSETS / "speech.mp3", "-t", str(SECONDS["talking_avatar"])]
+    subprocess.run([get_ffmpeg_exe(), "-v", "error", *speech, sound], stdin=subprocess.DEVNULL, check=True)
+    avatar = ("--input_image", ASSETS / "portrait.png", "--input_audio", sound)
+    extension = ("--input_video", ASSETS / "boat.mp4", "--duration", SECONDS["single_shot_extension"])
+    inputs = {"talking_avatar": avatar, "single_shot_extension": extension}
+    return {
+        task: ("--task_type", task, *flags, *TINY, "--num_inference_steps", STEPS) for task, flags in inputs.items()
+    }
+
+
+def frames_of(path: Path, fps: int) -> np.ndarray:
+    return np.stack(list(read_frames(path, fps)))
+
+
+@pytest.mark.parametrize(
+    ("task", "passes", "fps", "stop"),
+    [("talking_avatar", 3, 25, signal.SIGINT), ("single_shot_extension", 2, 24, signal.SIGKILL)],
+)
+def test_an_ended_run_goes_on_to_the_same_video(start, main, command, tmp_path, caplog, task, passes, fps, stop):
+    """In the middle of a pass, with a folder of weights that it has made, and to the same latents."""
+    working, argv = tmp_path / "working", (*command[task], "--save_latents", "o/a.safetensors")
+    more = ("--quant", "--save_quantized", "q")
+    run = start(*argv, *more, "--checkpoint_every", "0.05")
+    said = stop_at(run, rf"denoising {passes}/{passes}: .* [2-9]\d/{STEPS} ", stop)
+    left = files_in(working / "o")
+    if stop == signal.SIGINT:
+        assert run.returncode == 130
+        assert "the first 69 frames are in o/a.partial.mp4" in said
+        assert (
+            "o/a.state keeps what is finished; to go on, repeat the command with --resume, --output o/a.mp4 and" in said
+        )
+        partial = working / "o" / "a.partial.mp4"
+        assert len(frames_of(partial, fps)) == 69
+        assert probe_audio(partial, "").seconds == pytest.approx(69 / fps, abs=1 / fps)
+        assert not files_in(tmp_path / "temporary")
+        left.remove("a.partial.mp4")
+        partial.unlink()
+    else:
+        assert run.returncode == -stop
+    finished = {f"a.state/pass-{number:03d}.safetensors" for number in range(passes - 1)}
+    assert left >= {"a.state/request.json", f"a.state/steps-{passes - 1:03d}.safetensors", *finished}
+    assert {name.split("/")[0] for name in left} <= {
+        "a.state",
+        "a.partial.mp4",
+    }  # and unfinished files
+    (working / "o" / "a.state" / ".a.0123456789ab.tmp.mp4").touch()
+
+    os.chdir(working)
+    made = (working / "q").stat().st_mtime_ns
+    code, stdout, stderr = main(*argv, *more, "--resume")
+    assert (code, stdout) == (0, "o/a.mp4\n"), stderr
+    assert not re.search(r"denoising 1/", stderr)
+    assert re.search(rf"going on after step \d+ of {STEPS}\n", caplog.text)
+    assert (working / "q").stat().st_mtime_ns == made
+    assert files_in(working / "o") == {"a.mp4", "a.safetensors"}
+    (working / "o").rename(working / "resumed")
+    code, _, stderr = main(*argv, "--quant")
+    assert code == 0, stderr
+    resumed = frames_of(working / "resumed" / "a.mp4", fps)
+    assert len(resumed) == SECONDS[task] * fps
+    np.testing.assert_array_equal(resumed, frames_of(working / "o" / "a.mp4", fps))
+    first, second = (load_file(working / name / "a.safetensors") for name in ("resumed", "o"))
+    assert first.keys() == second.keys() == {f"latents.{number}" for number in range(passes)}
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert files_in(working / "o") == {"a.mp4", "a.safetensors"}  # a run that completes leaves nothing else
+
+
+@pytest.fixture
+def small() -> tuple[object, ...]:
+    """A command line of a second."""
+    task = ("--task_type", "reference_to_video", "--ref_imgs", ASSETS / "fox.png", "--num_frames", 5)
+    return (*task, *TINY[:-2], "--num_inference_steps", 4)
+
+
+def test_a_run_of_which_nothing_is_left_begins(main, small, interrupt, tmp_path, caplog):
+    argv = (*small, "--output", "o/a.mp4")
+    interrupt(2)
+    assert main(*argv)[:2] == (130, "")
+    assert not (tmp_path / "o").exists()
+    interrupt(0)
+    assert main(*argv, "--resume")[:2] == (0, "o/a.mp4\n")
+    assert "there is no interrupted run of this request in o; it starts from the beginning" in caplog.text
+
+
+@pytest.mark.parametrize("seed", [(), ("--seed", "-1")])
+def test_without_an_output_the_interrupted_run_is_found(main, small, interrupt, tmp_path, caplog, seed):
+    interrupt(2)
+    assert main(*small, "--checkpoint_every", "0.0001", "--seed", "7")[0] == 130
+    assert main(*small, "--checkpoint_every", "0.0001", *seed)[0] == 130
+    folder = tmp_path / "result" / "reference_to_video"
+    state = next(path for path in folder.iterdir() if not path.name.startswith("7_"))
+    interrupt(0)
+    if seed:
+        shutil.rmtree(next(folder.glob("7_*")))
+    code, stdout, stderr = main(*small, *seed, "--resume")
+    assert code == 0, stderr
+    assert "going on after step 2 of 4" in caplog.text
+    assert tmp_path / stdout.strip() == state.with_suffix(".mp4")
+    assert main(*small, "--seed", state.name.split("_")[0], "--resume")[:2] == (0, stdout)
+    assert "is done already" in caplog.text
+
+
+@pytest.mark.parametrize("output", ["o/a.mp4", "o/a/"])
+def test_a_run_that_was_complete_is_done(main, small, tmp_path, caplog, output):
+    argv = (*small, "--output", output)
+    assert main(*argv)[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    caplog.clear()
+    assert main(*argv, "--resume") == (0, f"{Path(output)}\n", "")
+    assert caplog.messages == [f"{Path(output)} is done already"]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    code, _, stderr = main(*argv, "--seed", "1", "--resume")
+    assert code == 2 and "exists already" in stderr
+    left = json.loads(read_comment(tmp_path / output)) | {"output": output, "save_quantized": None}
+    left["flags"]["seed"] = 1
+    (tmp_path / "o" / "a.state").mkdir()  # of a run that was interrupted before
+    (tmp_path / "o" / "a.state" / "request.json").write_text(json.dumps(left))
+    code, _, stderr = main(*argv, "--seed", "1", "--resume")
+    assert code == 2 and "exists already" in stderr and (tmp_path / "o" / "a.state").exists()
+
+
+def test_a_job_that_was_complete_is_done(main, small, tmp_path):
+    """By a run that was killed before it could say so, or clear up."""
+    names, values = small[::2], small[1::2]
+    flags = {name.removeprefix("--"): str(value) for name, value in zip(names, values, strict=True)}
+    (tmp_path / "jobs.jsonl").write_text(json.dumps(flags | {"output": "o/a.mp4"}))
+    argv = (*small, "--output", "o/a.mp4")
+    assert main(*argv)[0] == 0
+    request, inputs = open_inputs(parse_request([str(word) for word in argv]), tmp_path)
+    state = open_state(record_of_request(request, inputs, dtype="float32"))
+    numbers(state, 1.0)
+    state.close(completed=False)
+    assert main("--jobs", "jobs.jsonl", "--dry_run")[:2] == (0, f"{'line':14}1\n{'done':14}o/a.mp4\n\n")
+    assert (tmp_path / "o" / "a.state").exists()
+    assert main("--jobs", "jobs.jsonl")[:2] == (0, "o/a.mp4\n")
+    assert files_in(tmp_path / "o") == {"a.mp4"}
+
+
+def test_latents_that_could_not_be_saved_are_saved_later(main, small, monkeypatch, tmp_path):
+    def write_and_block(*arguments: Any) -> Path:
+        (tmp_path / "l").write_text("in the way of a folder")
+        return write(*arguments)
+
+    monkeypatch.setattr("skyreels_v3.generate.write", write_and_block)
+    argv = (*small, "--output", "o/a.mp4")
+    code, stdout, stderr = main(*argv, "--save_latents", "l/a.safetensors")
+    assert (code, stdout) == (1, "o/a.mp4\n")
+    reason = "--save_latents: l/a.safetensors cannot be written (Not a directory)"
+    assert f"{reason}; give another --save_latents and --resume; o/a.mp4 is complete" in stderr
+    code, stdout, _ = main(*argv, "--save_latents", "a.safetensors", "--resume")
+    assert (code, stdout) == (0, "o/a.mp4\n")
+    assert files_in(tmp_path / "o") == {"a.mp4"}
+    assert main(*argv[:-1], "o/b.mp4", "--save_latents", "b.safetensors")[0] == 0
+    first, second = (load_file(tmp_path / name)["latents.0"] for name in ("a.safetensors", "b.safetensors"))
+    assert torch.equal(first, second)
+
+
+def test_a_full_disk(main, small, small_disk, caplog):
+    """What cannot fit is refused before anything is made; copies that do not fit cost nothing but a warning."""
+    disk = small_disk(40)
+    argv = (*small, "--num_frames", 33, "--height", 96, "--width", 96, "--num_inference_steps", 1, "--output")
+    code, _, stderr = main(*argv, "o/a.mp4", "--save_latents", disk / "a.safetensors")
+    assert code == 2
+    assert f"--save_latents: {disk}/a.safetensors needs 99.3 kB, 41.0 kB are free in {disk}; free some" in stderr
+    code, _, stderr = main(*argv, disk / "a.mp4")
+    assert code == 1
+    assert f"41.0 kB are free in {disk}; this run may need" in caplog.text
+    assert "pass-000.safetensors cannot be written (No space left on device, " in caplog.text
+    assert re.search(rf"{disk}/a.mp4 cannot be written \(No space left on device, \d.+ free in {disk}\); free", stderr)
+    assert not any(disk.iterdir())
+
+
+def record_of(folder: Path, **changes: object) -> RunRecord:
+    return RunRecord(folder / "a.mp4", FLAGS | changes)
+
+
+def numbers(state: RunState, *values: float) -> None:
+    """Save passes."""
+    for value in values:
+        state.save(torch.full((1, 2), value), torch.Generator().manual_seed(int(value)))
+
+
+def test_passes_come_back_with_the_state_of_the_noise(tmp_path):
+    state = open_state(record_of(tmp_path))
+    generator = torch.Generator().manual_seed(5)
+    assert state.recall() == {}
+    torch.randn(3, generator=generator)
+    state.save(torch.ones(1, 2), generator)
+    expected = torch.randn(3, generator=generator)
+    state.close(completed=False)
+    state = open_state(record_of(tmp_path), resume=True)
+    generator = torch.Generator().manual_seed(5)
+    saved = state.recall()
+    generator.set_state(saved["generator"])
+    torch.testing.assert_close(saved["latents"], torch.ones(1, 2))
+    torch.testing.assert_close(torch.randn(3, generator=generator), expected)
+    assert state.recall() == {}
+    state.close(completed=True)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [0, 60, 200])
+def test_a_damaged_pass_is_made_again(tmp_path, caplog, size):
+    state = open_state(record_of(tmp_path))
+    numbers(state, 1.0)
+    state.close(completed=False)
+    file = state.folder / "pass-000.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    state = open_state(record_of(tmp_path), resume=True)
+    assert state.recall() == {}
+    assert "pass-000.safetensors is damaged" in caplog.text
+    numbers(state, 2.0)
+    state.close(completed=False)
+    state = open_state(record_of(tmp_path), resume=True)
+    torch.testing.assert_close(state.recall()["latents"], torch.full((1, 2), 2.0))
+    state.close(completed=True)
+
+
+def test_two_runs_for_one_output(tmp_path):
+    output = tmp_path / "a.mp4"
+    first, second = (open_state(record_of(tmp_path, seed=seed)) for seed in (1, 2))
+    assert [state.folder for state in (first, second)] == [state_folder(output), state_folder(output, 2)]
+    numbers(first, 1.0)
+    numbers(second, 2.0)
+    second.close(completed=False)
+    again = open_state(record_of(tmp_path, seed=2), resume=True)
+    assert again.folder == second.folder
+    again.close(completed=False)
+    first.close(completed=True)
+    again = open_state(record_of(tmp_path, seed=2), resume=True)  # though it is not the first any more
+    torch.testing.assert_close(again.recall()["latents"], torch.full((1, 2), 2.0))
+    again.close(completed=True)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_run_that_is_going_on_is_not_touched(tmp_path):
+    pytest.importorskip("fcntl")
+    state = open_state(record_of(tmp_path))
+    numbers(state, 1.0)
+    (state.folder / "a.tmp.mp4").touch()
+    with pytest.raises(UserError, match="in use by a run that has not ended; wait for it"):
+        open_state(record_of(tmp_path), resume=True)
+    other = open_state(record_of(tmp_path), resume=True, strict=False)
+    assert (other.folder.name, other.resumed) == ("a.state-2", False)
+    assert (state.folder / "a.tmp.mp4").exists()
+    for each in (state, other):
+        each.close(completed=True)
+
+
+def test_a_state_of_another_run_is_not_taken(tmp_path):
+    record = RunRecord(tmp_path / "a.mp4", FLAGS, inputs=[("ref_imgs", "a.png", "12"), ("ref_imgs", "b.png", "34")])
+    state = open_state(record)
+    numbers(state, 1.0)
+    state.close(completed=False)
+    for changes, problem in (
+        ({"flags": FLAGS | {"seed": 1}}, "--resume: the interrupted run had other flags (seed 42 -> 1); repeat its"),
+        ({"flags": FLAGS | {"shift": 5.0}}, "(shift None -> 5.0); repeat its command"),
+        ({"flags": FLAGS | {"dtype": "bfloat16"}}, "(dtype float32 -> bfloat16); repeat its command"),
+        ({"inputs": [record.inputs[0], ("ref_imgs", "b.png", "56")]}, "--ref_imgs: b.png has changed since the inter"),
+    ):
+        other = replace(record, **changes)
+        with pytest.raises(UserError, match=re.escape(problem)):
+            open_state(other, resume=True)
+        new = open_state(other, resume=True, strict=False)
+        assert not new.resumed
+        new.close(completed=True)
+    drawn = open_state(replace(record, flags=FLAGS | {"seed": 1}, any_seed=True), resume=True)
+    assert drawn.resumed
+    drawn.close(completed=True)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"output": "a.mp4"}', "\0\xff", "[" * 100_000])
+def test_where_nothing_was_left_a_new_run_begins(tmp_path, content):
+    (tmp_path / "a.state").mkdir()
+    if content:
+        (tmp_path / "a.state" / "request.json").write_text(content, encoding="latin-1")
+    state = open_state(record_of(tmp_path), resume=True)
+    assert (state.folder.name, state.resumed) == ("a.state-2", False)
+    state.close(completed=True)
+
+
+def test_a_record_without_end_is_none(tmp_path):
+    record = record_of(tmp_path)
+    state = open_state(record)
+    numbers(state, 1.0)
+    state.close(completed=False)
+    file = tmp_path / "a.state" / "request.json"
+    for padding, resumed in (("", True), (" " * (1 << 20), False)):
+        file.write_text(padding + file.read_text())
+        state = open_state(record, resume=True)
+        assert state.resumed == resumed
+        state.close(completed=False)
+
+
+def test_a_run_without_a_finished_pass_leaves_nothing(tmp_path):
+    state = open_state(RunRecord(tmp_path / "new" / "folder" / "a.mp4", FLAGS))
+    (state.folder / "a.tmp.mp4").touch()
+    state.close(completed=False)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_was_removed_is_made_again(tmp_path):
+    state = open_state(RunRecord(tmp_path / "o" / "a.mp4", FLAGS))
+    numbers(state, 1.0)
+    shutil.rmtree(tmp_path / "o")
+    numbers(state, 2.0)
+    state.close(completed=False)
+    state = open_state(RunRecord(tmp_path / "o" / "a.mp4", FLAGS), resume=True)
+    assert state.recall() == {}
+    numbers(state, 1.0)
+    torch.testing.assert_close(state.recall()["latents"], torch.full((1, 2), 2.0))
+    state.close(completed=True)
+
+
+def test_a_copy_that_cannot_be_written_is_a_warning(tmp_path, caplog):
+    state = open_state(record_of(tmp_path))
+    for number in (0, 1):
+        (state.folder / f"pass-00{number}.safetensors" / "in the way").mkdir(parents=True)
+    numbers(state, 1.0, 2.0, 3.0)
+    assert state.failed and state.passes == 3
+    (warning,) = (record.getMessage() for record in caplog.records)  # once for all
+    assert warning.startswith(f"{state.folder}/pass-000.safetensors cannot be written (Is a directory)")
+    state.close(completed=True)
+
+
+def test_files_have_the_rights_that_the_user_gives(tmp_path):
+    before = os.umask(0o002)
+    try:
+        state = open_state(RunRecord(tmp_path / "o" / "a.mp4", FLAGS))
+        numbers(state, 1.0)
+        latents = save_latents([torch.ones(1, 2)], tmp_path / "o" / "l.safetensors")
+        rights = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (*state.folder.iterdir(), latents)}
+        folders = {stat.S_IMODE(path.stat().st_mode) for path in (state.folder, state.folder.parent)}
+    finally:
+        os.umask(before)
+    assert rights == dict.fromkeys(("request.json", "pass-000.safetensors", "l.safetensors"), 0o664)
+    assert folders == {0o775}
+    state.close(completed=True)
+
+
+@pytest.mark.parametrize(
+    "make_scheduler", [lambda: unipc(8, 5.0), lambda: euler(8, 5.0), lambda: euler_of(V1, 8, None)]
+)
+@pytest.mark.parametrize("done", [1, 2, 5, 7])
+def test_denoising_goes_on_after_any_step_to_the_same_latents(tmp_path, make_scheduler, done):
+    """With noise that is drawn at every step, and a model whose every step matters to the next."""
+
+    def denoised(state: RunState | None, start: int = 0) -> torch.Tensor:
+        scheduler, generator = make_scheduler(), torch.Generator().manual_seed(3)
+        latents = torch.randn(1, 4, 2, 3, 3, generator=torch.Generator().manual_seed(1))
+        if start:
+            saved = state.recall()
+            generator.set_state(saved["generator"])
+            restore_scheduler(scheduler, saved, torch.device("cpu"))
+            latents = saved["latents"]
+            assert scheduler.step_index == start
+
+        def pin(latents: torch.Tensor, sigma: float) -> torch.Tensor:
+            return latents + 0.1 * sigma * torch.randn(latents.shape, generator=generator)
+
+        def after_step(step: int, latents: torch.Tensor) -> None:
+            if state is not None and not start and step <= done:
+                state.save_step(latents, generator, scheduler_state(scheduler))
+
+        condition = Conditioning(torch.zeros(1))
+        return denoise(
+            SimpleModel(), scheduler, latents, {FULL: condition}, text_guidance(1.0), after_step, pin, done=start
+        )
+
+    state = open_state(record_of(tmp_path))
+    expected = denoised(state)
+    state.close(completed=False)
+    state = open_state(record_of(tmp_path), resume=True)
+    assert torch.equal(denoised(state, done), expected)
+    numbers(state, 1.0)
+    assert files_in(state.folder) == {"request.json", "pass-000.safetensors"}  # what was unfinished has had its day
+    state.close(completed=True)
+
+
+class SimpleModel:
+    """In the place of a transformer."""
+
+    def embed_context(self, *_: object) -> None:
+        return None
+
+    def __call__(self, segments: Sequence[Segment], timestep: torch.Tensor, context: None) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.sin(segment.latents * 3 + timestep / 500) for segment in segments)

@@ -1,0 +1,63 @@
+"""Frames on their way from the device: how they lie in memory, and that a thread makes the next ones meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator
+
+import pytest
+import torch
+
+from skyreels_v3.stages import ahead, video_to_frames
+
+
+def test_frames_lie_as_they_are_written():
+    frames = video_to_frames(torch.rand(1, 3, 4, 6, 8) * 2 - 1, True)
+    assert frames.shape == (4, 6, 8, 3) and frames.flags.c_contiguous
+
+
+class Source:
+    """Numbers, and what has become of them."""
+
+    def __init__(self, fails_at: int = 9) -> None:
+        self.fails_at = fails_at
+        self.made = [threading.Event() for _ in range(4)]
+        self.threads: set[int] = set()
+        self.closed = False
+
+    def items(self) -> Generator[int, None, None]:
+        try:
+            for number, event in enumerate(self.made):
+                self.threads.add(threading.get_ident())
+                if number == self.fails_at:
+                    raise FloatingPointError("not finite")
+                event.set()
+                yield number
+        finally:
+            self.closed = True
+
+
+def test_the_next_item_is_made_while_one_is_used():
+    source, prepared = Source(), []
+    items = ahead(source.items(), lambda: prepared.append(threading.get_ident()))
+    assert next(items) == 0
+    assert source.made[1].wait(10) and not source.made[2].wait(0.1)  # one, and no more
+    assert [*items] == [1, 2, 3]
+    assert source.closed and source.threads == {*prepared} != {threading.get_ident()}
+
+
+def test_an_error_comes_in_its_turn():
+    source = Source(fails_at=2)
+    items = ahead(source.items())
+    assert [next(items), next(items)] == [0, 1]
+    with pytest.raises(FloatingPointError, match="not finite"):
+        next(items)
+    assert source.closed
+
+
+def test_left_in_the_middle():
+    source = Source()
+    items = ahead(source.items())
+    next(items)
+    items.close()
+    assert source.closed and not source.made[2].is_set()

@@ -1,0 +1,283 @@
+"""What a talking avatar's passes are given: sound, speakers, key frames, prompts, a dubbed clip. With the toy model."""
+
+from __future__ import annotations
+
+import wave
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from skyreels_v3.cache import TensorCache
+from skyreels_v3.cli import parse_request
+from skyreels_v3.components import Components, load_components
+from skyreels_v3.errors import UserError
+from skyreels_v3.media.inputs import Inputs, open_inputs
+from skyreels_v3.plan import plan
+from skyreels_v3.resume import RunRecord, open_state
+from skyreels_v3.runtime import start
+from skyreels_v3.stages import video_to_frames
+from skyreels_v3.tasks import GenerationRequest, task_spec
+from skyreels_v3.wan.talking_avatar import Given, Scene, TalkingAvatar, audio_windows, in_turn, token_span
+from skyreels_v3.wan.tiny import make_tiny
+from skyreels_v3.wan.windows import plan_windows
+
+REQUEST = GenerationRequest(
+    task=task_spec("talking_avatar"),
+    model_id="tiny",
+    prompt="p",
+    device="cpu",
+    height=32,
+    width=32,
+    audio_seconds=4.0,
+    num_inference_steps=1,
+    verbosity=-1,
+)
+RUNTIME = start(REQUEST, plan(REQUEST, None))
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+Made = tuple[TalkingAvatar, GenerationRequest, Inputs]
+
+
+@pytest.fixture(scope="module")
+def components(cache) -> Components:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SKYREELS_CACHE", str(cache))
+        return load_components(make_tiny(REQUEST.task), REQUEST, RUNTIME)
+
+
+@pytest.fixture
+def make(components, tmp_path) -> Iterator[Callable[..., Made]]:
+    """A pipeline, its request and its inputs from flags; the portrait is 96 x 64 unless they say otherwise."""
+    Image.effect_noise((96, 64), 80).convert("RGB").save(tmp_path / "portrait.png")
+    state = open_state(RunRecord(tmp_path / "a.mp4", {}))
+
+    def make(*flags: object) -> Made:
+        image = () if "--input_video" in flags else ("--input_image", tmp_path / "portrait.png")
+        base = ("--task_type", "talking_avatar", "--prompt", "she sings", "--num_inference_steps", "1", *image)
+        size = () if "--height" in flags else ("--height", "32", "--width", "32")
+        request = parse_request([str(flag) for flag in (*base, *size, *flags)])
+        return TalkingAvatar(components, RUNTIME, state), *open_inputs(request, tmp_path)
+
+    yield make
+    state.close(completed=True)
+
+
+@pytest.fixture
+def sound(tmp_path) -> Callable[[float], Path]:
+    """Write a noise of so many seconds."""
+
+    def write(seconds: float) -> Path:
+        path = tmp_path / f"{seconds}.wav"
+        samples = np.random.default_rng(0).normal(0, 3000, int(16_000 * seconds)).astype("<i2")
+        with wave.open(str(path), "wb") as file:
+            file.setparams((1, 2, 16_000, len(samples), "NONE", ""))
+            file.writeframes(samples.tobytes())
+        return path
+
+    return write
+
+
+def spy_on_windows(pipeline: TalkingAvatar, monkeypatch) -> list[tuple[dict[str, Tensor], Given, int]]:
+    """Have passes make nothing, and list what they were given: texts, known frames, start."""
+    calls: list[tuple[dict[str, Tensor], Given, int]] = []
+
+    def make_window(
+        request: object, scene: Scene, texts: dict[str, Tensor], given: Given, start: int, name: str
+    ) -> Tensor:
+        calls.append((texts, given, start))
+        return torch.zeros(1, 16, 21, *(side // 8 for side in scene.portrait.shape[3:]))
+
+    monkeypatch.setattr(pipeline, "make_window", make_window)
+    return calls
+
+
+def read_all(made: Made) -> int:
+    """Run all passes; returns the number of frames."""
+    pipeline, request, inputs = made
+    return sum(1 for one in pipeline(request, inputs) for _ in one.frames)
+
+
+def test_two_voices_at_once():
+    long, short = np.arange(1, 6), np.arange(1, 3)
+    np.testing.assert_array_equal(in_turn([long, short], False), [[1, 2, 3, 4, 5], [1, 2, 0, 0, 0]])
+    np.testing.assert_array_equal(in_turn([short, long], False), [[1, 2, 0, 0, 0], [1, 2, 3, 4, 5]])
+
+
+def test_two_voices_one_after_the_other():
+    voices = in_turn([np.arange(1, 4), np.arange(6, 8)], True)
+    np.testing.assert_array_equal(voices, [[1, 2, 3, 0, 0], [0, 0, 0, 6, 7]])
+
+
+def test_one_voice_is_left_alone():
+    for sequential in (False, True):
+        np.testing.assert_array_equal(in_turn([np.arange(4)], sequential), [np.arange(4)])
+
+
+@pytest.mark.parametrize(("flags", "seconds"), [((), 1.0), (("--audio_type", "sequential"), 1.5)])
+def test_two_speakers_sound_as_long_as_the_video(make, sound, flags, seconds):
+    pipeline, request, inputs = make("--input_audio", f"{sound(1.0)},{sound(0.5)}", *flags)
+    features = pipeline.encode_audio(request, inputs)
+    assert request.audio_seconds == seconds
+    assert features.shape[:2] == (2, request.frames_out)
+    assert not torch.equal(features[0], features[1])
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "expected"),
+    [(0, 64, (0, 8)), (16, 32, (2, 4)), (10, 30, (0, 4)), (40, 41, (4, 6)), (0, 0, (0, 2)), (64, 64, (6, 8))],
+)
+def test_the_tokens_between_two_places(start, end, expected):
+    """Of a side of 64 pixels: 4 tokens, 8 latent pixels."""
+    assert token_span(start, end, 64) == slice(*expected)
+
+
+def masks(make: Callable[..., Made], sounds: str, *flags: object) -> Tensor | None:
+    pipeline, request, inputs = make("--input_audio", sounds, *flags)
+    return pipeline.speaker_masks(request, inputs)
+
+
+def test_one_speaker_has_no_mask(make, sound):
+    assert masks(make, str(sound(0.5))) is None
+
+
+def test_two_speakers_are_the_halves_of_the_portrait(make, sound):
+    """96 x 64 is scaled to 48 x 32; 8 columns are cut off on both sides."""
+    made = masks(make, f"{sound(0.5)},{sound(0.5)}")
+    left = torch.tensor([[1.0, 1, 0, 0]] * 4)
+    torch.testing.assert_close(made, torch.stack((left, 1 - left, torch.zeros(4, 4))))
+
+
+def test_boxes_move_with_the_crop(make, sound):
+    """96 x 64 stays as high and is cut to 64 x 64: 16 columns on both sides."""
+    size = ("--height", "64", "--width", "64")
+    made = masks(make, f"{sound(0.5)},{sound(0.5)}", "--speaker_boxes", "16,0,48,32;64,32,96,64", *size)
+    first, second = torch.zeros(8, 8), torch.zeros(8, 8)
+    first[:4, :4] = 1  # columns 0 to 32
+    second[4:, 6:] = 1  # columns 48 to 64, the rest is cut off
+    torch.testing.assert_close(made, torch.stack((first, second, 1 - first - second)))
+
+
+def test_a_box_that_is_cut_off_is_refused(make, sound):
+    size = ("--height", "64", "--width", "64")
+    with pytest.raises(UserError, match="0,0,10,64 is cut off"):
+        masks(make, f"{sound(0.5)},{sound(0.5)}", "--speaker_boxes", "0,0,10,64;48,0,96,64", *size)
+
+
+def test_sound_around_each_frame():
+    features = torch.arange(100.0).view(1, 100, 1, 1)
+    first, last = (audio_windows(features, start)[..., 0, 0] for start in (0, 64))
+    assert first.shape == (1, 81, 5)
+    assert first[0, 0].tolist() == [0, 0, 0, 1, 2]
+    assert first[0, 80].tolist() == [78, 79, 80, 81, 82]
+    assert last[0, 0].tolist() == [62, 63, 64, 65, 66]
+    assert last[0, 34].tolist() == [96, 97, 98, 99, 99]
+    assert (last[0, 38:] == 99).all()
+
+
+def key_frames(make: Callable[..., Made], sound: Path, keyframes: str) -> dict[int, Tensor]:
+    """Key frames of three windows, which end at frames 80, 144 and 208; made ones are as grey as their number."""
+    pipeline, request, inputs = make("--input_audio", sound, "--keyframes", keyframes)
+    plan = plan_windows(request.frames_out)
+    assert [window.start for window in plan.windows] == [0, 64, 128]
+    decoded = (torch.full((1, 3, 1, 32, 32), float(number)) for number in range(81))
+    return pipeline.key_frames(request, inputs, plan, decoded)
+
+
+def test_key_frames_of_the_user(make, sound, tmp_path):
+    for name, color in (("red.png", RED), ("blue.png", BLUE)):
+        Image.new("RGB", (50, 40), color).save(tmp_path / name)
+    keys = key_frames(make, sound(8.0), f"{tmp_path}/red.png@5.5,{tmp_path}/blue.png@0.1")
+    assert (video_to_frames(keys[0], True) == BLUE).all()
+    assert (video_to_frames(keys[64], True) == RED).all()
+    assert (keys[128] == 80).all()  # the last one is the pass's last frame
+    keys = key_frames(make, sound(8.0), f"{tmp_path}/red.png@8")
+    assert (video_to_frames(keys[128], True) == RED).all()
+    assert len(keys[0].unique()) == len(keys[64].unique()) == 1
+
+
+def test_windows_begin_and_end_in_what_is_known(make, sound, monkeypatch):
+    made = make("--input_audio", sound(4.0))
+    calls = spy_on_windows(made[0], monkeypatch)
+    assert read_all(made) == 100
+    assert [start for *_, start in calls] == [0, 0, 64]
+    assert [given.pinned for _, given, _ in calls] == [False, False, True]
+    assert [given.first.shape[2] for _, given, _ in calls] == [1, 1, 5]
+    assert [given.last is not None and given.last.shape[2] for _, given, _ in calls] == [False, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("flags", "windows"),
+    [
+        ((), "a person is talking"),
+        (("--window_prompt", "same"), "she sings"),
+        (("--window_prompt", "she whispers"), "she whispers"),
+    ],
+)
+def test_the_prompt_of_the_windows(make, sound, monkeypatch, components, flags, windows):
+    made = make("--input_audio", sound(4.0), *flags)
+    heard: list[str] = []
+
+    class Spy:
+        module = components.text_encoder.module
+        blocks = ()
+
+        def encode(self, text: str) -> dict[str, Tensor]:
+            heard.append(text)
+            return {"context": torch.full((1, 512, 8), float(len(heard)))}
+
+    unknown = TensorCache(None, "")
+    monkeypatch.setattr(made[0], "components", replace(components, text_encoder=Spy(), prompts=unknown))
+    calls = spy_on_windows(made[0], monkeypatch)
+    read_all(made)
+    assert heard == [*dict.fromkeys(["she sings", windows])]  # each prompt once
+    own, shared = 1, heard.index(windows) + 1
+    assert [texts["full"].unique().item() for texts, *_ in calls] == [own, shared, shared]
+
+
+def numbered(write_lossless, path: Path, frames: int) -> Path:
+    """A clip whose frames are as grey as their number."""
+    levels = np.arange(frames, dtype=np.uint8)[:, None, None, None]
+    return write_lossless(path, np.broadcast_to(levels, (frames, 32, 32, 3)), 25)
+
+
+def grey_levels(video: Tensor) -> list[int]:
+    frames = video_to_frames(video, True)
+    assert (frames == frames[:, :1, :1, :1]).all()
+    return frames[:, 0, 0, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "first", "last"),
+    [
+        (4.0, [[0, 1, 2, 3, 4], [64, 65, 66, 67, 68]], [[76, 77, 78, 79, 80], [99] * 5]),  # the clip ends at 99
+        (1.0, [[0, 1, 2, 3, 4]], [[76, 77, 78, 79, 80]]),
+    ],
+)
+def test_dubbing_takes_the_clips_frames(make, sound, monkeypatch, write_lossless, tmp_path, seconds, first, last):
+    clip = numbered(write_lossless, tmp_path / "clip.mp4", 100)
+    made = make("--input_video", clip, "--input_audio", sound(seconds))
+    calls = spy_on_windows(made[0], monkeypatch)
+    assert read_all(made) == 25 * seconds
+    assert [grey_levels(given.first) for _, given, _ in calls] == first
+    assert [grey_levels(given.last) for _, given, _ in calls] == last
+    assert [given.pinned for _, given, _ in calls] == [False, True][: len(first)]
+
+
+def test_colours_are_the_portraits_unless_that_is_off(make, sound):
+    pipeline, request, inputs = make("--input_audio", sound(0.5), "--color_correction_strength", "0")
+    scene = Scene(pipeline.portrait(request, inputs), *(None,) * 4)
+    latents = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    plain = torch.cat(list(pipeline.decode_video(latents)), dim=2)
+    off, half, full = (
+        torch.cat(list(pipeline.decode_matched(replace(request, color_correction_strength=s), latents, scene)), dim=2)
+        for s in (0.0, 0.5, 1.0)
+    )
+    torch.testing.assert_close(off, plain, rtol=0, atol=0)
+    torch.testing.assert_close(half, (plain + full) / 2)
+    portrait = scene.portrait.mean()
+    assert abs(full.mean() - portrait) < 0.1 < abs(plain.mean() - portrait)

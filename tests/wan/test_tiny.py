@@ -1,0 +1,49 @@
+"""The built-in toy model: made once, the same everywhere, in the published layouts."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+
+from skyreels_v3.checkpoints.hub import check_folder
+from skyreels_v3.components import load_components
+from skyreels_v3.plan import plan
+from skyreels_v3.runtime import start
+from skyreels_v3.tasks import TASK_NAMES, GenerationRequest, task_spec
+from skyreels_v3.wan.tiny import make_tiny
+
+
+def digest(folder):
+    """One number for all files of a folder, which a second making must reproduce."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [(str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
+
+
+@pytest.mark.parametrize("task", TASK_NAMES)
+def test_it_is_a_complete_checkpoint(task, tmp_path, monkeypatch):
+    monkeypatch.setenv("SKYREELS_CACHE", str(tmp_path))
+    spec = task_spec(task)
+    folder = make_tiny(spec)
+    check_folder(folder, spec)
+    request = GenerationRequest(
+        task=spec, model_id="tiny", prompt="p", device="cpu", height=32, width=32, audio_seconds=1.0
+    )
+    components = load_components(folder, request, start(request, plan(request, folder)))
+    context = components.text_encoder.encode("A b")["context"]
+    assert context.shape[0] == 1 and 0 < context.shape[1] < 512 and context.shape[2] == 32
+    stamp = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert make_tiny(spec) == folder
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == stamp
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("task", ["single_shot_extension", "i2v"])
+def test_it_is_the_same_everywhere(task, tmp_path, monkeypatch):
+    made = []
+    for name in ("one", "two"):
+        monkeypatch.setenv("SKYREELS_CACHE", str(tmp_path / name))
+        torch.manual_seed(len(made))  # must not matter
+        made.append(digest(make_tiny(task_spec(task))))
+    assert made[0] == made[1]

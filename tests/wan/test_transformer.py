@@ -1,0 +1,183 @@
+"""The transformer, against outputs of the official one in float32 and diffusers' Wan transformer."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file
+
+from skyreels_v3.attention.backends import sdpa
+from skyreels_v3.wan.checkpoint import load_transformer
+from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel, block
+
+ATOL = 1e-4
+SMALL = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 24,
+    "text_dim": 16,
+    "freq_dim": 32,
+    "ffn_dim": 64,
+    "num_layers": 2,
+}
+
+
+def padded(context: torch.Tensor) -> torch.Tensor:
+    """Context with zero rows up to 512."""
+    return torch.nn.functional.pad(context, (0, 0, 0, 512 - context.shape[1]))
+
+
+@pytest.mark.parametrize("case", ["plain_square", "plain_oddgrid", "plain_batch2", "list_prefix", "list_prefix_long"])
+@torch.inference_mode()
+def test_extension(reference, case):
+    folder = reference / "extension_dit"
+    model = load_transformer(folder, torch.float32)
+    cases = load_file(folder / "cases.safetensors")
+    recorded = {key.removeprefix(f"{case}."): value for key, value in cases.items() if key.startswith(f"{case}.")}
+    segments = [Segment(recorded["x"])]
+    if "prefix" in recorded:
+        segments.append(Segment(recorded["prefix"], 1024, clean=True))
+    out = model(segments, recorded["t"], model.embed_context(recorded["context"]))
+    torch.testing.assert_close(out[0], recorded["out"], atol=ATOL, rtol=0)
+    assert [part.shape for part in out] == [segment.latents.shape for segment in segments]
+
+
+@pytest.mark.parametrize("case", ["ref4", "ref4_oddgrid"])
+@torch.inference_mode()
+def test_reference(reference, case):
+    folder = reference / "reference_dit"
+    model = load_transformer(folder, torch.float32)
+    recorded = load_file(folder / "cases.safetensors")
+    latents = recorded[f"{case}.latents"]
+    segments = [Segment(latents), Segment(recorded[f"{case}.reference"], latents.shape[2])]
+    out = torch.cat(model(segments, recorded[f"{case}.t"], model.embed_context(recorded[f"{case}.context"])), dim=2)
+    torch.testing.assert_close(out, recorded[f"{case}.out"], atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["one_person", "two_people"])
+@torch.inference_mode()
+def test_avatar(reference, case):
+    folder = reference / "avatar_dit"
+    model = load_transformer(reference / "pipelines" / "checkpoints" / "talking_avatar", torch.float32)
+    scales = json.loads((folder / "cases.json").read_text())
+    recorded = load_file(folder / "cases.safetensors")
+    features = torch.from_numpy(np.load(folder / f"audio_{case}_int8.npz")["emb"]) * scales["audio_scale"]
+    frames = torch.arange(features.shape[1])
+    window = (frames[:, None] + torch.arange(-2, 3)).clamp(0, len(frames) - 1)
+    image = torch.from_numpy(np.load(folder / "clip_fea_int8.npz")["clip_fea"]) * scales["clip_fea_scale"]
+    context = model.embed_context(
+        padded(recorded[f"{case}.context_int8"][None] * scales["context_scale"]),
+        image=image,
+        audio=features[:, window][None],
+        speaker_masks=recorded[f"{case}.ref_target_masks"],
+    )
+    segment = Segment(torch.cat((recorded[f"{case}.x"][None], recorded[f"{case}.y"]), dim=1))
+    (out,) = model([segment], recorded[f"{case}.t"], context)
+    torch.testing.assert_close(out, recorded[f"{case}.out"], atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("at_once", [4096, 7])
+@torch.inference_mode()
+def test_agrees_with_diffusers(monkeypatch, at_once):
+    """One plain video, one timestep: the case that diffusers' Wan transformer covers as well."""
+    monkeypatch.setattr(block, "TOKENS_AT_ONCE", at_once)
+    torch.manual_seed(0)
+    theirs = WanTransformer3DModel(**SMALL).eval()
+    ours = SkyReelsTransformer3DModel(**SMALL).eval()
+    ours.load_state_dict(theirs.state_dict())
+    latents, text = torch.randn(2, 16, 3, 8, 12), torch.randn(2, 512, 16)
+    timestep = torch.tensor([731, 3])
+    (out,) = ours([Segment(latents)], timestep, ours.embed_context(text))
+    expected = theirs(latents, timestep, text, return_dict=False)[0]
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [30, 1])
+@torch.inference_mode()
+def test_a_few_tokens_at_a_time(monkeypatch, reference, at_once):
+    """The recordings of all three models again, with one frame's tokens or some frames' at a time."""
+    monkeypatch.setattr(block, "TOKENS_AT_ONCE", at_once)
+    test_extension(reference, "list_prefix")
+    test_reference(reference, "ref4")
+    test_avatar(reference, "one_person")
+    test_avatar(reference, "two_people")
+
+
+@torch.inference_mode()
+def test_keys_and_values_of_the_conditions_are_computed_once():
+    torch.manual_seed(0)
+    model = SkyReelsTransformer3DModel(**SMALL, image_dim=8, audio_dim=12, audio_hidden_dim=4, audio_tokens=3).eval()
+    calls = []
+    for name, module in model.named_modules():
+        if name.endswith(("attn2.to_k", "add_v_proj", "attn_audio.to_v", "attn2.to_q")):
+            module.register_forward_hook(lambda *_, name=name: calls.append(name.split(".", 2)[2]))
+    context = model.embed_context(torch.randn(1, 512, 16), torch.randn(1, 257, 8), torch.randn(1, 1, 5, 5, 12, 768))
+    for timestep in (900, 500, 100):
+        model([Segment(torch.randn(1, 16, 2, 4, 6))], torch.tensor([timestep]), context)
+    layers = SMALL["num_layers"]
+    once = {"attn2.to_k": layers, "attn2.add_v_proj": layers, "attn_audio.to_v": layers}
+    assert {name: calls.count(name) for name in calls} == {"attn2.to_q": 3 * layers, **once}
+
+
+@torch.inference_mode()
+def test_attention_is_handed_in():
+    """Every attention goes through the function that was set, with (B, L, N, D) tensors."""
+    torch.manual_seed(0)
+    model = SkyReelsTransformer3DModel(**SMALL).eval()
+    shapes = []
+
+    def counting(query, key, value):
+        shapes.append((tuple(query.shape), tuple(key.shape)))
+        return sdpa(query, key, value)
+
+    model.set_attention(counting, cross_attention=sdpa)
+    model([Segment(torch.randn(1, 16, 2, 4, 6))], torch.tensor([5]), model.embed_context(torch.randn(1, 512, 16)))
+    assert shapes == [((1, 12, 2, 24), (1, 12, 2, 24))] * 2
+
+
+@torch.inference_mode()
+def test_bfloat16_stays_close():
+    """The dtype rule: bfloat16 products, float32 elsewhere, output float32."""
+    torch.manual_seed(0)
+    model = SkyReelsTransformer3DModel(**SMALL).eval()
+    segments, text = [Segment(torch.randn(1, 16, 3, 8, 8))], torch.randn(1, 512, 16)
+    (exact,) = model(segments, torch.tensor([500]), model.embed_context(text))
+    for name, parameter in model.named_parameters():
+        if not any(part in name for part in model._keep_in_fp32_modules):
+            parameter.data = parameter.data.bfloat16()
+    (out,) = model(segments, torch.tensor([500]), model.embed_context(text))
+    assert out.dtype == torch.float32
+    assert (out - exact).abs().mean() < 0.02 * exact.std()
+
+
+def test_lora_adapters_load():
+    """PEFT adapters find the layers under diffusers' names, and change the output."""
+    from peft import LoraConfig
+
+    torch.manual_seed(0)
+    model = SkyReelsTransformer3DModel(**SMALL).eval()
+    text = torch.randn(1, 512, 16)
+    inputs = ([Segment(torch.randn(1, 16, 2, 4, 4))], torch.tensor([500]))
+    with torch.inference_mode():
+        before = model(*inputs, model.embed_context(text))[0]
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v", "net.2"], init_lora_weights=False))
+    with torch.inference_mode():
+        assert (model(*inputs, model.embed_context(text))[0] - before).abs().max() > 1e-3
+    model.disable_adapters()
+    with torch.inference_mode():
+        torch.testing.assert_close(model(*inputs, model.embed_context(text))[0], before)
+
+
+def test_saves_and_loads_like_any_diffusers_model(tmp_path):
+    torch.manual_seed(0)
+    model = SkyReelsTransformer3DModel(**SMALL, image_dim=8, audio_dim=12, audio_hidden_dim=4, audio_tokens=3)
+    model.save_pretrained(tmp_path)
+    for again in (
+        load_transformer(tmp_path, torch.float32),
+        SkyReelsTransformer3DModel.from_pretrained(tmp_path),
+    ):
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, again.get_parameter(name)), name

@@ -1,0 +1,250 @@
+"""The VAE, against the official one and against diffusers' own whole decode."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file
+from tests.memory.test_planner import LiveBytes
+
+from skyreels_v3.checkpoints.contents import read_config
+from skyreels_v3.checkpoints.load import load_model, read_tensors
+from skyreels_v3.wan import vae
+from skyreels_v3.wan.checkpoint import load_vae
+from skyreels_v3.wan.vae import VideoVAE
+
+ATOL = 5e-4
+
+
+@pytest.fixture(scope="module")
+def native(reference) -> VideoVAE:
+    return load_vae(reference / "vae", "native", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def diffusers_vae(reference) -> VideoVAE:
+    folder = reference / "vae" / "diffusers_vae"
+    config = read_config(folder / "config.json")
+    return VideoVAE(load_model(lambda: AutoencoderKLWan(**config), read_tensors(folder), folder, torch.float32))
+
+
+@pytest.fixture
+def random_vae() -> VideoVAE:
+    torch.manual_seed(0)
+    return VideoVAE(AutoencoderKLWan(base_dim=8).eval())
+
+
+@pytest.fixture(scope="module")
+def video(reference) -> torch.Tensor:
+    stored = np.load(reference / "vae" / "video_uint8.npz")
+    frames = torch.from_numpy(stored[stored.files[0]])
+    return frames.permute(3, 0, 1, 2)[None] / 127.5 - 1
+
+
+@pytest.mark.parametrize("frames", [1, 9, 25])
+def test_native_encode(native, reference, video, frames):
+    recorded = load_file(reference / "vae" / "cases.safetensors")[f"encode_{frames}.out"]
+    torch.testing.assert_close(native.encode(video[:, :, :frames]), recorded, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("frames", [1, 3, 7])
+def test_native_decode(native, reference, frames):
+    recorded = load_file(reference / "vae" / "cases.safetensors")
+    chunks = list(native.decode_stream(recorded[f"decode_{frames}.z"]))
+    assert [chunk.shape[2] for chunk in chunks] == [1] + [4] * (frames - 1)
+    torch.testing.assert_close(torch.cat(chunks, dim=2), recorded[f"decode_{frames}.out"], atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("frames", [1, 9])
+def test_diffusers_encode(diffusers_vae, reference, video, frames):
+    """The recorded mode is not normalised; ours is."""
+    recorded = load_file(reference / "vae" / "diffusers_cases.safetensors")[f"encode_{frames}.mode"]
+    latents = diffusers_vae.encode(video[:, :, :frames])
+    torch.testing.assert_close(latents * diffusers_vae.std + diffusers_vae.mean, recorded, atol=ATOL, rtol=0)
+
+
+def test_sampling_uses_the_generator(diffusers_vae, reference, video):
+    """mode + std * noise, the noise drawn from the generator and from nothing else."""
+    recorded = load_file(reference / "vae" / "diffusers_cases.safetensors")
+    generator = torch.Generator().manual_seed(5)
+    latents = diffusers_vae.encode(video[:, :, :1], generator) * diffusers_vae.std + diffusers_vae.mean
+    noise = torch.randn(recorded["encode_1.mode"].shape, generator=torch.Generator().manual_seed(5))
+    expected = recorded["encode_1.mode"] + torch.exp(0.5 * recorded["encode_1.logvar"]) * noise
+    torch.testing.assert_close(latents, expected, atol=ATOL, rtol=0)
+    again = recorded["encode_1.mode"] + torch.exp(0.5 * recorded["encode_1.logvar"]) * recorded["encode_1.sample_noise"]
+    torch.testing.assert_close(again, recorded["encode_1.sample"], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_diffusers_decode(diffusers_vae, reference, frames):
+    recorded = load_file(reference / "vae" / "diffusers_cases.safetensors")
+    z = (recorded[f"decode_{frames}.z"] - diffusers_vae.mean) / diffusers_vae.std
+    video = torch.cat(list(diffusers_vae.decode_stream(z)), dim=2)
+    torch.testing.assert_close(video, recorded[f"decode_{frames}.out"], atol=ATOL, rtol=0)
+
+
+@torch.inference_mode()
+def test_chunked_and_whole_decode_agree(native):
+    """diffusers' decode takes all latent frames at once."""
+    latents = torch.randn(1, 16, 5, 4, 6, generator=torch.Generator().manual_seed(1))
+    whole = native.module.decode(latents * native.std + native.mean).sample
+    chunked = torch.cat(list(native.decode_stream(latents)), dim=2)
+    torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=0)
+
+
+def test_streams_do_not_disturb_each_other(native):
+    """A stream keeps its own caches: two of them can be read in turns."""
+    first = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(1))
+    second = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(2))
+    alone = [torch.cat(list(native.decode_stream(latents)), dim=2) for latents in (first, second)]
+    pairs = list(zip(native.decode_stream(first), native.decode_stream(second), strict=True))
+    for number, expected in enumerate(alone):
+        torch.testing.assert_close(torch.cat([pair[number] for pair in pairs], dim=2), expected, atol=1e-6, rtol=0)
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def encode_and_decode(model: VideoVAE, tiles: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """9 frames and 3 latent frames of 56 x 88."""
+    model.set_tiles(*tiles)
+    latents = model.encode(noise(1, 3, 9, 56, 88).clamp(-1, 1))
+    video = torch.cat(list(model.decode_stream(noise(1, 16, 3, 7, 11))), dim=2)
+    model.set_tiles(1, 1)
+    return latents, video
+
+
+@pytest.mark.parametrize("tiles", [(2, 3), (5, 1)])
+@pytest.mark.parametrize("name", ["native", "random_vae"])
+def test_tiles_do_not_show(name, tiles, request):
+    """On sizes that do not divide evenly: 14 x 22 where the encoder's tiles meet, 56 x 88 where the decoder's do."""
+    model = request.getfixturevalue(name)
+    whole, tiled = encode_and_decode(model, (1, 1)), encode_and_decode(model, tiles)
+    for part, expected in zip(tiled, whole, strict=True):
+        torch.testing.assert_close(part, expected, atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_tiles_in_float64(random_vae):
+    """No seam hides below float32's rounding, not even with tiles narrower than their halo."""
+    random_vae.module.double()
+    encoder, front = vae.encoder_stages(random_vae.module.encoder)
+    decoder, back = vae.decoder_stages(random_vae.module.decoder)
+    for stages, x in [(encoder[:front], noise(1, 3, 1, 40, 28)), (decoder[back:], noise(1, 32, 1, 10, 7))]:
+        whole, tiled = (vae.TiledStages(stages, x.shape[-2:], tiles)(x.double()) for tiles in [(1, 1), (9, 5)])
+        torch.testing.assert_close(tiled, whole, atol=1e-12, rtol=0)
+
+
+def test_reach_of_the_tiles():
+    """By hand. Decoder, from the frame inwards: 1 of conv_out and 6 of three blocks are 7 at full size, with the
+    upsampling's 8, which are 4 at half of it; 6 of three blocks and 1 of the other upsampling's are 11, in quarters 6.
+    Encoder: 4 of two blocks at half size are 8 and 4 + 1 at full size; at the end of a tile each downsampling needs one
+    row more, which is 2 and 1 in full size."""
+    with torch.device("meta"):
+        module = AutoencoderKLWan(base_dim=8)
+    stages, cut = vae.decoder_stages(module.decoder)
+    assert vae.crops_along(stages[cut:], 180, (360, 480))[0] == slice(90 - 6, 120 + 6)
+    stages, cut = vae.encoder_stages(module.encoder)
+    assert vae.crops_along(stages[:cut], 720, (60, 120))[0] == slice(240 - 13, 480 + 16)
+
+
+def test_more_tiles_than_rows(random_vae):
+    video = noise(1, 3, 5, 16, 24).clamp(-1, 1)
+    whole = random_vae.encode(video)
+    random_vae.set_tiles(50, 2)
+    torch.testing.assert_close(random_vae.encode(video), whole, atol=1e-5, rtol=0)
+
+
+def test_tiles_take_less_memory(monkeypatch):
+    """At the real size, on meta. The caches of all tiles remain; what is over them falls to a quarter or so."""
+    monkeypatch.setattr(vae, "displayable", lambda chunk, index: chunk)  # it looks at values
+    with torch.device("meta"):
+        model = VideoVAE(AutoencoderKLWan().eval())
+        video, latents = torch.empty(1, 3, 9, 720, 1280), torch.empty(1, 16, 3, 90, 160)
+    (encode, decode), (encode_tiled, decode_tiled) = (peaks(model, video, latents, tiles) for tiles in [(1, 1), (2, 3)])
+    assert encode_tiled < 0.6 * encode
+    assert decode_tiled < 0.7 * decode
+
+
+def peaks(model: VideoVAE, video: torch.Tensor, latents: torch.Tensor, tiles: tuple[int, int]) -> tuple[int, int]:
+    """Live bytes of an encode and of a decode."""
+    model.set_tiles(*tiles)
+    with LiveBytes() as encoding:
+        model.encode(video)
+    with LiveBytes() as decoding:
+        for _ in model.decode_stream(latents):
+            pass
+    return encoding.peak, decoding.peak
+
+
+@pytest.mark.parametrize("name", ["native", "random_vae"])
+def test_bfloat16(name, request):
+    """What bfloat16 may cost: 35 dB, where 45 or more were measured."""
+    model = request.getfixturevalue(name)
+    half = VideoVAE(copy.deepcopy(model.module).to(torch.bfloat16))
+    exact, rounded = encode_and_decode(model, (1, 1)), encode_and_decode(half, (2, 2))
+    for part, expected in zip(rounded, exact, strict=True):
+        assert part.dtype == torch.float32
+        assert psnr(part, expected) > 35
+
+
+def psnr(x: torch.Tensor, reference: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB, the peak being all that the reference spans."""
+    span = reference.max() - reference.min()
+    return float(10 * torch.log10(span**2 / (x - reference).square().mean()))
+
+
+class ThreadTeam:
+    """Threads in the place of processes: what the VAE needs of `distributed.Team`."""
+
+    def __init__(self, rank: int, pieces: list, barrier: Barrier) -> None:
+        self.rank, self.size = rank, len(pieces)
+        self.pieces, self.barrier = pieces, barrier
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        self.pieces[self.rank] = x
+        self.barrier.wait()
+        made = torch.stack(self.pieces)
+        self.barrier.wait()
+        return made
+
+
+@pytest.mark.parametrize("tiles", [(1, 1), (2, 1)])
+@pytest.mark.parametrize("size", [2, 3, 5, 8])
+def test_a_team_makes_the_same(random_vae, size, tiles):
+    """Also one that is larger than there are tiles to share."""
+    video, latents = torch.randn(1, 3, 5, 32, 56).clamp(-1, 1), torch.randn(1, 16, 2, 3, 5)
+    expected = random_vae.encode(video), torch.cat([*random_vae.decode_stream(latents)], dim=2)
+    barrier, pieces = Barrier(size), [None] * size
+
+    def work(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        one = VideoVAE(random_vae.module)
+        one.set_tiles(*tiles)
+        one.share(ThreadTeam(rank, pieces, barrier))
+        return one.encode(video), torch.cat([*one.decode_stream(latents)], dim=2)
+
+    with ThreadPoolExecutor(size) as pool:
+        for made in pool.map(work, range(size)):
+            torch.testing.assert_close(made, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("size", "tiles", "processes", "grid"),
+    [
+        ((90, 160), (1, 1), 2, (1, 2)),
+        ((160, 90), (1, 1), 2, (2, 1)),
+        ((90, 160), (1, 1), 8, (2, 4)),
+        ((90, 160), (2, 3), 2, (2, 3)),
+        ((90, 160), (2, 3), 4, (2, 4)),
+        ((90, 160), (1, 1), 7, (1, 7)),
+    ],
+)
+def test_there_are_enough_tiles(size, tiles, processes, grid):
+    assert vae.enough_tiles(size, tiles, processes) == grid
