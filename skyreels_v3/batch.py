@@ -40,7 +40,7 @@ except ImportError:  # Windows: appending in one piece has to do, and one run at
 
 if TYPE_CHECKING:
     from skyreels_v3.generate import Session
-    from skyreels_v3.media.inputs import Inputs
+    from skyreels_v3.inputs import Inputs
 
     Seen = tuple[GenerationRequest, Inputs, Path | None] | AlreadyDone  # what `preflight` gives, or raises
     Ready = tuple[GenerationRequest, Inputs, Path]  # the same, nothing missing

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from skyreels_v3.components import Components
 from skyreels_v3.hunyuan.pipeline import ImageToVideo, TextToVideo
-from skyreels_v3.media.inputs import Inputs
+from skyreels_v3.inputs import Inputs
 from skyreels_v3.resume import RunState
 from skyreels_v3.runtime import Runtime
 from skyreels_v3.stages import Pass

@@ -20,9 +20,9 @@ from skyreels_v3.checkpoints.save import save_quantized
 from skyreels_v3.components import load_components, others_of
 from skyreels_v3.errors import IncompleteOutput
 from skyreels_v3.families import make_pipeline
+from skyreels_v3.inputs import Inputs
 from skyreels_v3.media.audio import mix
 from skyreels_v3.media.files import is_full, reason_of
-from skyreels_v3.media.inputs import Inputs
 from skyreels_v3.media.video import COMMENT_BYTES, ClipInfo, read_frames, resized, write_frame_folder, write_video
 from skyreels_v3.memory.policy import Policy, choose
 from skyreels_v3.outputs import save_latents

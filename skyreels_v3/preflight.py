@@ -29,8 +29,8 @@ from skyreels_v3.checkpoints.hub import (
 from skyreels_v3.checkpoints.lora import check_loras
 from skyreels_v3.cli import LISTS
 from skyreels_v3.errors import AlreadyDone, UserError, shown
+from skyreels_v3.inputs import Inputs, open_inputs
 from skyreels_v3.media.files import check_writable
-from skyreels_v3.media.inputs import Inputs, open_inputs
 from skyreels_v3.media.video import check_ffmpeg, read_comment
 from skyreels_v3.outputs import check_room, join_passes
 from skyreels_v3.parallel.ranks import ALONE, Ranks

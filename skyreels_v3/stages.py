@@ -28,7 +28,7 @@ from skyreels_v3.denoising.loop import Condition, Pin, Predictions, denoise, lea
 from skyreels_v3.denoising.schedules import ATTRIBUTES, restore_scheduler, scheduler_state, unipc
 from skyreels_v3.denoising.step_cache import StepCache
 from skyreels_v3.hunyuan.text_encoder import HunyuanTextEncoder
-from skyreels_v3.media.inputs import Inputs, condition_clip
+from skyreels_v3.inputs import Inputs, condition_clip
 from skyreels_v3.resume import RunState
 from skyreels_v3.runtime import Runtime
 from skyreels_v3.tasks import LATENT_CHANNELS, VAE_STRIDE, GenerationRequest, latent_frames

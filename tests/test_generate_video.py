@@ -28,7 +28,7 @@ from safetensors.numpy import load_file, save_file
 import generate_video
 from skyreels_v3 import generate as session
 from skyreels_v3.cli import parse_request
-from skyreels_v3.media.inputs import Inputs
+from skyreels_v3.inputs import Inputs
 from skyreels_v3.media.video import probe, read_comment, read_frames, write_video
 from tests.conftest import files_in, stop_at
 

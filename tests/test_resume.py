@@ -26,8 +26,8 @@ from skyreels_v3.denoising.loop import Conditioning, denoise
 from skyreels_v3.denoising.schedules import euler, euler_of, restore_scheduler, scheduler_state, unipc
 from skyreels_v3.errors import UserError
 from skyreels_v3.generate import write
+from skyreels_v3.inputs import open_inputs
 from skyreels_v3.media.audio import probe_audio
-from skyreels_v3.media.inputs import open_inputs
 from skyreels_v3.media.video import read_comment, read_frames
 from skyreels_v3.outputs import save_latents
 from skyreels_v3.preflight import record_of as record_of_request

@@ -18,8 +18,8 @@ from skyreels_v3.denoising.guidance import text_guidance
 from skyreels_v3.denoising.schedules import euler_of
 from skyreels_v3.hunyuan.riflex import REPEATS_AFTER, riflex
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
+from skyreels_v3.inputs import Inputs
 from skyreels_v3.media.image import crop_resize
-from skyreels_v3.media.inputs import Inputs
 from skyreels_v3.stages import Pass, Steps
 from skyreels_v3.tasks import GenerationRequest, latent_frames
 

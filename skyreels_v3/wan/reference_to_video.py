@@ -9,8 +9,8 @@ import torch
 
 from skyreels_v3.denoising.guidance import NO_TEXT_NO_IMAGE, text_image_guidance
 from skyreels_v3.denoising.loop import Conditioning
+from skyreels_v3.inputs import Inputs
 from skyreels_v3.media.image import letterbox
-from skyreels_v3.media.inputs import Inputs
 from skyreels_v3.stages import Pass, Steps
 from skyreels_v3.tasks import REFERENCE_SLOTS, GenerationRequest, latent_frames
 from skyreels_v3.wan.transformer import Segment

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from skyreels_v3.denoising.guidance import text_guidance
 from skyreels_v3.denoising.loop import Conditioning
-from skyreels_v3.media.inputs import Inputs
+from skyreels_v3.inputs import Inputs
 from skyreels_v3.stages import Pass, Steps
 from skyreels_v3.tasks import GenerationRequest, latent_frames
 from skyreels_v3.wan.transformer import Segment

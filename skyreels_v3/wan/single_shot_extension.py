@@ -12,7 +12,7 @@ from torch import Tensor
 
 from skyreels_v3.denoising.guidance import text_guidance
 from skyreels_v3.denoising.loop import Conditioning
-from skyreels_v3.media.inputs import Inputs
+from skyreels_v3.inputs import Inputs
 from skyreels_v3.stages import Frame, Pass, Steps
 from skyreels_v3.tasks import GenerationRequest, plan_roll_outs
 from skyreels_v3.wan.transformer import Segment

@@ -20,10 +20,10 @@ from torch import Tensor
 from skyreels_v3.denoising.guidance import NO_AUDIO, NO_TEXT_NO_AUDIO, Guidance, text_audio_guidance
 from skyreels_v3.denoising.loop import Conditioning, leave
 from skyreels_v3.denoising.schedules import euler
+from skyreels_v3.inputs import Inputs
 from skyreels_v3.media.audio import normalise_loudness, read_audio
 from skyreels_v3.media.color import match_color
 from skyreels_v3.media.image import cover_crop, covered_box, full_size
-from skyreels_v3.media.inputs import Inputs
 from skyreels_v3.media.video import read_frames, resized
 from skyreels_v3.stages import Frame, Pass, Steps, frames_to_video
 from skyreels_v3.tasks import PATCH_SIZE, SIZE_MULTIPLE, VAE_STRIDE, GenerationRequest, latent_frames

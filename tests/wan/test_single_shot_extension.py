@@ -9,7 +9,7 @@ import pytest
 
 from skyreels_v3.cli import parse_request
 from skyreels_v3.components import load_components
-from skyreels_v3.media.inputs import open_inputs
+from skyreels_v3.inputs import open_inputs
 from skyreels_v3.plan import plan
 from skyreels_v3.resume import RunRecord, open_state
 from skyreels_v3.runtime import start

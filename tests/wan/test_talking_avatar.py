@@ -17,7 +17,7 @@ from skyreels_v3.cache import TensorCache
 from skyreels_v3.cli import parse_request
 from skyreels_v3.components import Components, load_components
 from skyreels_v3.errors import UserError
-from skyreels_v3.media.inputs import Inputs, open_inputs
+from skyreels_v3.inputs import Inputs, open_inputs
 from skyreels_v3.plan import plan
 from skyreels_v3.resume import RunRecord, open_state
 from skyreels_v3.runtime import start

@@ -1,4 +1,4 @@
-"""A request's input files: found, looked at, and the output's size chosen from them."""
+"""A request's input files: opened and checked, and the output size chosen from them."""
 
 from __future__ import annotations
 
