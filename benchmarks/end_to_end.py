@@ -319,7 +319,6 @@ def random_components(toy: Path, request: GenerationRequest, runtime: Runtime) -
         vae,
         TextEncoder(text_encoder, tokenizer),
         prompts=TensorCache(None, ""),
-        measurements=TensorCache(None, ""),
         quant=request.quant,
         **sound,
     )

@@ -1,4 +1,4 @@
-"""What is kept for later runs in the user's cache folder: the toy model, compiled code, encoded prompts, measurements.
+"""What is kept for later runs in the user's cache folder: the toy model, compiled code, encoded prompts.
 
 torch is imported when tensors are stored and recalled.
 """

@@ -24,7 +24,6 @@ import yaml
 from skyreels_v3 import __version__
 from skyreels_v3.attention.kernels import ATTENTIONS
 from skyreels_v3.config_text import read_yaml_text
-from skyreels_v3.denoising.cache_methods import METHODS, CacheSettings
 from skyreels_v3.errors import UserError, redact_url, shown
 from skyreels_v3.hints import SEE_HELP, flag_meant, value_meant
 from skyreels_v3.runtime import DEVICES, DTYPES
@@ -60,7 +59,8 @@ DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # as web pages and word p
 MAX_SIDE = 2048
 MAX_PIXELS = 1920 * 1088
 MAX_SEED = 2**32 - 1  # a CPU's generator of noise takes 32 bits, and drops those above them without a word
-MIN_CACHED_STEPS = 12  # with fewer, what one step makes is no guess of what the next would
+MIN_CACHED_STEPS = 12  # with fewer, neighbouring steps differ too much
+CACHE_THRESHOLD = 0.1  # of fbcache; a common choice for HunyuanVideo
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ FLAGS = (
     Flag("color_correction_strength", "1 keeps the portrait's colours (default), 0 is off", float, low=0, high=1),
     Flag("sequence_batch", "accepted as in V1, changes nothing: guidance is computed term by term", bool),
     Flag("no_riflex", "do without RIFLEx: beyond 192 frames the video repeats itself (t2v, i2v)", bool),
-    Flag("cache", f"skip steps that change little: {', '.join(METHODS)}; off by default", metavar="METHOD[:THRESHOLD]"),
+    Flag("cache", "skip blocks in steps that change little; off by default", metavar="fbcache[:THRESHOLD]"),
     Flag(
         "model_id",
         "hub id or folder of the checkpoint (default: the task's own); 'tiny' for a built-in toy",
@@ -725,7 +725,11 @@ def check_values(spec: TaskSpec, values: Mapping[str, Any]) -> None:
             "--num_frames", f"{values['num_frames']} is out of range; {spec.name} makes up to {most} frames"
         )
     if values.get("cache"):
-        check_steps(parse_cache(values["cache"]), values.get("num_inference_steps", spec.num_inference_steps))
+        parse_cache(values["cache"])
+        steps = values.get("num_inference_steps", spec.num_inference_steps)
+        if steps < MIN_CACHED_STEPS:
+            way_out = f"give --num_inference_steps {MIN_CACHED_STEPS} or more, or leave it out"
+            raise UserError("--cache", f"fbcache: {steps} steps are too few to skip any; {way_out}")
     check_size(values)
     check_references(values)
     check_memory(values)
@@ -777,24 +781,18 @@ def check_memory(values: Mapping[str, Any]) -> None:
     parse_loras(values)
 
 
-def parse_cache(text: str) -> CacheSettings:
-    """--cache as a method and its threshold, which follows a colon."""
+def parse_cache(text: str) -> float:
+    """The threshold of --cache, fbcache[:THRESHOLD]."""
     method, colon, end = text.partition(":")
     try:
-        threshold = float(end) if colon else METHODS.get(method, 0.0)
+        threshold = float(end) if colon else CACHE_THRESHOLD
     except ValueError:
         threshold = math.nan
-    if method not in METHODS or not 0 <= threshold < math.inf:
-        reason = f"{told(text)}: choose {', '.join(METHODS)}"
-        raise UserError("--cache", f"{reason}, with a threshold after a colon if need be, such as fbcache:0.1")
-    return CacheSettings(method, threshold)
-
-
-def check_steps(cache: CacheSettings, steps: int) -> None:
-    """Raise UserError for a cache where there are too few steps."""
-    if steps < MIN_CACHED_STEPS:
-        reason = f"{cache.method}: {steps} steps are too few to skip any"
-        raise UserError("--cache", f"{reason}; give --num_inference_steps {MIN_CACHED_STEPS} or more, or leave it out")
+    if method != "fbcache" or not 0 <= threshold < math.inf:
+        raise UserError(
+            "--cache", f"{told(text)}: choose fbcache, with a threshold after a colon if need be, such as fbcache:0.1"
+        )
+    return threshold
 
 
 def parse_loras(values: Mapping[str, Any]) -> tuple[Lora, ...]:

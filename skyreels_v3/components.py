@@ -52,7 +52,6 @@ class Components:
     vae: VideoVAE | HunyuanVAE
     text_encoder: TextEncoder | HunyuanTextEncoder | None  # encoders only where something is encoded
     prompts: TensorCache
-    measurements: TensorCache  # of the transformer, for step caching
     scheduler: Mapping[str, Any] | None = None  # its config, where the task does not say it all
     quant: str | None = None  # of the text encoder, to be done when it is needed
     image_encoder: ImageEncoder | None = None
@@ -74,13 +73,11 @@ def load_components(folder: Path, request: GenerationRequest, runtime: Runtime) 
             bar.update()
     weights = weight_files(folder / task.transformer_folder)
     known_prompts = identity_of(text_encoder_files(others, task), runtime.dtype, request.quant)
-    known_transformer = identity_of(weights, runtime.dtype, request.quant, request.lora)
     if reads:
         read_ahead(weights)  # while the prompt and the pictures are encoded
     components = Components(
         **loaded,
         prompts=TensorCache(None if request.no_cache else cache_folder() / "prompts", known_prompts),
-        measurements=TensorCache(cache_folder() / "measurements", known_transformer),
         scheduler=read_json(others / BASE_SCHEDULER) if task.layout == HUNYUAN else None,
         quant=request.quant,
     )

@@ -36,8 +36,7 @@ ELSEWHERE = {
     "--shift {}": "sample_shift flow_shift time_shift timestep_shift",
     "--guidance_scale {}": "sample_guide_scale guide_scale cfg cfg_scale guidance true_cfg_scale",
     "--embedded_guidance_scale {}": "embedded_cfg_scale embedded_guidance",
-    "--cache teacache": "teacache use_teacache enable_teacache",
-    "--cache teacache:{}": "teacache_thresh rel_l1_thresh",
+    "--cache fbcache": "teacache use_teacache enable_teacache teacache_thresh rel_l1_thresh magcache use_magcache",
     "--model_id {}": "model model_path model_dir model_name ckpt ckpt_dir ckpt_path ckpt_name checkpoint unet_name "
     "dit_weight pretrained_model_name_or_path",
     "--base_model_id {}": "model_base",

@@ -246,22 +246,14 @@ class Steps:
     @contextmanager
     def predictions(self, request: GenerationRequest) -> Iterator[Predictions]:
         """What computes the predictions of a pass: divided among processes, and not at every step if so asked."""
-        parallel, known = self.runtime.parallel, self.components.measurements
+        parallel = self.runtime.parallel
         if request.cache is None:
             yield parallel.predictions
             return
-        method, team = request.cache.method, None
-        figures = parallel.once(lambda: known.recall(method) or {})
-        if parallel.degrees.sequence > 1:
-            team = parallel.team_along("sequence")
-        cache = StepCache(request.cache, request.num_inference_steps, figures or None, team)
+        cache = StepCache(request.cache, parallel.team_along("sequence") if parallel.degrees.sequence > 1 else None)
         with cache.attached(self.components.transformer):
             yield lambda names, predict: parallel.predictions(names, lambda name: cache.under(name, predict))
-        total = cache.evaluated + cache.skipped
-        logger.info("%s computed %d of %d blocks", method, cache.evaluated, total)
-        if parallel.main and cache.measured is not None:
-            known.store(method, cache.measured)
-            logger.warning("%s has measured this checkpoint, and skipped nothing; from the next run on it can", method)
+        logger.info("fbcache computed %d of %d blocks", cache.computed, cache.computed + cache.skipped)
 
     def recall(self) -> dict[str, Tensor]:
         """The next pass of an interrupted run, see `RunState.recall`."""

@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from skyreels_v3.denoising.cache_methods import CacheSettings
-
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 TASK_NAMES = (
     *("reference_to_video", "single_shot_extension", "shot_switching_extension", "talking_avatar"),
@@ -123,7 +121,7 @@ class GenerationRequest:
     device: str = "auto"
     dtype: str | None = None
     no_riflex: bool = False
-    cache: CacheSettings | None = None  # of steps, see denoising/step_cache.py
+    cache: float | None = None  # threshold of the step cache, see denoising/step_cache.py
     output: Path | None = None
     outdir: str | None = None  # a folder of results/, with V1's names of files
     video_num: int = 1

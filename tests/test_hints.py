@@ -36,6 +36,7 @@ ELSEWHERE_MEANT = {
     "--dit_fsdp": "give --use_usp --shard_weights",
     "--convert_model_dtype": "leave it out: weights are loaded in --dtype",
     "--steps 8": "give --num_inference_steps 8",
+    "--teacache_thresh 0.1": "give --cache fbcache",
     "--cfg 6": "give --guidance_scale 6",
     "--n_prompt=ugly": "give --negative_prompt ugly",
     "--Num-Steps": "give --num_inference_steps",

@@ -123,14 +123,9 @@ def test_names_in_outdir(tmp_path, monkeypatch):
     assert free_name(request).name.endswith("_5_0-2.mp4")
 
 
-@pytest.mark.parametrize(
-    ("text", "method", "threshold"),
-    [("fbcache", "fbcache", None), ("magcache:0.1", "magcache", 0.1), ("teacache:0", "teacache", 0.0)],
-)
-def test_cache(text, method, threshold):
-    cache = parse_request([*T2V, "--cache", text]).cache
-    assert cache is not None and cache.method == method
-    assert cache.threshold > 0 if threshold is None else cache.threshold == threshold
+@pytest.mark.parametrize(("text", "threshold"), [("fbcache", 0.1), ("fbcache:0.3", 0.3), ("fbcache:0", 0.0)])
+def test_cache(text, threshold):
+    assert parse_request([*T2V, "--cache", text]).cache == threshold
 
 
 @pytest.mark.parametrize(
@@ -188,7 +183,7 @@ BAD = [
         "cache-v3", ["--task_type", "reference_to_video", "--ref_imgs", "a.png", "--prompt", "a", "--cache", "fbcache"],
         "--cache", "fbcache", "give --num_inference_steps",
     ),
-    bad(T2V, "--cache", "bestcache", "choose fbcache, teacache, magcache"),
+    bad(T2V, "--cache", "teacache:0.1", "choose fbcache, with a threshold"),
     bad(T2V, "--cache", "fbcache:much", "such as fbcache:0.1"),
     bad(T2V, "--cache", "fbcache:-1", "such as fbcache:0.1"),
     bad(T2V, "--num_frames", "401", "up to 385 frames"),
@@ -231,7 +226,7 @@ def test_the_spec_says_what_it_is_for():
 @pytest.mark.parametrize("argv", [T2V, I2V], ids=["t2v", "i2v"])
 def test_what_is_recorded_makes_the_same_request(argv, tmp_path, monkeypatch):
     """What a video's comment says is ready for --config."""
-    flags = ["--num_frames", "100", "--quant", "--cache", "magcache:0.1", "--fps", "30", "--no_riflex", "--seed", "9"]
+    flags = ["--num_frames", "100", "--quant", "--cache", "fbcache:0.2", "--fps", "30", "--no_riflex", "--seed", "9"]
     request = parse_request([*argv, *flags])
     monkeypatch.chdir(tmp_path)
     Path("made.yaml").write_text(json.dumps(dict(request.flags)))

@@ -230,26 +230,6 @@ def test_first_block_cache_is_that_of_diffusers(main, stock, caplog):
     assert (load_file("plain.safetensors")["latents.0"] - cached).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("method", ["teacache:0.6", "magcache:0.3"])
-def test_what_is_measured_once_is_used_from_then_on(main, method, caplog, tmp_path, monkeypatch):
-    caplog.set_level(logging.INFO)
-    monkeypatch.setenv("SKYREELS_CACHE", str(tmp_path / "own"))
-    plain = made(main, "t2v", *CACHED_STEPS)
-    made(main, "t2v", *CACHED_STEPS, "--cache", method, "--save_latents", "first.safetensors")
-    assert "has measured this checkpoint" in caplog.text
-    assert torch.equal(load_file("first.safetensors")["latents.0"], plain)
-    assert blocks_of(caplog) == (128, 128)
-    made(main, "t2v", *CACHED_STEPS, "--cache", method, "--save_latents", "second.safetensors")
-    computed, _ = blocks_of(caplog)
-    assert computed < 120
-    assert caplog.text.count("has measured this checkpoint") == 1
-    made(main, "t2v", *CACHED_STEPS, "--cache", method, "--offload", "--parameters_level",
-         "--save_latents", "streamed.safetensors")  # fmt: skip
-    assert blocks_of(caplog)[0] == computed
-    second, streamed = (load_file(f"{name}.safetensors")["latents.0"] for name in ("second", "streamed"))
-    torch.testing.assert_close(streamed, second, atol=10 * TOLERANCE, rtol=0)
-
-
 def test_a_cache_for_a_task_of_v3(main, caplog):
     caplog.set_level(logging.INFO)
     code, _, stderr = main(
