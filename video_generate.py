@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""SkyReels V1's command, by its old name: the same as generate_video.py, and t2v where no task is named."""
+"""SkyReels V1's command, by its old name: generate_video.py with t2v as the default task."""
 
 import sys
 
-from generate_video import main
+from skyreels_v3.main import main
 from skyreels_v3.parallel.processes import leave
 
 if __name__ == "__main__":

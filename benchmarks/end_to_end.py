@@ -44,7 +44,7 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-import generate_video
+import skyreels_v3.main
 from benchmarks.common import at_least, environment, gigabytes, parser_of, report, wait_for
 from benchmarks.models import random_model, random_transformer
 from skyreels_v3 import components, runtime
@@ -104,7 +104,7 @@ END = object()
 def main() -> int:
     """Run, print; 2 when the request cannot work."""
     args, rest = parse_arguments()
-    generate_video.set_up_logging(-1, ALONE)
+    skyreels_v3.main.set_up_logging(-1, ALONE)
     record = Record()
     try:
         with tempfile.TemporaryDirectory(prefix="end-to-end-benchmark-") as folder:

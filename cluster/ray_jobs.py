@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import ray
 
-from generate_video import set_up_logging
 from skyreels_v3.batch import (
     Job,
     Results,
@@ -40,6 +39,7 @@ from skyreels_v3.batch import (
 from skyreels_v3.cli import parse_flags, verbosity_of
 from skyreels_v3.console import escape_unknown, say
 from skyreels_v3.errors import UserError
+from skyreels_v3.main import set_up_logging
 from skyreels_v3.parallel.processes import INTERRUPTED, prepare_to_end
 from skyreels_v3.parallel.ranks import ALONE
 

@@ -42,6 +42,7 @@ from skyreels_v3.tasks import (
     task_spec,
 )
 
+SCRIPT = "python3 generate_video.py"
 MAX_TEXT = 10_000  # characters of one value; of a prompt the model reads 512 tokens
 MAX_CONFIG_BYTES = 256 << 10
 INPUTS = ("image", "ref_imgs", "input_video", "input_image", "input_audio", "keyframes", "jobs")
@@ -308,9 +309,12 @@ def parse_request(argv: Sequence[str]) -> GenerationRequest:
     return request_of(parse_flags(argv))
 
 
-def parse_flags(argv: Sequence[str], default_task: str | None = None) -> dict[str, Any]:
-    """The flags of a command line and of its config file, with a task if neither has one; raises as `parse_request`."""
-    found, unknown = build_parser().parse_known_args(join_values(argv))
+def parse_flags(argv: Sequence[str], default_task: str | None = None, command: str = SCRIPT) -> dict[str, Any]:
+    """The flags of a command line and of its config file, with a task if neither has one; raises as `parse_request`.
+
+    `command` is what --help says to type.
+    """
+    found, unknown = build_parser(command).parse_known_args(join_values(argv))
     refuse_unknown(unknown, argv)
     given = {name: value for name, value in vars(found).items() if value is not None}
     config = given.pop("config", None)
@@ -372,11 +376,11 @@ def refuse_unknown(words: Sequence[str], argv: Sequence[str]) -> None:
     )
 
 
-def build_parser() -> Parser:
+def build_parser(command: str = SCRIPT) -> Parser:
     """All flags; values stay text until `convert`."""
-    examples = "\n\n".join(example_of(task_spec(name)) for name in TASK_NAMES)
+    examples = "\n\n".join(example_of(task_spec(name), command) for name in TASK_NAMES)
     parser = Parser(
-        prog="generate_video.py",
+        prog=command,
         usage="%(prog)s --task_type TASK --prompt TEXT [flags]",
         description="Make video with the SkyReels V3 and V1 models. Each task has an example below.",
         epilog=f"Tasks, each with an example (add --dry_run to see what it takes first):\n\n{examples}",
@@ -402,9 +406,9 @@ def build_parser() -> Parser:
     return parser
 
 
-def example_of(spec: TaskSpec) -> str:
+def example_of(spec: TaskSpec, command: str) -> str:
     """What a task makes, and a command for it."""
-    lines = (f"python3 generate_video.py --task_type {spec.name}", *(f"  {line}" for line in spec.example))
+    lines = (f"{command} --task_type {spec.name}", *(f"  {line}" for line in spec.example))
     return f"  {spec.summary}:\n    " + " \\\n    ".join(lines)
 
 

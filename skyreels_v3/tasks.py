@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+PACKAGE = Path(__file__).resolve().parent
+# inside an installed package; beside it in a clone and in an editable install
+CONFIG_DIR = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 TASK_NAMES = (
     *("reference_to_video", "single_shot_extension", "shot_switching_extension", "talking_avatar"),
     *("t2v", "i2v"),

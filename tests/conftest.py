@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from imageio_ffmpeg import write_frames
 
-import generate_video
+import skyreels_v3.main
 from skyreels_v3.parallel import processes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +27,7 @@ SECONDS = 2.0  # in which every error must be there
 # main, and an exit code that tells when it imported what takes seconds
 DRIVER = """
 import sys
-from generate_video import main
+from skyreels_v3.main import main
 code = main(sys.argv[1:])
 heavy = {"torch", "diffusers", "transformers"} & sys.modules.keys()
 sys.exit(f"imported {sorted(heavy)}" if heavy else code)
@@ -185,7 +185,7 @@ def main(tmp_path, cache, monkeypatch, capsys) -> Callable[..., tuple[int, str, 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, *processes.ENDS)}
 
     def main(*arguments: object, default_task: str | None = None) -> tuple[int, str, str]:
-        code = generate_video.main([str(argument) for argument in arguments], default_task)
+        code = skyreels_v3.main.main([str(argument) for argument in arguments], default_task)
         return code, *capsys.readouterr()
 
     yield main

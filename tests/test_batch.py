@@ -555,7 +555,7 @@ import os
 import sys
 from pathlib import Path
 
-import generate_video
+import skyreels_v3.main
 from skyreels_v3 import batch as jobs
 
 carry_out = jobs.carry_out
@@ -568,7 +568,7 @@ def noted(job, *others):
 
 
 jobs.carry_out = noted
-sys.exit(generate_video.main(sys.argv[1:]))
+sys.exit(skyreels_v3.main.main(sys.argv[1:]))
 """
 
 

@@ -25,7 +25,6 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-import generate_video
 from skyreels_v3 import generate as session
 from skyreels_v3.cli import parse_request
 from skyreels_v3.inputs import Inputs
@@ -229,7 +228,7 @@ def test_other_errors_are_one_line_and_exit_code_1(main, picture, monkeypatch, c
     def fail(*_: object) -> None:
         raise RuntimeError("the disk is full\nand more")
 
-    monkeypatch.setattr(generate_video, "run", fail)
+    monkeypatch.setattr("skyreels_v3.main.run", fail)
     flags = (*REFERENCE, "--ref_imgs", picture)
     code, stdout, stderr = main(*flags)
     assert (code, stdout) == (1, "")
@@ -242,7 +241,7 @@ def test_other_errors_are_one_line_and_exit_code_1(main, picture, monkeypatch, c
 @pytest.mark.parametrize("model_id", ["tiny", "some/model", "{reference}/pipelines/checkpoints/reference_to_video"])
 def test_a_dry_run_loads_and_leaves_nothing(reference, picture, tmp_path, model_id):
     model_id = model_id.format(reference=reference)
-    code = "import sys, generate_video; generate_video.main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    code = "import sys; from skyreels_v3.main import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     argv = [*REFERENCE, "--model_id", model_id, "--ref_imgs", picture, "--dry_run", "--save_latents", "a.safetensors"]
     caches = {"SKYREELS_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": str(ROOT)}
     run = subprocess.run(

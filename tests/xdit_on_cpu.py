@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline  # noqa: F401  before the pretence, which is for xDiT alone
 
-import generate_video
+import skyreels_v3.main
 from skyreels_v3 import runtime
 from skyreels_v3.parallel import groups as distributed
 from skyreels_v3.parallel import usp
@@ -63,7 +63,7 @@ def main() -> int:
         mock.patch.object(distributed, "has_xdit", lambda *_: True),
         mock.patch.object(distributed, "xdit_usp", on_cpu),
     ):
-        return generate_video.main(sys.argv[1:])
+        return skyreels_v3.main.main(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ NOWHERE = "http://127.0.0.1:9"
 DRIVER = """
 import os
 import sys
-from generate_video import set_up_logging
+from skyreels_v3.main import set_up_logging
 from skyreels_v3.checkpoints.hub import download
 from skyreels_v3.cli import parse_request
 from skyreels_v3.errors import UserError
@@ -275,7 +275,7 @@ def test_a_model_that_not_everybody_gets(served, fetch, status):
 def test_what_is_not_on_the_hub_is_found_before_anything_is_fetched(lora_hub, fetch, flags, message):
     server = lora_hub("a.safetensors", "c.safetensors")
     argv = [*REFERENCE, "--dry_run", *flags]
-    run = fetch(server.url, *argv, driver="import sys, generate_video\nsys.exit(generate_video.main(sys.argv[1:]))")
+    run = fetch(server.url, *argv, driver="import sys; from skyreels_v3.main import main; sys.exit(main(sys.argv[1:]))")
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr.startswith(f"error: {message}")
     assert server.asked == []

@@ -174,7 +174,7 @@ import re
 import signal
 import sys
 import torch
-import generate_video
+import skyreels_v3.main
 from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
 forward, calls = SkyReelsTransformer3DModel.forward, []
@@ -190,7 +190,7 @@ def troubled(*arguments):
 
 
 SkyReelsTransformer3DModel.forward = troubled
-sys.exit(generate_video.main(sys.argv[1:]))
+sys.exit(skyreels_v3.main.main(sys.argv[1:]))
 """
 ARGUMENTS = ("--task_type", "reference_to_video", "--ref_imgs", str(ASSETS / "fox.png"), "--prompt", "a fox")
 SMALL = ("--num_frames", "5", "--height", "32", "--width", "64")

@@ -1,0 +1,193 @@
+"""The command line: `skyreels generate`, `python -m skyreels_v3 generate` and the scripts generate_video.py and
+video_generate.py all end up in `main`.
+
+The straight path of a request: argv -> request -> checks -> checkpoint -> runtime -> components -> passes -> frames ->
+mp4. The last line on stdout is the path of what was made. Exit codes: 0 done, 2 the request cannot work, 130
+interrupted, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from skyreels_v3 import __version__
+from skyreels_v3.batch import Studio, cause_of, downloads_folder, run_jobs
+from skyreels_v3.cli import SCRIPT, parse_flags, request_of, verbosity_of
+from skyreels_v3.console import Stderr, escape_unknown, say, show
+from skyreels_v3.errors import AlreadyDone, IncompleteOutput, UserError, redact, shown
+from skyreels_v3.media.sources import is_url
+from skyreels_v3.parallel import processes
+from skyreels_v3.parallel.ranks import ALONE, Ranks, check_ranks, ranks_of
+from skyreels_v3.tasks import GenerationRequest
+
+logger = logging.getLogger("skyreels_v3")
+
+PROGRAM = "skyreels"  # the console script
+
+
+def run(request: GenerationRequest, ranks: Ranks) -> None:
+    """Carry out a request and print the path of what it made, or its plan."""
+    check_ranks(request, ranks)
+    with downloads_folder(ranks) as downloads:
+        if request.dry_run:
+            if ranks.main:
+                from skyreels_v3.preflight import planned
+
+                show(planned(request, downloads, ranks))
+            return
+        for path in generate(request, downloads, ranks):
+            if ranks.main:
+                show(path)
+
+
+def generate(request: GenerationRequest, downloads: Path, ranks: Ranks) -> Iterator[Path]:
+    """Make the videos, with the other processes if there are some, and give the path of each."""
+    studio = Studio(ranks, team=ranks)
+    first, *others = request.videos()
+    seen = studio.look(first, downloads) if ranks.leads else None
+    if ranks.world > 1:
+        processes.meet(ranks, request.device)
+    for video in (first, *others):
+        try:
+            yield studio.make(studio.prepare(video, downloads, f"video/{video.number}", seen))
+        except AlreadyDone as done:
+            logger.info("%s", done)
+            yield done.output
+        except IncompleteOutput as error:
+            yield error.output
+            raise
+        seen = None
+    processes.part()
+
+
+def act_on(flags: Mapping[str, Any], ranks: Ranks) -> int:
+    """Do what flags ask for; returns the exit code."""
+    if "jobs" in flags:
+        return run_jobs(flags, ranks)
+    run(request_of(flags), ranks)
+    return 0
+
+
+def start_processes(flags: Mapping[str, Any], argv: Sequence[str], wanted: int) -> int:
+    """Have `wanted` processes on this machine do what flags ask for; returns the exit code."""
+    team = Ranks(world=wanted, local_world=wanted)
+    if flags.get("dry_run"):
+        return act_on(flags, team)  # one can say what all would do
+    logger.setLevel(logging.ERROR)  # they say the rest
+    request = None if "jobs" in flags else request_of(flags)
+    if request is not None and not any(is_url(source) for _, source in request.sources):
+        from skyreels_v3.preflight import preflight
+
+        try:
+            preflight(request, Path(), team)  # what is wrong is found before they are started
+        except AlreadyDone as done:
+            if request.video_num == 1:
+                show(done.output)
+                return 0
+    from skyreels_v3.parallel.launch import launch
+
+    task = [f"--task_type={flags['task_type']}"] if "task_type" in flags else []
+    return launch([str(Path(__file__).with_name("__main__.py")), "generate", *argv, *task], wanted)
+
+
+class RedactingFormatter(logging.Formatter):
+    """Keeps secrets of addresses out of what is logged, whoever logs it; out of tracebacks, too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def set_up_logging(verbosity: int, ranks: Ranks = ALONE) -> None:
+    """Messages go to stderr, those of the first process; the libraries' own chatter only with --verbose."""
+    level = {-1: logging.WARNING, 0: logging.INFO, 1: logging.DEBUG}[verbosity] if ranks.main else logging.ERROR
+    handler = logging.StreamHandler(Stderr())
+    handler.setFormatter(RedactingFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.ERROR)
+    logger.setLevel(level)
+
+
+def check_current_folder() -> None:
+    """Raise UserError where the current folder was removed: nothing relative is found there, and torch ends Python."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("command line", "the current folder is not there any more; change to one that is") from error
+
+
+def main(argv: Sequence[str], default_task: str | None = None, command: str = SCRIPT) -> int:
+    """Make the videos that `argv` asks for.
+
+    Args:
+        argv: the flags, without the name of the program.
+        default_task: the task if neither flags nor a config file name one.
+        command: what --help says to type.
+
+    Returns:
+        The exit code.
+    """
+    verbosity, ranks = 1, ALONE
+    escape_unknown()
+    try:
+        ranks = ranks_of(os.environ)
+        flags = parse_flags(argv, default_task, command)
+        # of processes with a video each, each has something to tidy up
+        each_its_own = "jobs" in flags and not flags.get("use_usp")
+        processes.prepare_to_end(replace(ranks, local_rank=0) if each_its_own else ranks)
+        if not ranks.main:
+            flags = {name: value for name, value in flags.items() if name != "verbose"} | {"quiet": True}
+        verbosity = verbosity_of(flags)
+        set_up_logging(verbosity, ranks)
+        wanted = flags.pop("gpu_num", 1)
+        check_current_folder()
+        if wanted > 1 and ranks.world == 1:
+            return start_processes(flags, argv, wanted)
+        if wanted not in (1, ranks.world):
+            reason = f"{wanted}: {ranks.world} processes were started already"
+            raise UserError("--gpu_num", f"{reason}; leave it out, or start without torchrun")
+        return act_on(flags, ranks)
+    except UserError as error:
+        return processes.ended(f"error: {error}\n", 2, ranks)
+    except KeyboardInterrupt as error:
+        return processes.ended("interrupted\n", processes.INTERRUPTED, ranks, error)
+    except Exception as error:
+        if verbosity > 0:
+            logging.exception("failed")
+        return processes.ended(f"error: {cause_of(error)} (--verbose shows where)\n", 1, ranks)
+
+
+def generate_command(argv: Sequence[str]) -> int:
+    return main(argv, command=f"{PROGRAM} generate")
+
+
+COMMANDS = {"generate": (generate_command, "make one video, several, or those of a jobs file")}
+
+
+def run_command(argv: Sequence[str]) -> int:
+    """Run a subcommand, named by the first of `argv`; returns the exit code."""
+    name, *rest = argv or ("--help",)
+    if name in COMMANDS:
+        return COMMANDS[name][0](rest)
+    escape_unknown()
+    if name in ("-h", "--help", "--version"):
+        show(f"skyreels_v3 {__version__}" if name == "--version" else usage())
+        return 0
+    meant = f"put a command before it: {PROGRAM} generate {name} ..." if name[:1] == "-" else f"see {PROGRAM} --help"
+    say(f"error: command line: {shown(name)} is not a command; {meant}\n")
+    return 2
+
+
+def usage() -> str:
+    commands = "\n".join(f"  {name:<10}{summary}" for name, (_, summary) in COMMANDS.items())
+    flags = f"{PROGRAM} COMMAND --help lists the flags of a command."
+    return f"usage: {PROGRAM} COMMAND [flags]\n\nInference for the SkyReels video models.\n\n{commands}\n\n{flags}"
+
+
+def console_script() -> NoReturn:
+    """What the installed `skyreels` runs."""
+    processes.leave(run_command(sys.argv[1:]))
