@@ -1,6 +1,6 @@
-"""What is kept for later runs in the user's cache folder: the toy model, compiled code, encoded prompts.
+"""The user's cache folder: the tiny model, compiled code, encoded prompts, measured throughput.
 
-torch is imported when tensors are stored and recalled.
+Imports torch only when tensors are stored or recalled.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-KEPT = 256  # tensors' files of some hundred kilobytes each
-FORMAT = 2  # a new number where what is computed changes
+MAX_FILES = 256  # of tensors, some hundred kilobytes each
+VERSION = 2  # of what is computed; change it with that
 
 
 def cache_folder() -> Path:
-    """Where made files are kept: $SKYREELS_CACHE, or skyreels_v3 in the user's cache folder."""
-    base = os.environ.get("SKYREELS_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skyreels_v3"
+    """$SKYREELS_CACHE, or skyreels_v3 in the user's cache folder."""
+    own, caches = os.environ.get("SKYREELS_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(own) if own else Path(caches or Path.home() / ".cache") / "skyreels_v3"
 
 
 def compiled_folder() -> Path:
-    """Where compiled code is kept: on machines that share a cache folder, for each kind of processor its own.
+    """Where torch.compile keeps its code: one folder per kind of processor, for machines that share a cache folder.
 
-    torch finds code again that is for other instructions than this processor's, which crashes or computes wrong.
+    torch would load code that was compiled for other instructions, which crashes or computes wrong results.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -47,51 +47,47 @@ def compiled_folder() -> Path:
 
 
 def identity_of(files: Iterable[Path], *more: object) -> str:
-    """What an encoder's results depend on: its files, by place, length and time of change, and `more`."""
+    """What the results of an encoder depend on: its files (path, size, time of change) and `more`."""
     known = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return json.dumps([FORMAT, known, [str(part) for part in more]])
+    return json.dumps([VERSION, known, [str(part) for part in more]])
 
 
 @dataclass(frozen=True)
 class TensorCache:
-    """Tensors on disk that were computed for a text, such as a prompt, by something of a known identity.
+    """Tensors on disk, computed from a text such as a prompt by an encoder of a known identity.
 
-    Without a folder nothing is kept. A file that cannot be read or written costs no more than the computing that it
-    would have saved.
+    Stores nothing if `folder` is None. An unreadable or unwritable file costs only the time to compute it again.
     """
 
     folder: Path | None
     identity: str
 
     def recall(self, text: str) -> dict[str, Tensor] | None:
-        """What was computed before for a text, on the CPU."""
+        """The tensors stored for a text, on the CPU."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        if self.folder is None or not self._file(text).is_file():
-            return None
         try:
-            return load_file(self._file(text))
+            if self.folder is not None and (file := self.folder / self._name(text)).is_file():
+                return load_file(file)
         except (OSError, SafetensorError) as error:
-            logger.debug("a kept file cannot be read: %s", error)
-            return None
+            logger.debug("a cached file cannot be read: %s", error)
+        return None
 
     def store(self, text: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep what was computed for a text, and the newest others."""
+        """Store the tensors for a text, and remove the oldest files beyond `MAX_FILES`."""
         from safetensors.torch import save
 
         if self.folder is None:
             return
         try:
             content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-            replace_file(self._file(text), content)
+            replace_file(self.folder / self._name(text), content)
             by_age = sorted(self.folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
-            for old in by_age[:-KEPT]:
+            for old in by_age[:-MAX_FILES]:
                 old.unlink(missing_ok=True)
         except OSError as error:
-            logger.debug("a file cannot be kept: %s", error)
+            logger.debug("a file cannot be cached: %s", error)
 
-    def _file(self, text: str) -> Path:
-        assert self.folder is not None
-        name = hashlib.sha256(json.dumps([self.identity, text]).encode()).hexdigest()
-        return self.folder / f"{name}.safetensors"
+    def _name(self, text: str) -> str:
+        return f"{hashlib.sha256(json.dumps([self.identity, text]).encode()).hexdigest()}.safetensors"

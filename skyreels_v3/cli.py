@@ -25,7 +25,7 @@ from skyreels_v3 import __version__
 from skyreels_v3.attention.kernels import ATTENTIONS
 from skyreels_v3.config_text import read_yaml_text
 from skyreels_v3.errors import UserError, redact_url, shown
-from skyreels_v3.hints import SEE_HELP, flag_meant, value_meant
+from skyreels_v3.hints import SEE_HELP, suggest_flag, suggest_value
 from skyreels_v3.runtime import DEVICES, DTYPES
 from skyreels_v3.tasks import (
     HUNYUAN,
@@ -361,7 +361,7 @@ def refuse_unknown(words: Sequence[str], argv: Sequence[str]) -> None:
     name, _, value = words[0].partition("=")
     if len(words) > 1 and not value and not words[1].startswith("-"):
         value = words[1]
-    meant = flag_meant(name, value, (*BY_NAME, "config", "help", "version")) if re.match(r"-+\w", name) else SEE_HELP
+    meant = suggest_flag(name, value, (*BY_NAME, "config", "help", "version")) if re.match(r"-+\w", name) else SEE_HELP
     if re.match(r"--.", name) or meant != SEE_HELP:
         raise UserError(shown(name), f"there is no such flag; {meant}")
     if name and name[0] in DASHES:
@@ -426,7 +426,7 @@ def convert_text(flag: Flag, value: Any) -> str:
     name = f"--{flag.name}"
     if flag.choices and value not in flag.choices:
         choices = f"{', '.join(flag.choices[:-1])} or {flag.choices[-1]}"
-        raise UserError(name, f"{told(value)}: choose {choices}{value_meant(flag.name, told(value), flag.choices)}")
+        raise UserError(name, f"{told(value)}: choose {choices}{suggest_value(flag.name, told(value), flag.choices)}")
     if not isinstance(value, str):
         raise UserError(name, f"{told(value)} is not text; put it in quotes")
     if len(value) > MAX_TEXT:
@@ -514,7 +514,7 @@ def read_record(path: Path) -> Any:
 
 
 def unknown_key(key: Any, value: Any) -> str:
-    meant = flag_meant(told(key), told(value), BY_NAME)
+    meant = suggest_flag(told(key), told(value), BY_NAME)
     meant = meant if meant == SEE_HELP else meant.replace(" --", " ")  # keys have no dashes
     return f"unknown key {told(key)}; {meant}"
 

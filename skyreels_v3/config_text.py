@@ -1,81 +1,74 @@
-"""YAML and JSON that users write, or have from somebody else: read in no time, whatever it says.
+"""YAML and JSON from users, or from strangers: read quickly whatever the text is.
 
-Nothing in them can grow (no aliases, no merge keys), nest deeply or be said twice.
+Refused are aliases (a short text could expand to gigabytes), deep nesting and repeated keys.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import yaml
-from yaml.events import AliasEvent
-from yaml.nodes import MappingNode, Node, ScalarNode
+from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
+from yaml.nodes import MappingNode, ScalarNode
 
 MAX_DEPTH = 10
-MAX_NODES = 2_000
-MAX_NUMBER = 10_000  # characters of what is no text; to read some takes a time that grows with the square
+MAX_EVENTS = 4_000  # one for each scalar, two for each list and mapping
+MAX_PLAIN = 10_000  # characters of an unquoted value; reading a number takes time that grows with its square
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's own parser (libyaml's dies of deeply nested brackets) with limits that hold while it reads."""
+class Loader(yaml.SafeLoader):
+    """PyYAML's own parser: libyaml's crashes on deeply nested brackets."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.depth = 0
-        self.nodes = 0
-
-    def compose_node(self, parent: Node | None, index: Any) -> Node | None:
-        event = self.peek_event()
-        self.nodes += 1
-        if isinstance(event, AliasEvent):
-            raise self._refuse("anchors and aliases are not read, write the value out", event.start_mark)
-        if self.depth >= MAX_DEPTH or self.nodes > MAX_NODES:
-            raise self._refuse("too many values, or too many in each other", event.start_mark)
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        is_text = node is None or node.tag == "tag:yaml.org,2002:str"
-        if isinstance(node, ScalarNode) and not is_text and len(node.value) > MAX_NUMBER:
-            raise self._refuse("an endless number", node.start_mark)
-        if isinstance(node, MappingNode):
-            self._check_keys(node)
-        return node
-
-    def _check_keys(self, node: MappingNode) -> None:
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, ScalarNode)):
-            if key.tag == "tag:yaml.org,2002:merge":
-                raise self._refuse("merge keys are not read, write the values out", key.start_mark)
-            if key.value in seen:
-                raise self._refuse(f"{key.value[:100]} stands there twice", key.start_mark)
-            seen.add(key.value)
-
-    @staticmethod
-    def _refuse(problem: str, mark: yaml.Mark | None) -> yaml.MarkedYAMLError:
-        return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+    def flatten_mapping(self, node: MappingNode) -> None:
+        """Called for each mapping, for its merge keys: these are not read, which the constructor reports."""
+        repeated = first_repeated(key.value for key, _ in node.value if isinstance(key, ScalarNode))
+        if repeated is not None:
+            raise yaml.MarkedYAMLError(problem=f"{repeated[:100]} is given twice", problem_mark=node.start_mark)
 
 
 def read_yaml_text(text: str) -> Any:
-    """The content of a YAML text; raises YAMLError, also for dates and numbers that are none."""
-    loader = _Loader(text)
+    """The content of a YAML text.
+
+    Raises:
+        yaml.YAMLError: it is not YAML or beyond the limits, or a date or number in it is invalid.
+    """
     try:
-        return loader.get_single_data()
+        check_limits(text)
+        return yaml.load(text, Loader=Loader)
     except (ValueError, OverflowError) as error:
         raise yaml.YAMLError(str(error)) from error
-    finally:
-        loader.dispose()
+
+
+def check_limits(text: str) -> None:
+    """Raise YAMLError as soon as a text exceeds a limit; nothing is built meanwhile."""
+    depth = 0
+    for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        problem = ""
+        if isinstance(event, AliasEvent):
+            problem = "anchors and aliases are not read, write the value out"
+        elif depth > MAX_DEPTH or number > MAX_EVENTS:
+            problem = "too many values, or nested too deeply"
+        elif isinstance(event, ScalarEvent) and event.implicit[0] and len(event.value) > MAX_PLAIN:
+            problem = f"a value without quotes of more than {MAX_PLAIN} characters"
+        if problem:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
 
 def read_json_text(text: str | bytes) -> Any:
     """The content of a JSON text; raises ValueError, or RecursionError for thousands of brackets."""
-    return json.loads(text, object_pairs_hook=_unique)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        repeated = first_repeated(name for name, _ in pairs)
+        if repeated is not None:
+            raise ValueError(f"{repeated[:100]} is given twice")
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=unique)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice[:100]} stands there twice")
-    return content
+def first_repeated(names: Iterable[str]) -> str | None:
+    return next((name for name, times in Counter(names).items() if times > 1), None)

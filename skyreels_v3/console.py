@@ -1,4 +1,4 @@
-"""stdout and stderr, which may be unable to show a name, or be closed: neither costs a video."""
+"""stdout and stderr. Either may be closed, or unable to encode a file's name; that must not cost a finished video."""
 
 from __future__ import annotations
 
@@ -13,48 +13,48 @@ logger = logging.getLogger(__name__)
 
 
 def escape_unknown() -> None:
-    """Have characters that the terminal's encoding lacks written as escapes, and all to nowhere that is closed."""
+    """Write characters that a stream's encoding lacks as escapes, and replace a closed stream by the null device."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  to the end
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # notebooks have others
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  open until Python ends
+        stream = getattr(sys, name)
+        if isinstance(stream, TextIOWrapper):  # not in a notebook
             stream.reconfigure(errors="backslashreplace")
 
 
 def show(result: object) -> None:
-    """Print a result on stdout; once that takes no more, as behind `| head` or on a full disk, nothing is printed."""
+    """Print a result on stdout; if that fails (`| head`, a full disk), log it and print nothing from then on."""
     try:
         print(result, flush=True)  # noqa: T201
     except OSError as error:
         logger.warning("stdout cannot be written to (%s); the result is %s", error.strerror, result)
-        close(sys.stdout)
+        redirect_to_null(sys.stdout)
 
 
 def say(text: str) -> None:
-    """Write to stderr, if it takes anything: Ctrl-C may have ended `| tee` as well, a terminal may be closed."""
+    """Write to stderr, unless its other end is closed: Ctrl-C may have ended `| tee` too."""
     try:
         sys.stderr.write(text)
         sys.stderr.flush()
     except OSError:
-        close(sys.stderr)
+        redirect_to_null(sys.stderr)
 
 
 class Stderr:
-    """stderr for messages and progress bars, written to by `say`."""
+    """stderr for logging and progress bars; writes with `say`."""
 
     def write(self, text: str) -> None:
         say(text)
 
     def flush(self) -> None:
-        """Nothing is left to flush."""
+        """Nothing to do: `say` flushes."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(sys.stderr, name)
 
 
-def close(stream: TextIO) -> None:
-    """Have all go nowhere that is written to a stream, also what it has left when Python ends."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+def redirect_to_null(stream: TextIO) -> None:
+    """Discard what is written to a stream, including what Python flushes at exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)

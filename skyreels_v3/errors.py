@@ -1,7 +1,7 @@
-"""What a user did that cannot work, said in one line.
+"""Errors of the user, in one line each.
 
-A `UserError` names the flag, the value and the way out; the command line prints it and exits with 2. Everything else
-that goes wrong is a bug or the machine's fault and exits with 1.
+A `UserError` names the flag, the value and the way out; the command line prints it and exits with 2. Everything else is
+a bug or a failure of the machine and exits with 1.
 """
 
 from __future__ import annotations
@@ -9,81 +9,80 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-SHOWN_CHARACTERS = 100  # of a value in a message
+MAX_SHOWN = 100  # characters of a value in a message
 SCHEME = r"[A-Za-z][A-Za-z0-9+.-]{0,20}://"
 URL = re.compile(rf"{SCHEME}\S+")
+# scheme, user and password, host and path, start of the query; passwords may contain unescaped / ? # @
 URL_PARTS = re.compile(
     rf"(\s*{SCHEME})((?:[^/?#]*|(?!\[)[^/?#@]*:(?!\d*(?:[/?#]|$))[^@]*)@)?([^?#]*)([?#])?", re.DOTALL
 )
 
 
 def redact_url(url: str) -> str:
-    """An address without what gives access to it: `...` for user and password, `?...` for the query and what follows.
-
-    A password with characters that should have been escaped counts as one, too.
-    """
+    """A URL without credentials: user and password become `...`, query and fragment `?...`."""
     parts = URL_PARTS.match(url)
     if parts is None:
         return url
-    scheme, user, place, more = parts.groups()
-    return f"{scheme}{'...@' if user else ''}{place}{'?...' if more else ''}"
+    scheme, user, place, query = parts.groups()
+    return f"{scheme}{'...@' if user else ''}{place}{'?...' if query else ''}"
 
 
 def redact(text: str) -> str:
-    """`text` with every address in it as `redact_url` gives it; once more changes nothing."""
+    """`text` with each URL in it redacted; idempotent."""
 
     def cut(found: re.Match[str]) -> str:
         safe = redact_url(found[0])
-        done = found[0].startswith(safe) and not re.search(r"\w", found[0][len(safe) :])
-        return found[0] if done else safe
+        redacted = found[0].startswith(safe) and not re.search(r"\w", found[0][len(safe) :])
+        return found[0] if redacted else safe
 
     return URL.sub(cut, text)
 
 
 def shown(value: object) -> str:
-    """`value` for a one-line message: no secrets, its middle left out when it is long, control characters escaped."""
-    text = redact_url(str(value)) if URL_PARTS.match(str(value)) else redact(str(value))
-    if len(text) > SHOWN_CHARACTERS:
-        half = SHOWN_CHARACTERS // 2 - 2
+    """`value` for a message: on one line, redacted, shortened in the middle."""
+    text = str(value)
+    text = redact_url(text) if URL_PARTS.match(text) else redact(text)
+    if len(text) > MAX_SHOWN:
+        half = MAX_SHOWN // 2 - 2
         text = f"{text[:half]}...{text[-half:]}"
     return one_line(text)
 
 
 def one_line(text: str) -> str:
-    """`text` with everything escaped that would leave its line or act on a terminal."""
+    """`text` with everything escaped that would break the line or control a terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class UserError(Exception):
-    """A request that cannot be carried out as it stands.
+    """A request that cannot be carried out as it is.
 
     Args:
-        flag: the command line flag at fault, such as `--ref_imgs`.
-        message: the value that was given, what is wrong with it and what to give instead.
+        flag: the flag at fault, such as `--ref_imgs`.
+        message: the value, what is wrong with it and what to give instead.
 
     Attributes:
-        message: the same in one line and without secrets; the error's own text is this after the flag.
+        message: the same on one line and redacted; `str(error)` has the flag before it.
     """
 
     def __init__(self, flag: str, message: str) -> None:
-        message = re.sub(r"\s*\n\s*", " ", message)  # libraries' own reasons come in many lines
+        message = re.sub(r"\s*\n\s*", " ", message)  # messages of libraries may have several lines
         self.flag, self.message = flag, one_line(redact(message))
         super().__init__(one_line(f"{flag}: {self.message}"))
 
 
 class CheckpointError(UserError):
-    """A checkpoint file that is missing, damaged or not what its model needs; names the file and the keys."""
+    """A checkpoint file that is missing, damaged or does not fit its model; names the file and the keys."""
 
     def __init__(self, message: str) -> None:
         super().__init__("--model_id", message)
 
 
 class OutOfMemory(RuntimeError):
-    """A stage of a run asked for more memory than there is; says how much, and which flags would ask for less."""
+    """A stage needed more memory than there is; says how much, and which flags reduce it."""
 
 
 class IncompleteOutput(RuntimeError):
-    """A video is complete, and in `output`; something else that was asked for could not be written."""
+    """The video `output` is complete, but something else that was asked for could not be written."""
 
     def __init__(self, message: str, output: Path) -> None:
         super().__init__(message)
@@ -91,7 +90,7 @@ class IncompleteOutput(RuntimeError):
 
 
 class AlreadyDone(Exception):
-    """What --resume would go on with is complete, and in `output`."""
+    """--resume found the complete video `output`."""
 
     def __init__(self, output: Path) -> None:
         super().__init__(f"{output} is done already")

@@ -1,4 +1,4 @@
-"""Progress bars on stderr: on a terminal tqdm's own, in a file a line of text for each tenth of the way."""
+"""Progress bars on stderr: tqdm's own on a terminal; in a file one line per tenth of the way."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from tqdm import tqdm
 
 from skyreels_v3.console import Stderr
 
-PARTS = 10  # lines of a bar in a file, besides that at its beginning
-SECONDS = 10  # between lines where the end is not known
+LINES = 10  # of a bar in a file, after the first
+INTERVAL = 10  # seconds between lines if the total is not known
 
 
-class LineBar(tqdm):  # type: ignore[type-arg]
-    """A bar for a file, where nothing can be drawn over: a line at its beginning, after each tenth and at its end."""
+class LineBar(tqdm):  # type: ignore[type-arg]  # generic in its stubs alone
+    """A bar for a file, where nothing can be overwritten: a line at the start, after each tenth and at the end."""
 
-    def __init__(self, **arguments: Any) -> None:
-        total = arguments["total"]
-        lines = {"mininterval": 0 if total else SECONDS, "miniters": math.ceil((total or 0) / PARTS)}
+    def __init__(self, **options: Any) -> None:
+        total = options["total"]
         self.written = ""
-        # no interval after which a line comes though nothing has happened; leave: no empty line at the end
-        super().__init__(**arguments, **lines, maxinterval=math.inf, leave=False)
+        options |= {"mininterval": 0 if total else INTERVAL, "miniters": math.ceil((total or 0) / LINES)}
+        # without maxinterval a line would be written although nothing has changed; with leave, an empty last line
+        super().__init__(**options, maxinterval=math.inf, leave=False)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Write a line; tqdm calls this whenever the bar would be drawn, and with an empty `msg` to wipe it out."""
+        """Write a line. tqdm calls this whenever it would redraw the bar, with an empty `msg` to erase it."""
         done = f"{self.n}/{self.total}"
         if msg is None or self.written != done:
             self.fp.write(f"{self}\n")
@@ -36,14 +36,14 @@ class LineBar(tqdm):  # type: ignore[type-arg]
 
 
 @contextmanager
-def progress_bar(name: str, total: int | None, shown: bool = True, **how: Any) -> Iterator[tqdm[None]]:
-    """A bar with `update`, that is full when the `with` block ends as it should.
+def progress_bar(name: str, total: int | None, shown: bool = True, **options: Any) -> Iterator[tqdm[Any]]:
+    """A bar with `update`; it is filled when the `with` block ends without an exception.
 
     Args:
-        total: steps to come, None if that is not known. It may be a little off.
-        how: more of tqdm's arguments.
+        total: number of steps, None if unknown. It may be slightly off.
+        options: further arguments of tqdm.
     """
     kind = tqdm if sys.stderr.isatty() else LineBar
-    with kind(desc=name, total=total, disable=not shown, file=Stderr(), **how) as bar:
+    with kind(desc=name, total=total, disable=not shown, file=Stderr(), **options) as bar:
         yield bar
         bar.total = bar.n

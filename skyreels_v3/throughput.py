@@ -1,4 +1,4 @@
-"""How fast this machine denoises, as its own runs have measured, so that a dry run can tell how long the next takes."""
+"""How fast this machine denoises, measured in earlier runs, so that a dry run can estimate the time of the next one."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ logger = logging.getLogger(__name__)
 
 
 def store(plan: Plan, latent_frames: int, seconds: float) -> None:
-    """Keep how long a pass of so many latent frames took, in place of an earlier measurement."""
+    """Record how long a pass of so many latent frames took; replaces an earlier measurement."""
     flop = next((made.flop for made in plan.passes if made.latents[2] == latent_frames), 0)
     if plan.request.no_cache or not flop or not seconds:
         return
     try:
         replace_file(path(), json.dumps(measured() | {key_of(plan): flop / seconds}).encode())
     except OSError as error:
-        logger.debug("the throughput cannot be kept: %s", error)
+        logger.debug("the throughput cannot be stored: %s", error)
 
 
 def seconds_of(plan: Plan) -> float | None:
-    """About how long the denoising of a plan takes, None where nothing like it was run here."""
+    """About how long the denoising of a plan takes, None if nothing like it has run here."""
     speed = measured().get(key_of(plan))
     return sum(made.flop for made in plan.passes) / speed if isinstance(speed, float) and speed > 0 else None
 
 
 def key_of(plan: Plan) -> str:
-    """What runs must have in common to be about as fast."""
+    """What runs of about the same speed have in common."""
     request = plan.request
     model = (request.model_id, request.task.name, expected_device(request), plan.dtype)
     return " ".join(map(str, (*model, request.quant, request.memory, request.attention, plan.degrees)))
 
 
 def measured() -> dict[str, Any]:
-    """Operations a second, by key."""
+    """FLOP/s by `key_of`."""
     try:
         known = json.loads(path().read_text())
     except (OSError, ValueError):
-        return {}
+        known = None
     return known if isinstance(known, dict) else {}
 
 

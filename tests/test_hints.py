@@ -8,10 +8,10 @@ import pytest
 
 from skyreels_v3.cli import BY_NAME, parse_request
 from skyreels_v3.errors import UserError
-from skyreels_v3.hints import ELSEWHERE
+from skyreels_v3.hints import SYNONYMS
 
 # a command line of another tool, and what it should have been here
-ELSEWHERE_MEANT = {
+SUGGESTIONS = {
     "--size 832*480": "give --height 480 --width 832",
     "--size=1280x720": "give --height 720 --width 1280",
     "--video-size 720": "give --height and --width",
@@ -32,7 +32,7 @@ ELSEWHERE_MEANT = {
     "--task s2v-14B": "give --task_type talking_avatar",
     "--task vace": "give --task_type",
     "--audio a.wav": "give --input_audio a.wav",
-    "--t5_cpu": "leave it out: with --offload",
+    "--t5_cpu": "leave it out: text encoders and VAE are offloaded",
     "--dit_fsdp": "give --use_usp --shard_weights",
     "--convert_model_dtype": "leave it out: weights are loaded in --dtype",
     "--steps 8": "give --num_inference_steps 8",
@@ -51,18 +51,18 @@ ELSEWHERE_MEANT = {
 }
 
 
-@pytest.mark.parametrize("words", ELSEWHERE_MEANT)
+@pytest.mark.parametrize("words", SUGGESTIONS)
 def test_a_flag_of_another_tool(words):
     flag = re.match(r"[\w-]+", words)[0]
-    with pytest.raises(UserError, match=rf"^{flag}: there is no such flag; {re.escape(ELSEWHERE_MEANT[words])}"):
+    with pytest.raises(UserError, match=rf"^{flag}: there is no such flag; {re.escape(SUGGESTIONS[words])}"):
         parse_request(["--task_type", "t2v", "--prompt", "x", *words.split()])
 
 
 def test_hints_are_of_flags_that_there_are():
-    words = [word for words in ELSEWHERE.values() for word in words.split()]
+    words = [word for words in SYNONYMS.values() for word in words.split()]
     assert len({*words}) == len(words)
     assert not {*words} & BY_NAME.keys()
-    for remedy in ELSEWHERE:
+    for remedy in SYNONYMS:
         assert {*re.findall(r"--(\w+)", remedy)} <= BY_NAME.keys()
 
 
