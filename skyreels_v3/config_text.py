@@ -26,7 +26,7 @@ class Loader(yaml.SafeLoader):
         """Called for each mapping, for its merge keys: these are not read, which the constructor reports."""
         repeated = first_repeated(key.value for key, _ in node.value if isinstance(key, ScalarNode))
         if repeated is not None:
-            raise yaml.MarkedYAMLError(problem=f"{repeated[:100]} is given twice", problem_mark=node.start_mark)
+            raise refused(f"{repeated[:100]} is given twice", node.start_mark)
 
 
 def read_yaml_text(text: str) -> Any:
@@ -55,7 +55,11 @@ def check_limits(text: str) -> None:
         elif isinstance(event, ScalarEvent) and event.implicit[0] and len(event.value) > MAX_PLAIN:
             problem = f"a value without quotes of more than {MAX_PLAIN} characters"
         if problem:
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+            raise refused(problem, event.start_mark)
+
+
+def refused(problem: str, mark: Any) -> yaml.YAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 def read_json_text(text: str | bytes) -> Any:

@@ -1,22 +1,22 @@
-"""Exchanging a module's tensors, tied ones together."""
+"""Replacing the tensors of a module, tied ones once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
 
 def replace_tensors(model: nn.Module, new: Callable[[Tensor], Tensor]) -> None:
-    """Put `new(tensor)` in the place of each parameter and buffer; one that stands in several places is made once.
+    """Replace each parameter and buffer by `new(tensor)`; a tensor that is used in several places is replaced once.
 
-    Whole tensors are exchanged, not their data, so the new ones may be of any dtype and on any device, and the old ones
-    stay as they are for whoever holds them.
+    The tensor objects are replaced, not their data: the new ones may have any dtype and device, and whoever holds the
+    old ones can still use them.
     """
-    made: dict[int, Tensor] = {}
-    old = list(model.parameters()) + list(model.buffers())  # held, so that no address is used twice
-    for tensor in old:
-        made[id(tensor)] = new(tensor)
+    old = list(model.parameters()) + list(model.buffers())  # kept alive, so that ids stay unique
+    made = {id(tensor): new(tensor) for tensor in old}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            tensors.update({name: made[id(tensor)] for name, tensor in tensors.items() if tensor is not None})
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
+            table.update({name: made[id(tensor)] for name, tensor in table.items() if tensor is not None})
