@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
-from tests.memory.test_planner import LiveBytes, bytes_of
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,6 +18,7 @@ from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.memory.quantize import quantize
 from skyreels_v3.memory.stream import SLOTS, BlockStream
 from skyreels_v3.parallel.ranks import Degrees
+from tests.test_plan import LiveBytes, bytes_of
 
 PUBLISHED = HunyuanSizes()
 SMALL = HunyuanSizes(

@@ -10,10 +10,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_skyreels_image2video import retrieve_latents
-from tests.models.test_vae import ThreadTeam
 
 from skyreels_v3.hunyuan.vae import HunyuanVAE
 from skyreels_v3.tasks import CONFIG_DIR, load_yaml
+from tests.wan.test_vae import ThreadTeam
 
 SIZES = load_yaml(CONFIG_DIR / "tiny.yaml")["hunyuan"]["vae"]
 

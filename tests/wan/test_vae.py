@@ -11,13 +11,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file
-from tests.memory.test_planner import LiveBytes
 
 from skyreels_v3.checkpoints.contents import read_config
 from skyreels_v3.checkpoints.load import load_model, read_tensors
 from skyreels_v3.wan import vae
 from skyreels_v3.wan.checkpoint import load_vae
 from skyreels_v3.wan.vae import VideoVAE
+from tests.test_plan import LiveBytes
 
 ATOL = 5e-4
 
