@@ -1,9 +1,10 @@
-# make demo: a video from each task, on any machine; make test: everything that can be tested without a GPU.
+# make demo: a video of each task, on any machine. make test: everything that can be tested without a GPU;
+# make test-quick: what takes less than a minute of it.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python generate_video.py --model_id tiny
 
-.PHONY: demo test test-extended lint bench bench-gpu clean
+.PHONY: demo test test-quick test-extended lint bench bench-gpu clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,9 +28,13 @@ demo: $(VENV)/installed
 	    --prompt "FPS-24, A cat wearing sunglasses works as a lifeguard at a pool"
 
 # pytest starts a worker for each core
-test: export OMP_NUM_THREADS ?= 1
+PYTEST = $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+test test-quick: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/installed-dev
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+test-quick: $(VENV)/installed-dev
+	$(PYTEST) -m "not slow and not extended and not gpu"
 
 test-extended: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest -m extended
@@ -49,4 +54,4 @@ bench-gpu: $(if $(filter $(VENV)/%,$(PY)),$(VENV)/installed)
 	$(PY) benchmarks/run_all.py gpu --minutes $(MINUTES) --out $(OUT)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build *.egg-info
