@@ -389,6 +389,7 @@ def test_a_job_makes_what_a_run_makes(main, write, tmp_path, mode):
     np.testing.assert_array_equal(job, run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("Tried to allocate 9.00 GiB"), ValueError("odd\nvery odd")])
 def test_one_job_fails(main, write, loads, monkeypatch, error):
     """The next one gets networks of its own: those that were at work may be in disorder."""
@@ -443,6 +444,7 @@ def test_interrupted(main, write, on_make):
     assert [json.loads(line)["job"] for line in lines] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_job_goes_on_from_its_finished_passes(main, write, monkeypatch, caplog, tmp_path):
     """One that names no output, whose seed was drawn."""
     talk = {"task_type": "talking_avatar", "input_image": str(ASSETS / "portrait.png"), "prompt": "a", "seed": -1}

@@ -51,6 +51,7 @@ def comment_of(video: Path) -> dict[str, object]:
     return json.loads(re.sub(r"\\(.)", r"\1", comment, flags=re.DOTALL))
 
 
+@pytest.mark.slow
 def test_a_run_and_its_repetition_twice_at_once(start, picture, tmp_path):
     working = tmp_path / "working"
     flags = ("--model_id", "tiny", "--ref_imgs", picture, "--num_frames", "5", "--seed", "-1")
@@ -89,6 +90,7 @@ def test_a_run_and_its_repetition_twice_at_once(start, picture, tmp_path):
     assert {name for name in files_in(working) if name.endswith("mp4")} == {path, "again.mp4", "again-2.mp4"}
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_keeps_the_frames_that_there_are(start, picture, tmp_path):
     # large enough that decoding takes seconds, however fast the machine
     size = ("--height", "128", "--width", "192", "--num_frames", "241")
@@ -117,6 +119,7 @@ def test_interrupted_while_writing_no_bar_comes_after_the_last_word(main, pictur
     assert stderr.splitlines()[-1] == "interrupted"
 
 
+@pytest.mark.slow
 def test_interrupted_before_the_first_frame_nothing_is_left(start, picture, tmp_path):
     run = start(*REFERENCE, "--model_id", "tiny", "--ref_imgs", picture, "--num_frames", "5")
     stderr = stop_at(run, "INFO: device", signal.SIGTERM)

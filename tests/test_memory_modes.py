@@ -19,6 +19,8 @@ from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 from skyreels_v3.wan.vae import VideoVAE
 from tests.conftest import files_in
 
+pytestmark = pytest.mark.slow
+
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BASE = ("--model_id", "tiny", "--device", "cpu", "--prompt", "a boat", "--height", 32, "--width", 48, "--quiet")
 INPUTS = {

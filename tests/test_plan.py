@@ -206,6 +206,7 @@ def bytes_of(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in module.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width", "dtype"), [(544, 960, "bfloat16"), (720, 720, "float32")])
 def test_activations_of_the_hunyuan_vae(monkeypatch, dtype, height, width):
     """A picture's encoding, and the decoding of two pieces in time; a longer video has no more at one time."""

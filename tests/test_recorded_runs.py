@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+pytestmark = pytest.mark.slow
+
 MODES = (
     ("--memory", "resident"),
     ("--offload",),

@@ -84,6 +84,7 @@ def frames_of(path: Path, fps: int) -> np.ndarray:
     return np.stack(list(read_frames(path, fps)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "passes", "fps", "stop"),
     [("talking_avatar", 3, 25, signal.SIGINT), ("single_shot_extension", 2, 24, signal.SIGKILL)],

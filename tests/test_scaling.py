@@ -220,6 +220,7 @@ def request_of(processes: int, name: str, sound: Path) -> tuple[GenerationReques
     return request, scaling.division_of(str(processes), request)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "name"), RUNS)
 def test_bytes_of_a_step(processes, name, measured, sound):
     request, degrees = request_of(processes, name, sound)

@@ -83,6 +83,7 @@ def in_cache(source: Path, folder: Path) -> Path:
     return folder / "snapshots" / "revision"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", INPUTS)
 def test_the_saved_checkpoint_makes_the_same_video(make, task, tmp_path, cache):
     saved, transformer = tmp_path / "deep" / "saved", task_spec(task).transformer_folder
@@ -105,6 +106,7 @@ def test_the_saved_checkpoint_makes_the_same_video(make, task, tmp_path, cache):
             assert (saved / name).read_bytes() == (source / name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", INPUTS)
 def test_a_recorded_checkpoint_behind_links(make, reference, task, tmp_path):
     """Shards, links into a cache, and files that the task does not need."""

@@ -122,6 +122,7 @@ def test_nothing_is_silenced_for_others(encoder, stock, said):
     assert "The following part of your input was truncated" in said.text
 
 
+@pytest.mark.slow
 def test_what_a_run_says(generate, tmp_path):
     """With the preset's negative prompt, which is long for the toy's CLIP of single characters."""
     made = generate(

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import ROOT
 
 # What the first call of each function in a process was like, when a transformer has been imported and run
@@ -36,6 +38,7 @@ print(json.dumps(first))
 """
 
 
+@pytest.mark.slow
 def test_first_calls_are_small():
     run = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=True)
     first = json.loads(run.stdout)
