@@ -56,7 +56,7 @@ from skyreels_v3 import runtime
 from skyreels_v3.cli import parse_request
 from skyreels_v3.components import set_up_transformer
 from skyreels_v3.denoising.loop import Condition
-from skyreels_v3.hunyuan.pipeline import Context, HunyuanConditioning
+from skyreels_v3.hunyuan.pipeline import HunyuanConditioning
 from skyreels_v3.hunyuan.sizes import TEXT_TOKENS, HunyuanSizes
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.plan import plan
@@ -79,9 +79,9 @@ Model = HunyuanVideoTransformer3DModel
 class Padded(HunyuanConditioning):
     """What the model is conditioned on, as the library's pipeline has it."""
 
-    def embed(self, model: Any) -> Context:
+    def arguments(self, model: Any) -> dict[str, Tensor]:
         """The text's states padded, and a mask in the model's dtype that says which of them are real."""
-        context = super().embed(model)
+        context = super().arguments(model)
         padding = TEXT_TOKENS - self.text.shape[1]
         context["encoder_hidden_states"] = F.pad(context["encoder_hidden_states"], (0, 0, 0, padding))
         context["encoder_attention_mask"] = F.pad(context["encoder_attention_mask"], (0, padding))
@@ -216,7 +216,7 @@ def bind_inputs(ways: Mapping[str, Way], args: argparse.Namespace, sizes: Hunyua
 def step(model: Any, conditions: Sequence[Condition], latents: Tensor) -> Tensor:
     """The velocity under each condition; all is embedded anew each time, which for this model is next to nothing."""
     timestep = torch.tensor(TIMESTEP)
-    return torch.cat([made.predict(model, made.embed(model), latents, timestep) for made in conditions])
+    return torch.cat([made.predict(model, latents, timestep) for made in conditions])
 
 
 def compare(works: Mapping[str, Work], ways: Mapping[str, Way], device: torch.device) -> dict[str, Result]:

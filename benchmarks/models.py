@@ -19,7 +19,7 @@ from skyreels_v3.memory.stream import tensors_of
 from skyreels_v3.plan import IMAGE_TOKENS, TEXT_TOKENS, Sizes, latent_frames_of_passes
 from skyreels_v3.tasks import PATCH_SIZE, VAE_STRIDE, GenerationRequest, choose_size, task_spec
 from skyreels_v3.tensors import replace_tensors
-from skyreels_v3.wan.transformer import Context, Segment, SkyReelsTransformer3DModel
+from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel
 
 HEAD_DIM = 128
 FFN_RATIO = 2.7  # 13824 / 5120
@@ -227,14 +227,9 @@ def make_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
     )
 
 
-def embedded(model: SkyReelsTransformer3DModel, inputs: Inputs) -> Context:
-    """The conditions as the blocks take them, once for all steps of a video."""
-    return model.embed_context(inputs.text, inputs.image, inputs.audio)
-
-
-def forward_of(model: SkyReelsTransformer3DModel, inputs: Inputs, context: Context) -> Work:
+def forward_of(model: SkyReelsTransformer3DModel, inputs: Inputs) -> Work:
     """Our forward: the step of one condition."""
-    return lambda: model([Segment(inputs.latents)], inputs.timestep, context)[0]
+    return lambda: model([Segment(inputs.latents)], inputs.timestep, inputs.text, inputs.image, inputs.audio)[0]
 
 
 def outputs_of(

@@ -48,7 +48,6 @@ from benchmarks.models import (
     Case,
     add_case_flags,
     case_of,
-    embedded,
     forward_of,
     make_inputs,
     outputs_of,
@@ -88,7 +87,7 @@ def main() -> int:
         (_, attention), works = choose_attention("auto", args.device, dtype), {}
         for name, model in models.items():
             model.set_attention(attention)
-            works[name] = forward_of(model, inputs, embedded(models[BASELINE], inputs))
+            works[name] = forward_of(model, inputs)
         results = compare(works, models, args.device)
         rounds = time_rounds(works, args.rounds)
     tell(args, case, {name: summarise(result, rounds, name) for name, result in results.items()})

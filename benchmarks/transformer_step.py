@@ -11,9 +11,8 @@ work. Then they take turns, each round beginning with another one: what else the
 alike, and the ratio within a round says more than two medians do. The weights are held once; FP8 and streaming have
 copies of their own.
 
-Work is counted by the planner, the same for all: also what depends on the conditions alone, which ours computes once
-for a generation and not in the step (4 * 512 * width^2 a layer). The ceiling is the fastest product of square matrices,
-in the dtype of the run, that was found on the device just before.
+Work is counted by the planner, the same for all. The ceiling is the fastest product of square matrices, in the dtype of
+the run, that was found on the device just before.
 
 The defaults are the 14B model's proportions at a quarter of its width. --official has its real sizes; with fewer
 --layers than it has, seconds are also shown scaled to all.
@@ -59,7 +58,6 @@ from benchmarks.models import (
     case_of,
     diffusers_forward_of,
     diffusers_twin,
-    embedded,
     forward_of,
     make_inputs,
     outputs_of,
@@ -201,9 +199,7 @@ def bind_inputs(models: dict[str, Any], case: Case, device: torch.device, dtype:
     """A forward of each on the same inputs."""
     inputs = make_inputs(case, device, dtype)
     return {
-        name: diffusers_forward_of(model, inputs, case)
-        if name == BASELINE
-        else forward_of(model, inputs, embedded(models["exact"], inputs))
+        name: diffusers_forward_of(model, inputs, case) if name == BASELINE else forward_of(model, inputs)
         for name, model in models.items()
     }
 

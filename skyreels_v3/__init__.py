@@ -1,3 +1,19 @@
 """Inference for the SkyReels video models."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel
+
 __version__ = "0.1.0"
+__all__ = ["Segment", "SkyReelsTransformer3DModel"]
+
+_MODULES = dict.fromkeys(("Segment", "SkyReelsTransformer3DModel"), "skyreels_v3.wan.transformer")
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: the command line answers without torch."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

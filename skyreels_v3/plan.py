@@ -50,7 +50,7 @@ AUDIO_ENCODER_PARAMETERS = 94_371_712
 # worked on, and of those few. As many are worked on at a time as models/transformer/block.py says.
 ATTENTION_BYTES = {"bfloat16": 10.12, "float32": 20.2}
 WAITING_BYTES = {"bfloat16": 8.0, "float32": 16.0}
-WORKING_BYTES = {"bfloat16": 20.6, "float32": 33.4}
+WORKING_BYTES = {"bfloat16": 18.8, "float32": 29.3}
 EXCHANGE_TENSORS = 4  # of all of a process's tokens, while several processes exchange queries, keys and values
 TOKENS_AT_ONCE = 8192
 # Live bytes at the VAE's peak for each pixel of a frame: whole; in tiles for each pixel, and for each of a tile's.
@@ -172,10 +172,10 @@ class Sizes:
         return int(max(ATTENTION_BYTES[dtype] * self.dim * tokens, WAITING_BYTES[dtype] * self.dim * tokens + working))
 
     def context_bytes(self, frames: int, speakers: int, dtype: str) -> int:
-        """Bytes of the keys and values of one condition, which are kept from step to step."""
+        """Bytes of the keys and values of one condition in one block."""
         tokens = TEXT_TOKENS + (IMAGE_TOKENS if self.image_dim is not None else 0)
         tokens += self.audio_tokens * speakers * frames if self.audio_dim is not None else 0
-        return self.num_layers * 2 * tokens * self.dim * BYTES[dtype]
+        return 2 * tokens * self.dim * BYTES[dtype]
 
 
 @dataclass(frozen=True)
@@ -344,7 +344,7 @@ def stages(
         sizes.streamed_bytes(dtype, quantized, request.stream_blocks),
         sizes.activation_bytes(longest.tokens, dtype, degrees)
         + wide_bytes(request, sizes, dtype)
-        + own_terms * context
+        + context
         + kept_bytes(request, own_terms, longest.tokens // degrees.sequence * sizes.dim * BYTES[dtype]),
     )
     vae = weights.pop("VAE")

@@ -51,7 +51,7 @@ def run(model: SkyReelsTransformer3DModel) -> torch.Tensor:
     """Two steps with a timestep per frame, one of them clean."""
     draw = torch.Generator().manual_seed(1)
     latents = torch.randn(1, 16, 3, 4, 6, generator=draw)
-    context = model.embed_context(torch.randn(1, 512, 16, generator=draw))
+    context = torch.randn(1, 512, 16, generator=draw)
     segments = [Segment(latents[:, :, :1], clean=True), Segment(latents[:, :, 1:], 1)]
     steps = (torch.tensor([[0, time, time]]) for time in (900, 40))
     return torch.cat([part for timestep in steps for part in model(segments, timestep, context)], dim=2)

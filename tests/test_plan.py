@@ -112,7 +112,7 @@ def test_work_of_a_forward():
     inputs = (
         [Segment(torch.randn(1, 16, 4, 32, 32))],
         torch.tensor([500]),
-        model.embed_context(torch.randn(1, 512, 64)),
+        torch.randn(1, 512, 64),
     )
     # the counter does not know every fused kernel, but the products of the plain one
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -149,22 +149,21 @@ def empty(*shape: int) -> torch.Tensor:
 )
 @torch.inference_mode()
 def test_activations_of_a_forward(task, frames, height, width, dtype, speakers=1):
-    """At the official sizes, without numbers; and what is kept of the conditions, to the byte."""
+    """At the official sizes, without numbers."""
     sizes = replace(published(task), num_layers=1)
     model = on_meta(sizes, dtype)
     image = empty(1, 257, sizes.image_dim) if sizes.image_dim else None
     audio = empty(1, speakers, 4 * frames - 3, 5, 12, 768) if sizes.audio_dim else None
-    context = model.embed_context(empty(1, 512, 4096), image, audio, empty(3, height, width) if speakers > 1 else None)
+    conditions = empty(1, 512, 4096), image, audio, empty(3, height, width) if speakers > 1 else None
     latents = empty(1, sizes.in_channels, frames, height, width)
     segments, timestep = [Segment(latents)], torch.tensor([500])
     if task == "single_shot_extension":
         segments = [Segment(latents[:, :, :7], clean=True), Segment(latents[:, :, 7:], 7)]
         timestep = torch.tensor([[0] * 7 + [500] * (frames - 7)])
     with LiveBytes() as counter:
-        model(segments, timestep, context)
-    kept = sum(tensor.nbytes for made in context._kept.values() for tensor in tree_leaves(made))
-    assert sizes.context_bytes(frames, speakers, dtype) == kept
-    planned = sizes.activation_bytes(frames * height * width // 4, dtype) + kept
+        model(segments, timestep, *conditions)
+    planned = sizes.activation_bytes(frames * height * width // 4, dtype)
+    planned += sizes.context_bytes(frames, speakers, dtype)
     assert planned == pytest.approx(counter.peak, rel=0.05)
 
 
@@ -351,7 +350,7 @@ def test_work_of_an_avatar_forward():
     text = torch.randn(1, 512, 64)
     segments, timestep = [Segment(torch.randn(1, 36, 4, 32, 32))], torch.tensor([500])
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(segments, timestep, model.embed_context(text, image, audio))
+        model(segments, timestep, text, image, audio)
     assert sizes.forward_flop(4 * 16 * 16) == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 

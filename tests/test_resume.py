@@ -453,8 +453,5 @@ def test_denoising_goes_on_after_any_step_to_the_same_latents(tmp_path, make_sch
 class SimpleModel:
     """In the place of a transformer."""
 
-    def embed_context(self, *_: object) -> None:
-        return None
-
-    def __call__(self, segments: Sequence[Segment], timestep: torch.Tensor, context: None) -> tuple[torch.Tensor, ...]:
+    def __call__(self, segments: Sequence[Segment], timestep: torch.Tensor, *_: object) -> tuple[torch.Tensor, ...]:
         return tuple(torch.sin(segment.latents * 3 + timestep / 500) for segment in segments)

@@ -10,17 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from skyreels_v3.denoising.guidance import Guidance
-from skyreels_v3.wan.transformer import Context, Segment, SkyReelsTransformer3DModel
+from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel
 
 
 class Condition(Protocol):
     """What a model is conditioned on, in the way that it takes it."""
 
-    def embed(self, model: Any) -> Any:
-        """What does not change from step to step."""
-
-    def predict(self, model: Any, context: Any, latents: Tensor, timestep: Tensor) -> Tensor:
-        """Velocity (B, C, F, H, W) of the latents at `timestep`, one number; `context` is what was embedded."""
+    def predict(self, model: Any, latents: Tensor, timestep: Tensor) -> Tensor:
+        """Velocity (B, C, F, H, W) of the latents at `timestep`, one number."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +41,14 @@ class Conditioning:
     audio: Tensor | None = None
     speaker_masks: Tensor | None = None
 
-    def embed(self, model: SkyReelsTransformer3DModel) -> Context:
-        """What does not change from step to step, as the model takes it."""
-        return model.embed_context(self.text, self.image, self.audio, self.speaker_masks)
-
-    def predict(self, model: SkyReelsTransformer3DModel, context: Context, latents: Tensor, timestep: Tensor) -> Tensor:
+    def predict(self, model: SkyReelsTransformer3DModel, latents: Tensor, timestep: Tensor) -> Tensor:
         """Velocity (B, C, F, H, W) of the latents at `timestep`, one number."""
         seen = latents if self.channels is None else torch.cat((latents, self.channels), dim=1)
         segments = (*self.before, Segment(seen, self.start_frame), *self.after)
-        return model(segments, spread_timestep(timestep, segments), context)[len(self.before)]
+        velocities = model(
+            segments, spread_timestep(timestep, segments), self.text, self.image, self.audio, self.speaker_masks
+        )
+        return velocities[len(self.before)]
 
 
 def spread_timestep(timestep: Tensor, segments: Iterable[Segment]) -> Tensor:
@@ -109,12 +105,9 @@ def denoise(
     Raises:
         FloatingPointError: latents became infinite or not a number.
     """
-    contexts: dict[str, Any] = {}
 
     def predict(name: str) -> Tensor:
-        if name not in contexts:
-            contexts[name] = conditions[name].embed(model)
-        return conditions[name].predict(model, contexts[name], latents, timestep)
+        return conditions[name].predict(model, latents, timestep)
 
     if done == 0:
         latents = pin(latents, float(scheduler.sigmas[0]))

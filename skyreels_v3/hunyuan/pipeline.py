@@ -23,7 +23,6 @@ from skyreels_v3.media.image import crop_resize
 from skyreels_v3.stages import Pass, Steps
 from skyreels_v3.tasks import GenerationRequest, latent_frames
 
-Context = dict[str, Tensor]
 GUIDANCE_UNIT = 1000.0  # the guidance is embedded like a timestep
 
 
@@ -43,8 +42,8 @@ class HunyuanConditioning:
     guidance: float
     channels: Tensor | None = None
 
-    def embed(self, model: HunyuanTransformer3DModel) -> Context:
-        """The model's arguments that are the same in all steps."""
+    def arguments(self, model: HunyuanTransformer3DModel) -> dict[str, Tensor]:
+        """The model's arguments besides latents and timestep."""
         text, pooled = (part.to(model.dtype) for part in (self.text, self.pooled))
         guidance = torch.tensor([self.guidance], dtype=model.dtype, device=text.device) * GUIDANCE_UNIT
         return {
@@ -54,11 +53,13 @@ class HunyuanConditioning:
             "guidance": guidance,
         }
 
-    def predict(self, model: HunyuanTransformer3DModel, context: Context, latents: Tensor, timestep: Tensor) -> Tensor:
+    def predict(self, model: HunyuanTransformer3DModel, latents: Tensor, timestep: Tensor) -> Tensor:
         """Velocity (1, C, F, H, W) of the latents, float32."""
         seen = latents if self.channels is None else torch.cat((latents, self.channels), dim=1)
         times = timestep.reshape(1).to(latents)
-        (velocity,) = model(hidden_states=seen.to(model.dtype), timestep=times, return_dict=False, **context)
+        (velocity,) = model(
+            hidden_states=seen.to(model.dtype), timestep=times, return_dict=False, **self.arguments(model)
+        )
         return velocity.float()
 
 

@@ -118,5 +118,5 @@ class HunyuanSizes:
         return int(peak)
 
     def context_bytes(self, frames: int, speakers: int, dtype: str) -> int:
-        """Bytes of what is kept of a condition from step to step: nothing, as the text takes part in every block."""
+        """Bytes of a condition's keys and values in one block: none, the text's tokens are counted with the video's."""
         return 0

@@ -14,7 +14,7 @@ CPU. So all processes have the same latents at every step, and one that is alone
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -29,7 +29,7 @@ from skyreels_v3.parallel.ranks import Degrees, Ranks
 from skyreels_v3.parallel.usp import UspFn, collected, has_xdit, torch_usp, xdit_usp
 from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel
 from skyreels_v3.wan.transformer.attention import positions_between, region_looks
-from skyreels_v3.wan.transformer.rope import grid_places
+from skyreels_v3.wan.transformer.rope import grid_positions
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,11 @@ class SequenceParallel:
         first = min(self.team.rank * share, rows * columns)
         own = min(share, rows * columns - first)
         self.layout = Layout(tuple(s.latents.shape[2] for s in segments), (rows, columns), own, share)
-        places = pad_end(grid_places(rows, columns)[first : first + own], 0, share)
+        positions = pad_end(grid_positions(rows, columns)[first : first + own], 0, share)
         width = patch[2]
         parts = (line_up(s.latents, patch)[..., first * width : (first + own) * width] for s in segments)
         return tuple(
-            replace(segment, latents=pad_end(part, -1, share * width), places=places)
+            segment._replace(latents=pad_end(part, -1, share * width), position_ids=positions)
             for segment, part in zip(segments, parts, strict=True)
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from skyreels_v3.model_api import Transformer
 
@@ -20,8 +20,6 @@ def shard_weights(model: Transformer, device: torch.device, processes: int) -> N
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    if hasattr(model, "embed_context"):
-        register_fsdp_forward_method(model, "embed_context")  # it uses weights outside of the forward
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -14,16 +14,13 @@ SHAPE = (1, 16, 2, 4, 4)
 
 
 class Model:
-    """A stand-in for the transformer: its context is the text alone, its forward the function given."""
+    """A stand-in for the transformer: its forward is the function given, and sees no condition but the text."""
 
     def __init__(self, forward):
         self.forward = forward
 
-    def __call__(self, segments, timestep, context):
-        return self.forward(segments, timestep, context)
-
-    def embed_context(self, text, *more):
-        return text
+    def __call__(self, segments, timestep, text, *others):
+        return self.forward(segments, timestep, text)
 
 
 def latents(frames: int) -> torch.Tensor:
@@ -44,7 +41,7 @@ def test_the_latents_own_prediction_is_taken():
         return tuple(segment.latents + number for number, segment in enumerate(segments))
 
     condition = Conditioning(torch.zeros(1), 2, (Segment(latents(2), clean=True),), (Segment(latents(1), 9),))
-    out = condition.predict(model, None, latents(3), torch.tensor(7))
+    out = condition.predict(Model(model), latents(3), torch.tensor(7))
     assert torch.equal(out, latents(3) + 1)
     assert seen == [([0, 2, 9], [[0, 0, 7, 7, 7, 7]])]
 
@@ -96,6 +93,6 @@ def test_pinned_latents_reach_every_step():
 
 def test_channels_are_joined_to_the_latents():
     condition = Conditioning(torch.zeros(1), channels=torch.ones(1, 20, 3, 4, 4))
-    out = condition.predict(lambda s, *more: (s[0].latents,), None, latents(3), torch.tensor(7))
+    out = condition.predict(lambda s, *more: (s[0].latents,), latents(3), torch.tensor(7))
     assert out.shape[1] == 36
     assert torch.equal(out[:, 16:], condition.channels)

@@ -105,7 +105,7 @@ def walk(model, under, names=("full",)):
     """Euler steps as above, with a clean frame in front; under each name there is another text."""
     generator = torch.Generator().manual_seed(1)
     latents, before = torch.randn(1, 16, 2, 4, 6, generator=generator), torch.randn(1, 16, 1, 4, 6, generator=generator)
-    contexts = {name: model.embed_context(torch.randn(1, 512, 16, generator=generator)) for name in names}
+    contexts = {name: torch.randn(1, 512, 16, generator=generator) for name in names}
     for sigma, following in pairwise(torch.linspace(1, 0, STEPS + 1)):
 
         def predict(name, latents=latents, sigma=sigma):
@@ -131,7 +131,7 @@ def test_a_skipped_step_adds_what_was_added_before():
     """To what the first block makes of its own input."""
     model, ends = wan(), []
     segments = [[Segment(torch.randn(1, 16, 2, 4, 6))] for _ in range(3)]
-    times, context = torch.tensor([[900], [880], [860]]), model.embed_context(torch.randn(1, 512, 16))
+    times, context = torch.tensor([[900], [880], [860]]), torch.randn(1, 512, 16)
     handles = [
         model.blocks[1].register_forward_pre_hook(lambda _, arguments: ends.append(arguments[0].clone())),
         model.blocks[-1].register_forward_hook(lambda _, __, out: ends.append(out.clone())),
@@ -145,7 +145,7 @@ def test_a_skipped_step_adds_what_was_added_before():
         outs = [cache.under("full", lambda _, i=i: model(segments[i], times[i], context)[0]) for i in range(3)]
     assert (cache.computed, cache.skipped) == (3 + 2, 2 * 2)
     for number in (1, 2):
-        embedding, _ = model.condition_embedder.time(times[number][:, None])
+        embedding = model.condition_embedder(times[number][:, None], context, None)[0]
         tokens = ends[2 * number] + ends[1] - ends[0]
         expected = model.unpatchify(model.head(tokens, embedding), segments[number][0])
         torch.testing.assert_close(outs[number], expected, atol=1e-5, rtol=0)
@@ -155,7 +155,7 @@ def test_conditions_and_loops_are_independent():
     model, cache = wan(), StepCache(0.1)
     expected = walk_cached(model, cache)
     assert 0 < cache.skipped < 2 * (STEPS - 1)
-    context = model.embed_context(torch.randn(1, 512, 16))
+    context = torch.randn(1, 512, 16)
 
     def under(name, predict):
         other = [Segment(torch.randn(1, 16, 2, 4, 6))]

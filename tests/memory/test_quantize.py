@@ -246,10 +246,10 @@ def test_the_model_stays_close():
     model = SkyReelsTransformer3DModel(**AVATAR).eval()
     context = (torch.randn(1, 512, 16), torch.randn(1, 257, 8), torch.randn(1, 1, 5, 5, 12, 768))
     segments, timestep = [Segment(torch.randn(1, 16, 2, 4, 6))], torch.tensor([500])
-    exact = model(segments, timestep, model.embed_context(*context))[0]
+    exact = model(segments, timestep, *context)[0]
     for dynamic in (False, True):
         quantize(model.blocks, CPU, dynamic=dynamic)
-        out = model(segments, timestep, model.embed_context(*context))[0]
+        out = model(segments, timestep, *context)[0]
         assert 0 < (out - exact).abs().mean() < 0.05 * exact.std()
 
 
@@ -264,7 +264,7 @@ def pieces(monkeypatch) -> tuple[SkyReelsTransformer3DModel, Callable[[], torch.
 
     @torch.no_grad()
     def forward() -> torch.Tensor:
-        return model(segments, torch.tensor([500]), model.embed_context(text))[0]
+        return model(segments, torch.tensor([500]), text)[0]
 
     return model, forward
 

@@ -40,9 +40,9 @@ def transformer(task: str = "reference", layers: int = 5) -> tuple[SkyReelsTrans
     @torch.inference_mode()
     def forward() -> torch.Tensor:
         more = (noise(1, 257, 8), noise(1, 1, 5, 5, 12, 768)) if task == "avatar" else ()
-        context = model.embed_context(noise(1, 512, 16), *more)
+        conditions = (noise(1, 512, 16), *more)
         steps = (torch.tensor([time]) if task != "extension" else torch.tensor([[time, time, 0]]) for time in (900, 40))
-        return torch.cat([part for timestep in steps for part in model(segments, timestep, context)], dim=2)
+        return torch.cat([part for timestep in steps for part in model(segments, timestep, *conditions)], dim=2)
 
     return model, forward
 

@@ -1,19 +1,21 @@
-"""Timestep, text and image embeddings: everything that conditions the blocks, under diffusers' Wan names."""
+"""What conditions the blocks, brought to their width: timestep, text, image and audio, under diffusers' Wan names."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding
+from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 
-from skyreels_v3.wan.transformer.norms import layer_norm
+LATENT_STRIDE = 4  # video frames per latent frame, except for the first
 
 
 def sinusoid(timestep: Tensor, channels: int) -> Tensor:
-    """Sinusoidal embedding (..., channels) of `timestep`, cosines first, with float64 angles; returned in float32.
+    """Sinusoidal embedding (..., channels) of `timestep` in float32 on the CPU, cosines first.
 
-    Computed on the CPU, where float64 always exists; keep timesteps there so that nothing waits for a device.
+    The angles are float64, which the CPU always has. Keep timesteps on the CPU, so that nothing waits for the device.
     """
     half = channels // 2
     frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
@@ -26,19 +28,19 @@ class ImageEmbedding(nn.Module):
 
     def __init__(self, image_dim: int, dim: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(image_dim)
+        self.norm1 = FP32LayerNorm(image_dim)
         self.ff = FeedForward(image_dim, dim, mult=1, activation_fn="gelu")
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = FP32LayerNorm(dim)
 
     def forward(self, image: Tensor) -> Tensor:
-        normed = layer_norm(image, self.norm1).type_as(image)
-        return layer_norm(self.ff(normed), self.norm2).type_as(image)
+        """Project the tokens."""
+        return self.norm2(self.ff(self.norm1(image)))
 
 
 class ConditionEmbedding(nn.Module):
-    """Timesteps to modulation vectors, text and image tokens to the blocks' width.
+    """Timesteps to modulation, text and image tokens to the blocks' width.
 
-    The time path runs in float32 whatever the model's dtype: its output scales every token of every block.
+    The time embedding is computed in float32 unless its weights were cast: it scales every token of every block.
     """
 
     def __init__(self, dim: int, freq_dim: int, text_dim: int, image_dim: int | None) -> None:
@@ -49,8 +51,46 @@ class ConditionEmbedding(nn.Module):
         self.text_embedder = PixArtAlphaTextProjection(text_dim, dim, act_fn="gelu_tanh")
         self.image_embedder = None if image_dim is None else ImageEmbedding(image_dim, dim)
 
-    def time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, F) timesteps -> embedding (B, F, D) and modulation (B, F, 6, D), float32."""
-        device = self.time_proj.weight.device
-        embedding = self.time_embedder(sinusoid(timestep, self.freq_dim).to(device))
-        return embedding, self.time_proj(nn.functional.silu(embedding)).unflatten(-1, (6, -1))
+    def forward(
+        self, timestep: Tensor, text: Tensor, image: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Timesteps (B, F), text (B, 512, text_dim) and image (B, 257, image_dim) tokens.
+
+        Returns:
+            time embedding (B, F, D) and modulation (B, F, 6, D), float32; text (B, 512, D) and image (B, 257, D).
+        """
+        weight = self.time_embedder.linear_1.weight
+        time = self.time_embedder(sinusoid(timestep, self.freq_dim).to(text.device, weight.dtype))
+        modulation = self.time_proj(F.silu(time)).unflatten(-1, (6, -1))
+        image = None if image is None else self.image_embedder(image)
+        return time.float(), modulation.float(), self.text_embedder(text), image
+
+
+class AudioProjection(nn.Module):
+    """Windows of audio features to `tokens` audio tokens of width `audio_dim` for each latent frame.
+
+    The first latent frame is one video frame and sees the whole window of that frame. A later one is four video frames.
+    Of their windows it sees the past half and the center of the first, the centers of the middle two, and the center
+    and the future half of the last.
+    """
+
+    def __init__(self, window: int, features: int, hidden: int, tokens: int, audio_dim: int) -> None:
+        super().__init__()
+        self.center = window // 2
+        self.tokens = tokens
+        self.first_frame = nn.Linear(window * features, hidden)
+        self.later_frames = nn.Linear((2 * (self.center + 1) + LATENT_STRIDE - 2) * features, hidden)
+        self.shared = nn.Linear(hidden, hidden)
+        self.to_tokens = nn.Linear(hidden, tokens * audio_dim)
+        self.norm = FP32LayerNorm(audio_dim)
+
+    def forward(self, audio: Tensor) -> Tensor:
+        """(B, F, window, layers, channels) of 4k+1 video frames -> (B, k+1, tokens, audio_dim)."""
+        audio = audio.flatten(3)  # (B, F, window, features)
+        later = audio[:, 1:].unflatten(1, (-1, LATENT_STRIDE))  # (B, k, 4, window, features)
+        past, future = later[:, :, 0, : self.center + 1], later[:, :, -1, self.center :]
+        later = torch.cat((past, later[:, :, 1:-1, self.center], future), dim=2)  # (B, k, entries, features)
+        first = F.relu(self.first_frame(audio[:, :1].flatten(2)))
+        later = F.relu(self.later_frames(later.flatten(2)))
+        hidden = F.relu(self.shared(torch.cat((first, later), dim=1)))
+        return self.norm(self.to_tokens(hidden).unflatten(-1, (self.tokens, -1)))

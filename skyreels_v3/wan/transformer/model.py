@@ -1,26 +1,26 @@
 """`SkyReelsTransformer3DModel`: the one transformer behind all SkyReels V3 tasks.
 
-It is a Wan 2.1 DiT under diffusers' parameter names, so that LoRAs, `save_pretrained` and the library's hooks work on
-it. What differs between the tasks is data: where the segments stand, whether a timestep holds for the sample or for a
-frame, which conditions are handed in.
+It is a Wan 2.1 DiT under diffusers' parameter names. What differs between the tasks is data: where the segments are on
+the time axis, whether a timestep is given per sample or per latent frame, which conditions are given.
 
-Dtypes: matrix products in the dtype of the weights (bfloat16 as a rule); normalisation, modulation, the time embedding
-and the output head in float32 (see `float32_parameters`); rotary angles in float64. Casts are explicit.
+Dtypes: matrix products in the dtype of the weights (bfloat16 as a rule); normalization, modulation, the time embedding
+and the output head in float32; rotary angles in float64. Casts are explicit.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 
-from skyreels_v3.attention.backends import AttentionFn
+from skyreels_v3.attention.backends import AttentionFn, dispatched, sdpa
 from skyreels_v3.wan.transformer.attention import (
     AudioAttention,
     CrossAttention,
@@ -28,15 +28,25 @@ from skyreels_v3.wan.transformer.attention import (
     SpeakerFn,
     speaker_positions,
 )
-from skyreels_v3.wan.transformer.audio_projection import AudioProjection
 from skyreels_v3.wan.transformer.block import Context, TransformerBlock, of_frames, token_spans
-from skyreels_v3.wan.transformer.embeddings import ConditionEmbedding
-from skyreels_v3.wan.transformer.norms import layer_norm, modulate
+from skyreels_v3.wan.transformer.embeddings import AudioProjection, ConditionEmbedding
+from skyreels_v3.wan.transformer.norms import modulate
 from skyreels_v3.wan.transformer.rope import Segment, rotary_tables
 
 
 class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Predicts the velocity (noise minus data) of latent video.
+
+    diffusers' tools for a `WanTransformer3DModel` work here too: `from_pretrained` in any dtype, casts, layerwise
+    casting, group offloading, accelerate's hooks, `compile_repeated_blocks`, attention backends, LoRA, gradient
+    checkpointing. Refused with NotImplementedError or ValueError:
+
+    - `enable_cache`: its hooks compare a block's input with its output, and blocks overwrite their input to save
+      memory. `skyreels_v3.denoising.step_cache` caches steps.
+    - context parallelism (there is no `_cp_plan`): a plan splits one sequence evenly, and segments are not one.
+      `skyreels_v3.parallel` divides the tokens.
+    - `from_single_file`: diffusers keeps its key maps to itself. `skyreels_v3.wan.checkpoint.load_transformer` reads
+      Wan's native names.
 
     Args:
         patch_size: frames, rows and columns of a token.
@@ -44,15 +54,20 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         in_channels, out_channels: latent channels in (16; avatar 36 with mask and condition) and out.
         text_dim, freq_dim, ffn_dim: widths of the text tokens, the timestep sinusoid and the feed-forward layer.
         num_layers: number of blocks.
-        eps: of all norms but the embeddings'.
+        eps: of all norms except those of the embeddings.
         image_dim: width of the CLIP tokens, None for models without image attention.
-        audio_window, audio_features, audio_hidden_dim, audio_tokens, audio_dim: features a video frame sees, values of
-            one feature (layers x channels), and sizes of the audio projection; audio_dim None for models without sound.
+        audio_window, audio_features, audio_hidden_dim, audio_tokens, audio_dim: feature vectors per video frame, values
+            per vector (layers x channels), and sizes of the audio projection; audio_dim None for models without audio.
     """
 
     _repeated_blocks: ClassVar[list[str]] = ["TransformerBlock"]
     _no_split_modules: ClassVar[list[str]] = ["TransformerBlock"]
-    _keep_in_fp32_modules: ClassVar[list[str]] = ["time_embedder", "time_proj", "scale_shift_table", "norm", "proj_out"]
+    _keep_in_fp32_modules: ClassVar[list[str]] = [
+        *("time_embedder", "time_proj", "scale_shift_table", "proj_out", "norm", "norm1", "norm2", "norm3"),
+        *("norm_q", "norm_k", "norm_added_k", "norm_audio"),
+    ]
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["patch_embedding", "condition_embedder", "norm"]
+    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(
@@ -87,9 +102,81 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             TransformerBlock(dim, num_attention_heads, ffn_dim, eps, image_dim is not None, audio_dim)
             for _ in range(num_layers)
         )
-        self.norm_out = nn.LayerNorm(dim, eps=eps, elementwise_affine=False)
+        self.norm_out = FP32LayerNorm(dim, eps=eps, elementwise_affine=False)
         self.proj_out = nn.Linear(dim, out_channels * math.prod(patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        segments: Sequence[Segment],
+        timestep: Tensor,
+        text: Tensor,
+        image: Tensor | None = None,
+        audio: Tensor | None = None,
+        speaker_masks: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Velocities (B, out_channels, F, H, W) of all segments, float32.
+
+        Args:
+            segments: latents (B, in_channels, F, H, W) each, all of one height and width.
+            timestep: (B,) one per sample, or (B, F) one per latent frame of the segments laid end to end.
+            text: (B, 512, text_dim) UMT5 states; padding rows are zero and are attended to.
+            image: (B, 257, image_dim) CLIP states.
+            audio: (B, P, F, window, layers, channels) wav2vec2 states of P speakers around each of 4k+1 video frames.
+            speaker_masks: (3, H, W) in latent pixels, needed for two speakers: first, second, background.
+        """
+        dtype = self.patch_embedding.weight.dtype
+        tokens = [self.patch_embedding(part.latents.to(dtype)).flatten(2).transpose(1, 2) for part in segments]
+        lengths = [part.shape[1] for part in tokens]
+        hidden = torch.cat(tokens, dim=1)  # (B, L, D)
+        del tokens
+        time, modulation, text, image = self.condition_embedder(
+            timestep.reshape(len(timestep), -1), text.to(dtype), None if image is None else image.to(dtype)
+        )
+        context = Context(text, image, *self.embed_audio(audio, speaker_masks, dtype))
+        rotary = rotary_tables(segments, self.config.patch_size, self.config.attention_head_dim)
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden = self._gradient_checkpointing_func(block, hidden, context, modulation, rotary)
+            else:
+                hidden = block(hidden, context, modulation, rotary)
+        out = self.head(hidden, time).split(lengths, dim=1)
+        return tuple(self.unpatchify(part, segment) for part, segment in zip(out, segments, strict=True))
+
+    def embed_audio(
+        self, audio: Tensor | None, speaker_masks: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Audio tokens (B, F, P*T, audio_dim), one speaker after the other, and for two speakers masks (3, S).
+
+        A token takes the mask value of its first latent pixel.
+        """
+        if audio is None:
+            return None, None
+        speakers = audio.shape[1]
+        tokens = self.audio_projection(audio.to(dtype).flatten(0, 1)).unflatten(0, (-1, speakers))
+        if speakers > 1:
+            assert speaker_masks is not None, "two speakers need speaker_masks"
+            _, rows, columns = self.config.patch_size
+            speaker_masks = (speaker_masks[:, ::rows, ::columns] > 0).flatten(1).float()
+        return tokens.transpose(1, 2).flatten(2, 3), speaker_masks if speakers > 1 else None
+
+    def head(self, hidden: Tensor, time: Tensor) -> Tensor:
+        """Tokens (B, L, D) and time embedding (B, F, D) -> (B, L, out_channels * patch), float32."""
+        modulation = self.scale_shift_table.unsqueeze(1) + time.unsqueeze(2)
+        pieces = []
+        for tokens, frames in token_spans(hidden.shape[1], modulation.shape[1]):
+            shift, scale = of_frames(modulation, frames).unbind(2)
+            normed = modulate(self.norm_out(hidden[:, tokens].float()), shift, scale)
+            pieces.append(self.proj_out(normed.to(self.proj_out.weight.dtype)).float())
+        return torch.cat(pieces, dim=1)
+
+    def unpatchify(self, tokens: Tensor, segment: Segment) -> Tensor:
+        """Tokens (B, L, C * patch) of one segment -> (B, C, F, H, W)."""
+        patch = self.config.patch_size
+        frames, rows, columns = (size // step for size, step in zip(segment.latents.shape[2:], patch, strict=True))
+        grid = tokens.reshape(tokens.shape[0], frames, rows, columns, *patch, -1)
+        return grid.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def set_attention(
         self,
@@ -97,12 +184,12 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         cross_attention: AttentionFn | None = None,
         speaker_positions: SpeakerFn = speaker_positions,
     ) -> None:
-        """Hand in the functions that see more than one token.
+        """Set the functions that see more than one token.
 
         Args:
             attention: among video tokens.
             cross_attention: to the conditions; the same unless given.
-            speaker_positions: whom the tokens belong to, see `attention.speaker_positions`.
+            speaker_positions: which speaker the tokens belong to, see `attention.speaker_positions`.
         """
         for module in self.modules():
             if isinstance(module, SelfAttention):
@@ -112,80 +199,36 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             elif isinstance(module, TransformerBlock):
                 module.speaker_positions = speaker_positions
 
+    def set_attention_backend(self, backend: str) -> None:
+        """Use an attention backend of diffusers, by its name there.
+
+        Raises:
+            ValueError: there is no such backend.
+            RuntimeError: the package it needs is missing or too old.
+        """
+        self.set_attention(dispatched(backend.lower()))
+
+    def reset_attention_backend(self) -> None:
+        """Use torch's scaled_dot_product_attention again."""
+        self.set_attention(sdpa)
+
     def compilable(self) -> Iterator[tuple[object, str]]:
-        """The parts that take each token by itself, as objects and names of methods; see `compile.compile_blocks`."""
+        """The parts that treat each token by itself, as objects and names of methods; see `compile.compile_blocks`."""
         for block in self.blocks:
             yield block, "project"
             yield block, "finish"
 
-    def forward(self, segments: Sequence[Segment], timestep: Tensor, context: Context) -> tuple[Tensor, ...]:
-        """Velocities (B, out_channels, F, H, W) of all segments, float32.
-
-        Args:
-            segments: latents (B, in_channels, F, H, W) each, all of one height and width.
-            timestep: (B,) one per sample, or (B, F) one per latent frame of the segments laid end to end.
-            context: what `embed_context` made of the conditions; the same for all steps of a generation.
-        """
-        dtype = self.patch_embedding.weight.dtype
-        tokens = [self.patch_embedding(part.latents.to(dtype)).flatten(2).transpose(1, 2) for part in segments]
-        lengths = [part.shape[1] for part in tokens]
-        hidden = torch.cat(tokens, dim=1)  # (B, L, D)
-        del tokens
-        rotary = rotary_tables(segments, self.config.patch_size, self.config.attention_head_dim)
-        embedding, modulation = self.condition_embedder.time(timestep.reshape(timestep.shape[0], -1))
-        for block in self.blocks:
-            hidden = block(hidden, context, modulation, rotary)
-        out = self.head(hidden, embedding)
-        return tuple(
-            self.unpatchify(part, segment) for part, segment in zip(out.split(lengths, 1), segments, strict=True)
+    def enable_cache(self, config: Any) -> NoReturn:
+        """Not supported, see the class."""
+        raise NotImplementedError(
+            "enable_cache needs blocks that leave their input as it is, and these overwrite it; "
+            "use skyreels_v3.denoising.step_cache.StepCache"
         )
 
-    def head(self, hidden: Tensor, embedding: Tensor) -> Tensor:
-        """Tokens (B, L, D) and embedding (B, F, D) of the timesteps -> (B, L, out_channels * patch), float32."""
-        modulation = self.scale_shift_table.unsqueeze(1) + embedding.unsqueeze(2)
-        pieces = []
-        for tokens, frames in token_spans(hidden.shape[1], modulation.shape[1]):
-            shift, scale = of_frames(modulation, frames).unbind(2)
-            pieces.append(self.proj_out(modulate(layer_norm(hidden[:, tokens], self.norm_out), shift, scale)))
-        return torch.cat(pieces, dim=1)
-
-    def embed_context(
-        self,
-        text: Tensor,
-        image: Tensor | None = None,
-        audio: Tensor | None = None,
-        speaker_masks: Tensor | None = None,
-    ) -> Context:
-        """Bring all conditions to the blocks' width, once for all steps.
-
-        Args:
-            text: (B, 512, text_dim) UMT5 states; padding rows are zero and are attended to.
-            image: (B, 257, image_dim) CLIP states.
-            audio: (B, P, F, window, layers, channels) wav2vec2 states of P speakers around each of 4k+1 video frames.
-            speaker_masks: (3, H, W) in latent pixels, needed for two speakers: first, second, background.
-        """
-        text = text.to(self.patch_embedding.weight.dtype)
-        if audio is not None:
-            people = audio.shape[1]
-            tokens = self.audio_projection(audio.to(text.dtype).flatten(0, 1)).unflatten(0, (-1, people))
-            audio = tokens.transpose(1, 2).flatten(2, 3)  # (B, F, P*T, audio_dim), person after person
-            speaker_masks = self.token_masks(speaker_masks) if people > 1 else None
-        return Context(
-            text=self.condition_embedder.text_embedder(text),
-            image=None if image is None else self.condition_embedder.image_embedder(image.to(text.dtype)),
-            audio=audio,
-            speaker_masks=speaker_masks,
+    @classmethod
+    def from_single_file(cls, *_: Any, **__: Any) -> NoReturn:
+        """Not supported, see the class."""
+        raise NotImplementedError(
+            "from_single_file has no key map for this model; use skyreels_v3.wan.checkpoint.load_transformer, "
+            "which reads Wan's native names too"
         )
-
-    def token_masks(self, masks: Tensor | None) -> Tensor:
-        """Masks (3, H, W) of latent pixels -> (3, S) of tokens: a token takes its first pixel's value."""
-        assert masks is not None, "two speakers need speaker_masks"
-        _, rows, columns = self.config.patch_size
-        return (masks[:, ::rows, ::columns] > 0).flatten(1).float()
-
-    def unpatchify(self, tokens: Tensor, segment: Segment) -> Tensor:
-        """Tokens (B, L, C * patch) of one segment -> (B, C, F, H, W)."""
-        patch = self.config.patch_size
-        frames, rows, columns = (size // step for size, step in zip(segment.latents.shape[2:], patch, strict=True))
-        grid = tokens.reshape(tokens.shape[0], frames, rows, columns, *patch, -1)
-        return grid.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)

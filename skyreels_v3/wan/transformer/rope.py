@@ -1,44 +1,50 @@
 """Rotary positions from a list of segments.
 
-A sequence is one or more segments laid end to end; each has its own place on the time axis, and height and width
-start at 0 in each. Every task's layout is then data: a plain video is one segment at 0; condition frames in front are
-a segment at 0 before a segment at P; the cut of a shot switch is a segment at 1024; reference pictures come behind
-the video.
+A sequence is one or more segments laid end to end. Each has its own position on the time axis; height and width start
+at 0 in each. So the layout of every task is data: a plain video is one segment at 0; condition frames are a segment at
+0 in front of one at P; the cut of a shot switch is a segment at 1024; reference images follow the video.
 
-Rotary embedding (Su et al., arXiv:2104.09864) in its 3D form: of the D/2 channel pairs of a head, D/6 turn with the
+Rotary embedding (Su et al., arXiv:2104.09864) in its 3D form: of the D/2 channel pairs of a head, D/6 rotate with the
 row, D/6 with the column and the rest with the frame. A pair is two adjacent channels. Angles are float64; see Wan 2.1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 THETA = 10000.0
+# The functions that torch takes from MKL's vector library on a CPU: for rotary tables, embeddings, activations, norms
+VECTOR_FUNCTIONS = ("cos", "erf", "exp", "log", "sin", "sqrt", "tanh")
+
+# MKL chooses a function's kernel in its first call. If that call is divided among threads (torch divides calls of more
+# than 2048 numbers), one of them can get a kernel of low precision (2e-4 off in a cosine), for that call alone; see
+# https://github.com/pytorch/pytorch/issues/188792. So the first call of each is a small one.
+for _dtype in (torch.float32, torch.float64):
+    for _name in VECTOR_FUNCTIONS:
+        getattr(torch, _name)(torch.ones(8, dtype=_dtype))
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Latent frames that stand together in the sequence.
+class Segment(NamedTuple):
+    """Consecutive latent frames of a sequence.
 
     Attributes:
         latents: (B, C, F, H, W).
         start_frame: position of the first latent frame on the time axis.
-        clean: condition frames, free of noise: models with a timestep per frame see timestep 0 for them.
-        places: row and column (S, 2), in tokens, of each of a frame's S tokens; None where `latents` are the picture as
-            it is and the tokens are its grid, row by row.
+        clean: condition frames without noise; models with one timestep per frame see timestep 0 for them.
+        position_ids: (S, 2), row and column of each of a frame's S tokens; None for the full grid, row by row.
     """
 
     latents: Tensor
     start_frame: int = 0
     clean: bool = False
-    places: Tensor | None = None
+    position_ids: Tensor | None = None
 
 
-Rotary = Tensor  # cosine and sine for each channel pair, float32: (L, 1, D/2, 2), or (B, L, N, D/2, 2)
+Rotary = Tensor  # cosine and sine of each channel pair, float32: (L, 1, D/2, 2), or (B, L, N, D/2, 2)
 
 
 def angles(positions: Tensor, channels: int) -> Tensor:
@@ -50,42 +56,41 @@ def angles(positions: Tensor, channels: int) -> Tensor:
 def rotary_tables(segments: Sequence[Segment], patch_size: Sequence[int], head_dim: int) -> Rotary:
     """Rotations (L, 1, head_dim/2, 2) of all tokens of `segments`, on the segments' device.
 
-    The angles of each axis are computed in float64 on the CPU (a few thousand numbers; not every device has float64)
-    and spread over the tokens on the device.
+    The rotations of each axis are computed in float64 on the CPU (a few thousand numbers; not every device has
+    float64) and expanded to all tokens on the device.
     """
     spatial = 2 * (head_dim // 6)
     tables = []
     for segment in segments:
         device = segment.latents.device
         frame_count, *grid = (size // patch for size, patch in zip(segment.latents.shape[2:], patch_size, strict=True))
-        places = grid_places(*grid) if segment.places is None else segment.places.cpu()
-        # rotations before the move and the spreading: a small float64 table for an axis, not one for a token
+        positions = grid_positions(*grid) if segment.position_ids is None else segment.position_ids.cpu()
         frames = rotations(angles(torch.arange(frame_count) + segment.start_frame, head_dim - 2 * spatial))
-        lines = rotations(angles(torch.arange(int(places.max()) + 1), spatial)).to(device)
-        rows, columns = (lines[axis] for axis in places.to(device).unbind(1))  # (S, spatial/2, 2)
-        spread = [
-            frames.to(device)[:, None].expand(-1, len(places), -1, -1),
+        lines = rotations(angles(torch.arange(int(positions.max()) + 1), spatial)).to(device)
+        rows, columns = (lines[axis] for axis in positions.to(device).unbind(1))  # (S, spatial/2, 2)
+        expanded = [
+            frames.to(device)[:, None].expand(-1, len(positions), -1, -1),
             rows.expand(frame_count, -1, -1, -1),
             columns.expand(frame_count, -1, -1, -1),
         ]
-        tables.append(torch.cat(spread, dim=-2).flatten(0, 1))  # (L, D/2, 2)
+        tables.append(torch.cat(expanded, dim=-2).flatten(0, 1))  # (L, D/2, 2)
     return torch.cat(tables).unsqueeze(1)
 
 
-def grid_places(rows: int, columns: int) -> Tensor:
-    """Row and column (rows * columns, 2) of each token of a frame that is a grid, row by row."""
+def grid_positions(rows: int, columns: int) -> Tensor:
+    """Row and column (rows * columns, 2) of each token of a frame, row by row."""
     return torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2)
 
 
 def rotations(angle: Tensor) -> Rotary:
-    """Cosine and sine of each angle, float32: one axis more."""
+    """Cosine and sine of each angle, float32, on a new last axis."""
     return torch.stack((angle.cos(), angle.sin()), dim=-1).float()
 
 
 def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn each adjacent channel pair of x (B, L, N, D) by its token's angle; computed in float32, returned so."""
+    """Rotate each adjacent channel pair of x (B, L, N, D) by its token's angle; computed and returned in float32."""
     pairs = x.float().unflatten(-1, (-1, 2))  # (B, L, N, D/2, 2)
-    if torch.compiler.is_compiling():  # fuses real arithmetic only
+    if torch.compiler.is_compiling():  # which fuses real arithmetic only
         (even, odd), (cos, sin) = pairs.unbind(-1), rotary.unbind(-1)
         return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
     # one pass over x, where the same in real arithmetic takes seven
