@@ -4,7 +4,7 @@
 import sys
 
 from skyreels_v3.main import main
-from skyreels_v3.parallel.processes import leave
+from skyreels_v3.parallel.processes import exit_process
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

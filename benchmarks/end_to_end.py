@@ -55,7 +55,7 @@ from skyreels_v3.checkpoints.hub import TINY
 from skyreels_v3.checkpoints.tiny import SIZES
 from skyreels_v3.cli import parse_request
 from skyreels_v3.errors import UserError
-from skyreels_v3.parallel.ranks import ALONE
+from skyreels_v3.parallel.ranks import SINGLE
 from skyreels_v3.plan import Plan, Sizes, toy_sizes, vae_bytes
 from skyreels_v3.preflight import preflight
 from skyreels_v3.runtime import Runtime
@@ -104,7 +104,7 @@ END = object()
 def main() -> int:
     """Run, print; 2 when the request cannot work."""
     args, rest = parse_arguments()
-    skyreels_v3.main.set_up_logging(-1, ALONE)
+    skyreels_v3.main.set_up_logging(-1, SINGLE)
     record = Record()
     try:
         with tempfile.TemporaryDirectory(prefix="end-to-end-benchmark-") as folder:
@@ -254,7 +254,7 @@ def watched_run(args: argparse.Namespace, rest: list[str], folder: Path, record:
         ):
             stack.enter_context(patch.object(module, name, watcher))
         with record.stage("total"):
-            session.Session(request, checkpoint, ALONE).generate(request, inputs)
+            session.Session(request, checkpoint, SINGLE).generate(request, inputs)
     record.seconds["write"] -= record.seconds.pop("frames")
     return request
 

@@ -40,8 +40,8 @@ from skyreels_v3.cli import parse_flags, verbosity_of
 from skyreels_v3.console import escape_unknown, say
 from skyreels_v3.errors import UserError
 from skyreels_v3.main import set_up_logging
-from skyreels_v3.parallel.processes import INTERRUPTED, prepare_to_end
-from skyreels_v3.parallel.ranks import ALONE
+from skyreels_v3.parallel.processes import INTERRUPTED, handle_signals
+from skyreels_v3.parallel.ranks import SINGLE
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -56,8 +56,8 @@ class Worker:
 
     def __init__(self, folder: str) -> None:
         os.chdir(folder)
-        set_up_logging(-1, ALONE)
-        self.studio = Studio(ALONE, ALONE)
+        set_up_logging(-1, SINGLE)
+        self.studio = Studio(SINGLE, SINGLE)
 
     def carry_out(self, job: Job) -> dict[str, Any]:
         """Do a job; returns its result."""
@@ -69,10 +69,10 @@ class Worker:
 def main(argv: Sequence[str]) -> int:
     """Run a command line; returns the exit code, one of generate_video.py's."""
     escape_unknown()
-    prepare_to_end(ALONE)
+    handle_signals(SINGLE)
     try:
         flags = parse_flags(argv)
-        set_up_logging(verbosity_of(flags), ALONE)
+        set_up_logging(verbosity_of(flags), SINGLE)
         return run(flags)
     except UserError as error:
         say(f"error: {error}\n")
@@ -92,7 +92,7 @@ def run(flags: Mapping[str, Any]) -> int:
     defaults = {name: value for name, value in flags.items() if name not in ("jobs", "verbose")}
     jobs = read_jobs(flags["jobs"], defaults | {"quiet": True})  # many progress bars are none
     results = Results(results_file(flags["jobs"]))
-    todo = left_to_do(jobs, results, ALONE)
+    todo = left_to_do(jobs, results, SINGLE)
     failed = share_out(todo, results, on_cpu=flags.get("device") == "cpu") if todo else 0
     report(failed, len(jobs), results.path)
     return 1 if failed else 0

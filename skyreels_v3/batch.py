@@ -29,7 +29,7 @@ from skyreels_v3.console import say, show
 from skyreels_v3.errors import AlreadyDone, UserError, redact, shown
 from skyreels_v3.media.files import check_readable, check_writable, run_folder
 from skyreels_v3.parallel import processes
-from skyreels_v3.parallel.ranks import ALONE, Ranks
+from skyreels_v3.parallel.ranks import SINGLE, Ranks
 from skyreels_v3.runtime import set_environment
 from skyreels_v3.tasks import HUNYUAN, TINY, GenerationRequest
 
@@ -357,7 +357,7 @@ def fetch(request: GenerationRequest) -> Path:
 @contextmanager
 def downloads_folder(team: Ranks) -> Iterator[Path]:
     """A folder for the inputs of one video that are URLs, by the process that fetches them; the others use that."""
-    if not team.leads:
+    if not team.is_local_main:
         yield Path()
         return
     with run_folder() as folder:
@@ -369,7 +369,7 @@ class Studio:
 
     Args:
         ranks: this process among all.
-        team: the same among those that make each video together, ALONE where each makes its own.
+        team: the same among those that make each video together, SINGLE where each makes its own.
     """
 
     def __init__(self, ranks: Ranks, team: Ranks) -> None:
@@ -399,19 +399,19 @@ class Studio:
             name: what the processes call this video; used once.
             seen: what `look` has found already, where it has been called.
         """
-        if self.team.world == 1:
+        if self.team.world_size == 1:
             return self.find(request, downloads, seen)
         ready, problem, own = None, None, None
-        if not self.team.leads:
-            there, known, problem = processes.hear(f"found/{name}/{self.team.machine}")
+        if not self.team.is_local_main:
+            there, known, problem = processes.store_get(f"found/{name}/{self.team.node}")
             downloads = Path(there)
             self.stock.learn(known)
         try:
             ready = self.find(request, downloads, seen) if problem is None else None
         except Exception as error:
             own, problem = error, as_told(error)
-        if self.team.leads:
-            processes.tell(f"found/{name}/{self.team.machine}", [str(downloads), self.stock.known(), problem])
+        if self.team.is_local_main:
+            processes.store_set(f"found/{name}/{self.team.node}", [str(downloads), self.stock.known(), problem])
         seed = request.seed if ready is None else ready[0].seed  # maybe that of an interrupted run
         everyone = self.exchange(f"ready/{name}", [seed, problem])
         for _, problem in everyone:
@@ -431,8 +431,8 @@ class Studio:
 
     def exchange(self, name: str, value: Any) -> list[Any]:
         """What each of the team has for a name that is used once."""
-        processes.tell(f"{name}/{self.team.rank}", value)
-        return [processes.hear(f"{name}/{rank}") for rank in range(self.team.world)]
+        processes.store_set(f"{name}/{self.team.rank}", value)
+        return [processes.store_get(f"{name}/{rank}") for rank in range(self.team.world_size)]
 
     def make(self, ready: Ready) -> Path:
         """Make what was prepared; returns its path."""
@@ -464,7 +464,7 @@ def carry_out(job: Job, studio: Studio, write: Callable[[dict[str, Any]], object
     team, result = studio.team, {"job": job.number, "id": job.id}
 
     def end(status: str, **what: Any) -> bool:
-        if team.main:
+        if team.is_main:
             write(result | {"status": status, **what, "seconds": round(perf_counter() - start, 1)})
         return status == "done"
 
@@ -482,8 +482,8 @@ def carry_out(job: Job, studio: Studio, write: Callable[[dict[str, Any]], object
             path = studio.make(ready)
         except Exception as error:
             logger.debug("line %d", job.number, exc_info=True)
-            if team.world > 1:
-                if processes.next_number(f"failed/{job.id}") == 0:
+            if team.world_size > 1:
+                if processes.store_next(f"failed/{job.id}") == 0:
                     write(result | {"status": "error", **failure(error)})
                 raise
             problem = failure(error)
@@ -531,16 +531,16 @@ def run_jobs(flags: Mapping[str, Any], ranks: Ranks) -> int:
     jobs = read_jobs(name, {flag: value for flag, value in flags.items() if flag != "jobs"})
     together = flags.get("use_usp", False)
     if flags.get("dry_run"):
-        if ranks.main:
-            show_plans(name, jobs, ranks if together else ALONE)
+        if ranks.is_main:
+            show_plans(name, jobs, ranks if together else SINGLE)
         return 0
     results = Results(results_file(name))
-    studio = Studio(ranks, ranks if together else ALONE)
-    if ranks.world > 1:
+    studio = Studio(ranks, ranks if together else SINGLE)
+    if ranks.world_size > 1:
         on_cpu = not together or all(job.request.device == "cpu" for job in jobs if job.request is not None)
-        processes.meet(ranks, "cpu" if on_cpu else "auto")
+        processes.init_process_group(ranks, "cpu" if on_cpu else "auto")
     todo = left_to_do(jobs, results, ranks)
-    if ranks.world > 1 and not together:
+    if ranks.world_size > 1 and not together:
         share_stock(studio, todo)
     failed = 0
     for job in todo if together else taken(todo, ranks):
@@ -549,13 +549,13 @@ def run_jobs(flags: Mapping[str, Any], ranks: Ranks) -> int:
         if job.request is not None:
             logger.info("line %d: %s", job.number, job.request.task.name)
         failed += not carry_out(job, studio, lambda result: record(results, result))
-    if ranks.world > 1 and not together:
-        processes.tell(f"failed/{ranks.rank}", failed)
+    if ranks.world_size > 1 and not together:
+        processes.store_set(f"failed/{ranks.rank}", failed)
         # not by torch's own barrier: a job may take longer than that waits
-        failed = sum(processes.hear(f"failed/{rank}") for rank in range(ranks.world))
-    if ranks.main:
+        failed = sum(processes.store_get(f"failed/{rank}") for rank in range(ranks.world_size))
+    if ranks.is_main:
         report(failed, len(jobs), results.path)
-    processes.part()
+    processes.destroy()
     return 1 if failed else 0
 
 
@@ -567,8 +567,8 @@ def report(failed: int, jobs: int, results: Path) -> None:
 
 def claimed(job: Job, results: Results, team: Ranks) -> bool:
     """Whether a job is this run's to do; of processes that make each video together the first one decides."""
-    mine = results.claim(job) if team.main else False
-    return mine if team.world == 1 else processes.agreed(f"claimed/{job.id}", mine, team)
+    mine = results.claim(job) if team.is_main else False
+    return mine if team.world_size == 1 else processes.broadcast_object(f"claimed/{job.id}", mine, team)
 
 
 def left_to_do(jobs: Sequence[Job], results: Results, ranks: Ranks) -> list[Job]:
@@ -585,10 +585,10 @@ def left_to_do(jobs: Sequence[Job], results: Results, ranks: Ranks) -> list[Job]
     todo = in_order(job for job in left if job.id not in failed) + in_order(job for job in left if job.id in failed)
     if len(todo) < len(jobs):
         logger.info("%d of %d jobs are done already, according to %s", len(jobs) - len(todo), len(jobs), results.path)
-    if ranks.world == 1:
+    if ranks.world_size == 1:
         return todo
     known = {job.id: job for job in jobs}
-    agreed = processes.agreed("jobs", [job.id for job in todo], ranks)
+    agreed = processes.broadcast_object("jobs", [job.id for job in todo], ranks)
     if not known.keys() >= set(agreed):
         raise UserError(
             "--jobs", f"{shown(results.path)}: this machine has another file; put it where all machines see it"
@@ -599,19 +599,19 @@ def left_to_do(jobs: Sequence[Job], results: Results, ranks: Ranks) -> list[Job]
 def share_stock(studio: Studio, jobs: Iterable[Job]) -> None:
     """Have what the jobs need fetched by one process of each machine, before the others begin."""
     ranks = studio.ranks
-    if ranks.leads:
+    if ranks.is_local_main:
         studio.stock.fill(job.request for job in jobs if job.request is not None)
-        processes.tell(f"stock/{ranks.machine}", studio.stock.known())
+        processes.store_set(f"stock/{ranks.node}", studio.stock.known())
     else:
-        studio.stock.learn(processes.hear(f"stock/{ranks.machine}"))
+        studio.stock.learn(processes.store_get(f"stock/{ranks.node}"))
 
 
 def taken(jobs: Sequence[Job], ranks: Ranks) -> Iterator[Job]:
     """Of the jobs those for this process: the next one that nobody has taken, each time."""
-    if ranks.world == 1:
+    if ranks.world_size == 1:
         yield from jobs
         return
-    while (number := processes.next_number("job")) < len(jobs):
+    while (number := processes.store_next("job")) < len(jobs):
         yield jobs[number]
 
 

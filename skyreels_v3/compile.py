@@ -1,9 +1,7 @@
-"""Compiling the transformer's repeated parts: what a block does before and after self-attention.
+"""Compiling the parts of a transformer's blocks around attention, which is a kernel already.
 
-The parts are compiled once and serve all blocks. Attention itself is a kernel already; the work around it is what a
-compiler can fuse. Compiled code is kept on disk, where later runs find it.
-
-Whole blocks are not compiled: the hooks around them, which stream their weights, would be compiled with them.
+A part is compiled once, serves all blocks, and is kept on disk for later runs. Whole blocks are not compiled: the hooks
+around them, which stream their weights, would be compiled too.
 """
 
 from __future__ import annotations
@@ -12,11 +10,11 @@ import torch
 
 from skyreels_v3.model_api import Transformer
 
-GRAPHS = 16  # of one part at most: shapes, dtypes and adapters differ
+MAX_GRAPHS = 16  # of one part: shapes, dtypes and adapters differ
 
 
 def compile_blocks(model: Transformer) -> None:
-    """Compile on first use; code is kept where `runtime.set_environment` says."""
-    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    """Compile a model's parts when they are first called; code is kept where `runtime.set_environment` says."""
+    torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
     for owner, method in model.compilable():
         setattr(owner, method, torch.compile(getattr(owner, method)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,15 +16,12 @@ from skyreels_v3.checkpoints.hub import BASE_SCHEDULER, errors_about, read_json,
 from skyreels_v3.checkpoints.load import read_ahead
 from skyreels_v3.compile import compile_blocks
 from skyreels_v3.hunyuan.checkpoint import load_hunyuan_text_encoder, load_hunyuan_transformer, load_hunyuan_vae
-from skyreels_v3.hunyuan.sequence_parallel import JointSequenceParallel
 from skyreels_v3.hunyuan.text_encoder import HunyuanTextEncoder
-from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.hunyuan.vae import HunyuanVAE
 from skyreels_v3.memory.quantize import keep_wide_weights, quantize
 from skyreels_v3.model_api import Transformer
-from skyreels_v3.parallel.collectives import broadcast_weights
-from skyreels_v3.parallel.groups import SequenceParallel, choose_usp
-from skyreels_v3.parallel.shard import shard_weights
+from skyreels_v3.parallel.usp import choose_usp
+from skyreels_v3.parallel.weights import broadcast_weights, shard_weights
 from skyreels_v3.runtime import Runtime
 from skyreels_v3.tasks import HUNYUAN, GenerationRequest
 from skyreels_v3.wan.audio_encoder import AudioEncoder
@@ -48,7 +45,7 @@ class Components:
     one are seen, the other is small.
     """
 
-    transformer: Transformer
+    transformer: Any  # an nn.Module and a Transformer, for which Python has no type
     vae: VideoVAE | HunyuanVAE
     text_encoder: TextEncoder | HunyuanTextEncoder | None  # encoders only where something is encoded
     prompts: TensorCache
@@ -61,7 +58,7 @@ class Components:
 def load_components(folder: Path, request: GenerationRequest, runtime: Runtime) -> Components:
     """Map the checkpoint in `folder` into memory; every file is checked before anything long begins."""
     task = request.task
-    reads = runtime.parallel.main or not request.broadcast_weights
+    reads = runtime.parallel.is_main or not request.broadcast_weights
     loaders = (hunyuan_loaders if task.layout == HUNYUAN else wan_loaders)(folder, request, runtime, reads)
     loaded: dict[str, Any] = {"text_encoder": None}
     others = others_of(folder, request)
@@ -81,7 +78,7 @@ def load_components(folder: Path, request: GenerationRequest, runtime: Runtime) 
         scheduler=read_json(others / BASE_SCHEDULER) if task.layout == HUNYUAN else None,
         quant=request.quant,
     )
-    if request.broadcast_weights and not runtime.parallel.alone:
+    if request.broadcast_weights and not runtime.parallel.is_single:
         stay = runtime.policy.mode == "resident" and not runtime.plan.shards
         for module in (components.vae.module, components.transformer):
             broadcast_weights(module, runtime.device if stay else torch.device("cpu"))
@@ -105,9 +102,9 @@ def wan_loaders(folder: Path, request: GenerationRequest, runtime: Runtime, read
         "vae": lambda: load_vae(folder, task.layout, getattr(torch, request.vae_dtype), reads),
         "transformer": lambda: load_transformer(folder / task.transformer_folder, runtime.dtype, reads),
     }
-    if runtime.parallel.main:
+    if runtime.parallel.is_main:
         loaders["text_encoder"] = lambda: load_text_encoder(folder, task.layout, runtime.dtype)
-    if runtime.parallel.main and "input_audio" in task.inputs:
+    if runtime.parallel.is_main and "input_audio" in task.inputs:
         loaders["image_encoder"] = lambda: load_image_encoder(folder, runtime.dtype)
         loaders["audio_encoder"] = lambda: load_audio_encoder(folder, torch.float32)
     return loaders
@@ -120,41 +117,38 @@ def hunyuan_loaders(folder: Path, request: GenerationRequest, runtime: Runtime, 
         "vae": lambda: load_hunyuan_vae(others, getattr(torch, request.vae_dtype), reads),
         "transformer": lambda: load_hunyuan_transformer(folder, runtime.dtype, reads),
     }
-    if runtime.parallel.main:
+    if runtime.parallel.is_main:
         loaders["text_encoder"] = lambda: load_hunyuan_text_encoder(others, runtime.dtype)
     return loaders
 
 
 def set_up_vae(vae: VideoVAE | HunyuanVAE, runtime: Runtime) -> None:
-    """What is done to the VAE from outside: the layout of its weights, its tiles, processes."""
-    if runtime.device.type == "cuda":  # cuDNN's kernels want it, and would bring each input into it and back
+    """Prepare the VAE: memory format, tiles, and the ranks that divide these."""
+    if runtime.device.type == "cuda":  # the format of cuDNN's kernels, which would otherwise convert each input
         vae.module.to(memory_format=torch.channels_last_3d)
     vae.set_tiles(*runtime.policy.tiles)
-    vae.share(runtime.parallel.team)
+    vae.share(None if runtime.parallel.is_single else runtime.parallel.group("world"))
 
 
 def set_up_transformer(transformer: Transformer, request: GenerationRequest, runtime: Runtime) -> None:
-    """What is done to the transformer from outside: adapters, quantisation, attention, processes, its stream."""
+    """Prepare the transformer: LoRAs, quantization, attention, ranks, compilation, sharding or streaming."""
+    module = cast(nn.Module, transformer)
     if request.lora:  # their sources were replaced by files when they were fetched
-        apply_loras(transformer, request.lora, fuse=request.quant is not None)
+        apply_loras(module, request.lora, transformer.native_names, fuse=request.quant is not None)
     if request.quant is not None:
         quantize_blocks(transformer.blocks, "quantizing the transformer", request.quant, runtime)
-    if not isinstance(transformer, HunyuanTransformer3DModel):  # whose blocks take all tokens at once
+    if transformer.chunks_tokens:
         keep_wide_weights(transformer.blocks)
     transformer.set_attention(runtime.attention)
     if runtime.parallel.degrees.sequence > 1:
         usp = choose_usp(runtime.kernel, runtime.attention, runtime.parallel)
-        team = runtime.parallel.team_along("sequence")
-        if isinstance(transformer, HunyuanTransformer3DModel):
-            JointSequenceParallel(team, usp).attach(transformer)
-        else:
-            SequenceParallel(team, usp).attach(transformer, runtime.attention)
+        transformer.divide_tokens(runtime.parallel.group("sequence"), usp)
     if request.compile:
         compile_blocks(transformer)
     if runtime.plan.shards:
-        shard_weights(transformer, runtime.device, runtime.parallel.degrees.world)
+        shard_weights(module, transformer.blocks, runtime.device)
     elif runtime.policy.mode == "stream":
-        runtime.stream(transformer, transformer.blocks, runtime.policy.keep, runtime.policy.pinned).begin()
+        runtime.stream(module, transformer.blocks, runtime.policy.keep, runtime.policy.pinned).begin()
 
 
 def quantize_blocks(blocks: Sequence[nn.Module], name: str, quant: str, runtime: Runtime) -> None:

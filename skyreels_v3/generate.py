@@ -79,7 +79,7 @@ class Session:
         """Make a video; returns its path. Several processes make it together, and the first one writes it."""
         assert request.output is not None and request.height is not None and request.width is not None
         self.follow(request)
-        if not self.runtime.parallel.main:
+        if not self.runtime.parallel.is_main:
             self.help(request, inputs)
             return request.output
         record = record_of(request, inputs, dtype=str(self.runtime.dtype).removeprefix("torch."))

@@ -23,7 +23,7 @@ from skyreels_v3.console import Stderr, escape_unknown, say, show
 from skyreels_v3.errors import AlreadyDone, IncompleteOutput, UserError, redact, shown
 from skyreels_v3.media.sources import is_url
 from skyreels_v3.parallel import processes
-from skyreels_v3.parallel.ranks import ALONE, Ranks, check_ranks, ranks_of
+from skyreels_v3.parallel.ranks import SINGLE, Ranks, check_ranks, ranks_of
 from skyreels_v3.tasks import GenerationRequest
 
 logger = logging.getLogger("skyreels_v3")
@@ -36,13 +36,13 @@ def run(request: GenerationRequest, ranks: Ranks) -> None:
     check_ranks(request, ranks)
     with downloads_folder(ranks) as downloads:
         if request.dry_run:
-            if ranks.main:
+            if ranks.is_main:
                 from skyreels_v3.preflight import planned
 
                 show(planned(request, downloads, ranks))
             return
         for path in generate(request, downloads, ranks):
-            if ranks.main:
+            if ranks.is_main:
                 show(path)
 
 
@@ -50,9 +50,9 @@ def generate(request: GenerationRequest, downloads: Path, ranks: Ranks) -> Itera
     """Make the videos, with the other processes if there are some, and give the path of each."""
     studio = Studio(ranks, team=ranks)
     first, *others = request.videos()
-    seen = studio.look(first, downloads) if ranks.leads else None
-    if ranks.world > 1:
-        processes.meet(ranks, request.device)
+    seen = studio.look(first, downloads) if ranks.is_local_main else None
+    if ranks.world_size > 1:
+        processes.init_process_group(ranks, request.device)
     for video in (first, *others):
         try:
             yield studio.make(studio.prepare(video, downloads, f"video/{video.number}", seen))
@@ -63,7 +63,7 @@ def generate(request: GenerationRequest, downloads: Path, ranks: Ranks) -> Itera
             yield error.output
             raise
         seen = None
-    processes.part()
+    processes.destroy()
 
 
 def act_on(flags: Mapping[str, Any], ranks: Ranks) -> int:
@@ -76,7 +76,7 @@ def act_on(flags: Mapping[str, Any], ranks: Ranks) -> int:
 
 def start_processes(flags: Mapping[str, Any], argv: Sequence[str], wanted: int) -> int:
     """Have `wanted` processes on this machine do what flags ask for; returns the exit code."""
-    team = Ranks(world=wanted, local_world=wanted)
+    team = Ranks(world_size=wanted, local_world_size=wanted)
     if flags.get("dry_run"):
         return act_on(flags, team)  # one can say what all would do
     logger.setLevel(logging.ERROR)  # they say the rest
@@ -103,9 +103,9 @@ class RedactingFormatter(logging.Formatter):
         return redact(super().format(record))
 
 
-def set_up_logging(verbosity: int, ranks: Ranks = ALONE) -> None:
+def set_up_logging(verbosity: int, ranks: Ranks = SINGLE) -> None:
     """Messages go to stderr, those of the first process; the libraries' own chatter only with --verbose."""
-    level = {-1: logging.WARNING, 0: logging.INFO, 1: logging.DEBUG}[verbosity] if ranks.main else logging.ERROR
+    level = {-1: logging.WARNING, 0: logging.INFO, 1: logging.DEBUG}[verbosity] if ranks.is_main else logging.ERROR
     handler = logging.StreamHandler(Stderr())
     handler.setFormatter(RedactingFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.ERROR)
@@ -131,34 +131,34 @@ def main(argv: Sequence[str], default_task: str | None = None, command: str = SC
     Returns:
         The exit code.
     """
-    verbosity, ranks = 1, ALONE
+    verbosity, ranks = 1, SINGLE
     escape_unknown()
     try:
         ranks = ranks_of(os.environ)
         flags = parse_flags(argv, default_task, command)
         # of processes with a video each, each has something to tidy up
         each_its_own = "jobs" in flags and not flags.get("use_usp")
-        processes.prepare_to_end(replace(ranks, local_rank=0) if each_its_own else ranks)
-        if not ranks.main:
+        processes.handle_signals(replace(ranks, local_rank=0) if each_its_own else ranks)
+        if not ranks.is_main:
             flags = {name: value for name, value in flags.items() if name != "verbose"} | {"quiet": True}
         verbosity = verbosity_of(flags)
         set_up_logging(verbosity, ranks)
         wanted = flags.pop("gpu_num", 1)
         check_current_folder()
-        if wanted > 1 and ranks.world == 1:
+        if wanted > 1 and ranks.world_size == 1:
             return start_processes(flags, argv, wanted)
-        if wanted not in (1, ranks.world):
-            reason = f"{wanted}: {ranks.world} processes were started already"
+        if wanted not in (1, ranks.world_size):
+            reason = f"{wanted}: {ranks.world_size} processes were started already"
             raise UserError("--gpu_num", f"{reason}; leave it out, or start without torchrun")
         return act_on(flags, ranks)
     except UserError as error:
-        return processes.ended(f"error: {error}\n", 2, ranks)
+        return processes.report_exit(f"error: {error}\n", 2, ranks)
     except KeyboardInterrupt as error:
-        return processes.ended("interrupted\n", processes.INTERRUPTED, ranks, error)
+        return processes.report_exit("interrupted\n", processes.INTERRUPTED, ranks, error)
     except Exception as error:
         if verbosity > 0:
             logging.exception("failed")
-        return processes.ended(f"error: {cause_of(error)} (--verbose shows where)\n", 1, ranks)
+        return processes.report_exit(f"error: {cause_of(error)} (--verbose shows where)\n", 1, ranks)
 
 
 def generate_command(argv: Sequence[str]) -> int:
@@ -190,4 +190,4 @@ def usage() -> str:
 
 def console_script() -> NoReturn:
     """What the installed `skyreels` runs."""
-    processes.leave(run_command(sys.argv[1:]))
+    processes.exit_process(run_command(sys.argv[1:]))

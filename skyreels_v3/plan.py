@@ -20,7 +20,7 @@ from skyreels_v3.denoising.guidance import Guidance, text_audio_guidance, text_g
 from skyreels_v3.hunyuan.sizes import HunyuanSizes
 from skyreels_v3.media.files import existing_folder, giga
 from skyreels_v3.memory.units import BYTES, STREAM_SLOTS
-from skyreels_v3.parallel.ranks import ALONE, UNDIVIDED, Degrees, Ranks, choose_degrees
+from skyreels_v3.parallel.ranks import SINGLE, UNDIVIDED, ParallelConfig, Ranks, choose_degrees
 from skyreels_v3.tasks import (
     CONFIG_DIR,
     HUNYUAN,
@@ -160,7 +160,7 @@ class Sizes:
         feed_forward = 4 * tokens * dim * self.ffn_dim
         return self.num_layers * (attention + cross + feed_forward)
 
-    def activation_bytes(self, tokens: int, dtype: str, degrees: Degrees = UNDIVIDED) -> int:
+    def activation_bytes(self, tokens: int, dtype: str, degrees: ParallelConfig = UNDIVIDED) -> int:
         """Live bytes at the peak of a forward on one of the processes that divide it, weights not counted."""
         if degrees.sequence > 1:
             own = math.ceil(tokens / degrees.sequence)
@@ -210,8 +210,8 @@ class Plan:
     forwards: int  # of one pass
     stages: Mapping[str, Stage]
     streamed_from_host: int  # bytes of the transformer's blocks that are not kept on the device
-    ranks: Ranks = ALONE
-    degrees: Degrees = UNDIVIDED
+    ranks: Ranks = SINGLE
+    degrees: ParallelConfig = UNDIVIDED
 
     @property
     def shards(self) -> bool:
@@ -235,7 +235,7 @@ class Plan:
 
 
 def plan(
-    request: GenerationRequest, checkpoint: Path | None, default_dtype: str = "float32", ranks: Ranks = ALONE
+    request: GenerationRequest, checkpoint: Path | None, default_dtype: str = "float32", ranks: Ranks = SINGLE
 ) -> Plan:
     """Work out a request whose inputs have been looked at.
 
@@ -251,7 +251,9 @@ def plan(
     sizes = transformer_sizes(request, checkpoint)
     terms = len(guidance_of(request).terms)
     forwards = request.num_inference_steps * terms
-    degrees = choose_degrees(request, ranks.world, sizes.num_attention_heads, terms) if request.use_usp else UNDIVIDED
+    degrees = (
+        choose_degrees(request, ranks.world_size, sizes.num_attention_heads, terms) if request.use_usp else UNDIVIDED
+    )
     passes = tuple(
         PassPlan(
             (1, LATENT_CHANNELS, new, request.height // VAE_STRIDE[1], request.width // VAE_STRIDE[2]),
@@ -266,9 +268,9 @@ def plan(
     return Plan(request, checkpoint, dtype, passes, forwards, made, streamed, ranks, degrees)
 
 
-def shards(request: GenerationRequest, degrees: Degrees) -> bool:
+def shards(request: GenerationRequest, degrees: ParallelConfig) -> bool:
     """See `Plan.shards`."""
-    return request.shard_weights and degrees.world > 1
+    return request.shard_weights and degrees.world_size > 1
 
 
 def guidance_of(request: GenerationRequest) -> Guidance:
@@ -328,7 +330,7 @@ def stages(
     sizes: Sizes | HunyuanSizes,
     passes: tuple[PassPlan, ...],
     dtype: str,
-    degrees: Degrees,
+    degrees: ParallelConfig,
 ) -> dict[str, Stage]:
     """Weights and activations of each stage on one process, in bytes."""
     weights = component_bytes(request, checkpoint, dtype)
@@ -338,7 +340,7 @@ def stages(
     own_terms = math.ceil(len(guidance_of(request).terms) / degrees.cfg)
     weights_here = sizes.weight_bytes(dtype, quantized)
     if shards(request, degrees):  # a part of all, and gathered two blocks and what is outside of blocks
-        weights_here = weights_here // degrees.world + sizes.streamed_bytes(dtype, quantized, 0)
+        weights_here = weights_here // degrees.world_size + sizes.streamed_bytes(dtype, quantized, 0)
     transformer = Stage(
         weights_here,
         sizes.streamed_bytes(dtype, quantized, request.stream_blocks),
@@ -451,8 +453,8 @@ def describe(plan: Plan, denoising: float | None = None) -> str:
         quantized = f", {request.quant}" if request.quant and name in ("transformer", "text encoder") else ""
         weights = f"{giga(stage.weights)} weights ({stage_dtype(request, name, plan.dtype)}{quantized})"
         lines += [(name, weights + (f", about {giga(stage.activations)} activations" if stage.activations else ""))]
-    if plan.degrees.world > 1:
-        lines += [("processes", f"{plan.degrees.world}: {plan.degrees}; memory is that of one of them")]
+    if plan.degrees.world_size > 1:
+        lines += [("processes", f"{plan.degrees.world_size}: {plan.degrees}; memory is that of one of them")]
     lines += [("memory", describe_memory(plan)), ("output", str(request.output)), ("disk", describe_disk(request))]
     return "\n".join(f"{name:14}{text}" for name, text in lines)
 

@@ -33,7 +33,7 @@ from skyreels_v3.inputs import Inputs, open_inputs
 from skyreels_v3.media.files import check_writable
 from skyreels_v3.media.video import check_ffmpeg, read_comment
 from skyreels_v3.outputs import check_room, join_passes
-from skyreels_v3.parallel.ranks import ALONE, Ranks
+from skyreels_v3.parallel.ranks import SINGLE, Ranks
 from skyreels_v3.plan import describe, latent_frames_of_passes, plan
 from skyreels_v3.resume import NO_RECORD, RunRecord, find_left
 from skyreels_v3.runtime import check_compute, check_device, expected_device, expected_dtype
@@ -48,7 +48,7 @@ NOT_IN_NAMES = r"[/\x00-\x1f\x7f-\x9f\u2028\u2029]" if os.name != "nt" else r'[<
 
 
 def preflight(
-    request: GenerationRequest, downloads: Path, ranks: Ranks = ALONE
+    request: GenerationRequest, downloads: Path, ranks: Ranks = SINGLE
 ) -> tuple[GenerationRequest, Inputs, Path | None]:
     """Check `request` against this machine, quick checks first.
 
@@ -91,19 +91,19 @@ def checked(request: GenerationRequest, downloads: Path, ranks: Ranks) -> tuple[
     else:
         check_loras(request)
     request = with_base(request, base_here(request, checkpoint))
-    if ranks.main:
+    if ranks.is_main:
         check_on_hub(request)
-    going_on = ranks.main and (request.resume or request.resume_if_same)
+    going_on = ranks.is_main and (request.resume or request.resume_if_same)
     if not going_on:
         request = with_output(request)
-    if ranks.main and not going_on:
+    if ranks.is_main and not going_on:
         check_outputs(request)
     if not request.frame_folder or request.input_video or request.input_audio:
         check_ffmpeg()
     request, inputs = open_inputs(request, downloads)
     if going_on:
         request = go_on(request, inputs)
-    warnings = [*inputs.notes, *(check_room(request, checkpoint) if ranks.main else ())]
+    warnings = [*inputs.notes, *(check_room(request, checkpoint) if ranks.is_main else ())]
     if request.use_usp:
         plan(request, checkpoint, expected_dtype(request), ranks)  # refuses degrees that do not fit
     for note in request.notes:  # not before all has been checked: an error stands alone

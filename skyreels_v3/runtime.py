@@ -132,7 +132,7 @@ class Runtime:
         """
         from skyreels_v3.memory.offload import on_device
         from skyreels_v3.memory.oom import explained
-        from skyreels_v3.parallel.shard import is_sharded
+        from skyreels_v3.parallel.weights import is_sharded
 
         if stage.startswith("encoding") and stage not in self.announced:  # other stages have a bar
             logger.info(stage)
@@ -219,26 +219,26 @@ def start(request: GenerationRequest, plan: Plan) -> Runtime:
     dtype = getattr(torch, request.dtype or default_dtype(name))
     device = torch.device(name)
     if name == "cuda":
-        if plan.ranks.local_world > torch.cuda.device_count():
-            reason = f"{plan.ranks.local_world} processes on a machine with {torch.cuda.device_count()} GPUs"
+        if plan.ranks.local_world_size > torch.cuda.device_count():
+            reason = f"{plan.ranks.local_world_size} processes on a machine with {torch.cuda.device_count()} GPUs"
             flag = "--use_usp" if request.use_usp else "--jobs"
             count = torch.cuda.device_count()
             raise UserError(flag, f"{reason}; give --gpu_num {count}, or torchrun --nproc_per_node={count}")
         # one process takes what is current, of several each its own
-        number = plan.ranks.local_rank if plan.ranks.local_world > 1 else torch.cuda.current_device()
+        number = plan.ranks.local_rank if plan.ranks.local_world_size > 1 else torch.cuda.current_device()
         device = torch.device(name, number)
         torch.cuda.set_device(device)
     if request.quant == "fp8_dynamic" and name == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         raise UserError("--quant", f"fp8_dynamic: {torch.cuda.get_device_name(device)} has no FP8 units; use fp8")
     parallel = Parallel(plan.ranks, plan.degrees, device)
     room = Room(
-        parallel.least(torch.cuda.mem_get_info(device)[0]) if name == "cuda" else None,
-        parallel.least(psutil.virtual_memory().available // plan.ranks.local_world),
+        parallel.all_reduce_min(torch.cuda.mem_get_info(device)[0]) if name == "cuda" else None,
+        parallel.all_reduce_min(psutil.virtual_memory().available // plan.ranks.local_world_size),
     )
     policy = choose(plan, room.device, room.host)
     logger.info("device %s, dtype %s, memory %s (%s)", device, dtype, policy.mode, policy.reason)
-    if plan.degrees.world > 1:
-        logger.info("%d processes: %s", plan.degrees.world, plan.degrees)
+    if plan.degrees.world_size > 1:
+        logger.info("%d processes: %s", plan.degrees.world_size, plan.degrees)
     if policy.mode == "stream" and room.device is not None and not policy.pinned:
         logger.warning("too little host memory is free to pin the transformer; it streams unpinned, which is slower")
     set_convolutions(dtype)

@@ -131,7 +131,7 @@ class Steps:
             return {f"{number} {name}": part for number, text in enumerate(texts) for name, part in known[text].items()}
 
         made: list[Encoded] = [{} for _ in texts]
-        for key, part in self.runtime.parallel.once(encode).items():
+        for key, part in self.runtime.parallel.broadcast_from_main(encode).items():
             number, name = key.split()
             made[int(number)][name] = part.to(self.runtime.device)
         return dict(zip(texts, made, strict=True))
@@ -179,7 +179,7 @@ class Steps:
             generator: where the noise comes from.
         """
         parallel = self.runtime.parallel
-        saved = parallel.once(self.recall)
+        saved = parallel.broadcast_from_main(self.recall)
         if saved and ATTRIBUTES not in saved:
             generator.set_state(saved["generator"])
             return saved["latents"].to(self.runtime.device)
@@ -211,7 +211,7 @@ class Steps:
                 raise
         if request.compile:
             log_step_times(ends)
-        elif parallel.main and request.cache is None and not done:
+        elif parallel.is_main and request.cache is None and not done:
             latents.flatten()[0].item()  # waits for the device
             throughput.store(self.runtime.plan, noise.shape[2], perf_counter() - ends[0])
         if self.state is not None:
@@ -250,7 +250,7 @@ class Steps:
         if request.cache is None:
             yield parallel.predictions
             return
-        cache = StepCache(request.cache, parallel.team_along("sequence") if parallel.degrees.sequence > 1 else None)
+        cache = StepCache(request.cache, parallel.group("sequence"))
         with cache.attached(self.components.transformer):
             yield lambda names, predict: parallel.predictions(names, lambda name: cache.under(name, predict))
         logger.info("fbcache computed %d of %d blocks", cache.computed, cache.computed + cache.skipped)

@@ -211,7 +211,7 @@ def main(tmp_path, cache, monkeypatch, capsys) -> Callable[..., tuple[int, str, 
     """Run the command in this process; returns exit code, stdout and stderr."""
     monkeypatch.setenv("SKYREELS_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, *processes.ENDS)}
+    handlers = {number: signal.getsignal(number) for number in processes.STOP_SIGNALS}
 
     def main(*arguments: object, default_task: str | None = None) -> tuple[int, str, str]:
         code = skyreels_v3.main.main([str(argument) for argument in arguments], default_task)

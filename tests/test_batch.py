@@ -27,7 +27,7 @@ from skyreels_v3.batch import Results, Stock, in_order, left_to_do, parse_result
 from skyreels_v3.cli import parse_flags, parse_request
 from skyreels_v3.errors import UserError
 from skyreels_v3.generate import Session
-from skyreels_v3.parallel.ranks import ALONE
+from skyreels_v3.parallel.ranks import SINGLE
 from skyreels_v3.runtime import Room
 from skyreels_v3.stages import Steps
 from tests.conftest import DRIVER, Case, check_refused, files_in
@@ -200,7 +200,7 @@ def test_what_is_left_to_do(write, tmp_path, caplog):
     for job, status, video in ((0, "error", ""), (1, "error", ""), (1, "done", "there"), (2, "done", "gone")):
         named = {"output": str(tmp_path / video)} if video else {}
         results.add({"id": lines[job].id, "status": status} | named)
-    assert [job.number for job in left_to_do(lines, Results(results.path), ALONE)] == [3, 4, 5, 1]
+    assert [job.number for job in left_to_do(lines, Results(results.path), SINGLE)] == [3, 4, 5, 1]
     assert [text for text in caplog.messages if "gone" in text] == [
         f"line 3: {tmp_path}/gone is gone; it is made again"
     ]
@@ -504,7 +504,7 @@ def test_a_dry_run(write, tmp_path, cache):
 def loaded(cache) -> Session:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SKYREELS_CACHE", str(cache))
-        return Session(request_for(), jobs.fetch(request_for()), ALONE)
+        return Session(request_for(), jobs.fetch(request_for()), SINGLE)
 
 
 def request_for(*flags: object) -> Any:

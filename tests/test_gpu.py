@@ -42,6 +42,7 @@ os.environ["LOG_LEVEL"] = "error"
 import torch
 import torch.distributed as dist
 from skyreels_v3.attention.backends import choose_attention, sdpa
+from skyreels_v3.parallel.ranks import ParallelConfig
 from skyreels_v3.parallel.usp import has_xdit, xdit_usp
 
 os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29611")
@@ -50,7 +51,7 @@ dist.init_process_group("cpu:gloo,cuda:nccl")
 kernel, attention = choose_attention("auto", device, torch.bfloat16)
 assert has_xdit(kernel, device)
 tensors = torch.randn(3, 1, 1024, 4, 128, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
-usp = xdit_usp(kernel, cfg=1, ring=1, ulysses=1)
+usp = xdit_usp(kernel, ParallelConfig())
 for tokens in (1024, 1021):
     made, (query, key, value) = usp(*tensors, tokens), tensors
     for expected in (attention, sdpa):

@@ -32,7 +32,7 @@ from skyreels_v3.hunyuan.vae import HunyuanVAE
 from skyreels_v3.memory import stream
 from skyreels_v3.memory.quantize import Fp8Linear, quantize
 from skyreels_v3.memory.stream import SLOTS, BlockStream
-from skyreels_v3.parallel.ranks import Degrees, Ranks
+from skyreels_v3.parallel.ranks import ParallelConfig, Ranks
 from skyreels_v3.tasks import HUNYUAN, TASK_NAMES, GenerationRequest, task_spec
 from skyreels_v3.tensors import replace_tensors
 from skyreels_v3.wan import vae
@@ -362,7 +362,7 @@ def test_one_of_several_processes():
     )  # fmt: skip
     alone = planner.plan(request, None)
     eight = planner.plan(request, None, ranks=Ranks(3, 8, 3, 8))
-    assert eight.degrees == Degrees(1, 1, 8)
+    assert eight.degrees == ParallelConfig(1, 1, 8)
     transformer = eight.stages["transformer"]
     assert transformer.weights == alone.stages["transformer"].weights
     assert 1 / 8 < transformer.activations / alone.stages["transformer"].activations < 1 / 2

@@ -12,17 +12,16 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from skyreels_v3.checkpoints.contents import name_some
 from skyreels_v3.checkpoints.hub import LoraError, lora_errors
-from skyreels_v3.checkpoints.key_maps import NATIVE_HUNYUAN, NATIVE_TRANSFORMER
+from skyreels_v3.checkpoints.key_maps import KeyMap
 from skyreels_v3.checkpoints.load import read_safetensors
 from skyreels_v3.checkpoints.lora import LoraFile, read_lora
-from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
-from skyreels_v3.model_api import Transformer
 from skyreels_v3.tasks import Lora
 
 logger = logging.getLogger(__name__)
@@ -41,20 +40,21 @@ Changes = dict[str, list[Change]]  # by the weight's name
 
 
 @torch.no_grad()
-def apply_loras(model: Transformer, loras: Sequence[Lora], fuse: bool) -> None:
+def apply_loras(model: Any, loras: Sequence[Lora], native: KeyMap, fuse: bool) -> None:
     """Add LoRAs to a model; several on one layer add up. All at once: a model takes them one time.
 
     The model's tensors are neither written to nor copied, but for the weights that fusing replaces.
 
     Args:
+        model: an `nn.Module` and a `PeftAdapterMixin`.
         loras: safetensors files, and what their updates are multiplied by.
+        native: from the names of the official code's weights, which files use as well.
         fuse: make new weights, rounded once; otherwise keep low-rank pairs beside the weights, as PEFT's layers.
 
     Raises:
         CheckpointError: a file that cannot be read, or with what the model does not have, or of another shape.
     """
     assert not getattr(model, "peft_config", None), "all LoRAs of a model are applied in one call"
-    native = NATIVE_HUNYUAN if isinstance(model, HunyuanTransformer3DModel) else NATIVE_TRANSFORMER
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     fused: Changes = {}
     live: list[tuple[Changes, float]] = []
@@ -122,7 +122,7 @@ def is_live(model: nn.Module, name: str, changes: Sequence[Change]) -> bool:
     return linear and len(changes) == 1 and changes[0].down is not None
 
 
-def attach(model: Transformer, loras: Sequence[tuple[Changes, float]]) -> None:
+def attach(model: Any, loras: Sequence[tuple[Changes, float]]) -> None:
     """Put PEFT's layers around the model's; A and B get the dtype of the layer that they belong to."""
     names = [f"adapter_{number}" for number in range(len(loras))]
     with warnings.catch_warnings():

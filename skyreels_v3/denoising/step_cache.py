@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from skyreels_v3.parallel.groups import Team
+from skyreels_v3.parallel.groups import Group
 
 CHUNK = 8192  # tokens that are compared at a time, since float32 copies of all would be large
 TINY = 1e-30
@@ -33,17 +32,17 @@ class StepCache(nn.Module):
 
     Args:
         threshold: relative change of what the first block adds, up to which the other blocks are skipped.
-        group: processes that share the tokens, and so have to decide alike; None for one process.
+        group: ranks that divide the tokens, and so have to decide alike.
 
     Attributes:
         computed, skipped: numbers of blocks so far, under all conditions.
     """
 
-    def __init__(self, threshold: float, group: Team | None = None) -> None:
+    def __init__(self, threshold: float, group: Group | None = None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList()
         self.threshold = threshold
-        self.group = group
+        self.group = group or Group()
         self.computed = self.skipped = 0
         self._kept: dict[str, Streams] = {}  # by condition: what the first block added, and the others to each stream
         self._condition = ""
@@ -88,11 +87,11 @@ class StepCache(nn.Module):
         return streams if len(streams) > 1 else streams[0]
 
     def _change(self, new: Tensor, old: Tensor) -> float:
-        """Mean of |new - old| over that of |old|, of the tokens on all processes."""
+        """Mean of |new - old| over that of |old|, of the tokens on all ranks."""
         parts = zip(new.split(CHUNK, dim=1), old.split(CHUNK, dim=1), strict=True)
         pairs = [((a.float() - b.float()).abs().sum(), b.float().abs().sum()) for a, b in parts]
         sums = torch.stack([torch.stack(pair) for pair in pairs]).sum(0)
-        difference, size = (sums if self.group is None else self.group.all_gather(sums).sum(0)).tolist()
+        difference, size = self.group.all_gather(sums).sum(0).tolist()
         return difference / max(size, TINY)
 
 

@@ -1,15 +1,14 @@
-"""The tokens of a HunyuanVideo forward on several processes.
+"""Sequence parallelism: the tokens of a HunyuanVideo forward divided among ranks.
 
-Video and text attend to each other as one sequence, video first. It is cut into equal parts, one for each process: most
-have video tokens only, the last ones the rest of them and the text. So nothing is computed twice, and all have as much
-to do. Attention alone needs the others' tokens (see parallel/usp.py).
+Video and text attend to each other as one sequence, video first, which is cut into equal parts: most ranks have video
+tokens only, the last ones the rest of them and the text. Attention alone needs the tokens of the other ranks (see
+parallel/usp.py).
 
-The model does not know. Hooks keep this process's part of what goes into the blocks and join what comes out of the
-head, so that all processes have the whole prediction. What runs before the blocks on all of the tokens, the patches and
-the small text refiner, does so on every process.
+The model itself is unchanged: hooks keep this rank's part of what goes into the blocks and gather what comes out of the
+head. What runs before the blocks, the patch embedding and the small text refiner, runs on every rank for all tokens.
 
-The library's blocks tell video from text by counting from the end, and cannot have none of either. A process that has
-none gets one of zeros, a stand-in: the others never see it, and nobody uses what becomes of it.
+The library's blocks cannot do without video or without text. A rank that has none of one gets a dummy token of zeros,
+which the other ranks never see.
 """
 
 from __future__ import annotations
@@ -23,131 +22,88 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
-from skyreels_v3.parallel.groups import Team, pad_end
+from skyreels_v3.parallel.groups import Group, pad_end
 from skyreels_v3.parallel.usp import UspFn
 
 
 @dataclass(frozen=True)
-class JointLayout:
-    """How the tokens of a forward lie on the processes.
+class Layout:
+    """How the tokens of a forward are divided.
 
     Attributes:
-        video, text: how many of each there are in all.
-        share: tokens of a process; the last ones may have fewer.
-        first, last: this process's place in the sequence; it has `first`, and `last` is the next one's.
+        video_tokens, text_tokens: on all ranks.
+        share: tokens on a rank; the last ones may have fewer.
+        video, text: indices of this rank's tokens among all video and all text tokens.
     """
 
-    video: int
-    text: int
+    video_tokens: int
+    text_tokens: int
     share: int
-    first: int
-    last: int
+    video: range
+    text: range
 
     @property
     def tokens(self) -> int:
-        """Tokens on all processes together."""
-        return self.video + self.text
+        return self.video_tokens + self.text_tokens
 
     @property
     def own(self) -> int:
-        return self.last - self.first
-
-    @property
-    def own_video(self) -> slice:
-        """This process's among the video tokens; may be empty."""
-        return slice(min(self.first, self.video), min(self.last, self.video))
-
-    @property
-    def own_text(self) -> slice:
-        """This process's among the text tokens; may be empty."""
-        return slice(max(self.first - self.video, 0), max(self.last - self.video, 0))
-
-    @property
-    def before(self) -> int:
-        """Stand-ins before this process's tokens: one without video."""
-        return int(size_of(self.own_video) == 0)
-
-    @property
-    def after(self) -> int:
-        """Stand-ins after this process's tokens: one without text."""
-        return int(size_of(self.own_text) == 0)
+        return len(self.video) + len(self.text)
 
 
-def lay_out(video: int, text: int, rank: int, processes: int) -> JointLayout:
-    """The part of process `rank` of so many."""
-    tokens = video + text
-    share = -(-tokens // processes)
-    return JointLayout(video, text, share, min(rank * share, tokens), min((rank + 1) * share, tokens))
+def lay_out(video: int, text: int, rank: int, size: int) -> Layout:
+    """The part of one rank of a group of `size`."""
+    share = -(-(video + text) // size)
+    first, last = (min(number * share, video + text) for number in (rank, rank + 1))
+    own_video = range(min(first, video), min(last, video))
+    return Layout(video, text, share, own_video, range(max(first - video, 0), max(last - video, 0)))
 
 
-def size_of(part: slice) -> int:
-    return part.stop - part.start
-
-
-class JointSequenceParallel:
-    """Video and text tokens on several processes.
+class SequenceParallel:
+    """Divides the tokens of every forward of a model, called with keyword arguments, among the ranks of a group.
 
     Args:
-        team: those processes, in the order of their parts.
-        usp: attention among the tokens of all of them.
+        usp: attention among the tokens of all ranks.
     """
 
-    def __init__(self, team: Team, usp: UspFn) -> None:
-        self.team = team
+    def __init__(self, group: Group, usp: UspFn) -> None:
+        self.group = group
         self.usp = usp
-        self.layout: JointLayout | None = None  # of the forward that is going on
+        self.layout = lay_out(0, 0, 0, 1)  # of the current forward
 
     def attach(self, model: HunyuanTransformer3DModel) -> None:
-        """Have every forward of `model` computed by all processes; it is to be called with names."""
+        """Have every forward of `model` divided."""
         patch = (model.config.patch_size_t, model.config.patch_size, model.config.patch_size)
         model.set_attention(self.attention)
-        model.register_forward_pre_hook(lambda _, __, named: self.begin(named, patch), with_kwargs=True)
-        model.rope.register_forward_hook(lambda _, __, tables: tuple(map(self.table_part, tables)))
-        model.x_embedder.register_forward_hook(lambda _, __, tokens: self.video_part(tokens))
-        model.context_embedder.register_forward_hook(lambda _, __, tokens: self.text_part(tokens))
+        model.register_forward_pre_hook(lambda _, __, given: self.begin(given, patch), with_kwargs=True)
+        model.rope.register_forward_hook(
+            lambda _, __, tables: tuple(own_part(table, 0, self.layout.video) for table in tables)
+        )
+        model.x_embedder.register_forward_hook(lambda _, __, tokens: own_part(tokens, 1, self.layout.video))
+        model.context_embedder.register_forward_hook(lambda _, __, tokens: own_part(tokens, 1, self.layout.text))
         model.proj_out.register_forward_hook(lambda _, __, tokens: self.gather(tokens))
 
-    def begin(self, named: Mapping[str, Any], patch: tuple[int, int, int]) -> None:
-        """Lay out a forward from its arguments: parts are taken before the text's tokens are made."""
-        sizes = named["hidden_states"].shape[2:]
-        video = math.prod(size // step for size, step in zip(sizes, patch, strict=True))
-        self.layout = lay_out(video, named["encoder_hidden_states"].shape[1], self.team.rank, self.team.size)
-
-    def table_part(self, table: Tensor) -> Tensor:
-        """Own rows of a rotary table (Lv, D)."""
-        return own_part(table, 0, self.now.own_video)
-
-    def video_part(self, tokens: Tensor) -> Tensor:
-        """Own ones of the video tokens (B, Lv, D)."""
-        return own_part(tokens, 1, self.now.own_video)
-
-    def text_part(self, tokens: Tensor) -> Tensor:
-        """Own ones of the text tokens (B, Lt, D)."""
-        return own_part(tokens, 1, self.now.own_text)
+    def begin(self, given: Mapping[str, Any], patch: tuple[int, int, int]) -> None:
+        """Lay out a forward from its arguments, before any token exists."""
+        video = math.prod(size // step for size, step in zip(given["hidden_states"].shape[2:], patch, strict=True))
+        self.layout = lay_out(video, given["encoder_hidden_states"].shape[1], self.group.rank, self.group.size)
 
     def gather(self, tokens: Tensor) -> Tensor:
-        """All video tokens (B, Lv, D) from each process's own."""
-        layout = self.now
-        own = tokens[:, : size_of(layout.own_video)]
-        parts = self.team.all_gather(pad_end(own, 1, min(layout.share, layout.video)))
-        return parts.movedim(0, 1).flatten(1, 2)[:, : layout.video]
+        """All video tokens (B, Lv, D) from this rank's."""
+        layout = self.layout
+        own = pad_end(tokens[:, : len(layout.video)], 1, min(layout.share, layout.video_tokens))
+        return self.group.all_gather_tokens(own)[:, : layout.video_tokens]
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of this process's tokens (B, L, N, D) to those of all; stand-ins are neither asked nor seen."""
-        layout = self.now
-        # padding, where the last processes have less, to the end of the sequence
-        own = (pad_end(part.narrow(1, layout.before, layout.own), 1, layout.share) for part in (query, key, value))
+        """Attention of this rank's tokens (B, L, N, D) to those of all ranks, without dummies."""
+        layout = self.layout
+        dummies = (int(not layout.video), int(not layout.text))  # before and after this rank's tokens
+        own = (pad_end(part.narrow(1, dummies[0], layout.own), 1, layout.share) for part in (query, key, value))
         out = self.usp(*own, layout.tokens)[:, : layout.own]
-        return F.pad(out, (0, 0, 0, 0, layout.before, layout.after)) if layout.before or layout.after else out
-
-    @property
-    def now(self) -> JointLayout:
-        assert self.layout is not None
-        return self.layout
+        return F.pad(out, (0, 0, 0, 0, *dummies)) if any(dummies) else out
 
 
-def own_part(x: Tensor, dim: int, part: slice) -> Tensor:
-    """A part of `x` on an axis, or one stand-in of zeros if that is empty."""
-    # a copy: the whole can go
-    own = x.narrow(dim, part.start, size_of(part)).clone()
-    return pad_end(own, dim, max(1, size_of(part)))
+def own_part(x: Tensor, dim: int, part: range) -> Tensor:
+    """A part of `x` along a dimension, or a dummy of zeros if the part is empty."""
+    own = x.narrow(dim, part.start, len(part)).clone()  # so that the whole can be freed
+    return pad_end(own, dim, max(1, len(part)))

@@ -12,7 +12,7 @@ from functools import cache
 
 from skyreels_v3.checkpoints.shapes import hunyuan_shapes
 from skyreels_v3.memory.units import BYTES, STREAM_SLOTS, kept_blocks
-from skyreels_v3.parallel.ranks import UNDIVIDED, Degrees
+from skyreels_v3.parallel.ranks import UNDIVIDED, ParallelConfig
 
 TEXT_TOKENS = 256  # of a prompt, at most
 # Live bytes of a forward, of each channel of the model's width, for each token of video and text: at the peak, which is
@@ -106,7 +106,7 @@ class HunyuanSizes:
         block = 4 * both**2 * dim + 8 * both * dim**2 + 4 * both * dim * self.hidden
         return self.blocks * block
 
-    def activation_bytes(self, tokens: int, dtype: str, degrees: Degrees = UNDIVIDED) -> int:
+    def activation_bytes(self, tokens: int, dtype: str, degrees: ParallelConfig = UNDIVIDED) -> int:
         """Live bytes at the peak of a forward on one of the processes that divide it, weights not counted."""
         own = math.ceil((tokens + TEXT_TOKENS) / degrees.sequence)
         peak = PEAK_BYTES[dtype] * self.dim * own

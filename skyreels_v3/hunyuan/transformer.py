@@ -12,14 +12,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from torch import Tensor, nn
 
 from skyreels_v3.attention.backends import AttentionFn
+from skyreels_v3.checkpoints.key_maps import NATIVE_HUNYUAN, KeyMap
 from skyreels_v3.wan.transformer.rope import Rotary, apply_rotary
+
+if TYPE_CHECKING:
+    from skyreels_v3.parallel.groups import Group
+    from skyreels_v3.parallel.usp import UspFn
 
 
 class JointAttention:
@@ -84,23 +89,32 @@ def heads(x: Tensor, layer: nn.Module, norm: nn.Module | None, number: int, rota
 
 
 class HunyuanTransformer3DModel(HunyuanVideoTransformer3DModel):
-    """diffusers' HunyuanVideo transformer, with attention from outside."""
+    """diffusers' HunyuanVideo transformer as `model_api.Transformer`."""
+
+    chunks_tokens: ClassVar[bool] = False
+    native_names: ClassVar[KeyMap] = NATIVE_HUNYUAN
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """All blocks in the order in which they work."""
+        """Double blocks, then single blocks."""
         return [*self.transformer_blocks, *self.single_transformer_blocks]
 
     def set_attention(self, attention: AttentionFn) -> None:
-        """Hand in the function that sees more than one token; the small text refiner keeps its own."""
+        """Set the attention kernel of all blocks; the small text refiner keeps its own."""
         joint = JointAttention(attention)
         for block in self.blocks:
             block.attn.set_processor(joint)
 
     def compilable(self) -> Iterator[tuple[object, str]]:
-        """Most of what takes each token by itself outside of matrix products, as objects and names of methods."""
+        """What runs before attention, see `model_api.Transformer`."""
         for joint in {block.attn.processor for block in self.blocks}:
             yield joint, "project"
+
+    def divide_tokens(self, group: Group, usp: UspFn) -> None:
+        """See `model_api.Transformer`."""
+        from skyreels_v3.hunyuan.sequence_parallel import SequenceParallel  # which needs this module
+
+        SequenceParallel(group, usp).attach(self)
 
     def to_json_string(self) -> str:
         """The config under the name that the library knows, so that it loads what is saved here."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from skyreels_v3.wan.vae import displayable
 
 if TYPE_CHECKING:
-    from skyreels_v3.parallel.groups import Team
+    from skyreels_v3.parallel.groups import Group
 
 
 class HunyuanVAE:
@@ -35,7 +35,7 @@ class HunyuanVAE:
         self.module = module
         self.module.enable_tiling()
         self.module.use_framewise_decoding = False  # pieces in time are cut here
-        self.team: Team | None = None
+        self.group: Group | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -45,9 +45,9 @@ class HunyuanVAE:
         """Changes nothing: tiles are blended and so they show. They are those of the published code in every case."""
         assert rows > 0 and columns > 0, (rows, columns)
 
-    def share(self, team: Team | None) -> None:
+    def share(self, group: Group | None) -> None:
         """Decode together with other processes from now on: each works on some of the pieces in time."""
-        self.team = team
+        self.group = group
 
     @torch.inference_mode()
     def encode(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -98,16 +98,16 @@ class HunyuanVAE:
 
     def decoded(self, pieces: Sequence[Tensor]) -> Iterator[Tensor]:
         """The frames of each piece of latents, in order; N at a time when N processes divide them."""
-        if self.team is None:
+        if self.group is None:
             yield from map(self.decode_piece, pieces)
             return
-        for start in range(0, len(pieces), self.team.size):
-            some = pieces[start : start + self.team.size]
+        for start in range(0, len(pieces), self.group.size):
+            some = pieces[start : start + self.group.size]
             lengths = [(piece.shape[2] - 1) * self.module.temporal_compression_ratio + 1 for piece in some]
             # whoever has nothing to do makes the last one again; an exchange is of equal lengths
-            own = self.decode_piece(some[min(self.team.rank, len(some) - 1)])
+            own = self.decode_piece(some[min(self.group.rank, len(some) - 1)])
             padded = F.pad(own, (0, 0, 0, 0, 0, max(lengths) - own.shape[2]))
-            for frames, length in zip(self.team.all_gather(padded), lengths, strict=False):
+            for frames, length in zip(self.group.all_gather(padded), lengths, strict=False):
                 yield frames[:, :, :length]
 
     def decode_piece(self, latents: Tensor) -> Tensor:

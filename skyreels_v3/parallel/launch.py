@@ -1,7 +1,6 @@
-"""Starting the processes of a run on this machine: what `torchrun` does, without having to type it.
+"""Starts the processes of a run on this machine, by torchrun's own launcher.
 
-They are started by torchrun's own launcher, which watches them and ends all when one fails. Each finds its number in
-its environment, as `ranks.ranks_of` reads it.
+It watches them and ends all when one fails. Each finds its rank in its environment, see `ranks.ranks_of`.
 """
 
 from __future__ import annotations
@@ -21,22 +20,26 @@ from skyreels_v3.parallel.processes import INTERRUPTED, LAUNCHER
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-TORCHS_LAUNCHER = "torch.distributed.elastic"
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 USER_ERROR = 2
-WATCH = 0.2  # seconds between looks at whether they still run
+MONITOR_INTERVAL = 0.2  # seconds
 
 
 def launch(command: Sequence[str], processes: int) -> int:
-    """Run a Python script with its arguments in so many processes; returns the exit code of the first that failed."""
+    """Run a Python script with its arguments in several processes.
+
+    Returns:
+        The exit code of the first that failed.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ[LAUNCHER] = str(os.getpid())
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    for name in [name for name in logging.root.manager.loggerDict if name.startswith(TORCHS_LAUNCHER)]:
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # the processes themselves say what went wrong
+    for name in [*logging.root.manager.loggerDict]:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # the processes report what went wrong
     with run_folder() as logs:
         config = LaunchConfig(
             min_nodes=1,
@@ -46,36 +49,35 @@ def launch(command: Sequence[str], processes: int) -> int:
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",  # any free port
             max_restarts=0,
-            monitor_interval=WATCH,
+            monitor_interval=MONITOR_INTERVAL,
             logs_specs=DefaultLogsSpecs(log_dir=str(logs)),
         )
-        config.signals_to_handle = ",".join(filter(is_heard, SIGNALS))
+        config.signals_to_handle = ",".join(filter(is_handled, SIGNALS))
+        code, text = 0, ""
         try:
             elastic_launch(config, sys.executable)(*command)
         except ChildFailedError as error:
             code, text = outcome(error.failures)
         except SignalException:
             code, text = INTERRUPTED, "interrupted"
-        else:
-            return 0
     if text:
-        say(f"\n{text}\n")  # the first process's progress bar stands there
+        say(f"\n{text}\n")  # below the main process's progress bar
     return code
 
 
-def is_heard(name: str) -> bool:
-    """Whether there is such a signal, and it is not ignored, as SIGHUP is under nohup."""
+def is_handled(name: str) -> bool:
+    """Whether the system has a signal, and it is not ignored, as SIGHUP is under nohup."""
     return hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN
 
 
 def outcome(failures: Mapping[int, ProcessFailure]) -> tuple[int, str]:
-    """The exit code of processes that have failed, and what none of them could say; by their ranks.
+    """The exit code for processes that have failed, by their ranks, and what none of them could report.
 
-    One that was killed comes first: others may have failed for want of it, or were ended by the launcher.
+    A process that was killed comes first: others may have failed because of it, or were ended by the launcher.
     """
-    killed = {rank: failed for rank, failed in failures.items() if failed.exitcode < 0}
-    others = {rank: failed for rank, failed in killed.items() if failed.exitcode != -signal.SIGTERM}
-    rank, first = min((others or failures).items(), key=lambda item: item[1].timestamp)
+    killed = {rank: failure for rank, failure in failures.items() if failure.exitcode < 0}
+    causes = {rank: failure for rank, failure in killed.items() if failure.exitcode != -signal.SIGTERM}
+    rank, first = min((causes or failures).items(), key=lambda item: item[1].timestamp)
     if first.exitcode == INTERRUPTED:
         return INTERRUPTED, "interrupted"
     if rank not in killed:

@@ -1,14 +1,14 @@
-"""Attention among tokens that lie on several processes: unified sequence parallelism (USP, arXiv:2405.07719).
+"""Attention among the tokens of several ranks: unified sequence parallelism (USP, arXiv:2405.07719).
 
-A `UspFn` is an `AttentionFn` of one process's tokens to those of all, and takes how many there are of them in all: what
-lies behind those, at the end of the last processes' parts, is padding. With padding all processes have equally many.
+A `UspFn` is attention of one rank's tokens to those of all ranks. All ranks have equally many; what is beyond `tokens`,
+their number without padding, is padding at the end of the last ranks' parts.
 
-Ulysses (arXiv:2309.14509) exchanges tokens for heads: a process then has all tokens of some heads, and attention is as
-on one process. Where the heads do not suffice, groups of processes have some of the tokens each, and every group needs
-the keys and values of the others: a ring (arXiv:2310.01889) attends to its own while theirs are on the way.
+Ulysses (arXiv:2309.14509) is an all-to-all that trades tokens for heads: a rank then has all tokens of some heads.
+Where there are too few heads, a ring (arXiv:2310.01889) of such groups has a part of the tokens each and passes keys
+and values around.
 
-On GPUs it is xDiT that does this. `torch_usp` is for where xDiT does not run, a CPU above all, and for what its ring
-does not take, padding: there groups collect keys and values before they begin.
+On GPUs this is xDiT's USP. `torch_usp` works everywhere else, with any kernel and with the padding that xDiT's ring
+does not take; instead of a ring it has an all-gather.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from skyreels_v3.attention.backends import AttentionFn
-from skyreels_v3.parallel.collectives import all_gather, exchange
+from skyreels_v3.parallel.groups import Group, Parallel
+from skyreels_v3.parallel.ranks import ParallelConfig
 
 logger = logging.getLogger(__name__)
 
@@ -30,103 +31,105 @@ XDIT_KERNELS = {"sdpa": "SDPA_FLASH", "cudnn": "CUDNN", "flash": "FLASH", "flash
 
 
 class UspFn(Protocol):
-    """Attention of tokens (B, L, N, D) to those of all processes, of which the first `tokens` are no padding."""
+    """Attention of tokens (B, L, N, D) to those of all ranks, of which the first `tokens` are no padding."""
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, tokens: int) -> Tensor: ...
 
 
-def torch_usp(kernel: AttentionFn, ulysses: dist.ProcessGroup, ring: dist.ProcessGroup) -> UspFn:
-    """USP by torch's own exchanges around any kernel.
+def choose_usp(kernel: str, attention: AttentionFn, parallel: Parallel) -> UspFn:
+    """xDiT's USP where it works, else `torch_usp`.
 
     Args:
-        ulysses: the processes that exchange tokens for heads; must divide the heads.
-        ring: those that have the same heads afterwards, in the order of their tokens.
+        kernel, attention: name and function of the kernel of one rank.
     """
-    rings = dist.get_world_size(ring)
+    plain = torch_usp(attention, parallel.group("ulysses"), parallel.group("ring"))
+    if not has_xdit(kernel, parallel.device):
+        return plain
+    xdit = xdit_usp(kernel, parallel.degrees)
+    if parallel.degrees.ring == 1:
+        return xdit
 
     def usp(query: Tensor, key: Tensor, value: Tensor, tokens: int) -> Tensor:
-        query, key, value = (tokens_for_heads(x, ulysses) for x in (query, key, value))
-        if rings > 1:
-            key, value = (collected(x, ring) for x in (key, value))
-        return heads_for_tokens(kernel(query, key[:, :tokens], value[:, :tokens]), ulysses)
+        # the ring takes no padding, and its kernels no float32
+        fits = query.shape[1] * parallel.degrees.sequence == tokens and query.dtype != torch.float32
+        return (xdit if fits else plain)(query, key, value, tokens)
 
     return usp
 
 
-def tokens_for_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Some tokens and all heads (B, L, N, D) -> all tokens of the group and some heads (B, P * L, N / P, D)."""
-    split = x.unflatten(2, (dist.get_world_size(group), -1)).movedim(2, 0)  # (P, B, L, N / P, D)
-    return exchange(split, group).movedim(0, 1).flatten(1, 2)
+def torch_usp(kernel: AttentionFn, ulysses: Group, ring: Group) -> UspFn:
+    """USP by torch's collectives around any kernel; the size of `ulysses` must divide the number of heads."""
 
+    def to_heads(x: Tensor) -> Tensor:
+        """Some tokens and all heads (B, L, N, D) -> all tokens of the group and some heads (B, P * L, N / P, D)."""
+        parts = x.unflatten(2, (ulysses.size, -1)).movedim(2, 0)  # (P, B, L, N / P, D)
+        return ulysses.all_to_all(parts).movedim(0, 1).flatten(1, 2)
 
-def heads_for_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """What `tokens_for_heads` was given."""
-    split = x.unflatten(1, (dist.get_world_size(group), -1)).movedim(1, 0)  # (P, B, L, N / P, D)
-    return exchange(split, group).movedim(0, 2).flatten(2, 3)
+    def to_tokens(x: Tensor) -> Tensor:
+        """The inverse of `to_heads`."""
+        parts = x.unflatten(1, (ulysses.size, -1)).movedim(1, 0)  # (P, B, L, N / P, D)
+        return ulysses.all_to_all(parts).movedim(0, 2).flatten(2, 3)
 
+    def usp(query: Tensor, key: Tensor, value: Tensor, tokens: int) -> Tensor:
+        query, key, value = map(to_heads, (query, key, value))
+        key, value = map(ring.all_gather_tokens, (key, value))
+        return to_tokens(kernel(query, key[:, :tokens], value[:, :tokens]))
 
-def collected(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The tokens (B, L, N, D) of all P processes, (B, P * L, N, D)."""
-    return all_gather(x, group).movedim(0, 1).flatten(1, 2)
+    return usp
 
 
 def has_xdit(kernel: str, device: torch.device) -> bool:
-    """Whether xDiT can do it here: it needs a GPU, its package, and a kernel that it knows."""
+    """Whether xDiT works here: it needs a GPU, its package, and a kernel that it knows."""
     if device.type != "cuda":
         return False
     if kernel not in XDIT_KERNELS:
-        logger.info("xDiT has no %s attention; torch's own exchanges are used", kernel)
+        logger.info("xDiT has no %s attention; torch's collectives are used", kernel)
     elif find_spec("xfuser") is None:
-        logger.warning("the package xfuser is not installed; torch's own exchanges are used, pip install xfuser")
+        logger.warning("the package xfuser is not installed; torch's collectives are used, pip install xfuser")
     return kernel in XDIT_KERNELS and find_spec("xfuser") is not None
 
 
-def xdit_usp(kernel: str, cfg: int, ring: int, ulysses: int, backend: str | None = None) -> UspFn:
-    """xDiT's USP, with its groups set up; takes no padding where `ring` > 1.
+def xdit_usp(kernel: str, degrees: ParallelConfig, backend: str | None = None) -> UspFn:
+    """xDiT's USP, with its groups initialised; takes no padding where the ring degree is above 1.
 
     Args:
-        kernel: a name of `available.KERNELS`; xDiT calls kernels itself.
-        cfg, ring, ulysses: degrees, in xDiT's order of processes, which is that of `ranks.Degrees`.
-        backend: of the exchanges, for torch.distributed; xDiT chooses by the device unless given.
+        kernel: a name of `attention.kernels.KERNELS`; xDiT calls kernels itself.
+        backend: of torch.distributed; by default xDiT chooses by the device.
     """
-    from xfuser.core.distributed import init_distributed_environment, initialize_model_parallel
+    from xfuser import xFuserArgs
+    from xfuser.core.distributed import init_distributed_environment, initialize_model_parallel, runtime_state
     from xfuser.core.distributed.attention_backend import AttentionBackendType
     from xfuser.core.distributed.parallel_state import destroy_model_parallel, model_parallel_is_initialized
     from xfuser.model_executor.layers.usp import USP
+
+    class State(runtime_state.ExternalRuntimeState):
+        """What USP asks for; xDiT's own way to a state without a pipeline is for one process only."""
+
+        def __init__(self) -> None:
+            arguments = xFuserArgs(
+                data_parallel_degree=degrees.cfg, ring_degree=degrees.ring, ulysses_degree=degrees.ulysses
+            )
+            runtime_state.RuntimeState.__init__(self, arguments.create_config()[0])
 
     if model_parallel_is_initialized():
         destroy_model_parallel()
     init_distributed_environment(rank=dist.get_rank(), world_size=dist.get_world_size(), backend=backend)
     initialize_model_parallel(
-        data_parallel_degree=cfg,  # it numbers the processes as for guidance, and takes any number
-        sequence_parallel_degree=ring * ulysses,
-        ring_degree=ring,
-        ulysses_degree=ulysses,
+        data_parallel_degree=degrees.cfg,  # numbers the ranks as for guidance, and takes any number
+        sequence_parallel_degree=degrees.sequence,
+        ring_degree=degrees.ring,
+        ulysses_degree=degrees.ulysses,
         backend=backend,
     )
-    set_up_state(cfg, ring, ulysses)
-    name = XDIT_KERNELS[kernel]
-    # plain SDPA picks the best kernel there is, but says nothing of the sums that a ring needs
-    chosen = AttentionBackendType["SDPA" if kernel == "sdpa" and ring == 1 else name]
+    runtime_state._RUNTIME = State()
+    # SDPA takes the best kernel there is, but does not return the sums that a ring needs
+    chosen = AttentionBackendType["SDPA" if kernel == "sdpa" and degrees.ring == 1 else XDIT_KERNELS[kernel]]
     logger.info("xDiT: %s attention", chosen.name)
 
     def usp(query: Tensor, key: Tensor, value: Tensor, tokens: int) -> Tensor:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        padded = key.shape[2] * ulysses > tokens if ring == 1 else False
+        padded = degrees.ring == 1 and key.shape[2] * degrees.ulysses > tokens
         out = USP(query, key, value, backend=chosen, attention_kwargs={"valid_kv_len": tokens} if padded else None)
         return out.transpose(1, 2)
 
     return usp
-
-
-def set_up_state(cfg: int, ring: int, ulysses: int) -> None:
-    """Give xDiT the state that its USP asks for; its own way to one without a pipeline is for one process only."""
-    from xfuser import xFuserArgs
-    from xfuser.core.distributed import runtime_state
-
-    class State(runtime_state.ExternalRuntimeState):
-        def __init__(self) -> None:
-            arguments = xFuserArgs(data_parallel_degree=cfg, ring_degree=ring, ulysses_degree=ulysses)
-            runtime_state.RuntimeState.__init__(self, arguments.create_config()[0])
-
-    runtime_state._RUNTIME = State()

@@ -221,7 +221,7 @@ class TalkingAvatar(Steps):
                 ]
             return {"features": torch.stack(heard)}
 
-        return self.runtime.parallel.once(encode)["features"].to(self.runtime.device)
+        return self.runtime.parallel.broadcast_from_main(encode)["features"].to(self.runtime.device)
 
     def make_window(
         self,
@@ -295,7 +295,7 @@ class TalkingAvatar(Steps):
             with self.runtime.resident(encoder.module, "encoding the portrait"):
                 return {"image": encoder(picture)}
 
-        return self.runtime.parallel.once(encode)["image"].to(self.runtime.device)
+        return self.runtime.parallel.broadcast_from_main(encode)["image"].to(self.runtime.device)
 
     def decode_matched(
         self, request: GenerationRequest, latents: Tensor, scene: Scene, frames: int | None = None

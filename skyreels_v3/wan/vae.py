@@ -32,7 +32,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from skyreels_v3.parallel.groups import Team
+    from skyreels_v3.parallel.groups import Group
 
 Span = tuple[int, int]  # first, last + 1
 
@@ -46,7 +46,7 @@ class VideoVAE:
         self.mean = torch.tensor(module.config.latents_mean).view(1, -1, 1, 1, 1)
         self.std = torch.tensor(module.config.latents_std).view(1, -1, 1, 1, 1)
         self.tiles = (1, 1)
-        self.team: Team | None = None
+        self.group: Group | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,15 +57,15 @@ class VideoVAE:
         assert rows > 0 and columns > 0, (rows, columns)
         self.tiles = (rows, columns)
 
-    def share(self, team: Team | None) -> None:
+    def share(self, group: Group | None) -> None:
         """Encode and decode together with other processes from now on: each works on some of the tiles."""
-        self.team = team
+        self.group = group
 
     @torch.inference_mode()
     def encode(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Normalised latents, float32: the posterior's mode, or with a CPU `generator` a sample of it."""
-        stages, cut = encoder_stages(self.module.encoder, self.team is not None)
-        fine = TiledStages(stages[:cut], video.shape[-2:], self.tiles, self.team)
+        stages, cut = encoder_stages(self.module.encoder, self.group is not None)
+        fine = TiledStages(stages[:cut], video.shape[-2:], self.tiles, self.group)
         coarse = TiledStages(stages[cut:], fine.size)
         moments = [coarse(fine(chunk.to(self.dtype))) for chunk in split_frames(video)]
         posterior = DiagonalGaussianDistribution(self.module.quant_conv(torch.cat(moments, dim=2)).float())
@@ -85,9 +85,9 @@ class VideoVAE:
         Raises:
             FloatingPointError: the video is infinite or not a number, which would be written as black frames.
         """
-        stages, cut = decoder_stages(self.module.decoder, self.team is not None)
+        stages, cut = decoder_stages(self.module.decoder, self.group is not None)
         coarse = TiledStages(stages[:cut], latents.shape[-2:])
-        fine = TiledStages(stages[cut:], coarse.size, self.tiles, self.team)
+        fine = TiledStages(stages[cut:], coarse.size, self.tiles, self.group)
         raw = latents.float() * self.std.to(latents.device) + self.mean.to(latents.device)
         for index, frame in enumerate(raw.to(self.dtype).split(1, dim=2)):
             # no name is given to what is yielded, or this generator would hold it while the next chunk is made
@@ -143,7 +143,7 @@ class TiledStages:
         stages: modules from (B, C, F, H, W) to such.
         size: H and W of the first one's input.
         tiles: rows and columns of the grid; no more are made than the result has rows and columns.
-        team: processes that divide the tiles, all with the same input; then there are enough for all of them.
+        group: processes that divide the tiles, all with the same input; then there are enough for all of them.
     """
 
     def __init__(
@@ -151,16 +151,16 @@ class TiledStages:
         stages: Sequence[nn.Module],
         size: Sequence[int],
         tiles: tuple[int, int] = (1, 1),
-        team: Team | None = None,
+        group: Group | None = None,
     ) -> None:
         self.size = tuple(sizes_along(stages, length)[-1] for length in size)  # H and W of the result
-        self.team = team
-        grid = tiles if team is None else enough_tiles(self.size, tiles, team.size)
+        self.group = group
+        grid = tiles if group is None else enough_tiles(self.size, tiles, group.size)
         rows, columns = ([*split_evenly(*pair)] for pair in zip(self.size, grid, strict=True))
         self.spans = [(row, column) for row in rows for column in columns]
         self.tiles = [
             Tile(stages, crops_along(stages, size[0], row), crops_along(stages, size[1], column))
-            for row, column in (self.spans if team is None else own_part(self.spans, team))
+            for row, column in (self.spans if group is None else own_part(self.spans, group))
         ]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ class TiledStages:
 
     def pieces(self, x: Tensor) -> Iterator[Tensor]:
         """The tiles' parts of the result, in order."""
-        if self.team is None:
+        if self.group is None:
             yield from (tile(x) for tile in self.tiles)
             return
         # tiles differ by a row or a column at most; an exchange is of equal pieces
@@ -184,14 +184,14 @@ class TiledStages:
         for number, tile in enumerate(self.tiles):
             piece = tile(x)
             padded = F.pad(piece, (0, width - piece.shape[-1], 0, height - piece.shape[-2]))
-            spans = self.spans[number * self.team.size :]
-            for made, ((top, bottom), (left, right)) in zip(self.team.all_gather(padded), spans, strict=False):
+            spans = self.spans[number * self.group.size :]
+            for made, ((top, bottom), (left, right)) in zip(self.group.all_gather(padded), spans, strict=False):
                 yield made[..., : bottom - top, : right - left]
 
 
-def own_part(spans: Sequence[tuple[Span, Span]], team: Team) -> list[tuple[Span, Span]]:
-    """One of each `team.size` tiles. Where there are not enough the last one is made again: all must have one."""
-    return [spans[min(start + team.rank, len(spans) - 1)] for start in range(0, len(spans), team.size)]
+def own_part(spans: Sequence[tuple[Span, Span]], group: Group) -> list[tuple[Span, Span]]:
+    """One of each `group.size` tiles. Where there are not enough the last one is made again: all must have one."""
+    return [spans[min(start + group.rank, len(spans) - 1)] for start in range(0, len(spans), group.size)]
 
 
 def enough_tiles(size: Sequence[int], tiles: tuple[int, int], processes: int) -> tuple[int, int]:

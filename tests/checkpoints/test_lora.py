@@ -82,7 +82,8 @@ def mapped(folder: Path, dtype: torch.dtype = torch.float32) -> SkyReelsTransfor
 
 
 def apply_loras(model: nn.Module, loras: list[tuple[Path, float]], fuse: bool, partial: bool = False) -> None:
-    adapters.apply_loras(model, [Lora(str(file), scale, partial) for file, scale in loras], fuse)
+    sources = [Lora(str(file), scale, partial) for file, scale in loras]
+    adapters.apply_loras(model, sources, model.native_names, fuse)
 
 
 def shapes_of(model: nn.Module) -> Shapes:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from skyreels_v3.attention.backends import sdpa
 from skyreels_v3.hunyuan.riflex import riflex
-from skyreels_v3.hunyuan.sequence_parallel import JointSequenceParallel, lay_out
+from skyreels_v3.hunyuan.sequence_parallel import SequenceParallel, lay_out
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
-from skyreels_v3.parallel.groups import Team
-from skyreels_v3.parallel.shard import is_sharded, shard_weights
+from skyreels_v3.parallel.groups import Group
 from skyreels_v3.parallel.usp import torch_usp
+from skyreels_v3.parallel.weights import is_sharded, shard_weights
 
 SMALL = {
     **{"num_attention_heads": 12, "attention_head_dim": 8, "num_layers": 2, "num_single_layers": 2, "mlp_ratio": 2.0},
@@ -55,15 +55,15 @@ def predict(model: HunyuanTransformer3DModel, sizes: tuple[int, ...], text: int)
         )[0]
 
 
-def groups(ring: int, ulysses: int) -> dict[str, dist.ProcessGroup]:
+def groups(ring: int, ulysses: int) -> dict[str, Group]:
     """This process's groups where the first ones of all divide the work; groups are made by all together."""
     ranks = torch.arange(ring * ulysses).view(ring, ulysses)
-    own: dict[str, dist.ProcessGroup] = {}
+    own: dict[str, Group] = {}
     for name, members in (("ulysses", ranks), ("ring", ranks.T), ("sequence", ranks.view(1, -1))):
         for some in members.tolist():
             group = dist.new_group(some)
             if dist.get_rank() in some:
-                own[name] = group
+                own[name] = Group(group)
     return own
 
 
@@ -74,7 +74,7 @@ def compare(ring: int, ulysses: int) -> None:
         return
     model, parallel = (
         transformer(),
-        JointSequenceParallel(Team(own["sequence"]), torch_usp(sdpa, own["ulysses"], own["ring"])),
+        SequenceParallel(own["sequence"], torch_usp(sdpa, own["ulysses"], own["ring"])),
     )
     parallel.attach(model)
     alone = transformer()
@@ -92,8 +92,8 @@ def compare(ring: int, ulysses: int) -> None:
 def compare_with_divided_weights() -> None:
     """Each process has a quarter of the weights."""
     own, model = groups(1, PROCESSES), transformer()
-    JointSequenceParallel(Team(own["sequence"]), torch_usp(sdpa, own["ulysses"], own["ring"])).attach(model)
-    shard_weights(model, torch.device("cpu"), PROCESSES)
+    SequenceParallel(own["sequence"], torch_usp(sdpa, own["ulysses"], own["ring"])).attach(model)
+    shard_weights(model, model.blocks, torch.device("cpu"))
     assert all(map(is_sharded, (model, *model.blocks)))
     for case in CASES.values():
         torch.testing.assert_close(predict(model, *case), predict(transformer(), *case), atol=1e-5, rtol=0)
@@ -118,8 +118,8 @@ def test_several_processes_predict_the_same(tmp_path):
 @pytest.mark.parametrize(("video", "text"), [(18, 5), (24, 12), (18, 1), (2, 9), (1, 1)])
 def test_every_token_is_somewhere_once(video, text, processes):
     made = [lay_out(video, text, rank, processes) for rank in range(processes)]
-    assert [one for part in made for one in range(video)[part.own_video]] == [*range(video)]
-    assert [one for part in made for one in range(text)[part.own_text]] == [*range(text)]
+    assert [one for part in made for one in part.video] == [*range(video)]
+    assert [one for part in made for one in part.text] == [*range(text)]
     assert all(part.tokens == video + text and part.own <= part.share for part in made)
     full = (video + text) // made[0].share
     assert all(part.own == part.share for part in made[:full])  # padding, if any, is at the end

@@ -17,7 +17,7 @@ from skyreels_v3.hunyuan.sizes import HunyuanSizes
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.memory.quantize import quantize
 from skyreels_v3.memory.stream import SLOTS, BlockStream
-from skyreels_v3.parallel.ranks import Degrees
+from skyreels_v3.parallel.ranks import ParallelConfig
 from tests.test_plan import LiveBytes, bytes_of
 
 PUBLISHED = HunyuanSizes()
@@ -107,8 +107,8 @@ def test_activations_of_a_forward(frames, height, width, dtype):
 def test_activations_of_one_of_several_processes():
     """More than its share, for what is exchanged; a ring needs all keys and values of some heads besides."""
     alone = PUBLISHED.activation_bytes(50_000, "bfloat16")
-    for degrees in (Degrees(1, 1, 2), Degrees(2, 1, 8), Degrees(1, 2, 4)):
+    for degrees in (ParallelConfig(1, 1, 2), ParallelConfig(2, 1, 8), ParallelConfig(1, 2, 4)):
         made = PUBLISHED.activation_bytes(50_000, "bfloat16", degrees)
         assert alone / degrees.sequence <= made < 1.5 * alone / degrees.sequence
-    one = PUBLISHED.activation_bytes(50_000, "bfloat16", Degrees(1, 1, 8))
-    assert PUBLISHED.activation_bytes(50_000, "bfloat16", Degrees(1, 4, 2)) > one
+    one = PUBLISHED.activation_bytes(50_000, "bfloat16", ParallelConfig(1, 1, 8))
+    assert PUBLISHED.activation_bytes(50_000, "bfloat16", ParallelConfig(1, 4, 2)) > one

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from skyreels_v3.parallel.launch import is_heard, outcome
+from skyreels_v3.parallel.launch import is_handled, outcome
 from tests.conftest import ROOT, files_in, stop_at
 
 SCRIPT = """
@@ -85,7 +85,7 @@ def test_outcomes(failures, code, said):
 def test_what_nohup_ignores_stays_ignored(monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert [is_heard(name) for name in ("SIGHUP", "SIGTERM", "SIGNONE")] == [False, True, False]
+        assert [is_handled(name) for name in ("SIGHUP", "SIGTERM", "SIGNONE")] == [False, True, False]
     finally:
         signal.signal(signal.SIGHUP, before)
 

@@ -8,7 +8,7 @@ import pytest
 
 from skyreels_v3.cli import parse_request
 from skyreels_v3.errors import UserError
-from skyreels_v3.parallel.ranks import ALONE, Degrees, Ranks, check_ranks, choose_degrees, ranks_of
+from skyreels_v3.parallel.ranks import SINGLE, ParallelConfig, Ranks, check_ranks, choose_degrees, ranks_of
 
 REQUEST = parse_request(
     ["--task_type", "reference_to_video", "--ref_imgs", "a.png", "--prompt", "a", "--use_usp"]
@@ -18,13 +18,13 @@ LAUNCHED = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE
 
 
 def test_what_a_launcher_says():
-    assert ranks_of({}) == ranks_of({"RANK": "0"}) == ALONE
+    assert ranks_of({}) == ranks_of({"RANK": "0"}) == SINGLE
     assert ranks_of(LAUNCHED) == Ranks(5, 8, 1, 4)
     assert ranks_of({"RANK": "1", "WORLD_SIZE": "2", **ADDRESS}) == Ranks(1, 2, 1, 2)
     ranks = ranks_of(LAUNCHED)
-    assert (ranks.machine, ranks.main, ranks.leads) == (1, False, False)
-    assert (ALONE.machine, ALONE.main, ALONE.leads) == (0, True, True)
-    assert ranks_of(LAUNCHED | {"RANK": "4", "LOCAL_RANK": "0"}).leads
+    assert (ranks.node, ranks.is_main, ranks.is_local_main) == (1, False, False)
+    assert (SINGLE.node, SINGLE.is_main, SINGLE.is_local_main) == (0, True, True)
+    assert ranks_of(LAUNCHED | {"RANK": "4", "LOCAL_RANK": "0"}).is_local_main
 
 
 @pytest.mark.parametrize(
@@ -41,12 +41,12 @@ def test_a_launcher_that_says_no_address(missing):
         UserError, match=rf"^--use_usp: RANK and WORLD_SIZE are set, {missing} not; start with torchrun"
     ):
         ranks_of({name: value for name, value in LAUNCHED.items() if name != missing})
-    assert ranks_of({"RANK": "0", "WORLD_SIZE": "1"}) == ALONE
+    assert ranks_of({"RANK": "0", "WORLD_SIZE": "1"}) == SINGLE
 
 
 def test_several_processes_must_be_told_what_to_do():
     check_ranks(REQUEST, Ranks(0, 2, 0, 2))
-    check_ranks(replace(REQUEST, use_usp=False), ALONE)
+    check_ranks(replace(REQUEST, use_usp=False), SINGLE)
     with pytest.raises(UserError, match=r"^--use_usp: missing; 2 processes were started; add it .* or --jobs"):
         check_ranks(replace(REQUEST, use_usp=False), Ranks(0, 2, 0, 2))
 
@@ -69,7 +69,7 @@ def test_several_processes_must_be_told_what_to_do():
     ],
 )
 def test_division_by_default(world, heads, terms, degrees):
-    assert choose_degrees(REQUEST, world, heads, terms) == Degrees(*degrees)
+    assert choose_degrees(REQUEST, world, heads, terms) == ParallelConfig(*degrees)
 
 
 def test_all_processes_have_work():
@@ -77,7 +77,7 @@ def test_all_processes_have_work():
         for heads in (4, 12, 24, 40):
             for terms in (1, 2, 3):
                 degrees = choose_degrees(REQUEST, world, heads, terms)
-                assert degrees.world == world and heads % degrees.ulysses == 0 and degrees.cfg in (1, terms)
+                assert degrees.world_size == world and heads % degrees.ulysses == 0 and degrees.cfg in (1, terms)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_all_processes_have_work():
     ],
 )
 def test_division_as_asked_for(flags, world, terms, degrees):
-    assert choose_degrees(replace(REQUEST, **flags), world, 40, terms) == Degrees(*degrees)
+    assert choose_degrees(replace(REQUEST, **flags), world, 40, terms) == ParallelConfig(*degrees)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_division_as_asked_for(flags, world, terms, degrees):
     [
         ({"cfg_degree": 2}, 4, 1, r"^--cfg_degree: 2: the guidance has only 1 term; .* turn guidance on"),
         ({"cfg_degree": 3}, 6, 2, r"^--cfg_degree: 3: the guidance has only 2 terms; give 2 at most"),
-        ({"cfg_degree": 2}, 3, 2, r"^--cfg_degree: 2: 3 processes cannot be divided by it"),
+        ({"cfg_degree": 2}, 3, 2, r"^--cfg_degree: 2: does not divide 3 processes"),
         ({"ulysses_degree": 3}, 4, 1, r"^--ulysses_degree: 3: ring x Ulysses must be 4"),
         ({"ring_degree": 8}, 4, 1, r"^--ring_degree: 8: ring x Ulysses must be 4"),
         ({"ulysses_degree": 2, "ring_degree": 1}, 4, 1, r"^--ulysses_degree: 2: ring x Ulysses must be 4"),

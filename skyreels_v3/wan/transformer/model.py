@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -21,17 +21,20 @@ from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 
 from skyreels_v3.attention.backends import AttentionFn, dispatched, sdpa
+from skyreels_v3.checkpoints.key_maps import NATIVE_TRANSFORMER, KeyMap
 from skyreels_v3.wan.transformer.attention import (
     AudioAttention,
     CrossAttention,
     SelfAttention,
-    SpeakerFn,
-    speaker_positions,
 )
 from skyreels_v3.wan.transformer.block import Context, TransformerBlock, of_frames, token_spans
 from skyreels_v3.wan.transformer.embeddings import AudioProjection, ConditionEmbedding
 from skyreels_v3.wan.transformer.norms import modulate
 from skyreels_v3.wan.transformer.rope import Segment, rotary_tables
+
+if TYPE_CHECKING:
+    from skyreels_v3.parallel.groups import Group
+    from skyreels_v3.parallel.usp import UspFn
 
 
 class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -60,6 +63,8 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             per vector (layers x channels), and sizes of the audio projection; audio_dim None for models without audio.
     """
 
+    chunks_tokens: ClassVar[bool] = True
+    native_names: ClassVar[KeyMap] = NATIVE_TRANSFORMER
     _repeated_blocks: ClassVar[list[str]] = ["TransformerBlock"]
     _no_split_modules: ClassVar[list[str]] = ["TransformerBlock"]
     _keep_in_fp32_modules: ClassVar[list[str]] = [
@@ -182,22 +187,18 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self,
         attention: AttentionFn,
         cross_attention: AttentionFn | None = None,
-        speaker_positions: SpeakerFn = speaker_positions,
     ) -> None:
         """Set the functions that see more than one token.
 
         Args:
             attention: among video tokens.
             cross_attention: to the conditions; the same unless given.
-            speaker_positions: which speaker the tokens belong to, see `attention.speaker_positions`.
         """
         for module in self.modules():
             if isinstance(module, SelfAttention):
                 module.attention = attention
             elif isinstance(module, CrossAttention | AudioAttention):
                 module.attention = cross_attention or attention
-            elif isinstance(module, TransformerBlock):
-                module.speaker_positions = speaker_positions
 
     def set_attention_backend(self, backend: str) -> None:
         """Use an attention backend of diffusers, by its name there.
@@ -213,10 +214,16 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.set_attention(sdpa)
 
     def compilable(self) -> Iterator[tuple[object, str]]:
-        """The parts that treat each token by itself, as objects and names of methods; see `compile.compile_blocks`."""
+        """What runs before and after self-attention, see `model_api.Transformer`."""
         for block in self.blocks:
             yield block, "project"
             yield block, "finish"
+
+    def divide_tokens(self, group: Group, usp: UspFn) -> None:
+        """See `model_api.Transformer`."""
+        from skyreels_v3.wan.sequence_parallel import SequenceParallel  # which needs this package
+
+        SequenceParallel(group, usp).attach(self)
 
     def enable_cache(self, config: Any) -> NoReturn:
         """Not supported, see the class."""

@@ -15,8 +15,8 @@ from diffusers import AutoencoderKL, DiffusionPipeline  # noqa: F401  before the
 
 import skyreels_v3.main
 from skyreels_v3 import runtime
-from skyreels_v3.parallel import groups as distributed
 from skyreels_v3.parallel import usp
+from skyreels_v3.parallel.ranks import ParallelConfig
 
 PROBES = {
     "is_available": lambda: True,
@@ -40,17 +40,18 @@ def import_xdit() -> None:
 
 def main() -> int:
     import_xdit()
+    xdit_usp = usp.xdit_usp
     from xfuser.core.distributed import runtime_state
     from xfuser.core.distributed.attention_backend import AttentionBackendType
 
-    def on_cpu(kernel: str, cfg: int, ring: int, ulysses: int) -> usp.UspFn:
+    def on_cpu(kernel: str, degrees: ParallelConfig) -> usp.UspFn:
         with (
             mock.patch.object(torch.backends.mps, "is_available", lambda: True),
             mock.patch.object(
                 runtime_state.RuntimeState, "_select_attention_backend", lambda *_: AttentionBackendType.SDPA
             ),
         ):
-            attention = usp.xdit_usp(kernel, cfg, ring, ulysses, backend="gloo")
+            attention = xdit_usp(kernel, degrees, backend="gloo")
 
         def noted(*tensors: object) -> torch.Tensor:
             with open("xdit-calls", "a") as calls:
@@ -60,8 +61,8 @@ def main() -> int:
         return noted
 
     with (
-        mock.patch.object(distributed, "has_xdit", lambda *_: True),
-        mock.patch.object(distributed, "xdit_usp", on_cpu),
+        mock.patch.object(usp, "has_xdit", lambda *_: True),
+        mock.patch.object(usp, "xdit_usp", on_cpu),
     ):
         return skyreels_v3.main.main(sys.argv[1:])
 
