@@ -47,12 +47,12 @@ def riflex(model: HunyuanTransformer3DModel, frames: int | None) -> Iterator[Non
     if frames is None:
         yield
         return
-    channels, theta = model.config.rope_axes_dim[0], model.config.rope_theta
+    channels, theta = model.config["rope_axes_dim"][0], model.config["rope_theta"]
     pair = intrinsic_component(channels, theta)
     frequency = float(riflex_frequencies(channels, theta, frames)[pair])
 
     def slowed(_: object, arguments: tuple[Tensor, ...], tables: Tables) -> Tables:
-        count = arguments[0].shape[2] // model.config.patch_size_t
+        count = arguments[0].shape[2] // model.config["patch_size_t"]
         return with_pair(tables, pair, torch.arange(count, dtype=torch.float64) * frequency)
 
     # before the hooks that are there: those of processes that share the tokens take parts of what comes out

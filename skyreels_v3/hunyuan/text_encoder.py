@@ -37,20 +37,21 @@ class HunyuanTextEncoder:
         clip_tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         self.module = nn.ModuleDict({"llama": llama, "clip": clip})
-        self.tokenizer, self.clip_tokenizer = tokenizer, clip_tokenizer
+        self.llama, self.tokenizer, self.clip_tokenizer = llama, tokenizer, clip_tokenizer
         others: dict[str, Any] = dict.fromkeys(("transformer", "vae", "scheduler", "text_encoder_2", "tokenizer_2"))
-        self.pipeline = HunyuanVideoPipeline(text_encoder=llama, tokenizer=tokenizer, **others)
+        others["tokenizer"] = tokenizer  # any with the library's interface, not the class in its signature alone
+        self.pipeline = HunyuanVideoPipeline(text_encoder=llama, **others)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
         """The Llama's layers, which may come one after the other."""
-        return cast(Sequence[nn.Module], self.module["llama"].layers)
+        return cast(Sequence[nn.Module], self.llama.layers)
 
     @torch.inference_mode()
     def encode(self, prompt: str) -> dict[str, Tensor]:
         """Context (1, L, D) of the prompt's tokens and `pooled` (1, P), on the modules' device."""
         self.tell_of_length(prompt)
-        device = self.module["llama"].embed_tokens.weight.device
+        device = self.llama.embed_tokens.weight.device
         states, pooled, mask = self.pipeline.encode_prompt(
             prompt, pooled_prompt_embeds=self.summary(prompt, device), device=device, max_sequence_length=MAX_TOKENS
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +22,7 @@ class ImageEncoder:
     @torch.inference_mode()
     def __call__(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, 257, D)."""
-        size = self.module.config.image_size
+        size = cast(int, self.module.config.image_size)
         pixels = F.interpolate(image.float(), (size, size), mode="bicubic", align_corners=False) / 2 + 0.5
         mean, std = (pixels.new_tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
         pixels = ((pixels - mean) / std).to(self.module.dtype)
