@@ -39,6 +39,7 @@ def sound_of(path: Path) -> str:
     return next(line for line in log.splitlines() if "Audio:" in line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seconds", "rate", "frames"), [(0.5, 22050, 13), (1.01, 48000, 26), (3.5, 44100, 88)])
 def test_picture_and_sound_are_as_long(main, tmp_path, seconds, rate, frames):
     sound = tone(tmp_path / "sound.wav", seconds, rate)
@@ -55,6 +56,7 @@ def test_picture_and_sound_are_as_long(main, tmp_path, seconds, rate, frames):
     assert not (tmp_path / "a.state").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("audio_type", "frames"), [("parallel", 25), ("sequential", 38)])
 def test_two_speakers_are_experimental(main, tmp_path, caplog, audio_type, frames):
     sounds = f"{tone(tmp_path / 'a.wav', 1.0, 16000)},{tone(tmp_path / 'b.wav', 0.5, 16000, 2000)}"

@@ -246,6 +246,7 @@ def first_gathering(request: GenerationRequest, processes: int) -> float:
     return outside * (processes - 1) / processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "name"), RUNS)
 def test_bytes_of_the_vae(processes, name, measured, sound):
     request, _ = request_of(processes, name, sound)
@@ -257,6 +258,7 @@ def test_bytes_of_the_vae(processes, name, measured, sound):
         assert {part: found[part]["gather"] for part in expected} == pytest.approx(expected, rel=EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "name"), RUNS)
 def test_bytes_told_once(processes, name, measured, sound):
     """A prompt of fewer tokens is told in fewer bytes; what the tensors are called takes some."""

@@ -367,6 +367,7 @@ def lora_hub() -> Iterator[Callable[..., Hub]]:
         server.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("files", "name", "asked"),
     [

@@ -197,6 +197,7 @@ def test_a_folder_that_was_made_meanwhile_is_kept(tmp_path, cache, monkeypatch, 
     check_folder(made, task)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", INPUTS)
 def test_the_plan_of_a_saved_checkpoint(main, make, tmp_path, task):
     saved, inputs = tmp_path / "saved", INPUTS[task]

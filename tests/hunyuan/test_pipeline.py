@@ -98,6 +98,7 @@ def test_image_to_video(main, stock, picture, way):
     torch.testing.assert_close(made(main, "i2v", *flags, *FLAGS[way]), latents, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["offload", "streamed"])
 def test_a_picture_of_another_shape_and_more_than_a_tile(main, stock, tmp_path, way):
     """Cut to the video's shape, then resized, and encoded in the library's tiles: two rows of three."""
@@ -156,6 +157,7 @@ def test_frames_a_second(main):
     assert next(read_frames("a.mp4"))["fps"] == 30
 
 
+@pytest.mark.slow
 def test_a_long_video_is_made_with_riflex(main):
     """201 frames; without RIFLEx it would be another one, and shorter ones are what they are without it."""
     small = ["--height", 32, "--width", 32, "--num_inference_steps", 1, "--guidance_scale", 1]
@@ -170,6 +172,7 @@ def test_a_long_video_is_made_with_riflex(main):
     assert short.shape == long.shape
 
 
+@pytest.mark.slow
 def test_several_videos(main, tmp_path):
     """The seeds follow each other, and each video is that of its own seed; one load of the networks."""
     small = ["--task_type", "t2v", *COMMAND[:-2], "--num_frames", 5, "--outdir", "films"]
@@ -212,6 +215,7 @@ def blocks_of(caplog) -> tuple[int, int]:
     return int(found[-1][0]), int(found[-1][1])
 
 
+@pytest.mark.slow
 def test_first_block_cache_is_that_of_diffusers(main, stock, caplog):
     caplog.set_level(logging.INFO)
     pipeline = stock("t2v")

@@ -189,6 +189,7 @@ def test_compiled(own_compiler):
     torch.testing.assert_close(predict(model, inputs()), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_compiled_and_streamed(traced_only):
     """One graph for each kind of block, and none for a step or for weights that change places."""
     model = made(HunyuanTransformer3DModel)
@@ -206,6 +207,7 @@ def test_compiled_and_streamed(traced_only):
         expected = plain_fp8()
 
 
+@pytest.mark.slow
 def test_compiled_for_prompts_of_any_length(traced_only):
     """A second length takes a graph for all that follow."""
     model, plain = made(HunyuanTransformer3DModel), made(HunyuanTransformer3DModel)

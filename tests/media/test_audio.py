@@ -324,6 +324,7 @@ def test_overwritten_with_zeros(tmp_path: Path, name: str) -> None:
     check_refused(tmp_path / name, "damaged")
 
 
+@pytest.mark.slow
 def test_limits(tmp_path: Path) -> None:
     for samples in (6_400, 3_200_000):
         assert probe_audio(save(tmp_path / "a.wav", np.zeros(samples)), FLAG).seconds == samples / 16_000
