@@ -56,7 +56,7 @@ from skyreels_v3 import runtime
 from skyreels_v3.cli import parse_request
 from skyreels_v3.components import set_up_transformer
 from skyreels_v3.denoising.loop import Condition
-from skyreels_v3.hunyuan.pipeline import HunyuanConditioning
+from skyreels_v3.hunyuan.conditioning import HunyuanConditioning
 from skyreels_v3.hunyuan.sizes import TEXT_TOKENS, HunyuanSizes
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.plan import plan

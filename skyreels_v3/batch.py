@@ -17,7 +17,7 @@ import logging
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING, Any
 from skyreels_v3.cli import NOT_RECORDED, job_flags, request_of, without_overruled
 from skyreels_v3.config_text import read_json_text
 from skyreels_v3.console import say, show
-from skyreels_v3.errors import AlreadyDone, UserError, redact, shown
-from skyreels_v3.media.files import check_readable, check_writable, run_folder
+from skyreels_v3.errors import AlreadyDone, UserError, cause_of, shown
+from skyreels_v3.media.files import check_readable, check_writable
 from skyreels_v3.parallel import processes
 from skyreels_v3.parallel.ranks import SINGLE, Ranks
+from skyreels_v3.resolve import AssetResolver, downloads_folder, resolve
 from skyreels_v3.runtime import set_environment
-from skyreels_v3.tasks import HUNYUAN, TINY, GenerationRequest
+from skyreels_v3.tasks import GenerationRequest
 
 try:
     import fcntl
@@ -39,11 +40,8 @@ except ImportError:  # Windows: appending in one piece has to do, and one run at
     fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from skyreels_v3.generate import Session
-    from skyreels_v3.inputs import Inputs
-
-    Seen = tuple[GenerationRequest, Inputs, Path | None] | AlreadyDone  # what `preflight` gives, or raises
-    Ready = tuple[GenerationRequest, Inputs, Path]  # the same, nothing missing
+    from skyreels_v3.generate import Generator
+from skyreels_v3.plan import Checked
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +50,6 @@ EXAMPLE = '{"task_type": "talking_avatar", "input_image": "a.png", "input_audio"
 # how a job is done, not what it makes: it is the same job without
 WHERE = {"output", "outdir", "save_latents", "save_quantized"}
 HOW = {*NOT_RECORDED, "offload", "parameters_level", "sequence_batch", "url_timeout"} - WHERE
-DONE = "done"
-Told = tuple[str | None, str]  # an error, for other processes: the flag if it is a user's, or DONE; the text
 
 
 # The file and what became of its jobs
@@ -248,14 +244,16 @@ def record(results: Results, result: Mapping[str, Any]) -> None:
 
 def in_order(jobs: Iterable[Job]) -> list[Job]:
     """The jobs that are no requests, then the others, those together that need the same networks in the same place."""
-    from skyreels_v3.plan import guidance_of
+    from skyreels_v3.pipeline import pipeline_of
     from skyreels_v3.preflight import networks
 
     groups: dict[tuple[object, ...], list[Job]] = {(): []}
     for job in jobs:
         key: tuple[object, ...] = ()
         if (request := job.request) is not None:
-            terms = len(guidance_of(request).terms) if request.use_usp else 1  # processes are divided by them
+            terms = (
+                len(pipeline_of(request.task).guidance(request).terms) if request.use_usp else 1
+            )  # processes are divided by them
             key = (*networks(request), request.memory, request.stream_blocks, terms)
         groups.setdefault(key, []).append(job)
     return [job for group in groups.values() for job in group]
@@ -264,108 +262,8 @@ def in_order(jobs: Iterable[Job]) -> list[Job]:
 # Making videos
 
 
-class Stock:
-    """Checkpoints and LoRAs from elsewhere. Each is fetched once, and one that could not be is not asked for again."""
-
-    def __init__(self) -> None:
-        self.paths: dict[str, str] = {}
-        self.problems: dict[str, Told] = {}
-
-    def complete(self, request: GenerationRequest, checkpoint: Path | None) -> tuple[GenerationRequest, Path]:
-        """A request and the folder of its checkpoint, with that and the LoRAs on this machine.
-
-        Args:
-            checkpoint: its folder, None if it is yet to be fetched or made.
-        """
-        from skyreels_v3.checkpoints.lora import check_loras
-        from skyreels_v3.preflight import follow_checkpoint
-
-        loras = tuple(lora._replace(source=self.lora(lora.source, request)) for lora in request.lora)
-        request = replace(request, lora=loras)
-        if checkpoint is None:
-            check_loras(request)  # they weigh less than what would have been fetched in vain
-            names = (request.model_source, request.model_id, request.task.name)
-            checkpoint = Path(self.get(names, lambda: fetch(request)))
-        if request.task.layout == HUNYUAN:
-            request = replace(request, base_model_id=self.base(request, checkpoint))
-        return follow_checkpoint(request, checkpoint), checkpoint
-
-    def base(self, request: GenerationRequest, checkpoint: Path) -> str:
-        """The folder of V1's other components."""
-        from skyreels_v3.checkpoints.hub import download_base, locate_base
-
-        if (folder := locate_base(request, checkpoint)) is not None:
-            return str(folder)
-        name = request.base_model_id or request.task.base_model_id
-        return self.get((request.model_source, name, "base"), lambda: download_base(request))
-
-    def lora(self, name: str, request: GenerationRequest) -> str:
-        """The file of a LoRA."""
-        from skyreels_v3.checkpoints.hub import download_lora, locate_lora
-
-        if (file := locate_lora(name)) is not None:
-            return str(file)
-        return self.get((request.model_source, name), lambda: download_lora(name, request))
-
-    def get(self, names: Sequence[str], fetch: Callable[[], Path]) -> str:
-        """What goes by some names, fetched if it has not been."""
-        key = " ".join(names)
-        if key in self.problems:
-            raise as_error(self.problems[key])
-        if key not in self.paths:
-            try:
-                self.paths[key] = str(fetch())
-            except Exception as error:
-                self.problems[key] = as_told(error)
-                raise
-        return self.paths[key]
-
-    def fill(self, requests: Iterable[GenerationRequest]) -> None:
-        """Fetch all that requests need."""
-        from skyreels_v3.preflight import checkpoint_here
-
-        for request in requests:
-            with suppress(Exception):  # the job itself meets it again
-                self.complete(request, checkpoint_here(request))
-
-    def known(self) -> list[Any]:
-        """All that another process on this machine must know, for JSON."""
-        return [self.paths, self.problems]
-
-    def learn(self, known: Sequence[Mapping[str, Any]]) -> None:
-        """Take over what another one knows."""
-        self.paths |= known[0]
-        self.problems |= known[1]
-
-
-def fetch(request: GenerationRequest) -> Path:
-    """The folder of a checkpoint that was not on this machine."""
-    from skyreels_v3.checkpoints.hub import download
-
-    if request.model_id != TINY:
-        return download(request)
-    from skyreels_v3.cache import cache_folder
-    from skyreels_v3.wan.tiny import make_tiny
-
-    try:
-        return make_tiny(request.task)
-    except OSError as error:
-        reason = f"{TINY} cannot be made in {cache_folder()} ({error.strerror or error})"
-        raise UserError("--model_id", f"{reason}; set SKYREELS_CACHE to a folder that can be written to") from error
-
-
-@contextmanager
-def downloads_folder(team: Ranks) -> Iterator[Path]:
-    """A folder for the inputs of one video that are URLs, by the process that fetches them; the others use that."""
-    if not team.is_local_main:
-        yield Path()
-        return
-    with run_folder() as folder:
-        yield folder
-
-
-class Studio:
-    """Where videos are made, one after the other. What is loaded stays as long as the next one needs the same.
+class Worker:
+    """Makes videos, one after the other. What is loaded stays as long as the next one needs the same.
 
     Args:
         ranks: this process among all.
@@ -376,92 +274,40 @@ class Studio:
         set_environment()  # before torch is imported
         self.ranks = ranks
         self.team = team
-        self.stock = Stock()
-        self.session: Session | None = None
+        self.resolver = AssetResolver()
+        self.generator: Generator | None = None
 
-    def look(self, request: GenerationRequest, downloads: Path) -> Seen:
-        """See `preflight`; that a video is there already is not raised before all processes know."""
-        from skyreels_v3.preflight import preflight
+    def make(self, checked: Checked) -> Path:
+        """Make the video of a resolved request; returns its path."""
+        from skyreels_v3.generate import load
+        from skyreels_v3.plan import plan
+        from skyreels_v3.runtime import find_machine
 
-        try:
-            return preflight(request, downloads, self.team)
-        except AlreadyDone as done:
-            return done
+        made = plan(checked, find_machine(checked.request, self.ranks), self.ranks)
+        if self.generator is not None and not self.generator.fits(made):
+            self.unload()
+            made = plan(checked, find_machine(checked.request, self.ranks), self.ranks)
+        if self.generator is None:
+            self.generator = load(made)
+        return self.generator.write(made)
 
-    def prepare(self, request: GenerationRequest, downloads: Path, name: str, seen: Seen | None = None) -> Ready:
-        """Look at a request's inputs and fetch what is missing.
-
-        Of a team the first process of each machine does so; the others come after it, and find everything there. If it
-        goes wrong on one process, it raises on all of them.
-
-        Args:
-            downloads: a folder for inputs that are URLs, for as long as the video is being made.
-            name: what the processes call this video; used once.
-            seen: what `look` has found already, where it has been called.
-        """
-        if self.team.world_size == 1:
-            return self.find(request, downloads, seen)
-        ready, problem, own = None, None, None
-        if not self.team.is_local_main:
-            there, known, problem = processes.store_get(f"found/{name}/{self.team.node}")
-            downloads = Path(there)
-            self.stock.learn(known)
-        try:
-            ready = self.find(request, downloads, seen) if problem is None else None
-        except Exception as error:
-            own, problem = error, as_told(error)
-        if self.team.is_local_main:
-            processes.store_set(f"found/{name}/{self.team.node}", [str(downloads), self.stock.known(), problem])
-        seed = request.seed if ready is None else ready[0].seed  # maybe that of an interrupted run
-        everyone = self.exchange(f"ready/{name}", [seed, problem])
-        for _, problem in everyone:
-            if problem is not None:
-                raise own or as_error(problem)
-        assert ready is not None
-        return replace(ready[0], seed=everyone[0][0]), *ready[1:]
-
-    def find(self, request: GenerationRequest, downloads: Path, seen: Seen | None) -> Ready:
-        """What `prepare` gives, on this process."""
-        seen = seen or self.look(request, downloads)
-        if isinstance(seen, AlreadyDone):
-            raise seen
-        request, inputs, here = seen
-        request, checkpoint = self.stock.complete(request, here)
-        return request, inputs, checkpoint
-
-    def exchange(self, name: str, value: Any) -> list[Any]:
-        """What each of the team has for a name that is used once."""
-        processes.store_set(f"{name}/{self.team.rank}", value)
-        return [processes.store_get(f"{name}/{rank}") for rank in range(self.team.world_size)]
-
-    def make(self, ready: Ready) -> Path:
-        """Make what was prepared; returns its path."""
-        from skyreels_v3.generate import Session
-
-        request, inputs, checkpoint = ready
-        if self.session is not None and not self.session.fits(request, checkpoint):
-            self.clear()
-        if self.session is None:
-            self.session = Session(request, checkpoint, self.ranks)
-        return self.session.generate(request, inputs)
-
-    def clear(self) -> None:
+    def unload(self) -> None:
         """Drop what is loaded."""
-        if self.session is not None:
+        if self.generator is not None:
             from skyreels_v3.generate import free_memory
 
-            self.session = None
+            self.generator = None
             free_memory()
 
 
-def carry_out(job: Job, studio: Studio, write: Callable[[dict[str, Any]], object]) -> bool:
+def carry_out(job: Job, worker: Worker, write: Callable[[dict[str, Any]], object]) -> bool:
     """Do a job and `write` its result; returns whether it was made.
 
     Raises:
         Exception: what went wrong while several processes were at work, since they may be out of step now.
     """
     start = perf_counter()
-    team, result = studio.team, {"job": job.number, "id": job.id}
+    team, result = worker.team, {"job": job.number, "id": job.id}
 
     def end(status: str, **what: Any) -> bool:
         if team.is_main:
@@ -472,14 +318,14 @@ def carry_out(job: Job, studio: Studio, write: Callable[[dict[str, Any]], object
         return end("error", error=job.problem, exit=2)
     with downloads_folder(team) as downloads:
         try:
-            ready = studio.prepare(job.request, downloads, job.id)
+            ready = resolve(job.request, downloads, worker.team, worker.resolver, job.id)
         except AlreadyDone as done:
             return end("done", output=str(done.output))
         except Exception as error:
             logger.debug("line %d", job.number, exc_info=True)
             return end("error", **failure(error))
         try:
-            path = studio.make(ready)
+            path = worker.make(ready)
         except Exception as error:
             logger.debug("line %d", job.number, exc_info=True)
             if team.world_size > 1:
@@ -488,38 +334,15 @@ def carry_out(job: Job, studio: Studio, write: Callable[[dict[str, Any]], object
                 raise
             problem = failure(error)
         else:
-            return end("done", output=str(path), seed=ready[0].seed)
-    studio.clear()  # what is loaded may be in disorder; only now does the error hold none of it any more
-    return end("error", seed=ready[0].seed, **problem)
+            return end("done", output=str(path), seed=ready.request.seed)
+    worker.unload()  # what is loaded may be in disorder; only now does the error hold none of it any more
+    return end("error", seed=ready.request.seed, **problem)
 
 
 def failure(error: Exception) -> dict[str, Any]:
     """What a result says of an error."""
     user_error = isinstance(error, UserError)
     return {"error": str(error) if user_error else cause_of(error), "exit": 2 if user_error else 1}
-
-
-def cause_of(error: Exception) -> str:
-    """An error that is no user's, in a line."""
-    lines = str(error).strip().splitlines()
-    return redact(f"{type(error).__name__}: {lines[0] if lines else 'no message'}")
-
-
-def as_told(error: Exception) -> Told:
-    """An error for other processes."""
-    if isinstance(error, AlreadyDone):
-        return DONE, str(error.output)
-    if isinstance(error, UserError):
-        return error.flag, error.message
-    return None, cause_of(error)
-
-
-def as_error(told: Told) -> Exception:
-    """The error that another process tells of."""
-    flag, text = told
-    if flag == DONE:
-        return AlreadyDone(Path(text))
-    return RuntimeError(text) if flag is None else UserError(flag, text)
 
 
 # A run
@@ -535,20 +358,20 @@ def run_jobs(flags: Mapping[str, Any], ranks: Ranks) -> int:
             show_plans(name, jobs, ranks if together else SINGLE)
         return 0
     results = Results(results_file(name))
-    studio = Studio(ranks, ranks if together else SINGLE)
+    worker = Worker(ranks, ranks if together else SINGLE)
     if ranks.world_size > 1:
         on_cpu = not together or all(job.request.device == "cpu" for job in jobs if job.request is not None)
         processes.init_process_group(ranks, "cpu" if on_cpu else "auto")
     todo = left_to_do(jobs, results, ranks)
     if ranks.world_size > 1 and not together:
-        share_stock(studio, todo)
+        share_assets(worker, todo)
     failed = 0
     for job in todo if together else taken(todo, ranks):
-        if not claimed(job, results, studio.team):
+        if not claimed(job, results, worker.team):
             continue
         if job.request is not None:
             logger.info("line %d: %s", job.number, job.request.task.name)
-        failed += not carry_out(job, studio, lambda result: record(results, result))
+        failed += not carry_out(job, worker, lambda result: record(results, result))
     if ranks.world_size > 1 and not together:
         processes.store_set(f"failed/{ranks.rank}", failed)
         # not by torch's own barrier: a job may take longer than that waits
@@ -596,14 +419,14 @@ def left_to_do(jobs: Sequence[Job], results: Results, ranks: Ranks) -> list[Job]
     return [known[each] for each in agreed]
 
 
-def share_stock(studio: Studio, jobs: Iterable[Job]) -> None:
+def share_assets(worker: Worker, jobs: Iterable[Job]) -> None:
     """Have what the jobs need fetched by one process of each machine, before the others begin."""
-    ranks = studio.ranks
+    ranks = worker.ranks
     if ranks.is_local_main:
-        studio.stock.fill(job.request for job in jobs if job.request is not None)
-        processes.store_set(f"stock/{ranks.node}", studio.stock.known())
+        worker.resolver.resolve_all(job.request for job in jobs if job.request is not None)
+        processes.store_set(f"assets/{ranks.node}", worker.resolver.known())
     else:
-        studio.stock.learn(processes.store_get(f"stock/{ranks.node}"))
+        worker.resolver.learn(processes.store_get(f"assets/{ranks.node}"))
 
 
 def taken(jobs: Sequence[Job], ranks: Ranks) -> Iterator[Job]:
@@ -633,13 +456,13 @@ def show_plans(name: str, jobs: Sequence[Job], team: Ranks) -> None:
 
 def plan_of(job: Job, team: Ranks) -> str:
     """A job's plan, or its error in the same form."""
-    from skyreels_v3.preflight import planned
+    from skyreels_v3.dry_run import dry_run
 
     problem = job.problem
     if job.request is not None:
         with downloads_folder(team) as downloads:
             try:
-                return planned(job.request, downloads, team)
+                return dry_run(job.request, downloads, team)
             except AlreadyDone as done:
                 return f"{'done':14}{done.output}"
             except UserError as error:

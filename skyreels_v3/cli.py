@@ -26,8 +26,9 @@ from skyreels_v3.attention.kernels import ATTENTIONS
 from skyreels_v3.config_text import read_yaml_text
 from skyreels_v3.errors import UserError, redact_url, shown
 from skyreels_v3.hints import SEE_HELP, suggest_flag, suggest_value
-from skyreels_v3.runtime import DEVICES, DTYPES
 from skyreels_v3.tasks import (
+    DEVICES,
+    DTYPES,
     HUNYUAN,
     MEMORY_MODES,
     QUANTIZATIONS,

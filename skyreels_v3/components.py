@@ -22,6 +22,7 @@ from skyreels_v3.memory.quantize import keep_wide_weights, quantize
 from skyreels_v3.model_api import Transformer
 from skyreels_v3.parallel.usp import choose_usp
 from skyreels_v3.parallel.weights import broadcast_weights, shard_weights
+from skyreels_v3.plan import Plan
 from skyreels_v3.runtime import Runtime
 from skyreels_v3.tasks import HUNYUAN, GenerationRequest
 from skyreels_v3.wan.audio_encoder import AudioEncoder
@@ -55,9 +56,10 @@ class Components:
     audio_encoder: AudioEncoder | None = None
 
 
-def load_components(folder: Path, request: GenerationRequest, runtime: Runtime) -> Components:
-    """Map the checkpoint in `folder` into memory; every file is checked before anything long begins."""
-    task = request.task
+def load_components(plan: Plan, runtime: Runtime) -> Components:
+    """Map a plan's checkpoint into memory; every file is checked before anything long begins."""
+    folder, request, task = plan.checkpoint, plan.request, plan.request.task
+    assert folder is not None
     reads = runtime.parallel.is_main or not request.broadcast_weights
     loaders = (hunyuan_loaders if task.layout == HUNYUAN else wan_loaders)(folder, request, runtime, reads)
     loaded: dict[str, Any] = {"text_encoder": None}
@@ -148,7 +150,7 @@ def set_up_transformer(transformer: Transformer, request: GenerationRequest, run
     if runtime.plan.shards:
         shard_weights(module, transformer.blocks, runtime.device)
     elif runtime.policy.mode == "stream":
-        runtime.stream(module, transformer.blocks, runtime.policy.keep, runtime.policy.pinned).begin()
+        runtime.stream(module, transformer.blocks, runtime.policy.resident_blocks, runtime.policy.pinned).begin()
 
 
 def quantize_blocks(blocks: Sequence[nn.Module], name: str, quant: str, runtime: Runtime) -> None:

@@ -95,3 +95,9 @@ class AlreadyDone(Exception):
     def __init__(self, output: Path) -> None:
         super().__init__(f"{output} is done already")
         self.output = output
+
+
+def cause_of(error: Exception) -> str:
+    """An error that is no user's, in a line."""
+    lines = str(error).strip().splitlines()
+    return redact(f"{type(error).__name__}: {lines[0] if lines else 'no message'}")

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from skyreels_v3 import __version__
-from skyreels_v3.batch import Studio, cause_of, downloads_folder, run_jobs
+from skyreels_v3.batch import run_jobs
 from skyreels_v3.cli import SCRIPT, parse_flags, request_of, verbosity_of
 from skyreels_v3.console import Stderr, escape_unknown, say, show
-from skyreels_v3.errors import AlreadyDone, IncompleteOutput, UserError, redact, shown
+from skyreels_v3.errors import AlreadyDone, IncompleteOutput, UserError, cause_of, redact, shown
 from skyreels_v3.media.sources import is_url
 from skyreels_v3.parallel import processes
 from skyreels_v3.parallel.ranks import SINGLE, Ranks, check_ranks, ranks_of
@@ -33,36 +33,48 @@ PROGRAM = "skyreels"  # the console script
 
 def run(request: GenerationRequest, ranks: Ranks) -> None:
     """Carry out a request and print the path of what it made, or its plan."""
+    from skyreels_v3.dry_run import dry_run
+    from skyreels_v3.resolve import downloads_folder
+
     check_ranks(request, ranks)
     with downloads_folder(ranks) as downloads:
         if request.dry_run:
             if ranks.is_main:
-                from skyreels_v3.preflight import planned
-
-                show(planned(request, downloads, ranks))
+                show(dry_run(request, downloads, ranks))
             return
-        for path in generate(request, downloads, ranks):
+        for path in make_videos(request, downloads, ranks):
             if ranks.is_main:
                 show(path)
 
 
-def generate(request: GenerationRequest, downloads: Path, ranks: Ranks) -> Iterator[Path]:
-    """Make the videos, with the other processes if there are some, and give the path of each."""
-    studio = Studio(ranks, team=ranks)
+def make_videos(request: GenerationRequest, downloads: Path, ranks: Ranks) -> Iterator[Path]:
+    """Make the videos, with the other ranks if there are some, and give the path of each."""
+    from skyreels_v3.plan import plan
+    from skyreels_v3.resolve import AssetResolver, look, resolve
+    from skyreels_v3.runtime import find_machine, set_environment
+
+    set_environment()  # before torch is imported
+    resolver, generator = AssetResolver(), None
     first, *others = request.videos()
-    seen = studio.look(first, downloads) if ranks.is_local_main else None
+    checked = look(first, downloads, ranks) if ranks.is_local_main else None
     if ranks.world_size > 1:
         processes.init_process_group(ranks, request.device)
     for video in (first, *others):
         try:
-            yield studio.make(studio.prepare(video, downloads, f"video/{video.number}", seen))
+            found = resolve(video, downloads, ranks, resolver, f"video/{video.number}", checked)
+            made = plan(found, find_machine(found.request, ranks), ranks)
+            if generator is None:
+                from skyreels_v3.generate import load
+
+                generator = load(made)
+            yield generator.write(made)
         except AlreadyDone as done:
             logger.info("%s", done)
             yield done.output
         except IncompleteOutput as error:
             yield error.output
             raise
-        seen = None
+        checked = None
     processes.destroy()
 
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from skyreels_v3.errors import UserError, shown
 from skyreels_v3.media.files import existing_folder, giga, publish, replace_file, temporary_name
-from skyreels_v3.plan import latent_frames_of_passes, output_bytes, plan
+from skyreels_v3.pipeline import pipeline_of
+from skyreels_v3.plan import output_bytes, transformer_sizes
 from skyreels_v3.resume import passes_in
-from skyreels_v3.runtime import expected_dtype
-from skyreels_v3.tasks import LATENT_CHANNELS, VAE_STRIDE, GenerationRequest
+from skyreels_v3.runtime import default_dtype, likely_device
+from skyreels_v3.tasks import LATENT_CHANNELS, VAE_STRIDE, ResolvedRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,7 @@ LITTLE = 1 << 14  # bytes without which no output is possible
 COPIES = 4  # of the largest pass's latents, and more, in a safety copy of a scheduler that goes on from earlier steps
 
 
-def check_room(request: GenerationRequest, checkpoint: Path | None) -> Iterator[str]:
+def check_room(request: ResolvedRequest, checkpoint: Path | None) -> Iterator[str]:
     """Warnings where the disks may have too little room for what a request writes.
 
     Raises:
@@ -43,16 +44,16 @@ def check_room(request: GenerationRequest, checkpoint: Path | None) -> Iterator[
             yield f"{giga(usage.free)} are free in {folder}; this run may need {giga(most)}"
 
 
-def bytes_to_write(request: GenerationRequest, checkpoint: Path | None) -> Iterator[tuple[str, Path, float, float]]:
+def bytes_to_write(request: ResolvedRequest, checkpoint: Path | None) -> Iterator[tuple[str, Path, float, float]]:
     """For each output its flag, its path, and how many bytes it takes at least and at most."""
-    assert request.output is not None and request.height is not None and request.width is not None
     size = 4 * LATENT_CHANNELS * (request.height // VAE_STRIDE[1]) * (request.width // VAE_STRIDE[2])
-    passes = [frames * size for frames, _ in latent_frames_of_passes(request)]
+    passes = [frames * size for frames, _ in pipeline_of(request.task).passes(request)]
     yield "--output", request.output, 0, output_bytes(request) + sum(passes) + COPIES * max(passes)
     if request.save_latents is not None:
         yield "--save_latents", request.save_latents, sum(passes), sum(passes)
     if request.save_quantized is not None:
-        weights = plan(request, checkpoint, expected_dtype(request)).stages["transformer"].weights
+        dtype = request.dtype or default_dtype(likely_device(request))
+        weights = transformer_sizes(request, checkpoint).weight_bytes(dtype, quantized=True)
         yield "--save_quantized", request.save_quantized, weights / 2, weights
 
 

@@ -8,33 +8,29 @@ what the kernels need for themselves.
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from skyreels_v3.checkpoints import hub
 from skyreels_v3.checkpoints.shapes import wan_shapes
-from skyreels_v3.denoising.guidance import Guidance, text_audio_guidance, text_guidance, text_image_guidance
 from skyreels_v3.hunyuan.sizes import HunyuanSizes
-from skyreels_v3.media.files import existing_folder, giga
+from skyreels_v3.inputs import Inputs
+from skyreels_v3.memory.policy import RESIDENT, TILINGS, Policy, Tiles, choose_policy
 from skyreels_v3.memory.units import BYTES, STREAM_SLOTS
 from skyreels_v3.parallel.ranks import SINGLE, UNDIVIDED, ParallelConfig, Ranks, choose_degrees
+from skyreels_v3.pipeline import pipeline_of
 from skyreels_v3.tasks import (
     CONFIG_DIR,
     HUNYUAN,
     LATENT_CHANNELS,
-    MEMORY_MODES,
     PATCH_SIZE,
-    REFERENCE_SLOTS,
     VAE_STRIDE,
     GenerationRequest,
-    latent_frames,
+    ResolvedRequest,
     load_yaml,
-    plan_roll_outs,
 )
-from skyreels_v3.wan.windows import WINDOW_FRAMES, plan_windows
 
 FLOAT32 = ("time_embedder", "time_proj", "scale_shift_table", "norm", "proj_out")  # in names of weights, in every case
 TEXT_TOKENS = 512
@@ -65,7 +61,6 @@ HUNYUAN_VAE_ENCODE_TILE = {"float32": 3_620, "bfloat16": 1_820}
 HUNYUAN_VAE_ENCODE = 20
 HUNYUAN_VAE_TILE = {"float32": 5_150_000_000, "bfloat16": 2_580_000_000}
 HUNYUAN_VAE_DECODE = {"float32": 580, "bfloat16": 340}
-TILINGS = ((1, 1), (1, 2), (2, 2), (2, 3))  # rows and columns; with more of them the halos cost more than is saved
 OUTPUT_BYTES = {False: 0.5, True: 3}  # at most about, for each pixel: of an mp4, of PNG files
 TINY_BYTES = 1 << 20  # of each of the toy's components, roughly
 
@@ -179,6 +174,28 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Checked:
+    """A request that has passed all checks, its inputs, and the checkpoint's folder, None where that is not here."""
+
+    request: ResolvedRequest
+    inputs: Inputs
+    checkpoint: Path | None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run computes on: device and dtype by their names, and free bytes before anything was loaded.
+
+    With several ranks the fewest bytes of any. `free_device` is None where the device has no memory of its own.
+    """
+
+    device: str
+    dtype: str
+    free_device: int | None
+    free_host: int
+
+
+@dataclass(frozen=True)
 class PassPlan:
     """One run of the denoising loop."""
 
@@ -201,24 +218,34 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that `--dry_run` prints."""
+    """All that is known of a video before it is made. Made once; everything later reads it.
 
-    request: GenerationRequest
+    Attributes:
+        checkpoint: its folder, None where it is yet to be downloaded (of a dry run).
+        device: "cuda:0", "cpu", ...
+        forwards: of one pass.
+        streamed_from_host: bytes of the transformer's blocks that are not resident while it is streamed.
+    """
+
+    request: ResolvedRequest
+    inputs: Inputs
     checkpoint: Path | None
+    device: str
     dtype: str
     passes: tuple[PassPlan, ...]
-    forwards: int  # of one pass
+    forwards: int
     stages: Mapping[str, Stage]
-    streamed_from_host: int  # bytes of the transformer's blocks that are not kept on the device
+    streamed_from_host: int
     ranks: Ranks = SINGLE
     degrees: ParallelConfig = UNDIVIDED
+    policy: Policy = RESIDENT
 
     @property
     def shards(self) -> bool:
         """Whether the transformer's weights are divided; one process has nobody to divide them with."""
         return shards(self.request, self.degrees)
 
-    def peak(self, mode: str, tiles: tuple[int, int] = (1, 1)) -> int:
+    def peak(self, mode: str, tiles: Tiles = TILINGS[0]) -> int:
         """The most bytes on the device at one time in a mode of memory/policy.py, with a tiling of the VAE."""
         vae = {f"VAE {part}": vae_bytes(self.request, part, tiles) for part in ("encode", "decode")}
         activations = {name: vae.get(name, stage.activations) for name, stage in self.stages.items()}
@@ -234,22 +261,18 @@ class Plan:
         )
 
 
-def plan(
-    request: GenerationRequest, checkpoint: Path | None, default_dtype: str = "float32", ranks: Ranks = SINGLE
-) -> Plan:
-    """Work out a request whose inputs have been looked at.
+def plan(checked: Checked, machine: Machine, ranks: Ranks = SINGLE) -> Plan:
+    """Work out a request that was checked, for the machine that it will run on.
 
     Args:
-        default_dtype: that of a request that names none.
         ranks: the process that this is a plan for, and the others that share the video.
 
     Raises:
         UserError: the processes cannot be divided as the request wants.
     """
-    assert request.height is not None and request.width is not None
-    dtype = request.dtype or default_dtype
+    request, checkpoint, dtype = checked.request, checked.checkpoint, machine.dtype
     sizes = transformer_sizes(request, checkpoint)
-    terms = len(guidance_of(request).terms)
+    terms = len(pipeline_of(request.task).guidance(request).terms)
     forwards = request.num_inference_steps * terms
     degrees = (
         choose_degrees(request, ranks.world_size, sizes.num_attention_heads, terms) if request.use_usp else UNDIVIDED
@@ -260,12 +283,24 @@ def plan(
             tokens := (new + condition) * tokens_per_frame(request),
             forwards * sizes.forward_flop(tokens),
         )
-        for new, condition in latent_frames_of_passes(request)
+        for new, condition in pipeline_of(request.task).passes(request)
     )
     quantized = request.quant is not None
     streamed = max(0, sizes.blocks - request.stream_blocks) * sizes.block_bytes(dtype, quantized)
     made = stages(request, checkpoint, sizes, passes, dtype, degrees)
-    return Plan(request, checkpoint, dtype, passes, forwards, made, streamed, ranks, degrees)
+    result = Plan(
+        request, checked.inputs, checkpoint, machine.device, dtype, passes, forwards, made, streamed, ranks, degrees
+    )
+    policy = choose_policy(
+        request.memory,
+        result.peak,
+        streamed,
+        request.stream_blocks,
+        request.high_cpu_memory,
+        machine.free_device,
+        machine.free_host,
+    )
+    return replace(result, policy=policy)
 
 
 def shards(request: GenerationRequest, degrees: ParallelConfig) -> bool:
@@ -273,36 +308,9 @@ def shards(request: GenerationRequest, degrees: ParallelConfig) -> bool:
     return request.shard_weights and degrees.world_size > 1
 
 
-def guidance_of(request: GenerationRequest) -> Guidance:
-    """The guidance that the task's pipeline will use."""
-    if "ref_imgs" in request.task.inputs:
-        return text_image_guidance(request.guidance_scale, request.image_guidance_scale)
-    if "input_audio" in request.task.inputs:
-        return text_audio_guidance(request.text_guidance_scale, request.audio_guidance_scale)
-    return text_guidance(request.guidance_scale)
-
-
-def tokens_per_frame(request: GenerationRequest) -> int:
-    assert request.height is not None and request.width is not None
+def tokens_per_frame(request: ResolvedRequest) -> int:
     pixels = request.height * request.width
     return pixels // (VAE_STRIDE[1] * VAE_STRIDE[2] * PATCH_SIZE[1] * PATCH_SIZE[2])
-
-
-def latent_frames_of_passes(request: GenerationRequest) -> Iterator[tuple[int, int]]:
-    """Generated and condition latent frames of each pass."""
-    if request.task.name == "reference_to_video":
-        yield latent_frames(request.frames_out), REFERENCE_SLOTS
-    elif request.task.name == "single_shot_extension":
-        for new in plan_roll_outs(request.duration):
-            yield new, latent_frames(request.condition_frames)
-    elif request.task.name == "talking_avatar":
-        windows = len(plan_windows(request.frames_out).windows)
-        for _ in range(max(1, windows) if request.input_video else 1 + windows):  # a dubbed clip needs no key frames
-            yield latent_frames(WINDOW_FRAMES), 0
-    elif request.task.layout == HUNYUAN:
-        yield latent_frames(request.frames_out), 0
-    else:
-        yield latent_frames(request.frames_out + 1), latent_frames(request.condition_frames)
 
 
 def transformer_sizes(request: GenerationRequest, checkpoint: Path | None) -> Sizes | HunyuanSizes:
@@ -325,7 +333,7 @@ def toy_sizes(request: GenerationRequest) -> dict[str, int]:
 
 
 def stages(
-    request: GenerationRequest,
+    request: ResolvedRequest,
     checkpoint: Path | None,
     sizes: Sizes | HunyuanSizes,
     passes: tuple[PassPlan, ...],
@@ -337,7 +345,7 @@ def stages(
     quantized = request.quant is not None
     longest = max(passes, key=lambda made: made.tokens)
     context = sizes.context_bytes(longest.latents[2], len(request.input_audio), dtype)
-    own_terms = math.ceil(len(guidance_of(request).terms) / degrees.cfg)
+    own_terms = math.ceil(len(pipeline_of(request.task).guidance(request).terms) / degrees.cfg)
     weights_here = sizes.weight_bytes(dtype, quantized)
     if shards(request, degrees):  # a part of all, and gathered two blocks and what is outside of blocks
         weights_here = weights_here // degrees.world_size + sizes.streamed_bytes(dtype, quantized, 0)
@@ -404,9 +412,8 @@ def text_encoder_stage(encoder: TextEncoderSizes, size: int, dtype: str, quantiz
     return Stage(weights, weights - blocks * (encoder.blocks - STREAM_SLOTS) // encoder.blocks)
 
 
-def vae_bytes(request: GenerationRequest, part: str, tiles: tuple[int, int]) -> int:
+def vae_bytes(request: ResolvedRequest, part: str, tiles: Tiles) -> int:
     """Live bytes at the peak of the VAE's `part`, "encode" or "decode", weights not counted."""
-    assert request.height is not None and request.width is not None
     dtype, pixels = request.vae_dtype, request.height * request.width
     if request.task.layout == HUNYUAN:
         if part == "encode":
@@ -429,111 +436,6 @@ def stage_dtype(request: GenerationRequest, name: str, dtype: str) -> str:
     return "float32" if name.startswith("audio") else dtype
 
 
-def describe(plan: Plan, denoising: float | None = None) -> str:
-    """The plan as a table for people; `denoising`: the seconds that it will take, if that is known."""
-    request = plan.request
-    size, length = f"{request.width} x {request.height}", request.frames_out / request.task.fps
-    video = f"{size}, {request.frames_out} new frames at {request.task.fps} fps ({length:.2f} s)"
-    lines = [("task", f"{request.task.name}: {request.task.summary}"), ("video", video)]
-    lines += [("checkpoint", request.model_id if plan.checkpoint is None else f"{plan.checkpoint} (on this machine)")]
-    if plan.checkpoint is None and request.model_id != hub.TINY:
-        lines += [("to fetch", f"from {request.model_source}: {', '.join(hub.download_patterns(request.task))}")]
-    if request.task.layout == HUNYUAN and request.model_id != hub.TINY:
-        lines += [describe_base(request)]
-    if to_fetch := missing_repositories(plan):
-        lines += [("download", describe_download(plan, to_fetch))]
-    shift = "the scheduler's shift" if request.shift is None else f"shift {request.shift:g}"
-    lines += [("steps", f"{request.num_inference_steps}, {shift}, {plan.forwards} forwards a pass")]
-    for number, made in enumerate(plan.passes, start=1):
-        work = f"{peta(made.flop / plan.forwards)} a forward, {peta(made.flop)} in all"
-        lines += [(f"pass {number}", f"latents {list(made.latents)}, {made.tokens:,} tokens, {work}")]
-    if denoising is not None:
-        lines += [("time", f"about {duration(denoising)} of denoising, as fast as it was here before")]
-    for name, stage in plan.stages.items():
-        quantized = f", {request.quant}" if request.quant and name in ("transformer", "text encoder") else ""
-        weights = f"{giga(stage.weights)} weights ({stage_dtype(request, name, plan.dtype)}{quantized})"
-        lines += [(name, weights + (f", about {giga(stage.activations)} activations" if stage.activations else ""))]
-    if plan.degrees.world_size > 1:
-        lines += [("processes", f"{plan.degrees.world_size}: {plan.degrees}; memory is that of one of them")]
-    lines += [("memory", describe_memory(plan)), ("output", str(request.output)), ("disk", describe_disk(request))]
-    return "\n".join(f"{name:14}{text}" for name, text in lines)
-
-
-def describe_base(request: GenerationRequest) -> tuple[str, str]:
-    """A line on where V1's encoders and VAE come from."""
-    name = request.base_model_id or request.task.base_model_id
-    if Path(name).is_dir():
-        return "base model", f"{name} (on this machine)"
-    return "base model", f"{name}, to fetch: {', '.join(hub.base_patterns())}"
-
-
-def missing_repositories(plan: Plan) -> dict[str, list[str]]:
-    """The hub's repositories of which something is to be downloaded, and the patterns of its files."""
-    request, found = plan.request, {}
-    if request.model_id == hub.TINY:
-        return {}
-    if plan.checkpoint is None:
-        found[request.model_id] = hub.download_patterns(request.task)
-    base = request.base_model_id or request.task.base_model_id
-    if request.task.layout == HUNYUAN and not Path(base).is_dir():
-        found[base] = hub.base_patterns()
-    return found
-
-
-def describe_download(plan: Plan, repositories: Mapping[str, list[str]]) -> str:
-    """How much is to be downloaded, how much of that is here, and whether there is room for the rest."""
-    request = plan.request
-    size = transformer_sizes(request, None).weight_bytes("bfloat16") if request.model_id in repositories else 0
-    if request.task.layout != HUNYUAN or any(name != request.model_id for name in repositories):
-        size += sum(published_bytes(request).values())
-    folder, here = hub.downloaded(request.model_source, repositories)
-    free = shutil.disk_usage(folder if folder.exists() else existing_folder(folder)).free
-    begun = f"{giga(here)} of it" if here else "nothing"
-    text = f"about {giga(size)} in bfloat16, {begun} is here already; {giga(free)} free in {folder}"
-    return (
-        text if size - here <= free else f"{text}: too little; set {hub.CACHES[request.model_source]} to another folder"
-    )
-
-
-def published_bytes(request: GenerationRequest) -> dict[str, int]:
-    """About the bytes of the published files of all components but the transformer."""
-    sizes = {
-        name: count * BYTES[stage_dtype(replace(request, vae_dtype="float32"), name, "bfloat16")]
-        for name, count in component_parameters(request).items()
-    }
-    return sizes | ({"image encoder": IMAGE_ENCODER_FILE_BYTES} if "image encoder" in sizes else {})
-
-
-def output_bytes(request: GenerationRequest) -> float:
+def output_bytes(request: ResolvedRequest) -> float:
     """About the bytes of the output at most."""
-    assert request.height is not None and request.width is not None
     return OUTPUT_BYTES[request.frame_folder] * request.frames_out * request.height * request.width
-
-
-def describe_disk(request: GenerationRequest) -> str:
-    """How much room there is for the output."""
-    assert request.output is not None
-    free, need = shutil.disk_usage(existing_folder(request.output)).free, output_bytes(request)
-    return f"{giga(free)} free for the output" + (f": it may need {giga(need)}" if need > free else "")
-
-
-def describe_memory(plan: Plan) -> str:
-    """The most memory that is in use at one time, for each --memory; in brackets with the VAE in tiles."""
-    if plan.request.task.layout == HUNYUAN:  # its VAE always works in tiles
-        return f"about {', '.join(f'{mode} {giga(plan.peak(mode))}' for mode in MEMORY_MODES)} on the device at most"
-    told = (
-        f"{mode} {giga(plan.peak(mode, TILINGS[0]))} ({giga(plan.peak(mode, TILINGS[-1]))})" for mode in MEMORY_MODES
-    )
-    return f"about {', '.join(told)} on the device at most; in brackets with the VAE in tiles, made when needed"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.2g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def peta(work: float) -> str:
-    if work < 1e11:
-        return f"{work / 1e9:.3g} GFLOP"
-    return f"{work / 1e15:.1f} PFLOP" if work >= 1e14 else f"{work / 1e12:.3g} TFLOP"

@@ -16,7 +16,6 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from skyreels_v3 import throughput
 from skyreels_v3.checkpoints.contents import check_components, check_transformer
 from skyreels_v3.checkpoints.hub import (
     check_on_hub,
@@ -33,11 +32,12 @@ from skyreels_v3.inputs import Inputs, open_inputs
 from skyreels_v3.media.files import check_writable
 from skyreels_v3.media.video import check_ffmpeg, read_comment
 from skyreels_v3.outputs import check_room, join_passes
-from skyreels_v3.parallel.ranks import SINGLE, Ranks
-from skyreels_v3.plan import describe, latent_frames_of_passes, plan
+from skyreels_v3.parallel.ranks import SINGLE, Ranks, choose_degrees
+from skyreels_v3.pipeline import pipeline_of
+from skyreels_v3.plan import Checked, transformer_sizes
 from skyreels_v3.resume import NO_RECORD, RunRecord, find_left
-from skyreels_v3.runtime import check_compute, check_device, expected_device, expected_dtype
-from skyreels_v3.tasks import HUNYUAN, TINY, GenerationRequest
+from skyreels_v3.runtime import check_compute, check_device, default_dtype, likely_device
+from skyreels_v3.tasks import HUNYUAN, TINY, GenerationRequest, ResolvedRequest
 
 logger = logging.getLogger(__name__)
 
@@ -47,24 +47,19 @@ NAME_BYTES = 180  # of them; file systems take 255 for a name, and those of temp
 NOT_IN_NAMES = r"[/\x00-\x1f\x7f-\x9f\u2028\u2029]" if os.name != "nt" else r'[<>:"/\\|?*\x00-\x1f]'
 
 
-def preflight(
-    request: GenerationRequest, downloads: Path, ranks: Ranks = SINGLE
-) -> tuple[GenerationRequest, Inputs, Path | None]:
+def preflight(request: GenerationRequest, downloads: Path, ranks: Ranks = SINGLE) -> Checked:
     """Check `request` against this machine, quick checks first.
 
     Args:
         downloads: a folder of this run for inputs that are URLs; what is in it already is not fetched again.
         ranks: this process; outputs are looked at by the one that writes them.
 
-    Returns:
-        The request with output and size filled in, its inputs, and the checkpoint's folder, or None where it is yet to
-        be fetched or made.
-
     Raises:
         UserError: what cannot work, with the flag to change.
+        AlreadyDone: with `resume`, the run was complete.
     """
     with commas_explained(request):
-        return checked(request, downloads, ranks)
+        return check(request, downloads, ranks)
 
 
 @contextmanager
@@ -81,7 +76,7 @@ def commas_explained(request: GenerationRequest) -> Iterator[None]:
         raise UserError(error.flag, f"{error.message}; {remedy}") from error
 
 
-def checked(request: GenerationRequest, downloads: Path, ranks: Ranks) -> tuple[GenerationRequest, Inputs, Path | None]:
+def check(request: GenerationRequest, downloads: Path, ranks: Ranks) -> Checked:
     """See `preflight`."""
     check_device(request.device)
     check_compute(request)
@@ -95,27 +90,27 @@ def checked(request: GenerationRequest, downloads: Path, ranks: Ranks) -> tuple[
         check_on_hub(request)
     going_on = ranks.is_main and (request.resume or request.resume_if_same)
     if not going_on:
-        request = with_output(request)
-    if ranks.is_main and not going_on:
-        check_outputs(request)
+        request = replace(request, output=request.output or free_name(request))
+        if ranks.is_main:
+            check_outputs(request)
     if not request.frame_folder or request.input_video or request.input_audio:
         check_ffmpeg()
-    request, inputs = open_inputs(request, downloads)
+    opened, inputs = open_inputs(request, downloads)
+    resolved = ResolvedRequest.of(opened, output=opened.output or free_name(opened))
     if going_on:
-        request = go_on(request, inputs)
-    warnings = [*inputs.notes, *(check_room(request, checkpoint) if ranks.is_main else ())]
-    if request.use_usp:
-        plan(request, checkpoint, expected_dtype(request), ranks)  # refuses degrees that do not fit
-    for note in request.notes:  # not before all has been checked: an error stands alone
+        resolved = go_on(resolved, inputs, named=request.output is not None)
+    warnings = [*inputs.notes, *(check_room(resolved, checkpoint) if ranks.is_main else ())]
+    if request.use_usp:  # refuses degrees that do not fit
+        heads, terms = (
+            transformer_sizes(request, checkpoint).num_attention_heads,
+            pipeline_of(request.task).guidance(request).terms,
+        )
+        choose_degrees(request, ranks.world_size, heads, len(terms))
+    for note in resolved.notes:  # not before all has been checked: an error stands alone
         logger.info(note)
     for note in warnings:
         logger.warning(note)
-    return request, inputs, checkpoint
-
-
-def with_output(request: GenerationRequest) -> GenerationRequest:
-    """The request, naming an output."""
-    return request if request.output is not None else replace(request, output=free_name(request))
+    return Checked(resolved, inputs, checkpoint)
 
 
 def check_outputs(request: GenerationRequest) -> None:
@@ -127,16 +122,17 @@ def check_outputs(request: GenerationRequest) -> None:
             check_writable(path, f"--{name}")
 
 
-def go_on(request: GenerationRequest, inputs: Inputs) -> GenerationRequest:
+def go_on(request: ResolvedRequest, inputs: Inputs, named: bool) -> ResolvedRequest:
     """A request for the output of the run that it goes on with, or for a new one where none was interrupted.
+
+    Args:
+        named: the user has named the output.
 
     Raises:
         UserError: the run for that output was not the same, or its inputs were not, or it has not ended.
         AlreadyDone: it was complete.
     """
-    named = [] if request.output is None else [request.output]
-    made = named or (earlier_outputs(request) if request.resume else [])
-    request = with_output(request)
+    made = [request.output] if named else earlier_outputs(request) if request.resume else []
     record = record_of(request, inputs)
     left = find_left(record, strict=request.resume, anywhere=not named)
     if left is None:
@@ -162,7 +158,7 @@ def go_on(request: GenerationRequest, inputs: Inputs) -> GenerationRequest:
     return replace(request, output=output)
 
 
-def finish(request: GenerationRequest, output: Path, state: Path) -> None:
+def finish(request: ResolvedRequest, output: Path, state: Path) -> None:
     """Do what is left to do of a run whose video is there: the latents, if they were asked for and could not be saved.
 
     Raises:
@@ -171,7 +167,7 @@ def finish(request: GenerationRequest, output: Path, state: Path) -> None:
     latents = request.save_latents
     if latents is not None and not os.path.lexists(latents):
         check_writable(latents, "--save_latents")
-        if not join_passes(state, latents, len([*latent_frames_of_passes(request)])):
+        if not join_passes(state, latents, len([*pipeline_of(request.task).passes(request)])):
             reason = f"{shown(latents)}: the latents of {shown(output)} were not kept"
             raise UserError("--save_latents", f"{reason}; leave it out, or make both again with another --output")
     shutil.rmtree(state, ignore_errors=True)
@@ -267,9 +263,8 @@ def recorded_flags(request: GenerationRequest) -> dict[str, Any]:
     return {**request.flags, "height": request.height, "width": request.width}
 
 
-def record_of(request: GenerationRequest, inputs: Inputs, **more: Any) -> RunRecord:
+def record_of(request: ResolvedRequest, inputs: Inputs, **more: Any) -> RunRecord:
     """What the run for a request is known by; `more` flags are those that are only known later."""
-    assert request.output is not None
     flags = recorded_flags(request) | more
     made = (request.save_quantized, request.frame_folder, request.seed_drawn, request.resume_if_same)
     return RunRecord(request.output, flags, inputs.digests, *made)
@@ -283,13 +278,7 @@ def networks(request: GenerationRequest) -> tuple[object, ...]:
     task = request.task
     files = (request.model_id, request.base_model_id, request.model_source, task.layout, task.transformer_folder)
     files = (*files, "input_audio" in task.inputs)
-    numbers = (expected_device(request), expected_dtype(request), request.vae_dtype, request.quant, request.lora)
+    device = likely_device(request)
+    numbers = (device, request.dtype or default_dtype(device), request.vae_dtype, request.quant, request.lora)
     work = (request.attention, request.compile, request.no_cache, request.shard_weights, request.broadcast_weights)
     return (*files, *numbers, *work)
-
-
-def planned(request: GenerationRequest, downloads: Path, ranks: Ranks) -> str:
-    """What a request would do, for people."""
-    request, _, checkpoint = preflight(request, downloads, ranks)
-    made = plan(request, checkpoint, expected_dtype(request), ranks)
-    return describe(made, throughput.seconds_of(made))

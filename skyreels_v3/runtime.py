@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING
 from skyreels_v3.attention.kernels import check_attention
 from skyreels_v3.cache import compiled_folder
 from skyreels_v3.errors import UserError
+from skyreels_v3.parallel.ranks import SINGLE, Ranks
+from skyreels_v3.plan import Machine, Plan
 from skyreels_v3.tasks import GenerationRequest
 
 if TYPE_CHECKING:
@@ -33,12 +35,9 @@ if TYPE_CHECKING:
     from skyreels_v3.memory.policy import Policy
     from skyreels_v3.memory.stream import BlockStream
     from skyreels_v3.parallel.groups import Parallel
-    from skyreels_v3.plan import Plan
 
 logger = logging.getLogger(__name__)
 
-DEVICES = ("auto", "cuda", "cpu", "mps")
-DTYPES = ("bfloat16", "float32")
 FP8_CAPABILITY = (8, 9)  # of the first GPUs with FP8 matrix units, Ada
 PORTABLE = 1  # pinned for every GPU, whichever is current
 COMPILERS = ("c++", "g++", "clang++", "cl")
@@ -65,8 +64,8 @@ def has_library(name: str) -> bool:
 
 def check_compute(request: GenerationRequest) -> None:
     """Raise UserError when a kernel, FP8 products, streaming or a compiler are asked for that cannot be had here."""
-    device = expected_device(request)
-    check_attention(request.attention, device, expected_dtype(request))
+    device = likely_device(request)
+    check_attention(request.attention, device, request.dtype or default_dtype(device))
     if request.quant == "fp8_dynamic" and device == "mps":
         raise UserError("--quant", "fp8_dynamic: works on NVIDIA GPUs of the Ada generation or later; use --quant fp8")
     if request.memory == "stream" and device == "mps":
@@ -77,8 +76,8 @@ def check_compute(request: GenerationRequest) -> None:
         raise UserError("--compile", "needs the package triton; pip install triton, or leave it out")
 
 
-def expected_device(request: GenerationRequest) -> str:
-    """The device that `start` will choose, as far as it can be told without torch."""
+def likely_device(request: GenerationRequest) -> str:
+    """The device that `find_machine` will choose, as far as it can be told without torch, for early errors."""
     if request.device != "auto":
         return request.device
     if any(has_library(name) for name in GPU_DRIVERS):
@@ -86,24 +85,8 @@ def expected_device(request: GenerationRequest) -> str:
     return "mps" if (sys.platform, platform.machine()) == ("darwin", "arm64") else "cpu"
 
 
-def expected_dtype(request: GenerationRequest) -> str:
-    """The dtype that `start` will choose, as far as it can be told without torch."""
-    return request.dtype or default_dtype(expected_device(request))
-
-
 def default_dtype(device: str) -> str:
     return "float32" if device == "cpu" else "bfloat16"
-
-
-@dataclass(frozen=True)
-class Room:
-    """Bytes that were free before anything was loaded, the fewest on any of the processes that share the work.
-
-    `device` is None where the device has no memory of its own.
-    """
-
-    device: int | None
-    host: int
 
 
 @dataclass(frozen=True)
@@ -113,14 +96,17 @@ class Runtime:
     device: torch.device
     dtype: torch.dtype
     show_progress: bool
-    policy: Policy
     plan: Plan
     kernel: str
     attention: AttentionFn
     parallel: Parallel
-    room: Room
     streams: dict[nn.Module, BlockStream] = field(default_factory=dict)
     announced: set[str] = field(default_factory=set)  # stages of which the user has been told
+
+    @property
+    def policy(self) -> Policy:
+        """Where the components live."""
+        return self.plan.policy
 
     @contextmanager
     def resident(self, module: nn.Module, stage: str, blocks: Sequence[nn.Module] = ()) -> Iterator[None]:
@@ -137,7 +123,7 @@ class Runtime:
         if stage.startswith("encoding") and stage not in self.announced:  # other stages have a bar
             logger.info(stage)
             self.announced.add(stage)
-        with explained(stage, self.plan, self.policy.mode, self.free_memory), ExitStack() as stack:
+        with explained(stage, self.plan, self.free_memory), ExitStack() as stack:
             if is_sharded(module):
                 pass  # what is to be here is here
             elif self.policy.mode == "resident":
@@ -168,7 +154,7 @@ class Runtime:
             torch.cuda.set_device(self.device)
 
     def free_memory(self) -> int | None:
-        """Free bytes of the device's own memory, None where it has none of its own."""
+        """Free bytes of the device's own memory now, None where it has none of its own."""
         import torch
 
         return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
@@ -197,53 +183,71 @@ def set_environment() -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
 
 
-def start(request: GenerationRequest, plan: Plan) -> Runtime:
-    """Choose device, dtype, attention kernel and memory policy for `request`.
-
-    bfloat16 on a GPU and float32 on a CPU unless it says otherwise.
+def find_machine(request: GenerationRequest, ranks: Ranks = SINGLE) -> Machine:
+    """Choose device and dtype for a request: bfloat16 on a GPU and float32 on a CPU unless it says otherwise.
 
     Raises:
         UserError: the torch that is installed cannot use the device, or a choice cannot be met on it.
     """
-    import psutil
     import torch
-
-    from skyreels_v3.attention.backends import choose_attention
-    from skyreels_v3.memory.policy import choose
-    from skyreels_v3.parallel.groups import Parallel
 
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = request.device if request.device != "auto" else next(name for name, there in usable.items() if there)
     if not usable[name]:
         raise UserError("--device", f"{name}: torch {torch.__version__} cannot use it; install a build that can")
-    dtype = getattr(torch, request.dtype or default_dtype(name))
-    device = torch.device(name)
+    device = name
     if name == "cuda":
-        if plan.ranks.local_world_size > torch.cuda.device_count():
-            reason = f"{plan.ranks.local_world_size} processes on a machine with {torch.cuda.device_count()} GPUs"
+        count = torch.cuda.device_count()
+        if ranks.local_world_size > count:
+            reason = f"{ranks.local_world_size} processes on a machine with {count} GPUs"
             flag = "--use_usp" if request.use_usp else "--jobs"
-            count = torch.cuda.device_count()
             raise UserError(flag, f"{reason}; give --gpu_num {count}, or torchrun --nproc_per_node={count}")
         # one process takes what is current, of several each its own
-        number = plan.ranks.local_rank if plan.ranks.local_world_size > 1 else torch.cuda.current_device()
-        device = torch.device(name, number)
+        device = f"cuda:{ranks.local_rank if ranks.local_world_size > 1 else torch.cuda.current_device()}"
+        if request.quant == "fp8_dynamic" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+            raise UserError("--quant", f"fp8_dynamic: {torch.cuda.get_device_name(device)} has no FP8 units; use fp8")
+    free_device, free_host = free_memory(device)
+    free = [-1 if free_device is None else free_device, free_host // ranks.local_world_size]
+    if request.use_usp and torch.distributed.is_initialized():
+        fewest = torch.tensor(free)
+        torch.distributed.all_reduce(fewest, torch.distributed.ReduceOp.MIN)
+        free = fewest.tolist()
+    return Machine(device, request.dtype or default_dtype(name), None if free_device is None else free[0], free[1])
+
+
+@cache
+def free_memory(device: str) -> tuple[int | None, int]:
+    """Free bytes of a device's own memory, None where it has none, and of the host's, before anything was loaded."""
+    import psutil
+    import torch
+
+    own = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else None
+    return own, psutil.virtual_memory().available
+
+
+def start(plan: Plan) -> Runtime:
+    """Set up what a plan needs to be carried out.
+
+    Raises:
+        UserError: the attention kernel does not work here.
+    """
+    import torch
+
+    from skyreels_v3.attention.backends import choose_attention
+    from skyreels_v3.parallel.groups import Parallel
+
+    device, dtype, policy = torch.device(plan.device), getattr(torch, plan.dtype), plan.policy
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    if request.quant == "fp8_dynamic" and name == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
-        raise UserError("--quant", f"fp8_dynamic: {torch.cuda.get_device_name(device)} has no FP8 units; use fp8")
-    parallel = Parallel(plan.ranks, plan.degrees, device)
-    room = Room(
-        parallel.all_reduce_min(torch.cuda.mem_get_info(device)[0]) if name == "cuda" else None,
-        parallel.all_reduce_min(psutil.virtual_memory().available // plan.ranks.local_world_size),
-    )
-    policy = choose(plan, room.device, room.host)
     logger.info("device %s, dtype %s, memory %s (%s)", device, dtype, policy.mode, policy.reason)
     if plan.degrees.world_size > 1:
         logger.info("%d processes: %s", plan.degrees.world_size, plan.degrees)
-    if policy.mode == "stream" and room.device is not None and not policy.pinned:
+    if policy.mode == "stream" and device.type == "cuda" and not policy.pinned:
         logger.warning("too little host memory is free to pin the transformer; it streams unpinned, which is slower")
     set_convolutions(dtype)
-    kernel, attention = choose_attention(request.attention, device, dtype)
-    return Runtime(device, dtype, request.verbosity >= 0, policy, plan, kernel, attention, parallel, room)
+    kernel, attention = choose_attention(plan.request.attention, device, dtype)
+    parallel = Parallel(plan.ranks, plan.degrees, device)
+    return Runtime(device, dtype, plan.request.verbosity >= 0, plan, kernel, attention, parallel)
 
 
 def set_convolutions(dtype: torch.dtype) -> None:

@@ -1,8 +1,8 @@
-"""What every task is made of: encode the prompt, encode pictures, denoise, decode to frames.
+"""The stages that pipelines are made of: encode prompts, encode pictures, denoise, decode to frames.
 
-A task's pipeline is a generator of passes. A `Pass` is what one run of the denoising loop made: its latents, and its
-frames as a stream that is decoded while it is read. The frames of a pass must be read before the next pass is asked
-for.
+A pipeline is a generator of events: a `Step` after each denoising step, and a `Pass` when the denoising loop has ended.
+A pass has its latents, and its frames as a stream that is decoded while it is read; they must be read before the
+pipeline goes on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from time import perf_counter
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,13 +25,14 @@ from skyreels_v3.checkpoints.load import check_finite
 from skyreels_v3.components import Components, quantize_blocks
 from skyreels_v3.denoising.guidance import NEGATIVE_PROMPT, Guidance
 from skyreels_v3.denoising.loop import Condition, Pin, Predictions, denoise, leave
-from skyreels_v3.denoising.schedules import ATTRIBUTES, restore_scheduler, scheduler_state, unipc
+from skyreels_v3.denoising.schedules import ATTRIBUTES, restore_scheduler, scheduler_state
 from skyreels_v3.denoising.step_cache import StepCache
 from skyreels_v3.hunyuan.text_encoder import HunyuanTextEncoder
-from skyreels_v3.inputs import Inputs, condition_clip
+from skyreels_v3.inputs import condition_clip
+from skyreels_v3.plan import Plan
 from skyreels_v3.resume import RunState
 from skyreels_v3.runtime import Runtime
-from skyreels_v3.tasks import LATENT_CHANNELS, VAE_STRIDE, GenerationRequest, latent_frames
+from skyreels_v3.tasks import LATENT_CHANNELS, VAE_STRIDE, latent_frames
 from skyreels_v3.wan.text_encoder import TextEncoder, pad_context
 
 logger = logging.getLogger(__name__)
@@ -42,11 +43,24 @@ Encoded = dict[str, Tensor]  # what a text encoder makes of a text
 
 
 @dataclass(frozen=True)
+class Step:
+    """A denoising step that has ended: step `number` of `total` in the pass `name`, and its latents (B, C, F, H, W)."""
+
+    name: str
+    number: int
+    total: int
+    latents: Tensor
+
+
+@dataclass(frozen=True)
 class Pass:
     """Normalised latents (B, C, F, H, W) of the generated frames, float32 on the CPU, and the frames to write."""
 
     latents: Tensor
     frames: Iterator[Frame]
+
+
+Event = Step | Pass
 
 
 def frames_to_video(frames: Sequence[Frame] | np.ndarray) -> Tensor:
@@ -84,38 +98,39 @@ def log_step_times(ends: Sequence[float]) -> None:
     logger.info("the first step, with compilation, took %.1f s%s", first, later)
 
 
-class Steps:
-    """The steps of a pipeline, on the components, the device and the state of a run.
+class Stages:
+    """The stages, on the components, device and saved state of one video.
 
-    Of several processes the first one has the state, and the components that are needed there only.
+    With several processes only the main one has the state, and the components that only it needs.
     """
 
-    make_schedule: ClassVar[Callable[[int, float], Any]] = staticmethod(unipc)
-
-    def __init__(self, components: Components, runtime: Runtime, state: RunState | None) -> None:
+    def __init__(self, components: Components, runtime: Runtime, plan: Plan, state: RunState | None) -> None:
         self.components = components
         self.runtime = runtime
+        self.request, self.inputs = plan.request, plan.inputs
+        self.plan = plan
         self.state = state
 
-    def read_condition(self, request: GenerationRequest, inputs: Inputs) -> np.ndarray:
-        """The input clip's last frames, uint8 [F, H, W, 3] of the output's size."""
-        assert inputs.clip is not None
-        with self.runtime.bar("reading the clip", inputs.clip.frames) as bar:
-            return condition_clip(request, inputs, bar.update)
+    def read_condition(self) -> np.ndarray:
+        """The last frames of the input clip, uint8 [F, H, W, 3] in the size of the output."""
+        assert self.inputs.clip is not None
+        with self.runtime.bar("reading the clip", self.inputs.clip.frames) as bar:
+            return condition_clip(self.request, self.inputs, bar.update)
 
-    def contexts(self, guidance: Guidance, *requests: GenerationRequest) -> list[dict[str, Tensor]]:
-        """For each request the context (1, 512, D) of each condition on the device."""
-        encoded = self.encode_prompts(guidance, *requests)
+    def contexts(self, guidance: Guidance, *prompts: str) -> list[dict[str, Tensor]]:
+        """For each prompt the context (1, 512, D) of each condition, on the device."""
+        encoded = self.encode_prompts(guidance, *prompts)
         return [{name: pad_context(parts["context"]) for name, parts in made.items()} for made in encoded]
 
-    def encode_prompts(self, guidance: Guidance, *requests: GenerationRequest) -> list[dict[str, Encoded]]:
-        """For each request what encodes each condition's text: its prompt, or the negative one."""
+    def encode_prompts(self, guidance: Guidance, *prompts: str) -> list[dict[str, Encoded]]:
+        """For each prompt the encoded text of each condition: the prompt's, or the negative prompt's."""
+        negative = self.request.negative_prompt
         wanted = [
-            {name: made.negative_prompt if name in NEGATIVE_PROMPT else made.prompt for name in guidance.conditions}
-            for made in requests
+            {name: negative if name in NEGATIVE_PROMPT else prompt for name in guidance.conditions}
+            for prompt in prompts
         ]
-        encoded = self.encode_texts(prompt for prompts in wanted for prompt in prompts.values())
-        return [{name: encoded[prompt] for name, prompt in prompts.items()} for prompts in wanted]
+        encoded = self.encode_texts(text for texts in wanted for text in texts.values())
+        return [{name: encoded[text] for name, text in texts.items()} for texts in wanted]
 
     def encode_texts(self, texts: Iterable[str]) -> dict[str, Encoded]:
         """What encodes each text, on the device; each is encoded once, and kept for later runs."""
@@ -156,56 +171,58 @@ class Steps:
         with self.runtime.resident(vae.module, "encoding with the VAE"):
             return vae.encode(video, generator)
 
-    def noise(self, request: GenerationRequest, latent_frames: int, generator: torch.Generator) -> Tensor:
+    def noise(self, latent_frames: int, generator: torch.Generator) -> Tensor:
         """Gaussian noise (1, 16, F, H/8, W/8), float32 on the CPU."""
-        assert request.height is not None and request.width is not None
-        size = (request.height // VAE_STRIDE[1], request.width // VAE_STRIDE[2])
+        size = (self.request.height // VAE_STRIDE[1], self.request.width // VAE_STRIDE[2])
         return torch.randn((1, LATENT_CHANNELS, latent_frames, *size), generator=generator)
 
     def denoise(
         self,
-        request: GenerationRequest,
         noise: Tensor,
         conditions: Callable[[], Mapping[str, Condition]],
         guidance: Guidance,
         generator: torch.Generator,
+        scheduler: Any,
         name: str = "denoising",
         pin: Pin = leave,
-    ) -> Tensor:
-        """Latents (1, 16, F, h, w) from noise, on the device; those of an interrupted run as far as it had got.
+    ) -> Generator[Step, None, Tensor]:
+        """Latents (1, 16, F, h, w) from noise, on the device, after a `Step` for each step.
+
+        A pass that an interrupted run has finished is not denoised again; one that it has begun is continued.
 
         Args:
             conditions: makes the conditions; not called for a pass that was finished before.
             generator: where the noise comes from.
+            scheduler: set to its first step.
         """
-        parallel = self.runtime.parallel
+        request, parallel = self.request, self.runtime.parallel
         saved = parallel.broadcast_from_main(self.recall)
-        if saved and ATTRIBUTES not in saved:
+        if saved:
             generator.set_state(saved["generator"])
+        if saved and ATTRIBUTES not in saved:
             return saved["latents"].to(self.runtime.device)
         made = conditions()
         transformer = self.components.transformer
-        scheduler = self.schedule(request)
-        start, done = noise.to(self.runtime.device), 0
+        latents, done, total = noise.to(self.runtime.device), 0, len(scheduler.timesteps)
         if saved:
-            generator.set_state(saved["generator"])
             restore_scheduler(scheduler, saved, self.runtime.device)
-            start, done = saved["latents"].to(self.runtime.device), scheduler.step_index
-            logger.info("going on after step %d of %d", done, len(scheduler.timesteps))
-        keep = self.safety_copies(request, scheduler, generator)
+            latents, done = saved["latents"].to(self.runtime.device), scheduler.step_index
+            logger.info("going on after step %d of %d", done, total)
         resident = self.runtime.resident(transformer, "denoising", transformer.blocks)
-        divided = self.predictions(request)
-        with resident, divided as predictions, self.runtime.bar(name, len(scheduler.timesteps)) as bar:
+        with resident, self.predictions() as predictions, self.runtime.bar(name, total) as bar:
             bar.update(done)
             ends = [perf_counter()]
-
-            def after_step(step: int, latents: Tensor) -> None:
-                ends.append(perf_counter())
-                bar.update()
-                keep(step, latents)
-
+            last_copy = ends[0]
             try:
-                latents = denoise(transformer, scheduler, start, made, guidance, after_step, pin, predictions, done)
+                steps = denoise(transformer, scheduler, latents, made, guidance, pin, predictions, done)
+                for step, latents in steps:
+                    ends.append(perf_counter())
+                    bar.update()
+                    if self.copies_steps and step < total and ends[-1] - last_copy >= request.checkpoint_every:
+                        assert self.state is not None
+                        self.state.save_step(latents, generator, scheduler_state(scheduler))
+                        last_copy = perf_counter()
+                    yield Step(name, step, total, latents)
             except FloatingPointError:
                 check_finite(transformer, "transformer")  # not before: it reads all weights
                 raise
@@ -213,40 +230,20 @@ class Steps:
             log_step_times(ends)
         elif parallel.is_main and request.cache is None and not done:
             latents.flatten()[0].item()  # waits for the device
-            throughput.store(self.runtime.plan, noise.shape[2], perf_counter() - ends[0])
+            throughput.store(self.plan, noise.shape[2], perf_counter() - ends[0])
         if self.state is not None:
             self.state.save(latents, generator)
         return latents
 
-    def safety_copies(
-        self, request: GenerationRequest, scheduler: Any, generator: torch.Generator
-    ) -> Callable[[int, Tensor], None]:
-        """What keeps the latents that a step ended in, if so many seconds have passed since it last did.
-
-        Not with a step cache, which knows more than the scheduler does: that pass begins anew.
-        """
-        state, every, steps = self.state, request.checkpoint_every, len(scheduler.timesteps)
-        last = perf_counter()
-
-        def keep(step: int, latents: Tensor) -> None:
-            nonlocal last
-            if state is None or not every or request.cache is not None:
-                return
-            if step < steps and perf_counter() - last >= every:
-                state.save_step(latents, generator, scheduler_state(scheduler))
-                last = perf_counter()
-
-        return keep
-
-    def schedule(self, request: GenerationRequest) -> Any:
-        """The scheduler of a pass, set to its first step."""
-        assert request.shift is not None
-        return self.make_schedule(request.num_inference_steps, request.shift)
+    @property
+    def copies_steps(self) -> bool:
+        """Whether unfinished passes are saved. A step cache knows more than the scheduler: such a pass begins anew."""
+        return self.state is not None and self.request.checkpoint_every > 0 and self.request.cache is None
 
     @contextmanager
-    def predictions(self, request: GenerationRequest) -> Iterator[Predictions]:
+    def predictions(self) -> Iterator[Predictions]:
         """What computes the predictions of a pass: divided among processes, and not at every step if so asked."""
-        parallel = self.runtime.parallel
+        request, parallel = self.request, self.runtime.parallel
         if request.cache is None:
             yield parallel.predictions
             return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,8 @@ TINY = "tiny"  # the built-in toy, in the place of a checkpoint's id
 RESOLUTIONS = ("480P", "540P", "720P")
 
 MEMORY_MODES = ("resident", "offload", "stream")  # where components live, see memory/policy.py; fastest first
+DEVICES = ("auto", "cuda", "cpu", "mps")
+DTYPES = ("bfloat16", "float32")
 QUANTIZATIONS = ("fp8", "fp8_dynamic")  # see memory/quantize.py
 
 SIZE_MULTIPLE = 16  # VAE stride 8 times patch 2
@@ -67,6 +69,11 @@ class TaskSpec:
     negative_prompt: str = ""
     window_prompt: str = ""
     example: tuple[str, ...] = ()  # lines of flags for --help
+
+    @property
+    def family(self) -> str:
+        """The folder of the model family, "wan" or "hunyuan"."""
+        return HUNYUAN if self.layout == HUNYUAN else "wan"
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -189,6 +196,20 @@ class GenerationRequest:
     def condition_frames(self) -> int:
         """Number of last frames of the input clip that the model sees."""
         return self.task.condition_frames_for(self.duration)
+
+
+@dataclass(frozen=True)
+class ResolvedRequest(GenerationRequest):
+    """A request whose inputs have been looked at, so that nothing about the output is open."""
+
+    height: int = 0
+    width: int = 0
+    output: Path = Path()
+
+    @staticmethod
+    def of(request: GenerationRequest, **changes: Any) -> ResolvedRequest:
+        """`request` with what was open about it."""
+        return ResolvedRequest(**{each.name: getattr(request, each.name) for each in fields(request)} | changes)
 
 
 @cache

@@ -10,7 +10,6 @@ from typing import Any
 from skyreels_v3.cache import cache_folder
 from skyreels_v3.media.files import replace_file
 from skyreels_v3.plan import Plan
-from skyreels_v3.runtime import expected_device
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ def seconds_of(plan: Plan) -> float | None:
 def key_of(plan: Plan) -> str:
     """What runs of about the same speed have in common."""
     request = plan.request
-    model = (request.model_id, request.task.name, expected_device(request), plan.dtype)
+    model = (request.model_id, request.task.name, plan.device.partition(":")[0], plan.dtype)
     return " ".join(map(str, (*model, request.quant, request.memory, request.attention, plan.degrees)))
 
 

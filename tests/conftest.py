@@ -230,15 +230,11 @@ def interrupt(monkeypatch) -> Callable[[int], None]:
     def interrupt(at: int) -> None:
         from skyreels_v3.denoising.loop import denoise
 
-        def denoised(*arguments: Any) -> Any:
-            after_step = arguments[5]
-
-            def interrupted(step: int, latents: Any) -> None:
-                after_step(step, latents)
+        def denoised(*arguments: Any) -> Iterator[Any]:
+            for step, latents in denoise(*arguments):
+                yield step, latents
                 if step == at:
                     raise KeyboardInterrupt
-
-            return denoise(*arguments[:5], interrupted, *arguments[6:])
 
         monkeypatch.setattr("skyreels_v3.stages.denoise", denoised)
 

@@ -281,5 +281,5 @@ def test_what_an_interrupted_run_left_is_found(files):
     from skyreels_v3.preflight import preflight
 
     request = parse_request([argument.format(assets=ASSETS, files=files) for argument in LEFT])
-    seen, _, _ = preflight(request, files)
+    seen = preflight(request, files).request
     assert (seen.resume, seen.output) == (True, request.output)

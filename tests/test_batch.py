@@ -22,15 +22,17 @@ from safetensors.numpy import load_file
 
 from skyreels_v3 import batch as jobs
 from skyreels_v3 import generate as session
-from skyreels_v3 import runtime
-from skyreels_v3.batch import Results, Stock, in_order, left_to_do, parse_results, read_jobs, results_file
+from skyreels_v3 import resolve, runtime
+from skyreels_v3.batch import Results, in_order, left_to_do, parse_results, read_jobs, results_file
 from skyreels_v3.cli import parse_flags, parse_request
 from skyreels_v3.errors import UserError
-from skyreels_v3.generate import Session
+from skyreels_v3.generate import Generator, load
 from skyreels_v3.parallel.ranks import SINGLE
-from skyreels_v3.runtime import Room
-from skyreels_v3.stages import Steps
-from tests.conftest import DRIVER, Case, check_refused, files_in
+from skyreels_v3.plan import Plan
+from skyreels_v3.resolve import AssetResolver
+from skyreels_v3.stages import Stages
+from tests.conftest import Case, check_refused, files_in
+from tests.planning import planned
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "assets"
@@ -282,17 +284,17 @@ def test_what_is_fetched_is_fetched_once(monkeypatch, tmp_path):
             raise UserError("--model_id", "no/where: is nowhere; look elsewhere")
         return tmp_path
 
-    monkeypatch.setattr(jobs, "fetch", fetch)
-    monkeypatch.setattr("skyreels_v3.preflight.follow_checkpoint", lambda request, _: request)
+    monkeypatch.setattr(resolve, "fetch", fetch)
+    monkeypatch.setattr(resolve, "follow_checkpoint", lambda request, _: request)
     request = parse_request(["--task_type", "reference_to_video", "--prompt", "a", "--ref_imgs", "a.png"])
-    stock, other = Stock(), Stock()
+    stock, other = AssetResolver(), AssetResolver()
     wanted = [replace(request, model_id=name) for name in ("a/b", "no/where", "a/b", "no/where", "c/d")]
-    stock.fill(wanted)
-    other.learn(json.loads(json.dumps(stock.known())))  # as another process hears of it
+    stock.resolve_all(wanted)
+    other.learn(json.loads(json.dumps(stock.known())))  # as another process is told
     for known in (stock, other):
-        assert known.complete(wanted[0], None) == (wanted[0], tmp_path)
+        assert known.resolve(wanted[0], None) == (wanted[0], tmp_path)
         with pytest.raises(UserError, match=r"^--model_id: no/where: is nowhere; look elsewhere$") as error:
-            known.complete(wanted[1], None)
+            known.resolve(wanted[1], None)
         assert error.value.flag == "--model_id"
     assert asked == ["a/b", "no/where", "c/d"]
 
@@ -306,9 +308,9 @@ def loads(monkeypatch) -> list[str]:
     tasks = []
     load = session.load_components
 
-    def spy(folder: Path, request: Any, runtime: Any) -> Any:
-        tasks.append(request.task.name)
-        return load(folder, request, runtime)
+    def spy(plan: Plan, runtime: Any) -> Any:
+        tasks.append(plan.request.task.name)
+        return load(plan, runtime)
 
     monkeypatch.setattr(session, "load_components", spy)
     return tasks
@@ -319,18 +321,17 @@ def on_make(monkeypatch) -> Callable[[Callable[[Any], object]], None]:
     """Have something called with the request before each video is made."""
 
     def on_make(act: Callable[[Any], object]) -> None:
-        generate = Session.generate
+        generate = Generator.write
 
-        def watched(self: Session, request: Any, inputs: Any) -> Path:
-            act(request)
-            return generate(self, request, inputs)
+        def watched(self: Generator, plan: Plan) -> Path:
+            act(plan.request)
+            return generate(self, plan)
 
-        monkeypatch.setattr(Session, "generate", watched)
+        monkeypatch.setattr(Generator, "write", watched)
 
     return on_make
 
 
-@pytest.mark.slow
 def test_good_and_bad_lines(main, write, loads, on_make, tmp_path, caplog):
     file = write(
         FOX | {"output": "one.mp4", "seed": -1}, MISSING, "", "no JSON", BOAT | {"output": "frames/"},
@@ -396,20 +397,20 @@ def test_one_job_fails(main, write, loads, monkeypatch, error):
     """The next one gets networks of its own: those that were at work may be in disorder."""
     file = write(FOX | {"seed": 1}, FOX | {"seed": 2}, FOX | {"seed": 3}, BOAT)
     transformers: list[weakref.ref[Any]] = []
-    denoise, start = Steps.denoise, runtime.start
+    denoise, start = Stages.denoise, runtime.start
 
     def only(*given: Any) -> Any:
         assert not any(transformer() for transformer in transformers), "what was loaded before is still there"
         return start(*given)
 
-    def fail(self: Steps, request: Any, *given: Any, **more: Any) -> Any:
+    def fail(self: Stages, *given: Any, **more: Any) -> Any:
         transformers.append(weakref.ref(self.components.transformer))
-        if request.seed == 2:
+        if self.request.seed == 2:
             with self.runtime.resident(self.components.transformer, "denoising"):
                 raise type(error)(*error.args)  # a new one: what is raised holds all that was at work
-        return denoise(self, request, *given, **more)
+        return denoise(self, *given, **more)
 
-    monkeypatch.setattr(Steps, "denoise", fail)
+    monkeypatch.setattr(Stages, "denoise", fail)
     monkeypatch.setattr(runtime, "start", only)
     code, stdout, stderr = main("--jobs", "jobs.jsonl", *TOY, "--memory", "stream")
     assert code == 1 and len(stdout.splitlines()) == 3
@@ -451,20 +452,20 @@ def test_a_job_goes_on_from_its_finished_passes(main, write, monkeypatch, caplog
     talk = {"task_type": "talking_avatar", "input_image": str(ASSETS / "portrait.png"), "prompt": "a", "seed": -1}
     small = {"input_audio": str(ASSETS / "speech.mp3"), "height": 32, "width": 32, "num_inference_steps": 1}
     file = write(talk | small)
-    denoise, passes = Steps.denoise, [1, 2]
+    denoise, passes = Stages.denoise, [1, 2]
 
-    def interrupted(self: Steps, *given: Any, **more: Any) -> Any:
+    def interrupted(self: Stages, *given: Any, **more: Any) -> Any:
         if passes.pop(0) == 2:
             raise KeyboardInterrupt
         return denoise(self, *given, **more)
 
-    monkeypatch.setattr(Steps, "denoise", interrupted)
+    monkeypatch.setattr(Stages, "denoise", interrupted)
     code, _, stderr = main("--jobs", "jobs.jsonl", *TOY[:4])
     assert code == 130 and "resume" not in stderr
     (kept,) = tmp_path.glob("result/talking_avatar/*.state")
     assert caplog.messages[-1] == f"{kept.relative_to(tmp_path)} keeps what is finished; to go on, repeat the command"
     seed = kept.name.split("_")[0]
-    monkeypatch.setattr(Steps, "denoise", denoise)
+    monkeypatch.setattr(Stages, "denoise", denoise)
     code, stdout, _ = main("--jobs", "jobs.jsonl", *TOY[:4])
     assert (code, stdout) == (0, f"{kept.relative_to(tmp_path).with_suffix('.mp4')}\n")
     assert [text for text in caplog.messages if "finished before" in text] == ["pass 1 was finished before"]
@@ -480,12 +481,12 @@ def test_a_dry_run(write, tmp_path, cache):
 
     def run() -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-c", DRIVER, "--jobs", "jobs.jsonl", *flags], cwd=tmp_path, capture_output=True,
-            text=True, env=os.environ | {"PYTHONPATH": str(ROOT), "SKYREELS_CACHE": str(cache)}, check=False,
+            [sys.executable, ROOT / "generate_video.py", "--jobs", "jobs.jsonl", *flags], cwd=tmp_path,
+            capture_output=True, text=True, env=os.environ | {"SKYREELS_CACHE": str(cache)}, check=False,
         )  # fmt: skip
 
     made = run()
-    assert made.returncode == 2, made.stderr  # also: torch was not imported
+    assert made.returncode == 2, made.stderr
     assert made.stderr == "error: --jobs: jobs.jsonl: 2 of 5 lines cannot work; correct them as said above\n"
     first, second, third, fourth, fifth = made.stdout.rstrip("\n").split("\n\n")
     assert first.startswith("line          1\ntask          reference_to_video: ")
@@ -502,10 +503,10 @@ def test_a_dry_run(write, tmp_path, cache):
 
 
 @pytest.fixture(scope="module")
-def loaded(cache) -> Session:
+def loaded(cache) -> Generator:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SKYREELS_CACHE", str(cache))
-        return Session(request_for(), jobs.fetch(request_for()), SINGLE)
+        return load(plan_for(resolve.fetch(request_for())))
 
 
 def request_for(*flags: object) -> Any:
@@ -513,12 +514,16 @@ def request_for(*flags: object) -> Any:
     return parse_request([str(flag) for flag in argv])
 
 
+def plan_for(checkpoint: Path, *flags: object, free: float | None = None) -> Plan:
+    return planned(request_for(*flags), checkpoint, free=None if free is None else int(free))
+
+
 @pytest.mark.parametrize(
     ("flags", "fits"),
     [
         (("--seed", 1, "--prompt", "b", "--num_frames", 9, "--guidance_scale", 3), True),
         (("--height", 720, "--width", 1280), True),
-        (("--dtype", "float32", "--memory", "resident"), True),
+        (("--memory", "resident"), True),
         (("--dtype", "bfloat16"), False),
         (("--memory", "offload"), False),
         (("--memory", "stream", "--stream_blocks", 1), False),
@@ -532,22 +537,14 @@ def request_for(*flags: object) -> Any:
     ids=str,
 )
 def test_what_fits(loaded, flags, fits):
-    assert loaded.fits(request_for(*flags), loaded.checkpoint) is fits
-    assert not loaded.fits(request_for(*flags), loaded.checkpoint / "another")
+    assert loaded.fits(plan_for(loaded.plan.checkpoint, *flags)) is fits
+    assert not loaded.fits(replace(plan_for(loaded.plan.checkpoint, *flags), checkpoint=Path("another")))
 
 
-def test_memory_is_that_of_the_beginning(loaded, monkeypatch):
-    small, large = request_for(), request_for("--height", 720, "--width", 1280)
-    start = loaded.runtime
-    monkeypatch.setattr(loaded, "runtime", replace(start, room=Room(int(15e9), start.room.host)))
-    for request, tiles in ((small, (1, 1)), (large, (1, 2)), (small, (1, 1))):
-        assert loaded.fits(request, loaded.checkpoint)
-        loaded.follow(request)
-        assert loaded.components.vae.tiles == loaded.runtime.policy.tiles == tiles
-        assert loaded.runtime.plan.request == request
-    monkeypatch.setattr(loaded, "runtime", replace(start, room=Room(int(5e9), start.room.host)))
-    assert loaded.fits(small, loaded.checkpoint)
-    assert not loaded.fits(large, loaded.checkpoint)
+def test_a_larger_video_may_need_another_memory_mode(loaded):
+    large = ("--height", 720, "--width", 1280)
+    assert loaded.fits(plan_for(loaded.plan.checkpoint, *large, free=15e9))
+    assert not loaded.fits(plan_for(loaded.plan.checkpoint, *large, free=5e9))
 
 
 # Several processes

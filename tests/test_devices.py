@@ -146,7 +146,7 @@ def test_nothing_is_on_two_devices(main, monkeypatch, tmp_path, task, quant):
 
     def on(device: torch.device) -> Callable[..., runtime.Runtime]:
         policy = Policy("offload" if quant == "fp8" else "resident", "for a test", tiles=(1, 2))
-        return lambda *given: replace(start(*given), device=device, policy=policy)
+        return lambda plan: replace(start(replace(plan, policy=policy)), device=device)
 
     # the same arithmetic in both runs: FP8 rounds a difference of 1e-7 to one of 1e-3 where it is near a middle
     monkeypatch.setattr(F, "scaled_dot_product_attention", plain_attention)
@@ -163,7 +163,7 @@ def test_nothing_is_on_two_devices(main, monkeypatch, tmp_path, task, quant):
     monkeypatch.setattr(torch.inference_mode, "__exit__", lambda self, *_: None)
     # a module's parameters are exchanged, not their content, which has no name of a device
     monkeypatch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
-    for owner, name in ((components, "quantize"), (session.Session, "generate")):  # not what loads, by way of meta
+    for owner, name in ((components, "quantize"), (session.Generator, "write")):  # not what loads, by way of meta
         monkeypatch.setattr(owner, name, with_gpu(getattr(owner, name)))
     code, _, stderr = main(*argv, "--output", "gpu.mp4")
     assert code == 0, stderr

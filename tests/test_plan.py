@@ -38,6 +38,7 @@ from skyreels_v3.tensors import replace_tensors
 from skyreels_v3.wan import vae
 from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel, block
 from skyreels_v3.wan.vae import VideoVAE
+from tests.planning import planned
 
 
 class LiveBytes(TorchDispatchMode):
@@ -197,6 +198,7 @@ def test_activations_of_the_vae(monkeypatch, dtype, height, width, tiles):
     request = GenerationRequest(
         task=task_spec("reference_to_video"), model_id="a/b", prompt="p", height=height, width=width, vae_dtype=dtype
     )
+    request = planned(request).request
     assert planner.vae_bytes(request, "encode", tiles) == pytest.approx(encoding.peak, rel=0.05)
     assert planner.vae_bytes(request, "decode", tiles) == pytest.approx(decoding.peak, rel=0.05)
 
@@ -222,6 +224,7 @@ def test_activations_of_the_hunyuan_vae(monkeypatch, dtype, height, width):
     request = GenerationRequest(
         task=task_spec("i2v"), model_id="a/b", prompt="p", height=height, width=width, vae_dtype=dtype
     )
+    request = planned(request).request
     assert planner.vae_bytes(request, "encode", (1, 1)) == pytest.approx(encoding.peak, rel=0.05)
     assert planner.vae_bytes(request, "decode", (1, 1)) == pytest.approx(decoding.peak, rel=0.05)
 
@@ -252,14 +255,14 @@ def test_the_plan_of_v1(frames, size, tokens, petaflop):
         task=task_spec("t2v"), model_id="a/b", prompt="p", height=height, width=width, num_frames=frames,
         guidance_scale=6.0, num_inference_steps=30, dtype="bfloat16", quant="fp8", memory="stream",
     )  # fmt: skip
-    made = planner.plan(request, None)
+    made = planned(request)
     (only,) = made.passes
     assert only.latents == (1, 16, (frames - 1) // 4 + 1, height // 8, width // 8) and only.tokens == tokens
     assert made.forwards == 60
     assert only.flop / made.forwards == pytest.approx(petaflop * 1e15, rel=0.02)
     assert list(made.stages) == ["text encoder", "transformer", "VAE decode"]
     assert made.peak("stream") < 18.5e9 < made.peak("resident")  # the peak that was published for V1, streamed
-    cached = planner.plan(replace(request, cache=0.1), None)
+    cached = planned(replace(request, cache=0.1))
     kept = cached.stages["transformer"].activations - made.stages["transformer"].activations
     assert kept == 5 * tokens * 3072 * 2
 
@@ -302,7 +305,7 @@ def test_bytes_of_the_text_encoder(dtype, quant):
     model = umt5().to(getattr(torch, dtype))
     if quant:
         quantize(model.encoder.block, torch.device("meta"))
-    stage = planner.plan(request, None).stages["text encoder"]
+    stage = planned(request).stages["text encoder"]
     away = sum(map(bytes_of, model.encoder.block[SLOTS:]))
     assert stage.weights == pytest.approx(bytes_of(model), rel=0.02)
     assert stage.streamed == pytest.approx(bytes_of(model) - away, rel=0.02)
@@ -315,7 +318,7 @@ def test_what_is_streamed_from_the_host(keep, quant):
         task=task_spec("talking_avatar"), model_id="a/b", prompt="p", height=720, width=1280, dtype="bfloat16",
         quant=quant, stream_blocks=keep, memory="stream", audio_seconds=8.0,
     )  # fmt: skip
-    made = planner.plan(request, None)
+    made = planned(request)
     sizes = published("talking_avatar")
     assert made.streamed_from_host == max(0, 40 - keep) * sizes.block_bytes("bfloat16", quant is not None)
     assert made.stages["transformer"].streamed == sizes.streamed_bytes("bfloat16", quant is not None, keep)
@@ -327,7 +330,7 @@ def test_what_is_streamed_from_the_host(keep, quant):
 def test_the_published_sizes(task, tokens, petaflop):
     """5 s in 720 x 1280, worked out by hand elsewhere."""
     request = GenerationRequest(task=task_spec(task), model_id="a/b", prompt="p", height=720, width=1280)
-    (made,) = planner.plan(request, None).passes
+    (made,) = planned(request).passes
     assert made.tokens == tokens
     assert made.flop / 8 == pytest.approx(petaflop * 1e15, rel=0.005)
 
@@ -338,8 +341,7 @@ def test_the_published_avatar():
     request = GenerationRequest(
         task=spec, model_id="a/b", prompt="p", height=720, width=1280, audio_seconds=8.0, num_inference_steps=4
     )
-    plan = planner.plan(request, None)
-    assert [made.tokens for made in plan.passes] == [75_600] * 4
+    assert [made.tokens for made in planned(request).passes] == [75_600] * 4
 
 
 @torch.inference_mode()
@@ -360,13 +362,13 @@ def test_one_of_several_processes():
         task=task_spec("reference_to_video"), model_id="a/b", prompt="p", height=720, width=1280, dtype="bfloat16",
         use_usp=True,
     )  # fmt: skip
-    alone = planner.plan(request, None)
-    eight = planner.plan(request, None, ranks=Ranks(3, 8, 3, 8))
+    alone = planned(request)
+    eight = planned(request, ranks=Ranks(3, 8, 3, 8))
     assert eight.degrees == ParallelConfig(1, 1, 8)
     transformer = eight.stages["transformer"]
     assert transformer.weights == alone.stages["transformer"].weights
     assert 1 / 8 < transformer.activations / alone.stages["transformer"].activations < 1 / 2
-    divided = planner.plan(replace(request, shard_weights=True), None, ranks=Ranks(3, 8, 3, 8))
+    divided = planned(replace(request, shard_weights=True), ranks=Ranks(3, 8, 3, 8))
     sizes = published()
     blocks = sizes.block_bytes("bfloat16")
     outside = sizes.weight_bytes("bfloat16") - 40 * blocks
@@ -375,4 +377,4 @@ def test_one_of_several_processes():
     assert divided.peak("offload") == divided.stages["VAE decode"].weights + held + max(
         stage.activations for name, stage in divided.stages.items() if name.startswith("VAE")
     )
-    assert planner.plan(replace(request, shard_weights=True), None).stages == alone.stages  # with nobody to divide with
+    assert planned(replace(request, shard_weights=True)).stages == alone.stages  # with nobody to divide with

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from skyreels_v3 import throughput
-from skyreels_v3.plan import describe, plan
+from skyreels_v3.dry_run import describe
 from skyreels_v3.tasks import GenerationRequest, task_spec
+from tests.planning import planned
 
 
 def sparse(path: Path, size: float) -> Path:
@@ -22,7 +23,7 @@ def sparse(path: Path, size: float) -> Path:
 
 
 def described(request: GenerationRequest, checkpoint: Path | None = None) -> dict[str, str]:
-    text = describe(plan(replace(request, output=Path("o.mp4")), checkpoint, "bfloat16"))
+    text = describe(planned(request, checkpoint, "bfloat16"))
     return {line[:14].strip(): line[14:] for line in text.splitlines()}
 
 
@@ -71,16 +72,14 @@ def test_the_time_is_told_where_it_was_measured(monkeypatch, tmp_path):
         audio_seconds=8,
         device="cpu",
     )
-    made = plan(request, None)
+    made = planned(request)
     assert throughput.seconds_of(made) is None
     throughput.store(made, 21, 100.0)
     assert throughput.seconds_of(made) == pytest.approx(100 * len(made.passes))
-    assert f"{'time':14}about 5 min of denoising" in describe(
-        replace(made, request=replace(request, output=Path("o.mp4"))), 300.0
-    )
-    longer = plan(replace(request, audio_seconds=100, num_inference_steps=16), None)
+    assert f"{'time':14}about 7 min of denoising" in describe(made)  # of four passes
+    longer = planned(replace(request, audio_seconds=100, num_inference_steps=16))
     assert throughput.seconds_of(longer) == pytest.approx(200 * len(longer.passes))
-    assert throughput.seconds_of(plan(replace(request, quant="fp8"), None)) is None  # that is not known
+    assert throughput.seconds_of(planned(replace(request, quant="fp8"))) is None  # that is not known
     throughput.path().write_text("damaged")
     assert throughput.seconds_of(made) is None
     throughput.store(made, 21, 50.0)

@@ -32,6 +32,7 @@ from skyreels_v3.media.video import read_comment, read_frames
 from skyreels_v3.outputs import save_latents
 from skyreels_v3.preflight import record_of as record_of_request
 from skyreels_v3.resume import RunRecord, RunState, open_state, state_folder
+from skyreels_v3.tasks import ResolvedRequest
 from skyreels_v3.wan.transformer import Segment
 from tests.conftest import ROOT, files_in, stop_at
 
@@ -200,7 +201,8 @@ def test_a_job_that_was_complete_is_done(main, small, tmp_path):
     argv = (*small, "--output", "o/a.mp4")
     assert main(*argv)[0] == 0
     request, inputs = open_inputs(parse_request([str(word) for word in argv]), tmp_path)
-    state = open_state(record_of_request(request, inputs, dtype="float32"))
+    resolved = ResolvedRequest.of(request)
+    state = open_state(record_of_request(resolved, inputs, dtype="float32"))
     numbers(state, 1.0)
     state.close(completed=False)
     assert main("--jobs", "jobs.jsonl", "--dry_run")[:2] == (0, f"{'line':14}1\n{'done':14}o/a.mp4\n\n")
@@ -431,14 +433,13 @@ def test_denoising_goes_on_after_any_step_to_the_same_latents(tmp_path, make_sch
         def pin(latents: torch.Tensor, sigma: float) -> torch.Tensor:
             return latents + 0.1 * sigma * torch.randn(latents.shape, generator=generator)
 
-        def after_step(step: int, latents: torch.Tensor) -> None:
+        conditions = {FULL: Conditioning(torch.zeros(1))}
+        guidance = text_guidance(1.0)
+        steps = denoise(SimpleModel(), scheduler, latents, conditions, guidance, pin, done=start)
+        for step, latents in steps:
             if state is not None and not start and step <= done:
                 state.save_step(latents, generator, scheduler_state(scheduler))
-
-        condition = Conditioning(torch.zeros(1))
-        return denoise(
-            SimpleModel(), scheduler, latents, {FULL: condition}, text_guidance(1.0), after_step, pin, done=start
-        )
+        return latents
 
     state = open_state(record_of(tmp_path))
     expected = denoised(state)

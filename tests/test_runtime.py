@@ -12,12 +12,13 @@ from skyreels_v3 import runtime
 from skyreels_v3.cli import MAX_SEED
 from skyreels_v3.errors import UserError
 from skyreels_v3.memory.policy import Policy
-from skyreels_v3.plan import plan
 from skyreels_v3.tasks import MEMORY_MODES, GenerationRequest, task_spec
+from tests.planning import planned
 
 
-def start(request: GenerationRequest) -> runtime.Runtime:
-    return runtime.start(request, plan(request, None))
+def start(request: GenerationRequest, mode: str = "resident", device: str = "cpu") -> runtime.Runtime:
+    plan = planned(request, dtype=runtime.find_machine(request).dtype)
+    return runtime.start(replace(plan, policy=Policy(mode, "for a test"), device=device))
 
 
 REQUEST = GenerationRequest(
@@ -32,13 +33,13 @@ def test_float32_on_the_cpu_unless_told_otherwise():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU")
 def test_auto_takes_the_cpu_when_there_is_no_other():
-    assert start(replace(REQUEST, device="auto")).device.type in ("cpu", "mps")
+    assert runtime.find_machine(replace(REQUEST, device="auto")).device in ("cpu", "mps")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU")
 def test_a_driver_without_a_torch_that_can_use_it():
     with pytest.raises(UserError, match=r"--device: cuda: torch .* cannot use it"):
-        start(replace(REQUEST, device="cuda"))
+        runtime.find_machine(replace(REQUEST, device="cuda"))
 
 
 def test_noise_is_that_of_a_cpu_generator():
@@ -55,7 +56,7 @@ def test_every_bit_of_a_seed_counts():
 @pytest.mark.parametrize("mode", MEMORY_MODES)
 def test_residence(mode):
     module = nn.Linear(2, 2)
-    there = replace(start(REQUEST), device=torch.device("meta"), policy=Policy(mode, "for a test"))
+    there = start(REQUEST, mode, "meta")
     with there.resident(module, "a test"):
         assert module.weight.device.type == "meta"
     assert module.weight.device.type == ("meta" if mode == "resident" else "cpu")
@@ -63,7 +64,7 @@ def test_residence(mode):
 
 def test_a_stream_is_made_once_and_keeps_what_it_was_made_with():
     """As the transformer's is, before it is first needed."""
-    run = replace(start(REQUEST), policy=Policy("stream", "for a test"))
+    run = start(REQUEST, "stream")
     module = nn.ModuleList([nn.Linear(2, 2) for _ in range(5)])
     made = run.stream(module, module, keep=2, pinned=True)
     assert len(made.streamed) == 3 and made.pin.func is runtime.pin
@@ -80,7 +81,7 @@ def test_results_do_not_depend_on_the_mode(mode):
     module = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
     x = torch.randn(2, 4)
     expected = module(x)
-    run = replace(start(REQUEST), policy=Policy(mode, "for a test"))
+    run = start(REQUEST, mode)
     for _ in range(2):
         with run.resident(module, "a test", module):
             assert torch.equal(module(x), expected)
@@ -88,15 +89,14 @@ def test_results_do_not_depend_on_the_mode(mode):
 
 def test_only_the_blocks_of_a_module_stream():
     """One without blocks is on the device as a whole."""
-    run = replace(start(REQUEST), policy=Policy("stream", "for a test"))
+    run = start(REQUEST, "stream")
     with run.resident(nn.Linear(2, 2), "a test"):
         assert not run.streams
 
 
 def test_a_cpu_has_no_memory_of_its_own():
     assert start(REQUEST).free_memory() is None
-    assert start(REQUEST).policy.mode == "resident"
-    assert start(replace(REQUEST, memory="stream", stream_blocks=1)).policy.keep == 1
+    assert runtime.find_machine(REQUEST).free_device is None
 
 
 @pytest.mark.parametrize(("code", "pinned"), [(0, True), (2, False)])

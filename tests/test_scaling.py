@@ -70,6 +70,7 @@ import os
 import sys
 import threading
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -83,7 +84,9 @@ from skyreels_v3.wan.vae import VideoVAE
 from skyreels_v3 import stages as steps
 from skyreels_v3.preflight import preflight
 from skyreels_v3.parallel.ranks import ranks_of
-from skyreels_v3.generate import Session
+from skyreels_v3.generate import load
+from skyreels_v3.plan import plan
+from skyreels_v3.runtime import find_machine
 
 SENT = {  # of a tensor that is handed in, or of all that come back
     "alltoall_base_": ("exchange", 1, lambda size, members: size * (members - 1) / members),
@@ -123,13 +126,11 @@ def group_of(value):
         return None
 
 
-def watched_denoise(model, scheduler, latents, conditions, guidance, after_step, *others):
-    def next_step(step, latents):
-        count.stage = f"step {step + 1}"
-        after_step(step, latents)
-
+def watched_denoise(*given):
     with count.at("step 1"):
-        return denoise(model, scheduler, latents, conditions, guidance, next_step, *others)
+        for step, latents in denoise(*given):
+            count.stage = f"step {step + 1}"
+            yield step, latents
 
 
 def watched_encode(vae, *given):
@@ -156,13 +157,14 @@ ranks = ranks_of(os.environ)
 processes.meet(ranks, "cpu")
 for number, (name, argv) in enumerate(json.loads(sys.argv[2]).items()):
     request = parse_request([*argv, "--output", str(folder / f"{number}.mp4")])
-    request, inputs, _ = preflight(request, folder, ranks)
+    checked = preflight(request, folder, ranks)
     if ranks.main:
         make_tiny(request.task)
     dist.barrier()
-    session = Session(request, make_tiny(request.task), ranks)
+    made = plan(replace(checked, checkpoint=make_tiny(request.task)), find_machine(request, ranks), ranks)
+    generator = load(made)
     with Count() as count:
-        session.generate(request, inputs)
+        generator.write(made)
     found[name] = count.sent
 (folder / f"{ranks.rank}.json").write_text(json.dumps(found))
 processes.part()

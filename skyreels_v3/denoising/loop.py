@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -84,19 +84,17 @@ def denoise(
     latents: Tensor,
     conditions: Mapping[str, Condition],
     guidance: Guidance,
-    after_step: Callable[[int, Tensor], object] = lambda step, latents: None,
     pin: Pin = leave,
     predictions: Predictions = one_by_one,
     done: int = 0,
-) -> Tensor:
-    """Turn noise (B, C, F, H, W) into latents.
+) -> Iterator[tuple[int, Tensor]]:
+    """Turn noise (B, C, F, H, W) into latents, step by step: the number of each step, from 1, and its latents.
 
     Args:
         model: predicts velocities.
         scheduler: a diffusers scheduler, set to its next step.
         latents: noise, float32, on the model's device; or what became of it in the first `done` steps.
         conditions: by the names that `guidance` asks for.
-        after_step: called after each step with its number, from 1, and the latents that it ended in.
         pin: called with the latents and their noise level before the first step and after each; gives the latents to
             go on with, such as ones whose first frames are known.
         predictions: computes the predictions under the conditions.
@@ -120,5 +118,4 @@ def denoise(
                 f"the latents are not finite after step {step} of {len(scheduler.timesteps)}; "
                 "the checkpoint or the inputs are damaged, or --dtype float32 is needed"
             )
-        after_step(step, latents)
-    return latents
+        yield step, latents

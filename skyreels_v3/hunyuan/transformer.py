@@ -18,6 +18,7 @@ import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from torch import Tensor, nn
 
+import skyreels_v3.vector_kernels  # noqa: F401  first of all
 from skyreels_v3.attention.backends import AttentionFn
 from skyreels_v3.checkpoints.key_maps import NATIVE_HUNYUAN, KeyMap
 from skyreels_v3.wan.transformer.rope import Rotary, apply_rotary

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 import torch
 
 from skyreels_v3.errors import OutOfMemory
-from skyreels_v3.plan import TILINGS, Plan, giga
+from skyreels_v3.media.files import giga
+from skyreels_v3.memory.policy import TILINGS
+from skyreels_v3.plan import Plan
 from skyreels_v3.tasks import HUNYUAN, MEMORY_MODES, RESOLUTIONS
 
 # torch has a class for a GPU's memory; of the host's it says it in words only, with the number of bytes
@@ -20,12 +22,11 @@ ASKED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
 
 
 @contextmanager
-def explained(stage: str, plan: Plan, mode: str, free: Callable[[], int | None]) -> Iterator[None]:
+def explained(stage: str, plan: Plan, free: Callable[[], int | None]) -> Iterator[None]:
     """Raise OutOfMemory instead of torch's own errors.
 
     Args:
         stage: what the `with` block does.
-        mode: the memory mode it does it in.
         free: asked for the free bytes of the device.
     """
     try:
@@ -39,7 +40,7 @@ def explained(stage: str, plan: Plan, mode: str, free: Callable[[], int | None])
         there = free()
         left = "" if there is None else f", {giga(there)} are free"
         raise OutOfMemory(
-            f"out of memory while {stage}: {asked} more were asked for{left}; {way_out(plan, mode, there is not None)}"
+            f"out of memory while {stage}: {asked} more were asked for{left}; {way_out(plan, there is not None)}"
         ) from error
 
 
@@ -54,12 +55,12 @@ def asked_for(error: Exception) -> str | None:
     return f"{giga(int(found[1]))} of host memory" if found else None
 
 
-def way_out(plan: Plan, mode: str, own_memory: bool) -> str:
-    """What asks for less than a run in `mode`, with the peak that the plan has for it.
+def way_out(plan: Plan, own_memory: bool) -> str:
+    """What asks for less than the plan's memory mode, with the peak that the plan has for it.
 
     Where components live makes a difference only on a device with memory of its own.
     """
-    request = plan.request
+    request, mode = plan.request, plan.policy.mode
     smaller = MEMORY_MODES[MEMORY_MODES.index(mode) + 1 :] if own_memory else ()
     ways = [f"--memory {name} (about {giga(plan.peak(name, TILINGS[-1]))})" for name in smaller]
     if request.quant is None:

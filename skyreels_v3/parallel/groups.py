@@ -94,13 +94,6 @@ class Parallel:
             self._groups[key] = {one: Group(process_group) for one, process_group in made.items()}
         return self._groups[key][name]
 
-    def all_reduce_min(self, number: int) -> int:
-        """The smallest of all ranks' numbers."""
-        smallest = torch.tensor(number)
-        if not self.is_single:
-            dist.all_reduce(smallest, dist.ReduceOp.MIN)
-        return int(smallest)
-
     def broadcast_from_main(self, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """What `make` returns on the main process, where alone it is called; elsewhere on the CPU."""
         if self.is_single:

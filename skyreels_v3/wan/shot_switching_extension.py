@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from skyreels_v3.denoising.guidance import text_guidance
-from skyreels_v3.denoising.loop import Conditioning
-from skyreels_v3.inputs import Inputs
-from skyreels_v3.stages import Pass, Steps
+from skyreels_v3.pipeline import Pipeline
 from skyreels_v3.tasks import GenerationRequest, latent_frames
-from skyreels_v3.wan.transformer import Segment
 
-CUT_POSITION = 1024  # where the frames before the cut stand on the time axis: far from the new ones
+if TYPE_CHECKING:
+    from skyreels_v3.stages import Event, Stages
+
+CUT_POSITION = 1024  # start frame of the clip before the cut: far from the new frames
 
 
-class ShotSwitchingExtension(Steps):
+class ShotSwitchingExtension(Pipeline):
     """The clip's last frames stand clean behind the new ones, at a distance that says: another shot."""
 
-    def __call__(self, request: GenerationRequest, inputs: Inputs) -> Iterator[Pass]:
-        """One pass."""
-        clip = self.read_condition(request, inputs)
-        guidance = text_guidance(request.guidance_scale)
-        (texts,) = self.contexts(guidance, request)
-        after = (Segment(self.encode_frames(clip), CUT_POSITION, clean=True),)
+    def passes(self, request: GenerationRequest) -> Iterator[tuple[int, int]]:
+        # latent frames hold 4k+1 frames; the last one is not written
+        yield latent_frames(request.frames_out + 1), latent_frames(request.condition_frames)
+
+    def run(self, stages: Stages) -> Iterator[Event]:
+        from skyreels_v3.denoising.loop import Conditioning
+        from skyreels_v3.denoising.schedules import unipc
+        from skyreels_v3.stages import Pass
+        from skyreels_v3.wan.transformer import Segment
+
+        request, guidance = stages.request, self.guidance(stages.request)
+        clip = stages.read_condition()
+        (texts,) = stages.contexts(guidance, request.prompt)
+        after = (Segment(stages.encode_frames(clip), CUT_POSITION, clean=True),)
         conditions = {name: Conditioning(text, after=after) for name, text in texts.items()}
-        frames = latent_frames(request.frames_out + 1)  # latent frames hold 4k+1 frames; the last one is not written
-        generator = self.runtime.generator(request.seed)
-        noise = self.noise(request, frames, generator)
-        latents = self.denoise(request, noise, lambda: conditions, guidance, generator)
-        yield Pass(latents.cpu(), self.decode(latents, rounding=False, frames=request.frames_out))
+        generator = stages.runtime.generator(request.seed)
+        ((frames, _),) = self.passes(request)
+        noise = stages.noise(frames, generator)
+        scheduler = unipc(request.num_inference_steps, request.shift)
+        latents = yield from stages.denoise(noise, lambda: conditions, guidance, generator, scheduler)
+        yield Pass(latents.cpu(), stages.decode(latents, rounding=False, frames=request.frames_out))
+
+
+PIPELINE = ShotSwitchingExtension()

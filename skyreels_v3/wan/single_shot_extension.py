@@ -5,54 +5,73 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from skyreels_v3.denoising.guidance import text_guidance
-from skyreels_v3.denoising.loop import Conditioning
-from skyreels_v3.inputs import Inputs
-from skyreels_v3.stages import Frame, Pass, Steps
-from skyreels_v3.tasks import GenerationRequest, plan_roll_outs
-from skyreels_v3.wan.transformer import Segment
+from skyreels_v3.pipeline import Pipeline
+from skyreels_v3.tasks import GenerationRequest, latent_frames, plan_roll_outs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from skyreels_v3.stages import Event, Frame, Stages
 
 
-class SingleShotExtension(Steps):
+class SingleShotExtension(Pipeline):
     """The last frames of the clip stand clean in front of the new ones; each roll-out goes on from the one before."""
 
-    def __call__(self, request: GenerationRequest, inputs: Inputs) -> Iterator[Pass]:
-        """A pass for each roll-out."""
-        clip = self.read_condition(request, inputs)
-        guidance = text_guidance(request.guidance_scale)
-        (texts,) = self.contexts(guidance, request)
+    def passes(self, request: GenerationRequest) -> Iterator[tuple[int, int]]:
+        for new in plan_roll_outs(request.duration):
+            yield new, latent_frames(request.condition_frames)
+
+    def run(self, stages: Stages) -> Iterator[Event]:
+        from skyreels_v3.denoising.loop import Conditioning
+        from skyreels_v3.denoising.schedules import unipc
+        from skyreels_v3.stages import Pass
+        from skyreels_v3.wan.transformer import Segment
+
+        request, guidance = stages.request, self.guidance(stages.request)
+        clip = stages.read_condition()
+        (texts,) = stages.contexts(guidance, request.prompt)
         missing = request.frames_out
         rolls = plan_roll_outs(request.duration)
         for number, frames in enumerate(rolls, start=1):
-            prefix = self.encode_frames(clip)
+            prefix = stages.encode_frames(clip)
             before = (Segment(prefix, clean=True),)
             conditions = {name: Conditioning(text, prefix.shape[2], before) for name, text in texts.items()}
-            generator = self.runtime.generator(request.seed)  # the same noise in every roll-out
-            noise = self.noise(request, frames, generator)
+            generator = stages.runtime.generator(request.seed)  # the same noise in every roll-out
+            noise = stages.noise(frames, generator)
+            scheduler = unipc(request.num_inference_steps, request.shift)
             name = f"denoising {number}/{len(rolls)}"
-            latents = self.denoise(request, noise, lambda made=conditions: made, guidance, generator, name)
+            latents = yield from stages.denoise(
+                noise, lambda made=conditions: made, guidance, generator, scheduler, name
+            )
             tail: deque[Frame] = deque(maxlen=len(clip))
             last, wanted = number == len(rolls), max(0, missing)
-            new = self.new_frames(prefix, latents, tail, wanted if last else None)
+            new = new_frames(stages, prefix, latents, tail, wanted if last else None)
             yield Pass(latents.cpu(), new if last else islice(new, wanted))
             missing -= 4 * frames
             if not last:
                 deque(new, maxlen=0)  # roll-outs can make too much before the last one; it conditions that all the same
                 clip = np.stack(tail)
 
-    def new_frames(self, prefix: Tensor, latents: Tensor, tail: deque[Frame], wanted: int | None) -> Iterator[Frame]:
-        """Decode condition and new frames together and give the new ones; `tail` ends up with the last of them.
 
-        `wanted`: how many new ones, None for all.
-        """
-        condition_frames = 4 * (prefix.shape[2] - 1) + 1
-        frames = None if wanted is None else condition_frames + wanted
-        decoded = self.decode(torch.cat((prefix, latents), dim=2), rounding=False, frames=frames)
-        for frame in islice(decoded, condition_frames, None):
-            tail.append(frame)
-            yield frame
+def new_frames(
+    stages: Stages, prefix: Tensor, latents: Tensor, tail: deque[Frame], wanted: int | None
+) -> Iterator[Frame]:
+    """Decode condition and new frames together and give the new ones; `tail` ends up with the last of them.
+
+    Args:
+        wanted: how many new frames, None for all.
+    """
+    condition_frames = 4 * (prefix.shape[2] - 1) + 1
+    frames = None if wanted is None else condition_frames + wanted
+    joined = latents.new_empty((*latents.shape[:2], prefix.shape[2] + latents.shape[2], *latents.shape[3:]))
+    joined[:, :, : prefix.shape[2]], joined[:, :, prefix.shape[2] :] = prefix, latents
+    for frame in islice(stages.decode(joined, rounding=False, frames=frames), condition_frames, None):
+        tail.append(frame)
+        yield frame
+
+
+PIPELINE = SingleShotExtension()

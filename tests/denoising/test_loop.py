@@ -54,11 +54,11 @@ def test_guidance_reaches_the_scheduler():
         return (torch.full_like(segments[0].latents, text.item()),)
 
     conditions = {FULL: Conditioning(torch.tensor(2.0)), NO_TEXT: Conditioning(torch.tensor(1.0))}
-    steps = []
     scheduler = unipc(8, 5.0)
-    out = denoise(Model(model), scheduler, noise, conditions, text_guidance(3.0), lambda step, _: steps.append(step))
+    steps, made = zip(*denoise(Model(model), scheduler, noise, conditions, text_guidance(3.0)), strict=True)
+    out = made[-1]
     torch.testing.assert_close(out, noise - 4.0 * scheduler.sigmas[0], atol=1e-4, rtol=0)
-    assert steps == [*range(1, 9)]
+    assert steps == (*range(1, 9),)
 
 
 def test_latents_that_are_not_finite_are_an_error():
@@ -67,7 +67,7 @@ def test_latents_that_are_not_finite_are_an_error():
 
     with pytest.raises(FloatingPointError, match="not finite after step 1 of 8"):
         conditions = {FULL: Conditioning(torch.zeros(1))}
-        denoise(Model(model), unipc(8, 5.0), latents(2), conditions, text_guidance(1.0))
+        next(denoise(Model(model), unipc(8, 5.0), latents(2), conditions, text_guidance(1.0)))
 
 
 def test_pinned_latents_reach_every_step():
@@ -83,7 +83,7 @@ def test_pinned_latents_reach_every_step():
         return torch.full_like(latents, len(levels))
 
     scheduler = euler(3, 11.0)
-    out = denoise(
+    *_, (_, out) = denoise(
         Model(model), scheduler, latents(2), {FULL: Conditioning(torch.zeros(1))}, text_guidance(1.0), pin=pin
     )
     assert seen == [1, 2, 3]

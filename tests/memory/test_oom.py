@@ -12,8 +12,9 @@ from skyreels_v3 import runtime
 from skyreels_v3.errors import OutOfMemory
 from skyreels_v3.memory.oom import explained
 from skyreels_v3.memory.policy import Policy
-from skyreels_v3.plan import Plan, plan
+from skyreels_v3.plan import Plan
 from skyreels_v3.tasks import MEMORY_MODES, GenerationRequest, task_spec
+from tests.planning import planned
 
 GPU = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.05 GiB is "
@@ -31,13 +32,17 @@ def made(**changes: object) -> Plan:
     request = GenerationRequest(
         task=task_spec("reference_to_video"), model_id="a/b", prompt="p", height=720, width=1280, dtype="bfloat16"
     )
-    return plan(replace(request, **changes), None)
+    return planned(replace(request, **changes))
+
+
+def in_mode(plan: Plan, mode: str) -> Plan:
+    return replace(plan, policy=Policy(mode, "for a test"))
 
 
 def said(error: Exception, mode: str = "resident", free: int | None = FREE, **changes: object) -> str:
     with (
         pytest.raises(OutOfMemory) as caught,
-        explained("decoding with the VAE", made(**changes), mode, lambda: free),
+        explained("decoding with the VAE", in_mode(made(**changes), mode), lambda: free),
     ):
         raise error
     assert caught.value.__cause__ is error
@@ -92,7 +97,7 @@ def test_the_hosts():
     plan = made()
     with (
         pytest.raises(OutOfMemory, match=r"while loading: 1000000\.0 GB of host memory more were asked for; ask"),
-        explained("loading", plan, "resident", lambda: None),
+        explained("loading", plan, lambda: None),
     ):
         torch.empty(10**15, dtype=torch.uint8)
     assert "some host memory more" in said(MemoryError())
@@ -100,7 +105,7 @@ def test_the_hosts():
 
 @pytest.mark.parametrize("error", [*OTHERS, ValueError("no"), KeyboardInterrupt()])
 def test_other_errors_pass(error):
-    with pytest.raises(type(error)) as caught, explained("a stage", made(), "resident", lambda: FREE):
+    with pytest.raises(type(error)) as caught, explained("a stage", made(), lambda: FREE):
         raise error
     assert caught.value is error
 
@@ -109,8 +114,8 @@ def test_it_is_explained_once():
     plan = made()
     with (
         pytest.raises(OutOfMemory, match="out of memory while the inner stage"),
-        explained("the outer stage", plan, "resident", lambda: FREE),
-        explained("the inner stage", plan, "resident", lambda: FREE),
+        explained("the outer stage", plan, lambda: FREE),
+        explained("the inner stage", plan, lambda: FREE),
     ):
         raise torch.OutOfMemoryError(GPU)
 
@@ -175,7 +180,7 @@ def test_in_a_stay_on_the_device(mode):
     request = GenerationRequest(
         task=task_spec("reference_to_video"), model_id="tiny", prompt="p", device="cpu", height=32, width=48
     )
-    run = replace(runtime.start(request, plan(request, None)), policy=Policy(mode, "for a test"))
+    run = runtime.start(in_mode(planned(request), mode))
     module = Greedy()
     before = [*module.parameters()]
     with (

@@ -10,11 +10,12 @@ import pytest
 from skyreels_v3.cli import parse_request
 from skyreels_v3.components import load_components
 from skyreels_v3.inputs import open_inputs
-from skyreels_v3.plan import plan
 from skyreels_v3.resume import RunRecord, open_state
 from skyreels_v3.runtime import start
-from skyreels_v3.wan.single_shot_extension import SingleShotExtension
+from skyreels_v3.stages import Pass, Stages
+from skyreels_v3.wan.single_shot_extension import PIPELINE
 from skyreels_v3.wan.tiny import make_tiny
+from tests.planning import planned
 
 CLIP = Path(__file__).resolve().parents[2] / "assets" / "boat.mp4"
 
@@ -28,12 +29,14 @@ def test_exactly_the_seconds_asked_for(tmp_path, monkeypatch, duration):
          "--height", "16", "--width", "32", "--num_inference_steps", "1", "--duration", str(duration)]
     )  # fmt: skip
     request, inputs = open_inputs(request, tmp_path)
-    runtime = start(replace(request, device="cpu"), plan(request, None))
-    components = load_components(make_tiny(request.task), request, runtime)
+    plan = planned(replace(request, device="cpu"), make_tiny(request.task), inputs=inputs)
+    runtime = start(plan)
+    components = load_components(plan, runtime)
     state = open_state(RunRecord(tmp_path / "a.mp4", {}))
     passes, frames = 0, 0
-    for made in SingleShotExtension(components, runtime, state)(request, inputs):
-        passes += 1
-        frames += sum(1 for _ in made.frames)
+    for event in PIPELINE.run(Stages(components, runtime, plan, state)):
+        if isinstance(event, Pass):
+            passes += 1
+            frames += sum(1 for _ in event.frames)
     assert frames == duration * 24
     assert passes == (duration + 4) // 5

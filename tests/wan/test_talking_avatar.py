@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import wave
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,15 +17,16 @@ from skyreels_v3.cache import TensorCache
 from skyreels_v3.cli import parse_request
 from skyreels_v3.components import Components, load_components
 from skyreels_v3.errors import UserError
-from skyreels_v3.inputs import Inputs, open_inputs
-from skyreels_v3.plan import plan
+from skyreels_v3.inputs import open_inputs
 from skyreels_v3.resume import RunRecord, open_state
 from skyreels_v3.runtime import start
-from skyreels_v3.stages import video_to_frames
+from skyreels_v3.stages import Pass, Stages, Step, video_to_frames
 from skyreels_v3.tasks import GenerationRequest, task_spec
-from skyreels_v3.wan.talking_avatar import Given, Scene, TalkingAvatar, audio_windows, in_turn, token_span
+from skyreels_v3.wan.avatar import Avatar, Given, Scene, audio_windows, in_turn, token_span
+from skyreels_v3.wan.talking_avatar import PIPELINE
 from skyreels_v3.wan.tiny import make_tiny
 from skyreels_v3.wan.windows import plan_windows
+from tests.planning import planned
 
 REQUEST = GenerationRequest(
     task=task_spec("talking_avatar"),
@@ -38,30 +39,31 @@ REQUEST = GenerationRequest(
     num_inference_steps=1,
     verbosity=-1,
 )
-RUNTIME = start(REQUEST, plan(REQUEST, None))
 RED, BLUE = (255, 0, 0), (0, 0, 255)
-Made = tuple[TalkingAvatar, GenerationRequest, Inputs]
 
 
 @pytest.fixture(scope="module")
 def components(cache) -> Components:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SKYREELS_CACHE", str(cache))
-        return load_components(make_tiny(REQUEST.task), REQUEST, RUNTIME)
+        plan = planned(REQUEST, make_tiny(REQUEST.task))
+        return load_components(plan, start(plan))
 
 
 @pytest.fixture
-def make(components, tmp_path) -> Iterator[Callable[..., Made]]:
-    """A pipeline, its request and its inputs from flags; the portrait is 96 x 64 unless they say otherwise."""
+def make(components, tmp_path) -> Iterator[Callable[..., Avatar]]:
+    """A video to be made, from flags; the portrait is 96 x 64 unless they say otherwise."""
     Image.effect_noise((96, 64), 80).convert("RGB").save(tmp_path / "portrait.png")
     state = open_state(RunRecord(tmp_path / "a.mp4", {}))
 
-    def make(*flags: object) -> Made:
+    def make(*flags: object) -> Avatar:
         image = () if "--input_video" in flags else ("--input_image", tmp_path / "portrait.png")
         base = ("--task_type", "talking_avatar", "--prompt", "she sings", "--num_inference_steps", "1", *image)
         size = () if "--height" in flags else ("--height", "32", "--width", "32")
         request = parse_request([str(flag) for flag in (*base, *size, *flags)])
-        return TalkingAvatar(components, RUNTIME, state), *open_inputs(request, tmp_path)
+        request, inputs = open_inputs(replace(request, device="cpu"), tmp_path)
+        plan = planned(request, inputs=inputs)
+        return Avatar(Stages(components, start(plan), plan, state), PIPELINE.guidance(request))
 
     yield make
     state.close(completed=True)
@@ -82,24 +84,24 @@ def sound(tmp_path) -> Callable[[float], Path]:
     return write
 
 
-def spy_on_windows(pipeline: TalkingAvatar, monkeypatch) -> list[tuple[dict[str, Tensor], Given, int]]:
+def spy_on_windows(avatar: Avatar, monkeypatch) -> list[tuple[dict[str, Tensor], Given, int]]:
     """Have passes make nothing, and list what they were given: texts, known frames, start."""
     calls: list[tuple[dict[str, Tensor], Given, int]] = []
 
     def make_window(
-        request: object, scene: Scene, texts: dict[str, Tensor], given: Given, start: int, name: str
-    ) -> Tensor:
+        scene: Scene, texts: dict[str, Tensor], given: Given, start: int, name: str
+    ) -> Generator[Step, None, Tensor]:
         calls.append((texts, given, start))
+        yield from ()
         return torch.zeros(1, 16, 21, *(side // 8 for side in scene.portrait.shape[3:]))
 
-    monkeypatch.setattr(pipeline, "make_window", make_window)
+    monkeypatch.setattr(avatar, "make_window", make_window)
     return calls
 
 
-def read_all(made: Made) -> int:
+def read_all(avatar: Avatar) -> int:
     """Run all passes; returns the number of frames."""
-    pipeline, request, inputs = made
-    return sum(1 for one in pipeline(request, inputs) for _ in one.frames)
+    return sum(1 for one in avatar.run() if isinstance(one, Pass) for _ in one.frames)
 
 
 def test_two_voices_at_once():
@@ -120,10 +122,10 @@ def test_one_voice_is_left_alone():
 
 @pytest.mark.parametrize(("flags", "seconds"), [((), 1.0), (("--audio_type", "sequential"), 1.5)])
 def test_two_speakers_sound_as_long_as_the_video(make, sound, flags, seconds):
-    pipeline, request, inputs = make("--input_audio", f"{sound(1.0)},{sound(0.5)}", *flags)
-    features = pipeline.encode_audio(request, inputs)
-    assert request.audio_seconds == seconds
-    assert features.shape[:2] == (2, request.frames_out)
+    avatar = make("--input_audio", f"{sound(1.0)},{sound(0.5)}", *flags)
+    features = avatar.encode_audio()
+    assert avatar.request.audio_seconds == seconds
+    assert features.shape[:2] == (2, avatar.request.frames_out)
     assert not torch.equal(features[0], features[1])
 
 
@@ -136,9 +138,8 @@ def test_the_tokens_between_two_places(start, end, expected):
     assert token_span(start, end, 64) == slice(*expected)
 
 
-def masks(make: Callable[..., Made], sounds: str, *flags: object) -> Tensor | None:
-    pipeline, request, inputs = make("--input_audio", sounds, *flags)
-    return pipeline.speaker_masks(request, inputs)
+def masks(make: Callable[..., Avatar], sounds: str, *flags: object) -> Tensor | None:
+    return make("--input_audio", sounds, *flags).speaker_masks()
 
 
 def test_one_speaker_has_no_mask(make, sound):
@@ -179,13 +180,13 @@ def test_sound_around_each_frame():
     assert (last[0, 38:] == 99).all()
 
 
-def key_frames(make: Callable[..., Made], sound: Path, keyframes: str) -> dict[int, Tensor]:
+def key_frames(make: Callable[..., Avatar], sound: Path, keyframes: str) -> dict[int, Tensor]:
     """Key frames of three windows, which end at frames 80, 144 and 208; made ones are as grey as their number."""
-    pipeline, request, inputs = make("--input_audio", sound, "--keyframes", keyframes)
-    plan = plan_windows(request.frames_out)
+    avatar = make("--input_audio", sound, "--keyframes", keyframes)
+    plan = plan_windows(avatar.request.frames_out)
     assert [window.start for window in plan.windows] == [0, 64, 128]
     decoded = (torch.full((1, 3, 1, 32, 32), float(number)) for number in range(81))
-    return pipeline.key_frames(request, inputs, plan, decoded)
+    return avatar.key_frames(plan, decoded)
 
 
 def test_key_frames_of_the_user(make, sound, tmp_path):
@@ -202,7 +203,7 @@ def test_key_frames_of_the_user(make, sound, tmp_path):
 
 def test_windows_begin_and_end_in_what_is_known(make, sound, monkeypatch):
     made = make("--input_audio", sound(4.0))
-    calls = spy_on_windows(made[0], monkeypatch)
+    calls = spy_on_windows(made, monkeypatch)
     assert read_all(made) == 100
     assert [start for *_, start in calls] == [0, 0, 64]
     assert [given.pinned for _, given, _ in calls] == [False, False, True]
@@ -231,8 +232,8 @@ def test_the_prompt_of_the_windows(make, sound, monkeypatch, components, flags, 
             return {"context": torch.full((1, 512, 8), float(len(heard)))}
 
     unknown = TensorCache(None, "")
-    monkeypatch.setattr(made[0], "components", replace(components, text_encoder=Spy(), prompts=unknown))
-    calls = spy_on_windows(made[0], monkeypatch)
+    monkeypatch.setattr(made.stages, "components", replace(components, text_encoder=Spy(), prompts=unknown))
+    calls = spy_on_windows(made, monkeypatch)
     read_all(made)
     assert heard == [*dict.fromkeys(["she sings", windows])]  # each prompt once
     own, shared = 1, heard.index(windows) + 1
@@ -261,7 +262,7 @@ def grey_levels(video: Tensor) -> list[int]:
 def test_dubbing_takes_the_clips_frames(make, sound, monkeypatch, write_lossless, tmp_path, seconds, first, last):
     clip = numbered(write_lossless, tmp_path / "clip.mp4", 100)
     made = make("--input_video", clip, "--input_audio", sound(seconds))
-    calls = spy_on_windows(made[0], monkeypatch)
+    calls = spy_on_windows(made, monkeypatch)
     assert read_all(made) == 25 * seconds
     assert [grey_levels(given.first) for _, given, _ in calls] == first
     assert [grey_levels(given.last) for _, given, _ in calls] == last
@@ -269,14 +270,15 @@ def test_dubbing_takes_the_clips_frames(make, sound, monkeypatch, write_lossless
 
 
 def test_colours_are_the_portraits_unless_that_is_off(make, sound):
-    pipeline, request, inputs = make("--input_audio", sound(0.5), "--color_correction_strength", "0")
-    scene = Scene(pipeline.portrait(request, inputs), *(None,) * 4)
+    avatar = make("--input_audio", sound(0.5), "--color_correction_strength", "0")
+    scene = Scene(avatar.portrait(), *(None,) * 3)
     latents = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    plain = torch.cat(list(pipeline.decode_video(latents)), dim=2)
-    off, half, full = (
-        torch.cat(list(pipeline.decode_matched(replace(request, color_correction_strength=s), latents, scene)), dim=2)
-        for s in (0.0, 0.5, 1.0)
-    )
+    plain = torch.cat(list(avatar.stages.decode_video(latents)), dim=2)
+    made = []
+    for strength in (0.0, 0.5, 1.0):
+        avatar.request = replace(avatar.request, color_correction_strength=strength)
+        made.append(torch.cat(list(avatar.decode_matched(latents, scene)), dim=2))
+    off, half, full = made
     torch.testing.assert_close(off, plain, rtol=0, atol=0)
     torch.testing.assert_close(half, (plain + full) / 2)
     portrait = scene.portrait.mean()

@@ -9,10 +9,10 @@ import torch
 
 from skyreels_v3.checkpoints.hub import check_folder
 from skyreels_v3.components import load_components
-from skyreels_v3.plan import plan
 from skyreels_v3.runtime import start
 from skyreels_v3.tasks import TASK_NAMES, GenerationRequest, task_spec
 from skyreels_v3.wan.tiny import make_tiny
+from tests.planning import planned
 
 
 def digest(folder):
@@ -30,7 +30,8 @@ def test_it_is_a_complete_checkpoint(task, tmp_path, monkeypatch):
     request = GenerationRequest(
         task=spec, model_id="tiny", prompt="p", device="cpu", height=32, width=32, audio_seconds=1.0
     )
-    components = load_components(folder, request, start(request, plan(request, folder)))
+    plan = planned(request, folder)
+    components = load_components(plan, start(plan))
     context = components.text_encoder.encode("A b")["context"]
     assert context.shape[0] == 1 and 0 < context.shape[1] < 512 and context.shape[2] == 32
     stamp = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
