@@ -73,7 +73,7 @@ class SequenceParallel:
 
     def attach(self, model: HunyuanTransformer3DModel) -> None:
         """Have every forward of `model` divided."""
-        patch = (model.config.patch_size_t, model.config.patch_size, model.config.patch_size)
+        patch = (model.config["patch_size_t"], model.config["patch_size"], model.config["patch_size"])
         model.set_attention(self.attention)
         model.register_forward_pre_hook(lambda _, __, given: self.begin(given, patch), with_kwargs=True)
         model.rope.register_forward_hook(
@@ -98,8 +98,10 @@ class SequenceParallel:
         """Attention of this rank's tokens (B, L, N, D) to those of all ranks, without dummies."""
         layout = self.layout
         dummies = (int(not layout.video), int(not layout.text))  # before and after this rank's tokens
-        own = (pad_end(part.narrow(1, dummies[0], layout.own), 1, layout.share) for part in (query, key, value))
-        out = self.usp(*own, layout.tokens)[:, : layout.own]
+        query, key, value = (
+            pad_end(part.narrow(1, dummies[0], layout.own), 1, layout.share) for part in (query, key, value)
+        )
+        out = self.usp(query, key, value, layout.tokens)[:, : layout.own]
         return F.pad(out, (0, 0, 0, 0, *dummies)) if any(dummies) else out
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
@@ -104,11 +104,11 @@ class HunyuanTransformer3DModel(HunyuanVideoTransformer3DModel):
         """Set the attention kernel of all blocks; the small text refiner keeps its own."""
         joint = JointAttention(attention)
         for block in self.blocks:
-            block.attn.set_processor(joint)
+            cast(Any, block).attn.set_processor(joint)
 
     def compilable(self) -> Iterator[tuple[object, str]]:
         """What runs before attention, see `model_api.Transformer`."""
-        for joint in {block.attn.processor for block in self.blocks}:
+        for joint in {cast(Any, block).attn.processor for block in self.blocks}:
             yield joint, "project"
 
     def divide_tokens(self, group: Group, usp: UspFn) -> None:

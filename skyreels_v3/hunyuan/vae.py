@@ -15,7 +15,7 @@ is.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ class HunyuanVAE:
 
     @property
     def dtype(self) -> torch.dtype:
-        return cast(torch.dtype, self.module.dtype)
+        return self.module.dtype
 
     def set_tiles(self, rows: int, columns: int) -> None:
         """Changes nothing: tiles are blended and so they show. They are those of the published code in every case."""
@@ -57,7 +57,7 @@ class HunyuanVAE:
         """
         posterior = self.module.encode(video.to(self.dtype)).latent_dist
         latents = posterior.mode() if generator is None else posterior.sample(generator)
-        return latents.float() * self.module.config.scaling_factor
+        return latents.float() * self.module.config["scaling_factor"]
 
     @torch.inference_mode()
     def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
@@ -72,7 +72,7 @@ class HunyuanVAE:
         Raises:
             FloatingPointError: the video is infinite or not a number, which would be written as black frames.
         """
-        raw = (latents.float() / self.module.config.scaling_factor).to(self.dtype)
+        raw = (latents.float() / self.module.config["scaling_factor"]).to(self.dtype)
         starts = self.starts(raw.shape[2])
         step = self.module.temporal_compression_ratio
         overlap = self.module.tile_sample_min_num_frames - self.module.tile_sample_stride_num_frames

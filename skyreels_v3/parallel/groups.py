@@ -89,7 +89,7 @@ class Parallel:
             cfg, ring, ulysses = self.degrees.cfg, self.degrees.ring, self.degrees.ulysses
             mesh = init_device_mesh(self.device.type, (cfg, ring, ulysses), mesh_dim_names=("cfg", "ring", "ulysses"))
             joint = init_device_mesh(self.device.type, (cfg, ring * ulysses), mesh_dim_names=("cfg", "sequence"))
-            made = {one: mesh.get_group(one) for one in ("cfg", "ring", "ulysses")}
+            made: dict[str, Any] = {one: mesh.get_group(one) for one in ("cfg", "ring", "ulysses")}
             made |= {"sequence": joint.get_group("sequence"), "world": dist.group.WORLD}
             self._groups[key] = {one: Group(process_group) for one, process_group in made.items()}
         return self._groups[key][name]

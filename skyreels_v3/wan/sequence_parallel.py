@@ -9,8 +9,9 @@ positions, and gather the velocities that it returns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -63,8 +64,8 @@ class SequenceParallel:
 
     def attach(self, model: SkyReelsTransformer3DModel) -> None:
         """Have every forward of `model` divided; attention to the conditions stays as it is."""
-        patch = model.config.patch_size
-        for block in model.blocks:
+        patch = model.config["patch_size"]
+        for block in cast(Iterable[Any], model.blocks):
             block.attn1.attention = self.attention
             block.speaker_positions = self.speaker_positions
         model.register_forward_pre_hook(lambda _, arguments: (self.shard(arguments[0], patch), *arguments[1:]))
@@ -99,8 +100,8 @@ class SequenceParallel:
             return self.usp(query, key, value, layout.tokens)
         # the last ranks have padding in every frame: move it to the end of the sequence, where it can be cut off
         padded = layout.frames * layout.share
-        packed = [pad_end(self.unpadded(part), 1, padded) for part in (query, key, value)]
-        out = self.usp(*packed, layout.tokens)[:, : layout.frames * layout.own]
+        query, key, value = (pad_end(self.unpadded(part), 1, padded) for part in (query, key, value))
+        out = self.usp(query, key, value, layout.tokens)[:, : layout.frames * layout.own]
         return pad_end(out.unflatten(1, (layout.frames, layout.own)), 2, layout.share).flatten(1, 2)
 
     def unpadded(self, x: Tensor) -> Tensor:

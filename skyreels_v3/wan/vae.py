@@ -14,7 +14,7 @@ little to gain beyond 2 x 3 tiles.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -41,16 +41,16 @@ class VideoVAE:
     """Encodes video (B, 3, F, H, W) in [-1, 1] to latents (B, 16, (F-1)/4+1, H/8, W/8) and back."""
 
     def __init__(self, module: AutoencoderKLWan) -> None:
-        assert not module.config.is_residual, "Wan 2.2's VAE is another one"
+        assert not module.config["is_residual"], "Wan 2.2's VAE is another one"
         self.module = module
-        self.mean = torch.tensor(module.config.latents_mean).view(1, -1, 1, 1, 1)
-        self.std = torch.tensor(module.config.latents_std).view(1, -1, 1, 1, 1)
+        self.mean = torch.tensor(module.config["latents_mean"]).view(1, -1, 1, 1, 1)
+        self.std = torch.tensor(module.config["latents_std"]).view(1, -1, 1, 1, 1)
         self.tiles = (1, 1)
         self.group: Group | None = None
 
     @property
     def dtype(self) -> torch.dtype:
-        return cast(torch.dtype, self.module.dtype)
+        return self.module.dtype
 
     def set_tiles(self, rows: int, columns: int) -> None:
         """Encode and decode in so many tiles from now on: less memory, a little more work, the same result."""
@@ -125,7 +125,7 @@ def decoder_stages(decoder: WanDecoder3d, shared: bool = False) -> tuple[list[nn
     `shared`: how many there are up to its attention, see `encoder_stages`.
     """
     stages = [decoder.conv_in, decoder.mid_block]
-    for block in decoder.up_blocks:
+    for block in cast(Iterable[Any], decoder.up_blocks):
         stages += [*block.resnets, *(block.upsamplers or ())]
     stages += [decoder.norm_out, decoder.nonlinearity, decoder.conv_out]
     return stages, stages.index(decoder.mid_block) + 1 if shared else resamplings(stages)[1]
