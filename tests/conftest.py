@@ -64,7 +64,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-LONGEST = ("test_distributed.py", "test_scaling.py", "test_recorded_runs.py")
+LONGEST = ("test_distributed.py", "test_sequence_parallel.py", "test_recorded_runs.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
