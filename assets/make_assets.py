@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 ASSETS = Path(__file__).resolve().parent
 sys.path.insert(0, str(ASSETS.parent))
 
-from skyreels_v3.media.video import write_video  # noqa: E402  needs the path above
+from skyreels_v3.media.video_writer import write_video  # noqa: E402  needs the path above
 
 SCALE = 2  # drawn larger and scaled down, for smooth edges
 FPS, SECONDS = 24, 3

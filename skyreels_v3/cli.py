@@ -502,7 +502,7 @@ def read_config_file(name: str) -> dict[str, Any]:
 def read_record(path: Path) -> Any:
     """The flags in the comment of a video, of a folder of frames, or of one of those. All of it is distrusted."""
     from skyreels_v3.media.files import check_readable
-    from skyreels_v3.media.video import read_comment
+    from skyreels_v3.media.video_writer import read_comment
 
     if not path.is_dir():
         check_readable(path, "--config")

@@ -21,7 +21,9 @@ from skyreels_v3.components import load_components, others_of
 from skyreels_v3.errors import IncompleteOutput
 from skyreels_v3.media.audio import mix
 from skyreels_v3.media.files import is_full, reason_of
-from skyreels_v3.media.video import COMMENT_BYTES, ClipInfo, read_frames, resized, write_frame_folder, write_video
+from skyreels_v3.media.video_probe import ClipInfo
+from skyreels_v3.media.video_reader import read_frames, resize_frames
+from skyreels_v3.media.video_writer import COMMENT_BYTES, write_frame_folder, write_video
 from skyreels_v3.outputs import save_latents
 from skyreels_v3.pipeline import pipeline_of
 from skyreels_v3.plan import Plan
@@ -130,7 +132,7 @@ def all_frames(plan: Plan, events: Iterable[Event], latents: list[Tensor]) -> ab
     request, clip = plan.request, plan.inputs.clip
     if request.include_input:
         assert clip is not None
-        yield from resized(read_frames(clip.path, request.task.fps), request.height, request.width)
+        yield from resize_frames(read_frames(clip.path, request.task.fps), request.height, request.width)
     for event in events:
         if isinstance(event, Pass):
             if request.save_latents is not None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,27 +14,35 @@ from PIL import Image
 
 from skyreels_v3.errors import UserError, shown
 from skyreels_v3.media.audio import MAX_SECONDS, AudioInfo, probe_audio
-from skyreels_v3.media.image import covered_box, full_size, open_image
-from skyreels_v3.media.sources import MAX_IMAGE_BYTES, MAX_VIDEO_BYTES, localise
-from skyreels_v3.media.video import ClipInfo, last_frames, probe, resized, too_short
+from skyreels_v3.media.files import MediaError
+from skyreels_v3.media.image import NOTES, covered_box, full_size, open_image
+from skyreels_v3.media.sources import MAX_IMAGE_BYTES, MAX_VIDEO_BYTES, local_file
+from skyreels_v3.media.video_probe import ClipInfo, probe_video
+from skyreels_v3.media.video_reader import check_length, last_frames, resize_frames
 from skyreels_v3.tasks import GenerationRequest, choose_size
 from skyreels_v3.wan.windows import WINDOW_FRAMES
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a task starts from: pictures as they are; a clip and a sound that have been looked at but not decoded."""
+    """What a task starts from: decoded pictures; a clip and sounds that have been checked but not decoded.
+
+    Attributes:
+        keyframes: pictures with their times in seconds.
+        notes: what the user should know about the inputs.
+        files: for every input its flag, what the user gave, and the local file.
+    """
 
     images: tuple[Image.Image, ...] = ()
     clip: ClipInfo | None = None
     audio: tuple[AudioInfo, ...] = ()
-    keyframes: tuple[tuple[Image.Image, float], ...] = ()  # with their times in seconds
-    notes: tuple[str, ...] = ()  # what the user should know of them
-    files: tuple[tuple[str, str, Path], ...] = ()  # of all inputs: flag, what was given, where that is
+    keyframes: tuple[tuple[Image.Image, float], ...] = ()
+    notes: tuple[str, ...] = ()
+    files: tuple[tuple[str, str, Path], ...] = ()
 
     @cached_property
     def digests(self) -> tuple[tuple[str, str, str], ...]:
-        """Flag, what was given and SHA-256 of its content, of all inputs; a clip is read for it once."""
+        """For every input its flag, what the user gave, and the SHA-256 of its content; read once."""
         return tuple((flag, source, digest_of(path)) for flag, source, path in self.files)
 
 
@@ -44,8 +52,66 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@dataclass
+class InputFiles:
+    """Opens a request's input files.
+
+    Attributes:
+        folder: where downloads go.
+        notes: what the user should know about the files that were opened.
+    """
+
+    request: GenerationRequest
+    folder: Path
+    notes: list[str] = field(default_factory=list)
+
+    def fetch(self, source: str, flag: str, max_bytes: int = MAX_VIDEO_BYTES) -> Path:
+        """The local file of an input; see `local_file`."""
+        request = self.request
+        progress, allow_private = request.verbosity >= 0, request.allow_private_urls
+        return local_file(source, flag, self.folder, request.url_timeout, max_bytes, progress, allow_private)
+
+    def picture(self, source: str, flag: str) -> Image.Image:
+        path = self.fetch(source, flag, MAX_IMAGE_BYTES)
+        with input_errors(source, flag):
+            image = open_image(path)
+        self.note(source, image.info[NOTES])
+        return image
+
+    def clip(self, source: str) -> ClipInfo:
+        """A clip that is long enough for the task."""
+        request = self.request
+        path = self.fetch(source, "--input_video")
+        with input_errors(source, "--input_video"):
+            clip = probe_video(path, request.task.fps)
+            check_length(path, request.task.fps, request.condition_frames, clip.frames)
+        self.note(source, clip.notes)
+        if request.include_input and request.frame_folder and clip.has_sound:
+            self.note(source, ["has sound, which PNG frames cannot have; give an mp4 as --output to keep it"])
+        return clip
+
+    def sound(self, source: str) -> AudioInfo:
+        path = self.fetch(source, "--input_audio")
+        with input_errors(source, "--input_audio"):
+            sound = probe_audio(path)
+        self.note(source, sound.notes)
+        return sound
+
+    def note(self, source: str, notes: Iterable[str]) -> None:
+        self.notes += [f"{shown(source)} {note}" for note in notes]
+
+
+@contextmanager
+def input_errors(source: str, flag: str) -> Iterator[None]:
+    """Report an unusable file under its flag and the name that the user gave, which may be a URL."""
+    try:
+        yield
+    except MediaError as error:
+        raise UserError(flag, f"{shown(source)} {error.reason}") from error
+
+
 def open_inputs(request: GenerationRequest, folder: Path) -> tuple[GenerationRequest, Inputs]:
-    """Open all inputs, and return the request with its height and width and the length of its sound filled in.
+    """Open all inputs, and fill in the request's height and width and the length of its sound.
 
     Args:
         folder: where downloads go.
@@ -53,38 +119,32 @@ def open_inputs(request: GenerationRequest, folder: Path) -> tuple[GenerationReq
     Raises:
         UserError: an input that cannot be used.
     """
-    notes: list[str] = []
-    images = [open_picture(source, "--ref_imgs", request, folder, notes) for source in request.ref_imgs]
-    if request.image is not None:
-        images.append(open_picture(request.image, "--image", request, folder, notes))
-    if request.input_image is not None:
-        images.append(open_picture(request.input_image, "--input_image", request, folder, notes))
-    clip = None if request.input_video is None else open_clip(request.input_video, request, folder, notes)
-    audio = tuple(open_sound(source, request, folder, notes) for source in request.input_audio)
+    files = InputFiles(request, folder)
+    pictures = [("--ref_imgs", source) for source in request.ref_imgs]
+    pictures += [("--image", request.image), ("--input_image", request.input_image)]
+    images = tuple(files.picture(source, flag) for flag, source in pictures if source is not None)
+    clip = None if request.input_video is None else files.clip(request.input_video)
+    audio = tuple(files.sound(source) for source in request.input_audio)
     if audio:
         lengths = [sound.seconds for sound in audio]
         request = replace(request, audio_seconds=sum(lengths) if request.audio_type == "sequential" else max(lengths))
         check_times(request, clip)
-    keyframes = tuple(
-        (open_picture(source, "--keyframes", request, folder, notes), seconds) for source, seconds in request.keyframes
-    )
+    keyframes = tuple((files.picture(source, "--keyframes"), seconds) for source, seconds in request.keyframes)
     if request.height is None:
         width, height = (clip.width, clip.height) if clip is not None else images[0].size
         height, width = choose_size(request.task, request.resolution, height, width)
         request = replace(request, height=height, width=width)
     check_boxes(request, images)
-    # what was fetched is in the folder by now
-    files = tuple((name, given, fetched(given, f"--{name}", request, folder)) for name, given in request.sources)
-    return request, Inputs(tuple(images), clip, audio, keyframes, tuple(notes), files)
+    paths = tuple((name, source, files.fetch(source, f"--{name}")) for name, source in request.sources)
+    return request, Inputs(images, clip, audio, keyframes, tuple(files.notes), paths)
 
 
 def check_times(request: GenerationRequest, clip: ClipInfo | None) -> None:
-    """Raise UserError for sound, key frames and a dubbed clip whose lengths do not go together."""
+    """Raise UserError if the lengths of sound, key frames and a dubbed clip do not fit together."""
     seconds = request.audio_seconds or 0.0
     if seconds > MAX_SECONDS:
-        raise UserError(
-            "--input_audio", f"{seconds:.2f} s one after the other are too long; give {MAX_SECONDS:g} s at most"
-        )
+        reason = f"{seconds:.2f} s one after the other are too long"
+        raise UserError("--input_audio", f"{reason}; give {MAX_SECONDS:g} s at most")
     if clip is not None and clip.seconds + 1 / request.task.fps < seconds:
         reason = f"{shown(request.input_video)} is {clip.seconds:.2f} s long, the sound {seconds:.2f} s"
         raise UserError("--input_video", f"{reason}; give a longer clip or a shorter sound")
@@ -96,7 +156,7 @@ def check_times(request: GenerationRequest, clip: ClipInfo | None) -> None:
 
 
 def check_boxes(request: GenerationRequest, images: Sequence[Image.Image]) -> None:
-    """Raise UserError for a speaker's box that is not inside the portrait, or not in the picture after its crop."""
+    """Raise UserError for a speaker's box that is not inside the portrait, or is cropped away."""
     for x0, y0, x1, y1 in request.speaker_boxes:
         width, height = size = full_size(images[0])
         if x1 > width or y1 > height:
@@ -109,59 +169,11 @@ def check_boxes(request: GenerationRequest, images: Sequence[Image.Image]) -> No
             raise UserError("--speaker_boxes", f"{reason}; give a box nearer to the middle, or another size")
 
 
-def fetched(source: str, flag: str, request: GenerationRequest, folder: Path, max_bytes: int = MAX_VIDEO_BYTES) -> Path:
-    """The file of an input, see `localise`."""
-    progress = request.verbosity >= 0
-    return localise(source, flag, folder, request.url_timeout, max_bytes, progress, request.allow_private_urls)
-
-
-def open_picture(source: str, flag: str, request: GenerationRequest, folder: Path, notes: list[str]) -> Image.Image:
-    """A picture, from a path or an address; `notes` gets what is to be said of it, as in the other two."""
-    path = fetched(source, flag, request, folder, MAX_IMAGE_BYTES)
-    with naming(source, path, notes) as say:
-        return open_image(path, flag, say)
-
-
-def open_clip(source: str, request: GenerationRequest, folder: Path, notes: list[str]) -> ClipInfo:
-    """A clip that is long enough for the task."""
-    flag = "--input_video"
-    path = fetched(source, flag, request, folder)
-    with naming(source, path, notes) as say:
-        clip = probe(path, flag, request.task.fps, say)
-        if clip.frames < request.condition_frames:
-            raise too_short(path, flag, request.task.fps, request.condition_frames, clip.frames)
-        if request.include_input and request.frame_folder and clip.has_sound:
-            say(f"{shown(path)} has sound, which PNG frames cannot have; give an mp4 as --output to keep it")
-    return clip
-
-
-def open_sound(source: str, request: GenerationRequest, folder: Path, notes: list[str]) -> AudioInfo:
-    """A recording of a length that the models take."""
-    flag = "--input_audio"
-    path = fetched(source, flag, request, folder)
-    with naming(source, path, notes) as say:
-        return probe_audio(path, flag, say)
-
-
-@contextmanager
-def naming(source: str, path: Path, notes: list[str]) -> Iterator[Callable[[str], None]]:
-    """Have errors and notes about a downloaded file name what the user gave, not the temporary file."""
-
-    def named(text: str) -> str:
-        return text.replace(shown(path), shown(source))
-
-    try:
-        yield lambda note: notes.append(named(note))
-    except UserError as error:
-        raise UserError(error.flag, named(error.message)) from error
-
-
 def condition_clip(
-    request: GenerationRequest, inputs: Inputs, progress: Callable[[int], object] | None = None
+    request: GenerationRequest, inputs: Inputs, progress: Callable[[int], object] = lambda frames: None
 ) -> np.ndarray:
-    """The last frames of the input clip that the model sees, uint8 [F, H, W, 3] of the output's size."""
+    """The last frames of the input clip that the model sees, uint8 [F, H, W, 3] in the output's size."""
     assert inputs.clip is not None and request.height is not None and request.width is not None
-    path = inputs.clip.path
-    with naming(request.input_video or "", path, []):
-        frames = last_frames(path, request.task.fps, request.condition_frames, "--input_video", progress)
-    return np.stack(list(resized(frames, request.height, request.width)))
+    with input_errors(request.input_video or "", "--input_video"):
+        frames = last_frames(inputs.clip.path, request.task.fps, request.condition_frames, progress)
+    return np.stack(list(resize_frames(frames, request.height, request.width)))

@@ -29,8 +29,9 @@ from skyreels_v3.checkpoints.lora import check_loras
 from skyreels_v3.cli import LISTS
 from skyreels_v3.errors import AlreadyDone, UserError, shown
 from skyreels_v3.inputs import Inputs, open_inputs
+from skyreels_v3.media.ffmpeg import check_ffmpeg
 from skyreels_v3.media.files import check_writable
-from skyreels_v3.media.video import check_ffmpeg, read_comment
+from skyreels_v3.media.video_writer import read_comment
 from skyreels_v3.outputs import check_room, join_passes
 from skyreels_v3.parallel.ranks import SINGLE, Ranks, choose_degrees
 from skyreels_v3.pipeline import pipeline_of

@@ -202,9 +202,9 @@ CLIPS = [
     bad(EXTENSION, "--input_video", "{files}/sound.m4a", "give a video clip"),
     bad(EXTENSION, "--input_video", "{files}/sound.wav", "give a video clip"),
     bad(EXTENSION, "--input_video", "{files}/playlist.m3u8", "give a"),
-    bad(EXTENSION, "--input_video", "{files}/short.mp4", "25 frames at 24 frames a second"),
-    bad([*SHOT, "--duration", "2"], "--input_video", "{files}/short.mp4", "9 frames at 24 frames a second"),
-    bad([*SHOT, "--duration", "5"], "--input_video", "{files}/short.mp4", "33 frames at 24 frames a second"),
+    bad(EXTENSION, "--input_video", "{files}/short.mp4", "25 frames at 24 frames per second"),
+    bad([*SHOT, "--duration", "2"], "--input_video", "{files}/short.mp4", "9 frames at 24 frames per second"),
+    bad([*SHOT, "--duration", "5"], "--input_video", "{files}/short.mp4", "33 frames at 24 frames per second"),
 ]
 
 ADDRESSES = [

@@ -13,7 +13,7 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
 
 from skyreels_v3.media.audio import probe_audio, read_audio
-from skyreels_v3.media.video import probe
+from skyreels_v3.media.video_probe import probe_video
 from tests.conftest import ROOT, files_in
 
 SMALL = ("--device", "cpu", "--height", "32", "--width", "32", "--num_inference_steps", "1", "--model_id", "tiny")
@@ -48,9 +48,9 @@ def test_picture_and_sound_are_as_long(main, tmp_path, seconds, rate, frames):
     bars = dict(re.findall(r"^(\w[\w /]+): +(\d+%)", stderr, re.MULTILINE))  # how far each has come
     assert {"loading", "decoding"} < bars.keys()
     assert {*bars.values()} == {"100%"}
-    made = probe(tmp_path / "a.mp4", "", 25)
+    made = probe_video(tmp_path / "a.mp4", 25)
     assert (made.frames, made.width, made.height) == (frames, 32, 32)
-    assert abs(probe_audio(tmp_path / "a.mp4", "").seconds - made.seconds) < FRAME
+    assert abs(probe_audio(tmp_path / "a.mp4").seconds - made.seconds) < FRAME
     assert f"aac (LC) (mp4a / 0x6134706D), {rate} Hz, mono" in sound_of(tmp_path / "a.mp4")
     assert files_in(tmp_path) >= {"a.mp4", "sound.wav"}
     assert not (tmp_path / "a.state").exists()
@@ -64,9 +64,9 @@ def test_two_speakers_are_experimental(main, tmp_path, caplog, audio_type, frame
     code, stdout, stderr = main(*AVATAR, *flags)
     assert (code, stdout) == (0, "a.mp4\n"), stderr
     assert warnings_of(caplog) == [EXPERIMENTAL]
-    made = probe(tmp_path / "a.mp4", "", 25)
+    made = probe_video(tmp_path / "a.mp4", 25)
     assert made.frames == frames
-    heard = read_audio(tmp_path / "a.mp4", "")
+    heard = read_audio(tmp_path / "a.mp4")
     assert abs(len(heard) / 16_000 - made.seconds) < FRAME
     late = np.abs(np.fft.rfft(heard[int(1.1 * 16_000) : int(1.4 * 16_000)])) if audio_type == "sequential" else None
     early = np.abs(np.fft.rfft(heard[1600:6400]))
@@ -91,7 +91,7 @@ def test_a_dubbed_clip_is_experimental(main, tmp_path, caplog):
     code, _, stderr = main(*flags, *clip, "--input_audio", sound, "--output", "a.mp4")
     assert code == 0, stderr
     assert warnings_of(caplog) == [EXPERIMENTAL]
-    assert probe(tmp_path / "a.mp4", "", 25).frames == 13
+    assert probe_video(tmp_path / "a.mp4", 25).frames == 13
 
 
 @pytest.mark.parametrize("sample", [float("nan"), float("inf")])

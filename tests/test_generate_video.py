@@ -28,7 +28,9 @@ from safetensors.numpy import load_file, save_file
 from skyreels_v3 import generate as session
 from skyreels_v3.cli import parse_request
 from skyreels_v3.inputs import Inputs
-from skyreels_v3.media.video import probe, read_comment, read_frames, write_video
+from skyreels_v3.media.video_probe import probe_video
+from skyreels_v3.media.video_reader import read_frames
+from skyreels_v3.media.video_writer import read_comment, write_video
 from tests.conftest import files_in, stop_at
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +68,7 @@ def test_a_run_and_its_repetition_twice_at_once(start, picture, tmp_path):
     assert TOY_WARNING in stderr
     for bar, total in (("loading", 3), ("denoising", 2), ("decoding", 2)):
         assert re.search(rf"{bar}: 100%.* {total}/{total} ", stderr)
-    assert probe(working / path, "", 24).frames == 5
+    assert probe_video(working / path, 24).frames == 5
 
     comment = comment_of(working / path)
     assert comment.keys() == {"skyreels_v3", "flags", "inputs"}
@@ -165,7 +167,7 @@ def test_sound_of_the_input_clip(write_lossless, tmp_path):
     sound = ["-i", write_lossless(tmp_path / "silent.mp4", np.zeros((24, 32, 48, 3), np.uint8)), "-f", "lavfi", "-i"]
     subprocess.run([get_ffmpeg_exe(), "-v", "error", *sound, "sine=d=1", tmp_path / "a.mp4"], check=True)
     argv = ["--task_type", "single_shot_extension", "--prompt", "a", "--input_video", str(tmp_path / "a.mp4"), *SMALL]
-    clip = probe(tmp_path / "a.mp4", "--input_video", 24)
+    clip = probe_video(tmp_path / "a.mp4", 24)
     for include in ([], ["--include_input"]):
         request = parse_request([*argv, *include, "--output", str(tmp_path / f"{len(include)}.mp4")])
         frames = iter(np.zeros((48, 32, 48, 3), np.uint8))

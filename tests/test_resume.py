@@ -28,7 +28,8 @@ from skyreels_v3.errors import UserError
 from skyreels_v3.generate import write
 from skyreels_v3.inputs import open_inputs
 from skyreels_v3.media.audio import probe_audio
-from skyreels_v3.media.video import read_comment, read_frames
+from skyreels_v3.media.video_reader import read_frames
+from skyreels_v3.media.video_writer import read_comment
 from skyreels_v3.outputs import save_latents
 from skyreels_v3.preflight import record_of as record_of_request
 from skyreels_v3.resume import RunRecord, RunState, open_state, state_folder
@@ -105,7 +106,7 @@ def test_an_ended_run_goes_on_to_the_same_video(start, main, command, tmp_path, 
         )
         partial = working / "o" / "a.partial.mp4"
         assert len(frames_of(partial, fps)) == 69
-        assert probe_audio(partial, "").seconds == pytest.approx(69 / fps, abs=1 / fps)
+        assert probe_audio(partial).seconds == pytest.approx(69 / fps, abs=1 / fps)
         assert not files_in(tmp_path / "temporary")
         left.remove("a.partial.mp4")
         partial.unlink()

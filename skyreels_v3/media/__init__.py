@@ -1,1 +1,1 @@
-"""Pictures, clips and where they come from: decoding, resizing, encoding, downloads. Free of torch."""
+"""Pictures, clips, sounds and where they come from: decoding, resizing, encoding, downloads."""

@@ -1,7 +1,7 @@
-"""Files in and out: is an input readable, can an output be written, and under which name does it end up.
+"""Files: is an input readable, can an output be written, and under which name does it end up.
 
-Everything that takes long to make is written under a hidden temporary name beside its final one and put there by
-`publish` when it is complete. So a file under its final name is always whole, and nothing is ever overwritten.
+Whatever takes long to make is written under a hidden temporary name and given its final name by `publish` once it is
+complete. So a file under its final name is always whole, and nothing is ever overwritten.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import platform
 import secrets
 import shutil
 import stat
@@ -22,26 +21,33 @@ from typing import IO
 
 from skyreels_v3.errors import UserError, shown
 
-try:
-    import fcntl
-except ImportError:  # Windows: whether a folder is in use cannot be told
-    fcntl = None  # type: ignore[assignment]
-
 logger = logging.getLogger(__name__)
 
-NAME_BYTES = 255  # longest file name of the usual file systems
-NAME_RESERVE = 16  # for what `publish` and `partial_name` may add to a name
-RUN_FOLDER = "skyreels-"  # what the names of runs' temporary folders begin with
-IN_USE = ".in-use"  # a file in them, locked as long as its run lives
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-NO_HARD_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV}
+NAME_BYTES = 255  # the longest file name on common file systems
+NAME_RESERVE = 16  # bytes that `publish` may add to a name
+RUN_FOLDER = "skyreels-"  # prefix of a run's temporary folder
+IN_USE = ".in-use"  # a file in that folder, locked while the run lives
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class MediaError(RuntimeError):
+    """A media file that cannot be used.
+
+    Attributes:
+        reason: what is wrong and what to give instead. The message is this after the path; a caller that knows which
+            flag or URL the file came from puts it after those.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{shown(path)} {reason}")
+        self.reason = reason
 
 
 def check_readable(path: Path, flag: str) -> None:
-    """Check that `path` is a file with something in it that may be read.
+    """Check that `path` is a readable, non-empty file.
 
     Raises:
-        UserError: not there, a folder, something else that is no file, empty, or not readable.
+        UserError: it is missing, empty, unreadable, a folder or another thing that is no regular file.
     """
     try:
         mode = path.stat().st_mode
@@ -55,15 +61,14 @@ def check_readable(path: Path, flag: str) -> None:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(flag, f"{shown(path)} does not exist; check the path") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
-        raise UserError(flag, f"{shown(path)} cannot be read ({reason_of(error)}); check its rights") from error
+        raise UserError(flag, f"{shown(path)} cannot be read ({reason_of(error)}); check its permissions") from error
 
 
 def check_writable(path: Path, flag: str) -> None:
-    """Check, without leaving anything behind, that a file or folder `path` could be made.
+    """Check that a file or folder `path` could be created, and leave nothing behind.
 
     Raises:
-        UserError: `path` exists already, has an impossible name, or the folder that it would be made in is not a folder
-            or cannot be written to.
+        UserError: it exists, its name is impossible, or its folder cannot be written to.
     """
     if os.path.lexists(path):
         remedy = "give a file name in it" if path.is_dir() else "give another name or move it away"
@@ -83,42 +88,33 @@ def check_writable(path: Path, flag: str) -> None:
 
 @contextmanager
 def run_folder() -> Iterator[Path]:
-    """A temporary folder for as long as a `with` block; those that killed runs have left are removed as well."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{RUN_FOLDER}*"):
-        with suppress(OSError):
-            if is_abandoned(folder):
-                shutil.rmtree(folder)
-    with tempfile.TemporaryDirectory(prefix=RUN_FOLDER, ignore_cleanup_errors=True) as name, occupy(Path(name)):
+    """A temporary folder for the length of a `with` block. Also removes the folders of runs that were killed."""
+    for marker in Path(tempfile.gettempdir()).glob(f"{RUN_FOLDER}*/{IN_USE}"):
+        with suppress(OSError, ImportError), marker.open("rb") as file:
+            lock(file)
+            shutil.rmtree(marker.parent)
+    folder = tempfile.TemporaryDirectory(prefix=RUN_FOLDER, ignore_cleanup_errors=True)
+    with folder as name, Path(name, f"{IN_USE}.new").open("xb") as file:
+        with suppress(OSError, ImportError):
+            lock(file)
+            os.rename(file.name, Path(name, IN_USE))  # nobody ever sees it unlocked
         yield Path(name)
 
 
-def occupy(folder: Path) -> IO[bytes]:
-    """Have other runs see that a folder is in use until the file is closed, be it by the system."""
-    file = (folder / f"{IN_USE}.new").open("xb", buffering=0)
-    with suppress(OSError):  # a full disk, a file system without locks
-        file.write(platform.node().encode())
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            os.rename(file.name, folder / IN_USE)  # nobody finds it unlocked
-    return file
-
-
-def is_abandoned(folder: Path) -> bool:
-    """Whether a folder is this user's, and the run that has made it, on this machine, is no more.
+def lock(file: IO[bytes]) -> None:
+    """Lock a file until it is closed, if only by the end of the process.
 
     Raises:
-        OSError: there is no telling.
+        OSError: another process holds the lock, or the file system has none.
+        ImportError: on Windows.
     """
-    status = folder.lstat()
-    if fcntl is None or not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-        return False
-    with (folder / IN_USE).open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file.read() == platform.node().encode()
+    import fcntl
+
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Give a file, in a folder that is made if need be, new content; whoever looks finds it whole, old or new.
+    """Write a file, and its folder if need be, in one step: readers see the old content or the new, never a part.
 
     Raises:
         OSError: it cannot be written.
@@ -137,75 +133,64 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def temporary_name(final: Path) -> Path:
-    """A new hidden name beside `final`, with its suffix; nothing is created."""
+    """A new hidden name beside `final`, with the same suffix; nothing is created."""
     return final.with_name(f".{final.stem[:32]}.{secrets.token_hex(6)}.tmp{final.suffix}")
 
 
-def partial_name(final: Path, folder: bool = False) -> Path:
-    """The name under which the finished part of an interrupted `final` is kept."""
-    stem, suffix = _split_name(final, folder)
-    return final.with_name(f"{stem}.partial{suffix}")
+def publish(temporary: Path, final: Path, partial: bool = False) -> Path:
+    """Rename a finished file or folder to `final`, or to `<stem>-2`, `-3`, ... if that is taken.
 
+    Of two processes that publish under the same name, one gets the next name.
 
-def publish(temporary: Path, final: Path) -> Path:
-    """Put the complete file or folder `temporary` under the name `final`, or `<stem>-2`, `-3`, ... if that is taken.
-
-    Race-free: of two programs that publish under one name, one gets the next name.
+    Args:
+        partial: it is what an interrupted run has made, and is called `<stem>.partial`.
 
     Returns:
-        The path that was really used; a warning is logged when it is not `final`.
+        The path used; a warning is logged if it is not `final`.
     """
-    is_folder = temporary.is_dir()
-    stem, suffix = _split_name(final, is_folder)
-    move = _move_folder if is_folder else _move_file
+    stem, suffix = (final.name, "") if temporary.is_dir() else (final.stem, final.suffix)
+    stem += ".partial" * partial
     for number in count(1):
-        path = final if number == 1 else final.with_name(f"{stem}-{number}{suffix}")
-        try:
-            move(temporary, path)
-        except FileExistsError:
-            continue
-        if number > 1:
-            logger.warning("%s exists already; the output is %s", final, path)
-        return path
+        path = final.with_name(f"{stem}{f'-{number}' if number > 1 else ''}{suffix}")
+        with suppress(FileExistsError):
+            rename_to_new(temporary, path)
+            if number > 1:
+                logger.warning("%s exists already; the output is %s", final.with_name(stem + suffix), path)
+            return path
     raise AssertionError("unreachable")
 
 
-def _move_file(temporary: Path, path: Path) -> None:
-    """Rename a file; raises FileExistsError instead of replacing one, which rename alone would do."""
-    try:
-        os.link(temporary, path)
-        temporary.unlink()
-    except FileExistsError:
-        raise
-    except OSError as error:
-        if error.errno not in NO_HARD_LINKS:
+def rename_to_new(temporary: Path, path: Path) -> None:
+    """Rename a file or folder without replacing anything.
+
+    Raises:
+        FileExistsError: the name is taken.
+    """
+    if temporary.is_dir():
+        path.mkdir()
+    else:
+        try:
+            os.link(temporary, path)
+            temporary.unlink()
+            return
+        except FileExistsError:
             raise
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))  # takes the name, as link would have done
-        temporary.replace(path)
-
-
-def _move_folder(temporary: Path, path: Path) -> None:
-    """Rename a folder; raises FileExistsError instead of replacing an empty one, which rename alone would do."""
-    path.mkdir()  # takes the name
+        except OSError:  # a file system without hard links
+            path.touch(exist_ok=False)
     try:
-        temporary.replace(path)
-    except BaseException:
-        path.rmdir()
+        temporary.replace(path)  # takes the place of the empty file or folder, which reserved the name
+    except OSError:
+        path.rmdir() if path.is_dir() else path.unlink()
         raise
-
-
-def _split_name(path: Path, folder: bool) -> tuple[str, str]:
-    """Stem and suffix; a folder's name has no suffix, whatever dots are in it."""
-    return (path.name, "") if folder else (path.stem, path.suffix)
 
 
 def existing_folder(path: Path) -> Path:
-    """The innermost folder above `path` that is there, or whatever is there in its place."""
+    """The innermost existing folder above `path`, or whatever exists in its place."""
     return next(folder for folder in path.absolute().parents if os.path.lexists(folder))
 
 
 def reason_of(error: Exception, path: Path | None = None) -> str:
-    """Why something could not be done with a file; where there was no room for `path`, how much is free there."""
+    """Why a file could not be read or written; for a full disk at `path` also how much is free there."""
     if path is None or not is_full(error):
         return getattr(error, "strerror", None) or str(error)
     folder = existing_folder(path)
@@ -213,8 +198,8 @@ def reason_of(error: Exception, path: Path | None = None) -> str:
 
 
 def is_full(error: Exception) -> bool:
-    """Whether an error, of a library or a program too, is for want of room on a disk, or of the user's part of it."""
-    return getattr(error, "errno", None) in NO_ROOM or any(os.strerror(number) in str(error) for number in NO_ROOM)
+    """Whether the disk or the user's quota is full, also by the message of a library or of ffmpeg."""
+    return getattr(error, "errno", None) in DISK_FULL or any(os.strerror(code) in str(error) for code in DISK_FULL)
 
 
 def giga(size: float) -> str:
@@ -225,13 +210,13 @@ def giga(size: float) -> str:
 
 
 def follow_umask(path: Path) -> None:
-    """Give a file, or all in a folder and itself, the rights that new ones have; safetensors and tempfile do not.
+    """Give a file, or a folder and all it contains, the permissions of newly created ones.
 
-    What has other names elsewhere is left as it is there.
+    safetensors and tempfile restrict theirs to the user. Files with other hard links are left alone.
     """
     mask = os.umask(0o077)
     os.umask(mask)
     for each in (path, *path.rglob("*")):
         if each.is_dir() or each.stat().st_nlink == 1:
-            with suppress(OSError):  # a file system without rights
+            with suppress(OSError):  # a file system without permissions
                 each.chmod((0o777 if each.is_dir() else 0o666) & ~mask)

@@ -23,7 +23,7 @@ from skyreels_v3.denoising.schedules import euler
 from skyreels_v3.media.audio import normalise_loudness, read_audio
 from skyreels_v3.media.color import match_color
 from skyreels_v3.media.image import cover_crop, covered_box, full_size
-from skyreels_v3.media.video import read_frames, resized
+from skyreels_v3.media.video_reader import read_frames, resize_frames
 from skyreels_v3.stages import Event, Frame, Pass, Stages, Step, frames_to_video
 from skyreels_v3.tasks import PATCH_SIZE, SIZE_MULTIPLE, VAE_STRIDE, latent_frames
 from skyreels_v3.wan.windows import MOTION_FRAMES, WINDOW_FRAMES, Window, WindowPlan, plan_windows
@@ -138,7 +138,7 @@ class Avatar:
         """The first and last known frames of each window, read in one go; the clip's last frame goes on for ever."""
         request, clip = self.request, self.inputs.clip
         assert clip is not None
-        frames = resized(read_frames(clip.path, request.task.fps), request.height, request.width)
+        frames = resize_frames(read_frames(clip.path, request.task.fps), request.height, request.width)
         held: deque[Frame] = deque(maxlen=WINDOW_FRAMES)
         read = 0
         for start in starts:
@@ -205,7 +205,7 @@ class Avatar:
 
         def encode() -> dict[str, Tensor]:
             assert encoder is not None
-            voices = [normalise_loudness(read_audio(sound.path, "--input_audio")) for sound in inputs.audio]
+            voices = [normalise_loudness(read_audio(sound.path)) for sound in inputs.audio]
             with self.runtime.resident(encoder.module, "encoding the sound"):
                 heard = [
                     encoder(torch.from_numpy(samples).to(self.runtime.device), request.task.fps)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import librosa
@@ -15,15 +16,12 @@ import numpy as np
 import pyloudnorm
 import pytest
 import soundfile
-from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
 from safetensors.numpy import load_file
 
-from skyreels_v3.errors import UserError
 from skyreels_v3.media.audio import AudioInfo, mix, normalise_loudness, probe_audio, read_audio
-from skyreels_v3.media.video import write_video
+from tests.media.clips import check_refused, cut, ffmpeg, write
 
-FLAG = "--input_audio"
 ROOT = Path(__file__).resolve().parent.parent.parent
 REFERENCE = ROOT / "tests" / "data" / "reference" / "wav2vec2"
 SPEECH = REFERENCE / "speech_16k_2s.wav"
@@ -31,10 +29,7 @@ RECORDINGS = ["speech_16k_2s", "speech_22k_1p3s"]
 PICTURE = ["-f", "lavfi", "-i", "color=s=32x32:r=25:d=2"]
 
 
-def ffmpeg(*arguments: object) -> None:
-    command = [get_ffmpeg_exe(), "-hide_banner", "-v", "error", "-y", *map(str, arguments)]
-    run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    assert run.returncode == 0, run.stderr.decode()
+refused = partial(check_refused, probe_audio)
 
 
 def save(path: Path, samples: np.ndarray, rate: int = 16_000, subtype: str = "PCM_16") -> Path:
@@ -57,7 +52,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.parametrize("name", RECORDINGS)
 def test_recordings_are_read_as_librosa_reads_them(name: str) -> None:
-    samples = read_audio(REFERENCE / f"{name}.wav", FLAG)
+    samples = read_audio(REFERENCE / f"{name}.wav")
     expected = librosa.load(REFERENCE / f"{name}.wav", sr=16_000)[0]
     assert samples.dtype == np.float32
     assert samples.shape == expected.shape
@@ -69,17 +64,17 @@ def test_recordings_are_read_as_librosa_reads_them(name: str) -> None:
 def test_wav_files_are_read_as_librosa_reads_them(tmp_path: Path, subtype: str, rate: int, channels: int) -> None:
     levels = np.random.default_rng(0).uniform(-0.9, 0.9, (rate, channels))
     path = save(tmp_path / "a.wav", levels, rate, subtype)
-    samples, expected = read_audio(path, FLAG), librosa.load(path, sr=16_000)[0]
+    samples, expected = read_audio(path), librosa.load(path, sr=16_000)[0]
     assert samples.shape == expected.shape == (16_000,)
     assert np.abs(samples - expected).max() <= 1e-7
-    assert probe_audio(path, FLAG) == AudioInfo(path, 1.0)
+    assert probe_audio(path) == AudioInfo(path, 1.0)
 
 
 @pytest.mark.parametrize("name, codec", [("a.flac", "flac"), ("a.m4a", "alac"), ("a.aiff", "pcm_s16be")])
 def test_lossless_formats(tmp_path: Path, name: str, codec: str) -> None:
     ffmpeg("-i", SPEECH, "-c:a", codec, tmp_path / name)
-    assert np.abs(read_audio(tmp_path / name, FLAG) - read_audio(SPEECH, FLAG)).max() <= 1e-7
-    assert probe_audio(tmp_path / name, FLAG).seconds == 2.0
+    assert np.abs(read_audio(tmp_path / name) - read_audio(SPEECH)).max() <= 1e-7
+    assert probe_audio(tmp_path / name).seconds == 2.0
 
 
 @pytest.mark.parametrize("rate, channels", [(16_000, 1), (48_000, 2)])
@@ -88,9 +83,9 @@ def test_lossy_formats_and_sound_tracks(tmp_path: Path, name: str, rate: int, ch
     picture = PICTURE if name.endswith(("mp4", "mkv", "webm", "mov")) else []
     speed = ["-deadline", "realtime"] if name.endswith("webm") else []
     ffmpeg(*picture, "-i", SPEECH, "-ar", rate, "-ac", channels, "-b:a", "96k", *speed, tmp_path / name)
-    samples = read_audio(tmp_path / name, FLAG)
-    assert correlation(samples, read_audio(SPEECH, FLAG)) > 0.99
-    seconds = probe_audio(tmp_path / name, FLAG).seconds
+    samples = read_audio(tmp_path / name)
+    assert correlation(samples, read_audio(SPEECH)) > 0.99
+    seconds = probe_audio(tmp_path / name).seconds
     assert seconds == pytest.approx(2.0, abs=0.05)
     assert len(samples) == pytest.approx(seconds * 16_000, abs=1)
 
@@ -98,13 +93,13 @@ def test_lossy_formats_and_sound_tracks(tmp_path: Path, name: str, rate: int, ch
 def test_mp3_with_a_cover(tmp_path: Path) -> None:
     Image.new("RGB", (40, 40), (200, 0, 0)).save(tmp_path / "cover.jpg")
     ffmpeg("-i", SPEECH, "-i", tmp_path / "cover.jpg", "-map", 0, "-map", 1, "-c:v", "copy", tmp_path / "a.mp3")
-    assert probe_audio(tmp_path / "a.mp3", FLAG).seconds == pytest.approx(2.0)
+    assert probe_audio(tmp_path / "a.mp3").seconds == pytest.approx(2.0)
 
 
 def test_late_sound_track_begins_at_its_first_sample(tmp_path: Path) -> None:
     ffmpeg(*PICTURE, "-itsoffset", 0.7, "-i", SPEECH, "-c:a", "flac", tmp_path / "a.mkv")
-    assert np.abs(read_audio(tmp_path / "a.mkv", FLAG) - read_audio(SPEECH, FLAG)).max() <= 1e-7
-    assert probe_audio(tmp_path / "a.mkv", FLAG).seconds == pytest.approx(2.0)
+    assert np.abs(read_audio(tmp_path / "a.mkv") - read_audio(SPEECH)).max() <= 1e-7
+    assert probe_audio(tmp_path / "a.mkv").seconds == pytest.approx(2.0)
 
 
 def test_wav_of_unknown_length(tmp_path: Path) -> None:
@@ -113,15 +108,15 @@ def test_wav_of_unknown_length(tmp_path: Path) -> None:
     for size in (0, 0xFFFFFFFF):
         content[40:44] = size.to_bytes(4, "little")
         (tmp_path / "a.wav").write_bytes(content)
-        assert probe_audio(tmp_path / "a.wav", FLAG).seconds == 2.0
+        assert probe_audio(tmp_path / "a.wav").seconds == 2.0
 
 
 def test_name_is_not_an_option_or_a_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("-version.wav", "concat:a|b.wav", "50%d 'x'.wav"):
         Path(name).write_bytes(SPEECH.read_bytes())
-        assert probe_audio(Path(name), FLAG).seconds == 2.0
-        assert len(read_audio(Path(name), FLAG)) == 32_000
+        assert probe_audio(Path(name)).seconds == 2.0
+        assert len(read_audio(Path(name))) == 32_000
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -130,18 +125,17 @@ def test_samples_that_are_no_numbers(tmp_path: Path, value: float) -> None:
     levels[500] = value
     path = save(tmp_path / "a.wav", levels, subtype="FLOAT")
     for read in (probe_audio, read_audio):
-        with pytest.raises(UserError, match=r"--input_audio: .*a\.wav has samples that are not finite .*; export"):
-            read(path, FLAG)
+        check_refused(read, path, "has samples that are not finite", "export")
 
 
 def test_clipping(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = save(tmp_path / "a.wav", tone(1.0, level=2.0), subtype="FLOAT")
     with caplog.at_level(logging.WARNING):
-        samples = read_audio(path, FLAG)
+        samples = read_audio(path)
     assert np.abs(samples - tone(1.0, level=2.0).clip(-1, 1)).max() < 1e-6
     assert re.search(r"a\.wav: the sound peaks at 2 times full scale and is clipped", caplog.text)
     caplog.clear()
-    read_audio(save(tmp_path / "b.wav", tone(1.0, level=1.0), subtype="FLOAT"), FLAG)
+    read_audio(save(tmp_path / "b.wav", tone(1.0, level=1.0), subtype="FLOAT"))
     assert not caplog.records
 
 
@@ -155,30 +149,28 @@ def test_surround_is_mixed_to_stereo(tmp_path: Path) -> None:
     """As ITU-R BS.775 has it, at its level, and without the bass channel."""
     names = ("FL", "FR", "FC", "LFE", "BL", "BR")
     levels = {name: tone(1.0, hertz=200 + 100 * i, level=0.1) for i, name in enumerate(names)}
-    samples = read_audio(save(tmp_path / "a.wav", in_5_1(**levels), subtype="FLOAT"), FLAG)
+    samples = read_audio(save(tmp_path / "a.wav", in_5_1(**levels), subtype="FLOAT"))
     sides = [levels[a] + np.sqrt(0.5) * (levels["FC"] + levels[b]) for a, b in (("FL", "BL"), ("FR", "BR"))]
     assert np.abs(samples - np.mean(sides, 0))[100:-100].max() < 1e-4
 
 
 def loudness(path: Path) -> float:
     """LUFS by ffmpeg's meter."""
-    command = [get_ffmpeg_exe(), "-hide_banner", "-i", path, "-af", "ebur128=framelog=quiet", "-f", "null", "-"]
-    log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    log = ffmpeg("-i", path, "-af", "ebur128=framelog=quiet", "-f", "null", "-").stderr.decode()
     return float(re.findall(r"I: +(-?[\d.]+) LUFS", log)[-1])
 
 
 @pytest.mark.parametrize("channel", ["FL", "FC"])
 def test_surround_keeps_its_loudness(tmp_path: Path, channel: str) -> None:
     path = save(tmp_path / "a.wav", in_5_1(**{channel: tone(2.0, 48_000, level=0.3)}), 48_000)
-    frames = (np.zeros((32, 32, 3), np.uint8) for _ in range(50))
-    video = write_video(frames, tmp_path / "a.mp4", height=32, width=32, fps=25, comment="", audio=path)
+    video = write(np.zeros((50, 64, 96, 3), np.uint8), tmp_path / "a.mp4", 25, audio=path)
     mixed = mix([path], True, tmp_path / "mixed.wav")
     assert [loudness(video), loudness(mixed)] == pytest.approx([loudness(path)] * 2, abs=0.3)
 
 
 def test_loud_surround_is_limited(tmp_path: Path) -> None:
     loud = tone(1.0, 48_000, level=0.9)
-    samples = read_audio(save(tmp_path / "a.wav", in_5_1(FL=loud, FR=loud, FC=loud), 48_000), FLAG)
+    samples = read_audio(save(tmp_path / "a.wav", in_5_1(FL=loud, FR=loud, FC=loud), 48_000))
     assert 0.9 < np.abs(samples).max() < 1
 
 
@@ -186,44 +178,35 @@ def test_default_track_is_heard(tmp_path: Path) -> None:
     other = save(tmp_path / "other.wav", 0.1 * tone(2.0))
     tracks = ["-i", other, "-i", SPEECH, "-map", 0, "-map", 1, "-c:a", "flac"]
     ffmpeg(*tracks, "-disposition:a:0", 0, "-disposition:a:1", "default", tmp_path / "a.mka")
-    assert np.abs(read_audio(tmp_path / "a.mka", FLAG) - read_audio(SPEECH, FLAG)).max() <= 1e-7
+    assert np.abs(read_audio(tmp_path / "a.mka") - read_audio(SPEECH)).max() <= 1e-7
     target = mix([tmp_path / "a.mka"], True, tmp_path / "mixed.wav")
-    assert correlation(read_audio(target, FLAG), read_audio(SPEECH, FLAG)) > 0.99
-    frames = (np.zeros((32, 32, 3), np.uint8) for _ in range(50))
-    video = write_video(frames, tmp_path / "a.mp4", height=32, width=32, fps=25, comment="", audio=tmp_path / "a.mka")
-    assert correlation(read_audio(video, FLAG), read_audio(SPEECH, FLAG)) > 0.99
+    assert correlation(read_audio(target), read_audio(SPEECH)) > 0.99
+    video = write(np.zeros((50, 64, 96, 3), np.uint8), tmp_path / "a.mp4", 25, audio=tmp_path / "a.mka")
+    assert correlation(read_audio(video), read_audio(SPEECH)) > 0.99
 
 
 # probing
 
 
-def notes_on(path: Path) -> list[str]:
-    """What `probe_audio` says, which names the file."""
-    notes: list[str] = []
-    probe_audio(path, FLAG, notes.append)
-    assert all(note.startswith(f"{path} ") for note in notes)
-    return [note.removeprefix(f"{path} ") for note in notes]
-
-
 def test_nothing_to_hear_is_said(tmp_path: Path) -> None:
     note = "has nothing to hear, it is below -70 LUFS; the lips will not follow it"
-    assert notes_on(save(tmp_path / "a.wav", np.zeros(16_000))) == [note]
-    assert notes_on(save(tmp_path / "b.wav", np.full(16_000, 0.5))) == [note]  # a constant
+    assert probe_audio(save(tmp_path / "a.wav", np.zeros(16_000))).notes == (note,)
+    assert probe_audio(save(tmp_path / "b.wav", np.full(16_000, 0.5))).notes == (note,)  # a constant
     # one second, of many, of a tone 2 dB below and above the gate; the meter's filter is flat here
-    for level, notes in ((-72, [note]), (-68, [])):
+    for level, notes in ((-72, (note,)), (-68, ())):
         quiet = np.zeros(160_000)
         quiet[60_000:76_000] = tone(1.0, hertz=997, level=10 ** (level / 20) * np.sqrt(2))
-        assert notes_on(save(tmp_path / "c.wav", quiet, subtype="FLOAT")) == notes
+        assert probe_audio(save(tmp_path / "c.wav", quiet, subtype="FLOAT")).notes == notes
 
 
 def test_channels_that_cancel_are_said_and_heard(tmp_path: Path) -> None:
     speech = soundfile.read(SPEECH)[0]
     path = save(tmp_path / "a.wav", np.stack([-0.99 * speech, speech], 1), subtype="FLOAT")
-    assert notes_on(path) == ["has channels that cancel each other; the model hears only the loudest one"]
-    assert np.abs(read_audio(path, FLAG) - read_audio(SPEECH, FLAG)).max() <= 1e-7
+    assert probe_audio(path).notes == ("has channels that cancel each other; the model hears only the loudest one",)
+    assert np.abs(read_audio(path) - read_audio(SPEECH)).max() <= 1e-7
     noise = np.random.default_rng(0).normal(0, 0.1, (2, 16_000))
     for left, right in (noise, (noise[0], 0 * noise[0]), (noise[0], noise[1] - 0.5 * noise[0])):
-        assert notes_on(save(tmp_path / "b.wav", np.stack([left, right], 1))) == []
+        assert not probe_audio(save(tmp_path / "b.wav", np.stack([left, right], 1))).notes
 
 
 @pytest.mark.parametrize("options", [["-b:a", "64k"], ["-q:a", 4]])
@@ -231,63 +214,45 @@ def test_cut_mp3_is_said(tmp_path: Path, options: list[object]) -> None:
     """Tools that cut between packets leave the length in its header, and players do not mind."""
     save(tmp_path / "noise.wav", np.random.default_rng(0).normal(0, 0.1, 80_000))
     ffmpeg("-i", tmp_path / "noise.wav", *options, tmp_path / "a.mp3")
-    content = (tmp_path / "a.mp3").read_bytes()
-    (tmp_path / "a.mp3").write_bytes(content[: int(len(content) * 0.6)])
-    (note,) = notes_on(tmp_path / "a.mp3")
+    (note,) = probe_audio(cut(tmp_path / "a.mp3", 0.6)).notes
     assert re.fullmatch(r"was 5\.\d s long by its header, and holds [23]\.\d s; it may have been cut off", note)
 
 
 def test_many_channels(tmp_path: Path) -> None:
     """More than there are places for are refused, others mixed to stereo."""
-    check_refused(save(tmp_path / "a.wav", np.zeros((16_000, 64))), "channels of unknown places", "stereo")
+    refused(save(tmp_path / "a.wav", np.zeros((16_000, 64))), "unknown channel layout", "stereo")
     ffmpeg("-i", SPEECH, "-af", "pan=7.1.4|FC=c0", "-c:a", "pcm_f32le", tmp_path / "b.wav")
-    assert correlation(read_audio(tmp_path / "b.wav", FLAG), read_audio(SPEECH, FLAG)) > 0.99
+    assert correlation(read_audio(tmp_path / "b.wav"), read_audio(SPEECH)) > 0.99
 
 
 def test_extreme_rates(tmp_path: Path) -> None:
-    check_refused(save(tmp_path / "a.wav", tone(1.0, 400_000), 400_000), "400000 samples a second", "48000")
-
-
-def check_refused(path: Path, *words: str) -> None:
-    with pytest.raises(UserError) as caught:
-        probe_audio(path, FLAG)
-    message = str(caught.value)
-    assert message.startswith(f"{FLAG}: ")
-    assert "\n" not in message
-    for word in (path.name, *words):
-        assert word in message
+    refused(save(tmp_path / "a.wav", tone(1.0, 400_000), 400_000), "400000 samples per second", "48000")
 
 
 def test_not_sound(tmp_path: Path) -> None:
-    (tmp_path / "empty.mp3").touch()
-    (tmp_path / "folder.wav").mkdir()
     for name in ("notes.txt", "text.mp3", "text.wav", "text.m4a", "text.aac"):
         (tmp_path / name).write_text("hello world\n" * 500)
-        check_refused(tmp_path / name, "give a")
+        refused(tmp_path / name, "give a")
     for name, content in {
         "list.m3u8": f"#EXTM3U\n#EXTINF:2,\nfile://{SPEECH}\n#EXT-X-ENDLIST\n",
         "list.txt": f"ffconcat version 1.0\nfile '{SPEECH}'\n",
     }.items():
         (tmp_path / name).write_text(content)
-        check_refused(tmp_path / name, "sound file")
+        refused(tmp_path / name, "sound file")
     (tmp_path / "noise.mp3").write_bytes(np.random.default_rng(0).bytes(50_000))
-    check_refused(tmp_path / "noise.mp3", "not a sound file or damaged", "give a")
+    refused(tmp_path / "noise.mp3", "damaged or not a sound file", "give a")
     for name in ("still.png", "still.jpg"):
         Image.new("RGB", (40, 40)).save(tmp_path / name)
-        check_refused(tmp_path / name, "picture", "give a sound file")
+        refused(tmp_path / name, "picture", "give a sound file")
     ffmpeg(*PICTURE, tmp_path / "mute.mp4")
-    check_refused(tmp_path / "mute.mp4", "has no sound", "a video with sound")
-    check_refused(tmp_path / "missing.wav", "does not exist")
-    check_refused(tmp_path / "empty.mp3", "is empty")
-    check_refused(tmp_path / "folder.wav", "is a folder")
+    refused(tmp_path / "mute.mp4", "has no sound", "a video with sound")
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.m4a", "a.mp3", "a.ogg"])
 def test_zero_length(tmp_path: Path, name: str) -> None:
     ffmpeg("-i", SPEECH, "-t", 0, tmp_path / name)
-    check_refused(tmp_path / name, "give a")
-    with pytest.raises(UserError, match=f"--input_audio: .*{re.escape(name)} .*give a"):
-        read_audio(tmp_path / name, FLAG)
+    refused(tmp_path / name, "give a")
+    check_refused(read_audio, tmp_path / name, "give a")
 
 
 @pytest.mark.parametrize("kept", [0.3, 0.6, 0.95])
@@ -307,11 +272,8 @@ def test_zero_length(tmp_path: Path, name: str) -> None:
 def test_truncated(tmp_path: Path, name: str, options: list[object], kept: float) -> None:
     save(tmp_path / "noise.wav", np.random.default_rng(0).normal(0, 0.1, 80_000))
     ffmpeg("-i", tmp_path / "noise.wav", *options, tmp_path / name)
-    assert probe_audio(tmp_path / name, FLAG).seconds == pytest.approx(5.0, abs=0.05)
-    content = (tmp_path / name).read_bytes()
-    short = tmp_path / f"cut_{name}"
-    short.write_bytes(content[: int(len(content) * kept)])
-    check_refused(short, "damaged", "give a complete sound file")
+    assert probe_audio(tmp_path / name).seconds == pytest.approx(5.0, abs=0.05)
+    refused(cut(tmp_path / name, kept), "damaged", "give a complete sound file")
 
 
 @pytest.mark.parametrize("name", ["a.m4a", "a.mp3", "a.flac"])
@@ -321,24 +283,23 @@ def test_overwritten_with_zeros(tmp_path: Path, name: str) -> None:
     begin = max(len(content) // 3, content.find(b"mdat") + 4)
     content[begin:] = bytes(len(content) - begin)
     (tmp_path / name).write_bytes(content)
-    check_refused(tmp_path / name, "damaged")
+    refused(tmp_path / name, "damaged")
 
 
 @pytest.mark.slow
 def test_limits(tmp_path: Path) -> None:
     for samples in (6_400, 3_200_000):
-        assert probe_audio(save(tmp_path / "a.wav", np.zeros(samples)), FLAG).seconds == samples / 16_000
-    check_refused(save(tmp_path / "short.wav", np.zeros(6_384)), "has 0.399 s", "0.4 to 200 s", "give a longer")
-    check_refused(save(tmp_path / "long.wav", np.zeros(3_200_016)), "has 200.001 s", "0.4 to 200 s", "cut it")
+        assert probe_audio(save(tmp_path / "a.wav", np.zeros(samples))).seconds == samples / 16_000
+    refused(save(tmp_path / "short.wav", np.zeros(6_384)), "has 0.399 s", "0.4 to 200 s", "give a longer")
+    refused(save(tmp_path / "long.wav", np.zeros(3_200_016)), "has 200.001 s", "0.4 to 200 s", "cut it")
     ffmpeg("-f", "lavfi", "-i", "sine=r=16000:d=300", "-b:a", "32k", tmp_path / "long.mp3")
-    with pytest.raises(UserError, match=r"has 300\.\d+ s of sound"):
-        probe_audio(tmp_path / "long.mp3", FLAG)
+    refused(tmp_path / "long.mp3", "has 300.", "cut it")
 
 
 def test_probe_is_fast(tmp_path: Path) -> None:
     ffmpeg("-f", "lavfi", "-i", "sine=r=44100:d=200", "-ac", 2, "-q:a", 6, tmp_path / "a.mp3")
     begin = sum(os.times()[:4])  # of processors: the machine may be busy
-    assert probe_audio(tmp_path / "a.mp3", FLAG).seconds == pytest.approx(200.0)
+    assert probe_audio(tmp_path / "a.mp3").seconds == pytest.approx(200.0)
     assert sum(os.times()[:4]) - begin < 1.5
 
 
@@ -347,7 +308,7 @@ def test_importing_and_probing_need_no_large_library() -> None:
 import sys
 from pathlib import Path
 from skyreels_v3.media.audio import probe_audio
-assert probe_audio(Path({str(SPEECH)!r}), "--input_audio").seconds == 2
+assert probe_audio(Path({str(SPEECH)!r})).seconds == 2
 loaded = {{"torch", "librosa", "pyloudnorm", "scipy", "soundfile", "numba"}} & set(sys.modules)
 assert not loaded, loaded
 """
@@ -361,7 +322,7 @@ assert not loaded, loaded
 @pytest.mark.parametrize("name", RECORDINGS)
 def test_loudness_as_recorded(name: str) -> None:
     expected = load_file(REFERENCE / "cases.safetensors")[f"{name}.normalised"]
-    samples = normalise_loudness(read_audio(REFERENCE / f"{name}.wav", FLAG))
+    samples = normalise_loudness(read_audio(REFERENCE / f"{name}.wav"))
     assert samples.dtype == np.float32
     assert np.abs(samples - expected).max() <= 1e-6
 
@@ -437,6 +398,6 @@ def test_mix_of_different_formats(tmp_path: Path) -> None:
     ffmpeg("-i", SPEECH, "-b:a", "128k", tmp_path / "a.mp3")
     ffmpeg(*PICTURE, "-itsoffset", 0.5, "-i", SPEECH, "-c:a", "flac", tmp_path / "b.mkv")
     target = mix([tmp_path / "a.mp3", tmp_path / "b.mkv"], False, tmp_path / "mixed.wav")
-    assert correlation(read_audio(target, FLAG), 2 * read_audio(SPEECH, FLAG)) > 0.98
-    with pytest.raises(RuntimeError, match="could not mix the recordings"):
+    assert correlation(read_audio(target), 2 * read_audio(SPEECH)) > 0.98
+    with pytest.raises(RuntimeError, match=r"missing\.wav"):
         mix([tmp_path / "a.mp3", tmp_path / "missing.wav"], False, tmp_path / "mixed.wav")

@@ -1,0 +1,164 @@
+"""Reading clips: frames as 8-bit RGB pictures with BT.709 colours, one in memory at a time."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
+from typing import IO
+
+import numpy as np
+from PIL import Image
+
+from skyreels_v3.media.ffmpeg import MAX_FRAME_PIXELS, VIDEO, Track, ffmpeg_command, find_track, log_end
+from skyreels_v3.media.files import MediaError
+from skyreels_v3.media.image import cover_crop
+
+PICTURE = re.compile(r", (\w+)(?:\((.*?)\))?, (\d+)x(\d+)(?:,? \[?SAR (\d+):(\d+))?")  # pixel format, details, size
+COLOURS = re.compile(r"([\w-]+)/([\w-]+)/([\w-]+)")  # matrix, primaries, transfer function
+
+# Non-square pixels are stretched to square ones. Where they are square, only the pixel format changes.
+SCALE = "scale=w='max(1,round(iw*sar))':h=ih:flags=bicubic+accurate_rnd+full_chroma_int"
+TO_RGB = f"{SCALE},setsar=1,format=rgb24"
+TO_RGB_ON_WHITE = (
+    f"{SCALE},setsar=1,format=rgba,split[a][b];[a]lutrgb=r=255:g=255:b=255:a=255[white];[white][b]overlay=format=rgb,"
+    "format=rgb24"
+)
+WITH_ALPHA = re.compile(r"yuva|gbrap|rgba|bgra|argb|abgr|ya\d|pal8|ayuv|vuya")  # pixel formats
+HD_HEIGHT = 720  # from here on a clip that does not name its matrix is taken to be BT.709, as players do
+INTERLACED = re.compile("top first|bottom first|top coded first|bottom coded first")
+HDR = {"arib-std-b67": "HLG", "smpte2084": "PQ"}
+WIDE_PRIMARIES = ("bt2020", "smpte431", "smpte432")
+# Through linear light to BT.709's primaries and transfer function. In linear light, 1 is SDR white at 203 cd/m2
+# (ITU-R BT.2408). HDR highlights, up to 1000 cd/m2, are compressed into the top fifth; nothing changes below it.
+TO_LINEAR = "zscale=transfer=linear:npl=203,format={planes}f32le,zscale=primaries=bt709"
+TONE_MAP = "tonemap=mobius:param=0.8:desat=0:peak=4.926"
+TO_SDR = "zscale=transfer=bt709,format={planes}"
+UNKNOWN = "unknown"  # ffmpeg's word
+
+
+def read_frames(path: Path, fps: int) -> Iterator[np.ndarray]:
+    """The frames of a clip at `fps` frames per second, each uint8 [H, W, 3] as displayed.
+
+    Output frame n is the last source frame whose timestamp, in units of 1/fps and rounded, is not after n. So a clip
+    of that rate is read frame by frame; others lose or repeat frames and keep their speed. Colours become BT.709,
+    interlaced fields become frames, transparent areas become white.
+
+    Raises:
+        RuntimeError: ffmpeg fails.
+    """
+    track = find_track(path, VIDEO)
+    # The rate comes last: filters after it would process all repetitions of a long still before the first is read.
+    return decode(track, f"{rgb_filters(track)[0]},fps={fps}")
+
+
+def last_frames(
+    path: Path, fps: int, count: int, progress: Callable[[int], object] = lambda frames: None
+) -> np.ndarray:
+    """The last `count` frames of a clip at `fps` frames per second, uint8 [count, H, W, 3].
+
+    No more than these are held in memory. `progress(1)` is called for each frame that was read.
+
+    Raises:
+        MediaError: the clip has fewer frames, or its picture size changes.
+    """
+    last: deque[np.ndarray] = deque(maxlen=count)
+    for frame in read_frames(path, fps):
+        last.append(frame)
+        progress(1)
+    check_length(path, fps, count, len(last))
+    if len({frame.shape for frame in last}) > 1:
+        raise MediaError(path, "changes its picture size on the way; convert it to one size first")
+    return np.stack(last)
+
+
+def check_length(path: Path, fps: int, needed: int, frames: int) -> None:
+    """Raise MediaError if a clip has fewer frames at `fps` frames per second than are needed."""
+    if frames < needed:
+        reason = f"is too short: {needed} frames at {fps} frames per second ({needed / fps:.2f} s) are needed"
+        raise MediaError(path, f"{reason}, it has {frames}; give a longer clip")
+
+
+def resize_frames(frames: Iterable[np.ndarray], height: int, width: int) -> Iterator[np.ndarray]:
+    """Frames scaled to cover `height` x `width` and cropped to it, uint8 [height, width, 3]."""
+    for frame in frames:
+        if frame.shape[:2] == (height, width):
+            yield frame
+        else:
+            yield np.asarray(cover_crop(Image.fromarray(frame), height, width))
+
+
+def rgb_filters(track: Track) -> tuple[str, list[str]]:
+    """ffmpeg's filters that make RGB pictures of a track's frames, and what the user should know about those.
+
+    Raises:
+        MediaError: the frames are too large.
+    """
+    picture = PICTURE.search(track.description)
+    if picture is None and "exceeds specified max pixel count" not in track.log:
+        return TO_RGB, []
+    pixel_format, details, width, height, across, down = picture.groups("") if picture else ("",) * 6
+    if not picture or int(width) * int(height) * int(across or 1) > MAX_FRAME_PIXELS * int(down or 1):
+        limit = f"{MAX_FRAME_PIXELS // 10**6} million pixels"
+        raise MediaError(track.path, f"has frames of more than {limit}; scale it down to 3840 x 2160 at most")
+    is_yuv, alpha = pixel_format.startswith("yuv"), WITH_ALPHA.match(pixel_format) is not None
+    found = COLOURS.search(details)
+    matrix, primaries, transfer = found.groups() if found else (UNKNOWN, UNKNOWN, UNKNOWN)
+    filters, notes = TO_RGB_ON_WHITE if alpha else TO_RGB, []
+    if transfer in HDR or primaries in WIDE_PRIMARIES:
+        filters = f"{to_sdr(matrix, primaries, transfer, alpha)},{filters}"
+        if transfer in HDR:
+            notes.append(f"is HDR ({HDR[transfer]}); it is tone-mapped to SDR")
+    elif matrix == UNKNOWN and "bt709" not in details and is_yuv and int(height) >= HD_HEIGHT:
+        filters = filters.replace("scale=", "scale=in_color_matrix=bt709:", 1)
+    if INTERLACED.search(details):
+        notes.append("is interlaced; its fields are combined into whole frames")
+    if "progressive" not in details and is_yuv:
+        # without a statement for the whole track each frame has its own; progressive ones pass unchanged
+        filters = f"bwdif=deint=interlaced,{filters}"
+    return filters, notes
+
+
+def to_sdr(matrix: str, primaries: str, transfer: str, alpha: bool) -> str:
+    """Filters that bring wide-gamut or HDR frames to SDR BT.709. Unknown properties are taken to be BT.2020's."""
+    defaults = {"colorspace=bt2020nc": matrix, "color_primaries=bt2020": primaries, "color_trc=bt709": transfer}
+    missing = ":".join(option for option, value in defaults.items() if value == UNKNOWN)
+    steps = [f"setparams={missing}" if missing else "", TO_LINEAR, TONE_MAP if transfer in HDR else "", TO_SDR]
+    return ",".join(filter(None, steps)).format(planes="gbrap" if alpha else "gbrp")
+
+
+def decode(track: Track, filters: str) -> Iterator[np.ndarray]:
+    """Frames uint8 [H, W, 3] of a track after ffmpeg's filters.
+
+    Raises:
+        RuntimeError: ffmpeg fails.
+    """
+    output = ["-fps_mode", "passthrough", "-c:v", "ppm", "-f", "image2pipe", "pipe:1"]
+    command = ffmpeg_command([*track.source, "-vf", filters, *output])
+    with tempfile.TemporaryFile() as log:
+        process = Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=log, start_new_session=True)
+        assert process.stdout is not None
+        try:
+            while (frame := read_ppm(process.stdout)) is not None:
+                yield frame
+            if process.wait():
+                raise RuntimeError(f"ffmpeg failed: {log_end(log)}")
+        finally:  # also where the reader stops early
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def read_ppm(stream: IO[bytes]) -> np.ndarray | None:
+    """The next picture of a stream of binary PPM pictures, uint8 [H, W, 3]; None at its end."""
+    if not stream.readline():  # P6
+        return None
+    width, height = (int(word) for word in stream.readline().split())
+    stream.readline()  # 255
+    data = bytearray(height * width * 3)
+    if stream.readinto(data) < len(data):  # type: ignore[attr-defined]  # buffered readers have it
+        return None  # ffmpeg has failed, as its exit status will say
+    return np.frombuffer(data, np.uint8).reshape(height, width, 3)

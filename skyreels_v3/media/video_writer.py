@@ -1,0 +1,283 @@
+"""Writing frames as they are made: to an mp4 file with or without sound, or to a folder of PNG pictures."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, suppress
+from itertools import chain, count
+from pathlib import Path
+from subprocess import PIPE, Popen
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from skyreels_v3.media.audio import downmix_filters
+from skyreels_v3.media.ffmpeg import AUDIO, VIDEO, ffmpeg_command, find_track, input_options, log_end, run, write_file
+from skyreels_v3.media.files import publish, temporary_name
+from skyreels_v3.media.video_probe import ClipInfo
+
+logger = logging.getLogger(__name__)
+
+TO_YUV = (
+    "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_inp,format=yuv420p,"
+    "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709"
+)
+CRF = 16  # x264's constant quality: 0 is lossless, 18 is usually called visually lossless
+PRESET = "medium"
+AAC_BITS = "256k"  # per second; the encoder uses less where the sample rate allows no more
+FROM_ZERO = "asetpts=N/SR/TB"  # samples one after the other, whatever their timestamps, as the model hears them
+CLIPPED = "aformat=sample_fmts=s32:channel_layouts=mono|stereo"  # float files may leave [-1, 1]
+SOUND_FADE = 0.01  # seconds, at the end of a clip's sound
+METADATA_BYTES = 1 << 20  # largest comment that is read
+COMMENT_BYTES = 120_000  # largest that is written: an argument of a Linux program may have 128 KiB
+PNG_COMPRESSION = 3  # of 9; higher levels take much longer for a few percent
+FRAMES_AHEAD = 16  # frames that may wait for the encoder: 44 MB at 1280 x 720
+
+AddFrame = Callable[[np.ndarray], None]
+
+
+def write_video(
+    frames: Iterable[np.ndarray],
+    path: Path,
+    *,
+    height: int,
+    width: int,
+    fps: int,
+    comment: str,
+    audio: Path | ClipInfo | None = None,
+    workspace: Path | None = None,
+) -> Path:
+    """Encode frames, uint8 [height, width, 3], as they come: H.264, yuv420p, BT.709, index at the front.
+
+    The file gets its name when it is complete, or another one if that has been taken meanwhile. If `frames` raises, the
+    frames so far are kept as `<stem>.partial.mp4` and the exception is passed on.
+
+    Args:
+        frames: up to `FRAMES_AHEAD` of them wait to be encoded, so a frame must not be changed after it was yielded.
+        height, width: even numbers.
+        comment: the file's comment, which says how it was made.
+        audio: a sound file, or a clip for its sound track, that `probe_audio` has accepted. It is encoded as AAC from
+            the first frame on, at its own sample rate (the nearest that AAC has), in mono or stereo, and cut or padded
+            with silence to the length of the frames. Or a clip whose frames come first: its sound keeps its timestamps.
+        workspace: a folder of the same file system for the unfinished file; that of `path` if there is none.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        RuntimeError: there are no frames, or ffmpeg fails. If only the sound could not be added, the silent video is
+            kept as a partial file; for the sound of a clip that is only a warning.
+    """
+    if len(comment.encode()) > COMMENT_BYTES:
+        raise ValueError(f"comment of more than {COMMENT_BYTES} bytes")
+    temporary = temporary_name((workspace or path.parent) / path.name)
+    output = ["-metadata", f"comment={comment}", "-movflags", "+faststart", "-f", "mp4"]
+
+    def finish(count: int) -> None:
+        if audio is not None:
+            add_sound(temporary, audio, fps, count / fps, output)
+
+    return write_frames(frames, temporary, path, video_file(temporary, height, width, fps, output), finish)
+
+
+def write_frame_folder(
+    frames: Iterable[np.ndarray], folder: Path, *, comment: str, workspace: Path | None = None
+) -> Path:
+    """Write frames, uint8 [H, W, 3], as they come to 00000.png, 00001.png, ... in a new folder, lossless.
+
+    Frames, names and interruptions as in `write_video`; a partial folder is called `<name>.partial`. Every file carries
+    `comment` in a PNG text chunk, so that a frame copied elsewhere still says how it was made.
+    """
+    temporary = temporary_name((workspace or folder.parent) / folder.name)
+    return write_frames(frames, temporary, folder, png_folder(temporary, comment))
+
+
+def read_comment(path: Path) -> str:
+    """The comment of a video, a frame folder or one of its frames; empty if there is none.
+
+    Raises:
+        OSError, RuntimeError, ValueError: it is none of these, or its metadata is too large.
+    """
+    if path.is_dir() or path.suffix.lower() == ".png":
+        try:
+            with Image.open(path / "00000.png" if path.is_dir() else path, formats=["PNG"]) as picture:
+                return str(picture.info.get("comment", ""))
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{path} is not one of our frames") from error
+    code, output, log = run([*input_options(path, VIDEO), "-c", "copy", "-t", "0", "-f", "ffmetadata", "pipe:1"])
+    if code or len(output) > METADATA_BYTES:
+        raise RuntimeError(f"the metadata of {path} cannot be read: {log_end(log)}")
+    text = output.decode(errors="replace")
+    found = re.search(r"^comment=((?:[^\\\n]|\\.)*)", text, re.MULTILINE | re.DOTALL | re.IGNORECASE)
+    return re.sub(r"\\(.)", r"\1", found[1], flags=re.DOTALL) if found else ""
+
+
+def write_frames(
+    frames: Iterable[np.ndarray],
+    temporary: Path,
+    final: Path,
+    sink: AbstractContextManager[AddFrame],
+    finish: Callable[[int], None] = lambda count: None,
+) -> Path:
+    """Write frames to a sink and publish the result; see `write_video`.
+
+    Args:
+        sink: gives the function that adds a frame to `temporary`, which is complete when its context ends.
+        finish: called with the number of frames then; if it fails, `temporary` is published as a partial result.
+    """
+    frames = iter(frames)
+    first = next(frames, None)  # nothing is created before it is there
+    if first is None:
+        raise RuntimeError(f"{final}: there are no frames to write")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    failure: BaseException | None = None
+    try:
+        with ThreadPoolExecutor(1, "frame writer") as thread, sink as add:
+            queue = FrameQueue(thread, add)
+            try:
+                for frame in chain([first], frames):
+                    queue.put(frame)
+                queue.wait()
+            except BaseException as error:
+                failure = error
+                wait(queue.writes)
+        if queue.added:
+            try:
+                finish(queue.added)
+            except BaseException as error:
+                failure = failure or error
+            final.parent.mkdir(parents=True, exist_ok=True)
+            path = publish(temporary, final, partial=failure is not None)
+            if failure is None:
+                return path
+            logger.warning("not finished; the first %d frames are in %s", queue.added, path)
+    except (RuntimeError, OSError) as error:
+        if failure is None or isinstance(failure, BrokenPipeError):  # ffmpeg's last words tell more
+            raise
+        logger.debug("nothing could be kept of %s: %s", final, error)
+    finally:
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+    assert failure is not None
+    raise failure
+
+
+class FrameQueue:
+    """Frames on their way to `add`, which is called in a thread while the next frames are made.
+
+    Its first failure is the last call, so that no frame is missing between others.
+    """
+
+    def __init__(self, thread: ThreadPoolExecutor, add: AddFrame) -> None:
+        self.added = 0
+        self.writes: deque[Future[None]] = deque()
+        self._thread = thread
+        self._add = add
+        self._failed = False
+
+    def put(self, frame: np.ndarray) -> None:
+        """Hand over a frame, and wait while too many do. Raises the error of an earlier one."""
+        self.writes.append(self._thread.submit(self._write, frame))
+        self.wait(FRAMES_AHEAD)
+
+    def wait(self, waiting: int = 0) -> None:
+        """Wait until no more than so many frames wait; raises the error of a failed one."""
+        while self.writes and (len(self.writes) > waiting or self.writes[0].done()):
+            self.writes[0].result()  # an interrupt here must find it in the queue
+            self.writes.popleft()
+
+    def _write(self, frame: np.ndarray) -> None:
+        if self._failed:
+            return
+        try:
+            self._add(frame)
+            self.added += 1
+        except BaseException:
+            self._failed = True
+            raise
+
+
+@contextmanager
+def video_file(path: Path, height: int, width: int, fps: int, output: Sequence[str]) -> Iterator[AddFrame]:
+    """An ffmpeg process that encodes the frames it gets into a new file, with ffmpeg's options `output`.
+
+    Raises:
+        RuntimeError: ffmpeg fails.
+    """
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "pipe:0"]
+    codec = ["-vf", TO_YUV, "-c:v", "libx264", "-crf", str(CRF), "-preset", PRESET]
+    command = ffmpeg_command([*source, *codec, *output, f"file:{path}"])
+    with tempfile.TemporaryFile() as log:
+        # a session of its own: Ctrl-C in the terminal must not reach the encoder before the file is complete
+        process = Popen(command, stdin=PIPE, stderr=log, start_new_session=True)
+        assert process.stdin is not None
+        pipe = process.stdin
+
+        def add(frame: np.ndarray) -> None:
+            if frame.shape != (height, width, 3) or frame.dtype != np.uint8:
+                raise ValueError(f"a frame is {frame.dtype} {frame.shape}, not uint8 {(height, width, 3)}")
+            pipe.write(np.ascontiguousarray(frame).data)
+
+        try:
+            yield add
+            with suppress(BrokenPipeError):  # the exit status tells more
+                pipe.close()
+            if process.wait():
+                raise RuntimeError(f"ffmpeg could not write {path.name}: {log_end(log)}")
+        finally:
+            process.kill()
+            process.wait()
+
+
+def add_sound(video: Path, audio: Path | ClipInfo, fps: int, seconds: float, output: Sequence[str]) -> None:
+    """Replace a silent video of so many seconds by one with sound; see `write_video`.
+
+    A second process does it. So the length is known, no process waits for two inputs at once, and sound that cannot be
+    encoded does not cost the frames.
+    """
+    both = temporary_name(video)
+    clip, path = (audio, audio.path) if isinstance(audio, ClipInfo) else (None, audio)
+    timing = [FROM_ZERO]
+    if clip is not None:
+        end = clip.frames / fps
+        timing = [f"asetpts=PTS-({clip.start:.6f})/TB", "aresample=async=1:min_hard_comp=0.04:first_pts=0"]
+        timing += [f"atrim=end={end:.6f}", f"afade=out:st={max(0, end - SOUND_FADE):.6f}:d={SOUND_FADE}"]
+    try:
+        track = find_track(path, AUDIO)
+        filters = ",".join([*timing, *downmix_filters(track), CLIPPED, "apad", f"atrim=end={seconds:.6f}"])
+        inputs = ["-i", f"file:{video}", *input_options(path, AUDIO)]
+        streams = ["-map", "0:v", "-map", f"1:{track.number}", "-map_chapters", "-1", "-c:v", "copy", "-c:a", "aac"]
+        sound = ["-b:a", AAC_BITS, "-af", filters]
+        write_file([*inputs, *streams, *sound, *output, f"file:{both}"], f"add the sound of {path}")
+        both.replace(video)
+    except RuntimeError as error:
+        if clip is None:
+            raise
+        logger.warning("%s; the video has no sound", error)
+    finally:
+        both.unlink(missing_ok=True)
+
+
+@contextmanager
+def png_folder(folder: Path, comment: str) -> Iterator[AddFrame]:
+    """A new folder of numbered PNG files."""
+    folder.mkdir()
+    info, numbers = PngInfo(), count()
+    if comment:
+        info.add_text("comment", comment)
+
+    def add(frame: np.ndarray) -> None:
+        path = folder / f"{next(numbers):05d}.png"
+        try:
+            Image.fromarray(frame).save(path, pnginfo=info, compress_level=PNG_COMPRESSION)
+        except BaseException:
+            path.unlink(missing_ok=True)  # no half picture in a partial result
+            raise
+
+    yield add
