@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -21,6 +22,8 @@ from skyreels_v3.media.video_probe import ClipInfo, probe_video
 from skyreels_v3.media.video_reader import check_length, last_frames, resize_frames
 from skyreels_v3.tasks import GenerationRequest, choose_size
 from skyreels_v3.wan.windows import WINDOW_FRAMES
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,30 +75,30 @@ class InputFiles:
         return local_file(source, flag, self.folder, request.url_timeout, max_bytes, progress, allow_private)
 
     def picture(self, source: str, flag: str) -> Image.Image:
-        path = self.fetch(source, flag, MAX_IMAGE_BYTES)
-        with input_errors(source, flag):
-            image = open_image(path)
+        image = self.open(source, flag, open_image, MAX_IMAGE_BYTES)
         self.note(source, image.info[NOTES])
         return image
 
     def clip(self, source: str) -> ClipInfo:
         """A clip that is long enough for the task."""
-        request = self.request
-        path = self.fetch(source, "--input_video")
+        request, fps = self.request, self.request.task.fps
+        clip = self.open(source, "--input_video", lambda path: probe_video(path, fps))
         with input_errors(source, "--input_video"):
-            clip = probe_video(path, request.task.fps)
-            check_length(path, request.task.fps, request.condition_frames, clip.frames)
+            check_length(clip.path, fps, request.condition_frames, clip.frames)
         self.note(source, clip.notes)
         if request.include_input and request.frame_folder and clip.has_sound:
             self.note(source, ["has sound, which PNG frames cannot have; give an mp4 as --output to keep it"])
         return clip
 
     def sound(self, source: str) -> AudioInfo:
-        path = self.fetch(source, "--input_audio")
-        with input_errors(source, "--input_audio"):
-            sound = probe_audio(path)
+        sound = self.open(source, "--input_audio", probe_audio)
         self.note(source, sound.notes)
         return sound
+
+    def open(self, source: str, flag: str, opener: Callable[[Path], T], max_bytes: int = MAX_VIDEO_BYTES) -> T:
+        path = self.fetch(source, flag, max_bytes)
+        with input_errors(source, flag):
+            return opener(path)
 
     def note(self, source: str, notes: Iterable[str]) -> None:
         self.notes += [f"{shown(source)} {note}" for note in notes]

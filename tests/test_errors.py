@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from skyreels_v3.errors import UserError, redact, redact_url, shown
@@ -39,3 +41,12 @@ def test_secrets_in_messages() -> None:
     assert str(UserError("--x", text)) == f"--x: {safe}"
     assert "secret" not in shown("https://h/" + "x" * 200 + "?sig=secret")
     redact("a" * 100_000)  # in no time
+
+
+def test_shown() -> None:
+    assert shown("pictures/katze-\u00fc.png") == "pictures/katze-\u00fc.png"
+    assert shown("a\nb\x1b[31m") == "a\\nb\\x1b[31m"
+    long = shown("start" + "x" * 5000 + "end.png")
+    assert len(long) <= 100
+    assert long.startswith("start") and long.endswith("end.png")
+    shown(os.fsdecode(b"bad\xff.png")).encode()

@@ -26,7 +26,6 @@ MIN_SECONDS = 0.4  # one block of the loudness meter
 MAX_SECONDS = 200.0
 MAX_RATE = 192_000  # Hz
 LOUDNESS = -23.0  # LUFS
-MEASURABLE = 100.0  # LUFS; a loudness further from 0 is not a measurement
 AUDIBLE = 10 ** ((-70 + 0.691) / 10)  # the meter's gate of -70 LUFS as a power
 CANCELLED = 0.01  # of the loudest channel's power; below it, the mean of the channels is not what one hears
 
@@ -122,7 +121,7 @@ def normalise_loudness(samples: np.ndarray) -> np.ndarray:
     import pyloudnorm
 
     loudness = pyloudnorm.Meter(SAMPLE_RATE).integrated_loudness(samples)
-    if not abs(loudness) <= MEASURABLE:  # also NaN
+    if not np.isfinite(loudness):
         return samples
     # pyloudnorm.normalize computes the same, but warns of clipping where nothing clips
     return (samples * np.float64(10) ** ((LOUDNESS - loudness) / 20)).astype(np.float32)
@@ -144,11 +143,10 @@ def mix(paths: Sequence[Path], sequential: bool, target: Path) -> Path:
         RuntimeError: ffmpeg fails.
     """
     tracks = [find_track(path, AUDIO) for path in paths]
-    joined = f"concat=n={len(tracks)}:v=0:a=1"
-    if not sequential:
-        joined = f"amix=inputs={len(tracks)}:duration=longest:normalize=0"
+    count = len(tracks)
+    joined = f"concat=n={count}:v=0:a=1" if sequential else f"amix=inputs={count}:duration=longest:normalize=0"
     graph = "".join(f"[{i}:{track.number}]{MIX_FORMAT}[s{i}];" for i, track in enumerate(tracks))
-    graph += "".join(f"[s{i}]" for i in range(len(tracks))) + f"{joined},{LIMITER}[mixed]"
+    graph += "".join(f"[s{i}]" for i in range(count)) + f"{joined},{LIMITER}[mixed]"
     inputs = [option for path in paths for option in input_options(path, AUDIO)]
     output = ["-map", "[mixed]", "-map_metadata", "-1", "-c:a", "pcm_s24le", "-ar", str(MIX_RATE), "-f", "wav", "-y"]
     write_file([*inputs, "-filter_complex", graph, *output, f"file:{target}"], "mix the recordings")

@@ -165,12 +165,7 @@ class ConnectionCheck:
             if self.host not in self.proxies:
                 self.require_public(self.host, await resolve(self.host, self.timeout))
         if event == "connection.connect_tcp.complete" and self.host not in self.proxies:
-            stream = info["return_value"]
-            try:
-                self.require_public(self.host, [stream.get_extra_info("server_addr")[0]])
-            except Refused:
-                await stream.aclose()
-                raise
+            self.require_public(self.host, [info["return_value"].get_extra_info("server_addr")[0]])
 
     def require_public(self, host: str, addresses: Sequence[str]) -> None:
         for address in addresses:

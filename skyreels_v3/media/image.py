@@ -96,10 +96,8 @@ def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
     if image.size == (width, height):
         return image
     ratio = image.width / image.height
-    if ratio > width / height:
-        size = (width, max(1, int(width / ratio)))
-    else:
-        size = (max(1, int(height * ratio)), height)
+    wide = ratio > width / height
+    size = (width, max(1, int(width / ratio))) if wide else (max(1, int(height * ratio)), height)
     canvas = Image.new("RGB", (width, height), WHITE)
     canvas.paste(resize(image, size, LANCZOS), ((width - size[0]) // 2, (height - size[1]) // 2))
     return canvas

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -79,12 +80,8 @@ def write_video(
         raise ValueError(f"comment of more than {COMMENT_BYTES} bytes")
     temporary = temporary_name((workspace or path.parent) / path.name)
     output = ["-metadata", f"comment={comment}", "-movflags", "+faststart", "-f", "mp4"]
-
-    def finish(count: int) -> None:
-        if audio is not None:
-            add_sound(temporary, audio, fps, count / fps, output)
-
-    return write_frames(frames, temporary, path, video_file(temporary, height, width, fps, output), finish)
+    sink = video_file(temporary, height, width, fps, output)
+    return write_frames(frames, temporary, path, sink, partial(add_sound, temporary, audio, fps, output))
 
 
 def write_frame_folder(
@@ -235,12 +232,14 @@ def video_file(path: Path, height: int, width: int, fps: int, output: Sequence[s
             process.wait()
 
 
-def add_sound(video: Path, audio: Path | ClipInfo, fps: int, seconds: float, output: Sequence[str]) -> None:
-    """Replace a silent video of so many seconds by one with sound; see `write_video`.
+def add_sound(video: Path, audio: Path | ClipInfo | None, fps: int, output: Sequence[str], frames: int) -> None:
+    """Replace a silent video of so many frames by one with sound; see `write_video`.
 
     A second process does it. So the length is known, no process waits for two inputs at once, and sound that cannot be
     encoded does not cost the frames.
     """
+    if audio is None:
+        return
     both = temporary_name(video)
     clip, path = (audio, audio.path) if isinstance(audio, ClipInfo) else (None, audio)
     timing = [FROM_ZERO]
@@ -250,7 +249,7 @@ def add_sound(video: Path, audio: Path | ClipInfo, fps: int, seconds: float, out
         timing += [f"atrim=end={end:.6f}", f"afade=out:st={max(0, end - SOUND_FADE):.6f}:d={SOUND_FADE}"]
     try:
         track = find_track(path, AUDIO)
-        filters = ",".join([*timing, *downmix_filters(track), CLIPPED, "apad", f"atrim=end={seconds:.6f}"])
+        filters = ",".join([*timing, *downmix_filters(track), CLIPPED, "apad", f"atrim=end={frames / fps:.6f}"])
         inputs = ["-i", f"file:{video}", *input_options(path, AUDIO)]
         streams = ["-map", "0:v", "-map", f"1:{track.number}", "-map_chapters", "-1", "-c:v", "copy", "-c:a", "aac"]
         sound = ["-b:a", AAC_BITS, "-af", filters]

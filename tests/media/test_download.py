@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -58,15 +57,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Location", target)
         self.end_headers()
 
-    def trickle(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-        while not RELEASE.wait(0.05):
-            self.wfile.write(b"x")
-
-    def drip(self, piece: bytes) -> None:
-        """A header without end, slower than any timeout between two bytes would notice."""
-        self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+    def drip(self, head: bytes, piece: bytes) -> None:
+        """An answer without end, slower than any timeout between two bytes would notice."""
+        self.wfile.write(head)
         while not RELEASE.wait(0.05):
             self.wfile.write(piece)
 
@@ -87,9 +80,8 @@ class Handler(BaseHTTPRequestHandler):
                 "short": lambda: self.answer(RED[:40], length=len(RED)),
                 "silent": lambda: RELEASE.wait(10),
                 "stalls": lambda: (self.answer(RED[:40], length=len(RED)), self.wfile.flush(), RELEASE.wait(10)),
-                "trickle": self.trickle,
-                "drip": lambda: self.drip(b"X"),
-                "headers": lambda: self.drip(b"X: y\r\n"),
+                "trickle": lambda: self.drip(b"HTTP/1.1 200 OK\r\n\r\n", b"x"),
+                "headers": lambda: self.drip(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
                 "slowhops": lambda: (time.sleep(0.2), self.redirect(f"/slowhops/{len(SEEN)}")),
                 "inside": lambda: self.redirect(f"http://127.0.0.2:{self.server.server_port}/red/a.png"),
                 "tofile": lambda: self.redirect("file:///etc/hostname"),
@@ -187,7 +179,7 @@ def test_server_that_does_not_answer(tmp_path: Path, server: str, case: str) -> 
     assert 0.4 < time.monotonic() - begin < 4
 
 
-@pytest.mark.parametrize("case", ["trickle", "drip", "headers", "slowhops"])
+@pytest.mark.parametrize("case", ["trickle", "headers", "slowhops"])
 def test_server_that_takes_its_time(tmp_path: Path, server: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "MAX_SECONDS", 0.5)  # less than the timeout between two bytes
     begin = time.monotonic()
@@ -300,38 +292,6 @@ def test_bad_proxy(tmp_path: Path, proxy: str, reason: str, monkeypatch: pytest.
     with pytest.raises(UserError, match=f"--ref_imgs: http://far.example/a.png: {re.escape(reason)}") as caught:
         fetch("http://far.example/a.png", tmp_path, allow_private=False)
     assert "secret" not in str(caught.value)
-
-
-def serve_socks(connection: socket.socket, target: int) -> None:
-    """SOCKS5 without a password, to a port of this machine whatever is asked for; returns when both are through."""
-    connection.recv(262)
-    connection.sendall(b"\x05\x00")
-    assert b"far.example" in connection.recv(262)
-    with socket.create_connection(("127.0.0.1", target)) as web:
-        connection.sendall(b"\x05\x00\x00\x01" + bytes(6))
-        web.sendall(connection.recv(65536))
-        web.shutdown(socket.SHUT_WR)
-        while data := web.recv(65536):
-            connection.sendall(data)
-    connection.close()
-
-
-def test_socks_proxy(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("socksio")
-    with socket.create_server(("127.0.0.1", 0)) as proxy:
-        monkeypatch.setenv("all_proxy", f"socks5://127.0.0.1:{proxy.getsockname()[1]}")
-        answer = threading.Thread(
-            target=lambda: serve_socks(proxy.accept()[0], urlsplit(server).port or 0), daemon=True
-        )
-        answer.start()
-        assert fetch("http://far.example/red/a.png", tmp_path, allow_private=False).read_bytes() == RED
-        answer.join(5)
-
-
-def test_socks_proxy_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "socksio", None)
-    monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:9")
-    check_refused("http://far.example/a.png", tmp_path, "all_proxy", "pip install httpx[socks]", allow_private=False)
 
 
 @pytest.mark.parametrize("path", ["missing?a=secret b=secret", "missing?X-Amz-Signature=secret#secret"])

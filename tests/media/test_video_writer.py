@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -138,23 +137,6 @@ WRITERS: dict[str, Callable[[Iterator[np.ndarray], Path], Path]] = {
 }
 
 
-@pytest.mark.parametrize("suffix", WRITERS)
-def test_taken_name_is_left_alone(tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Also when it was taken only while the frames were being made."""
-    path = tmp_path / f"a{suffix}"
-
-    def frames() -> Iterator[np.ndarray]:
-        yield smooth(1)[0]
-        path.write_text("somebody else's")
-
-    with caplog.at_level(logging.WARNING):
-        used = WRITERS[suffix](frames(), path)
-    assert used == tmp_path / f"a-2{suffix}"
-    assert used.name in caplog.text
-    assert path.read_text() == "somebody else's"
-    assert sorted(os.listdir(tmp_path)) == sorted([path.name, used.name])
-
-
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(3)])
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_interrupted(tmp_path: Path, suffix: str, error: BaseException, caplog: pytest.LogCaptureFixture) -> None:
@@ -196,20 +178,6 @@ def test_ffmpeg_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: str
         write(smooth(40), tmp_path / "out" / "a.mp4")
     assert "No space left" in str(caught.value) + str(caught.value.__cause__)
     assert not os.listdir(tmp_path / "out")
-
-
-def test_a_frame_folder_that_is_removed_is_not_taken_for_whole(tmp_path: Path) -> None:
-    def frames() -> Iterator[np.ndarray]:
-        for number, frame in enumerate(smooth(60)):
-            if number == 50:
-                while any(tmp_path.iterdir()):  # a picture may come into a folder while that is emptied
-                    for folder in tmp_path.iterdir():
-                        shutil.rmtree(folder, ignore_errors=True)
-            yield frame
-
-    with pytest.raises(FileNotFoundError, match=r"\d\d.png"):
-        write_frame_folder(frames(), tmp_path / "a", comment="c")
-    assert not any(tmp_path.iterdir())
 
 
 INTERRUPTED = """
@@ -312,15 +280,6 @@ def test_frames_are_made_while_one_is_written(tmp_path: Path, gate: Path) -> Non
     assert written(tmp_path / "a.mp4") == list(range(3 * FRAMES_AHEAD))
 
 
-@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
-def test_frames_that_wait_are_in_the_partial_file(tmp_path: Path, gate: Path, error: BaseException) -> None:
-    threading.Timer(0.2, gate.touch).start()
-    with pytest.raises(type(error)) as caught:
-        write_large(Producer(FRAMES_AHEAD, error), tmp_path / "a.mp4")
-    assert caught.value is error
-    assert written(tmp_path / "a.partial.mp4") == list(range(FRAMES_AHEAD))
-
-
 def interrupt(frames: Producer, made: int, then: Callable[[], object]) -> None:
     """Send Ctrl-C when so many frames are made, and do something a little later."""
 
@@ -384,12 +343,6 @@ def test_sound_is_heard_in_time_at_its_own_quality(tmp_path: Path, rate: int, ch
     assert click_times(path) == pytest.approx([0.2, 1.0, 1.9], abs=0.004)
     assert lengths(path) == pytest.approx((2.0, 2.0), abs=1e-3)
     assert f"Audio: aac (LC) (mp4a / 0x6134706D), {layout}" in description(path)
-
-
-@pytest.mark.parametrize("name", ["a.mp3", "a.m4a", "a.ogg", "a.flac", "a.opus", "a.mkv"])
-def test_sound_of_other_formats(tmp_path: Path, name: str) -> None:
-    path = write_with(clicks(tmp_path / name, 48_000, 2.0, (0.2, 1.0), 2), 50, tmp_path / "a.mp4")
-    assert click_times(path) == pytest.approx([0.2, 1.0], abs=0.025)
 
 
 @pytest.mark.parametrize(
