@@ -25,6 +25,7 @@ import wave
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -49,15 +50,15 @@ from benchmarks.common import at_least, environment, gigabytes, parser_of, repor
 from benchmarks.models import random_model, random_transformer
 from skyreels_v3 import components, runtime
 from skyreels_v3 import generate as session
-from skyreels_v3.batch import fetch
 from skyreels_v3.cache import TensorCache
 from skyreels_v3.checkpoints.hub import TINY
 from skyreels_v3.checkpoints.tiny import SIZES
 from skyreels_v3.cli import parse_request
 from skyreels_v3.errors import UserError
 from skyreels_v3.parallel.ranks import SINGLE
-from skyreels_v3.plan import Plan, Sizes, toy_sizes, vae_bytes
+from skyreels_v3.plan import Plan, Sizes, plan, toy_sizes, vae_bytes
 from skyreels_v3.preflight import preflight
+from skyreels_v3.resolve import fetch
 from skyreels_v3.runtime import Runtime
 from skyreels_v3.tasks import TASK_NAMES, GenerationRequest, task_spec
 from skyreels_v3.wan.audio_encoder import AudioEncoder
@@ -234,16 +235,17 @@ def watched_run(args: argparse.Namespace, rest: list[str], folder: Path, record:
     sizes = [*(FEW_FULL if args.model_id == FULL else FEW)]
     if "--resolution" in rest:
         sizes = sizes[4:]
-    request, inputs, _ = preflight(parse_request([*flags, *sizes, *rest]), folder)
-    checkpoint: Any = fetch(request)
+    checked = preflight(parse_request([*flags, *sizes, *rest]), folder)
+    request = checked.request
+    toy = fetch(request)
     loading = components.load_components
-    if args.model_id != TINY:
-        toy, checkpoint = checkpoint, None  # the planner then takes the published sizes, of the toy those
-        loading = lambda _, *others: random_components(toy, *others)  # noqa: E731
+    if args.model_id != TINY:  # without a checkpoint the plan takes the published sizes, of the toy its own
+        loading = partial(random_components, toy)
     if args.model_id == FULL:
         layers = args.layers or request.task.transformer["num_layers"]
         task = replace(request.task, transformer={**request.task.transformer, "num_layers": layers})
         request = replace(request, model_id=request.task.model_id, task=task)
+    checked = replace(checked, request=request, checkpoint=toy if args.model_id == TINY else None)
     starting, frames = runtime.start, session.all_frames
     with ExitStack() as stack:
         for module, name, watcher in (
@@ -254,7 +256,8 @@ def watched_run(args: argparse.Namespace, rest: list[str], folder: Path, record:
         ):
             stack.enter_context(patch.object(module, name, watcher))
         with record.stage("total"):
-            session.Session(request, checkpoint, SINGLE).generate(request, inputs)
+            made = plan(checked, runtime.find_machine(request))
+            session.load(made).write(made)
     record.seconds["write"] -= record.seconds.pop("frames")
     return request
 
@@ -294,8 +297,9 @@ def write_sound(path: Path) -> Path:
     return path
 
 
-def random_components(toy: Path, request: GenerationRequest, runtime: Runtime) -> components.Components:
+def random_components(toy: Path, plan: Plan, runtime: Runtime) -> components.Components:
     """Networks with random weights, of the published sizes or the toy's; the tokenizer is the toy's."""
+    request = plan.request
     small = request.model_id == TINY
     sizes, device = SIZES if small else PUBLISHED, runtime.device
     home = device if runtime.policy.mode == "resident" else torch.device("cpu")

@@ -59,8 +59,9 @@ from skyreels_v3.denoising.loop import Condition
 from skyreels_v3.hunyuan.conditioning import HunyuanConditioning
 from skyreels_v3.hunyuan.sizes import TEXT_TOKENS, HunyuanSizes
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
-from skyreels_v3.plan import plan
-from skyreels_v3.tasks import VAE_STRIDE, GenerationRequest, latent_frames, task_spec
+from skyreels_v3.inputs import Inputs
+from skyreels_v3.plan import Checked, plan
+from skyreels_v3.tasks import VAE_STRIDE, GenerationRequest, ResolvedRequest, latent_frames, task_spec
 
 TASK = "t2v"
 BASELINE, RESIDENT, SMALL = "diffusers", "resident", "fp8, streamed"
@@ -187,7 +188,8 @@ def with_weights_of(model: Any, kind: Callable[..., Model]) -> Any:
 
 def set_up(model: Any, request: GenerationRequest, device: torch.device, stays: ExitStack) -> Way:
     """Ours as a run would have it, until `stays` ends."""
-    started = runtime.start(request, plan(request, None))
+    checked = Checked(ResolvedRequest.of(request), Inputs(), None)
+    started = runtime.start(plan(checked, runtime.find_machine(request)))
     before = allocated(device)
     set_up_transformer(model, request, started)
     stays.enter_context(started.resident(model, "denoising", model.blocks))

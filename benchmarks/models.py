@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from benchmarks.common import Work, at_least, measure_peak
 from skyreels_v3.memory.quantize import with_fp8_layers
 from skyreels_v3.memory.stream import tensors_of
-from skyreels_v3.plan import IMAGE_TOKENS, TEXT_TOKENS, Sizes, latent_frames_of_passes
-from skyreels_v3.tasks import PATCH_SIZE, VAE_STRIDE, GenerationRequest, choose_size, task_spec
+from skyreels_v3.pipeline import pipeline_of
+from skyreels_v3.plan import IMAGE_TOKENS, TEXT_TOKENS, Sizes
+from skyreels_v3.tasks import PATCH_SIZE, VAE_STRIDE, ResolvedRequest, choose_size, task_spec
 from skyreels_v3.tensors import replace_tensors
 from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel
 
@@ -105,10 +106,10 @@ def official_case(task: str, resolution: str) -> Case:
     spec = task_spec(task)
     height, width = choose_size(spec, resolution, *LANDSCAPE)
     sound = SECONDS if "input_audio" in spec.inputs else None
-    request = GenerationRequest(
+    request = ResolvedRequest(
         spec, spec.model_id, "", duration=SECONDS, height=height, width=width, audio_seconds=sound
     )
-    new, condition = next(latent_frames_of_passes(request))
+    new, condition = next(pipeline_of(spec).passes(request))
     sizes = Sizes(**spec.transformer)
     clean = condition if "input_video" in spec.inputs else 0
     latents = (new + condition, height // VAE_STRIDE[1], width // VAE_STRIDE[2])
