@@ -66,7 +66,7 @@ from benchmarks.models import (
 )
 from skyreels_v3.attention.backends import choose_attention
 from skyreels_v3.compile import compile_blocks
-from skyreels_v3.memory.quantize import keep_wide_weights, quantize
+from skyreels_v3.memory.quantize import cache_dequantized, quantize
 from skyreels_v3.memory.stream import BlockStream
 from skyreels_v3.runtime import COMPILERS, FP8_CAPABILITY, pin
 from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
@@ -168,7 +168,7 @@ def in_fp8(_: Model, exact: Model, device: torch.device, stays: ExitStack) -> Mo
     """Blocks with weights of their own, in FP8."""
     model = twin(exact)
     quantize(model.blocks, device)
-    keep_wide_weights(model.blocks)
+    cache_dequantized(model.blocks)
     return model
 
 

@@ -18,7 +18,7 @@ from skyreels_v3.compile import compile_blocks
 from skyreels_v3.hunyuan.checkpoint import load_hunyuan_text_encoder, load_hunyuan_transformer, load_hunyuan_vae
 from skyreels_v3.hunyuan.text_encoder import HunyuanTextEncoder
 from skyreels_v3.hunyuan.vae import HunyuanVAE
-from skyreels_v3.memory.quantize import keep_wide_weights, quantize
+from skyreels_v3.memory.quantize import cache_dequantized, quantize
 from skyreels_v3.model_api import Transformer
 from skyreels_v3.parallel.usp import choose_usp
 from skyreels_v3.parallel.weights import broadcast_weights, shard_weights
@@ -140,7 +140,7 @@ def set_up_transformer(transformer: Transformer, request: GenerationRequest, run
     if request.quant is not None:
         quantize_blocks(transformer.blocks, "quantizing the transformer", request.quant, runtime)
     if transformer.chunks_tokens:
-        keep_wide_weights(transformer.blocks)
+        cache_dequantized(transformer.blocks)
     transformer.set_attention(runtime.attention)
     if runtime.parallel.degrees.sequence > 1:
         usp = choose_usp(runtime.kernel, runtime.attention, runtime.parallel)

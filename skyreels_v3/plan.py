@@ -17,8 +17,7 @@ from skyreels_v3.checkpoints import hub
 from skyreels_v3.checkpoints.shapes import wan_shapes
 from skyreels_v3.hunyuan.sizes import HunyuanSizes
 from skyreels_v3.inputs import Inputs
-from skyreels_v3.memory.policy import RESIDENT, TILINGS, Policy, Tiles, choose_policy
-from skyreels_v3.memory.units import BYTES, STREAM_SLOTS
+from skyreels_v3.memory.policy import BYTES, RESIDENT, STREAM_SLOTS, TILINGS, Policy, Tiles, choose_policy
 from skyreels_v3.parallel.ranks import SINGLE, UNDIVIDED, ParallelConfig, Ranks, choose_degrees
 from skyreels_v3.pipeline import pipeline_of
 from skyreels_v3.tasks import (
@@ -369,7 +368,7 @@ def stages(
 
 
 def wide_bytes(request: GenerationRequest, sizes: Sizes | HunyuanSizes, dtype: str) -> int:
-    """Bytes of a block's matrices in full width, see `quantize.keep_wide_weights`."""
+    """Bytes of a block's matrices in full width, see `quantize.cache_dequantized`."""
     if request.quant != "fp8" or isinstance(sizes, HunyuanSizes):
         return 0
     return sizes.matrices()[0] // sizes.num_layers * BYTES[dtype]

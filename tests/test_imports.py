@@ -28,7 +28,6 @@ KNOWN = {
     ("components", "wan"),
     ("denoising", "wan"),
     ("inputs", "wan"),
-    ("memory", "plan"),
     ("model_api", "hunyuan"),
     ("model_api", "wan"),
     ("parallel", "wan"),

@@ -29,9 +29,8 @@ from transformers import (
 from skyreels_v3 import plan as planner
 from skyreels_v3.hunyuan import vae as hunyuan_vae
 from skyreels_v3.hunyuan.vae import HunyuanVAE
-from skyreels_v3.memory import stream
 from skyreels_v3.memory.quantize import Fp8Linear, quantize
-from skyreels_v3.memory.stream import SLOTS, BlockStream
+from skyreels_v3.memory.stream import STREAM_SLOTS, BlockStream
 from skyreels_v3.parallel.ranks import ParallelConfig, Ranks
 from skyreels_v3.tasks import HUNYUAN, TASK_NAMES, GenerationRequest, task_spec
 from skyreels_v3.tensors import replace_tensors
@@ -176,7 +175,6 @@ def test_activations_with_two_speakers():
 def test_numbers_that_the_plan_repeats():
     """It is made without torch, and knows these of the modules that do the work."""
     assert planner.TOKENS_AT_ONCE == block.TOKENS_AT_ONCE
-    assert planner.STREAM_SLOTS == stream.SLOTS
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -281,7 +279,7 @@ def test_bytes_of_the_published_transformers(task, dtype):
         assert sizes.block_bytes(dtype, quantized) == one
         for keep in (0, 1, 38, 39, 40, 99):
             held = BlockStream(model, model.blocks, torch.device("cpu"), keep)
-            away = len(held.streamed) - min(SLOTS, len(held.streamed))
+            away = len(held.streamed) - min(STREAM_SLOTS, len(held.streamed))
             assert sizes.streamed_bytes(dtype, quantized, keep) == whole - away * one
 
 
@@ -306,7 +304,7 @@ def test_bytes_of_the_text_encoder(dtype, quant):
     if quant:
         quantize(model.encoder.block, torch.device("meta"))
     stage = planned(request).stages["text encoder"]
-    away = sum(map(bytes_of, model.encoder.block[SLOTS:]))
+    away = sum(map(bytes_of, model.encoder.block[STREAM_SLOTS:]))
     assert stage.weights == pytest.approx(bytes_of(model), rel=0.02)
     assert stage.streamed == pytest.approx(bytes_of(model) - away, rel=0.02)
 

@@ -19,7 +19,7 @@ from skyreels_v3.checkpoints.key_maps import IDENTITY, KeyMap, invert, restore, 
 from skyreels_v3.checkpoints.shapes import Shape, Shapes, hunyuan_shapes, wan_shapes
 from skyreels_v3.errors import CheckpointError, shown
 from skyreels_v3.hunyuan.sizes import HunyuanSizes
-from skyreels_v3.memory.units import SCALE
+from skyreels_v3.memory.policy import SCALE
 from skyreels_v3.plan import Sizes, transformer_sizes
 from skyreels_v3.tasks import HUNYUAN, GenerationRequest, TaskSpec
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from skyreels_v3.checkpoints.key_maps import NATIVE_CONFIG
 from skyreels_v3.console import say
 from skyreels_v3.errors import CheckpointError, UserError, shown
-from skyreels_v3.memory.units import SCALE
+from skyreels_v3.memory.policy import SCALE
 from skyreels_v3.tasks import HUNYUAN, LATENT_CHANNELS, TASK_NAMES, TINY, GenerationRequest, TaskSpec, task_spec
 
 logger = logging.getLogger(__name__)

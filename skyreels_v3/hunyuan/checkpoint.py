@@ -22,8 +22,8 @@ from skyreels_v3.checkpoints.load import load_model, read_tensors
 from skyreels_v3.hunyuan.text_encoder import HunyuanTextEncoder
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.hunyuan.vae import HunyuanVAE
+from skyreels_v3.memory.policy import SCALE
 from skyreels_v3.memory.quantize import with_fp8_layers
-from skyreels_v3.memory.units import SCALE
 from skyreels_v3.wan.checkpoint import load_tokenizer
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from skyreels_v3.checkpoints.shapes import hunyuan_shapes
-from skyreels_v3.memory.units import BYTES, STREAM_SLOTS, kept_blocks
+from skyreels_v3.memory.policy import BYTES, STREAM_SLOTS, resident_blocks
 from skyreels_v3.parallel.ranks import UNDIVIDED, ParallelConfig
 
 TEXT_TOKENS = 256  # of a prompt, at most
@@ -94,7 +94,7 @@ class HunyuanSizes:
     def streamed_bytes(self, dtype: str, quantized: bool, keep: int) -> int:
         """Bytes on the device while all blocks but `keep` are streamed, through room for the largest of them."""
         sizes = self.each_block(dtype, quantized)
-        kept = kept_blocks(len(sizes), keep)
+        kept = resident_blocks(len(sizes), keep)
         streamed = [size for index, size in enumerate(sizes) if index not in kept]
         room = min(STREAM_SLOTS, len(streamed)) * max(streamed, default=0)
         return self.weight_bytes(dtype, quantized) - sum(streamed) + room

@@ -13,18 +13,18 @@ from skyreels_v3.tensors import replace_tensors
 
 @contextmanager
 def on_device(
-    module: nn.Module, device: torch.device, wanted: Callable[[Tensor], bool] = lambda _: True
+    module: nn.Module, device: torch.device, selected: Callable[[Tensor], bool] = lambda _: True
 ) -> Iterator[None]:
-    """Hold `module`, or what is `wanted` of it, on `device` for the length of a `with` block.
+    """Hold the `selected` tensors of `module` on `device` for the length of a `with` block.
 
-    The host's weights stay as they are, memory-mapped or not, and are taken back at the end: nothing is copied back,
-    since inference changes no weight.
+    The host's tensors, memory-mapped or not, stay as they are and are put back at the end. Nothing is copied back:
+    inference changes no weight.
     """
     host: dict[int, Tensor] = {}
 
-    @torch.inference_mode(False)  # whoever asks, the same kind of tensor: compiled code is for one
+    @torch.inference_mode(False)  # the same kind of tensor for every caller: compiled code is specialized to it
     def move(tensor: Tensor) -> Tensor:
-        if not wanted(tensor):
+        if not selected(tensor):
             return tensor
         moved = tensor.detach().to(device, non_blocking=True)
         moved = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved

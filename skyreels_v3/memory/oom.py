@@ -1,76 +1,89 @@
-"""When memory runs out: which stage, how much it asked for, and what would ask for less."""
+"""When memory runs out: in which stage, how much was requested, and what would need less."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 
 from skyreels_v3.errors import OutOfMemory
 from skyreels_v3.media.files import giga
-from skyreels_v3.memory.policy import TILINGS
-from skyreels_v3.plan import Plan
-from skyreels_v3.tasks import HUNYUAN, MEMORY_MODES, RESOLUTIONS
+from skyreels_v3.memory.policy import TILINGS, Policy, Tiles
+from skyreels_v3.tasks import MEMORY_MODES, RESOLUTIONS, GenerationRequest
 
-# torch has a class for a GPU's memory; of the host's it says it in words only, with the number of bytes
-HOST_SHORTAGE = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
-# what the drivers and the libraries that take memory beside torch say, such as CUBLAS_STATUS_ALLOC_FAILED
-DEVICE_SHORTAGE = re.compile(r"out of memory|ALLOC(ATION)?_?FAILED", re.IGNORECASE)
-ASKED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
+# torch raises a class of its own for its allocations on a device. For the host's memory it has only this message, and
+# drivers and libraries that allocate beside torch raise RuntimeError, such as CUBLAS_STATUS_ALLOC_FAILED.
+HOST = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
+DEVICE = re.compile(r"out of memory|ALLOC(ATION)?_?FAILED", re.IGNORECASE)
+REQUESTED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
+
+
+class MemoryPlan(Protocol):
+    """What a plan knows about memory."""
+
+    @property
+    def request(self) -> GenerationRequest: ...
+
+    @property
+    def policy(self) -> Policy: ...
+
+    @property
+    def passes(self) -> Sized: ...
+
+    def peak(self, mode: str, tiles: Tiles) -> int:
+        """The most bytes in use on the device at a time."""
 
 
 @contextmanager
-def explained(stage: str, plan: Plan, free: Callable[[], int | None]) -> Iterator[None]:
-    """Raise OutOfMemory instead of torch's own errors.
+def explained(stage: str, plan: MemoryPlan, free: Callable[[], int | None]) -> Iterator[None]:
+    """Raise OutOfMemory in place of torch's own errors.
 
     Args:
         stage: what the `with` block does.
-        free: asked for the free bytes of the device.
+        free: called for the free bytes of the device; None where it has no memory of its own.
     """
     try:
         yield
     except OutOfMemory:
-        raise  # of a stage within this one
+        raise  # of a stage inside this one
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        asked = asked_for(error)
-        if asked is None:
+        requested = requested_size(error)
+        if requested is None:
             raise
-        there = free()
-        left = "" if there is None else f", {giga(there)} are free"
-        raise OutOfMemory(
-            f"out of memory while {stage}: {asked} more were asked for{left}; {way_out(plan, there is not None)}"
-        ) from error
+        available = free()
+        left = "" if available is None else f", {giga(available)} are free"
+        message = f"out of memory while {stage}: {requested} more were asked for{left}"
+        raise OutOfMemory(f"{message}; {advice(plan, available is not None)}") from error
 
 
-def asked_for(error: Exception) -> str | None:
-    """How much an error of torch's says that was asked for; None for an error about something else."""
-    if isinstance(error, torch.OutOfMemoryError) or DEVICE_SHORTAGE.search(str(error)):
-        found = ASKED.search(str(error))
-        return found[1] if found else "some memory"
+def requested_size(error: Exception) -> str | None:
+    """The size in an error that is about memory; None for any other error."""
+    if host := HOST.search(str(error)):
+        return f"{giga(int(host[1]))} of host memory"
     if isinstance(error, MemoryError):
         return "some host memory"
-    found = HOST_SHORTAGE.search(str(error))
-    return f"{giga(int(found[1]))} of host memory" if found else None
+    if isinstance(error, torch.OutOfMemoryError) or DEVICE.search(str(error)):
+        found = REQUESTED.search(str(error))
+        return found[1] if found else "some memory"
+    return None
 
 
-def way_out(plan: Plan, own_memory: bool) -> str:
-    """What asks for less than the plan's memory mode, with the peak that the plan has for it.
-
-    Where components live makes a difference only on a device with memory of its own.
-    """
-    request, mode = plan.request, plan.policy.mode
-    smaller = MEMORY_MODES[MEMORY_MODES.index(mode) + 1 :] if own_memory else ()
-    ways = [f"--memory {name} (about {giga(plan.peak(name, TILINGS[-1]))})" for name in smaller]
-    if request.quant is None:
-        ways.append("--low_vram (streamed, in FP8)")
-    if request.vae_dtype == "float32":
-        ways.append("--vae_dtype bfloat16")
-    if request.task.layout == HUNYUAN:
-        ways.append("a smaller --height and --width")
-    elif request.resolution != RESOLUTIONS[0]:
-        ways.append("a smaller --resolution")
-    if request.duration > request.task.min_duration > 0 and len(plan.passes) == 1:  # else there are fewer, as long
-        ways.append("a smaller --duration" if request.num_frames is None else "a smaller --num_frames")
-    return f"ask for less with {', '.join(ways)}" if ways else "it takes a machine with more memory"
+def advice(plan: MemoryPlan, device_memory: bool) -> str:
+    """What needs less memory than the plan. Moving weights helps only a device with memory of its own."""
+    request = plan.request
+    smaller = MEMORY_MODES[MEMORY_MODES.index(plan.policy.mode) + 1 :] if device_memory else ()
+    size = "--resolution" if request.task.size is None else "--height and --width"
+    length = "--duration" if request.num_frames is None else "--num_frames"
+    ways = {
+        **{f"--memory {name} (about {giga(plan.peak(name, TILINGS[-1]))})": True for name in smaller},
+        "--low_vram (streamed, in FP8)": request.quant is None,
+        "--vae_dtype bfloat16": request.vae_dtype == "float32",
+        f"a smaller {size}": request.task.size is not None or request.resolution != RESOLUTIONS[0],
+        # with several passes a shorter video has fewer of them, which need as much
+        f"a smaller {length}": request.duration > request.task.min_duration > 0 and len(plan.passes) == 1,
+    }
+    useful = ", ".join(way for way, helps in ways.items() if helps)
+    return f"ask for less with {useful}" if useful else "it takes a machine with more memory"

@@ -1,11 +1,11 @@
-"""Block streaming: a model's blocks are on the device only while they work, the next one on its way meanwhile.
+"""Block streaming: a model's blocks are on the device only while they work, the next one being prefetched meanwhile.
 
-The device has room for two blocks. While one computes, the next is copied beside it, on a stream of its own; a block is
-never copied back, since inference changes no weight. In pinned host memory a block is one piece, so that it travels in
-one transfer at the bus's full speed; else its tensors are copied from where they are, which may be a mapped file.
+The device has two slots of one block each. While the block in one works, the next is copied into the other on a side
+stream. Blocks are never copied back: inference changes no weight. In pinned host memory a block is one buffer, copied
+at the bus's full speed in one transfer; otherwise its tensors are copied from where they are, such as a mapped file.
 
-Blocks are told when to come by hooks around them. They need not all be alike (adapters may be on some only), nor run in
-order, but in order they come in time.
+Hooks around the blocks trigger the copies. Blocks may differ (adapters may be on some only) and run in any order, but
+prefetching follows their order in the model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,15 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from skyreels_v3.memory.offload import on_device
-from skyreels_v3.memory.units import kept_blocks
+from skyreels_v3.memory.policy import STREAM_SLOTS, resident_blocks
 from skyreels_v3.tensors import replace_tensors
 
 logger = logging.getLogger(__name__)
 
-SLOTS = 2  # the block that works and the next one
 ALIGNMENT = 256  # bytes
-
-Pin = Callable[[Tensor], bool]
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
@@ -38,49 +35,44 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def size_of(tensors: Sequence[Tensor]) -> int:
-    """Bytes that `tensors` take as one piece."""
-    return sum(map(aligned_bytes, tensors))
+def buffer_bytes(tensors: Sequence[Tensor]) -> int:
+    """Size of a buffer that holds `tensors`, each aligned."""
+    return sum(math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT for tensor in tensors)
 
 
-def aligned_bytes(tensor: Tensor) -> int:
-    """Bytes that a tensor takes in a piece, so that the next one is aligned."""
-    return math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT
-
-
-@torch.inference_mode(False)  # always of one kind, or compiled code would not be that for the others
-def laid_out(room: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of the shapes and dtypes of `tensors` one after the other in `room`, bytes."""
-    places, start = [], 0
+@torch.inference_mode(False)  # always the same kind of tensor: compiled code is specialized to it
+def views(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Views of `buffer` (bytes), one after the other, with the shapes and dtypes of `tensors`."""
+    made, start = [], 0
     for tensor in tensors:
-        place = room[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        places.append(nn.Parameter(place, requires_grad=False) if isinstance(tensor, nn.Parameter) else place)
-        start += aligned_bytes(tensor)
-    return places
+        view = buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        made.append(nn.Parameter(view, requires_grad=False) if isinstance(tensor, nn.Parameter) else view)
+        start += buffer_bytes([tensor])
+    return made
 
 
-def give(module: nn.Module, tensors: Sequence[Tensor]) -> None:
-    """Put `tensors` in the place of those of `tensors_of`, in that order."""
+def assign(module: nn.Module, tensors: Sequence[Tensor]) -> None:
+    """Replace the tensors of a module, in the order of `tensors_of`."""
     new = {id(old): tensor for old, tensor in zip(tensors_of(module), tensors, strict=True)}
     replace_tensors(module, lambda tensor: new[id(tensor)])
 
 
 @dataclass
 class Slot:
-    """Room for one block on the device."""
+    """Memory for one block on the device."""
 
-    room: Tensor  # bytes
-    arrived: Any  # event: the block is there
+    buffer: Tensor  # bytes
+    arrived: Any  # event: the block has been copied
     done: Any  # event: the block has worked
     block: int | None = None
 
 
 class BlockStream:
-    """Streams `blocks` of `module` to `device`; the rest of it is there whole.
+    """Streams `blocks` of `module` to `device`; the rest of the module is there as a whole.
 
     Args:
-        keep: how many of the blocks stay on the device, spread evenly among the others, which gives those more time.
-        pin: makes bytes in host memory known to the device as pinned and says whether it could; None: do not try.
+        resident: how many of the blocks stay on the device.
+        pin: registers a buffer in host memory as pinned and returns whether it could; None: use no pinned memory.
     """
 
     def __init__(
@@ -88,140 +80,124 @@ class BlockStream:
         module: nn.Module,
         blocks: Sequence[nn.Module],
         device: torch.device,
-        keep: int = 0,
-        pin: Pin | None = None,
+        resident: int = 0,
+        pin: Callable[[Tensor], bool] | None = None,
     ) -> None:
-        kept = kept_blocks(len(blocks), keep)
+        stay = resident_blocks(len(blocks), resident)
         self.module = module
-        self.streamed = [block for index, block in enumerate(blocks) if index not in kept]
+        self.streamed = [block for index, block in enumerate(blocks) if index not in stay]
         self.device = device
         self.pin = pin
         self._backend = torch.get_device_module(device)
         self._side = self._backend.Stream(device)
-        self._host: list[list[Tensor]] = []  # the weights of each streamed block
-        self._packed: list[Tensor | None] = []  # the same in one piece, where it is pinned
-        self._slots: list[Slot] = []
-        self._stays = 0
-        self._beginning: Future[None] | None = None
+        self._host: list[tuple[list[Tensor], Tensor | None]] = []  # each block's weights, and their buffer if pinned
+        self._slots: list[Slot] | None = None  # while active
+        self._prepared: Future[None] | None = None
 
     def begin(self) -> None:
-        """Prepare while something else works."""
+        """Prepare in the background."""
         pool = ThreadPoolExecutor(1)
-        self._beginning = pool.submit(self.prepare)
+        self._prepared = pool.submit(self.prepare)
         pool.shutdown(wait=False)
 
     def prepare(self) -> None:
-        """Bring the blocks into the form that they are copied from; if pinned, a pass over all weights."""
+        """Collect the blocks' weights; to pin them, copy all of them. Continues where an earlier call failed."""
         for block in self.streamed[len(self._host) :]:
-            packed = self._pack(block) if self.pin is not None else None
-            self._packed.append(packed)
-            self._host.append(tensors_of(block))
+            buffer = self._pack(block) if self.pin is not None else None
+            self._host.append((tensors_of(block), buffer))
 
     def _pack(self, block: nn.Module) -> Tensor | None:
-        """Move a block's weights into one piece of pinned memory; None once there is no more of that."""
+        """Move a block's weights into one pinned buffer; None once no more memory can be pinned."""
         assert self.pin is not None
         tensors = tensors_of(block)
-        room = torch.empty(size_of(tensors), dtype=torch.uint8)
-        places = laid_out(room, tensors)
-        for place, tensor in zip(places, tensors, strict=True):  # by all threads, and so the system makes the room
-            place.copy_(tensor.detach())
-        if not self.pin(room):
-            left = len(self.streamed) - len(self._packed)
-            logger.warning("host memory cannot be pinned any more; %d blocks stream unpinned", left)
+        buffer = torch.empty(buffer_bytes(tensors), dtype=torch.uint8)
+        packed = views(buffer, tensors)
+        for view, tensor in zip(packed, tensors, strict=True):
+            view.copy_(tensor.detach())  # before pinning: all threads copy, and so the pages are allocated
+        if not self.pin(buffer):
+            left = len(self.streamed) - len(self._host)
+            logger.warning("no more host memory can be pinned; %d blocks stream unpinned", left)
             self.pin = None
             return None
-        give(block, places)
-        return room
+        assign(block, packed)
+        return buffer
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Stream for the length of a `with` block. A stay within a stay is part of it."""
-        self._stays += 1
-        try:
-            if self._stays > 1:
-                yield
-                return
-            if self._beginning is not None:
-                beginning, self._beginning = self._beginning, None
-                beginning.result()
-            self.prepare()
-            with self._on_the_way():
-                yield
-        finally:
-            self._stays -= 1
-
-    @contextmanager
-    def _on_the_way(self) -> Iterator[None]:
-        staying = self._staying()
-        size = max((size_of(tensors) for tensors in self._host), default=0)
-        with on_device(self.module, self.device, lambda tensor: id(tensor) in staying):
-            self._slots = [self._slot(size) for _ in range(min(SLOTS, len(self.streamed)))]
-            self._side.wait_stream(self._backend.current_stream(self.device))  # which may still use what room was
-            hooks = [hook for index, block in enumerate(self.streamed) for hook in self._hooks(index, block)]
+        """Stream for the length of a `with` block; one inside another changes nothing."""
+        if self._slots is not None:
+            yield
+            return
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            prepared.result()
+        self.prepare()
+        outside = self._tensors_outside()
+        with ExitStack() as stack:
+            stack.enter_context(on_device(self.module, self.device, lambda tensor: id(tensor) in outside))
+            size = max((buffer_bytes(tensors) for tensors, _ in self._host), default=0)
+            shape = (min(STREAM_SLOTS, len(self.streamed)), size)
+            with torch.inference_mode(False):
+                buffers = torch.empty(shape, dtype=torch.uint8, device=self.device)
+                self._slots = [Slot(buffer, self._backend.Event(), self._backend.Event()) for buffer in buffers]
+            stack.callback(self._end)
+            self._side.wait_stream(self._backend.current_stream(self.device))  # it may still use the slots' memory
+            for index, block in enumerate(self.streamed):
+                before, after = (lambda *_, i=index: self._before(i)), (lambda *_, i=index: self._after(i))
+                stack.callback(block.register_forward_pre_hook(before).remove)
+                stack.callback(block.register_forward_hook(after).remove)
             for index, slot in enumerate(self._slots):
                 self._fetch(index, slot)
-            try:
-                yield
-            finally:
-                for hook in hooks:
-                    hook.remove()
-                self._backend.current_stream(self.device).wait_stream(self._side)  # before its room is given away
-                for block, tensors in zip(self.streamed, self._host, strict=True):
-                    give(block, tensors)
-                self._slots = []
+            yield
 
-    @torch.inference_mode(False)
-    def _slot(self, size: int) -> Slot:
-        room = torch.empty(size, dtype=torch.uint8, device=self.device)
-        return Slot(room, self._backend.Event(), self._backend.Event())
+    def _end(self) -> None:
+        """Free the slots and give the blocks their host tensors again."""
+        self._backend.current_stream(self.device).wait_stream(self._side)  # before the memory is reused
+        for block, (tensors, _) in zip(self.streamed, self._host, strict=True):
+            assign(block, tensors)
+        self._slots = None
 
-    def _staying(self) -> set[int]:
-        """The tensors that stand elsewhere than in the streamed blocks, tied to one in there or not."""
-        streamed = {part for block in self.streamed for part in block.modules()}
-        others = (module for module in self.module.modules() if module not in streamed)
-        return {
-            id(tensor)
-            for module in others
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        }
-
-    def _hooks(self, index: int, block: nn.Module) -> Iterator[Any]:
-        yield block.register_forward_pre_hook(lambda *_: self._before(index))
-        yield block.register_forward_hook(lambda *_: self._after(index))
+    def _tensors_outside(self) -> set[int]:
+        """Ids of the tensors outside the streamed blocks, whether or not one of these shares them."""
+        inside = {part for block in self.streamed for part in block.modules()}
+        outside = (module for module in self.module.modules() if module not in inside)
+        own = ((*module.parameters(recurse=False), *module.buffers(recurse=False)) for module in outside)
+        return {id(tensor) for tensors in own for tensor in tensors}
 
     def _before(self, index: int) -> None:
         """Have block `index` on the device."""
-        slot = self._holding(index)
+        assert self._slots is not None
+        slot = self._slot_of(index)
         if slot is None:
             slot = self._slots[0]
             self._fetch(index, slot)
         self._backend.current_stream(self.device).wait_event(slot.arrived)
 
     def _after(self, index: int) -> None:
-        """Block `index` has been started: what is beside it has ended, and makes room for the next one."""
-        slot = self._holding(index)
-        assert slot is not None
+        """Block `index` has been launched: the other block has worked, and the next can take its slot."""
+        slot = self._slot_of(index)
+        assert self._slots is not None and slot is not None
         slot.done.record(self._backend.current_stream(self.device))
         following = (index + 1) % len(self.streamed)
-        if self._holding(following) is None:
-            other = next(other for other in self._slots if other is not slot)
-            self._fetch(following, other)
+        if self._slot_of(following) is None:
+            self._fetch(following, next(other for other in self._slots if other is not slot))
 
-    def _holding(self, index: int) -> Slot | None:
-        return next((slot for slot in self._slots if slot.block == index), None)
+    def _slot_of(self, index: int) -> Slot | None:
+        return next((slot for slot in self._slots or () if slot.block == index), None)
 
     def _fetch(self, index: int, slot: Slot) -> None:
-        """Copy block `index` into a slot, in the place of the block there, once that has worked."""
+        """Copy block `index` into a slot, once the block there has worked."""
         if slot.block is not None:
-            give(self.streamed[slot.block], self._host[slot.block])
-        places = laid_out(slot.room, self._host[index])
+            assign(self.streamed[slot.block], self._host[slot.block][0])
+        tensors, buffer = self._host[index]
+        copies = views(slot.buffer, tensors)
         with self._backend.stream(self._side):
             self._side.wait_event(slot.done)
-            if (packed := self._packed[index]) is not None:
-                slot.room[: len(packed)].copy_(packed, non_blocking=True)
+            if buffer is not None:
+                slot.buffer[: len(buffer)].copy_(buffer, non_blocking=True)
             else:
-                for place, tensor in zip(places, self._host[index], strict=True):
-                    place.copy_(tensor.detach(), non_blocking=True)
+                for copy, tensor in zip(copies, tensors, strict=True):
+                    copy.copy_(tensor.detach(), non_blocking=True)
             slot.arrived.record(self._side)
-        give(self.streamed[index], places)
+        assign(self.streamed[index], copies)
         slot.block = index

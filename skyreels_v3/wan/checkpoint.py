@@ -43,8 +43,8 @@ from skyreels_v3.checkpoints.hub import (
 )
 from skyreels_v3.checkpoints.load import load_model, read_tensors
 from skyreels_v3.errors import CheckpointError
+from skyreels_v3.memory.policy import SCALE
 from skyreels_v3.memory.quantize import with_fp8_layers
-from skyreels_v3.memory.units import SCALE
 from skyreels_v3.wan.audio_encoder import AudioEncoder
 from skyreels_v3.wan.image_encoder import ImageEncoder
 from skyreels_v3.wan.text_encoder import TextEncoder

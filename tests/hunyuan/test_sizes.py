@@ -16,7 +16,7 @@ from skyreels_v3.hunyuan import sizes as hunyuan_sizes
 from skyreels_v3.hunyuan.sizes import HunyuanSizes
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.memory.quantize import quantize
-from skyreels_v3.memory.stream import SLOTS, BlockStream
+from skyreels_v3.memory.stream import STREAM_SLOTS, BlockStream
 from skyreels_v3.parallel.ranks import ParallelConfig
 from tests.test_plan import LiveBytes, bytes_of
 
@@ -80,7 +80,7 @@ def test_bytes(sizes, dtype):
             streamed = [
                 bytes_of(block) for block in BlockStream(model, model.blocks, torch.device("cpu"), keep).streamed
             ]
-            room = min(SLOTS, len(streamed)) * max(streamed, default=0)
+            room = min(STREAM_SLOTS, len(streamed)) * max(streamed, default=0)
             assert sizes.streamed_bytes(dtype, quantized, keep) == whole - sum(streamed) + room
 
 

@@ -19,7 +19,7 @@ from skyreels_v3.memory.quantize import (
     FP8,
     SCALE,
     Fp8Linear,
-    keep_wide_weights,
+    cache_dequantized,
     quantize,
     quantized,
     round_rows,
@@ -304,19 +304,19 @@ def test_weights_are_dequantised_once_a_block(monkeypatch, pieces):
     calls = counted(monkeypatch, Fp8Linear, "dequantized")
     forward()
     assert len(calls) == 2 * 3 * 6
-    keep_wide_weights(model.blocks)
+    cache_dequantized(model.blocks)
     for _ in range(2):
         calls.clear()
         assert torch.equal(forward(), out)
         assert len(calls) == len({id(layer) for layer in calls}) == 2 * 6
     layers = [layer for layer in model.modules() if isinstance(layer, Fp8Linear)]
     held = []
-    model.blocks[1].ffn.register_forward_pre_hook(lambda *_: held.append([layer.wide is None for layer in layers]))
+    model.blocks[1].ffn.register_forward_pre_hook(lambda *_: held.append([layer.cached is None for layer in layers]))
     model.blocks[1].ffn.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         forward()
     assert held[0][:6] == [True] * 6 and False in held[0][6:]  # those of one block at a time
-    assert all(layer.wide is None for layer in layers)
+    assert all(layer.cached is None for layer in layers)
 
 
 def test_what_is_quantised_stays_so():

@@ -14,7 +14,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from skyreels_v3.attention.backends import sdpa
 from skyreels_v3.memory.quantize import quantize
-from skyreels_v3.memory.stream import SLOTS, BlockStream, laid_out, size_of, tensors_of
+from skyreels_v3.memory.stream import STREAM_SLOTS, BlockStream, buffer_bytes, tensors_of, views
 from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel
 
 CPU = torch.device("cpu")
@@ -117,7 +117,7 @@ def test_no_more_than_two_blocks_are_away(keep, pin):
     assert len(moved) == 2 * 6
     for call, away in enumerate(moved):
         assert not kept & {*away}  # where nothing is copied that stays
-        assert len(away) <= SLOTS
+        assert len(away) <= STREAM_SLOTS
         assert call % 6 in {*away} | kept  # the one that works
     assert [addresses(block) for block in model.blocks] == host
 
@@ -125,7 +125,7 @@ def test_no_more_than_two_blocks_are_away(keep, pin):
 def test_the_next_block_is_on_its_way():
     """A block is sent for when the one before it has been started, and a kept one never."""
     model, forward = transformer(layers=6)
-    stream = BlockStream(model, model.blocks, CPU, keep=1)
+    stream = BlockStream(model, model.blocks, CPU, resident=1)
     fetch, log = stream._fetch, []
     stream._fetch = lambda index, slot: log.append(f"fetch {index + 1}") or fetch(index, slot)
     for index, block in enumerate(model.blocks):
@@ -221,7 +221,7 @@ def test_blocks_are_brought_into_form_once():
     for _ in range(3):
         with stream.active():
             forward()
-    assert [room.nbytes for room in rooms] == [size_of(tensors_of(block)) for block in model.blocks]
+    assert [room.nbytes for room in rooms] == [buffer_bytes(tensors_of(block)) for block in model.blocks]
 
 
 class Chain(nn.Module):
@@ -288,7 +288,7 @@ def test_live_adapters_on_some_blocks(pin):
     model.add_adapter(LoraConfig(r=2, target_modules=r"blocks\.[13]\..*to_[qv]", init_lora_weights=False))
     expected = forward()
     assert not torch.equal(plain, expected)
-    stream = BlockStream(model, model.blocks, CPU, keep=1, pin=pin)
+    stream = BlockStream(model, model.blocks, CPU, resident=1, pin=pin)
     stream.prepare()
     watch = Watch(model)
     with stream.active():
@@ -337,7 +337,7 @@ def test_a_tensor_tied_to_a_streamed_one_is_on_the_device():
     chain = Chain([nn.Linear(8, 8) for _ in range(3)])
     chain.first.weight = chain.blocks[1].weight
     stream = BlockStream(chain, chain.blocks, CPU)
-    assert {id(tensor) for tensor in tensors_of(chain.first)} == stream._staying()
+    assert {id(tensor) for tensor in tensors_of(chain.first)} == stream._tensors_outside()
 
 
 def test_weights_mapped_from_a_file(tmp_path):
@@ -377,11 +377,11 @@ def test_one_piece_holds_all_tensors():
     """Each at an address that any dtype and any copy engine takes, none over another."""
     tensors = [torch.randn(3, 5), torch.arange(7, dtype=torch.uint8), torch.tensor(2.0), torch.randn(70).bfloat16()]
     tensors += [torch.empty(0), nn.Parameter(torch.randn(300))]
-    room = torch.empty(size_of(tensors), dtype=torch.uint8)
-    places = laid_out(room, tensors)
+    room = torch.empty(buffer_bytes(tensors), dtype=torch.uint8)
+    places = views(room, tensors)
     for place, tensor in zip(places, tensors, strict=True):
         place.data.copy_(tensor)
     for place, tensor in zip(places, tensors, strict=True):
         assert torch.equal(place, tensor) and place.dtype == tensor.dtype and type(place) is type(tensor)
         assert (place.data_ptr() - room.data_ptr()) % 256 == 0 or not place.numel()
-    assert size_of(tensors) == (1 + 1 + 1 + 1 + 0 + 5) * 256
+    assert buffer_bytes(tensors) == (1 + 1 + 1 + 1 + 0 + 5) * 256

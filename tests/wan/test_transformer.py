@@ -71,7 +71,7 @@ def test_avatar(reference, case):
         padded(recorded[f"{case}.context_int8"][None] * scales["context_scale"]),
         image,
         features[:, window][None],
-        recorded[f"{case}.ref_target_masks"],
+        recorded[f"{case}.ref_target_masks"] if case == "two_people" else None,
     )
     segment = Segment(torch.cat((recorded[f"{case}.x"][None], recorded[f"{case}.y"]), dim=1))
     (out,) = model([segment], recorded[f"{case}.t"], *conditions)

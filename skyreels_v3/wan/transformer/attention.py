@@ -26,18 +26,19 @@ SpeakerFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # see `speaker_positions
 
 
 class Attention(nn.Module):
-    """The layers that self- and cross-attention share."""
+    """The layers that all three share: `eps` is that of the norms of queries and keys, None for none."""
 
-    def __init__(self, dim: int, heads: int, eps: float) -> None:
+    def __init__(self, dim: int, heads: int, condition_dim: int, eps: float | None = None) -> None:
         super().__init__()
         self.heads = heads
         self.attention: AttentionFn = sdpa
         self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(condition_dim, dim)
+        self.to_v = nn.Linear(condition_dim, dim)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.norm_q = FP32RMSNorm(dim, eps=eps)  # over the whole width, not per head
-        self.norm_k = FP32RMSNorm(dim, eps=eps)
+        if eps is not None:
+            self.norm_q = FP32RMSNorm(dim, eps=eps)  # over the whole width, not per head
+            self.norm_k = FP32RMSNorm(dim, eps=eps)
 
 
 class SelfAttention(Attention):
@@ -55,7 +56,7 @@ class CrossAttention(Attention):
     """Attention to the text and, where the checkpoint has it, to the image; the two are added."""
 
     def __init__(self, dim: int, heads: int, eps: float, with_image: bool) -> None:
-        super().__init__(dim, heads, eps)
+        super().__init__(dim, heads, dim, eps)
         if with_image:
             self.add_k_proj = nn.Linear(dim, dim)
             self.add_v_proj = nn.Linear(dim, dim)
@@ -75,17 +76,8 @@ class CrossAttention(Attention):
         return self.to_out[0](sum(more, out).flatten(2))
 
 
-class AudioAttention(nn.Module):
+class AudioAttention(Attention):
     """Attention of each latent frame's tokens to the audio tokens of that frame."""
-
-    def __init__(self, dim: int, heads: int, audio_dim: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.attention: AttentionFn = sdpa
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(audio_dim, dim)
-        self.to_v = nn.Linear(audio_dim, dim)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
     def keys_values(self, audio: Tensor, two_people: bool) -> KeyValue:
         """Keys and values (B, F, T, N, D) of audio tokens (B, F, T, A).

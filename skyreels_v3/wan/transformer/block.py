@@ -65,12 +65,11 @@ class TransformerBlock(nn.Module):
     def __init__(self, dim: int, heads: int, ffn_dim: int, eps: float, with_image: bool, audio_dim: int | None) -> None:
         super().__init__()
         self.norm1 = FP32LayerNorm(dim, eps=eps, elementwise_affine=False)
-        self.attn1 = SelfAttention(dim, heads, eps)
+        self.attn1 = SelfAttention(dim, heads, dim, eps)
         self.norm2 = FP32LayerNorm(dim, eps=eps)
         self.attn2 = CrossAttention(dim, heads, eps, with_image)
-        if audio_dim is not None:
-            self.norm_audio = FP32LayerNorm(dim, eps=eps)
-            self.attn_audio = AudioAttention(dim, heads, audio_dim)
+        self.norm_audio = None if audio_dim is None else FP32LayerNorm(dim, eps=eps)
+        self.attn_audio = None if audio_dim is None else AudioAttention(dim, heads, audio_dim)
         self.norm3 = FP32LayerNorm(dim, eps=eps, elementwise_affine=False)
         self.ffn = FeedForward(dim, ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
@@ -92,18 +91,13 @@ class TransformerBlock(nn.Module):
         attended = self.attn1.attention(query, key, value)
         del query, key, value
         text = self.attn2.keys_values(context.text, context.image)
-        audio = None
-        if context.audio is not None:
-            audio = self.attn_audio.keys_values(context.audio, context.speaker_masks is not None)
+        audio = None if context.audio is None else self.attn_audio.keys_values(context.audio, positions is not None)
         out = torch.empty_like(x) if torch.is_grad_enabled() else x
         for tokens, part in spans:
+            audio_part = None if audio is None else (audio[0][:, part], audio[1][:, part])
+            position_part = None if positions is None else positions[:, tokens]
             out[:, tokens] = self.finish(
-                x[:, tokens],
-                attended[:, tokens],
-                of_frames(modulation, part),
-                text,
-                None if audio is None else (audio[0][:, part], audio[1][:, part]),
-                None if positions is None else positions[:, tokens],
+                x[:, tokens], attended[:, tokens], of_frames(modulation, part), text, audio_part, position_part
             )
         return out
 

@@ -85,12 +85,14 @@ class AudioProjection(nn.Module):
         self.norm = FP32LayerNorm(audio_dim)
 
     def forward(self, audio: Tensor) -> Tensor:
-        """(B, F, window, layers, channels) of 4k+1 video frames -> (B, k+1, tokens, audio_dim)."""
-        audio = audio.flatten(3)  # (B, F, window, features)
-        later = audio[:, 1:].unflatten(1, (-1, LATENT_STRIDE))  # (B, k, 4, window, features)
+        """(B, P, F, window, layers, channels), P speakers, 4k+1 video frames -> (B, k+1, P*tokens, audio_dim)."""
+        speakers = audio.shape[1]
+        audio = audio.flatten(0, 1).flatten(3)  # (B*P, F, window, features)
+        later = audio[:, 1:].unflatten(1, (-1, LATENT_STRIDE))  # (B*P, k, 4, window, features)
         past, future = later[:, :, 0, : self.center + 1], later[:, :, -1, self.center :]
-        later = torch.cat((past, later[:, :, 1:-1, self.center], future), dim=2)  # (B, k, entries, features)
+        later = torch.cat((past, later[:, :, 1:-1, self.center], future), dim=2)  # (B*P, k, entries, features)
         first = F.relu(self.first_frame(audio[:, :1].flatten(2)))
         later = F.relu(self.later_frames(later.flatten(2)))
         hidden = F.relu(self.shared(torch.cat((first, later), dim=1)))
-        return self.norm(self.to_tokens(hidden).unflatten(-1, (self.tokens, -1)))
+        tokens = self.norm(self.to_tokens(hidden).unflatten(-1, (self.tokens, -1)))
+        return tokens.unflatten(0, (-1, speakers)).transpose(1, 2).flatten(2, 3)

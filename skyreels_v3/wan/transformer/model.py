@@ -22,11 +22,6 @@ from torch import Tensor, nn
 
 from skyreels_v3.attention.backends import AttentionFn, dispatched, sdpa
 from skyreels_v3.checkpoints.key_maps import NATIVE_TRANSFORMER, KeyMap
-from skyreels_v3.wan.transformer.attention import (
-    AudioAttention,
-    CrossAttention,
-    SelfAttention,
-)
 from skyreels_v3.wan.transformer.block import Context, TransformerBlock, of_frames, token_spans
 from skyreels_v3.wan.transformer.embeddings import AudioProjection, ConditionEmbedding
 from skyreels_v3.wan.transformer.norms import modulate
@@ -96,8 +91,7 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     ) -> None:
         super().__init__()
         dim = num_attention_heads * attention_head_dim
-        kernel = tuple(patch_size)
-        self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=kernel, stride=kernel)
+        self.patch_embedding = nn.Conv3d(in_channels, dim, tuple(patch_size), tuple(patch_size))
         self.condition_embedder = ConditionEmbedding(dim, freq_dim, text_dim, image_dim)
         if audio_dim is not None:
             self.audio_projection = AudioProjection(
@@ -129,7 +123,7 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             text: (B, 512, text_dim) UMT5 states; padding rows are zero and are attended to.
             image: (B, 257, image_dim) CLIP states.
             audio: (B, P, F, window, layers, channels) wav2vec2 states of P speakers around each of 4k+1 video frames.
-            speaker_masks: (3, H, W) in latent pixels, needed for two speakers: first, second, background.
+            speaker_masks: (3, H, W) in latent pixels, for two speakers only: first, second, background.
         """
         dtype = self.patch_embedding.weight.dtype
         tokens = [self.patch_embedding(part.latents.to(dtype)).flatten(2).transpose(1, 2) for part in segments]
@@ -139,7 +133,13 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         time, modulation, text, image = self.condition_embedder(
             timestep.reshape(len(timestep), -1), text.to(dtype), None if image is None else image.to(dtype)
         )
-        context = Context(text, image, *self.embed_audio(audio, speaker_masks, dtype))
+        if audio is not None:
+            assert (audio.shape[1] > 1) == (speaker_masks is not None), "speaker_masks are for two speakers"
+            audio = self.audio_projection(audio.to(dtype))
+        if speaker_masks is not None:  # a token takes the value of its first latent pixel
+            _, rows, columns = self.config.patch_size
+            speaker_masks = (speaker_masks[:, ::rows, ::columns] > 0).flatten(1).float()  # (3, S)
+        context = Context(text, image, audio, speaker_masks)
         rotary = rotary_tables(segments, self.config.patch_size, self.config.attention_head_dim)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -148,23 +148,6 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 hidden = block(hidden, context, modulation, rotary)
         out = self.head(hidden, time).split(lengths, dim=1)
         return tuple(self.unpatchify(part, segment) for part, segment in zip(out, segments, strict=True))
-
-    def embed_audio(
-        self, audio: Tensor | None, speaker_masks: Tensor | None, dtype: torch.dtype
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Audio tokens (B, F, P*T, audio_dim), one speaker after the other, and for two speakers masks (3, S).
-
-        A token takes the mask value of its first latent pixel.
-        """
-        if audio is None:
-            return None, None
-        speakers = audio.shape[1]
-        tokens = self.audio_projection(audio.to(dtype).flatten(0, 1)).unflatten(0, (-1, speakers))
-        if speakers > 1:
-            assert speaker_masks is not None, "two speakers need speaker_masks"
-            _, rows, columns = self.config.patch_size
-            speaker_masks = (speaker_masks[:, ::rows, ::columns] > 0).flatten(1).float()
-        return tokens.transpose(1, 2).flatten(2, 3), speaker_masks if speakers > 1 else None
 
     def head(self, hidden: Tensor, time: Tensor) -> Tensor:
         """Tokens (B, L, D) and time embedding (B, F, D) -> (B, L, out_channels * patch), float32."""
@@ -194,11 +177,11 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             attention: among video tokens.
             cross_attention: to the conditions; the same unless given.
         """
-        for module in self.modules():
-            if isinstance(module, SelfAttention):
-                module.attention = attention
-            elif isinstance(module, CrossAttention | AudioAttention):
-                module.attention = cross_attention or attention
+        for block in self.blocks:
+            block.attn1.attention = attention
+            for module in (block.attn2, block.attn_audio):
+                if module is not None:
+                    module.attention = cross_attention or attention
 
     def set_attention_backend(self, backend: str) -> None:
         """Use an attention backend of diffusers, by its name there.
@@ -227,15 +210,9 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def enable_cache(self, config: Any) -> NoReturn:
         """Not supported, see the class."""
-        raise NotImplementedError(
-            "enable_cache needs blocks that leave their input as it is, and these overwrite it; "
-            "use skyreels_v3.denoising.step_cache.StepCache"
-        )
+        raise NotImplementedError("blocks overwrite their input; use skyreels_v3.denoising.step_cache.StepCache")
 
     @classmethod
     def from_single_file(cls, *_: Any, **__: Any) -> NoReturn:
         """Not supported, see the class."""
-        raise NotImplementedError(
-            "from_single_file has no key map for this model; use skyreels_v3.wan.checkpoint.load_transformer, "
-            "which reads Wan's native names too"
-        )
+        raise NotImplementedError("use skyreels_v3.wan.checkpoint.load_transformer, which reads Wan's native names")
