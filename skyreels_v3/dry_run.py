@@ -10,8 +10,7 @@ from pathlib import Path
 from skyreels_v3 import throughput
 from skyreels_v3.checkpoints import hub
 from skyreels_v3.media.files import existing_folder, giga
-from skyreels_v3.memory.policy import TILINGS
-from skyreels_v3.memory.policy import BYTES
+from skyreels_v3.memory.policy import BYTES, TILINGS
 from skyreels_v3.parallel.ranks import Ranks
 from skyreels_v3.plan import (
     IMAGE_ENCODER_FILE_BYTES,
