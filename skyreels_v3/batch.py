@@ -444,8 +444,8 @@ def show_plans(name: str, jobs: Sequence[Job], team: Ranks) -> None:
     results = parse_results(path.read_bytes() if path.is_file() else b"")
     for job in jobs:
         video = video_of(results[job.id])
-        done = video is not None and os.path.lexists(path.parent / video)
-        text = f"{'done':14}{path.parent / video}" if done else plan_of(job, team)
+        made = None if video is None else path.parent / video
+        text = f"{'done':14}{made}" if made is not None and os.path.lexists(made) else plan_of(job, team)
         wrong += text.startswith("error")
         show(f"{'line':14}{job.number}\n{text}\n")
     if wrong:

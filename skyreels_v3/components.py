@@ -127,7 +127,7 @@ def hunyuan_loaders(folder: Path, request: GenerationRequest, runtime: Runtime, 
 def set_up_vae(vae: VideoVAE | HunyuanVAE, runtime: Runtime) -> None:
     """Prepare the VAE: memory format, tiles, and the ranks that divide these."""
     if runtime.device.type == "cuda":  # the format of cuDNN's kernels, which would otherwise convert each input
-        vae.module.to(memory_format=torch.channels_last_3d)
+        cast(Any, vae.module).to(memory_format=torch.channels_last_3d)
     vae.set_tiles(*runtime.policy.tiles)
     vae.share(None if runtime.parallel.is_single else runtime.parallel.group("world"))
 

@@ -23,7 +23,7 @@ from skyreels_v3.plan import (
 )
 from skyreels_v3.preflight import preflight
 from skyreels_v3.runtime import find_machine
-from skyreels_v3.tasks import HUNYUAN, MEMORY_MODES, GenerationRequest, ResolvedRequest
+from skyreels_v3.tasks import HUNYUAN, MEMORY_MODES, TINY, GenerationRequest, ResolvedRequest
 
 
 def dry_run(request: GenerationRequest, downloads: Path, ranks: Ranks) -> str:
@@ -39,9 +39,9 @@ def describe(plan: Plan) -> str:
     video = f"{size}, {request.frames_out} new frames at {request.task.fps} fps ({length:.2f} s)"
     lines = [("task", f"{request.task.name}: {request.task.summary}"), ("video", video)]
     lines += [("checkpoint", request.model_id if plan.checkpoint is None else f"{plan.checkpoint} (on this machine)")]
-    if plan.checkpoint is None and request.model_id != hub.TINY:
+    if plan.checkpoint is None and request.model_id != TINY:
         lines += [("to fetch", f"from {request.model_source}: {', '.join(hub.download_patterns(request.task))}")]
-    if request.task.layout == HUNYUAN and request.model_id != hub.TINY:
+    if request.task.layout == HUNYUAN and request.model_id != TINY:
         lines += [describe_base(request)]
     if to_fetch := missing_repositories(plan):
         lines += [("download", describe_download(plan, to_fetch))]
@@ -73,7 +73,7 @@ def describe_base(request: GenerationRequest) -> tuple[str, str]:
 def missing_repositories(plan: Plan) -> dict[str, list[str]]:
     """The hub's repositories of which something is to be downloaded, and the patterns of its files."""
     request, found = plan.request, {}
-    if request.model_id == hub.TINY:
+    if request.model_id == TINY:
         return {}
     if plan.checkpoint is None:
         found[request.model_id] = hub.download_patterns(request.task)

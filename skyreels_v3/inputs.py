@@ -123,7 +123,7 @@ def open_inputs(request: GenerationRequest, folder: Path) -> tuple[GenerationReq
         UserError: an input that cannot be used.
     """
     files = InputFiles(request, folder)
-    pictures = [("--ref_imgs", source) for source in request.ref_imgs]
+    pictures: list[tuple[str, str | None]] = [("--ref_imgs", source) for source in request.ref_imgs]
     pictures += [("--image", request.image), ("--input_image", request.input_image)]
     images = tuple(files.picture(source, flag) for flag, source in pictures if source is not None)
     clip = None if request.input_video is None else files.clip(request.input_video)

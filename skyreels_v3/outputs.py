@@ -36,7 +36,7 @@ def check_room(request: ResolvedRequest, checkpoint: Path | None) -> Iterator[st
         flag, path, _, _ = max(entries, key=lambda entry: entry[2])
         folder = existing_folder(path)
         usage = shutil.disk_usage(folder)
-        least, most = (sum(entry[place] for entry in entries) for place in (2, 3))
+        least, most = sum(entry[2] for entry in entries), sum(entry[3] for entry in entries)
         if usage.total and usage.free < least + LITTLE:  # some file systems do not tell
             reason = f"{shown(path)} needs {giga(least + LITTLE)}, {giga(usage.free)} are free in {shown(folder)}"
             raise UserError(flag, f"{reason}; free some space, or give a path on another disk")

@@ -38,7 +38,7 @@ from skyreels_v3.pipeline import pipeline_of
 from skyreels_v3.plan import Checked, transformer_sizes
 from skyreels_v3.resume import NO_RECORD, RunRecord, find_left
 from skyreels_v3.runtime import check_compute, check_device, default_dtype, likely_device
-from skyreels_v3.tasks import HUNYUAN, TINY, GenerationRequest, ResolvedRequest
+from skyreels_v3.tasks import HUNYUAN, TINY, GenerationRequest, Request, ResolvedRequest
 
 logger = logging.getLogger(__name__)
 
@@ -241,7 +241,7 @@ def with_base(request: GenerationRequest, base: Path | None) -> GenerationReques
     return request if base is None else replace(request, base_model_id=str(base))
 
 
-def follow_checkpoint(request: GenerationRequest, checkpoint: Path) -> GenerationRequest:
+def follow_checkpoint(request: Request, checkpoint: Path) -> Request:
     """The request for the checkpoint in a folder: FP8 weights make it one in FP8, which takes no more LoRAs.
 
     Raises:
@@ -277,9 +277,9 @@ def networks(request: GenerationRequest) -> tuple[object, ...]:
     Where they live is the memory policy's, which looks at sizes too.
     """
     task = request.task
-    files = (request.model_id, request.base_model_id, request.model_source, task.layout, task.transformer_folder)
-    files = (*files, "input_audio" in task.inputs)
+    files = (request.model_id, request.base_model_id, request.model_source)
+    parts = (task.layout, task.transformer_folder, "input_audio" in task.inputs)
     device = likely_device(request)
     numbers = (device, request.dtype or default_dtype(device), request.vae_dtype, request.quant, request.lora)
     work = (request.attention, request.compile, request.no_cache, request.shard_weights, request.broadcast_weights)
-    return (*files, *numbers, *work)
+    return (*files, *parts, *numbers, *work)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from skyreels_v3.cache import cache_folder
 from skyreels_v3.checkpoints.hub import download, download_base, download_lora, locate_base, locate_lora
@@ -20,9 +20,8 @@ from skyreels_v3.parallel import processes
 from skyreels_v3.parallel.ranks import Ranks
 from skyreels_v3.plan import Checked
 from skyreels_v3.preflight import checkpoint_here, follow_checkpoint, preflight
-from skyreels_v3.tasks import HUNYUAN, TINY, GenerationRequest
+from skyreels_v3.tasks import HUNYUAN, TINY, GenerationRequest, Request
 
-Request = TypeVar("Request", bound=GenerationRequest)
 RemoteError = tuple[str | None, str]  # for other processes: the flag of a UserError or DONE, and the text
 DONE = "done"
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from skyreels_v3.attention.kernels import check_attention
 from skyreels_v3.cache import compiled_folder
@@ -258,7 +258,8 @@ def set_convolutions(dtype: torch.dtype) -> None:
     """
     import torch
 
-    torch.backends.cudnn.conv.fp32_precision = "ieee" if dtype == torch.float32 else "tf32"
+    cudnn: Any = torch.backends.cudnn  # its types lack this
+    cudnn.conv.fp32_precision = "ieee" if dtype == torch.float32 else "tf32"
 
 
 def pin(device: torch.device, room: torch.Tensor) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
@@ -210,6 +210,9 @@ class ResolvedRequest(GenerationRequest):
     def of(request: GenerationRequest, **changes: Any) -> ResolvedRequest:
         """`request` with what was open about it."""
         return ResolvedRequest(**{each.name: getattr(request, each.name) for each in fields(request)} | changes)
+
+
+Request = TypeVar("Request", bound=GenerationRequest)
 
 
 @cache

@@ -17,12 +17,13 @@ FIRST_SIGMA = 0.999
 LAST_EULER_SIGMA = 0.001
 
 
-def unipc(num_inference_steps: int, shift: float) -> UniPCMultistepScheduler:
+def unipc(num_inference_steps: int, shift: float | None) -> UniPCMultistepScheduler:
     """UniPC (arXiv:2302.04867) of order 2 for a flow model, ready for its first step.
 
     Sigmas fall evenly from 0.999 to 0 and are shifted by s*x / (1 + (s-1)*x); timesteps are 1000 * sigma, cut to
     integers. The library's own sigmas start at 1.0, which the models were not made for, so they are given.
     """
+    assert shift is not None, "only V1's presets leave it to the checkpoint"
     scheduler = UniPCMultistepScheduler(
         solver_order=2,
         solver_type="bh2",
@@ -37,11 +38,12 @@ def unipc(num_inference_steps: int, shift: float) -> UniPCMultistepScheduler:
     return scheduler
 
 
-def euler(num_inference_steps: int, shift: float) -> FlowMatchEulerDiscreteScheduler:
+def euler(num_inference_steps: int, shift: float | None) -> FlowMatchEulerDiscreteScheduler:
     """Euler steps of a flow model, ready for the first one.
 
     Sigmas fall evenly from 1 to 0.001, are shifted as above, and end in 0; timesteps are 1000 * sigma, not integers.
     """
+    assert shift is not None, "only V1's presets leave it to the checkpoint"
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, LAST_EULER_SIGMA, num_inference_steps))
     scheduler.set_begin_index(0)

@@ -13,6 +13,7 @@ import warnings
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -195,7 +196,7 @@ def convert_profile(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Im
         return image  # not even rounded
     intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
     transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB", intent, flags)
-    return ImageCms.applyTransform(image.convert(mode), transform)
+    return cast(Image.Image, ImageCms.applyTransform(image.convert(mode), transform))  # None only in place
 
 
 def on_white(image: Image.Image) -> Image.Image:

@@ -143,13 +143,14 @@ class Avatar:
         read = 0
         for start in starts:
             while read < start + WINDOW_FRAMES:
-                held.append(next(frames, held[-1] if held else None))
+                held.append(next(frames, held[-1]) if held else next(frames))
                 read += 1
             window = list(held)
-            yield tuple(
+            first, last = (
                 frames_to_video(part).to(self.runtime.device)
                 for part in (window[:MOTION_FRAMES], window[-MOTION_FRAMES:])
             )
+            yield first, last
 
     def key_frames(self, plan: WindowPlan, decoded: Iterator[Tensor]) -> dict[int, Tensor]:
         """The frame (1, 3, 1, H, W) that each window ends in, by the windows' starts; the user's before made ones."""

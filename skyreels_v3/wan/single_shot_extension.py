@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -44,9 +45,7 @@ class SingleShotExtension(Pipeline):
             noise = stages.noise(frames, generator)
             scheduler = unipc(request.num_inference_steps, request.shift)
             name = f"denoising {number}/{len(rolls)}"
-            latents = yield from stages.denoise(
-                noise, lambda made=conditions: made, guidance, generator, scheduler, name
-            )
+            latents = yield from stages.denoise(noise, partial(dict, conditions), guidance, generator, scheduler, name)
             tail: deque[Frame] = deque(maxlen=len(clip))
             last, wanted = number == len(rolls), max(0, missing)
             new = new_frames(stages, prefix, latents, tail, wanted if last else None)
