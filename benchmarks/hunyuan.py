@@ -61,7 +61,8 @@ from skyreels_v3.hunyuan.sizes import TEXT_TOKENS, HunyuanSizes
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.inputs import Inputs
 from skyreels_v3.plan import Checked, plan
-from skyreels_v3.tasks import VAE_STRIDE, GenerationRequest, ResolvedRequest, latent_frames, task_spec
+from skyreels_v3.request import GenerationRequest, ResolvedRequest
+from skyreels_v3.tasks import VAE_STRIDE, latent_frames, task_spec
 
 TASK = "t2v"
 BASELINE, RESIDENT, SMALL = "diffusers", "resident", "fp8, streamed"

@@ -18,7 +18,8 @@ from skyreels_v3.memory.quantize import with_fp8_layers
 from skyreels_v3.memory.stream import tensors_of
 from skyreels_v3.pipeline import pipeline_of
 from skyreels_v3.plan import IMAGE_TOKENS, TEXT_TOKENS, Sizes
-from skyreels_v3.tasks import PATCH_SIZE, VAE_STRIDE, ResolvedRequest, choose_size, task_spec
+from skyreels_v3.request import ResolvedRequest
+from skyreels_v3.tasks import PATCH_SIZE, VAE_STRIDE, choose_size, task_spec
 from skyreels_v3.tensors import replace_tensors
 from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel
 

@@ -23,16 +23,17 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from skyreels_v3.cli import NOT_RECORDED, job_flags, request_of, without_overruled
+from skyreels_v3.checks import request_of
+from skyreels_v3.cli import job_flags, without_overruled
 from skyreels_v3.config_text import read_json_text
 from skyreels_v3.console import say, show
 from skyreels_v3.errors import AlreadyDone, UserError, cause_of, shown
 from skyreels_v3.media.files import check_readable, check_writable
 from skyreels_v3.parallel import processes
 from skyreels_v3.parallel.ranks import SINGLE, Ranks
+from skyreels_v3.request import FLAGS, GenerationRequest
 from skyreels_v3.resolve import AssetResolver, downloads_folder, resolve
 from skyreels_v3.runtime import set_environment
-from skyreels_v3.tasks import GenerationRequest
 
 try:
     import fcntl
@@ -49,7 +50,13 @@ MAX_JOBS_BYTES = 1 << 24
 EXAMPLE = '{"task_type": "talking_avatar", "input_image": "a.png", "input_audio": "a.wav", "prompt": "a man talks"}'
 # how a job is done, not what it makes: it is the same job without
 WHERE = {"output", "outdir", "save_latents", "save_quantized"}
-HOW = {*NOT_RECORDED, "offload", "parameters_level", "sequence_batch", "url_timeout"} - WHERE
+HOW = {
+    *(flag.name for flag in FLAGS if not flag.recorded),
+    "offload",
+    "parameters_level",
+    "sequence_batch",
+    "url_timeout",
+} - WHERE
 
 
 # The file and what became of its jobs

@@ -23,8 +23,9 @@ from skyreels_v3.model_api import Transformer
 from skyreels_v3.parallel.usp import choose_usp
 from skyreels_v3.parallel.weights import broadcast_weights, shard_weights
 from skyreels_v3.plan import Plan
+from skyreels_v3.request import GenerationRequest
 from skyreels_v3.runtime import Runtime
-from skyreels_v3.tasks import HUNYUAN, GenerationRequest
+from skyreels_v3.tasks import HUNYUAN
 from skyreels_v3.wan.audio_encoder import AudioEncoder
 from skyreels_v3.wan.checkpoint import (
     load_audio_encoder,

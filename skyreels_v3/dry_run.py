@@ -22,8 +22,9 @@ from skyreels_v3.plan import (
     transformer_sizes,
 )
 from skyreels_v3.preflight import preflight
+from skyreels_v3.request import GenerationRequest, ResolvedRequest
 from skyreels_v3.runtime import find_machine
-from skyreels_v3.tasks import HUNYUAN, MEMORY_MODES, TINY, GenerationRequest, ResolvedRequest
+from skyreels_v3.tasks import HUNYUAN, MEMORY_MODES, TINY
 
 
 def dry_run(request: GenerationRequest, downloads: Path, ranks: Ranks) -> str:

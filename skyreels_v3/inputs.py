@@ -20,7 +20,8 @@ from skyreels_v3.media.image import NOTES, covered_box, full_size, open_image
 from skyreels_v3.media.sources import MAX_IMAGE_BYTES, MAX_VIDEO_BYTES, local_file
 from skyreels_v3.media.video_probe import ClipInfo, probe_video
 from skyreels_v3.media.video_reader import check_length, last_frames, resize_frames
-from skyreels_v3.tasks import GenerationRequest, choose_size
+from skyreels_v3.request import GenerationRequest
+from skyreels_v3.tasks import choose_size
 from skyreels_v3.wan.windows import WINDOW_FRAMES
 
 T = TypeVar("T")

@@ -11,9 +11,10 @@ from skyreels_v3.errors import UserError, shown
 from skyreels_v3.media.files import existing_folder, giga, publish, replace_file, temporary_name
 from skyreels_v3.pipeline import pipeline_of
 from skyreels_v3.plan import output_bytes, transformer_sizes
+from skyreels_v3.request import ResolvedRequest
 from skyreels_v3.resume import passes_in
 from skyreels_v3.runtime import default_dtype, likely_device
-from skyreels_v3.tasks import LATENT_CHANNELS, VAE_STRIDE, ResolvedRequest
+from skyreels_v3.tasks import LATENT_CHANNELS, VAE_STRIDE
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,8 @@ from importlib import import_module
 from typing import Any, cast
 
 from skyreels_v3.denoising.guidance import Guidance, text_guidance
-from skyreels_v3.tasks import GenerationRequest, ResolvedRequest, TaskSpec
+from skyreels_v3.request import GenerationRequest, ResolvedRequest
+from skyreels_v3.tasks import TaskSpec
 
 
 class Pipeline:

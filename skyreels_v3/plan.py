@@ -20,16 +20,8 @@ from skyreels_v3.inputs import Inputs
 from skyreels_v3.memory.policy import BYTES, RESIDENT, STREAM_SLOTS, TILINGS, Policy, Tiles, choose_policy
 from skyreels_v3.parallel.ranks import SINGLE, UNDIVIDED, ParallelConfig, Ranks, choose_degrees
 from skyreels_v3.pipeline import pipeline_of
-from skyreels_v3.tasks import (
-    CONFIG_DIR,
-    HUNYUAN,
-    LATENT_CHANNELS,
-    PATCH_SIZE,
-    VAE_STRIDE,
-    GenerationRequest,
-    ResolvedRequest,
-    load_yaml,
-)
+from skyreels_v3.request import GenerationRequest, ResolvedRequest
+from skyreels_v3.tasks import CONFIG_DIR, HUNYUAN, LATENT_CHANNELS, PATCH_SIZE, VAE_STRIDE, load_yaml
 
 FLOAT32 = ("time_embedder", "time_proj", "scale_shift_table", "norm", "proj_out")  # in names of weights, in every case
 TEXT_TOKENS = 512

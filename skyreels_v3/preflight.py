@@ -26,7 +26,6 @@ from skyreels_v3.checkpoints.hub import (
     locate_base,
 )
 from skyreels_v3.checkpoints.lora import check_loras
-from skyreels_v3.cli import LISTS
 from skyreels_v3.errors import AlreadyDone, UserError, shown
 from skyreels_v3.inputs import Inputs, open_inputs
 from skyreels_v3.media.ffmpeg import check_ffmpeg
@@ -36,9 +35,10 @@ from skyreels_v3.outputs import check_room, join_passes
 from skyreels_v3.parallel.ranks import SINGLE, Ranks, choose_degrees
 from skyreels_v3.pipeline import pipeline_of
 from skyreels_v3.plan import Checked, transformer_sizes
+from skyreels_v3.request import BY_NAME, GenerationRequest, Request, ResolvedRequest
 from skyreels_v3.resume import NO_RECORD, RunRecord, find_left
 from skyreels_v3.runtime import check_compute, check_device, default_dtype, likely_device
-from skyreels_v3.tasks import HUNYUAN, TINY, GenerationRequest, Request, ResolvedRequest
+from skyreels_v3.tasks import HUNYUAN, TINY
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,8 @@ def commas_explained(request: GenerationRequest) -> Iterator[None]:
     except UserError as error:
         name = error.flag.removeprefix("--")
         absent = any(words in str(error) for words in ("does not exist", "no file or folder"))
-        if name not in LISTS or not absent or len(getattr(request, name)) < 2:
+        flag = BY_NAME.get(name)
+        if flag is None or not flag.several or not absent or len(getattr(request, name)) < 2:
             raise
         remedy = f"commas separate entries: where a name has one, give {error.flag} once for each"
         raise UserError(error.flag, f"{error.message}; {remedy}") from error

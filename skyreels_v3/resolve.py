@@ -20,7 +20,8 @@ from skyreels_v3.parallel import processes
 from skyreels_v3.parallel.ranks import Ranks
 from skyreels_v3.plan import Checked
 from skyreels_v3.preflight import checkpoint_here, follow_checkpoint, preflight
-from skyreels_v3.tasks import HUNYUAN, TINY, GenerationRequest, Request
+from skyreels_v3.request import GenerationRequest, Request
+from skyreels_v3.tasks import HUNYUAN, TINY
 
 RemoteError = tuple[str | None, str]  # for other processes: the flag of a UserError or DONE, and the text
 DONE = "done"

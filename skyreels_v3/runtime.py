@@ -24,7 +24,7 @@ from skyreels_v3.cache import compiled_folder
 from skyreels_v3.errors import UserError
 from skyreels_v3.parallel.ranks import SINGLE, Ranks
 from skyreels_v3.plan import Machine, Plan
-from skyreels_v3.tasks import GenerationRequest
+from skyreels_v3.request import GenerationRequest
 
 if TYPE_CHECKING:
     import torch

@@ -1,17 +1,12 @@
-"""What a task is and what a user asked for. Plain data, no torch.
-
-A `TaskSpec` is one file of configs/ in a frozen dataclass; a `GenerationRequest` is one command line, checked. Sizes
-and counts that follow from the two alone are worked out here: the dry run and the real run cannot disagree.
-"""
+"""What a task is: one file of configs/ in a frozen dataclass, and sizes that are the same for all tasks. No torch."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import yaml
 
@@ -83,136 +78,6 @@ class TaskSpec:
     def condition_frames_for(self, duration: int) -> int:
         """Number of last frames of the input clip that the model sees."""
         return self.condition_frames[duration] if isinstance(self.condition_frames, Mapping) else self.condition_frames
-
-
-class Lora(NamedTuple):
-    """A LoRA that is asked for."""
-
-    source: str  # file, folder or hub id
-    scale: float = 1.0
-    partial: bool = False  # leave out what the model has nothing for
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """Everything one run needs, checked. `height` and `width` are None until the inputs have been seen."""
-
-    task: TaskSpec
-    model_id: str
-    prompt: str
-    model_source: str = "huggingface"
-    base_model_id: str | None = None  # None: beside the transformer if it is there, else the task's own
-    negative_prompt: str = ""
-    image: str | None = None
-    ref_imgs: tuple[str, ...] = ()
-    input_video: str | None = None
-    input_image: str | None = None
-    input_audio: tuple[str, ...] = ()  # one for each speaker
-    audio_type: str = "parallel"  # or "sequential": how two speakers' sounds lie in time
-    speaker_boxes: tuple[tuple[int, int, int, int], ...] = ()  # (x0, y0, x1, y1) in pixels of the portrait
-    keyframes: tuple[tuple[str, float], ...] = ()  # (image, seconds)
-    audio_seconds: float | None = None  # None until the input has been looked at
-    window_prompt: str = ""
-    duration: int = 5
-    num_frames: int | None = None
-    resolution: str = "720P"
-    height: int | None = None
-    width: int | None = None
-    seed: int = 42
-    num_inference_steps: int = 8
-    shift: float | None = 5.0
-    guidance_scale: float = 1.0
-    embedded_guidance_scale: float = 1.0
-    image_guidance_scale: float = 1.0
-    text_guidance_scale: float = 1.0
-    audio_guidance_scale: float = 1.0
-    color_correction_strength: float = 1.0
-    device: str = "auto"
-    dtype: str | None = None
-    no_riflex: bool = False
-    cache: float | None = None  # threshold of the step cache, see denoising/step_cache.py
-    output: Path | None = None
-    outdir: str | None = None  # a folder of results/, with V1's names of files
-    video_num: int = 1
-    number: int = 0  # of this video among `video_num`
-    frame_folder: bool = False  # the output is a folder of PNG files
-    save_latents: Path | None = None
-    include_input: bool = False
-    no_metadata: bool = False
-    memory: str = "auto"  # where components live, see memory/policy.py
-    stream_blocks: int = 0  # blocks of the transformer that stay on the device when it is streamed
-    high_cpu_memory: bool = False  # pin what is streamed, however much of the host's memory that is
-    quant: str | None = None  # "fp8" or "fp8_dynamic", see memory/quantize.py
-    save_quantized: Path | None = None
-    vae_dtype: str = "float32"
-    attention: str = "auto"
-    compile: bool = False
-    lora: tuple[Lora, ...] = ()
-    no_cache: bool = False
-    use_usp: bool = False
-    ulysses_degree: int | None = None  # None: see ranks.choose_degrees
-    ring_degree: int | None = None
-    cfg_degree: int | None = None
-    shard_weights: bool = False
-    broadcast_weights: bool = False
-    dry_run: bool = False
-    resume: bool = False  # refuse what cannot be gone on with, but begin where nothing is left
-    checkpoint_every: float = 60.0  # seconds between copies of latents that are being denoised; 0: none
-    resume_if_same: bool = False  # go on with an interrupted run of just this request, else begin
-    seed_drawn: bool = False
-    url_timeout: float = 1.2
-    allow_private_urls: bool = False
-    verbosity: int = 0
-    flags: Mapping[str, Any] = field(default_factory=dict)  # as given, to run it again
-    notes: tuple[str, ...] = ()  # on what was changed of it, for the user
-
-    @property
-    def sources(self) -> tuple[tuple[str, str], ...]:
-        """All inputs, paths or URLs, each after the name of its flag."""
-        keyframes = tuple(image for image, _ in self.keyframes)
-        several = {"ref_imgs": self.ref_imgs, "input_audio": self.input_audio, "keyframes": keyframes}
-        single = ((name, getattr(self, name)) for name in ("image", "input_image", "input_video"))
-        return (
-            *((name, source) for name, source in single if source),
-            *((name, source) for name, sources in several.items() for source in sources),
-        )
-
-    def videos(self) -> Iterator[GenerationRequest]:
-        """A request for each of the videos, with seeds that follow each other."""
-        for number in range(self.video_num):
-            seed = self.seed + number
-            yield replace(self, seed=seed, number=number, flags={**self.flags, "seed": seed})
-
-    @property
-    def frames_out(self) -> int:
-        """Number of newly generated frames that are written."""
-        if self.audio_seconds is not None:
-            return math.ceil(self.audio_seconds * self.task.fps)
-        if self.task.condition_frames:
-            return self.duration * self.task.fps
-        return self.num_frames or self.duration * self.task.fps // VAE_STRIDE[0] * VAE_STRIDE[0] + 1
-
-    @property
-    def condition_frames(self) -> int:
-        """Number of last frames of the input clip that the model sees."""
-        return self.task.condition_frames_for(self.duration)
-
-
-@dataclass(frozen=True)
-class ResolvedRequest(GenerationRequest):
-    """A request whose inputs have been looked at, so that nothing about the output is open."""
-
-    height: int = 0
-    width: int = 0
-    output: Path = Path()
-
-    @staticmethod
-    def of(request: GenerationRequest, **changes: Any) -> ResolvedRequest:
-        """`request` with what was open about it."""
-        return ResolvedRequest(**{each.name: getattr(request, each.name) for each in fields(request)} | changes)
-
-
-Request = TypeVar("Request", bound=GenerationRequest)
 
 
 @cache

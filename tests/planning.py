@@ -7,7 +7,7 @@ from pathlib import Path
 from skyreels_v3.inputs import Inputs
 from skyreels_v3.parallel.ranks import SINGLE, Ranks
 from skyreels_v3.plan import Checked, Machine, Plan, plan
-from skyreels_v3.tasks import GenerationRequest, ResolvedRequest
+from skyreels_v3.request import GenerationRequest, ResolvedRequest
 
 GB = 10**9
 NONE = Inputs()

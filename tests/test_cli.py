@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 from skyreels_v3 import __version__
-from skyreels_v3.cli import FLAGS, build_parser, parse_request
+from skyreels_v3.cli import build_parser, parse_request
 from skyreels_v3.errors import UserError
+from skyreels_v3.request import FLAGS
 from skyreels_v3.tasks import TASK_NAMES, task_spec
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,9 +6,10 @@ import re
 
 import pytest
 
-from skyreels_v3.cli import BY_NAME, parse_request
+from skyreels_v3.cli import parse_request
 from skyreels_v3.errors import UserError
 from skyreels_v3.hints import SYNONYMS
+from skyreels_v3.request import BY_NAME
 
 # a command line of another tool, and what it should have been here
 SUGGESTIONS = {

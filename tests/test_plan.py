@@ -32,7 +32,8 @@ from skyreels_v3.hunyuan.vae import HunyuanVAE
 from skyreels_v3.memory.quantize import Fp8Linear, quantize
 from skyreels_v3.memory.stream import STREAM_SLOTS, BlockStream
 from skyreels_v3.parallel.ranks import ParallelConfig, Ranks
-from skyreels_v3.tasks import HUNYUAN, TASK_NAMES, GenerationRequest, task_spec
+from skyreels_v3.request import GenerationRequest
+from skyreels_v3.tasks import HUNYUAN, TASK_NAMES, task_spec
 from skyreels_v3.tensors import replace_tensors
 from skyreels_v3.wan import vae
 from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel, block

@@ -11,7 +11,8 @@ import pytest
 
 from skyreels_v3 import throughput
 from skyreels_v3.dry_run import describe
-from skyreels_v3.tasks import GenerationRequest, task_spec
+from skyreels_v3.request import GenerationRequest
+from skyreels_v3.tasks import task_spec
 from tests.planning import planned
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from skyreels_v3.cli import FLAGS
+from skyreels_v3.request import FLAGS
 from skyreels_v3.tasks import TASK_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -32,8 +32,8 @@ from skyreels_v3.media.video_reader import read_frames
 from skyreels_v3.media.video_writer import read_comment
 from skyreels_v3.outputs import save_latents
 from skyreels_v3.preflight import record_of as record_of_request
+from skyreels_v3.request import ResolvedRequest
 from skyreels_v3.resume import RunRecord, RunState, open_state, state_folder
-from skyreels_v3.tasks import ResolvedRequest
 from skyreels_v3.wan.transformer import Segment
 from tests.conftest import ROOT, files_in, stop_at
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from skyreels_v3 import runtime
-from skyreels_v3.cli import MAX_SEED
 from skyreels_v3.errors import UserError
 from skyreels_v3.memory.policy import Policy
-from skyreels_v3.tasks import MEMORY_MODES, GenerationRequest, task_spec
+from skyreels_v3.request import MAX_SEED, GenerationRequest
+from skyreels_v3.tasks import MEMORY_MODES, task_spec
 from tests.planning import planned
 
 

@@ -168,7 +168,7 @@ def test_the_processes_are_told_of_the_task(main, monkeypatch):
     started = []
     monkeypatch.setattr("skyreels_v3.parallel.launch.launch", lambda command, processes: started.append(command) or 0)
     assert main(*T2V[2:], *TOY, "--gpu_num", "2", default_task="t2v")[0] == 0
-    assert parse_flags(started[0][1:])["task_type"] == "t2v"
+    assert parse_flags(started[0][2:])["task_type"] == "t2v"
 
 
 def test_gpu_num_of_jobs_is_no_usp():

@@ -22,7 +22,7 @@ from skyreels_v3.checkpoints.hub import LoraError, lora_errors
 from skyreels_v3.checkpoints.key_maps import KeyMap
 from skyreels_v3.checkpoints.load import read_safetensors
 from skyreels_v3.checkpoints.lora import LoraFile, read_lora
-from skyreels_v3.tasks import Lora
+from skyreels_v3.request import Lora
 
 logger = logging.getLogger(__name__)
 

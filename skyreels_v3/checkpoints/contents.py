@@ -21,7 +21,8 @@ from skyreels_v3.errors import CheckpointError, shown
 from skyreels_v3.hunyuan.sizes import HunyuanSizes
 from skyreels_v3.memory.policy import SCALE
 from skyreels_v3.plan import Sizes, transformer_sizes
-from skyreels_v3.tasks import HUNYUAN, GenerationRequest, TaskSpec
+from skyreels_v3.request import GenerationRequest
+from skyreels_v3.tasks import HUNYUAN, TaskSpec
 
 NAMED_KEYS = 5  # keys spelled out in an error message
 WEIGHT_DTYPES = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}  # as safetensors calls them

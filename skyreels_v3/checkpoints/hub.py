@@ -26,7 +26,8 @@ from skyreels_v3.checkpoints.key_maps import NATIVE_CONFIG
 from skyreels_v3.console import say
 from skyreels_v3.errors import CheckpointError, UserError, shown
 from skyreels_v3.memory.policy import SCALE
-from skyreels_v3.tasks import HUNYUAN, LATENT_CHANNELS, TASK_NAMES, TINY, GenerationRequest, TaskSpec, task_spec
+from skyreels_v3.request import GenerationRequest
+from skyreels_v3.tasks import HUNYUAN, LATENT_CHANNELS, TASK_NAMES, TINY, TaskSpec, task_spec
 
 logger = logging.getLogger(__name__)
 

@@ -39,7 +39,8 @@ from skyreels_v3.checkpoints.hub import (
 from skyreels_v3.checkpoints.key_maps import NATIVE_HUNYUAN, NATIVE_TRANSFORMER, KeyMap, translate
 from skyreels_v3.checkpoints.shapes import Shape, Shapes
 from skyreels_v3.errors import shown
-from skyreels_v3.tasks import HUNYUAN, GenerationRequest
+from skyreels_v3.request import GenerationRequest
+from skyreels_v3.tasks import HUNYUAN
 
 Parts = dict[str, str]  # what a file has for a layer: the key of each part
 

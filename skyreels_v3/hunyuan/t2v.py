@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from skyreels_v3.pipeline import Pipeline
-from skyreels_v3.tasks import GenerationRequest, latent_frames
+from skyreels_v3.request import GenerationRequest
+from skyreels_v3.tasks import latent_frames
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,8 @@ import torch
 from skyreels_v3.errors import OutOfMemory
 from skyreels_v3.media.files import giga
 from skyreels_v3.memory.policy import TILINGS, Policy, Tiles
-from skyreels_v3.tasks import MEMORY_MODES, RESOLUTIONS, GenerationRequest
+from skyreels_v3.request import GenerationRequest
+from skyreels_v3.tasks import MEMORY_MODES, RESOLUTIONS
 
 # torch raises a class of its own for its allocations on a device. For the host's memory it has only this message, and
 # drivers and libraries that allocate beside torch raise RuntimeError, such as CUBLAS_STATUS_ALLOC_FAILED.

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from skyreels_v3.errors import UserError
-from skyreels_v3.tasks import GenerationRequest
+from skyreels_v3.request import GenerationRequest
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 ADDRESS = ("MASTER_ADDR", "MASTER_PORT")  # where the processes meet

@@ -10,7 +10,8 @@ import numpy as np
 from skyreels_v3.denoising.guidance import NO_TEXT_NO_IMAGE, Guidance, text_image_guidance
 from skyreels_v3.media.image import letterbox
 from skyreels_v3.pipeline import Pipeline
-from skyreels_v3.tasks import REFERENCE_SLOTS, GenerationRequest, latent_frames
+from skyreels_v3.request import GenerationRequest
+from skyreels_v3.tasks import REFERENCE_SLOTS, latent_frames
 
 if TYPE_CHECKING:
     from skyreels_v3.stages import Event, Stages

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from skyreels_v3.pipeline import Pipeline
-from skyreels_v3.tasks import GenerationRequest, latent_frames, plan_roll_outs
+from skyreels_v3.request import GenerationRequest
+from skyreels_v3.tasks import latent_frames, plan_roll_outs
 
 if TYPE_CHECKING:
     from torch import Tensor

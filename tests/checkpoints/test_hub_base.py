@@ -18,7 +18,8 @@ from skyreels_v3.checkpoints import hub
 from skyreels_v3.cli import parse_request
 from skyreels_v3.errors import UserError
 from skyreels_v3.hunyuan.tiny import write_hunyuan
-from skyreels_v3.tasks import GenerationRequest, task_spec
+from skyreels_v3.request import GenerationRequest
+from skyreels_v3.tasks import task_spec
 
 TRANSFORMER = ("config.json", "diffusion_pytorch_model.safetensors")
 BASE_ID = "hunyuanvideo-community/HunyuanVideo"

@@ -27,7 +27,7 @@ from skyreels_v3.hunyuan.checkpoint import load_hunyuan_transformer
 from skyreels_v3.hunyuan.sizes import HunyuanSizes
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.memory.quantize import Fp8Linear, quantize
-from skyreels_v3.tasks import Lora
+from skyreels_v3.request import Lora
 from skyreels_v3.wan.checkpoint import load_transformer
 from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 

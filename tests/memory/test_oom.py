@@ -13,7 +13,8 @@ from skyreels_v3.errors import OutOfMemory
 from skyreels_v3.memory.oom import explained
 from skyreels_v3.memory.policy import Policy
 from skyreels_v3.plan import Plan
-from skyreels_v3.tasks import MEMORY_MODES, GenerationRequest, task_spec
+from skyreels_v3.request import GenerationRequest
+from skyreels_v3.tasks import MEMORY_MODES, task_spec
 from tests.planning import planned
 
 GPU = (

@@ -8,7 +8,8 @@ import pytest
 
 from skyreels_v3 import plan as planner
 from skyreels_v3.memory.policy import MARGIN, PINNED_SHARE, RESERVE, TILINGS, Policy, choose_policy
-from skyreels_v3.tasks import MEMORY_MODES, TASK_NAMES, GenerationRequest, task_spec
+from skyreels_v3.request import GenerationRequest
+from skyreels_v3.tasks import MEMORY_MODES, TASK_NAMES, task_spec
 from tests.planning import GB, planned
 
 HOST = 256 * GB

@@ -18,10 +18,11 @@ from skyreels_v3.cli import parse_request
 from skyreels_v3.components import Components, load_components
 from skyreels_v3.errors import UserError
 from skyreels_v3.inputs import open_inputs
+from skyreels_v3.request import GenerationRequest
 from skyreels_v3.resume import RunRecord, open_state
 from skyreels_v3.runtime import start
 from skyreels_v3.stages import Pass, Stages, Step, video_to_frames
-from skyreels_v3.tasks import GenerationRequest, task_spec
+from skyreels_v3.tasks import task_spec
 from skyreels_v3.wan.avatar import Avatar, Given, Scene, audio_windows, in_turn, token_span
 from skyreels_v3.wan.talking_avatar import PIPELINE
 from skyreels_v3.wan.tiny import make_tiny
@@ -37,7 +38,7 @@ REQUEST = GenerationRequest(
     width=32,
     audio_seconds=4.0,
     num_inference_steps=1,
-    verbosity=-1,
+    quiet=True,
 )
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 

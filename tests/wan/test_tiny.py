@@ -9,8 +9,9 @@ import torch
 
 from skyreels_v3.checkpoints.hub import check_folder
 from skyreels_v3.components import load_components
+from skyreels_v3.request import GenerationRequest
 from skyreels_v3.runtime import start
-from skyreels_v3.tasks import TASK_NAMES, GenerationRequest, task_spec
+from skyreels_v3.tasks import TASK_NAMES, task_spec
 from skyreels_v3.wan.tiny import make_tiny
 from tests.planning import planned
 

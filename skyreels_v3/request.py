@@ -1,0 +1,487 @@
+"""What a user may ask for: the one table of flags.
+
+Each field of `GenerationRequest` that is made by `flag` is a flag: `--name` on the command line, `name` in a config
+file, a line of --jobs or a call from Python. Help, parsing, checks and docs/options.md are made from this table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from skyreels_v3.attention.kernels import ATTENTIONS
+from skyreels_v3.tasks import (
+    DEVICES,
+    DTYPES,
+    HUNYUAN,
+    MEMORY_MODES,
+    QUANTIZATIONS,
+    RESOLUTIONS,
+    SIZE_MULTIPLE,
+    TASK_NAMES,
+    VAE_STRIDE,
+    TaskSpec,
+)
+
+MAX_SIDE = 2048
+MAX_SEED = 2**32 - 1  # a CPU's generator of noise takes 32 bits, and drops those above them without a word
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag.
+
+    Attributes:
+        kind: str, int, float, or bool for a switch.
+        bare: what the flag means without a value; None: it needs one.
+        group: the heading in --help that begins with this flag; "": it stands under that of the flag before it.
+        tasks: for tasks with one of these inputs, or of this layout; (): for all.
+        usp: only with --use_usp.
+        path: "input" (a path or URL), "output" or "hub" (a folder or a hub's id); "" for other values.
+        several: takes several entries: comma-separated, given several times, or a list in a file.
+        recorded: needed to make the same video again.
+        in_line: may be in a line of --jobs.
+        only_in_line: not beside --jobs; what to do instead.
+    """
+
+    name: str
+    help: str
+    kind: type = str
+    choices: tuple[str, ...] = ()
+    low: float = -math.inf
+    high: float = math.inf
+    metavar: str | None = None
+    bare: str | None = None
+    group: str = ""
+    tasks: tuple[str, ...] = ()
+    usp: bool = False
+    path: str = ""
+    several: bool = False
+    recorded: bool = True
+    in_line: bool = True
+    only_in_line: str = ""
+
+    def is_for(self, task: TaskSpec) -> bool:
+        """Whether a task takes it."""
+        return not self.tasks or bool(task.kinds.intersection(self.tasks))
+
+
+def flag(default: Any, help: str, kind: type = str, **more: Any) -> Any:
+    """A field that is a flag, see `Flag`."""
+    return field(default=default, metadata={"flag": {"help": help, "kind": kind, **more}})
+
+
+class Lora(NamedTuple):
+    """A LoRA that is asked for."""
+
+    source: str  # file, folder or hub id
+    scale: float = 1.0
+    partial: bool = False  # leave out what the model has nothing for
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """Everything that one run needs, checked. `height` and `width` are None until the inputs have been seen."""
+
+    task: TaskSpec
+    task_type: str = flag(
+        "", f"what to make: {', '.join(TASK_NAMES)}", choices=TASK_NAMES, metavar="TASK", group="Input"
+    )
+    prompt: str = flag("", "what happens in the video")
+    negative_prompt: str = flag("", "what to avoid; needs --guidance_scale above 1")
+    image: str | None = flag(
+        None, "picture that the video begins with (i2v), path or URL", metavar="IMAGE", tasks=("image",), path="input"
+    )
+    ref_imgs: tuple[str, ...] = flag(
+        (),
+        "1-4 reference images, paths or URLs",
+        metavar="IMAGE[,IMAGE...]",
+        tasks=("ref_imgs",),
+        path="input",
+        several=True,
+    )
+    input_video: str | None = flag(
+        None,
+        "clip to extend (or, by talking_avatar, to dub), path or URL",
+        metavar="CLIP",
+        tasks=("input_video", "input_audio"),
+        path="input",
+    )
+    input_image: str | None = flag(
+        None, "portrait of the speaker, path or URL", metavar="IMAGE", tasks=("input_audio",), path="input"
+    )
+    input_audio: tuple[str, ...] = flag(
+        (),
+        "speech: sound file or video, path or URL; two for two speakers",
+        metavar="SOUND[,SOUND]",
+        tasks=("input_audio",),
+        path="input",
+        several=True,
+    )
+    audio_type: str = flag(
+        "parallel",
+        "two speakers at once (default) or one after the other",
+        choices=("parallel", "sequential"),
+        tasks=("input_audio",),
+    )
+    speaker_boxes: tuple[tuple[int, int, int, int], ...] = flag(
+        (),
+        "where the two speakers are in the portrait (default: its halves)",
+        metavar="X0,Y0,X1,Y1;...",
+        tasks=("input_audio",),
+    )
+    keyframes: tuple[tuple[str, float], ...] = flag(
+        (),
+        "pictures that windows end in, instead of generated ones",
+        metavar="IMAGE@SECONDS[,...]",
+        tasks=("input_audio",),
+        path="input",
+        several=True,
+    )
+    window_prompt: str = flag(
+        "", "prompt of the windows after the first pass; 'same' for --prompt", tasks=("input_audio",)
+    )
+    duration: int = flag(
+        5,
+        "whole seconds of new video (default: the task's)",
+        int,
+        group="Size and length",
+        tasks=("ref_imgs", "input_video", HUNYUAN),
+    )
+    num_frames: int | None = flag(
+        None,
+        "frames of new video, 4k+1, instead of --duration (reference_to_video, t2v, i2v)",
+        int,
+        low=1,
+        high=100_000,
+        tasks=("ref_imgs", HUNYUAN),
+    )
+    fps: int | None = flag(
+        None, "frames per second of the file (t2v, i2v; default: 24)", int, low=1, high=120, tasks=(HUNYUAN,)
+    )
+    resolution: str = flag(
+        "720P",
+        "size bucket (default: 720P); the sides follow the input's shape",
+        choices=RESOLUTIONS,
+        tasks=("ref_imgs", "input_video", "input_audio"),
+    )
+    height: int | None = flag(
+        None, "in pixels, a multiple of 16, instead of --resolution", int, low=SIZE_MULTIPLE, high=MAX_SIDE
+    )
+    width: int | None = flag(
+        None, "in pixels, a multiple of 16, instead of --resolution", int, low=SIZE_MULTIPLE, high=MAX_SIDE
+    )
+    seed: int = flag(
+        42, "same seed, same video; -1 draws one (default: 42)", int, low=-1, high=MAX_SEED, group="Sampling"
+    )
+    num_inference_steps: int = flag(8, "denoising steps (default: the task's)", int, low=1, high=200)
+    shift: float | None = flag(5.0, "shift of the noise schedule (default: the task's)", float, low=0.01, high=100)
+    guidance_scale: float = flag(
+        1.0,
+        "text guidance; 1 is off (default; t2v and i2v: 6)",
+        float,
+        low=0,
+        high=100,
+        tasks=("ref_imgs", "input_video", HUNYUAN),
+    )
+    embedded_guidance_scale: float = flag(
+        1.0, "guidance that V1's model takes as an input (default: 1)", float, low=0, high=100, tasks=(HUNYUAN,)
+    )
+    image_guidance_scale: float = flag(
+        1.0, "guidance by the reference images, on top of text guidance", float, low=0, high=100, tasks=("ref_imgs",)
+    )
+    text_guidance_scale: float = flag(
+        1.0, "text guidance of talking_avatar; 1 is off (default)", float, low=0, high=100, tasks=("input_audio",)
+    )
+    audio_guidance_scale: float = flag(
+        1.0,
+        "guidance by the sound of talking_avatar; 1 is off (default)",
+        float,
+        low=0,
+        high=100,
+        tasks=("input_audio",),
+    )
+    color_correction_strength: float = flag(
+        1.0, "1 keeps the portrait's colours (default), 0 is off", float, low=0, high=1, tasks=("input_audio",)
+    )
+    sequence_batch: bool = flag(False, "accepted as in V1, changes nothing: guidance is computed term by term", bool)
+    no_riflex: bool = flag(
+        False, "do without RIFLEx: beyond 192 frames the video repeats itself (t2v, i2v)", bool, tasks=(HUNYUAN,)
+    )
+    cache: float | None = flag(
+        None, "skip blocks in steps that change little; off by default", metavar="fbcache[:THRESHOLD]"
+    )
+    model_id: str = flag(
+        "",
+        "hub id or folder of the checkpoint (default: the task's own); 'tiny' for a built-in toy",
+        group="Checkpoint",
+        path="hub",
+    )
+    base_model_id: str | None = flag(
+        None, "hub id or folder of HunyuanVideo, for its encoders and VAE (t2v, i2v)", tasks=(HUNYUAN,), path="hub"
+    )
+    model_source: str = flag(
+        "huggingface", "hub to download from (default: huggingface)", choices=("huggingface", "modelscope")
+    )
+    lora: tuple[Lora, ...] = flag(
+        (),
+        "LoRAs to add: files, folders or hub ids, each with a scale",
+        metavar="LORA[:SCALE[:partial]][,...]",
+        path="hub",
+        several=True,
+    )
+    device: str = flag("auto", "where to compute (default: auto)", choices=DEVICES, group="Memory and speed")
+    dtype: str | None = flag(
+        None, "of the matrix products (default: bfloat16 on a GPU, float32 on a CPU)", choices=DTYPES
+    )
+    memory: str = flag(
+        "auto",
+        "what stays on the device (default: auto, by what is free)",
+        choices=("auto", *MEMORY_MODES),
+        recorded=False,
+    )
+    offload: bool = flag(False, "only the component at work is on the device: --memory offload", bool)
+    low_vram: bool = flag(False, "stream the transformer's blocks, in FP8: --memory stream --quant fp8", bool)
+    stream_blocks: int = flag(
+        0, "blocks of a streamed transformer that stay on the device", int, low=0, high=999, recorded=False
+    )
+    parameters_level: bool = flag(False, "with --offload: --memory stream", bool)
+    high_cpu_memory: bool = flag(
+        False, "pin all that is streamed, however much host memory that takes", bool, recorded=False
+    )
+    quant: str | None = flag(
+        None,
+        "weights in FP8 (fp8, also without a value); fp8_dynamic computes in FP8 as well (Ada GPUs and later)",
+        choices=QUANTIZATIONS,
+        bare="fp8",
+    )
+    save_quantized: Path | None = flag(
+        None,
+        "also save the checkpoint in FP8, as a folder for --model_id",
+        metavar="FOLDER",
+        path="output",
+        recorded=False,
+        only_in_line="write it into the lines, a name for each",
+    )
+    vae_dtype: str = flag("float32", "of the VAE (default: float32)", choices=DTYPES)
+    attention: str = flag("auto", "attention kernel (default: auto)", choices=ATTENTIONS)
+    compile: bool = flag(False, "compile the transformer's blocks; the first step takes longer", bool)
+    compiler_transformer: bool = flag(False, "the same as --compile", bool)
+    no_cache: bool = flag(False, "neither keep encoded prompts for later runs nor use kept ones", bool, recorded=False)
+    gpu_num: int = flag(
+        1,
+        "start this many processes here, one for each GPU, with --use_usp",
+        int,
+        low=1,
+        high=64,
+        group="Several GPUs",
+        recorded=False,
+        in_line=False,
+    )
+    use_usp: bool = flag(
+        False,
+        "share the work among the processes that torchrun starts, one for each GPU",
+        bool,
+        recorded=False,
+        in_line=False,
+    )
+    ulysses_degree: int | None = flag(
+        None,
+        "processes that exchange tokens for heads (default: as many as can)",
+        int,
+        low=1,
+        high=4096,
+        usp=True,
+        recorded=False,
+        in_line=False,
+    )
+    ring_degree: int | None = flag(
+        None,
+        "processes that pass keys and values around (default: the rest)",
+        int,
+        low=1,
+        high=4096,
+        usp=True,
+        recorded=False,
+        in_line=False,
+    )
+    cfg_degree: int | None = flag(
+        None,
+        "processes that share the guidance (default: one per term, if that divides them)",
+        int,
+        low=1,
+        high=3,
+        usp=True,
+        recorded=False,
+        in_line=False,
+    )
+    shard_weights: bool = flag(
+        False, "divide the transformer's weights among the processes", bool, usp=True, recorded=False, in_line=False
+    )
+    broadcast_weights: bool = flag(
+        False,
+        "read the weights in one process and send them to the others",
+        bool,
+        usp=True,
+        recorded=False,
+        in_line=False,
+    )
+    output: Path | None = flag(
+        None,
+        "an .mp4, or a folder ending in / for PNG frames (default: result/TASK/SEED_TIME.mp4)",
+        metavar="PATH",
+        group="Output",
+        path="output",
+        recorded=False,
+        only_in_line="write it into the lines, a name for each",
+    )
+    outdir: str | None = flag(
+        None, "put the video into results/FOLDER, named by prompt, seed and number", metavar="FOLDER", recorded=False
+    )
+    include_input: bool = flag(
+        False, "write the input clip and its extension as one video", bool, tasks=("input_video",)
+    )
+    no_metadata: bool = flag(False, "leave out of the video what made it", bool, recorded=False)
+    save_latents: Path | None = flag(
+        None,
+        "also write the final latents of each pass",
+        metavar="FILE.safetensors",
+        path="output",
+        recorded=False,
+        only_in_line="write it into the lines, a name for each",
+    )
+    resume: bool = flag(
+        False,
+        "continue the interrupted run of the same command, or start where there is none",
+        bool,
+        recorded=False,
+        only_in_line="leave it out, the same command goes on by itself",
+        in_line=False,
+    )
+    checkpoint_every: float = flag(
+        60.0,
+        "seconds between safety copies while denoising (default: 60; 0: none)",
+        float,
+        low=0,
+        high=86400,
+        recorded=False,
+    )
+    video_num: int = flag(
+        1,
+        "make this many videos, with consecutive seeds",
+        int,
+        low=1,
+        high=10000,
+        group="Many videos",
+        recorded=False,
+        only_in_line="write a line for each",
+        in_line=False,
+    )
+    jobs: str | None = flag(
+        None,
+        "make a video for each line: its flags as a JSON object",
+        metavar="FILE.jsonl",
+        path="input",
+        recorded=False,
+        in_line=False,
+    )
+    url_timeout: float = flag(
+        1.2, "seconds to wait for a server's answer (default: 1.2)", float, low=0.05, high=600, group="Other"
+    )
+    allow_private_urls: bool = flag(
+        False, "also fetch inputs from this machine and private networks", bool, recorded=False, in_line=False
+    )
+    dry_run: bool = flag(
+        False, "check everything and print the plan; load and download no weights", bool, recorded=False, in_line=False
+    )
+    quiet: bool = flag(False, "warnings and the result only", bool, recorded=False, in_line=False)
+    verbose: bool = flag(
+        False, "more about what is done, and tracebacks of errors", bool, recorded=False, in_line=False
+    )
+    # what follows from the flags
+    audio_seconds: float | None = None  # None until the input has been looked at
+    number: int = 0  # of this video among `video_num`
+    frame_folder: bool = False  # the output is a folder of PNG files
+    resume_if_same: bool = False  # go on with an interrupted run of just this request, else begin
+    seed_drawn: bool = False
+    flags: Mapping[str, Any] = field(default_factory=dict)  # as given, to run it again
+    notes: tuple[str, ...] = ()  # on what was changed of it, for the user
+
+    @property
+    def verbosity(self) -> int:
+        """-1 for warnings and the result only, 1 for everything."""
+        return self.verbose - self.quiet
+
+    @property
+    def sources(self) -> tuple[tuple[str, str], ...]:
+        """All inputs, paths or URLs, each after the name of its flag."""
+        keyframes = tuple(image for image, _ in self.keyframes)
+        several = {"ref_imgs": self.ref_imgs, "input_audio": self.input_audio, "keyframes": keyframes}
+        single = ((name, getattr(self, name)) for name in ("image", "input_image", "input_video"))
+        return (
+            *((name, source) for name, source in single if source),
+            *((name, source) for name, sources in several.items() for source in sources),
+        )
+
+    def videos(self) -> Iterator[GenerationRequest]:
+        """A request for each of the videos, with seeds that follow each other."""
+        for number in range(self.video_num):
+            seed = self.seed + number
+            yield replace(self, seed=seed, number=number, flags={**self.flags, "seed": seed})
+
+    @property
+    def frames_out(self) -> int:
+        """Number of newly generated frames that are written."""
+        if self.audio_seconds is not None:
+            return math.ceil(self.audio_seconds * self.task.fps)
+        if self.task.condition_frames:
+            return self.duration * self.task.fps
+        return self.num_frames or self.duration * self.task.fps // VAE_STRIDE[0] * VAE_STRIDE[0] + 1
+
+    @property
+    def condition_frames(self) -> int:
+        """Number of last frames of the input clip that the model sees."""
+        return self.task.condition_frames_for(self.duration)
+
+
+@dataclass(frozen=True)
+class ResolvedRequest(GenerationRequest):
+    """A request whose inputs have been looked at, so that nothing about the output is open."""
+
+    height: int = 0
+    width: int = 0
+    output: Path = Path()
+
+    @staticmethod
+    def of(request: GenerationRequest, **changes: Any) -> ResolvedRequest:
+        """`request` with what was open about it."""
+        return ResolvedRequest(**{each.name: getattr(request, each.name) for each in fields(request)} | changes)
+
+
+Request = TypeVar("Request", bound=GenerationRequest)
+
+FLAGS = tuple(Flag(each.name, **each.metadata["flag"]) for each in fields(GenerationRequest) if each.metadata)
+BY_NAME = {each.name: each for each in FLAGS}
+# flags that take the same in tasks that differ
+ALIKE = (("image", "input_image", "ref_imgs"), ("guidance_scale", "text_guidance_scale"), ("num_frames", "duration"))
+EXCLUSIVE = (
+    ("duration", "num_frames"),
+    ("quiet", "verbose"),
+    ("input_image", "input_video"),
+    ("keyframes", "input_video"),
+    ("resume", "dry_run"),
+    ("offload", "low_vram"),
+    ("memory", "offload"),
+    ("memory", "low_vram"),
+    ("memory", "parameters_level"),
+    ("low_vram", "parameters_level"),
+    ("shard_weights", "low_vram"),
+    ("shard_weights", "parameters_level"),
+    ("shard_weights", "cache"),
+    ("output", "outdir"),
+)
+# what says the same as other flags
+SHORTHANDS = ("offload", "low_vram", "parameters_level", "compiler_transformer", "sequence_batch")
