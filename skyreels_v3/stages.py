@@ -24,7 +24,7 @@ from skyreels_v3 import throughput
 from skyreels_v3.checkpoints.load import check_finite
 from skyreels_v3.components import Components, quantize_blocks
 from skyreels_v3.denoising.guidance import NEGATIVE_PROMPT, Guidance
-from skyreels_v3.denoising.loop import Condition, Pin, Predictions, denoise, leave
+from skyreels_v3.denoising.loop import Condition, LatentConstraint, Predictions, denoise, unconstrained
 from skyreels_v3.denoising.schedules import ATTRIBUTES, restore_scheduler, scheduler_state
 from skyreels_v3.denoising.step_cache import StepCache
 from skyreels_v3.hunyuan.text_encoder import HunyuanTextEncoder
@@ -184,7 +184,7 @@ class Stages:
         generator: torch.Generator,
         scheduler: Any,
         name: str = "denoising",
-        pin: Pin = leave,
+        constraint: LatentConstraint = unconstrained,
     ) -> Generator[Step, None, Tensor]:
         """Latents (1, 16, F, h, w) from noise, on the device, after a `Step` for each step.
 
@@ -214,7 +214,7 @@ class Stages:
             ends = [perf_counter()]
             last_copy = ends[0]
             try:
-                steps = denoise(transformer, scheduler, latents, made, guidance, pin, predictions, done)
+                steps = denoise(transformer, scheduler, latents, made, guidance, constraint, predictions, done)
                 for step, latents in steps:
                     ends.append(perf_counter())
                     bar.update()

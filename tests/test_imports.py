@@ -27,7 +27,6 @@ KNOWN = {
     ("checkpoints", "plan"),
     ("components", "hunyuan"),
     ("components", "wan"),
-    ("denoising", "wan"),
     ("inputs", "wan"),
     ("plan", "hunyuan"),
     ("stages", "hunyuan"),

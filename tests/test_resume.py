@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from skyreels_v3.cli import parse_request
 from skyreels_v3.denoising.guidance import FULL, text_guidance
-from skyreels_v3.denoising.loop import Conditioning, denoise
+from skyreels_v3.denoising.loop import denoise
 from skyreels_v3.denoising.schedules import euler, euler_of, restore_scheduler, scheduler_state, unipc
 from skyreels_v3.errors import UserError
 from skyreels_v3.generate import write
@@ -34,6 +34,7 @@ from skyreels_v3.outputs import save_latents
 from skyreels_v3.preflight import record_of as record_of_request
 from skyreels_v3.request import ResolvedRequest
 from skyreels_v3.resume import RunRecord, RunState, open_state, state_folder
+from skyreels_v3.wan.conditioning import Conditioning
 from skyreels_v3.wan.transformer import Segment
 from tests.conftest import ROOT, files_in, stop_at
 
@@ -431,12 +432,12 @@ def test_denoising_goes_on_after_any_step_to_the_same_latents(tmp_path, make_sch
             latents = saved["latents"]
             assert scheduler.step_index == start
 
-        def pin(latents: torch.Tensor, sigma: float) -> torch.Tensor:
+        def constraint(latents: torch.Tensor, sigma: float) -> torch.Tensor:
             return latents + 0.1 * sigma * torch.randn(latents.shape, generator=generator)
 
         conditions = {FULL: Conditioning(torch.zeros(1))}
         guidance = text_guidance(1.0)
-        steps = denoise(SimpleModel(), scheduler, latents, conditions, guidance, pin, done=start)
+        steps = denoise(SimpleModel(), scheduler, latents, conditions, guidance, constraint, done=start)
         for step, latents in steps:
             if state is not None and not start and step <= done:
                 state.save_step(latents, generator, scheduler_state(scheduler))

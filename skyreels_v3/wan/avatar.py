@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from skyreels_v3.denoising.guidance import NO_AUDIO, NO_TEXT_NO_AUDIO, Guidance
-from skyreels_v3.denoising.loop import Conditioning, leave
+from skyreels_v3.denoising.loop import unconstrained
 from skyreels_v3.denoising.schedules import euler
 from skyreels_v3.media.audio import normalise_loudness, read_audio
 from skyreels_v3.media.color import match_color
@@ -26,6 +26,7 @@ from skyreels_v3.media.image import cover_crop, covered_box, full_size
 from skyreels_v3.media.video_reader import read_frames, resize_frames
 from skyreels_v3.stages import Event, Frame, Pass, Stages, Step, frames_to_video
 from skyreels_v3.tasks import PATCH_SIZE, SIZE_MULTIPLE, VAE_STRIDE, latent_frames
+from skyreels_v3.wan.conditioning import Conditioning
 from skyreels_v3.wan.windows import MOTION_FRAMES, WINDOW_FRAMES, Window, WindowPlan, plan_windows
 
 logger = logging.getLogger(__name__)
@@ -230,16 +231,16 @@ class Avatar:
             known.append(self.known_frames(given))
             return self.conditions(scene, texts, known[0], given, start)
 
-        def pin(latents: Tensor, sigma: float) -> Tensor:
+        def hold_motion(latents: Tensor, sigma: float) -> Tensor:
             motion = known[0][:, VAE_STRIDE[0] :, : latent_frames(MOTION_FRAMES)]
             fresh = torch.randn(motion.shape, generator=scene.generator).to(latents.device)
             held = (1 - sigma) * motion + sigma * fresh
             return torch.cat((held, latents[:, :, motion.shape[2] :]), dim=2)
 
         noise = self.stages.noise(latent_frames(WINDOW_FRAMES), scene.generator)
-        hold = pin if given.pinned else leave
+        constraint = hold_motion if given.pinned else unconstrained
         scheduler = euler(self.request.num_inference_steps, self.request.shift)
-        return self.stages.denoise(noise, conditions, self.guidance, scene.generator, scheduler, name, hold)
+        return self.stages.denoise(noise, conditions, self.guidance, scene.generator, scheduler, name, constraint)
 
     def conditions(
         self, scene: Scene, texts: Mapping[str, Tensor], known: Tensor, given: Given, start: int

@@ -23,9 +23,9 @@ class ShotSwitchingExtension(Pipeline):
         yield latent_frames(request.frames_out + 1), latent_frames(request.condition_frames)
 
     def run(self, stages: Stages) -> Iterator[Event]:
-        from skyreels_v3.denoising.loop import Conditioning
         from skyreels_v3.denoising.schedules import unipc
         from skyreels_v3.stages import Pass
+        from skyreels_v3.wan.conditioning import Conditioning
         from skyreels_v3.wan.transformer import Segment
 
         request, guidance = stages.request, self.guidance(stages.request)
