@@ -8,8 +8,8 @@ attention.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers.models import attention as diffusers_attention
@@ -55,7 +55,7 @@ class FeedForward(diffusers_attention.FeedForward):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        expand, _, contract = self.net
+        expand, _, contract = cast(Iterable[Any], self.net)
         return contract(torch.ops.aten.gelu_(expand.proj(x), approximate=expand.approximate))
 
 
@@ -68,8 +68,8 @@ class TransformerBlock(nn.Module):
         self.attn1 = SelfAttention(dim, heads, dim, eps)
         self.norm2 = FP32LayerNorm(dim, eps=eps)
         self.attn2 = CrossAttention(dim, heads, eps, with_image)
-        self.norm_audio = None if audio_dim is None else FP32LayerNorm(dim, eps=eps)
-        self.attn_audio = None if audio_dim is None else AudioAttention(dim, heads, audio_dim)
+        self.norm_audio: Any = None if audio_dim is None else FP32LayerNorm(dim, eps=eps)
+        self.attn_audio: Any = None if audio_dim is None else AudioAttention(dim, heads, audio_dim)
         self.norm3 = FP32LayerNorm(dim, eps=eps, elementwise_affine=False)
         self.ffn = FeedForward(dim, ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)

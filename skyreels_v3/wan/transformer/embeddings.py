@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import FeedForward
@@ -49,7 +51,7 @@ class ConditionEmbedding(nn.Module):
         self.time_embedder = TimestepEmbedding(in_channels=freq_dim, time_embed_dim=dim)
         self.time_proj = nn.Linear(dim, 6 * dim)
         self.text_embedder = PixArtAlphaTextProjection(text_dim, dim, act_fn="gelu_tanh")
-        self.image_embedder = None if image_dim is None else ImageEmbedding(image_dim, dim)
+        self.image_embedder: Any = None if image_dim is None else ImageEmbedding(image_dim, dim)
 
     def forward(
         self, timestep: Tensor, text: Tensor, image: Tensor | None

@@ -10,8 +10,8 @@ and the output head in float32; rotary angles in float64. Casts are explicit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -60,13 +60,15 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     chunks_tokens: ClassVar[bool] = True
     native_names: ClassVar[KeyMap] = NATIVE_TRANSFORMER
-    _repeated_blocks: ClassVar[list[str]] = ["TransformerBlock"]
-    _no_split_modules: ClassVar[list[str]] = ["TransformerBlock"]
-    _keep_in_fp32_modules: ClassVar[list[str]] = [
+    # diffusers' defaults have other types
+    config_name: Any
+    _repeated_blocks: Any = ["TransformerBlock"]
+    _no_split_modules: Any = ["TransformerBlock"]
+    _keep_in_fp32_modules: Any = [
         *("time_embedder", "time_proj", "scale_shift_table", "proj_out", "norm", "norm1", "norm2", "norm3"),
         *("norm_q", "norm_k", "norm_added_k", "norm_audio"),
     ]
-    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["patch_embedding", "condition_embedder", "norm"]
+    _skip_layerwise_casting_patterns: Any = ["patch_embedding", "condition_embedder", "norm"]
     _supports_gradient_checkpointing = True
 
     @register_to_config
@@ -91,7 +93,8 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     ) -> None:
         super().__init__()
         dim = num_attention_heads * attention_head_dim
-        self.patch_embedding = nn.Conv3d(in_channels, dim, tuple(patch_size), tuple(patch_size))
+        kernel = cast(tuple[int, int, int], tuple(patch_size))
+        self.patch_embedding = nn.Conv3d(in_channels, dim, kernel, kernel)
         self.condition_embedder = ConditionEmbedding(dim, freq_dim, text_dim, image_dim)
         if audio_dim is not None:
             self.audio_projection = AudioProjection(
@@ -137,13 +140,14 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             assert (audio.shape[1] > 1) == (speaker_masks is not None), "speaker_masks are for two speakers"
             audio = self.audio_projection(audio.to(dtype))
         if speaker_masks is not None:  # a token takes the value of its first latent pixel
-            _, rows, columns = self.config.patch_size
+            _, rows, columns = self.config["patch_size"]
             speaker_masks = (speaker_masks[:, ::rows, ::columns] > 0).flatten(1).float()  # (3, S)
         context = Context(text, image, audio, speaker_masks)
-        rotary = rotary_tables(segments, self.config.patch_size, self.config.attention_head_dim)
+        rotary = rotary_tables(segments, self.config["patch_size"], self.config["attention_head_dim"])
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden = self._gradient_checkpointing_func(block, hidden, context, modulation, rotary)
+                checkpoint: Any = self._gradient_checkpointing_func
+                hidden = checkpoint(block, hidden, context, modulation, rotary)
             else:
                 hidden = block(hidden, context, modulation, rotary)
         out = self.head(hidden, time).split(lengths, dim=1)
@@ -161,7 +165,7 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def unpatchify(self, tokens: Tensor, segment: Segment) -> Tensor:
         """Tokens (B, L, C * patch) of one segment -> (B, C, F, H, W)."""
-        patch = self.config.patch_size
+        patch = self.config["patch_size"]
         frames, rows, columns = (size // step for size, step in zip(segment.latents.shape[2:], patch, strict=True))
         grid = tokens.reshape(tokens.shape[0], frames, rows, columns, *patch, -1)
         return grid.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
@@ -177,7 +181,7 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             attention: among video tokens.
             cross_attention: to the conditions; the same unless given.
         """
-        for block in self.blocks:
+        for block in cast(Iterable[Any], self.blocks):
             block.attn1.attention = attention
             for module in (block.attn2, block.attn_audio):
                 if module is not None:
