@@ -308,7 +308,7 @@ def random_components(toy: Path, plan: Plan, runtime: Runtime) -> components.Com
         feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False, **sizes["text_encoder"]
     )
     text_encoder = random_model(lambda: UMT5EncoderModel(config), runtime.dtype, device, home)
-    tokenizer = load_text_encoder(toy, request.task.layout, runtime.dtype).tokenizer
+    tokenizer = load_text_encoder(toy, runtime.dtype).tokenizer
     vae = VideoVAE(fresh(lambda: AutoencoderKLWan(**sizes["vae"]), getattr(torch, request.vae_dtype), device, home))
     components.set_up_vae(vae, runtime)
     sound: dict[str, Any] = {}

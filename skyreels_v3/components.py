@@ -1,9 +1,10 @@
-"""The networks a task works with, each loaded once."""
+"""The networks of a checkpoint, each loaded once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,13 +12,12 @@ import torch
 from torch import nn
 
 from skyreels_v3.cache import TensorCache, cache_folder, identity_of
-from skyreels_v3.checkpoints.adapters import apply_loras
-from skyreels_v3.checkpoints.hub import BASE_SCHEDULER, errors_about, read_json, text_encoder_files, weight_files
+from skyreels_v3.checkpoints.files import errors_about
+from skyreels_v3.checkpoints.hub import locate_lora
 from skyreels_v3.checkpoints.load import read_ahead
+from skyreels_v3.checkpoints.lora import apply_loras, read_lora, shapes_of
 from skyreels_v3.compile import compile_blocks
-from skyreels_v3.hunyuan.checkpoint import load_hunyuan_text_encoder, load_hunyuan_transformer, load_hunyuan_vae
-from skyreels_v3.hunyuan.text_encoder import HunyuanTextEncoder
-from skyreels_v3.hunyuan.vae import HunyuanVAE
+from skyreels_v3.families import family_of
 from skyreels_v3.memory.quantize import cache_dequantized, quantize
 from skyreels_v3.model_api import Transformer
 from skyreels_v3.parallel.usp import choose_usp
@@ -25,18 +25,9 @@ from skyreels_v3.parallel.weights import broadcast_weights, shard_weights
 from skyreels_v3.plan import Plan
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.runtime import Runtime
-from skyreels_v3.tasks import HUNYUAN
-from skyreels_v3.wan.audio_encoder import AudioEncoder
-from skyreels_v3.wan.checkpoint import (
-    load_audio_encoder,
-    load_image_encoder,
-    load_text_encoder,
-    load_transformer,
-    load_vae,
-)
-from skyreels_v3.wan.image_encoder import ImageEncoder
-from skyreels_v3.wan.text_encoder import TextEncoder
-from skyreels_v3.wan.vae import VideoVAE
+from skyreels_v3.tasks import TINY, task_spec
+
+ENCODERS = ("text_encoder", "image_encoder", "audio_encoder")  # only where something is encoded
 
 
 @dataclass(frozen=True)
@@ -48,37 +39,38 @@ class Components:
     """
 
     transformer: Any  # an nn.Module and a Transformer, for which Python has no type
-    vae: VideoVAE | HunyuanVAE
-    text_encoder: TextEncoder | HunyuanTextEncoder | None  # encoders only where something is encoded
+    vae: Any
     prompts: TensorCache
+    text_encoder: Any = None
+    image_encoder: Any = None
+    audio_encoder: Any = None
     scheduler: Mapping[str, Any] | None = None  # its config, where the task does not say it all
     quant: str | None = None  # of the text encoder, to be done when it is needed
-    image_encoder: ImageEncoder | None = None
-    audio_encoder: AudioEncoder | None = None
 
 
 def load_components(plan: Plan, runtime: Runtime) -> Components:
     """Map a plan's checkpoint into memory; every file is checked before anything long begins."""
-    folder, request, task = plan.checkpoint, plan.request, plan.request.task
+    folder, request, task, main = plan.checkpoint, plan.request, plan.request.task, runtime.parallel.is_main
     assert folder is not None
-    reads = runtime.parallel.is_main or not request.broadcast_weights
-    loaders = (hunyuan_loaders if task.layout == HUNYUAN else wan_loaders)(folder, request, runtime, reads)
-    loaded: dict[str, Any] = {"text_encoder": None}
+    family = family_of(task)
     others = others_of(folder, request)
+    reads = main or not request.broadcast_weights
+    loaders = family.loaders(task, folder, others, runtime.dtype, getattr(torch, request.vae_dtype), reads)
+    loaded: dict[str, Any] = {}
     with runtime.bar("loading", len(loaders)) as bar:
         for name, load in loaders.items():
-            elsewhere = others != folder and name != "transformer"
-            with errors_about("--base_model_id" if elsewhere else "--model_id"):
-                loaded[name] = load()
+            if main or name not in ENCODERS:
+                with errors_about(flag_of(name, folder, others)):
+                    loaded[name] = load()
             bar.update()
-    weights = weight_files(folder / task.transformer_folder)
-    known_prompts = identity_of(text_encoder_files(others, task), runtime.dtype, request.quant)
+    first, last = (repositories := family.repositories(task))[0], repositories[-1]
+    weights = first.weights(folder, "transformer")
+    known_prompts = identity_of(last.weights(others, "text encoder"), runtime.dtype, request.quant)
     if reads:
         read_ahead(weights)  # while the prompt and the pictures are encoded
     components = Components(
         **loaded,
         prompts=TensorCache(None if request.no_cache else cache_folder() / "prompts", known_prompts),
-        scheduler=read_json(others / BASE_SCHEDULER) if task.layout == HUNYUAN else None,
         quant=request.quant,
     )
     if request.broadcast_weights and not runtime.parallel.is_single:
@@ -95,37 +87,49 @@ def others_of(folder: Path, request: GenerationRequest) -> Path:
     return Path(request.base_model_id) if request.base_model_id is not None else folder
 
 
-Loaders = dict[str, Callable[[], Any]]
+def flag_of(component: str, folder: Path, others: Path) -> str:
+    """The flag that names the folder of a component."""
+    return "--model_id" if component == "transformer" or others == folder else "--base_model_id"
 
 
-def wan_loaders(folder: Path, request: GenerationRequest, runtime: Runtime, reads: bool) -> Loaders:
-    """What loads each component of V3; `reads`: see `load.read_tensors`."""
-    task = request.task
-    loaders: Loaders = {
-        "vae": lambda: load_vae(folder, task.layout, getattr(torch, request.vae_dtype), reads),
-        "transformer": lambda: load_transformer(folder / task.transformer_folder, runtime.dtype, reads),
-    }
-    if runtime.parallel.is_main:
-        loaders["text_encoder"] = lambda: load_text_encoder(folder, task.layout, runtime.dtype)
-    if runtime.parallel.is_main and "input_audio" in task.inputs:
-        loaders["image_encoder"] = lambda: load_image_encoder(folder, runtime.dtype)
-        loaders["audio_encoder"] = lambda: load_audio_encoder(folder, torch.float32)
-    return loaders
+def check_components(folder: Path, request: GenerationRequest) -> None:
+    """Raise UserError for files whose content is not what a component is made of, or a LoRA that does not fit.
+
+    All is loaded without the values of weights, in a second or two.
+    """
+    check_loras(request, load_on_meta(request.task.name, folder, others_of(folder, request)))
 
 
-def hunyuan_loaders(folder: Path, request: GenerationRequest, runtime: Runtime, reads: bool) -> Loaders:
-    """The same for V1."""
-    others = others_of(folder, request)
-    loaders: Loaders = {
-        "vae": lambda: load_hunyuan_vae(others, getattr(torch, request.vae_dtype), reads),
-        "transformer": lambda: load_hunyuan_transformer(folder, runtime.dtype, reads),
-    }
-    if runtime.parallel.is_main:
-        loaders["text_encoder"] = lambda: load_hunyuan_text_encoder(others, runtime.dtype)
-    return loaders
+@cache
+def load_on_meta(task: str, folder: Path, others: Path) -> Any:
+    """The transformer of a task without values, after all components have been checked by loading them so."""
+    spec, loaded = task_spec(task), {}
+    for name, load in family_of(spec).loaders(spec, folder, others, torch.float32, torch.float32, False).items():
+        with errors_about(flag_of(name, folder, others)):
+            loaded[name] = load()
+    return loaded["transformer"]
 
 
-def set_up_vae(vae: VideoVAE | HunyuanVAE, runtime: Runtime) -> None:
+def check_loras(request: GenerationRequest, model: Any = None) -> None:
+    """Raise UserError unless each LoRA that is on this machine fits the transformer.
+
+    Args:
+        model: the transformer; None where its checkpoint is not here, and the published sizes tell.
+    """
+    files = [(file, lora.partial) for lora in request.lora if (file := locate_lora(lora.source)) is not None]
+    if not files:
+        return
+    if model is None:
+        family, tiny = family_of(request.task), request.model_id == TINY
+        with torch.device("meta"):
+            model = family.build_transformer(
+                family.tiny_sizes(request.task) if tiny else dict(request.task.transformer)
+            )
+    for file, partial in files:
+        read_lora(file, shapes_of(model), model.native_names, partial)
+
+
+def set_up_vae(vae: Any, runtime: Runtime) -> None:
     """Prepare the VAE: memory format, tiles, and the ranks that divide these."""
     if runtime.device.type == "cuda":  # the format of cuDNN's kernels, which would otherwise convert each input
         cast(Any, vae.module).to(memory_format=torch.channels_last_3d)
@@ -137,7 +141,7 @@ def set_up_transformer(transformer: Transformer, request: GenerationRequest, run
     """Prepare the transformer: LoRAs, quantization, attention, ranks, compilation, sharding or streaming."""
     module = cast(nn.Module, transformer)
     if request.lora:  # their sources were replaced by files when they were fetched
-        apply_loras(module, request.lora, transformer.native_names, fuse=request.quant is not None)
+        apply_loras(module, request.lora, fuse=request.quant is not None)
     if request.quant is not None:
         quantize_blocks(transformer.blocks, "quantizing the transformer", request.quant, runtime)
     if transformer.chunks_tokens:
@@ -155,7 +159,7 @@ def set_up_transformer(transformer: Transformer, request: GenerationRequest, run
 
 
 def quantize_blocks(blocks: Sequence[nn.Module], name: str, quant: str, runtime: Runtime) -> None:
-    """Quantise a model's blocks, with a progress bar of that name; those that are so already stay."""
+    """Quantize a model's blocks, with a progress bar of that name; FP8 layers stay as they are."""
     with runtime.bar(name, len(blocks)) as bar:
         for block in blocks:
             quantize([block], runtime.device, dynamic=quant == "fp8_dynamic")

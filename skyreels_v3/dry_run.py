@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from skyreels_v3 import throughput
 from skyreels_v3.checkpoints import hub
+from skyreels_v3.checkpoints.files import Repository
+from skyreels_v3.families import family_of
 from skyreels_v3.media.files import existing_folder, giga
 from skyreels_v3.memory.policy import BYTES, TILINGS
 from skyreels_v3.parallel.ranks import Ranks
@@ -29,7 +30,13 @@ from skyreels_v3.tasks import HUNYUAN, MEMORY_MODES, TINY
 
 def dry_run(request: GenerationRequest, downloads: Path, ranks: Ranks) -> str:
     """Check a request, and say what it would do."""
+    from skyreels_v3.components import check_components, check_loras
+
     checked = preflight(request, downloads, ranks)
+    if checked.checkpoint is None:
+        check_loras(checked.request)
+    else:
+        check_components(checked.checkpoint, checked.request)
     return describe(plan(checked, find_machine(checked.request, ranks), ranks))
 
 
@@ -40,12 +47,9 @@ def describe(plan: Plan) -> str:
     video = f"{size}, {request.frames_out} new frames at {request.task.fps} fps ({length:.2f} s)"
     lines = [("task", f"{request.task.name}: {request.task.summary}"), ("video", video)]
     lines += [("checkpoint", request.model_id if plan.checkpoint is None else f"{plan.checkpoint} (on this machine)")]
-    if plan.checkpoint is None and request.model_id != TINY:
-        lines += [("to fetch", f"from {request.model_source}: {', '.join(hub.download_patterns(request.task))}")]
-    if request.task.layout == HUNYUAN and request.model_id != TINY:
-        lines += [describe_base(request)]
-    if to_fetch := missing_repositories(plan):
-        lines += [("download", describe_download(plan, to_fetch))]
+    if request.base_model_id is not None and Path(request.base_model_id).is_dir():
+        lines += [("base model", f"{request.base_model_id} (on this machine)")]
+    lines += [describe_download(request, repository) for repository in missing_repositories(plan)]
     shift = "the scheduler's shift" if request.shift is None else f"shift {request.shift:g}"
     lines += [("steps", f"{request.num_inference_steps}, {shift}, {plan.forwards} forwards a pass")]
     for number, made in enumerate(plan.passes, start=1):
@@ -63,49 +67,37 @@ def describe(plan: Plan) -> str:
     return "\n".join(f"{name:14}{text}" for name, text in lines)
 
 
-def describe_base(request: GenerationRequest) -> tuple[str, str]:
-    """A line on where V1's encoders and VAE come from."""
-    name = request.base_model_id or request.task.base_model_id
-    if Path(name).is_dir():
-        return "base model", f"{name} (on this machine)"
-    return "base model", f"{name}, to fetch: {', '.join(hub.base_patterns())}"
-
-
-def missing_repositories(plan: Plan) -> dict[str, list[str]]:
-    """The hub's repositories of which something is to be downloaded, and the patterns of its files."""
-    request, found = plan.request, {}
-    if request.model_id == TINY:
-        return {}
-    if plan.checkpoint is None:
-        found[request.model_id] = hub.download_patterns(request.task)
-    base = request.base_model_id or request.task.base_model_id
-    if request.task.layout == HUNYUAN and not Path(base).is_dir():
-        found[base] = hub.base_patterns()
-    return found
-
-
-def describe_download(plan: Plan, repositories: Mapping[str, list[str]]) -> str:
-    """How much is to be downloaded, how much of that is here, and whether there is room for the rest."""
+def missing_repositories(plan: Plan) -> list[Repository]:
+    """The repositories that are to be downloaded, at least in part."""
     request = plan.request
-    size = transformer_sizes(request, None).weight_bytes("bfloat16") if request.model_id in repositories else 0
-    if request.task.layout != HUNYUAN or any(name != request.model_id for name in repositories):
-        size += sum(published_bytes(request).values())
-    folder, here = hub.downloaded(request.model_source, repositories)
-    free = shutil.disk_usage(folder if folder.exists() else existing_folder(folder)).free
-    begun = f"{giga(here)} of it" if here else "nothing"
-    text = f"about {giga(size)} in bfloat16, {begun} is here already; {giga(free)} free in {folder}"
-    return (
-        text if size - here <= free else f"{text}: too little; set {hub.CACHES[request.model_source]} to another folder"
-    )
+    first, *others = family_of(request.task).repositories(request.task)
+    if request.model_id == TINY:
+        return []
+    base_is_here = request.base_model_id is not None and Path(request.base_model_id).is_dir()
+    return [*([first] if plan.checkpoint is None else []), *([] if base_is_here else others)]
 
 
-def published_bytes(request: GenerationRequest) -> dict[str, int]:
-    """About the bytes of the published files of all components but the transformer."""
+def describe_download(request: GenerationRequest, repository: Repository) -> tuple[str, str]:
+    """A line on what is to be downloaded, how much that is, and whether there is room for it."""
+    name, source = hub.model_id_of(request, repository), request.model_source
+    known = hub.bytes_to_fetch(request, repository)
+    total, missing = known or (published_bytes(request, repository),) * 2
+    size = f"{giga(missing)} of {giga(total)} to fetch" if known else f"about {giga(total)} in bfloat16"
+    folder = hub.cache_of(source)
+    free = shutil.disk_usage(existing_folder(folder)).free
+    text = f"{name} from {source} ({', '.join(repository.patterns)}): {size}; {giga(free)} free in {folder}"
+    return "download", text if missing <= free else f"{text}: too little; set {hub.CACHES[source]} to another folder"
+
+
+def published_bytes(request: GenerationRequest, repository: Repository) -> int:
+    """About the bytes of the published files of a repository."""
     sizes = {
         name: count * BYTES[stage_dtype(replace(request, vae_dtype="float32"), name, "bfloat16")]
         for name, count in component_parameters(request).items()
     }
-    return sizes | ({"image encoder": IMAGE_ENCODER_FILE_BYTES} if "image encoder" in sizes else {})
+    sizes |= {"image encoder": IMAGE_ENCODER_FILE_BYTES}
+    sizes["transformer"] = transformer_sizes(request, None).weight_bytes("bfloat16")
+    return sum(sizes[name] for name in repository.components)
 
 
 def describe_disk(request: ResolvedRequest) -> str:

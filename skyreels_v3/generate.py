@@ -19,6 +19,7 @@ from skyreels_v3 import __version__, runtime
 from skyreels_v3.checkpoints.save import save_quantized
 from skyreels_v3.components import load_components, others_of
 from skyreels_v3.errors import IncompleteOutput
+from skyreels_v3.families import family_of
 from skyreels_v3.media.audio import mix
 from skyreels_v3.media.files import is_full, reason_of
 from skyreels_v3.media.video_probe import ClipInfo
@@ -87,9 +88,10 @@ class Generator:
     def save_quantized(self, plan: Plan, folder: Path, workspace: Path) -> None:
         """Save the checkpoint with the weights in FP8 that it was quantized to."""
         assert plan.checkpoint is not None
-        others = others_of(plan.checkpoint, plan.request)
+        repositories = family_of(plan.request.task).repositories(plan.request.task)
+        folders = plan.checkpoint, others_of(plan.checkpoint, plan.request)
         with naming_room(folder):
-            save_quantized(self.components.transformer, plan.checkpoint, others, folder, plan.request.task, workspace)
+            save_quantized(self.components.transformer, [*zip(folders, repositories, strict=False)], folder, workspace)
 
 
 def load(plan: Plan) -> Generator:

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from skyreels_v3.checkpoints import hub
-from skyreels_v3.checkpoints.shapes import wan_shapes
+from skyreels_v3.families import family_named, family_of
 from skyreels_v3.hunyuan.sizes import HunyuanSizes
 from skyreels_v3.inputs import Inputs
 from skyreels_v3.memory.policy import BYTES, RESIDENT, STREAM_SLOTS, TILINGS, Policy, Tiles, choose_policy
 from skyreels_v3.parallel.ranks import SINGLE, UNDIVIDED, ParallelConfig, Ranks, choose_degrees
 from skyreels_v3.pipeline import pipeline_of
 from skyreels_v3.request import GenerationRequest, ResolvedRequest
-from skyreels_v3.tasks import CONFIG_DIR, HUNYUAN, LATENT_CHANNELS, PATCH_SIZE, VAE_STRIDE, load_yaml
+from skyreels_v3.tasks import HUNYUAN, LATENT_CHANNELS, PATCH_SIZE, TINY, VAE_STRIDE
 
 FLOAT32 = ("time_embedder", "time_proj", "scale_shift_table", "norm", "proj_out")  # in names of weights, in every case
 TEXT_TOKENS = 512
@@ -107,7 +106,11 @@ class Sizes:
     @cache  # noqa: B019  of few sizes
     def parameters(self) -> tuple[int, int]:
         """Number of parameters, and how many of them are float32 in every case (the time embedding, mostly)."""
-        counts = {name: math.prod(shape) for name, shape in wan_shapes(self).items()}
+        import torch
+
+        with torch.device("meta"):
+            model = family_named("wan").build_transformer(asdict(self))
+        counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
         float32 = sum(count for name, count in counts.items() if any(part in name for part in FLOAT32))
         return sum(counts.values()), float32
 
@@ -306,21 +309,12 @@ def tokens_per_frame(request: ResolvedRequest) -> int:
 
 def transformer_sizes(request: GenerationRequest, checkpoint: Path | None) -> Sizes | HunyuanSizes:
     """Sizes from the checkpoint's own config where it is on this machine, else the published ones."""
-    published = dict(request.task.transformer)
-    if request.model_id == hub.TINY:
-        published = toy_sizes(request)
+    published, family = dict(request.task.transformer), family_of(request.task)
+    if request.model_id == TINY:
+        published = family.tiny_sizes(request.task)
     elif checkpoint is not None:
-        published |= hub.transformer_config(checkpoint / request.task.transformer_folder, published)
+        published |= family.transformer_sizes(checkpoint, request.task)
     return HunyuanSizes(**published) if request.task.layout == HUNYUAN else Sizes(**published)
-
-
-def toy_sizes(request: GenerationRequest) -> dict[str, int]:
-    """Sizes of the toy's transformer."""
-    toy = load_yaml(CONFIG_DIR / "tiny.yaml")
-    if request.task.layout == HUNYUAN:
-        sizes = toy["hunyuan"]["transformer"] | {"in_channels": request.task.transformer["in_channels"]}
-        return {name: sizes[name] for name in request.task.transformer}
-    return toy["transformer"] | (toy["avatar_transformer"] if "input_audio" in request.task.inputs else {})
 
 
 def stages(
@@ -376,11 +370,13 @@ def kept_bytes(request: GenerationRequest, terms: int, tokens: int) -> int:
 
 def component_bytes(request: GenerationRequest, checkpoint: Path | None, dtype: str) -> dict[str, int]:
     """Bytes of the weights of all components but the transformer."""
-    hunyuan, parameters = request.task.layout == HUNYUAN, component_parameters(request)
+    parameters = component_parameters(request)
     others = checkpoint if request.base_model_id is None else Path(request.base_model_id)
-    if others is not None and (not hunyuan or others.is_dir()):
-        return hub.stored_bytes(others, request.task)
-    if request.model_id == hub.TINY:
+    if others is not None and others.is_dir():
+        *_, repository = family_of(request.task).repositories(request.task)
+        weights = {name: repository.weights(others, name) for name in parameters}
+        return {name: sum(file.stat().st_size for file in files) for name, files in weights.items()}
+    if request.model_id == TINY:
         return dict.fromkeys(parameters, TINY_BYTES)
     return {name: count * BYTES[stage_dtype(request, name, dtype)] for name, count in parameters.items()}
 

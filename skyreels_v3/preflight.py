@@ -16,17 +16,10 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from skyreels_v3.checkpoints.contents import check_components, check_transformer
-from skyreels_v3.checkpoints.hub import (
-    check_on_hub,
-    check_pair,
-    errors_about,
-    is_quantized,
-    locate,
-    locate_base,
-)
-from skyreels_v3.checkpoints.lora import check_loras
+from skyreels_v3.checkpoints.files import is_quantized
+from skyreels_v3.checkpoints.hub import check_on_hub, locate
 from skyreels_v3.errors import AlreadyDone, UserError, shown
+from skyreels_v3.families import family_of
 from skyreels_v3.inputs import Inputs, open_inputs
 from skyreels_v3.media.ffmpeg import check_ffmpeg
 from skyreels_v3.media.files import check_writable
@@ -38,7 +31,7 @@ from skyreels_v3.plan import Checked, transformer_sizes
 from skyreels_v3.request import BY_NAME, GenerationRequest, Request, ResolvedRequest
 from skyreels_v3.resume import NO_RECORD, RunRecord, find_left
 from skyreels_v3.runtime import check_compute, check_device, default_dtype, likely_device
-from skyreels_v3.tasks import HUNYUAN, TINY
+from skyreels_v3.tasks import TINY
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +78,6 @@ def check(request: GenerationRequest, downloads: Path, ranks: Ranks) -> Checked:
     checkpoint = checkpoint_here(request)
     if checkpoint is not None:
         request = follow_checkpoint(request, checkpoint)
-    else:
-        check_loras(request)
     request = with_base(request, base_here(request, checkpoint))
     if ranks.is_main:
         check_on_hub(request)
@@ -221,38 +212,26 @@ def free_name(request: GenerationRequest) -> Path:
 
 def checkpoint_here(request: GenerationRequest) -> Path | None:
     """The folder of a checkpoint that is on this machine, None for one that is yet to be fetched or made."""
-    return None if request.model_id == TINY else locate(request)
+    return None if request.model_id == TINY else locate(request, family_of(request.task).repositories(request.task)[0])
 
 
 def base_here(request: GenerationRequest, checkpoint: Path | None) -> Path | None:
-    """The folder of V1's other components where it is on this machine, see `locate_base`."""
-    if request.task.layout != HUNYUAN:
-        return None
-    base = locate_base(request, checkpoint)
-    if base is not None:
-        with errors_about("--base_model_id" if request.base_model_id is not None else "--model_id"):
-            check_components(base, request.task)
-    if base is not None and checkpoint is not None:
-        check_pair(checkpoint, base)
+    """The folder of the components that are not the checkpoint's own, where it is on this machine."""
+    family, base = family_of(request.task), None
+    for repository in family.repositories(request.task)[1:]:
+        base = locate(request, repository, checkpoint)
+    family.check_configs(request.task, checkpoint, base)
     return base
 
 
 def with_base(request: GenerationRequest, base: Path | None) -> GenerationRequest:
-    """The request, naming a folder of V1's other components if there is one."""
+    """The request, naming a folder of the other components if there is one."""
     return request if base is None else replace(request, base_model_id=str(base))
 
 
 def follow_checkpoint(request: Request, checkpoint: Path) -> Request:
-    """The request for the checkpoint in a folder: FP8 weights make it one in FP8, which takes no more LoRAs.
-
-    Raises:
-        UserError: the checkpoint's files, or a LoRA that is on this machine, are not what the transformer is made of.
-    """
-    shapes = check_transformer(checkpoint / request.task.transformer_folder, request.task)
-    if request.task.layout != HUNYUAN:
-        check_components(checkpoint, request.task)
+    """The request for the checkpoint in a folder: FP8 weights make it one in FP8, which takes no more LoRAs."""
     if not is_quantized(checkpoint / request.task.transformer_folder):
-        check_loras(request, shapes)
         return request
     if request.lora:
         reason = f"{shown(request.lora[0].source)}: the checkpoint's weights are quantized already"

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from skyreels_v3.cache import cache_folder
-from skyreels_v3.checkpoints.hub import download, download_base, download_lora, locate_base, locate_lora
-from skyreels_v3.checkpoints.lora import check_loras
+from skyreels_v3.checkpoints.files import Repository
+from skyreels_v3.checkpoints.hub import download, download_lora, locate, locate_lora
 from skyreels_v3.errors import AlreadyDone, UserError, cause_of
+from skyreels_v3.families import family_of, make_tiny
 from skyreels_v3.media.files import run_folder
 from skyreels_v3.parallel import processes
 from skyreels_v3.parallel.ranks import Ranks
 from skyreels_v3.plan import Checked
 from skyreels_v3.preflight import checkpoint_here, follow_checkpoint, preflight
 from skyreels_v3.request import GenerationRequest, Request
-from skyreels_v3.tasks import HUNYUAN, TINY
+from skyreels_v3.tasks import TINY
 
 RemoteError = tuple[str | None, str]  # for other processes: the flag of a UserError or DONE, and the text
 DONE = "done"
@@ -115,19 +116,21 @@ class AssetResolver:
         loras = tuple(lora._replace(source=self.lora(lora.source, request)) for lora in request.lora)
         request = replace(request, lora=loras)
         if checkpoint is None:
+            from skyreels_v3.components import check_loras
+
             check_loras(request)  # they weigh less than what would have been fetched in vain
             names = (request.model_source, request.model_id, request.task.name)
             checkpoint = Path(self.get(names, lambda: fetch(request)))
-        if request.task.layout == HUNYUAN:
-            request = replace(request, base_model_id=self.base(request, checkpoint))
+        for repository in family_of(request.task).repositories(request.task)[1:]:
+            request = replace(request, base_model_id=self.base(request, repository, checkpoint))
         return follow_checkpoint(request, checkpoint), checkpoint
 
-    def base(self, request: GenerationRequest, checkpoint: Path) -> str:
-        """The folder of V1's other components."""
-        if (folder := locate_base(request, checkpoint)) is not None:
+    def base(self, request: GenerationRequest, repository: Repository, checkpoint: Path) -> str:
+        """The folder of the components that are not the checkpoint's own."""
+        if (folder := locate(request, repository, checkpoint)) is not None:
             return str(folder)
-        name = request.base_model_id or request.task.base_model_id
-        return self.get((request.model_source, name, "base"), lambda: download_base(request))
+        name = request.base_model_id or repository.model_id
+        return self.get((request.model_source, name, "base"), lambda: download(request, repository))
 
     def lora(self, name: str, request: GenerationRequest) -> str:
         """The file of a LoRA."""
@@ -167,9 +170,7 @@ class AssetResolver:
 def fetch(request: GenerationRequest) -> Path:
     """The folder of a checkpoint that was not on this machine."""
     if request.model_id != TINY:
-        return download(request)
-    from skyreels_v3.wan.tiny import make_tiny
-
+        return download(request, family_of(request.task).repositories(request.task)[0])
     try:
         return make_tiny(request.task)
     except OSError as error:

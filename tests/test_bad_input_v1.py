@@ -14,8 +14,9 @@ from safetensors import torch
 from safetensors.numpy import save_file
 
 from skyreels_v3.batch import read_jobs
-from skyreels_v3.hunyuan.tiny import write_hunyuan
+from skyreels_v3.hunyuan.family import write_tiny
 from skyreels_v3.memory.quantize import FP8
+from skyreels_v3.tasks import task_spec
 from tests.conftest import ROOT, bad, check_refused
 
 ASSETS = ROOT / "assets"
@@ -137,7 +138,7 @@ BASE: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
-    write_hunyuan(folder, 16)
+    write_tiny(folder, task_spec("t2v"))
     return folder
 
 

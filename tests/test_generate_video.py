@@ -257,7 +257,7 @@ def test_a_dry_run_loads_and_leaves_nothing(reference, picture, tmp_path, model_
     plan = dict(re.split(r"  +|(?<=pass 1) +", line, maxsplit=1) for line in run.stdout.splitlines())
     assert plan["video"].startswith("48 x 32, 121 new frames at 24 fps")
     assert plan["checkpoint"].startswith(model_id)
-    assert ("to fetch" in plan) == (model_id == "some/model")
+    assert ("download" in plan) == (model_id == "some/model")
     assert not any(tmp_path.iterdir())
 
 

@@ -188,25 +188,21 @@ def test_compiled_blocks(run, task):
 
 def largest_model(folder: Path, task: str) -> Path:
     """A toy with blocks large enough to be seen in the device's memory: about 0.9 GB in bfloat16."""
-    from diffusers import HunyuanVideoTransformer3DModel
 
-    from skyreels_v3.checkpoints.tiny import SIZES, WEIGHTS, weights, write_json
-    from skyreels_v3.hunyuan.tiny import HUNYUAN, write_model
+    from skyreels_v3.families import family_of, make_tiny
+    from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
     from skyreels_v3.tasks import task_spec
-    from skyreels_v3.wan.tiny import make_tiny, published_config, save_file
     from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
-    root = shutil.copytree(make_tiny(task_spec(task)), folder / "large")
-    heads = {"num_attention_heads": 8, "attention_head_dim": 128}
+    spec = task_spec(task)
+    root = shutil.copytree(make_tiny(spec), folder / "large")
+    sizes = family_of(spec).tiny_sizes(spec) | {"num_attention_heads": 8, "attention_head_dim": 128}
     torch.manual_seed(0)
     if task == "t2v":
-        sizes = heads | {"rope_axes_dim": (16, 56, 56), "num_layers": 6, "num_single_layers": 12}
-        write_model(root, HunyuanVideoTransformer3DModel(**(HUNYUAN["transformer"] | sizes)).bfloat16(), WEIGHTS)
-        return root
-    sizes = heads | {"num_layers": 24, "ffn_dim": 5120}
-    model = SkyReelsTransformer3DModel(**(SIZES["transformer"] | sizes)).bfloat16()
-    save_file(weights(model), root / "transformer" / WEIGHTS)
-    write_json(root / "transformer" / "config.json", published_config(model))
+        model = HunyuanTransformer3DModel(**sizes | {"num_layers": 6, "num_single_layers": 12})
+    else:
+        model = SkyReelsTransformer3DModel(**sizes | {"num_layers": 24, "ffn_dim": 5120})
+    model.bfloat16().save_pretrained(root / spec.transformer_folder)
     return root
 
 

@@ -18,9 +18,8 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPTextModel, LlamaModel
 
-from skyreels_v3.checkpoints import hub
+from skyreels_v3.families import make_tiny
 from skyreels_v3.tasks import task_spec
-from skyreels_v3.wan.tiny import make_tiny
 from tests.conftest import ROOT
 
 BASE = (
@@ -145,8 +144,8 @@ def test_a_lora_that_does_not_fit(main, tmp_path, name, flags):
 def test_a_hubs_lora_is_looked_at_before_the_checkpoint_is_fetched(main, tmp_path, monkeypatch):
     """By what the published model is known to be."""
     file = write_lora(tmp_path / "small.safetensors")
-    monkeypatch.setattr(hub, "download_lora", lambda name, request: file)
-    monkeypatch.setattr(hub, "download", lambda request: pytest.fail("the checkpoint is fetched"))
+    monkeypatch.setattr("skyreels_v3.resolve.download_lora", lambda name, request: file)
+    monkeypatch.setattr("skyreels_v3.resolve.download", lambda *_: pytest.fail("the checkpoint is fetched"))
     code, stdout, stderr = main(*BASE, "--model_id", "some/model", "--lora", "a/b", "--output", "out/a.mp4")
     assert (code, stdout) == (2, "")
     assert f"--lora: {file} does not fit its model: wrong shapes" in stderr and "instead of [1, 2, 5120]" in stderr

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import DryRunFileInfo
 
 from skyreels_v3 import throughput
 from skyreels_v3.dry_run import describe
@@ -16,37 +17,32 @@ from skyreels_v3.tasks import task_spec
 from tests.planning import planned
 
 
-def sparse(path: Path, size: float) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.truncate(int(size))
-    return path
-
-
 def described(request: GenerationRequest, checkpoint: Path | None = None) -> dict[str, str]:
     text = describe(planned(request, checkpoint, "bfloat16"))
     return {line[:14].strip(): line[14:] for line in text.splitlines()}
 
 
 def test_the_download_and_the_room_for_it(monkeypatch, tmp_path):
+    """As the hub says, or as the published sizes are where it cannot be asked."""
+    files = [DryRunFileInfo("c", size, n, "", size < 9e9, size > 9e9) for n, size in (("a", 3e9), ("b", 40e9))]
+
+    def snapshot_download(name: str, allow_patterns: list[str], dry_run: bool) -> list[DryRunFileInfo]:
+        if not files:
+            raise OSError
+        return files
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     request = GenerationRequest(
         task=task_spec("reference_to_video"), model_id="Skywork/SkyReels-V3-R2V-14B", prompt="p", height=720, width=1280
     )
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=41e9))
+    name = "Skywork/SkyReels-V3-R2V-14B from huggingface (transformer/*, vae/*, text_encoder/*, tokenizer/*)"
+    room = f"41.0 GB free in {tmp_path}"
+    assert described(request)["download"] == f"{name}: 40.0 GB of 43.0 GB to fetch; {room}"
+    files.clear()
     # 14.3 and 5.7 billion parameters of two bytes, 0.13 billion of four
-    assert (
-        described(request)["download"]
-        == f"about 40.8 GB in bfloat16, nothing is here already; 41.0 GB free in {tmp_path}"
-    )
-    repository = tmp_path / "models--Skywork--SkyReels-V3-R2V-14B"
-    blob = sparse(repository / "blobs" / "a", 3e9)
-    for snapshot in ("old", "new"):
-        (repository / "snapshots" / snapshot / "transformer").mkdir(parents=True)
-        (repository / "snapshots" / snapshot / "transformer" / "a.safetensors").symlink_to(blob)
-    sparse(repository / "snapshots" / "new" / "sample.mp4", 5e9)  # not needed
-    sparse(repository / "blobs" / "b.incomplete", 1e9)
-    assert "4.0 GB of it is here already" in described(request)["download"]
+    assert described(request)["download"] == f"{name}: about 40.8 GB in bfloat16; {room}"
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1e8))
     plan_ = described(request)
     assert plan_["download"].endswith(f"0.1 GB free in {tmp_path}: too little; set HF_HOME to another folder")

@@ -1,50 +1,82 @@
 """One way from checkpoint files to a model: build on meta, map the files into memory, assign strictly.
 
 No weight is ever initialised and none is copied unless its dtype changes: parameters are views of the mapped files,
-read from disk when they are first needed. Every key must be accounted for. A missing, unexpected or misshapen key, an
-unknown entry of a config or a damaged file is a `CheckpointError` that names file and key.
+read from disk when they are first needed. Every key and every entry of a config must be accounted for; what is not
+raises a `CheckpointError` that names file and key.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from skyreels_v3.checkpoints.contents import check_format, check_keys, name_some, refuse_dtypes, rename
-from skyreels_v3.checkpoints.hub import weight_files
-from skyreels_v3.checkpoints.key_maps import IDENTITY, KeyMap
-from skyreels_v3.errors import CheckpointError
+from skyreels_v3.checkpoints.files import read_json, weight_files
+from skyreels_v3.checkpoints.key_maps import IDENTITY, KeyMap, invert, restore, translate
+from skyreels_v3.errors import CheckpointError, shown
+from skyreels_v3.memory.policy import SCALE
+from skyreels_v3.memory.quantize import with_fp8_layers
 from skyreels_v3.tensors import replace_tensors
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-WEIGHTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8)  # dtypes that hold some
+WEIGHTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8)  # dtypes of weights
+REMEDY = "give weights in float32, float16 or bfloat16, and --quant fp8 to have them in FP8"
+OWN_CONFIG = "give the model's own config"
+# Keys that only quantized weights have, and whose format it is. Ours has a `weight_scale` for each row.
+QUANTIZED = (
+    (r"(?:.+\.)?scaled_fp8|.+\.(?:scale_weight|scale_input)", "ComfyUI's scaled FP8"),
+    (r".+\.comfy_quant", "ComfyUI's mixed precision"),
+    (r".+\.(?:weight_scale_2|input_scale|pre_quant_scale)", "ModelOpt's FP8 or NVFP4"),
+    (r".+\.weight_scale_inv", "FP8 scaled by blocks"),
+    (r".+\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+|SCB)", "bitsandbytes' format"),
+    (r".+\.(?:qweight|qzeros|g_idx|wscales|smooth_factor)", "4-bit integers"),
+)
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of all names in repackaged transformers
+# Entries of configs that say how large a model is: at most the number of tensors, or the longest axis of one.
+COUNT = re.compile(r"num_(?:\w+_)?layers|num_layers|layers_per_block|num_res_blocks")
+WIDTH = re.compile(
+    r"num_(?:\w+_)?heads|(?:attention_)?head_dim|(?:hidden|intermediate|vocab)_size|d_model|d_kv|d_ff|dim_mult|"
+    r"(?:(?:text|freq|ffn|image|in|out|intermediate|output|base|decoder_base|z|text_embed|pooled_projection|conv)_)?dim|"
+    r"audio_dim|(?:in|out|latent|block_out)_channels|conv_kernel|num_conv_pos_embeddings|"
+    r"relative_attention_num_buckets"
+)
+POSITIVE = re.compile(r"(?:\w+_)?eps(?:ilon)?|rope_theta|scaling_factor")
+NAMED_KEYS = 5  # spelled out in an error message
+
+Tensors = dict[str, Tensor]
 
 
-def read_tensors(path: Path, values: bool = True) -> dict[str, Tensor]:
+def read_tensors(path: Path, values: bool = True) -> Tensors:
     """All tensors of a weight file, or of a folder with one file or an index of shards; memory-mapped.
 
-    Without `values` they are on meta: the weights come from another process, and nothing but headers is read.
+    Without `values` they are on meta, and nothing but headers is read.
 
     Raises:
         CheckpointError: a file that is missing, truncated or no checkpoint, or holds something other than tensors, or
             weights that are quantized in a way that is not ours.
     """
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(path) if path.is_dir() else [path]:
+    tensors: Tensors = {}
+    for file in weight_files(path):
         tensors.update(read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file))
-    check_format(tensors, path)
+    for key in tensors:
+        for pattern, name in QUANTIZED:
+            if re.fullmatch(pattern, key):
+                raise CheckpointError(f"{path} holds weights in {name} ({shown(key)}), not supported; {REMEDY}")
     return tensors if values else {key: tensor.to("meta") for key, tensor in tensors.items()}
 
 
-def read_safetensors(file: Path) -> dict[str, Tensor]:
+def read_safetensors(file: Path) -> Tensors:
     """The tensors of one safetensors file, memory-mapped."""
     try:
         with safe_open(file, framework="pt") as handle:
@@ -53,8 +85,8 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} cannot be read ({error}); download it again") from error
 
 
-def read_pickle(file: Path) -> dict[str, Tensor]:
-    """The tensors of one .pth file, memory-mapped; nothing but tensors is unpickled."""
+def read_pickle(file: Path) -> Tensors:
+    """The tensors of one .pth or .bin file, memory-mapped; nothing but tensors is unpickled."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:  # its own message advises to unpickle anything
@@ -69,10 +101,8 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
 
 def read_ahead(files: Sequence[Path]) -> None:
     """Have the system read files into free memory in the background, so that mapped weights are there when needed."""
-    if (
-        not hasattr(os, "posix_fadvise")
-        or sum(file.stat().st_size for file in files) > psutil.virtual_memory().available
-    ):
+    size = sum(file.stat().st_size for file in files)
+    if not hasattr(os, "posix_fadvise") or size > psutil.virtual_memory().available:
         return
 
     def read() -> None:
@@ -83,59 +113,190 @@ def read_ahead(files: Sequence[Path]) -> None:
     Thread(target=read, daemon=True).start()
 
 
+def without_prefix(tensors: Tensors) -> Tensors:
+    """A transformer's tensors without what repackaged files put before all of its names."""
+    for prefix in PREFIXES:
+        if tensors and all(key.startswith(prefix) for key in tensors):
+            return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    return tensors
+
+
+# Configs
+
+
+def read_config(
+    folder: Path, tensors: Tensors, constants: Mapping[str, object], names: Collection[str] | None = None
+) -> dict[str, Any]:
+    """The entries of config.json in `folder` that are a model's arguments, held against the tensors beside it.
+
+    Args:
+        constants: the only values that some entries may have; they are no arguments.
+        names: all arguments that there are; None where the model's class takes any.
+
+    Raises:
+        CheckpointError: a knob that is not supported, an unknown entry, or a size larger than the tensors have.
+    """
+    source = folder / "config.json"
+    config = {key: value for key, value in read_json(source).items() if not key.startswith("_")}
+    check_sizes(config, tensors, source)
+    for key in config.keys() & constants.keys():
+        if config[key] != constants[key]:
+            raise CheckpointError(f"{source}: {key} = {shown(config[key])} is not supported, only {constants[key]}")
+    arguments = {key: value for key, value in config.items() if key not in constants}
+    if names is not None and (unknown := arguments.keys() - set(names)):
+        raise CheckpointError(f"{source}: unknown entries {', '.join(map(shown, sorted(unknown)))}")
+    return arguments
+
+
+def check_sizes(config: Mapping[str, Any], tensors: Tensors, source: Path) -> None:
+    """Raise CheckpointError for numbers in a config that are none, and for sizes larger than the tensors there."""
+    longest = max((axis for tensor in tensors.values() for axis in tensor.shape), default=0)
+    for key, value in config.items():
+        if POSITIVE.fullmatch(key) and not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise CheckpointError(f"{source}: {key} = {shown(value)} is no positive number; {OWN_CONFIG}")
+        limit = len(tensors) if COUNT.fullmatch(key) else longest if WIDTH.fullmatch(key) else None
+        sizes = [] if limit is None or value is None else value if isinstance(value, list) else [value]
+        for size in sizes:
+            if type(size) is not int or size < 1:
+                raise CheckpointError(f"{source}: {key} = {shown(size)} is no size; {OWN_CONFIG}")
+            if size > limit:
+                reason = f"{source}: {key} = {shown(size)} is more than the weights beside it have"
+                raise CheckpointError(f"{reason} ({limit} at most); {OWN_CONFIG}")
+    if config.get("quantization_config"):
+        raise CheckpointError(f"{source}: quantization_config is not supported; {REMEDY}")
+
+
+def load_tokenizer(folder: Path, kind: Any) -> Any:
+    """The tokenizer in `folder`; `kind` is a class of transformers'."""
+    try:
+        return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises nothing more special
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read ({error}); download it again") from error
+
+
+def shape_of(key: str, axes: int, tensors: Tensors, source: Path) -> tuple[int, ...]:
+    """The shape of a tensor that a model's sizes are read from."""
+    if key not in tensors:
+        raise CheckpointError(f"{source} lacks {key}, which the model's sizes are read from; give the model's own file")
+    shape = tuple(tensors[key].shape)
+    if len(shape) != axes or 0 in shape:
+        raise CheckpointError(f"{source}: wrong shape {key} ({list(shape)}); give the model's own file")
+    return shape
+
+
+# Models
+
+
 def load_model(
     build: Callable[[], nn.Module],
-    tensors: Mapping[str, Tensor],
+    tensors: Tensors,
     source: Path,
     dtype: torch.dtype,
     key_map: KeyMap = IDENTITY,
     float32_names: Sequence[str] = (),
     buffers: Mapping[str, Tensor] | None = None,
-) -> nn.Module:
+) -> Any:
     """Build a model on meta and give it its weights.
 
     Args:
         build: makes the model; called with meta as the default device.
         tensors: all weights of a checkpoint, under its own names.
         source: what the tensors were read from, for error messages.
-        dtype: of the model's weights.
-        key_map: from the checkpoint's names to the model's; together they must give all weights and no others.
-        float32_names: parts of the names of weights that are float32 in every case.
-        buffers: the model's constants that are in no checkpoint, by name; on meta they have no values.
+        dtype: of the weights.
+        key_map: from the checkpoint's names to the model's.
+        float32_names: parts of names; weights with one of them in theirs are float32, whatever `dtype` is.
+        buffers: values of the model's buffers, by name.
+
+    Returns:
+        The model in eval mode, no parameter requiring gradients. Matrices with a scale beside them are FP8 layers.
+
+    Raises:
+        CheckpointError: missing, unexpected or misshapen keys, by name; dtypes that hold no weights; or no model has
+            these sizes.
     """
-    try:
-        with torch.device("meta"):
-            model = build()
-    except Exception as error:  # the libraries' classes raise whatever a strange size or name leads to
-        reason = f"{source}: no model has the sizes of its config ({error})"
-        raise CheckpointError(f"{reason}; give the model's own config") from error
     tensors = rename(tensors, key_map, source)
+    check_scales(tensors, source)
+    with config_errors(source), torch.device("meta"):
+        model = with_fp8_layers(build(), tensors)
     parameters = dict(model.named_parameters())  # tied weights once, under their first name
-    check_keys({name: parameter.shape for name, parameter in parameters.items()}, tensors, source, key_map)
+    check_keys(parameters, tensors, source, key_map)
     check_dtypes(parameters, tensors, source)
     loaded: dict[int, Tensor] = {id(buffer): (buffers or {})[name] for name, buffer in model.named_buffers()}
     for name, parameter in parameters.items():
-        target = torch.float32 if any(part in name for part in float32_names) else dtype
-        if parameter.dtype == tensors[name].dtype and parameter.element_size() == 1:  # quantized
+        target = torch.float32 if any(part in name for part in (*float32_names, SCALE)) else dtype
+        if parameter.dtype in FP8:
             target = parameter.dtype
         loaded[id(parameter)] = nn.Parameter(tensors[name].to(target), requires_grad=False)
     replace_tensors(model, lambda tensor: loaded[id(tensor)])
     return model.eval()
 
 
-def check_dtypes(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path) -> None:
+@contextmanager
+def config_errors(source: Path) -> Iterator[None]:
+    """Turn what the libraries' classes raise for a strange size or name into a CheckpointError."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f"{source}: no model has the sizes of its config ({error}); {OWN_CONFIG}") from error
+
+
+def rename(tensors: Tensors, key_map: KeyMap, source: Path) -> Tensors:
+    """Tensors under their model's names; stacked ones are split (views, not copies)."""
+    renamed: Tensors = {}
+    unknown = []
+    for key, tensor in tensors.items():
+        try:
+            target = translate(key, key_map)
+        except KeyError:
+            unknown.append(key)
+            continue
+        if isinstance(target, tuple):
+            if not tensor.shape or tensor.shape[0] % len(target):
+                reason = f"{source}: wrong shape {key} ({list(tensor.shape)}), which is to be {len(target)} weights"
+                raise CheckpointError(f"{reason}; give the model's own file")
+            renamed.update(zip(target, tensor.chunk(len(target)), strict=True))
+        elif target is not None:
+            renamed[target] = tensor
+    if unknown:
+        raise CheckpointError(f"{source}: unexpected keys {name_some(unknown)}")
+    return renamed
+
+
+def check_scales(tensors: Tensors, source: Path) -> None:
+    """Raise CheckpointError unless each scale is a row's of a matrix beside it."""
+    for key, scale in tensors.items():
+        weight = tensors.get(f"{key.removesuffix(SCALE)}weight")
+        if key.endswith(f".{SCALE}") and (weight is None or weight.ndim != 2 or scale.shape != weight.shape[:1]):
+            reason = f"{source} holds weights in FP8 that is scaled otherwise than by rows"
+            raise CheckpointError(f"{reason} ({shown(key)} {list(scale.shape)}), not supported; {REMEDY}")
+
+
+def check_keys(expected: Mapping[str, Tensor], found: Tensors, source: Path, key_map: KeyMap) -> None:
+    """Raise CheckpointError, in the checkpoint's own names, unless `found` has the keys and shapes of `expected`."""
+    inverse = invert(key_map)
+    misshapen = [
+        f"{restore(key, inverse)} ({list(found[key].shape)} instead of {list(expected[key].shape)})"
+        for key in expected.keys() & found.keys()
+        if found[key].shape != expected[key].shape
+    ]
+    problems = {
+        "missing keys": [restore(key, inverse) for key in expected.keys() - found.keys()],
+        "unexpected keys": [restore(key, inverse) for key in found.keys() - expected.keys()],
+        "wrong shapes": misshapen,
+    }
+    if any(problems.values()):
+        named = "; ".join(f"{problem} {name_some(keys)}" for problem, keys in problems.items() if keys)
+        raise CheckpointError(f"{source} does not fit its model: {named}")
+
+
+def check_dtypes(parameters: Mapping[str, Tensor], tensors: Tensors, source: Path) -> None:
     """Raise CheckpointError for tensors that are no weights as they stand: integers, or FP8 whose scale is missing.
 
-    A plain cast to FP8 is taken: what published weights are is far from the end of its range. Divided by a scale they
-    fill it. One matrix tells.
+    A plain cast to FP8 is taken: published weights stay far from the end of its range, while those that were divided by
+    a scale fill it. One matrix tells.
     """
-    wrong = {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype not in WEIGHTS}
-    wrong |= {
-        name: tensors[name].dtype
-        for name, parameter in parameters.items()
-        if parameter.dtype in FP8 and tensors[name].dtype != parameter.dtype
-    }
-    refuse_dtypes(wrong, source)
+    refuse_dtypes({k: t for k, t in tensors.items() if parameters[k].dtype in FP8 and t.dtype not in FP8}, source)
+    refuse_dtypes({key: tensor for key, tensor in tensors.items() if tensor.dtype not in WEIGHTS}, source)
     casts = (name for name, tensor in tensors.items() if tensor.dtype in FP8 and parameters[name].dtype not in FP8)
     name = next((name for name in casts if tensors[name].ndim == 2 and not tensors[name].is_meta), None)
     if name is not None and tensors[name].float().abs().max() > torch.finfo(tensors[name].dtype).max / 2:
@@ -145,10 +306,24 @@ def check_dtypes(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
         )
 
 
+def refuse_dtypes(tensors: Tensors, source: Path) -> None:
+    """Raise CheckpointError for tensors, if there are any, whose dtypes hold no weights."""
+    if tensors:
+        named = name_some(f"{key} ({str(tensor.dtype).removeprefix('torch.')})" for key, tensor in tensors.items())
+        raise CheckpointError(f"{source}: numbers of this kind are no weights: {named}; {REMEDY}")
+
+
 def check_finite(model: nn.Module, name: str) -> None:
-    """Raise CheckpointError for a model's weights that hold infinity or no numbers."""
+    """Raise CheckpointError for a model's weights that hold infinity or NaN."""
     wrong = [key for key, weight in model.named_parameters() if not weight.float().isfinite().all()]
     if wrong:
         raise CheckpointError(
             f"the {name}'s {name_some(wrong)}: numbers that are not finite; give a checkpoint without"
         )
+
+
+def name_some(names: Iterable[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - NAMED_KEYS} more" if len(names) > NAMED_KEYS else ""
+    return ", ".join(names[:NAMED_KEYS]) + more

@@ -1,47 +1,42 @@
-"""LoRA files, in the spellings that trainers use: what each adds to which of the model's weights. No torch.
+"""LoRA files, in the spellings that trainers use, and their two ways into the transformer: fused or live.
 
 A LoRA adds scale * (alpha / rank) * B @ A to a weight: a low-rank pair. Files that were extracted from a trained model
 hold differences beside the pairs, which are added times the scale: of a whole weight (`diff`; of a norm, mostly), of a
-bias (`diff_b`) and of the modulation (`diff_m`).
+bias (`diff_b`) and of the modulation (`diff_m`). What the model has nothing for is refused, or left out on demand; what
+a file means otherwise is refused by name.
 
-All of that is in the file's header. So a file is held against a model before either is loaded. What the model has
-nothing for is refused, or left out on demand; what a file means otherwise is refused by name.
+Fused, what a LoRA adds becomes part of the weights: inference costs what it did without. Live, PEFT computes the two
+thin products of a low-rank pair beside its linear layer: the memory-mapped weights stay what they are. All else that a
+file may add, to biases, norms, modulation and convolutions, is small and always fused.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from skyreels_v3.checkpoints.contents import (
-    WEIGHT_DTYPES,
-    Stored,
-    name_some,
-    published_shapes,
-    refuse_dtypes,
-    stored_tensors,
-)
-from skyreels_v3.checkpoints.hub import (
-    LORA_CONFIG,
-    LoraError,
-    check_lora_file,
-    locate_lora,
-    lora_errors,
-    read_header,
-    read_json,
-)
-from skyreels_v3.checkpoints.key_maps import NATIVE_HUNYUAN, NATIVE_TRANSFORMER, KeyMap, translate
-from skyreels_v3.checkpoints.shapes import Shape, Shapes
-from skyreels_v3.errors import shown
-from skyreels_v3.request import GenerationRequest
-from skyreels_v3.tasks import HUNYUAN
+import torch
+from torch import Tensor, nn
 
+from skyreels_v3.checkpoints.files import errors_about, read_header, read_json
+from skyreels_v3.checkpoints.hub import LORA_CONFIG, check_lora_file
+from skyreels_v3.checkpoints.key_maps import KeyMap, translate
+from skyreels_v3.checkpoints.load import WEIGHTS, Tensors, name_some, read_safetensors, refuse_dtypes
+from skyreels_v3.errors import UserError
+from skyreels_v3.request import Lora
+
+logger = logging.getLogger(__name__)
+
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape]
 Parts = dict[str, str]  # what a file has for a layer: the key of each part
 
 PEFT_PREFIX = "base_model.model."
@@ -51,7 +46,6 @@ ENTRY = re.compile(
     r"\.(?:(?:(?P<A>lora_A|lora_down|lora\.down)|(?P<B>lora_B|lora_up|lora\.up))(?:\.\w+)?\.weight"
     r"|(?P<alpha>alpha)|(?P<weight>diff|w_norm)|(?P<bias>diff_b|b_norm)|(?P<modulation>diff_m))"
 )
-SLOW = re.compile(r"\)[*+{?]|(?:[*+?}].*){4}", re.DOTALL)  # patterns that may take a regular expression for ever
 TEXT_ENCODER = re.compile(r"(?:base_model\.model\.)?(?:text_encoder|lora_te)\w*(?:\..+)?")
 
 HEADER_ENTRY = "lora_adapter_metadata"  # diffusers' place for PEFT's settings
@@ -60,46 +54,43 @@ PLAIN_INITIALISATIONS = ("gaussian", "eva", "orthogonal")  # the others take som
 
 
 @dataclass(frozen=True)
-class Update:
-    """What a file adds to weights of the model: to one, or to several that are stacked in the file.
+class Change:
+    """What is added to a weight as a matrix, times a scale: `up @ down`, or `up` alone where `down` is None.
 
-    Attributes:
-        names: the model's weights.
-        rows: the length of each one's first axis.
-        keys: of A (rank, in, ...) and B (out, rank, ...) of a low-rank pair, or of a difference.
-        alpha: of a pair: the key of it or the number itself; None: the rank.
+    `keys` are those of the file's tensors, down before up.
     """
 
-    names: tuple[str, ...]
-    rows: tuple[int, ...]
+    up: Tensor
+    down: Tensor | None
+    scale: float
     keys: tuple[str, ...]
-    alpha: str | float | None = None
+
+
+Changes = dict[str, list[Change]]  # by the weight's name
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """What a file adds to a model, and the keys of what the model has nothing for."""
+    """What a file adds to a model, mapped into memory, and the keys of what the model has nothing for."""
 
     source: Path
-    updates: tuple[Update, ...]
-    left_out: tuple[str, ...] = ()
+    changes: Changes
+    left_out: tuple[str, ...]
 
 
-def check_loras(request: GenerationRequest, shapes: Shapes | None = None) -> None:
-    """Raise LoraError unless each of the request's LoRAs that is on this machine fits its transformer.
-
-    Args:
-        shapes: of the transformer's weights; None where its checkpoint is not here, and the task's known sizes tell.
-    """
-    files = [(file, lora.partial) for lora in request.lora if (file := locate_lora(lora.source)) is not None]
-    if files:
-        shapes = published_shapes(request) if shapes is None else shapes
-        native = NATIVE_HUNYUAN if request.task.layout == HUNYUAN else NATIVE_TRANSFORMER
-        for file, partial in files:
-            read_lora(file, shapes, native, partial)
+def lora_error(message: str) -> UserError:
+    return UserError("--lora", message)
 
 
-def read_lora(source: Path, shapes: Shapes, native: KeyMap = NATIVE_TRANSFORMER, partial: bool = False) -> LoraFile:
+# Reading
+
+
+def shapes_of(model: nn.Module) -> Shapes:
+    """The shapes of a model's weights, by name."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def read_lora(source: Path, shapes: Shapes, native: KeyMap, partial: bool = False) -> LoraFile:
     """What a file adds to a model.
 
     Args:
@@ -108,45 +99,56 @@ def read_lora(source: Path, shapes: Shapes, native: KeyMap = NATIVE_TRANSFORMER,
         partial: leave out what the model has nothing for.
 
     Raises:
-        LoraError: not a whole safetensors file, or not only what fits the model; names the file and its keys.
+        UserError: not a whole safetensors file, or not only what fits the model; names the file and its keys.
     """
-    with lora_errors():
-        check_lora_file(source)
-        tensors = stored_tensors(source)
+    check_lora_file(source)
+    with errors_about("--lora"):
+        tensors = read_safetensors(source)
         layers, others = group_entries(tensors, source)
         settings = read_settings(source, any(key.startswith(PEFT_PREFIX) for key in tensors))
-        updates: list[Update] = []
-        misshapen: list[str] = []
+        changes: Changes = {}
+        twice: list[str] = []
+        misshapen = [
+            f"{key} ({list(tensors[key].shape)} instead of [])"
+            for key in (parts["alpha"] for parts in layers.values() if "alpha" in parts)
+            if tensors[key].numel() != 1
+        ]
         for layer, parts in layers.items():
             for parameter, keys in changes_of(parts):
                 names = model_names(layer, parameter, native)
                 if not all(name in shapes for name in names):
                     others += keys
                     continue
-                wanted = (sum(shapes[name][0] for name in names), *shapes[names[0]][1:])
-                misshapen += wrong_shapes(keys, tensors, wanted)
-                alpha = alpha_of(layer, parts, settings, source) if len(keys) > 1 else None
-                updates.append(Update(names, tuple(shapes[name][0] for name in names), keys, alpha))
-        weights = {key: tensors[key].dtype for update in updates for key in update.keys}
-        refuse_dtypes({key: dtype for key, dtype in weights.items() if dtype not in WEIGHT_DTYPES}, source)
-        misshapen += [
-            f"{alpha} ({list(tensors[alpha].shape)} instead of [])"
-            for alpha in (parts["alpha"] for parts in layers.values() if "alpha" in parts)
-            if math.prod(tensors[alpha].shape) != 1
-        ]
+                refuse_dtypes({key: tensors[key] for key in keys if tensors[key].dtype not in WEIGHTS}, source)
+                rows = [shapes[name][0] for name in names]
+                wrong = wrong_shapes(keys, tensors, (sum(rows), *shapes[names[0]][1:]))
+                misshapen += wrong
+                if wrong or misshapen:
+                    continue
+                *downs, up = (tensors[key] for key in keys)
+                down = downs[0].flatten(1) if downs else None
+                scale = (
+                    1.0 if down is None else alpha_of(layer, parts, tensors, settings, source, len(down)) / len(down)
+                )
+                for name, part in zip(names, up.reshape(sum(rows), -1).split(rows), strict=True):
+                    known = changes.setdefault(name, [])
+                    if any((change.down is None) == (down is None) for change in known):
+                        twice += keys
+                    known.append(Change(part, down, scale, keys))
     if misshapen:
-        raise LoraError(f"{source} does not fit its model: wrong shapes {name_some(misshapen)}")
-    refuse_twice(updates, source)
-    if others and not (partial and updates):
-        rest = f"{source.name}:1:partial applies the rest" if updates else "give a LoRA of this model"
-        raise LoraError(f"{source} does not fit its model, which has nothing for {name_some(others)}; {rest}")
-    return LoraFile(source, tuple(updates), tuple(others))
+        raise lora_error(f"{source} does not fit its model: wrong shapes {name_some(misshapen)}")
+    if twice:
+        raise lora_error(f"{source} holds more than one LoRA of {name_some(twice)}; give a file with one")
+    if others and not (partial and changes):
+        rest = f"{source.name}:1:partial applies the rest" if changes else "give a LoRA of this model"
+        raise lora_error(f"{source} does not fit its model, which has nothing for {name_some(others)}; {rest}")
+    return LoraFile(source, changes, tuple(others))
 
 
-def group_entries(tensors: Mapping[str, Stored], source: Path) -> tuple[dict[str, Parts], list[str]]:
+def group_entries(tensors: Tensors, source: Path) -> tuple[dict[str, Parts], list[str]]:
     """A file's parts by layer, as it calls them, and what is no transformer's.
 
-    Raises LoraError for entries that are neither of low-rank pairs nor differences.
+    Raises UserError for entries that are neither of low-rank pairs nor differences.
     """
     layers: dict[str, Parts] = {}
     refused, twice, others = [], [], []
@@ -164,18 +166,13 @@ def group_entries(tensors: Mapping[str, Stored], source: Path) -> tuple[dict[str
             parts[part] = key
     if refused or not tensors:
         reason = f"not supported: {name_some(refused)}" if refused else "no entries"
-        raise LoraError(f"{source}: {reason}; give a LoRA of low-rank pairs and differences alone")
+        raise lora_error(f"{source}: {reason}; give a LoRA of low-rank pairs and differences alone")
     if twice:
-        raise LoraError(f"{source} holds more than one LoRA of {name_some(twice)}; give a file with one")
-    incomplete = [layer for layer, parts in layers.items() if not is_complete(parts)]
+        raise lora_error(f"{source} holds more than one LoRA of {name_some(twice)}; give a file with one")
+    incomplete = [layer for layer, p in layers.items() if ("A" in p) != ("B" in p) or p.keys() == {"alpha"}]
     if incomplete:
-        raise LoraError(f"{source}: incomplete, A or B is missing of {name_some(incomplete)}; download it again")
+        raise lora_error(f"{source}: incomplete, A or B is missing of {name_some(incomplete)}; download it again")
     return layers, others
-
-
-def is_complete(parts: Parts) -> bool:
-    """Whether a layer has both of a pair, or none, and more than an alpha."""
-    return parts.keys() >= {"A", "B"} or (parts.keys().isdisjoint({"A", "B"}) and parts.keys() != {"alpha"})
 
 
 def changes_of(parts: Parts) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -187,43 +184,28 @@ def changes_of(parts: Parts) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield parameter, (parts[parameter],)
 
 
-def wrong_shapes(keys: tuple[str, ...], tensors: Mapping[str, Stored], wanted: Shape) -> Iterator[str]:
-    """The tensors of an update of a weight of shape `wanted` that do not fit it, with both shapes.
+def wrong_shapes(keys: tuple[str, ...], tensors: Tensors, wanted: Shape) -> list[str]:
+    """The tensors of a change to a weight of shape `wanted` that do not fit it, with both shapes.
 
-    A convolution's pair has its kernel's axes in A, or one axis in the place of all of A's but the first.
+    A convolution's pair has its kernel's axes in A, or one axis in the place of all of A's but the first; axes of one
+    entry count for nothing.
     """
-    found = [tensors[key].shape for key in keys]
-    if len(keys) == 1:
-        fits = [axes(found[0]) == axes(wanted)]
-        shapes = [wanted]
-    else:
+    found = [tuple(tensors[key].shape) for key in keys]
+    rights = [wanted]
+    if len(keys) == 2:
         rank = found[0][0] if found[0] else 0
-        shapes = [(rank, *wanted[1:]), (wanted[0], rank)]
-        fits = [
-            rank > 0 and len(found[0]) > 1 and math.prod(found[0][1:]) == math.prod(wanted[1:]),
-            rank > 0 and found[1][:1] == wanted[:1] and len(found[1]) > 1 and math.prod(found[1][1:]) == rank,
-        ]
-    for key, shape, right, fit in zip(keys, found, shapes, fits, strict=True):
-        if not fit:
-            yield f"{key} ({list(shape)} instead of {list(right)})"
-
-
-def axes(shape: Shape) -> Shape:
-    """A shape without the axes of one entry, which some files have more of."""
-    return tuple(axis for axis in shape if axis != 1)
-
-
-def refuse_twice(updates: Sequence[Update], source: Path) -> None:
-    """Raise LoraError for a file with two pairs, or two differences, of one weight."""
-    seen: set[tuple[str, int]] = set()
-    twice = []
-    for update in updates:
-        entries = {(name, len(update.keys)) for name in update.names}
-        if entries & seen:
-            twice += update.keys
-        seen |= entries
-    if twice:
-        raise LoraError(f"{source} holds more than one LoRA of {name_some(twice)}; give a file with one")
+        rights = [(rank, *wanted[1:]), (wanted[0], rank)]
+    fits = [
+        len(shape) >= len(keys) and shape[:1] == right[:1] and 0 < math.prod(shape) == math.prod(right)
+        if len(keys) == 2
+        else [axis for axis in shape if axis != 1] == [axis for axis in right if axis != 1]
+        for shape, right in zip(found, rights, strict=True)
+    ]
+    return [
+        f"{key} ({list(shape)} instead of {list(right)})"
+        for key, shape, right, fit in zip(keys, found, rights, fits, strict=True)
+        if not fit
+    ]
 
 
 def model_names(layer: str, parameter: str, native: KeyMap) -> tuple[str, ...]:
@@ -247,52 +229,43 @@ def flat(native: KeyMap) -> KeyMap:
     return tuple((pattern.replace("(.+)", "(weight|bias)").replace(r"\.", "_"), target) for pattern, target in native)
 
 
-def alpha_of(layer: str, parts: Parts, settings: Mapping[str, Any], source: Path) -> str | float | None:
-    """A layer's alpha: the key of the file's own, else that of its settings; None where B is meant as it stands."""
+def alpha_of(layer: str, parts: Parts, tensors: Tensors, settings: Mapping[str, Any], source: Path, rank: int) -> float:
+    """A layer's alpha: the file's own, else that of its settings; the rank where B is meant as it stands."""
     if "alpha" in parts:
-        return parts["alpha"]
+        alpha = float(tensors[parts["alpha"]])
+        if not math.isfinite(alpha):
+            raise lora_error(f"{source}: {parts['alpha']} holds numbers that are not finite; give another LoRA")
+        return alpha
     if not settings:
-        return None
+        return rank
     patterns = settings.get("alpha_pattern") or {}  # PEFT: a name, or a regular expression, that ends the layer's name
-    if endless := [pattern for pattern in patterns if SLOW.search(str(pattern))]:
-        raise LoraError(f"{source}: its settings give an alpha_pattern that takes too long, {shown(endless[0])}")
     try:
         own = [value for pattern, value in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", layer)]
     except (AttributeError, re.error) as error:
-        raise LoraError(f"{source}: its settings give an alpha_pattern that cannot be read ({error})") from error
+        raise lora_error(f"{source}: its settings give an alpha_pattern that cannot be read ({error})") from error
     alpha = own[0] if own else settings.get("lora_alpha")
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise LoraError(f"{source}: its settings give {alpha} for the lora_alpha of {layer}, which is no number")
+        raise lora_error(f"{source}: its settings give {alpha} for the lora_alpha of {layer}, which is no number")
     return alpha
 
 
 def read_settings(source: Path, peft_names: bool) -> dict[str, Any]:
-    """PEFT's settings of a file: in its header, or in the file beside it where its names are PEFT's; else empty."""
-    header = read_header(source).metadata.get(HEADER_ENTRY)
+    """PEFT's settings of a file: in its header, or in the file beside it where its names are PEFT's; else empty.
+
+    Raises:
+        UserError: they mean more than B @ A times alpha / rank.
+    """
+    header = (read_header(source)[0].get("__metadata__") or {}).get(HEADER_ENTRY)
     beside = source.parent / LORA_CONFIG
     if header is not None:
-        settings = parse_header(header, source)
+        try:
+            settings = {key.removeprefix("transformer."): value for key, value in json.loads(header).items()}
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise lora_error(f"{source}: {HEADER_ENTRY} in its header is no JSON object ({error})") from error
     elif peft_names and beside.is_file():
         settings, source = read_json(beside), beside
     else:
         return {}
-    check_settings(settings, source)
-    return settings
-
-
-def parse_header(header: Any, source: Path) -> dict[str, Any]:
-    """The transformer's settings in a header's entry."""
-    try:
-        content = json.loads(header)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise LoraError(f"{source}: {HEADER_ENTRY} in its header is no JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise LoraError(f"{source}: {HEADER_ENTRY} in its header is no JSON object")
-    return {key.removeprefix("transformer."): value for key, value in content.items()}
-
-
-def check_settings(settings: Mapping[str, Any], source: Path) -> None:
-    """Raise LoraError when a LoRA means more than B @ A times alpha / rank."""
     unsupported = [f"{key} = {settings[key]}" for key in UNSUPPORTED_SETTINGS if settings.get(key)]
     if (kind := settings.get("peft_type") or "LORA") != "LORA":
         unsupported.append(f"peft_type = {kind}")
@@ -300,4 +273,100 @@ def check_settings(settings: Mapping[str, Any], source: Path) -> None:
     if isinstance(start, str) and start not in PLAIN_INITIALISATIONS:
         unsupported.append(f"init_lora_weights = {start}")
     if unsupported:
-        raise LoraError(f"{source}: {', '.join(unsupported)} not supported; give a plain LoRA")
+        raise lora_error(f"{source}: {', '.join(unsupported)} not supported; give a plain LoRA")
+    return settings
+
+
+# Applying
+
+
+@torch.no_grad()
+def apply_loras(model: Any, loras: Sequence[Lora], fuse: bool) -> None:
+    """Add LoRAs to a model; several on one layer add up. All at once: a model takes them one time.
+
+    The model's tensors are neither written to nor copied, but for the weights that fusing replaces.
+
+    Args:
+        model: an `nn.Module` with PEFT's methods and `native_names`, see `model_api.Transformer`.
+        loras: safetensors files, and what their changes are multiplied by.
+        fuse: make new weights, rounded once; otherwise keep low-rank pairs beside the weights, as PEFT's layers.
+
+    Raises:
+        UserError: a file that cannot be read, or with what the model does not have, or of another shape.
+    """
+    assert not getattr(model, "peft_config", None), "all LoRAs of a model are applied in one call"
+    shapes = shapes_of(model)
+    fused: Changes = {}
+    live: list[tuple[Changes, float]] = []
+    for lora in loras:
+        file = read_lora(Path(lora.source), shapes, model.native_names, lora.partial)
+        check_finite(file)
+        report(file, lora.scale, fuse)
+        kept = {} if fuse else {name: made for name, made in file.changes.items() if is_live(model, name, made)}
+        if kept:
+            live.append((kept, lora.scale))
+        for name, made in file.changes.items():
+            if name not in kept:
+                scaled = [replace(change, scale=change.scale * lora.scale) for change in made]
+                fused.setdefault(name, []).extend(scaled)
+    for name, made in fused.items():
+        place, _, parameter = name.rpartition(".")
+        module = model.get_submodule(place)
+        setattr(module, parameter, nn.Parameter(updated(getattr(module, parameter), made), requires_grad=False))
+    if live:
+        attach(model, live)
+
+
+def check_finite(file: LoraFile) -> None:
+    """Raise UserError for values that are no numbers."""
+    for changes in file.changes.values():
+        for change in changes:
+            for key, tensor in zip(reversed(change.keys), (change.up, change.down), strict=False):
+                if tensor is not None and not tensor.float().isfinite().all():
+                    reason = f"{file.source}: {key} holds numbers that are not finite"
+                    raise lora_error(f"{reason}; the LoRA is damaged, give another")
+
+
+def report(file: LoraFile, scale: float, fuse: bool) -> None:
+    """Log what becomes of a file."""
+    way = "fused" if fuse else "live"
+    logger.info("LoRA %s: %d weights, scale %g, %s", file.source, len(file.changes), scale, way)
+    if file.left_out:
+        used = {key for changes in file.changes.values() for change in changes for key in change.keys}
+        message = "LoRA %s: %d of %d entries are left out, the model has nothing for %s"
+        entries = len(used) + len(file.left_out)
+        logger.warning(message, file.source, len(file.left_out), entries, name_some(file.left_out))
+
+
+def is_live(model: nn.Module, name: str, changes: Sequence[Change]) -> bool:
+    """Whether PEFT can have what is added to a weight beside it: one pair of a linear layer."""
+    layer, _, parameter = name.rpartition(".")
+    linear = parameter == "weight" and isinstance(model.get_submodule(layer), nn.Linear)
+    return linear and len(changes) == 1 and changes[0].down is not None
+
+
+def attach(model: Any, loras: Sequence[tuple[Changes, float]]) -> None:
+    """Put PEFT's layers around the model's; A and B get the dtype of the layer that they belong to."""
+    names = [f"adapter_{number}" for number in range(len(loras))]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs are what is wanted
+        for adapter, (changes, _) in zip(names, loras, strict=True):
+            state: Tensors = {}
+            for name, (change,) in changes.items():
+                assert change.down is not None
+                layer = name.removesuffix(".weight")
+                up = change.up if change.scale == 1 else change.up.float() * change.scale
+                state |= {f"{layer}.lora_A.weight": change.down, f"{layer}.lora_B.weight": up}
+            model.load_lora_adapter(state, prefix=None, adapter_name=adapter, low_cpu_mem_usage=True)
+    model.set_adapters(names, [scale for _, scale in loras])
+    model.requires_grad_(False).eval()  # PEFT makes layers to be trained
+
+
+def updated(weight: Tensor, changes: Sequence[Change]) -> Tensor:
+    """A weight with all that is added to it, in float32 and rounded once, as a new tensor."""
+    total = weight.float().reshape(len(weight), -1)
+    for change in changes:
+        up = change.up.to(total)
+        added = up if change.down is None else up @ change.down.to(total)
+        total = torch.add(total, added, alpha=change.scale)
+    return total.view_as(weight).to(weight.dtype)

@@ -1,4 +1,4 @@
-"""Saving a quantised checkpoint: a folder like the one it came from, with the transformer's weights in FP8."""
+"""Saving a quantized checkpoint: a folder like the one it came from, with the transformer's weights in FP8."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from diffusers import ModelMixin
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from skyreels_v3.checkpoints.hub import base_patterns, download_patterns
+from skyreels_v3.checkpoints.files import Repository
 from skyreels_v3.media.files import existing_folder, follow_umask, publish, temporary_name
-from skyreels_v3.tasks import HUNYUAN, TaskSpec
 
 logger = logging.getLogger(__name__)
 
@@ -25,32 +24,32 @@ TRANSFORMER_FILES = ("config.json", "*.safetensors", "*.safetensors.index*.json"
 
 
 def save_quantized(
-    transformer: ModelMixin, checkpoint: Path, others: Path, folder: Path, task: TaskSpec, workspace: Path | None = None
+    transformer: ModelMixin, sources: Sequence[tuple[Path, Repository]], folder: Path, workspace: Path | None = None
 ) -> Path:
-    """Write `transformer`, and whatever else of its checkpoint the task needs, to a new folder for --model_id.
+    """Write `transformer`, and whatever else its task needs, to a new folder for --model_id.
 
-    The transformer is written under our own names, which `load_transformer` reads in every layout. The other files are
-    linked where the file system can, else copied.
+    The transformer is written under our own names, which the loaders read in every layout. The other files are linked
+    where the file system can, else copied.
 
     Args:
-        others: the folder of the other components, if that is not `checkpoint`.
+        sources: the checkpoint's folder and those of other components, with what the task needs of each.
         workspace: a folder for what is unfinished; not used where it is on another file system.
 
     Returns:
-        the folder that it became, `folder` unless that was taken meanwhile.
+        The folder that it became, `folder` unless that was taken meanwhile.
     """
     if workspace is None or workspace.stat().st_dev != existing_folder(folder).stat().st_dev:
         workspace = folder.parent
     temporary = temporary_name(workspace / folder.name)
-    own = (checkpoint / task.transformer_folder).resolve()
+    (transformer_folder,) = sources[0][1].components["transformer"]
+    own = (sources[0][0] / transformer_folder).resolve()
     try:
-        needed = needed_files(checkpoint, download_patterns(task))
-        if task.layout == HUNYUAN:
-            needed |= needed_files(others, base_patterns())
-        for name, file in needed.items():
-            if file.parent.resolve() != own or not any(fnmatch(file.name, pattern) for pattern in TRANSFORMER_FILES):
-                link_or_copy(file, temporary / name)
-        target = temporary / task.transformer_folder
+        for source, repository in sources:
+            for name, file in needed_files(source, repository.patterns).items():
+                ours = any(fnmatch(file.name, pattern) for pattern in TRANSFORMER_FILES)
+                if not ours or file.parent.resolve() != own:
+                    link_or_copy(file, temporary / name)
+        target = temporary / transformer_folder
         target.mkdir(parents=True, exist_ok=True)
         transformer.save_config(target)
         state = {name: standing_alone(parameter.detach()) for name, parameter in transformer.named_parameters()}
@@ -60,12 +59,12 @@ def save_quantized(
         made = publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    logger.info("the quantised checkpoint is in %s", made)
+    logger.info("the quantized checkpoint is in %s", made)
     return made
 
 
 def standing_alone(tensor: Tensor) -> Tensor:
-    """`tensor`, copied where it is a part of another one: stacked weights are split without copying."""
+    """`tensor`, copied where it is a view of a larger one: stacked weights are split without copying."""
     alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
 

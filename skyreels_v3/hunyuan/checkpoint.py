@@ -1,101 +1,89 @@
-"""The published layout of SkyReels V1: which folders hold which component, under diffusers' and transformers' names.
-
-The transformer is in a folder of its own, the rest in that of HunyuanVideo: `text_encoder` and `tokenizer` (Llama),
-`text_encoder_2` and `tokenizer_2` (CLIP), `vae`.
-"""
+"""Loading V1's components, under diffusers' and transformers' names. For `values`, see `read_tensors`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from skyreels_v3.checkpoints.contents import hunyuan_arguments, known_arguments, read_config, sizes_of, without_prefix
-from skyreels_v3.checkpoints.key_maps import CLIP, HUNYUAN_VAE_CONSTANTS, LLAMA
-from skyreels_v3.checkpoints.load import load_model, read_tensors
+from skyreels_v3.checkpoints.load import (
+    config_errors,
+    load_model,
+    load_tokenizer,
+    read_config,
+    read_tensors,
+    without_prefix,
+)
+from skyreels_v3.errors import CheckpointError
+from skyreels_v3.hunyuan import key_maps
 from skyreels_v3.hunyuan.text_encoder import HunyuanTextEncoder
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.hunyuan.vae import HunyuanVAE
-from skyreels_v3.memory.policy import SCALE
-from skyreels_v3.memory.quantize import with_fp8_layers
-from skyreels_v3.wan.checkpoint import load_tokenizer
 
 
-def load_hunyuan_transformer(folder: Path, dtype: torch.dtype, values: bool = True) -> HunyuanTransformer3DModel:
-    """The transformer in `folder` (config.json and safetensors); `values`: see `load.read_tensors`."""
+def load_transformer(folder: Path, dtype: torch.dtype, values: bool = True) -> HunyuanTransformer3DModel:
+    """The transformer in `folder` (config.json and safetensors)."""
+    model = HunyuanTransformer3DModel
     tensors = without_prefix(read_tensors(folder, values))
-    arguments = hunyuan_arguments(read_config(folder / "config.json"), tensors, folder)
-
-    def build() -> nn.Module:
-        return with_fp8_layers(HunyuanTransformer3DModel(**arguments), tensors)
-
-    return cast(HunyuanTransformer3DModel, load_model(build, tensors, folder, dtype, float32_names=[SCALE]))
-
-
-def load_hunyuan_vae(base: Path, dtype: torch.dtype, values: bool = True) -> HunyuanVAE:
-    """The VAE in the folder `base` of HunyuanVideo; `values`: see `load.read_tensors`."""
-    source = base / "vae"
-    tensors, names = read_tensors(source, values), AutoencoderKLHunyuanVideo._get_init_keys(AutoencoderKLHunyuanVideo)
-    arguments = known_arguments(names, sizes_of(source, tensors), HUNYUAN_VAE_CONSTANTS, source / "config.json")
-    module = load_model(lambda: AutoencoderKLHunyuanVideo(**arguments), tensors, source, dtype)
-    return HunyuanVAE(cast(AutoencoderKLHunyuanVideo, module))
+    if any(key.startswith("double_blocks.0.") for key in tensors):
+        reason = f"{folder} holds the transformer under HunyuanVideo's own names (double_blocks.0...), not supported"
+        raise CheckpointError(f"{reason}; give one under diffusers' names, as the published one is")
+    arguments = read_config(folder, tensors, key_maps.TRANSFORMER_CONSTANTS, model._get_init_keys(model))
+    return load_model(lambda: model(**arguments), tensors, folder, dtype)
 
 
-def load_hunyuan_text_encoder(base: Path, dtype: torch.dtype) -> HunyuanTextEncoder:
+def load_vae(base: Path, dtype: torch.dtype, values: bool = True) -> HunyuanVAE:
+    """The VAE in the folder `base` of HunyuanVideo."""
+    tensors, model = read_tensors(base / "vae", values), AutoencoderKLHunyuanVideo
+    arguments = read_config(base / "vae", tensors, key_maps.VAE_CONSTANTS, model._get_init_keys(model))
+    return HunyuanVAE(load_model(lambda: model(**arguments), tensors, base / "vae", dtype))
+
+
+def load_text_encoder(base: Path, dtype: torch.dtype, values: bool = True) -> HunyuanTextEncoder:
     """Llama and CLIP with their tokenizers, in the folder `base` of HunyuanVideo."""
-    llama, clip = load_llama(base / "text_encoder", dtype), load_clip(base / "text_encoder_2", dtype)
-    return HunyuanTextEncoder(
-        llama, load_llama_tokenizer(base / "tokenizer"), clip, load_tokenizer(base / "tokenizer_2")
-    )
+    llama = load_llama(base / "text_encoder", dtype, values)
+    clip = load_clip(base / "text_encoder_2", dtype, values)
+    clip_tokenizer = load_tokenizer(base / "tokenizer_2", AutoTokenizer)
+    return HunyuanTextEncoder(llama, load_llama_tokenizer(base / "tokenizer"), clip, clip_tokenizer)
 
 
-def load_llama(folder: Path, dtype: torch.dtype) -> LlamaModel:
-    """The Llama in `folder`, without what would predict the next token."""
-    tensors = read_tensors(folder)
-    sizes = sizes_of(folder, tensors, "llama") | {"use_cache": False}
-    rotary: dict[str, Tensor] = {}
+def load_llama(folder: Path, dtype: torch.dtype, values: bool = True) -> LlamaModel:
+    """The Llama in `folder`, without what would predict the next token.
 
-    def build() -> LlamaModel:
-        config = LlamaConfig(**sizes)
-        with torch.device("cpu"):
-            rotary.update(LlamaRotaryEmbedding(config).named_buffers(prefix="rotary_emb"))
-        return LlamaModel(config)
-
-    module = load_model(build, tensors, folder, half_as_stored(tensors, dtype), LLAMA, buffers=rotary)
-    return cast(LlamaModel, module)
-
-
-def half_as_stored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> torch.dtype:
-    """`dtype`, or float16 in the place of bfloat16 for weights that are stored so.
-
-    They are then views of the file. Converted, the published 15 GB would be read and copied even where the prompt has
-    been encoded by an earlier run.
+    Weights that are stored in float16 stay so where bfloat16 is asked for: they are then views of the file. Converted,
+    the published 15 GB would be read and copied even where the prompt has been encoded by an earlier run.
     """
-    stored = {tensor.dtype for tensor in tensors.values()}
-    return torch.float16 if dtype is torch.bfloat16 and stored == {torch.float16} else dtype
+    tensors = read_tensors(folder, values)
+    sizes = read_config(folder, tensors, {"model_type": "llama"}) | {"use_cache": False}
+    if dtype is torch.bfloat16 and {tensor.dtype for tensor in tensors.values()} == {torch.float16}:
+        dtype = torch.float16
+    with config_errors(folder):
+        config = LlamaConfig(**sizes)
+        buffers = dict(LlamaRotaryEmbedding(config).named_buffers(prefix="rotary_emb"))
+    return load_model(lambda: LlamaModel(config), tensors, folder, dtype, key_maps.LLAMA, buffers=buffers)
 
 
-def load_clip(folder: Path, dtype: torch.dtype) -> CLIPTextModel:
+def load_clip(folder: Path, dtype: torch.dtype, values: bool = True) -> CLIPTextModel:
     """The CLIP text encoder in `folder`."""
-    tensors = read_tensors(folder)
-    sizes = sizes_of(folder, tensors, "clip_text_model")
-    longest = max(axis for tensor in tensors.values() for axis in (0, *tensor.shape))
-    positions: dict[str, Tensor] = {}
-
-    def build() -> CLIPTextModel:
+    tensors = read_tensors(folder, values)
+    sizes = read_config(folder, tensors, {"model_type": "clip_text_model"})
+    with config_errors(folder):
         config = CLIPTextConfig(**sizes)
-        with torch.device("cpu"):
-            count = min(config.max_position_embeddings, longest)  # more would not fit the weights
-            positions["embeddings.position_ids"] = torch.arange(count)[None]
-        return CLIPTextModel(config)
-
-    return cast(CLIPTextModel, load_model(build, tensors, folder, dtype, CLIP, buffers=positions))
+    longest = max(axis for tensor in tensors.values() for axis in (0, *tensor.shape))
+    count = min(config.max_position_embeddings, longest)  # more would not fit the weights
+    buffers: dict[str, Tensor] = {"embeddings.position_ids": torch.arange(count)[None]}
+    return load_model(lambda: CLIPTextModel(config), tensors, folder, dtype, key_maps.CLIP, buffers=buffers)
 
 
 def load_llama_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -104,4 +92,4 @@ def load_llama_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     It is a Llama 3's, of bytes, while its config names the class of Llama 2's. transformers 5 believes the name and
     puts that one's rules in the place of the file's: most prompts would get other tokens.
     """
-    return cast(PreTrainedTokenizerFast, load_tokenizer(folder, PreTrainedTokenizerFast))
+    return load_tokenizer(folder, PreTrainedTokenizerFast)

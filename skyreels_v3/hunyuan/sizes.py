@@ -7,10 +7,9 @@ the first ones, of two streams, have layers of their own for the text and weigh 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 
-from skyreels_v3.checkpoints.shapes import hunyuan_shapes
 from skyreels_v3.memory.policy import BYTES, STREAM_SLOTS, resident_blocks
 from skyreels_v3.parallel.ranks import UNDIVIDED, ParallelConfig
 
@@ -58,7 +57,13 @@ class HunyuanSizes:
     @cache  # noqa: B019  of few sizes
     def parameters(self) -> int:
         """Number of parameters; all are of one dtype."""
-        return sum(map(math.prod, hunyuan_shapes(self).values()))
+        import torch
+
+        from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
+
+        with torch.device("meta"):
+            model = HunyuanTransformer3DModel(**asdict(self))
+        return sum(parameter.numel() for parameter in model.parameters())
 
     def matrices(self) -> tuple[int, int]:
         """Elements and rows of what is quantised: attention and feed-forward layers of the blocks."""

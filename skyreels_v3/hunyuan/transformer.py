@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import skyreels_v3.vector_kernels  # noqa: F401  first of all
 from skyreels_v3.attention.backends import AttentionFn
-from skyreels_v3.checkpoints.key_maps import NATIVE_HUNYUAN, KeyMap
+from skyreels_v3.checkpoints.key_maps import KeyMap
+from skyreels_v3.hunyuan.key_maps import NATIVE_TRANSFORMER
 from skyreels_v3.wan.transformer.rope import Rotary, apply_rotary
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class HunyuanTransformer3DModel(HunyuanVideoTransformer3DModel):
     """diffusers' HunyuanVideo transformer as `model_api.Transformer`."""
 
     chunks_tokens: ClassVar[bool] = False
-    native_names: ClassVar[KeyMap] = NATIVE_HUNYUAN
+    native_names: ClassVar[KeyMap] = NATIVE_TRANSFORMER
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -1,19 +1,12 @@
-"""The published layouts: which files hold which component, and what sizes it has.
-
-`diffusers` (reference to video): a folder for each component, sizes in config.json. `native` (Wan-native: extension and
-avatar): the transformer under its native names and two .pth files, whose sizes only their tensors tell.
-"""
+"""Loading V3's components, in both published layouts: see `family`. For `values`, see `read_tensors`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKLWan
-from torch import Tensor
 from transformers import (
     AutoTokenizer,
     CLIPVisionConfig,
@@ -24,27 +17,18 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from skyreels_v3.checkpoints import key_maps
-from skyreels_v3.checkpoints.contents import (
-    known_arguments,
+from skyreels_v3.checkpoints.key_maps import IDENTITY
+from skyreels_v3.checkpoints.load import (
+    Tensors,
+    load_model,
+    load_tokenizer,
     read_config,
+    read_tensors,
     shape_of,
-    sizes_of,
-    wan_arguments,
-    wan_key_map,
     without_prefix,
 )
-from skyreels_v3.checkpoints.hub import (
-    NATIVE_IMAGE_ENCODER_FILE,
-    NATIVE_TEXT_ENCODER_FILE,
-    NATIVE_TOKENIZER,
-    NATIVE_VAE_FILE,
-    audio_weights,
-)
-from skyreels_v3.checkpoints.load import load_model, read_tensors
 from skyreels_v3.errors import CheckpointError
-from skyreels_v3.memory.policy import SCALE
-from skyreels_v3.memory.quantize import with_fp8_layers
+from skyreels_v3.wan import family, key_maps
 from skyreels_v3.wan.audio_encoder import AudioEncoder
 from skyreels_v3.wan.image_encoder import ImageEncoder
 from skyreels_v3.wan.text_encoder import TextEncoder
@@ -55,68 +39,67 @@ CLIP_HEADS = 16  # ViT-H/14
 
 
 def load_transformer(folder: Path, dtype: torch.dtype, values: bool = True) -> SkyReelsTransformer3DModel:
-    """The transformer in `folder` (config.json and safetensors), under diffusers' names or Wan-native ones.
-
-    `values`: see `load.read_tensors`.
-    """
+    """The transformer in `folder` (config.json and safetensors), under diffusers' names or Wan-native ones."""
+    model = SkyReelsTransformer3DModel
     tensors = without_prefix(read_tensors(folder, values))
-    arguments = wan_arguments(read_config(folder / "config.json"), tensors, folder)
-    key_map = wan_key_map(tensors)
-    float32_names = [*SkyReelsTransformer3DModel._keep_in_fp32_modules, SCALE]
-
-    def build() -> SkyReelsTransformer3DModel:
-        return cast(SkyReelsTransformer3DModel, with_fp8_layers(SkyReelsTransformer3DModel(**arguments), tensors))
-
-    model = load_model(build, tensors, folder, dtype, key_map, float32_names)
-    return cast(SkyReelsTransformer3DModel, model)
+    native = "head.modulation" in tensors
+    names = model._get_init_keys(model)
+    arguments = native_arguments(folder, tensors) if native else read_config(folder, tensors, key_maps.CONSTANTS, names)
+    key_map = key_maps.NATIVE_TRANSFORMER if native else IDENTITY
+    float32_names = model._keep_in_fp32_modules
+    return load_model(lambda: model(**arguments), tensors, folder, dtype, key_map, float32_names)
 
 
-def load_vae(root: Path, layout: str, dtype: torch.dtype, values: bool = True) -> VideoVAE:
-    """The VAE of the checkpoint at `root`; `values`: see `load.read_tensors`."""
-    if layout == "diffusers":
-        source, key_map = root / "vae", key_maps.IDENTITY
-        tensors = read_tensors(source, values)
-        names = AutoencoderKLWan._get_init_keys(AutoencoderKLWan)
-        arguments = known_arguments(
-            names, sizes_of(source, tensors), key_maps.WAN_VAE_CONSTANTS, source / "config.json"
-        )
+def native_arguments(folder: Path, tensors: Tensors) -> dict[str, float]:
+    """Arguments of the transformer from a Wan-native config, and from the tensors what it leaves out."""
+    names = {*key_maps.NATIVE_SIZES, "eps", "text_dim", "model_type"}
+    config = read_config(folder, tensors, key_maps.NATIVE_CONSTANTS, names)
+    arguments = family.config_sizes(folder) | {"eps": config.get("eps", 1e-6)}
+    arguments["text_dim"] = shape_of("text_embedding.0.weight", 2, tensors, folder)[1]
+    if "img_emb.proj.1.weight" in tensors:
+        arguments["image_dim"] = shape_of("img_emb.proj.1.weight", 2, tensors, folder)[1]
+    if "audio_window" in arguments:
+        width = shape_of("audio_proj.proj1.weight", 2, tensors, folder)[1]
+        arguments["audio_features"] = width // arguments["audio_window"]
+    return arguments
+
+
+def load_vae(root: Path, dtype: torch.dtype, values: bool = True) -> VideoVAE:
+    """The VAE of the checkpoint at `root`."""
+    native = (root / family.NATIVE_VAE).is_file()
+    source, key_map = (root / family.NATIVE_VAE, key_maps.NATIVE_VAE) if native else (root / "vae", IDENTITY)
+    tensors = read_tensors(source, values)
+    if native:
+        arguments = {
+            "base_dim": shape_of("encoder.conv1.weight", 5, tensors, source)[0],
+            "decoder_base_dim": shape_of("decoder.head.0.gamma", 4, tensors, source)[0],
+            "z_dim": shape_of("conv2.weight", 5, tensors, source)[0],
+        }
     else:
-        source, key_map = root / NATIVE_VAE_FILE, key_maps.NATIVE_VAE
-        tensors = read_tensors(source, values)
-        arguments = native_vae_arguments(tensors, source)
-    module = cast(AutoencoderKLWan, load_model(lambda: AutoencoderKLWan(**arguments), tensors, source, dtype, key_map))
+        names = AutoencoderKLWan._get_init_keys(AutoencoderKLWan)
+        arguments = read_config(source, tensors, key_maps.VAE_CONSTANTS, names)
+    module = load_model(lambda: AutoencoderKLWan(**arguments), tensors, source, dtype, key_map)
     for name in ("latents_mean", "latents_std"):
-        values = module.config[name]
-        if len(values) != module.config.z_dim or not all(isinstance(value, int | float) for value in values):
-            raise CheckpointError(f"{source}/config.json: {name} = {values} is not {module.config.z_dim} numbers")
+        numbers = module.config[name]
+        if len(numbers) != module.config.z_dim or not all(isinstance(number, int | float) for number in numbers):
+            raise CheckpointError(f"{source}/config.json: {name} = {numbers} is not {module.config.z_dim} numbers")
     return VideoVAE(module)
 
 
-def native_vae_arguments(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
-    """Sizes of a VAE from its tensors."""
-    return {
-        "base_dim": shape_of("encoder.conv1.weight", 5, tensors, source)[0],
-        "decoder_base_dim": shape_of("decoder.head.0.gamma", 4, tensors, source)[0],
-        "z_dim": shape_of("conv2.weight", 5, tensors, source)[0],
-    }
-
-
-def load_text_encoder(root: Path, layout: str, dtype: torch.dtype) -> TextEncoder:
+def load_text_encoder(root: Path, dtype: torch.dtype, values: bool = True) -> TextEncoder:
     """The UMT5 text encoder of the checkpoint at `root`, with its tokenizer."""
-    if layout == "diffusers":
-        source, tokenizer, key_map = root / "text_encoder", root / "tokenizer", key_maps.TRANSFORMERS_TEXT_ENCODER
-        tensors = read_tensors(source)
-        sizes = sizes_of(source, tensors, "umt5")
-    else:
-        source, tokenizer = root / NATIVE_TEXT_ENCODER_FILE, root / NATIVE_TOKENIZER
-        key_map, tensors = key_maps.NATIVE_TEXT_ENCODER, read_tensors(source)
-        sizes = native_text_sizes(tensors, source)
+    native = (root / family.NATIVE_TEXT_ENCODER).is_file()
+    source = root / (family.NATIVE_TEXT_ENCODER if native else "text_encoder")
+    key_map = key_maps.NATIVE_TEXT_ENCODER if native else key_maps.TRANSFORMERS_TEXT_ENCODER
+    tensors = read_tensors(source, values)
+    sizes = native_text_sizes(tensors, source) if native else read_config(source, tensors, {"model_type": "umt5"})
     module = load_model(lambda: UMT5EncoderModel(UMT5Config(**sizes)), tensors, source, dtype, key_map)
-    return TextEncoder(cast(UMT5EncoderModel, module), load_tokenizer(tokenizer))
+    tokenizer = root / (family.NATIVE_TOKENIZER if native else "tokenizer")
+    return TextEncoder(module, load_tokenizer(tokenizer, AutoTokenizer))
 
 
-def native_text_sizes(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
-    """Sizes of a UMT5 encoder from its tensors; the heads from its position table."""
+def native_text_sizes(tensors: Tensors, source: Path) -> dict[str, int | str | bool]:
+    """The config of a UMT5 encoder from its tensors; the heads from its position table."""
     vocabulary, width = shape_of("token_embedding.weight", 2, tensors, source)
     buckets, heads = shape_of("blocks.0.pos_embedding.embedding.weight", 2, tensors, source)
     return {
@@ -133,55 +116,35 @@ def native_text_sizes(tensors: Mapping[str, Tensor], source: Path) -> dict[str, 
     }
 
 
-def load_image_encoder(root: Path, dtype: torch.dtype, heads: int = CLIP_HEADS) -> ImageEncoder:
+def load_image_encoder(root: Path, dtype: torch.dtype, values: bool = True, heads: int = CLIP_HEADS) -> ImageEncoder:
     """The CLIP image encoder of the checkpoint at `root`; nothing in the file tells its heads."""
-    source = root / NATIVE_IMAGE_ENCODER_FILE
-    tensors = read_tensors(source)
-    sizes = native_image_sizes(tensors, source) | {"num_attention_heads": heads}
+    source = root / family.NATIVE_IMAGE_ENCODER
+    tensors = read_tensors(source, values)
+    patch = shape_of("visual.patch_embedding.weight", 4, tensors, source)[-1]
+    positions = shape_of("visual.pos_embedding", 3, tensors, source)[1]
+    config = CLIPVisionConfig(
+        hidden_size=shape_of("visual.cls_embedding", 3, tensors, source)[2],
+        intermediate_size=shape_of("visual.transformer.0.mlp.0.weight", 2, tensors, source)[0],
+        num_hidden_layers=sum(key.endswith("attn.to_qkv.weight") for key in tensors),
+        num_attention_heads=heads,
+        patch_size=patch,
+        image_size=math.isqrt(positions - 1) * patch,
+        hidden_act="gelu",
+        layer_norm_eps=1e-5,
+    )
     # class and position embedding have leading axes of size one there
     for key, axes in (("visual.cls_embedding", 1), ("visual.pos_embedding", 2)):
         tensors[key] = tensors[key].reshape(tensors[key].shape[-axes:])
-
-    def build() -> CLIPVisionModel:
-        return CLIPVisionModel(CLIPVisionConfig(**sizes))
-
-    positions = {"embeddings.position_ids": torch.arange(len(tensors["visual.pos_embedding"]))[None]}
-    module = load_model(build, tensors, source, dtype, key_maps.NATIVE_IMAGE_ENCODER, buffers=positions)
-    return ImageEncoder(cast(CLIPVisionModel, module))
+    buffers = {"embeddings.position_ids": torch.arange(positions)[None]}
+    key_map = key_maps.NATIVE_IMAGE_ENCODER
+    module = load_model(lambda: CLIPVisionModel(config), tensors, source, dtype, key_map, buffers=buffers)
+    return ImageEncoder(module)
 
 
-def native_image_sizes(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
-    """Sizes of a CLIP image encoder from its tensors."""
-    patch = shape_of("visual.patch_embedding.weight", 4, tensors, source)
-    positions = shape_of("visual.pos_embedding", 3, tensors, source)[1]
-    width = shape_of("visual.cls_embedding", 3, tensors, source)[2]
-    return {
-        "hidden_size": width,
-        "intermediate_size": shape_of("visual.transformer.0.mlp.0.weight", 2, tensors, source)[0],
-        "num_hidden_layers": sum(key.endswith("attn.to_qkv.weight") for key in tensors),
-        "patch_size": patch[-1],
-        "image_size": math.isqrt(positions - 1) * patch[-1],
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-5,
-    }
-
-
-def load_audio_encoder(root: Path, dtype: torch.dtype) -> AudioEncoder:
+def load_audio_encoder(root: Path, dtype: torch.dtype, values: bool = True) -> AudioEncoder:
     """The wav2vec2 audio encoder of the checkpoint at `root`."""
-    source = audio_weights(root)
-    tensors = read_tensors(source)
-    sizes = sizes_of(source.parent, tensors, "wav2vec2")
-
-    def build() -> Wav2Vec2Model:
-        return Wav2Vec2Model(Wav2Vec2Config(**sizes))
-
-    module = load_model(build, tensors, source, dtype, key_maps.TRANSFORMERS_AUDIO_ENCODER)
-    return AudioEncoder(cast(Wav2Vec2Model, module))
-
-
-def load_tokenizer(folder: Path, kind: Any = AutoTokenizer) -> Any:
-    """The tokenizer in `folder`, of one of the library's classes."""
-    try:
-        return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises nothing more special
-        raise CheckpointError(f"the tokenizer in {folder} cannot be read ({error}); download it again") from error
+    source = root / family.AUDIO_ENCODER
+    tensors = read_tensors(source, values)
+    sizes = read_config(source, tensors, {"model_type": "wav2vec2"})
+    key_map = key_maps.TRANSFORMERS_AUDIO_ENCODER
+    return AudioEncoder(load_model(lambda: Wav2Vec2Model(Wav2Vec2Config(**sizes)), tensors, source, dtype, key_map))

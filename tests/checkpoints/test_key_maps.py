@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from skyreels_v3.checkpoints import key_maps
-from skyreels_v3.checkpoints.load import read_tensors
+from skyreels_v3.checkpoints.key_maps import invert, translate
+from skyreels_v3.checkpoints.load import read_tensors, rename
+from skyreels_v3.wan import key_maps
 
 FILES = [
     ("extension_dit/diffusion_pytorch_model.safetensors", key_maps.NATIVE_TRANSFORMER),
@@ -19,18 +20,16 @@ FILES = [
 @pytest.mark.parametrize(("file", "key_map"), FILES, ids=[file for file, _ in FILES])
 def test_every_key_has_its_own_place(reference, file, key_map):
     keys = read_tensors(reference / file).keys()
-    places = [key_maps.translate(key, key_map) for key in keys]
+    places = [translate(key, key_map) for key in keys]
     flat = [name for place in places for name in (place if isinstance(place, tuple) else (place,))]
     assert len(set(flat)) == len(flat) >= len(keys)
-    inverse = key_maps.invert(key_map)
+    inverse = invert(key_map)
     for key, place in zip(keys, places, strict=True):
         if isinstance(place, str):
-            assert key_maps.translate(place, inverse) == key
+            assert translate(place, inverse) == key
 
 
 def test_stacked_weights_are_split_in_order(reference):
-    from skyreels_v3.checkpoints.load import rename
-
     folder = reference / "pipelines" / "checkpoints" / "talking_avatar"
     tensors = read_tensors(folder)
     renamed = rename(tensors, key_maps.NATIVE_TRANSFORMER, folder)
@@ -41,4 +40,4 @@ def test_stacked_weights_are_split_in_order(reference):
 
 def test_an_unknown_key_is_an_error():
     with pytest.raises(KeyError):
-        key_maps.translate("blocks.0.self_attn.q.weight.extra.", key_maps.NATIVE_TEXT_ENCODER)
+        translate("blocks.0.self_attn.q.weight.extra.", key_maps.NATIVE_TEXT_ENCODER)

@@ -1,20 +1,33 @@
-"""Loading: views of the mapped files, strict, tied weights tied, float32 where the model wants it."""
+"""Loading: views of the mapped files, strict; what cannot work is named, by the headers alone where those tell it."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from skyreels_v3.checkpoints.load import load_model, read_tensors
+from skyreels_v3.checkpoints.files import weight_files
+from skyreels_v3.checkpoints.load import load_model, load_tokenizer, read_tensors
 from skyreels_v3.errors import CheckpointError
-from skyreels_v3.hunyuan.checkpoint import load_llama_tokenizer
-from skyreels_v3.wan.checkpoint import load_text_encoder, load_tokenizer, load_transformer, load_vae
+from skyreels_v3.families import family_of
+from skyreels_v3.hunyuan.family import write_tiny
+from skyreels_v3.memory.quantize import quantize
+from skyreels_v3.tasks import TaskSpec, task_spec
+from skyreels_v3.wan.checkpoint import load_text_encoder, load_transformer, load_vae
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+FP8 = torch.float8_e4m3fn
+R2V, SHOT, T2V = map(task_spec, ("reference_to_video", "shot_switching_extension", "t2v"))
+Tensors = dict[str, Tensor]
 
 
 class Net(nn.Module):
@@ -66,18 +79,10 @@ def test_every_key_must_fit(tmp_path, change, message):
     assert "net.safetensors" in str(caught.value)
 
 
-@pytest.mark.parametrize("folder", ["transformer", "shot_transformer"])
-def test_one_file_and_shards(reference, folder):
-    model = load_transformer(reference / "pipelines" / "checkpoints" / "video_extension" / folder, torch.float32)
-    assert model.config.num_attention_heads * model.config.attention_head_dim == 32
-    assert model.config.text_dim == 4096
-    assert not any(parameter.is_meta for parameter in model.parameters())
-
-
-@pytest.mark.parametrize(("name", "layout"), [("video_extension", "native"), ("reference_to_video", "diffusers")])
-def test_whole_checkpoints(reference, name, layout):
+@pytest.mark.parametrize("name", ["video_extension", "reference_to_video"])
+def test_whole_checkpoints(reference, name):
     root = reference / "pipelines" / "checkpoints" / name
-    encoder, vae = load_text_encoder(root, layout, torch.float32), load_vae(root, layout, torch.float32)
+    encoder, vae = load_text_encoder(root, torch.float32), load_vae(root, torch.float32)
     for module in (encoder.module, vae.module):
         assert not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
     assert encoder.module.shared.weight is encoder.module.encoder.embed_tokens.weight
@@ -94,9 +99,9 @@ def test_code_in_a_checkpoint_is_not_run(reference, tmp_path):
             old = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
             (folder / name).write_text(json.dumps(old | planted | config))
         (folder / "planted.py").write_text(code)
-        for load in (load_tokenizer, load_llama_tokenizer):
+        for kind in (AutoTokenizer, PreTrainedTokenizerFast):
             with suppress(CheckpointError):  # to take it without its code is as good
-                load(folder)
+                load_tokenizer(folder, kind)
 
     class Planted:
         def __reduce__(self) -> tuple[object, ...]:
@@ -108,3 +113,205 @@ def test_code_in_a_checkpoint_is_not_run(reference, tmp_path):
     assert not marker.exists()
     torch.load(tmp_path / "planted.pth", weights_only=False)
     assert marker.exists()  # it would have worked
+
+
+# Small checkpoints of each layout, spoilt
+
+
+@pytest.fixture(scope="module")
+def checkpoints(reference, tmp_path_factory) -> dict[str, Path]:
+    toy = tmp_path_factory.mktemp("toy")
+    write_tiny(toy, T2V)
+    root = reference / "pipelines" / "checkpoints"
+    return {R2V.name: root / "reference_to_video", SHOT.name: root / "video_extension", T2V.name: toy}
+
+
+@pytest.fixture
+def copy(checkpoints, tmp_path) -> Callable[[TaskSpec], Path]:
+    return lambda task: shutil.copytree(checkpoints[task.name], tmp_path / "copy")
+
+
+def load(root: Path, task: TaskSpec, component: str = "transformer", values: bool = True) -> nn.Module:
+    return family_of(task).loaders(task, root, root, torch.float32, torch.float32, values)[component]()
+
+
+def change(file: Path, new: Callable[[Tensors], Tensors], name: str | None = None) -> None:
+    tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
+    file.unlink()
+    save_file({key: tensor.contiguous() for key, tensor in new(tensors).items()}, file.with_name(name or file.name))
+
+
+def change_config(folder: Path, **entries: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+@pytest.mark.parametrize("task", [R2V, SHOT, T2V], ids=lambda task: task.name)
+def test_headers_alone(checkpoints, task):
+    """All components have the same parameters with and without values."""
+    root = checkpoints[task.name]
+    for component in ("transformer", "vae"):
+        whole, empty = (load(root, task, component, values) for values in (True, False))
+        whole, empty = (dict(getattr(part, "module", part).named_parameters()) for part in (whole, empty))
+        assert {name: (weight.shape, weight.dtype) for name, weight in whole.items()} == {
+            name: (weight.shape, weight.dtype) for name, weight in empty.items()
+        }
+        assert all(weight.is_meta for weight in empty.values()) and not any(weight.is_meta for weight in whole.values())
+    load(root, task, "text_encoder", values=False)
+
+
+def test_weights_in_our_fp8(copy):
+    folder = copy(R2V) / "transformer"
+    model = load_transformer(folder, torch.bfloat16)
+    quantize(model.blocks, torch.device("cpu"))
+    save_file({name: weight.detach().clone() for name, weight in model.named_parameters()}, folder / WEIGHTS)
+    layer = load_transformer(folder, torch.bfloat16).blocks[0].attn1.to_q
+    assert layer.weight.dtype == FP8 and layer.weight_scale.dtype == torch.float32
+    name = "blocks.0.attn1.to_q.weight"
+    change(folder / WEIGHTS, lambda t: t | {name: t[name].bfloat16()})
+    with pytest.raises(CheckpointError, match=name):
+        load_transformer(folder, torch.bfloat16, values=False)
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model."])
+@pytest.mark.parametrize("task", [R2V, SHOT, T2V], ids=lambda task: task.name)
+def test_a_prefix_of_all_names_is_taken_off(copy, checkpoints, task, prefix):
+    root = copy(task)
+    folder = root / task.transformer_folder
+    tensors = {key: tensor for file in weight_files(folder) for key, tensor in load_file(file).items()}
+    for file in (*folder.glob("*.safetensors"), *folder.glob("*.index.json")):
+        file.unlink()
+    save_file({prefix + key: tensor.clone() for key, tensor in tensors.items()}, folder / WEIGHTS)
+    loaded, wanted = load(root, task).state_dict(), load(checkpoints[task.name], task).state_dict()
+    assert loaded.keys() == wanted.keys() and all(torch.equal(loaded[key], wanted[key]) for key in wanted)
+
+
+def scaled(tensors: Tensors, suffix: str, *shape: int) -> Tensors:
+    """Matrices in FP8, each divided by one scale, which fills the format's range."""
+    made = dict(tensors)
+    for key, weight in tensors.items():
+        if weight.ndim == 2 and "blocks" in key:
+            scale = weight.float().abs().max() / 448
+            made[key] = (weight.float() / scale).to(FP8)
+            if suffix:
+                made[key.removesuffix("weight") + suffix] = scale.reshape(shape)
+    return made
+
+
+QUERY = "blocks.0.attn1.to_q"
+# how the transformer's tensors are changed, what is said, and whether the headers alone tell
+FORMATS: dict[str, tuple[Callable[[Tensors], Tensors], str, bool]] = {
+    "ComfyUI's older": (
+        lambda t: scaled(t, "scale_weight", 1) | {"scaled_fp8": torch.zeros(2, dtype=FP8)},
+        "holds weights in ComfyUI's scaled FP8 (", True,
+    ),
+    "ComfyUI's": (
+        lambda t: scaled(t, "weight_scale") | {f"{QUERY}.comfy_quant": torch.zeros(9, dtype=torch.uint8)},
+        f"holds weights in ComfyUI's mixed precision ({QUERY}.comfy_quant)", True,
+    ),
+    "one scale for each": (
+        lambda t: scaled(t, "weight_scale"), "FP8 that is scaled otherwise than by rows (blocks.0.attn1", True,
+    ),
+    "ModelOpt's": (lambda t: t | {f"{QUERY}.input_scale": torch.ones(())}, "in ModelOpt's FP8 or NVFP4", True),
+    "bitsandbytes'": (lambda t: t | {f"{QUERY}.weight.absmax": torch.ones(9)}, "in bitsandbytes' format", True),
+    "GPTQ's": (lambda t: t | {f"{QUERY}.qweight": torch.ones(9)}, "in 4-bit integers", True),
+    "a scale of nothing": (lambda t: t | {"blocks.0.attn9.weight_scale": torch.ones(9)}, "scaled otherwise", True),
+    "FP8 that lost its scales": (
+        lambda t: scaled(t, ""), "is FP8 that was divided by a scale, and there is none", False,
+    ),
+    "integers": (lambda t: {k: v.to(torch.int8) for k, v in t.items()}, "no weights: blocks.0.attn1.norm_k.we", True),
+    "one integer": (
+        lambda t: t | {"proj_out.bias": t["proj_out.bias"].to(torch.int64)}, "no weights: proj_out.bias (int64);", True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_weights_in_a_format_that_is_not_read(copy, name):
+    new, says, by_header = FORMATS[name]
+    folder = copy(R2V) / "transformer"
+    change(folder / WEIGHTS, new)
+    with pytest.raises(CheckpointError, match=re.escape(says)) as caught:
+        load_transformer(folder, torch.float32, values=not by_header)
+    assert "--quant fp8" in str(caught.value) and "download" not in str(caught.value)
+
+
+def test_a_plain_cast_to_fp8_is_taken(copy, checkpoints):
+    folder = copy(R2V) / "transformer"
+    change(folder / WEIGHTS, lambda t: {k: w.to(FP8) if w.ndim == 2 else w for k, w in t.items()})
+    made = load_transformer(folder, torch.float32).blocks[0].attn1.to_q.weight
+    plain = load(checkpoints[R2V.name], R2V).blocks[0].attn1.to_q.weight
+    torch.testing.assert_close(made, plain.to(FP8).float(), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("task", "component", "folder", "layers"),
+    [
+        (R2V, "vae", "vae", "num_res_blocks"),
+        (R2V, "text_encoder", "text_encoder", "num_layers"),
+        (T2V, "text_encoder", "text_encoder", "num_hidden_layers"),
+    ],
+)
+def test_other_components(copy, task, component, folder, layers):
+    """Integers, foreign formats and sizes beyond the weights."""
+    root = copy(task)
+    (file,) = weight_files(root / folder)
+    whole = load_file(file)
+    key = max(key for key, tensor in whole.items() if tensor.ndim == 2 or component == "vae")
+    for tensors, entries, says in (
+        (whole | {key: whole[key].to(torch.int16)}, {}, "no weights: "),
+        (whole | {f"{key}.scale_weight": torch.ones(1)}, {}, "ComfyUI's scaled FP8"),
+        (whole, {layers: 10**6}, f"{layers} = 1000000 is more than"),
+    ):
+        save_file(tensors, file)
+        change_config(root / folder, **entries)
+        with pytest.raises(CheckpointError, match=says):
+            load(root, task, component, values=False)
+
+
+@pytest.mark.parametrize(
+    ("task", "entries", "says"),
+    [
+        (R2V, {"num_layers": 10**6}, "num_layers = 1000000 is more than the weights beside it have"),
+        (R2V, {"num_layers": 3}, "missing keys blocks.2.attn1.norm_k.weight, "),
+        (R2V, {"ffn_dim": 10**9}, "ffn_dim = 1000000000 is more than"),
+        (R2V, {"ffn_dim": 24}, "wrong shapes blocks.0.ffn.net.0.proj.bias ([96] instead of [24])"),
+        (R2V, {"patch_size": [1, 1, 1]}, "patch_size = [1, 1, 1] is not supported, only [1, 2, 2]"),
+        (R2V, {"rope_theta": 5}, "unknown entries rope_theta"),
+        (SHOT, {"num_layers": 10**6}, "num_layers = 1000000 is more than"),
+        (SHOT, {"dim": 10**6}, "dim = 1000000 is more than"),
+        (SHOT, {"in_dim": 1}, "wrong shapes patch_embedding.weight ([32, 16, 1, 2, 2] instead of [32, 1, 1, 2, 2])"),
+        (T2V, {"num_single_layers": 10**6}, "num_single_layers = 1000000 is more than"),
+        (T2V, {"mlp_ratio": 2.0}, "wrong shapes single_transformer_blocks.0.proj_mlp.bias ([256] instead of [128])"),
+    ],
+)  # fmt: skip
+def test_configs_are_held_against_the_headers(copy, task, entries, says):
+    root = copy(task)
+    change_config(root / task.transformer_folder, **entries)
+    with pytest.raises(CheckpointError, match=re.escape(says)):
+        load(root, task, values=False)
+
+
+def test_hunyuans_own_names(copy):
+    root = copy(T2V)
+    name = "model.diffusion_model.double_blocks.0.img_attn.proj.weight"
+    change(root / WEIGHTS, lambda t: {name: next(iter(t.values()))})
+    with pytest.raises(CheckpointError, match=r"own names .* not supported; give one under diffusers' names"):
+        load(root, T2V)
+
+
+def test_files_of_a_variant(copy):
+    """Read where there are no others: one file, or shards with an index of their own name."""
+    folder = copy(R2V) / "transformer"
+    whole = load_file(folder / WEIGHTS)
+    change(folder / WEIGHTS, lambda t: t, "diffusion_pytorch_model.fp16.safetensors")
+    load_transformer(folder, torch.float32, values=False)
+    (folder / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    shards = {f"diffusion_pytorch_model.fp16-0000{n}-of-00002.safetensors": [*whole][n - 1 :: 2] for n in (1, 2)}
+    for name, keys in shards.items():
+        save_file({key: whole[key].half() for key in keys}, folder / name)
+    index = {"weight_map": {key: name for name, keys in shards.items() for key in keys}}
+    (folder / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(json.dumps(index))
+    assert [file.name for file in weight_files(folder)] == sorted(shards)
+    loaded = load_transformer(folder, torch.float32).proj_out.weight
+    torch.testing.assert_close(loaded, whole["proj_out.weight"].half().float(), atol=0, rtol=0)

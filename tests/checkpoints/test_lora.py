@@ -17,18 +17,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from skyreels_v3.attention.backends import sdpa
-from skyreels_v3.checkpoints import adapters, key_maps
-from skyreels_v3.checkpoints.key_maps import NATIVE_HUNYUAN
+from skyreels_v3.checkpoints import lora
+from skyreels_v3.checkpoints.key_maps import KeyMap, invert, restore
 from skyreels_v3.checkpoints.load import read_tensors
-from skyreels_v3.checkpoints.lora import model_names, read_lora
-from skyreels_v3.checkpoints.shapes import Shapes, hunyuan_shapes
-from skyreels_v3.errors import CheckpointError
-from skyreels_v3.hunyuan.checkpoint import load_hunyuan_transformer
-from skyreels_v3.hunyuan.sizes import HunyuanSizes
+from skyreels_v3.checkpoints.lora import LoraFile, Shapes, model_names
+from skyreels_v3.errors import UserError
+from skyreels_v3.hunyuan.checkpoint import load_transformer as load_hunyuan_transformer
+from skyreels_v3.hunyuan.key_maps import NATIVE_TRANSFORMER as NATIVE_HUNYUAN
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.memory.quantize import Fp8Linear, quantize
 from skyreels_v3.request import Lora
 from skyreels_v3.wan.checkpoint import load_transformer
+from skyreels_v3.wan.key_maps import NATIVE_TRANSFORMER
 from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
 SMALL = {
@@ -82,8 +82,11 @@ def mapped(folder: Path, dtype: torch.dtype = torch.float32) -> SkyReelsTransfor
 
 
 def apply_loras(model: nn.Module, loras: list[tuple[Path, float]], fuse: bool, partial: bool = False) -> None:
-    sources = [Lora(str(file), scale, partial) for file, scale in loras]
-    adapters.apply_loras(model, sources, model.native_names, fuse)
+    lora.apply_loras(model, [Lora(str(file), scale, partial) for file, scale in loras], fuse)
+
+
+def read_lora(file: Path, shapes: Shapes, native: KeyMap = NATIVE_TRANSFORMER) -> LoraFile:
+    return lora.read_lora(file, shapes, native)
 
 
 def shapes_of(model: nn.Module) -> Shapes:
@@ -179,17 +182,17 @@ def test_kohya_names(tmp_path, folder, fuse):
 
 def test_every_native_linear_layer_has_its_flat_name(folder):
     """Dotted or flat, native names lead to the same layers, and together to all there are."""
-    inverse = key_maps.invert(key_maps.NATIVE_TRANSFORMER)
+    inverse = invert(NATIVE_TRANSFORMER)
     layers = {name for name, module in mapped(folder).named_modules() if isinstance(module, nn.Linear)}
     found = set()
     for name in layers:
-        native = key_maps.restore(f"{name}.weight", inverse).removesuffix(".weight")
+        native = restore(f"{name}.weight", inverse).removesuffix(".weight")
         native = re.sub(r"attn_audio\.to_[kv]", "audio_cross_attn.kv_linear", native)  # no way back: two in one
         assert native != name
-        dotted = model_names(native, "weight", key_maps.NATIVE_TRANSFORMER)
+        dotted = model_names(native, "weight", NATIVE_TRANSFORMER)
         for prefix in ("lora_unet_", "lora_unet__"):
             flat = prefix + native.replace(".", "_")
-            assert model_names(flat, "weight", key_maps.NATIVE_TRANSFORMER) == dotted
+            assert model_names(flat, "weight", NATIVE_TRANSFORMER) == dotted
         assert f"{name}.weight" in dotted
         found.update(dotted)
     assert found == {f"{name}.weight" for name in layers}
@@ -348,7 +351,7 @@ def test_settings_beside_are_of_files_with_pefts_names_and_no_alpha(tmp_path, fo
         ("transformer.{}.lora_{}.weight", None, 1),
     ):
         file = read_lora(write(tmp_path / "a.safetensors", pairs, template, alpha), shapes_of(mapped(folder)))
-        (change,) = adapters.read_changes(file)[f"{LAYERS[0][0]}.weight"]
+        (change,) = file.changes[f"{LAYERS[0][0]}.weight"]
         assert change.scale == factor
 
 
@@ -361,7 +364,6 @@ def test_settings_beside_are_of_files_with_pefts_names_and_no_alpha(tmp_path, fo
         ({"init_lora_weights": "pissa"}, "init_lora_weights = pissa not supported"),
         ({"alpha_pattern": {"(": 1}}, "alpha_pattern that cannot be read"),
         ({"alpha_pattern": [1]}, "alpha_pattern that cannot be read"),
-        ({"alpha_pattern": {"(.*)*(.*)*!": 1}}, "alpha_pattern that takes too long"),
         ({"lora_alpha": math.inf}, "give inf for the lora_alpha of blocks.0"),
         ({"lora_alpha": None}, "give None for the lora_alpha of blocks.0"),
     ],
@@ -379,7 +381,7 @@ def test_settings_that_mean_something_else(tmp_path, change, message, place):
     else:
         header["lora_adapter_metadata"] = json.dumps({f"transformer.{key}": v for key, v in settings.items()})
     save_file(tensors, tmp_path / "a.safetensors", metadata=header)
-    with pytest.raises(CheckpointError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)):
         read_lora(tmp_path / "a.safetensors", {"blocks.0.attn1.to_q.weight": (32, 32)})
 
 
@@ -450,7 +452,7 @@ REFUSED = {
     ),
     "integers": (
         pair(QUERY) | {"blocks.0.norm3.diff": torch.ones(32, dtype=torch.int8)},
-        "numbers of this kind are no weights: blocks.0.norm3.diff (I8)",
+        "numbers of this kind are no weights: blocks.0.norm3.diff (int8)",
     ),
     "no numbers": (pair(QUERY) | {"blocks.0.norm3.diff": torch.full([32], torch.nan)}, "blocks.0.norm3.diff holds num"),
     "no alpha": (pair(QUERY) | {f"{QUERY}.alpha": torch.tensor(torch.nan)}, f"{QUERY}.alpha holds numbers that are"),
@@ -469,7 +471,7 @@ def test_files_that_do_not_fit(tmp_path, folder, case, fuse):
     bad = tmp_path / "bad.safetensors"
     save_file(tensors, bad)
     model = mapped(folder)
-    with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
         apply_loras(model, [(good, 1.0), (bad, 1.0)], fuse)
     assert str(caught.value).startswith(f"--lora: {bad}")
     assert "\n" not in str(caught.value)
@@ -480,15 +482,15 @@ def test_files_that_do_not_fit(tmp_path, folder, case, fuse):
 def test_files_that_are_none(tmp_path):
     file = write(tmp_path / "a.safetensors", random_pairs())
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"--lora: .*a\.safetensors is truncated"):
+    with pytest.raises(UserError, match=r"--lora: .*a\.safetensors is truncated"):
         read_lora(file, {})
     save_file(pair(QUERY), file, metadata={"lora_adapter_metadata": "[" * 100_000})
-    with pytest.raises(CheckpointError, match="in its header is no JSON"):
+    with pytest.raises(UserError, match="in its header is no JSON"):
         read_lora(file, {})
     torch.save(random_pairs(), tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match=r"--lora: .*a\.pt is no \.safetensors file"):
+    with pytest.raises(UserError, match=r"--lora: .*a\.pt is no \.safetensors file"):
         read_lora(tmp_path / "a.pt", {})
-    with pytest.raises(CheckpointError, match=r"--lora: .*none\.safetensors cannot be read"):
+    with pytest.raises(UserError, match=r"--lora: .*none\.safetensors cannot be read"):
         read_lora(tmp_path / "none.safetensors", {})
 
 
@@ -496,7 +498,7 @@ def test_a_model_without_the_conditions(tmp_path):
     """A LoRA of the avatar's on a model without sound is refused."""
     build(image_dim=None, audio_dim=None).save_pretrained(tmp_path)
     model = load_transformer(tmp_path, torch.float32)
-    with pytest.raises(CheckpointError, match="has nothing for audio_projection"):
+    with pytest.raises(UserError, match="has nothing for audio_projection"):
         apply_loras(model, [(write(tmp_path / "a.safetensors", random_pairs()), 1.0)], fuse=True)
 
 
@@ -613,9 +615,7 @@ def test_a_part_of_a_lora_of_another_model(tmp_path, folder, fuse, caplog):
     """What the model has nothing for is left out and counted; what does not fit is refused all the same."""
     save_file(SIBLING, tmp_path / "a.safetensors")
     model = mapped(folder)
-    with pytest.raises(
-        CheckpointError, match=r"has nothing for .* and 1 more; a\.safetensors:1:partial applies the rest"
-    ):
+    with pytest.raises(UserError, match=r"has nothing for .* and 1 more; a\.safetensors:1:partial applies the rest"):
         apply_loras(model, [(tmp_path / "a.safetensors", 1.0)], fuse)
     apply_loras(model, [(tmp_path / "a.safetensors", 0.5)], fuse, partial=True)
     layers = {QUERY: (torch.ones(2, 32), torch.ones(32, 2))}
@@ -628,7 +628,7 @@ def test_a_part_of_a_lora_of_another_model(tmp_path, folder, fuse, caplog):
         (pair("blocks.7.ffn.0"), "which has"),
     ):
         save_file(wrong, tmp_path / "b.safetensors")
-        with pytest.raises(CheckpointError, match=says):
+        with pytest.raises(UserError, match=says):
             apply_loras(mapped(folder), [(tmp_path / "b.safetensors", 1.0)], fuse, partial=True)
 
 
@@ -761,13 +761,15 @@ def test_hunyuans_own_names_as_the_library_converts_them(tmp_path, prefix):
     pairs = native_pairs(CONVERTED_WIDTH, names, rank=1)
     tensors = {f"{name}.lora_{part}.weight": t for name, p in pairs.items() for part, t in zip("AB", p, strict=True)}
     converted = _convert_hunyuan_video_lora_to_diffusers(tensors)
-    shapes = hunyuan_shapes(HunyuanSizes(num_layers=1, num_single_layers=1, num_refiner_layers=1))
+    with torch.device("meta"):
+        model = HunyuanTransformer3DModel(num_layers=1, num_single_layers=1, num_refiner_layers=1)
+    shapes = shapes_of(model)
     shapes = {
         name: shape if name.endswith("bias") else widened(name, shape, converted) for name, shape in shapes.items()
     }
     file = read_lora(write(tmp_path / "a.safetensors", pairs, prefix + "{}.lora_{}.weight"), shapes, NATIVE_HUNYUAN)
     made = {}
-    for name, (change,) in adapters.read_changes(file).items():
+    for name, (change,) in file.changes.items():
         layer = f"transformer.{name.removesuffix('.weight')}"
         made |= {f"{layer}.lora_A.weight": change.down, f"{layer}.lora_B.weight": change.up}
     assert made.keys() == converted.keys()
@@ -851,7 +853,7 @@ def test_hunyuans_own_names(tmp_path, hunyuan, flat, fuse):
 def test_files_that_do_not_fit_hunyuans(tmp_path, hunyuan, tensors, message, fuse):
     model = loaded_hunyuan(hunyuan)
     save_file(tensors, tmp_path / "bad.safetensors")
-    with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
         apply_loras(model, [(tmp_path / "bad.safetensors", 1.0)], fuse)
     assert str(caught.value).startswith(f"--lora: {tmp_path}/bad.safetensors")
     assert model.state_dict().keys() == loaded_hunyuan(hunyuan).state_dict().keys()
@@ -860,9 +862,7 @@ def test_files_that_do_not_fit_hunyuans(tmp_path, hunyuan, tensors, message, fus
 @pytest.mark.parametrize("name", ["transformer_blocks.0.attn.to_q", "double_blocks.0.img_attn_proj"])
 def test_hunyuans_loras_do_not_fit_v3(tmp_path, folder, name):
     save_file(pair(name), tmp_path / "a.safetensors")
-    with pytest.raises(
-        CheckpointError, match=f"--lora: .* does not fit its model, which has nothing for {name}.lora_A"
-    ):
+    with pytest.raises(UserError, match=f"--lora: .* does not fit its model, which has nothing for {name}.lora_A"):
         apply_loras(mapped(folder), [(tmp_path / "a.safetensors", 1.0)], fuse=False)
 
 

@@ -14,12 +14,11 @@ import torch
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 
-from skyreels_v3.checkpoints.hub import check_folder
 from skyreels_v3.checkpoints.save import save_quantized
+from skyreels_v3.families import family_of, make_tiny
 from skyreels_v3.memory.quantize import FP8
 from skyreels_v3.tasks import task_spec
 from skyreels_v3.wan.checkpoint import load_transformer
-from skyreels_v3.wan.tiny import make_tiny
 from tests.conftest import ROOT, files_in
 
 ASSETS = ROOT / "assets"
@@ -89,7 +88,8 @@ def test_the_saved_checkpoint_makes_the_same_video(make, task, tmp_path, cache):
     saved, transformer = tmp_path / "deep" / "saved", task_spec(task).transformer_folder
     expected = make(task, "--model_id", "tiny", "--quant", "fp8", "--save_quantized", saved)
     assert not [name for name in files_in(tmp_path) if ".tmp" in name]
-    check_folder(saved, task_spec(task))
+    (repository,) = family_of(task_spec(task)).repositories(task_spec(task))
+    repository.check(saved, "--model_id")
     assert_same(make(task, "--model_id", saved, "--quant", "fp8"), expected)
     assert_same(make(task, "--model_id", saved), expected)
     assert_same(make(task, "--model_id", saved, "--low_vram"), make(task, "--model_id", "tiny", "--low_vram"))
@@ -191,10 +191,11 @@ def test_a_folder_that_was_made_meanwhile_is_kept(tmp_path, cache, monkeypatch, 
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "mine.txt").write_text("mine")
     transformer = load_transformer(source / "transformer", torch.float32)
-    made = save_quantized(transformer, source, source, tmp_path / "saved", task)
+    (repository,) = family_of(task).repositories(task)
+    made = save_quantized(transformer, [(source, repository)], tmp_path / "saved")
     assert made == tmp_path / "saved-2"
     assert files_in(tmp_path / "saved") == {"mine.txt"}
-    check_folder(made, task)
+    repository.check(made, "--model_id")
 
 
 @pytest.mark.slow

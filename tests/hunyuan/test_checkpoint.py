@@ -15,14 +15,15 @@ from transformers import CLIPTextModel, LlamaModel
 from skyreels_v3.errors import CheckpointError
 from skyreels_v3.hunyuan.checkpoint import (
     load_clip,
-    load_hunyuan_text_encoder,
-    load_hunyuan_transformer,
-    load_hunyuan_vae,
     load_llama,
+    load_text_encoder,
+    load_transformer,
+    load_vae,
 )
-from skyreels_v3.hunyuan.tiny import write_hunyuan
+from skyreels_v3.hunyuan.family import write_tiny
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.memory.quantize import FP8, quantize
+from skyreels_v3.tasks import task_spec
 
 TRANSFORMER = "diffusion_pytorch_model.safetensors"
 
@@ -30,7 +31,7 @@ TRANSFORMER = "diffusion_pytorch_model.safetensors"
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
-    write_hunyuan(folder, 32)
+    write_tiny(folder, task_spec("i2v"))
     return folder
 
 
@@ -54,11 +55,11 @@ def assert_same(model, stock):
 
 
 def test_it_is_what_the_stock_libraries_load(toy):
-    transformer = load_hunyuan_transformer(toy, torch.float32)
+    transformer = load_transformer(toy, torch.float32)
     assert isinstance(transformer, HunyuanTransformer3DModel)
     assert transformer.config.in_channels == 32
     assert_same(transformer, HunyuanVideoTransformer3DModel.from_pretrained(toy))
-    assert_same(load_hunyuan_vae(toy, torch.float32).module, AutoencoderKLHunyuanVideo.from_pretrained(toy / "vae"))
+    assert_same(load_vae(toy, torch.float32).module, AutoencoderKLHunyuanVideo.from_pretrained(toy / "vae"))
     assert_same(load_llama(toy / "text_encoder", torch.float32), LlamaModel.from_pretrained(toy / "text_encoder"))
     assert_same(load_clip(toy / "text_encoder_2", torch.float32), CLIPTextModel.from_pretrained(toy / "text_encoder_2"))
     assert FlowMatchEulerDiscreteScheduler.from_pretrained(toy / "scheduler").config.shift == 7.0
@@ -67,7 +68,7 @@ def test_it_is_what_the_stock_libraries_load(toy):
 def test_it_is_the_same_everywhere(tmp_path):
     def digest(name: str) -> list[tuple[str, str]]:
         (tmp_path / name).mkdir()
-        write_hunyuan(tmp_path / name, 16)
+        write_tiny(tmp_path / name, task_spec("t2v"))
         files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
         assert sum(file.stat().st_size for file in files) < 3e6
         hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
@@ -79,7 +80,7 @@ def test_it_is_the_same_everywhere(tmp_path):
 def test_a_prompt_reaches_the_toys_velocities(toy):
     """By its tokens and by its summary."""
     transformer = HunyuanVideoTransformer3DModel.from_pretrained(toy).eval()
-    encoder = load_hunyuan_text_encoder(toy, torch.float32)
+    encoder = load_text_encoder(toy, torch.float32)
     fox, dog = encoder.encode("A red fox runs"), encoder.encode("A dog sleeps")
     latents = torch.randn(1, 32, 2, 4, 6, generator=torch.Generator().manual_seed(0))
 
@@ -102,8 +103,8 @@ def test_a_prompt_reaches_the_toys_velocities(toy):
 
 def test_parts_without_values(toy):
     for module in (
-        load_hunyuan_transformer(toy, torch.bfloat16, values=False),
-        load_hunyuan_vae(toy, torch.bfloat16, values=False).module,
+        load_transformer(toy, torch.bfloat16, values=False),
+        load_vae(toy, torch.bfloat16, values=False).module,
     ):
         assert {(parameter.is_meta, parameter.dtype) for parameter in module.parameters()} == {(True, torch.bfloat16)}
 
@@ -116,10 +117,10 @@ def test_dtypes(toy):
 
 
 def test_quantised_transformers(root):
-    model = load_hunyuan_transformer(root, torch.float32)
+    model = load_transformer(root, torch.float32)
     quantize(model.single_transformer_blocks, torch.device("cpu"))
     save_file({name: weight.detach() for name, weight in model.named_parameters()}, root / TRANSFORMER)
-    again = load_hunyuan_transformer(root, torch.bfloat16)
+    again = load_transformer(root, torch.bfloat16)
     layer = again.single_transformer_blocks[0].proj_mlp
     assert layer.weight.dtype == FP8 and layer.weight_scale.dtype == torch.float32
     assert again.x_embedder.proj.weight.dtype == torch.bfloat16
@@ -153,8 +154,8 @@ def test_llamas_names(root, toy):
 
 
 LOADERS = {
-    ".": load_hunyuan_transformer,
-    "vae": lambda folder, dtype: load_hunyuan_vae(folder.parent, dtype),
+    ".": load_transformer,
+    "vae": lambda folder, dtype: load_vae(folder.parent, dtype),
     "text_encoder": load_llama,
     "text_encoder_2": load_clip,
 }
@@ -212,7 +213,7 @@ def test_tokenizers_that_cannot_be_read(root, folder):
     for file in (root / folder).iterdir():
         file.write_text("{")
     with pytest.raises(CheckpointError, match=f"the tokenizer in .*{folder} cannot be read"):
-        load_hunyuan_text_encoder(root, torch.float32)
+        load_text_encoder(root, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,7 @@ def test_tokenizers_that_cannot_be_read(root, folder):
     ],
 )
 def test_a_llama_stays_in_its_own_half_precision(tmp_path, stored, wanted, loaded):
-    write_hunyuan(tmp_path, 16)
+    write_tiny(tmp_path, task_spec("t2v"))
     file = tmp_path / "text_encoder" / "model.safetensors"
     save_file({name: tensor.to(stored) for name, tensor in load_file(file).items()}, file)
     module = load_llama(tmp_path / "text_encoder", wanted)

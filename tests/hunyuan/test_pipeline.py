@@ -20,8 +20,8 @@ from imageio_ffmpeg import read_frames
 from PIL import Image
 from safetensors.torch import load_file
 
+from skyreels_v3.families import make_tiny
 from skyreels_v3.tasks import task_spec
-from skyreels_v3.wan.tiny import make_tiny
 from tests.conftest import ROOT
 
 PROMPT = "FPS-24, A cat wearing sunglasses"

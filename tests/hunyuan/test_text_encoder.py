@@ -14,9 +14,10 @@ from diffusers import HunyuanSkyreelsImageToVideoPipeline, HunyuanVideoPipeline
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from transformers import AutoTokenizer, CLIPTextModel, LlamaModel
 
-from skyreels_v3.hunyuan.checkpoint import load_hunyuan_text_encoder, load_llama_tokenizer
+from skyreels_v3.hunyuan.checkpoint import load_llama_tokenizer, load_text_encoder
+from skyreels_v3.hunyuan.family import write_tiny
 from skyreels_v3.hunyuan.text_encoder import HunyuanTextEncoder
-from skyreels_v3.hunyuan.tiny import write_hunyuan
+from skyreels_v3.tasks import task_spec
 
 LONG = "A small wooden boat with a torn red sail drifts across the calm lake at dawn, followed by two white swans."
 PROMPTS = ["", "FPS-24, A fox runs.", "Two lines,\n\nand {braces} in\u00e9dites: <video>!", LONG]
@@ -25,13 +26,13 @@ PROMPTS = ["", "FPS-24, A fox runs.", "Two lines,\n\nand {braces} in\u00e9dites:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hunyuan")
-    write_hunyuan(folder, 16)
+    write_tiny(folder, task_spec("t2v"))
     return folder
 
 
 @pytest.fixture(scope="module")
 def encoder(root) -> HunyuanTextEncoder:
-    return load_hunyuan_text_encoder(root, torch.float32)
+    return load_text_encoder(root, torch.float32)
 
 
 @pytest.fixture(scope="module", params=[HunyuanVideoPipeline, HunyuanSkyreelsImageToVideoPipeline])
@@ -98,7 +99,7 @@ def test_long_prompts(encoder, said, capsys):
 
 def test_prompts_that_are_long_for_clip(root, said, capsys):
     """One line for each; the libraries have more to say, and do not."""
-    encoder = load_hunyuan_text_encoder(root, torch.float32)
+    encoder = load_text_encoder(root, torch.float32)
     encoder.encode("x" * 75)
     assert not said.messages
     for length in (76, 119):
@@ -145,7 +146,7 @@ def test_the_llamas_layers_are_its_blocks(encoder):
 
 
 def test_bfloat16_stays_close(root, encoder):
-    half = load_hunyuan_text_encoder(root, torch.bfloat16).encode(LONG)
+    half = load_text_encoder(root, torch.bfloat16).encode(LONG)
     for name, exact in encoder.encode(LONG).items():
         assert half[name].dtype == torch.bfloat16
         assert not half[name].requires_grad

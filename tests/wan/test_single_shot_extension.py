@@ -9,12 +9,12 @@ import pytest
 
 from skyreels_v3.cli import parse_request
 from skyreels_v3.components import load_components
+from skyreels_v3.families import make_tiny
 from skyreels_v3.inputs import open_inputs
 from skyreels_v3.resume import RunRecord, open_state
 from skyreels_v3.runtime import start
 from skyreels_v3.stages import Pass, Stages
 from skyreels_v3.wan.single_shot_extension import PIPELINE
-from skyreels_v3.wan.tiny import make_tiny
 from tests.planning import planned
 
 CLIP = Path(__file__).resolve().parents[2] / "assets" / "boat.mp4"

@@ -17,6 +17,7 @@ from skyreels_v3.cache import TensorCache
 from skyreels_v3.cli import parse_request
 from skyreels_v3.components import Components, load_components
 from skyreels_v3.errors import UserError
+from skyreels_v3.families import make_tiny
 from skyreels_v3.inputs import open_inputs
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.resume import RunRecord, open_state
@@ -25,7 +26,6 @@ from skyreels_v3.stages import Pass, Stages, Step, video_to_frames
 from skyreels_v3.tasks import task_spec
 from skyreels_v3.wan.avatar import Avatar, Given, Scene, audio_windows, in_turn, token_span
 from skyreels_v3.wan.talking_avatar import PIPELINE
-from skyreels_v3.wan.tiny import make_tiny
 from skyreels_v3.wan.windows import plan_windows
 from tests.planning import planned
 

@@ -31,7 +31,7 @@ def test_cleaning(cases):
 
 
 def test_tokens(reference, cases, recorded, caplog):
-    encoder = load_text_encoder(reference / "umt5", "native", torch.float32)
+    encoder = load_text_encoder(reference / "umt5", torch.float32)
     with caplog.at_level(logging.WARNING):
         ids, mask = encoder.tokenize(cases["prompts"])
     assert torch.equal(ids, recorded["ids"])
@@ -40,19 +40,19 @@ def test_tokens(reference, cases, recorded, caplog):
 
 
 def test_native_states(reference, cases, recorded):
-    encoder = load_text_encoder(reference / "umt5", "native", torch.float32)
+    encoder = load_text_encoder(reference / "umt5", torch.float32)
     torch.testing.assert_close(encoder(cases["prompts"]), recorded["context"], atol=ATOL, rtol=0)
 
 
 def test_states_do_not_depend_on_the_batch(reference, cases, recorded):
-    encoder = load_text_encoder(reference / "umt5", "native", torch.float32)
+    encoder = load_text_encoder(reference / "umt5", torch.float32)
     for prompt, expected in zip(cases["prompts"], recorded["context"], strict=True):
         torch.testing.assert_close(encoder([prompt])[0], expected, atol=ATOL, rtol=0)
 
 
 def test_bfloat16_stays_close(reference, cases):
-    exact = load_text_encoder(reference / "umt5", "native", torch.float32)(cases["prompts"][:1])
-    encoder = load_text_encoder(reference / "umt5", "native", torch.bfloat16)
+    exact = load_text_encoder(reference / "umt5", torch.float32)(cases["prompts"][:1])
+    encoder = load_text_encoder(reference / "umt5", torch.bfloat16)
     assert {parameter.dtype for parameter in encoder.module.parameters()} == {torch.bfloat16}
     out = encoder(cases["prompts"][:1])
     assert out.dtype == torch.bfloat16
@@ -62,5 +62,5 @@ def test_bfloat16_stays_close(reference, cases):
 def test_diffusers_layout_states(reference, cases, recorded, tmp_path):
     shutil.copytree(reference / "umt5" / "hf_text_encoder", tmp_path / "text_encoder")
     shutil.copytree(reference / "umt5" / "google" / "umt5-xxl", tmp_path / "tokenizer")
-    encoder = load_text_encoder(tmp_path, "diffusers", torch.float32)
+    encoder = load_text_encoder(tmp_path, torch.float32)
     torch.testing.assert_close(encoder(cases["prompts"]), recorded["hf_prompt_embeds"], atol=ATOL, rtol=0)

@@ -7,12 +7,11 @@ import hashlib
 import pytest
 import torch
 
-from skyreels_v3.checkpoints.hub import check_folder
 from skyreels_v3.components import load_components
+from skyreels_v3.families import family_of, make_tiny
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.runtime import start
 from skyreels_v3.tasks import TASK_NAMES, task_spec
-from skyreels_v3.wan.tiny import make_tiny
 from tests.planning import planned
 
 
@@ -27,7 +26,8 @@ def test_it_is_a_complete_checkpoint(task, tmp_path, monkeypatch):
     monkeypatch.setenv("SKYREELS_CACHE", str(tmp_path))
     spec = task_spec(task)
     folder = make_tiny(spec)
-    check_folder(folder, spec)
+    for repository in family_of(spec).repositories(spec):
+        repository.check(folder, repository.flag)
     request = GenerationRequest(
         task=spec, model_id="tiny", prompt="p", device="cpu", height=32, width=32, audio_seconds=1.0
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Barrier
 
 import numpy as np
@@ -12,7 +13,6 @@ import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file
 
-from skyreels_v3.checkpoints.contents import read_config
 from skyreels_v3.checkpoints.load import load_model, read_tensors
 from skyreels_v3.wan import vae
 from skyreels_v3.wan.checkpoint import load_vae
@@ -24,14 +24,15 @@ ATOL = 5e-4
 
 @pytest.fixture(scope="module")
 def native(reference) -> VideoVAE:
-    return load_vae(reference / "vae", "native", torch.float32)
+    return load_vae(reference / "vae", torch.float32)
 
 
 @pytest.fixture(scope="module")
 def diffusers_vae(reference) -> VideoVAE:
     folder = reference / "vae" / "diffusers_vae"
-    config = read_config(folder / "config.json")
-    return VideoVAE(load_model(lambda: AutoencoderKLWan(**config), read_tensors(folder), folder, torch.float32))
+    config = AutoencoderKLWan.load_config(folder)
+    build = partial(AutoencoderKLWan.from_config, config)
+    return VideoVAE(load_model(build, read_tensors(folder), folder, torch.float32))
 
 
 @pytest.fixture

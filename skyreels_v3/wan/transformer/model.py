@@ -21,7 +21,8 @@ from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 
 from skyreels_v3.attention.backends import AttentionFn, dispatched, sdpa
-from skyreels_v3.checkpoints.key_maps import NATIVE_TRANSFORMER, KeyMap
+from skyreels_v3.checkpoints.key_maps import KeyMap
+from skyreels_v3.wan.key_maps import NATIVE_TRANSFORMER
 from skyreels_v3.wan.transformer.block import Context, TransformerBlock, of_frames, token_spans
 from skyreels_v3.wan.transformer.embeddings import AudioProjection, ConditionEmbedding
 from skyreels_v3.wan.transformer.norms import modulate

@@ -1,0 +1,82 @@
+"""The model families: V3's (`wan`) and V1's (`hunyuan`), each behind the same door, `family.py` in its folder.
+
+A family owns its facts: the files of its checkpoints, how they are read, what its toy model is. The
+rest of the toolkit asks `family_of(task)` and names none. Importing a family costs no torch; what needs it, imports it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from skyreels_v3.checkpoints.files import Repository
+from skyreels_v3.tasks import TaskSpec
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+class Family(Protocol):
+    """What a family answers for a task."""
+
+    def repositories(self, task: TaskSpec) -> tuple[Repository, ...]:
+        """What is needed of --model_id, and of --base_model_id where other components come from there."""
+
+    def transformer_sizes(self, checkpoint: Path, task: TaskSpec) -> dict[str, int]:
+        """The sizes in the transformer's config.json, by the names of `TaskSpec.transformer`.
+
+        Raises:
+            CheckpointError: an entry that is no size.
+        """
+
+    def check_configs(self, task: TaskSpec, checkpoint: Path | None, base: Path | None) -> None:
+        """Raise UserError for configs that cannot work, as far as the folders are on this machine; no torch."""
+
+    def build_transformer(self, sizes: dict[str, Any]) -> Any:
+        """The transformer of these sizes, on the default device."""
+
+    def loaders(
+        self,
+        task: TaskSpec,
+        checkpoint: Path,
+        base: Path,
+        dtype: torch.dtype,
+        vae_dtype: torch.dtype,
+        values: bool = True,
+    ) -> dict[str, Callable[[], Any]]:
+        """What loads each field of `Components`, by its name.
+
+        Args:
+            checkpoint: the folder of --model_id.
+            base: that of the other components, the same for a family with one repository.
+            values: read weights; otherwise all is checked but their values, and they stay on meta.
+        """
+
+    def tiny_sizes(self, task: TaskSpec) -> dict[str, int]:
+        """Sizes of the built-in toy's transformer, as `transformer_sizes` gives them."""
+
+    def write_tiny(self, root: Path, task: TaskSpec) -> None:
+        """Write the built-in toy checkpoint to an empty folder."""
+
+
+def family_of(task: TaskSpec) -> Family:
+    """The family of a task's model."""
+    return family_named(task.family)
+
+
+def family_named(name: str) -> Family:
+    """The family in a folder of the package."""
+    return cast(Family, import_module(f"skyreels_v3.{name}.family"))
+
+
+def make_tiny(task: TaskSpec) -> Path:
+    """The folder of the toy checkpoint that `task` needs, made if it is not there yet."""
+    from skyreels_v3.checkpoints.tiny import make
+
+    logger.warning("tiny is a toy with random weights: it shows that everything runs, its pictures are noise")
+    return make(Path(task.model_id).name, lambda root: family_of(task).write_tiny(root, task))
