@@ -4,12 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from skyreels_v3.api import Done, Frame, Step, load
+    from skyreels_v3.errors import UserError
     from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel
 
 __version__ = "0.1.0"
-__all__ = ["Segment", "SkyReelsTransformer3DModel"]
+__all__ = ["Done", "Frame", "Segment", "SkyReelsTransformer3DModel", "Step", "UserError", "load"]
 
 _MODULES = dict.fromkeys(("Segment", "SkyReelsTransformer3DModel"), "skyreels_v3.wan.transformer")
+_MODULES |= dict.fromkeys(("Done", "Frame", "Step", "load"), "skyreels_v3.api") | {"UserError": "skyreels_v3.errors"}
 
 
 def __getattr__(name: str) -> Any:

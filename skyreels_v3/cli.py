@@ -342,14 +342,27 @@ def job_flags(line: Mapping[str, Any], defaults: Mapping[str, Any], folder: str)
     Raises:
         UserError: an unknown flag, one that a line cannot have, or a value that is none.
     """
-    values = {}
-    for name, value in line.items():
+    for name in line:
         if name == "config" or (name in BY_NAME and not BY_NAME[name].in_line):
             raise UserError(f"--{name}", "is not allowed in a line of --jobs; give it on the command line")
         if name not in BY_NAME:
-            raise UserError("--jobs", unknown_key(name, value))
-        values[name] = convert_entry(name, value, folder)
+            raise UserError("--jobs", unknown_key(name, line[name]))
+    values = {name: convert_entry(name, value, folder) for name, value in line.items()}
     return without_overruled(defaults, values) | values
+
+
+def convert_flags(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags from Python, converted; raises UserError for an unknown one and for a value that is none."""
+    converted = {}
+    for name, value in values.items():
+        if name not in BY_NAME:
+            raise UserError(f"--{name}", f"there is no such flag; {suggest_flag(name, told(value), BY_NAME)}")
+        entries = [*value] if isinstance(value, tuple | list) else value
+        plain = [str(entry) for entry in entries] if isinstance(entries, list) else entries
+        plain = os.fspath(plain) if isinstance(plain, os.PathLike) else plain
+        if plain is not None and plain is not False:
+            converted[name] = convert_entry(name, plain, "")
+    return converted
 
 
 def read_yaml(name: str) -> Any:

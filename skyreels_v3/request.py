@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -74,6 +75,13 @@ def flag(default: Any, help: str, kind: type = str, **more: Any) -> Any:
     return field(default=default, metadata={"flag": {"help": help, "kind": kind, **more}})
 
 
+avatar = partial(flag, tasks=("input_audio",))
+v1 = partial(flag, tasks=(HUNYUAN,))
+unrecorded = partial(flag, recorded=False)
+run_flag = partial(flag, recorded=False, in_line=False)  # for a whole run, not for a line of --jobs
+parallel = partial(run_flag, usp=True)
+
+
 class Lora(NamedTuple):
     """A LoRA that is asked for."""
 
@@ -87,320 +95,123 @@ class GenerationRequest:
     """Everything that one run needs, checked. `height` and `width` are None until the inputs have been seen."""
 
     task: TaskSpec
-    task_type: str = flag(
-        "", f"what to make: {', '.join(TASK_NAMES)}", choices=TASK_NAMES, metavar="TASK", group="Input"
-    )
+    # fmt: off
+    task_type: str = flag("", f"what to make: {', '.join(TASK_NAMES)}", choices=TASK_NAMES, metavar="TASK",
+        group="Input")
     prompt: str = flag("", "what happens in the video")
     negative_prompt: str = flag("", "what to avoid; needs --guidance_scale above 1")
-    image: str | None = flag(
-        None, "picture that the video begins with (i2v), path or URL", metavar="IMAGE", tasks=("image",), path="input"
-    )
-    ref_imgs: tuple[str, ...] = flag(
-        (),
-        "1-4 reference images, paths or URLs",
-        metavar="IMAGE[,IMAGE...]",
-        tasks=("ref_imgs",),
-        path="input",
-        several=True,
-    )
-    input_video: str | None = flag(
-        None,
-        "clip to extend (or, by talking_avatar, to dub), path or URL",
-        metavar="CLIP",
-        tasks=("input_video", "input_audio"),
-        path="input",
-    )
-    input_image: str | None = flag(
-        None, "portrait of the speaker, path or URL", metavar="IMAGE", tasks=("input_audio",), path="input"
-    )
-    input_audio: tuple[str, ...] = flag(
-        (),
-        "speech: sound file or video, path or URL; two for two speakers",
-        metavar="SOUND[,SOUND]",
-        tasks=("input_audio",),
-        path="input",
-        several=True,
-    )
-    audio_type: str = flag(
-        "parallel",
-        "two speakers at once (default) or one after the other",
-        choices=("parallel", "sequential"),
-        tasks=("input_audio",),
-    )
-    speaker_boxes: tuple[tuple[int, int, int, int], ...] = flag(
-        (),
-        "where the two speakers are in the portrait (default: its halves)",
-        metavar="X0,Y0,X1,Y1;...",
-        tasks=("input_audio",),
-    )
-    keyframes: tuple[tuple[str, float], ...] = flag(
-        (),
-        "pictures that windows end in, instead of generated ones",
-        metavar="IMAGE@SECONDS[,...]",
-        tasks=("input_audio",),
-        path="input",
-        several=True,
-    )
-    window_prompt: str = flag(
-        "", "prompt of the windows after the first pass; 'same' for --prompt", tasks=("input_audio",)
-    )
-    duration: int = flag(
-        5,
-        "whole seconds of new video (default: the task's)",
-        int,
-        group="Size and length",
-        tasks=("ref_imgs", "input_video", HUNYUAN),
-    )
-    num_frames: int | None = flag(
-        None,
-        "frames of new video, 4k+1, instead of --duration (reference_to_video, t2v, i2v)",
-        int,
-        low=1,
-        high=100_000,
-        tasks=("ref_imgs", HUNYUAN),
-    )
-    fps: int | None = flag(
-        None, "frames per second of the file (t2v, i2v; default: 24)", int, low=1, high=120, tasks=(HUNYUAN,)
-    )
-    resolution: str = flag(
-        "720P",
-        "size bucket (default: 720P); the sides follow the input's shape",
-        choices=RESOLUTIONS,
-        tasks=("ref_imgs", "input_video", "input_audio"),
-    )
-    height: int | None = flag(
-        None, "in pixels, a multiple of 16, instead of --resolution", int, low=SIZE_MULTIPLE, high=MAX_SIDE
-    )
-    width: int | None = flag(
-        None, "in pixels, a multiple of 16, instead of --resolution", int, low=SIZE_MULTIPLE, high=MAX_SIDE
-    )
-    seed: int = flag(
-        42, "same seed, same video; -1 draws one (default: 42)", int, low=-1, high=MAX_SEED, group="Sampling"
-    )
+    image: str | None = flag(None, "picture that the video begins with (i2v), path or URL", metavar="IMAGE",
+        tasks=("image",), path="input")
+    ref_imgs: tuple[str, ...] = flag((), "1-4 reference images, paths or URLs", metavar="IMAGE[,IMAGE...]",
+        tasks=("ref_imgs",), path="input", several=True)
+    input_video: str | None = flag(None, "clip to extend (or, by talking_avatar, to dub), path or URL", metavar="CLIP",
+        tasks=("input_video", "input_audio"), path="input")
+    input_image: str | None = avatar(None, "portrait of the speaker, path or URL", metavar="IMAGE", path="input")
+    input_audio: tuple[str, ...] = avatar((), "speech: sound file or video, path or URL; two for two speakers",
+        metavar="SOUND[,SOUND]", path="input", several=True)
+    audio_type: str = avatar("parallel", "two speakers at once (default) or one after the other",
+        choices=("parallel", "sequential"))
+    speaker_boxes: tuple[tuple[int, int, int, int], ...] = avatar((),
+        "where the two speakers are in the portrait (default: its halves)", metavar="X0,Y0,X1,Y1;...")
+    keyframes: tuple[tuple[str, float], ...] = avatar((), "pictures that windows end in, instead of generated ones",
+        metavar="IMAGE@SECONDS[,...]", path="input", several=True)
+    window_prompt: str = avatar("", "prompt of the windows after the first pass; 'same' for --prompt")
+    duration: int = flag(5, "whole seconds of new video (default: the task's)", int, group="Size and length",
+        tasks=("ref_imgs", "input_video", HUNYUAN))
+    num_frames: int | None = flag(None,
+        "frames of new video, 4k+1, instead of --duration (reference_to_video, t2v, i2v)", int, low=1, high=100000,
+        tasks=("ref_imgs", HUNYUAN))
+    fps: int | None = v1(None, "frames per second of the file (t2v, i2v; default: 24)", int, low=1, high=120)
+    resolution: str = flag("720P", "size bucket (default: 720P); the sides follow the input's shape",
+        choices=RESOLUTIONS, tasks=("ref_imgs", "input_video", "input_audio"))
+    height: int | None = flag(None, "in pixels, a multiple of 16, instead of --resolution", int, low=SIZE_MULTIPLE,
+        high=MAX_SIDE)
+    width: int | None = flag(None, "in pixels, a multiple of 16, instead of --resolution", int, low=SIZE_MULTIPLE,
+        high=MAX_SIDE)
+    seed: int = flag(42, "same seed, same video; -1 draws one (default: 42)", int, low=-1, high=MAX_SEED,
+        group="Sampling")
     num_inference_steps: int = flag(8, "denoising steps (default: the task's)", int, low=1, high=200)
     shift: float | None = flag(5.0, "shift of the noise schedule (default: the task's)", float, low=0.01, high=100)
-    guidance_scale: float = flag(
-        1.0,
-        "text guidance; 1 is off (default; t2v and i2v: 6)",
-        float,
-        low=0,
-        high=100,
-        tasks=("ref_imgs", "input_video", HUNYUAN),
-    )
-    embedded_guidance_scale: float = flag(
-        1.0, "guidance that V1's model takes as an input (default: 1)", float, low=0, high=100, tasks=(HUNYUAN,)
-    )
-    image_guidance_scale: float = flag(
-        1.0, "guidance by the reference images, on top of text guidance", float, low=0, high=100, tasks=("ref_imgs",)
-    )
-    text_guidance_scale: float = flag(
-        1.0, "text guidance of talking_avatar; 1 is off (default)", float, low=0, high=100, tasks=("input_audio",)
-    )
-    audio_guidance_scale: float = flag(
-        1.0,
-        "guidance by the sound of talking_avatar; 1 is off (default)",
-        float,
-        low=0,
-        high=100,
-        tasks=("input_audio",),
-    )
-    color_correction_strength: float = flag(
-        1.0, "1 keeps the portrait's colours (default), 0 is off", float, low=0, high=1, tasks=("input_audio",)
-    )
+    guidance_scale: float = flag(1.0, "text guidance; 1 is off (default; t2v and i2v: 6)", float, low=0, high=100,
+        tasks=("ref_imgs", "input_video", HUNYUAN))
+    embedded_guidance_scale: float = v1(1.0, "guidance that V1's model takes as an input (default: 1)", float, low=0,
+        high=100)
+    image_guidance_scale: float = flag(1.0, "guidance by the reference images, on top of text guidance", float, low=0,
+        high=100, tasks=("ref_imgs",))
+    text_guidance_scale: float = avatar(1.0, "text guidance of talking_avatar; 1 is off (default)", float, low=0,
+        high=100)
+    audio_guidance_scale: float = avatar(1.0, "guidance by the sound of talking_avatar; 1 is off (default)", float,
+        low=0, high=100)
+    color_correction_strength: float = avatar(1.0, "1 keeps the portrait's colours (default), 0 is off", float, low=0,
+        high=1)
     sequence_batch: bool = flag(False, "accepted as in V1, changes nothing: guidance is computed term by term", bool)
-    no_riflex: bool = flag(
-        False, "do without RIFLEx: beyond 192 frames the video repeats itself (t2v, i2v)", bool, tasks=(HUNYUAN,)
-    )
-    cache: float | None = flag(
-        None, "skip blocks in steps that change little; off by default", metavar="fbcache[:THRESHOLD]"
-    )
-    model_id: str = flag(
-        "",
-        "hub id or folder of the checkpoint (default: the task's own); 'tiny' for a built-in toy",
-        group="Checkpoint",
-        path="hub",
-    )
-    base_model_id: str | None = flag(
-        None, "hub id or folder of HunyuanVideo, for its encoders and VAE (t2v, i2v)", tasks=(HUNYUAN,), path="hub"
-    )
-    model_source: str = flag(
-        "huggingface", "hub to download from (default: huggingface)", choices=("huggingface", "modelscope")
-    )
-    lora: tuple[Lora, ...] = flag(
-        (),
-        "LoRAs to add: files, folders or hub ids, each with a scale",
-        metavar="LORA[:SCALE[:partial]][,...]",
-        path="hub",
-        several=True,
-    )
+    no_riflex: bool = v1(False, "do without RIFLEx: beyond 192 frames the video repeats itself (t2v, i2v)", bool)
+    cache: float | None = flag(None, "skip blocks in steps that change little; off by default",
+        metavar="fbcache[:THRESHOLD]")
+    model_id: str = flag("", "hub id or folder of the checkpoint (default: the task's own); 'tiny' for a built-in toy",
+        group="Checkpoint", path="hub")
+    base_model_id: str | None = v1(None, "hub id or folder of HunyuanVideo, for its encoders and VAE (t2v, i2v)",
+        path="hub")
+    model_source: str = flag("huggingface", "hub to download from (default: huggingface)",
+        choices=("huggingface", "modelscope"))
+    lora: tuple[Lora, ...] = flag((), "LoRAs to add: files, folders or hub ids, each with a scale",
+        metavar="LORA[:SCALE[:partial]][,...]", path="hub", several=True)
     device: str = flag("auto", "where to compute (default: auto)", choices=DEVICES, group="Memory and speed")
-    dtype: str | None = flag(
-        None, "of the matrix products (default: bfloat16 on a GPU, float32 on a CPU)", choices=DTYPES
-    )
-    memory: str = flag(
-        "auto",
-        "what stays on the device (default: auto, by what is free)",
-        choices=("auto", *MEMORY_MODES),
-        recorded=False,
-    )
+    dtype: str | None = flag(None, "of the matrix products (default: bfloat16 on a GPU, float32 on a CPU)",
+        choices=DTYPES)
+    memory: str = unrecorded("auto", "what stays on the device (default: auto, by what is free)",
+        choices=("auto", *MEMORY_MODES))
     offload: bool = flag(False, "only the component at work is on the device: --memory offload", bool)
     low_vram: bool = flag(False, "stream the transformer's blocks, in FP8: --memory stream --quant fp8", bool)
-    stream_blocks: int = flag(
-        0, "blocks of a streamed transformer that stay on the device", int, low=0, high=999, recorded=False
-    )
+    stream_blocks: int = unrecorded(0, "blocks of a streamed transformer that stay on the device", int, low=0, high=999)
     parameters_level: bool = flag(False, "with --offload: --memory stream", bool)
-    high_cpu_memory: bool = flag(
-        False, "pin all that is streamed, however much host memory that takes", bool, recorded=False
-    )
-    quant: str | None = flag(
-        None,
+    high_cpu_memory: bool = unrecorded(False, "pin all that is streamed, however much host memory that takes", bool)
+    quant: str | None = flag(None,
         "weights in FP8 (fp8, also without a value); fp8_dynamic computes in FP8 as well (Ada GPUs and later)",
-        choices=QUANTIZATIONS,
-        bare="fp8",
-    )
-    save_quantized: Path | None = flag(
-        None,
-        "also save the checkpoint in FP8, as a folder for --model_id",
-        metavar="FOLDER",
-        path="output",
-        recorded=False,
-        only_in_line="write it into the lines, a name for each",
-    )
+        choices=QUANTIZATIONS, bare="fp8")
+    save_quantized: Path | None = unrecorded(None, "also save the checkpoint in FP8, as a folder for --model_id",
+        metavar="FOLDER", path="output", only_in_line="write it into the lines, a name for each")
     vae_dtype: str = flag("float32", "of the VAE (default: float32)", choices=DTYPES)
     attention: str = flag("auto", "attention kernel (default: auto)", choices=ATTENTIONS)
     compile: bool = flag(False, "compile the transformer's blocks; the first step takes longer", bool)
     compiler_transformer: bool = flag(False, "the same as --compile", bool)
-    no_cache: bool = flag(False, "neither keep encoded prompts for later runs nor use kept ones", bool, recorded=False)
-    gpu_num: int = flag(
-        1,
-        "start this many processes here, one for each GPU, with --use_usp",
-        int,
-        low=1,
-        high=64,
-        group="Several GPUs",
-        recorded=False,
-        in_line=False,
-    )
-    use_usp: bool = flag(
-        False,
-        "share the work among the processes that torchrun starts, one for each GPU",
-        bool,
-        recorded=False,
-        in_line=False,
-    )
-    ulysses_degree: int | None = flag(
-        None,
-        "processes that exchange tokens for heads (default: as many as can)",
-        int,
-        low=1,
-        high=4096,
-        usp=True,
-        recorded=False,
-        in_line=False,
-    )
-    ring_degree: int | None = flag(
-        None,
-        "processes that pass keys and values around (default: the rest)",
-        int,
-        low=1,
-        high=4096,
-        usp=True,
-        recorded=False,
-        in_line=False,
-    )
-    cfg_degree: int | None = flag(
-        None,
-        "processes that share the guidance (default: one per term, if that divides them)",
-        int,
-        low=1,
-        high=3,
-        usp=True,
-        recorded=False,
-        in_line=False,
-    )
-    shard_weights: bool = flag(
-        False, "divide the transformer's weights among the processes", bool, usp=True, recorded=False, in_line=False
-    )
-    broadcast_weights: bool = flag(
-        False,
-        "read the weights in one process and send them to the others",
-        bool,
-        usp=True,
-        recorded=False,
-        in_line=False,
-    )
-    output: Path | None = flag(
-        None,
-        "an .mp4, or a folder ending in / for PNG frames (default: result/TASK/SEED_TIME.mp4)",
-        metavar="PATH",
-        group="Output",
-        path="output",
-        recorded=False,
-        only_in_line="write it into the lines, a name for each",
-    )
-    outdir: str | None = flag(
-        None, "put the video into results/FOLDER, named by prompt, seed and number", metavar="FOLDER", recorded=False
-    )
-    include_input: bool = flag(
-        False, "write the input clip and its extension as one video", bool, tasks=("input_video",)
-    )
-    no_metadata: bool = flag(False, "leave out of the video what made it", bool, recorded=False)
-    save_latents: Path | None = flag(
-        None,
-        "also write the final latents of each pass",
-        metavar="FILE.safetensors",
-        path="output",
-        recorded=False,
-        only_in_line="write it into the lines, a name for each",
-    )
-    resume: bool = flag(
-        False,
-        "continue the interrupted run of the same command, or start where there is none",
-        bool,
-        recorded=False,
-        only_in_line="leave it out, the same command goes on by itself",
-        in_line=False,
-    )
-    checkpoint_every: float = flag(
-        60.0,
-        "seconds between safety copies while denoising (default: 60; 0: none)",
-        float,
-        low=0,
-        high=86400,
-        recorded=False,
-    )
-    video_num: int = flag(
-        1,
-        "make this many videos, with consecutive seeds",
-        int,
-        low=1,
-        high=10000,
-        group="Many videos",
-        recorded=False,
-        only_in_line="write a line for each",
-        in_line=False,
-    )
-    jobs: str | None = flag(
-        None,
-        "make a video for each line: its flags as a JSON object",
-        metavar="FILE.jsonl",
-        path="input",
-        recorded=False,
-        in_line=False,
-    )
-    url_timeout: float = flag(
-        1.2, "seconds to wait for a server's answer (default: 1.2)", float, low=0.05, high=600, group="Other"
-    )
-    allow_private_urls: bool = flag(
-        False, "also fetch inputs from this machine and private networks", bool, recorded=False, in_line=False
-    )
-    dry_run: bool = flag(
-        False, "check everything and print the plan; load and download no weights", bool, recorded=False, in_line=False
-    )
-    quiet: bool = flag(False, "warnings and the result only", bool, recorded=False, in_line=False)
-    verbose: bool = flag(
-        False, "more about what is done, and tracebacks of errors", bool, recorded=False, in_line=False
-    )
+    no_cache: bool = unrecorded(False, "neither keep encoded prompts for later runs nor use kept ones", bool)
+    gpu_num: int = run_flag(1, "start this many processes here, one for each GPU, with --use_usp", int, low=1, high=64,
+        group="Several GPUs")
+    use_usp: bool = run_flag(False, "share the work among the processes that torchrun starts, one for each GPU", bool)
+    ulysses_degree: int | None = parallel(None, "processes that exchange tokens for heads (default: as many as can)",
+        int, low=1, high=4096)
+    ring_degree: int | None = parallel(None, "processes that pass keys and values around (default: the rest)", int,
+        low=1, high=4096)
+    cfg_degree: int | None = parallel(None,
+        "processes that share the guidance (default: one per term, if that divides them)", int, low=1, high=3)
+    shard_weights: bool = parallel(False, "divide the transformer's weights among the processes", bool)
+    broadcast_weights: bool = parallel(False, "read the weights in one process and send them to the others", bool)
+    output: Path | None = unrecorded(None,
+        "an .mp4, or a folder ending in / for PNG frames (default: result/TASK/SEED_TIME.mp4)", metavar="PATH",
+        group="Output", path="output", only_in_line="write it into the lines, a name for each")
+    outdir: str | None = unrecorded(None, "put the video into results/FOLDER, named by prompt, seed and number",
+        metavar="FOLDER")
+    include_input: bool = flag(False, "write the input clip and its extension as one video", bool,
+        tasks=("input_video",))
+    no_metadata: bool = unrecorded(False, "leave out of the video what made it", bool)
+    save_latents: Path | None = unrecorded(None, "also write the final latents of each pass",
+        metavar="FILE.safetensors", path="output", only_in_line="write it into the lines, a name for each")
+    resume: bool = run_flag(False, "continue the interrupted run of the same command, or start where there is none",
+        bool, only_in_line="leave it out, the same command goes on by itself")
+    checkpoint_every: float = unrecorded(60.0, "seconds between safety copies while denoising (default: 60; 0: none)",
+        float, low=0, high=86400)
+    video_num: int = run_flag(1, "make this many videos, with consecutive seeds", int, low=1, high=10000,
+        group="Many videos", only_in_line="write a line for each")
+    jobs: str | None = run_flag(None, "make a video for each line: its flags as a JSON object", metavar="FILE.jsonl",
+        path="input")
+    url_timeout: float = flag(1.2, "seconds to wait for a server's answer (default: 1.2)", float, low=0.05, high=600,
+        group="Other")
+    allow_private_urls: bool = run_flag(False, "also fetch inputs from this machine and private networks", bool)
+    dry_run: bool = run_flag(False, "check everything and print the plan; load and download no weights", bool)
+    quiet: bool = run_flag(False, "warnings and the result only", bool)
+    verbose: bool = run_flag(False, "more about what is done, and tracebacks of errors", bool)
+    # fmt: on
     # what follows from the flags
     audio_seconds: float | None = None  # None until the input has been looked at
     number: int = 0  # of this video among `video_num`

@@ -1,0 +1,121 @@
+"""The Python API: videos from calls instead of commands.
+
+    from skyreels_v3 import load
+
+    generator = load("reference_to_video", memory="offload")
+    for event in generator(prompt="A fox runs through snow", ref_imgs=["fox.png"], seed=1):
+        ...  # Step: a denoising step has ended; Frame: a picture of the video; Done: all of them
+
+Arguments are the flags of the command line, see docs/options.md. What is wrong with them is a `UserError`. To cancel,
+stop iterating (or close the iterator): nothing goes on in the background.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from skyreels_v3.checks import request_of
+from skyreels_v3.cli import convert_flags
+from skyreels_v3.errors import UserError
+from skyreels_v3.generate import Generator, free_memory
+from skyreels_v3.media.files import run_folder
+from skyreels_v3.parallel.ranks import SINGLE
+from skyreels_v3.plan import plan
+from skyreels_v3.request import BY_NAME, GenerationRequest
+from skyreels_v3.resolve import AssetResolver, resolve
+from skyreels_v3.runtime import find_machine, set_environment
+from skyreels_v3.stages import Pass, Step
+
+NOT_HERE = ("output", "outdir", "save_latents", "save_quantized", "include_input", "no_metadata", "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Picture `number` of the video, uint8 [H, W, 3], from 0."""
+
+    number: int
+    image: np.ndarray
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end of a video: its final latents (1, 16, F, H/8, W/8), pass by pass, its seed and frames per second."""
+
+    latents: tuple[Tensor, ...]
+    seed: int
+    fps: int
+
+
+Event = Step | Frame | Done
+
+
+class VideoGenerator:
+    """Makes videos of one task. Networks are loaded for the first one, and kept for those that need the same."""
+
+    def __init__(self, task_type: str, **flags: Any) -> None:
+        set_environment()
+        self.flags = {"task_type": task_type, **flags}
+        check_names(self.flags)
+        self.resolver = AssetResolver()
+        self.loaded: Generator | None = None
+
+    def __call__(self, **flags: Any) -> Iterator[Event]:
+        """Make a video: its steps, its frames, its end.
+
+        Args:
+            flags: of this video; they win over those that were given to `load`.
+
+        Raises:
+            UserError: the flags cannot work; at once, or with the first event where inputs are looked at.
+        """
+        check_names(flags)
+        return self._events(request_of(convert_flags({**self.flags, "quiet": True, **flags})))
+
+    def _events(self, request: GenerationRequest) -> Iterator[Event]:
+        with run_folder() as folder:
+            request = replace(request, output=folder / "video.mp4")  # which is not written
+            made = resolve(request, folder, SINGLE, self.resolver, "video")
+            planned = plan(made, find_machine(made.request))
+            if self.loaded is not None and not self.loaded.fits(planned):
+                self.unload()
+                planned = plan(made, find_machine(made.request))
+            if self.loaded is None:
+                self.loaded = Generator(planned)
+            latents, numbers = [], count()
+            for event in self.loaded.events(planned):
+                if isinstance(event, Step):
+                    yield event
+                    continue
+                assert isinstance(event, Pass)
+                latents.append(event.latents)
+                for image in event.frames:
+                    yield Frame(next(numbers), image)
+            yield Done(tuple(latents), planned.request.seed, planned.request.task.fps)
+
+    def unload(self) -> None:
+        """Give the memory of the networks back."""
+        self.loaded = None
+        free_memory()
+
+
+def load(task_type: str, **flags: Any) -> VideoGenerator:
+    """What makes videos of a task.
+
+    Args:
+        task_type: one of `tasks.TASK_NAMES`.
+        flags: for all videos: `model_id`, `memory`, `quant`, `dtype`, `lora`, ...
+    """
+    return VideoGenerator(task_type, **flags)
+
+
+def check_names(flags: dict[str, Any]) -> None:
+    """Raise UserError for flags of the command that a call from Python does not have."""
+    for name in flags:
+        if name in NOT_HERE or (name in BY_NAME and not BY_NAME[name].in_line and name != "quiet"):
+            raise UserError(f"--{name}", "is for the command; here frames and latents are returned; leave it out")
