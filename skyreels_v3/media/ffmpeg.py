@@ -130,7 +130,8 @@ def read_packets(track: Track) -> tuple[Fraction, list[tuple[int, int]]]:
     Raises:
         MediaError: see `read_track`.
     """
-    tick, packets = Fraction(1), []
+    tick = Fraction(1)
+    packets: list[tuple[int, int]] = []
     # lines of the listing: stream, dts, pts, duration, size, checksum, flags and side data
     for line in read_track(track, ["-c", "copy", "-f", "framecrc"]).decode().splitlines():
         if line.startswith("#tb 0:"):

@@ -171,17 +171,26 @@ def rename_to_new(temporary: Path, path: Path) -> None:
     else:
         try:
             os.link(temporary, path)
-            temporary.unlink()
-            return
         except FileExistsError:
             raise
         except OSError:  # a file system without hard links
             path.touch(exist_ok=False)
+        else:
+            temporary.unlink()
+            return
     try:
         temporary.replace(path)  # takes the place of the empty file or folder, which reserved the name
     except OSError:
-        path.rmdir() if path.is_dir() else path.unlink()
+        remove(path)
         raise
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder and all it contains, if it exists."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def existing_folder(path: Path) -> Path:

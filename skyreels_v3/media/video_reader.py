@@ -107,7 +107,8 @@ def rgb_filters(track: Track) -> tuple[str, list[str]]:
     is_yuv, alpha = pixel_format.startswith("yuv"), WITH_ALPHA.match(pixel_format) is not None
     found = COLOURS.search(details)
     matrix, primaries, transfer = found.groups() if found else (UNKNOWN, UNKNOWN, UNKNOWN)
-    filters, notes = TO_RGB_ON_WHITE if alpha else TO_RGB, []
+    filters = TO_RGB_ON_WHITE if alpha else TO_RGB
+    notes: list[str] = []
     if transfer in HDR or primaries in WIDE_PRIMARIES:
         filters = f"{to_sdr(matrix, primaries, transfer, alpha)},{filters}"
         if transfer in HDR:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from skyreels_v3.media.audio import downmix_filters
 from skyreels_v3.media.ffmpeg import AUDIO, VIDEO, ffmpeg_command, find_track, input_options, log_end, run, write_file
-from skyreels_v3.media.files import publish, temporary_name
+from skyreels_v3.media.files import publish, remove, temporary_name
 from skyreels_v3.media.video_probe import ClipInfo
 
 logger = logging.getLogger(__name__)
@@ -141,7 +140,7 @@ def write_frames(
             try:
                 for frame in chain([first], frames):
                     queue.put(frame)
-                queue.wait()
+                queue.collect()
             except BaseException as error:
                 failure = error
                 wait(queue.writes)
@@ -160,7 +159,7 @@ def write_frames(
             raise
         logger.debug("nothing could be kept of %s: %s", final, error)
     finally:
-        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        remove(temporary)
     assert failure is not None
     raise failure
 
@@ -181,9 +180,9 @@ class FrameQueue:
     def put(self, frame: np.ndarray) -> None:
         """Hand over a frame, and wait while too many do. Raises the error of an earlier one."""
         self.writes.append(self._thread.submit(self._write, frame))
-        self.wait(FRAMES_AHEAD)
+        self.collect(FRAMES_AHEAD)
 
-    def wait(self, waiting: int = 0) -> None:
+    def collect(self, waiting: int = 0) -> None:
         """Wait until no more than so many frames wait; raises the error of a failed one."""
         while self.writes and (len(self.writes) > waiting or self.writes[0].done()):
             self.writes[0].result()  # an interrupt here must find it in the queue
