@@ -4,8 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from skyreels_v3.api import Done, Frame, Step, load
+    from skyreels_v3.api import Done, Frame, load
     from skyreels_v3.errors import UserError
+    from skyreels_v3.stages import Step
     from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel
 
 __version__ = "0.1.0"

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from skyreels_v3.families import family_named, family_of
 from skyreels_v3.hunyuan.sizes import HunyuanSizes
@@ -309,7 +310,8 @@ def tokens_per_frame(request: ResolvedRequest) -> int:
 
 def transformer_sizes(request: GenerationRequest, checkpoint: Path | None) -> Sizes | HunyuanSizes:
     """Sizes from the checkpoint's own config where it is on this machine, else the published ones."""
-    published, family = dict(request.task.transformer), family_of(request.task)
+    family = family_of(request.task)
+    published: dict[str, Any] = dict(request.task.transformer)
     if request.model_id == TINY:
         published = family.tiny_sizes(request.task)
     elif checkpoint is not None:

@@ -44,6 +44,7 @@ def locate(request: GenerationRequest, repository: Repository, beside: Path | No
         UserError: the request names neither a folder nor a hub id, or a file is missing or damaged.
     """
     name, flag = getattr(request, repository.flag.removeprefix("--")), repository.flag
+    folder: Path | None
     if name is None:
         if beside is None or not all((beside / folder).is_dir() for folder in repository.folders):
             return None

@@ -8,7 +8,7 @@ its first axis. Target None drops the key: it is known, and not part of the mode
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 Target = str | tuple[str, ...] | None
 KeyMap = tuple[tuple[str, Target], ...]
@@ -16,7 +16,7 @@ KeyMap = tuple[tuple[str, Target], ...]
 IDENTITY: KeyMap = ((r"(.+)", r"\1"),)
 
 
-def rename_layers(pattern: str, target: str, names: Mapping[str, str | tuple[str, ...]]) -> KeyMap:
+def rename_layers(pattern: str, target: str, names: Mapping[str, str | Sequence[str]]) -> KeyMap:
     """Entries for the layers under a prefix, all of their parameters included.
 
     Args:

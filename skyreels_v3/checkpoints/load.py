@@ -155,8 +155,9 @@ def check_sizes(config: Mapping[str, Any], tensors: Tensors, source: Path) -> No
         if POSITIVE.fullmatch(key) and not (isinstance(value, int | float) and 0 < value < math.inf):
             raise CheckpointError(f"{source}: {key} = {shown(value)} is no positive number; {OWN_CONFIG}")
         limit = len(tensors) if COUNT.fullmatch(key) else longest if WIDTH.fullmatch(key) else None
-        sizes = [] if limit is None or value is None else value if isinstance(value, list) else [value]
-        for size in sizes:
+        if limit is None or value is None:
+            continue
+        for size in value if isinstance(value, list) else [value]:
             if type(size) is not int or size < 1:
                 raise CheckpointError(f"{source}: {key} = {shown(size)} is no size; {OWN_CONFIG}")
             if size > limit:

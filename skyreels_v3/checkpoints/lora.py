@@ -243,10 +243,10 @@ def alpha_of(layer: str, parts: Parts, tensors: Tensors, settings: Mapping[str, 
         own = [value for pattern, value in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", layer)]
     except (AttributeError, re.error) as error:
         raise lora_error(f"{source}: its settings give an alpha_pattern that cannot be read ({error})") from error
-    alpha = own[0] if own else settings.get("lora_alpha")
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise lora_error(f"{source}: its settings give {alpha} for the lora_alpha of {layer}, which is no number")
-    return alpha
+    given = own[0] if own else settings.get("lora_alpha")
+    if not isinstance(given, int | float) or not math.isfinite(given):
+        raise lora_error(f"{source}: its settings give {given} for the lora_alpha of {layer}, which is no number")
+    return given
 
 
 def read_settings(source: Path, peft_names: bool) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler, HunyuanVideoTransformer3DModel
@@ -43,8 +43,8 @@ def write(root: Path, task: TaskSpec) -> None:
     save(random_model(lambda: LlamaModel(LlamaConfig(**TINY["llama"]))), root / "text_encoder")
     vocabulary = clip_vocabulary()
     begin, end = vocabulary[CLIP_BEGIN], vocabulary[CLIP_END]
-    special = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": end}
-    clip = CLIPTextConfig(vocab_size=len(vocabulary), **special, **TINY["clip"])
+    special = {"vocab_size": len(vocabulary), "bos_token_id": begin, "eos_token_id": end, "pad_token_id": end}
+    clip = CLIPTextConfig(**cast(dict[str, Any], special | TINY["clip"]))
     save(random_model(lambda: CLIPTextModel(clip)), root / "text_encoder_2")
     FlowMatchEulerDiscreteScheduler(**TINY["scheduler"]).save_pretrained(root / "scheduler")
     write_llama_tokenizer(root / "tokenizer")
@@ -57,7 +57,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def write_llama_tokenizer(folder: Path) -> None:
     """A tokenizer in the format of Llama 3's."""
-    template = DEFAULT_PROMPT_TEMPLATE["template"]
+    template = str(DEFAULT_PROMPT_TEMPLATE["template"])
     marks = [BEGIN, END, PAD, *sorted(set(re.findall(MARK, template)))]
     tokenizer = Tokenizer(BPE(llama_vocabulary(re.sub(MARK, "", template)), [], ignore_merges=True))
     tokenizer.add_special_tokens([AddedToken(mark, normalized=False, special=True) for mark in marks])

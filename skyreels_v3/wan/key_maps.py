@@ -59,7 +59,7 @@ NATIVE_IMAGE_ENCODER: KeyMap = (
     (r"visual\.pos_embedding", r"embeddings.position_embedding.weight"),
     *rename_layers("visual.", "", {"pre_norm": "pre_layrnorm", "post_norm": "post_layernorm"}),
     *rename_layers("visual.", "embeddings.", {"patch_embedding": "patch_embedding"}),
-    *rename_layers("visual.transformer.#.", "encoder.layers.#.", _VISION_ATTENTION | _VISION_LAYERS),
+    *rename_layers("visual.transformer.#.", "encoder.layers.#.", {**_VISION_ATTENTION, **_VISION_LAYERS}),
     (r"visual\.head|textual\..+|log_scale", None),
 )
 
