@@ -42,6 +42,8 @@ test-extended: $(VENV)/installed-dev
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/hadolint Dockerfile
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/run_all.py cpu
