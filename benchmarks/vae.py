@@ -96,10 +96,10 @@ def build_modes(base_dim: int, device: torch.device) -> dict[str, VideoVAE]:
     with device:
         module = AutoencoderKLWan(base_dim=base_dim).eval()
     tiled = VideoVAE(module)
-    tiled.set_tiles(*TILES)
+    tiled.tiles = TILES
     half = copy.deepcopy(module).to(torch.bfloat16)
     half_tiled = VideoVAE(half)
-    half_tiled.set_tiles(*TILES)
+    half_tiled.tiles = TILES
     return {
         BASELINE: VideoVAE(module),
         f"tiled {TILES[0]} x {TILES[1]}": tiled,

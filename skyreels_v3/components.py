@@ -133,8 +133,8 @@ def set_up_vae(vae: Any, runtime: Runtime) -> None:
     """Prepare the VAE: memory format, tiles, and the ranks that divide these."""
     if runtime.device.type == "cuda":  # the format of cuDNN's kernels, which would otherwise convert each input
         cast(Any, vae.module).to(memory_format=torch.channels_last_3d)
-    vae.set_tiles(*runtime.policy.tiles)
-    vae.share(None if runtime.parallel.is_single else runtime.parallel.group("world"))
+    vae.tiles = runtime.policy.tiles
+    vae.group = None if runtime.parallel.is_single else runtime.parallel.group("world")
 
 
 def set_up_transformer(transformer: Transformer, request: GenerationRequest, runtime: Runtime) -> None:

@@ -50,7 +50,7 @@ class Generator:
     def events(self, plan: Plan, state: RunState | None = None) -> Iterator[Event]:
         """Make the video of a plan that fits, see `stages`."""
         self.runtime = replace(self.runtime, plan=plan)
-        self.components.vae.set_tiles(*plan.policy.tiles)
+        self.components.vae.tiles = plan.policy.tiles
         return pipeline_of(plan.request.task).run(Stages(self.components, self.runtime, plan, state))
 
     def write(self, plan: Plan) -> Path:

@@ -153,13 +153,13 @@ def test_low_vram_streams(make, monkeypatch):
 def encoded(monkeypatch) -> list[str]:
     """The texts that the text encoder has worked on."""
     texts: list[str] = []
-    call = TextEncoder.__call__
+    call = TextEncoder.encode
 
     def spy(self: TextEncoder, prompts: list[str]) -> torch.Tensor:
         texts.extend(prompts)
         return call(self, prompts)
 
-    monkeypatch.setattr(TextEncoder, "__call__", spy)
+    monkeypatch.setattr(TextEncoder, "encode", spy)
     return texts
 
 
@@ -214,7 +214,7 @@ def ask_for_too_much(*_: object, **__: object) -> None:
 # stage: what is patched to ask for too much, and what is left of the run
 FINISHED_PASS = {"out/a.state/request.json", "out/a.state/pass-000.safetensors"}  # for --resume
 SHORTAGES: dict[str, tuple[type, str, set[str]]] = {
-    "encoding the prompt": (TextEncoder, "__call__", set()),
+    "encoding the prompt": (TextEncoder, "encode", set()),
     "encoding with the VAE": (VideoVAE, "encode", set()),
     "denoising": (SkyReelsTransformer3DModel, "forward", set()),
     "decoding with the VAE": (VideoVAE, "decode_stream", FINISHED_PASS),

@@ -187,7 +187,7 @@ def test_activations_of_the_vae(monkeypatch, dtype, height, width, tiles):
     with torch.device("meta"):
         model = VideoVAE(AutoencoderKLWan().eval())
     replace_tensors(model.module, lambda tensor: nn.Parameter(tensor.detach().to(getattr(torch, dtype))))
-    model.set_tiles(*tiles)
+    model.tiles = tiles
     with LiveBytes() as encoding:
         model.mean, model.std = model.mean.to("meta"), model.std.to("meta")
         model.encode(empty(1, 3, 9, height, width))

@@ -19,13 +19,13 @@ MAX_TOKENS = 512
 
 
 def clean_prompt(prompt: str) -> str:
-    """Repaired encoding, HTML entities undone (twice: they come doubly escaped), white space collapsed."""
+    """Fix the encoding, unescape HTML entities (twice: they come doubly escaped), collapse white space."""
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return re.sub(r"\s+", " ", text).strip()
 
 
 class TextEncoder:
-    """Prompts to context rows, as the transformers were trained: zeros, not padding states, behind the prompt."""
+    """Prompts to context rows, as the transformers were trained: padding rows are zero, not the padding's states."""
 
     def __init__(self, module: UMT5EncoderModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.module = module
@@ -33,32 +33,25 @@ class TextEncoder:
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """The layers, which may come one after the other."""
+        """The layers, which can be streamed."""
         return cast(Sequence[nn.Module], self.module.encoder.block)
 
-    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and mask (B, L) of the cleaned prompts, padded to the longest, at most 512."""
-        texts = [clean_prompt(prompt) for prompt in prompts]
-        lengths = [len(ids) for ids in self.tokenizer(texts, verbose=False).input_ids]
-        if max(lengths) > MAX_TOKENS:
-            logger.warning("the prompt has %d tokens; only the first %d are used", max(lengths), MAX_TOKENS)
-        batch = self.tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+    def tokenize(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """Token ids and mask (1, L) of the cleaned prompt, L <= 512."""
+        text = clean_prompt(prompt)
+        length = len(self.tokenizer(text, verbose=False).input_ids)
+        if length > MAX_TOKENS:
+            logger.warning("the prompt has %d tokens; only the first %d are used", length, MAX_TOKENS)
+        batch = self.tokenizer([text], truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
         return batch.input_ids, batch.attention_mask
 
-    def encode(self, prompt: str) -> dict[str, Tensor]:
-        """The context (1, L, D) of a prompt's own tokens, without the zeros behind them; what is kept of a prompt."""
-        context = self([prompt])
-        rows = int(context[0].any(dim=-1).nonzero().max()) + 1 if context.any() else 1
-        return {"context": context[:, :rows].contiguous()}
-
     @torch.inference_mode()
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """Context (B, 512, D) on the module's device."""
-        ids, mask = (tensor.to(self.module.shared.weight.device) for tensor in self.tokenize(prompts))
-        states = self.module(ids, attention_mask=mask).last_hidden_state * mask[..., None]  # (B, L, D)
-        return pad_context(states)
+    def encode(self, prompt: str) -> dict[str, Tensor]:
+        """The context (1, L, D) of the prompt's own tokens, without the zeros behind them; small enough to store."""
+        ids, mask = (tensor.to(self.module.shared.weight.device) for tensor in self.tokenize(prompt))
+        return {"context": self.module(ids, attention_mask=mask).last_hidden_state}
 
 
 def pad_context(states: Tensor) -> Tensor:
-    """(B, L, D) -> (B, 512, D): zeros behind."""
+    """(B, L, D) -> (B, 512, D), with zeros at the end."""
     return torch.nn.functional.pad(states, (0, 0, 0, MAX_TOKENS - states.shape[1]))

@@ -1,15 +1,14 @@
-"""The Wan 2.1 video VAE: diffusers' AutoencoderKLWan with normalised latents, as a stream, in exact tiles.
+"""The Wan 2.1 video VAE: diffusers' AutoencoderKLWan with normalized latents, as a stream, in exact tiles.
 
-4k+1 frames <-> k+1 latent frames, height and width divided by 8, 16 channels. Latents outside this file are normalised,
-channel by channel, with the constants of the VAE's config.
+4k+1 frames <-> k+1 latent frames, height and width divided by 8, 16 channels. Latents outside this file are normalized
+per channel with the constants of the VAE's config.
 
-In time the VAE is causal: it takes one latent frame after another, and what its convolutions need of earlier frames is
-in their caches. In space only the attention in the middle, at an eighth of the frame's size, sees everything. The most
-memory is for the stages at the other end, at more than a quarter of the size: convolutions in a row, whose reach is 24
-pixels (decoder) or 16 (encoder). They can be run tile by tile: each stage is given what later ones still need of it, a
-halo that shrinks to nothing at the end. Nothing is blended. The numbers are those of the whole frame, but for float32's
-rounding where another shape gets another kernel. The caches, which hold the whole frame, limit what is saved: there is
-little to gain beyond 2 x 3 tiles.
+In time the VAE is causal: it takes one latent frame after another, and its convolutions cache what they need of earlier
+frames. In space only the attention in the middle, at an eighth of the frame's size, sees everything. Most memory goes
+to the stages at the other end, above a quarter of the size: a row of convolutions that reach 24 pixels (decoder) or 16
+(encoder). They can run tile by tile: each stage gets the halo that later stages still need, which shrinks to nothing at
+the end. Nothing is blended. The values are those of the whole frame, except for float32 rounding where another shape
+selects another kernel. The caches, which hold the whole frame, limit the savings: more than 2 x 3 tiles save little.
 """
 
 from __future__ import annotations
@@ -38,10 +37,15 @@ Span = tuple[int, int]  # first, last + 1
 
 
 class VideoVAE:
-    """Encodes video (B, 3, F, H, W) in [-1, 1] to latents (B, 16, (F-1)/4+1, H/8, W/8) and back."""
+    """Encodes video (B, 3, F, H, W) in [-1, 1] to latents (B, 16, (F-1)/4+1, H/8, W/8) and back.
+
+    Attributes:
+        tiles: rows and columns of tiles: more of them need less memory and a little more work, for the same result.
+        group: ranks that share the tiles, or None.
+    """
 
     def __init__(self, module: AutoencoderKLWan) -> None:
-        assert not module.config["is_residual"], "Wan 2.2's VAE is another one"
+        assert not module.config["is_residual"], "Wan 2.2's VAE has another structure"
         self.module = module
         self.mean = torch.tensor(module.config["latents_mean"]).view(1, -1, 1, 1, 1)
         self.std = torch.tensor(module.config["latents_std"]).view(1, -1, 1, 1, 1)
@@ -52,67 +56,49 @@ class VideoVAE:
     def dtype(self) -> torch.dtype:
         return self.module.dtype
 
-    def set_tiles(self, rows: int, columns: int) -> None:
-        """Encode and decode in so many tiles from now on: less memory, a little more work, the same result."""
-        assert rows > 0 and columns > 0, (rows, columns)
-        self.tiles = (rows, columns)
-
-    def share(self, group: Group | None) -> None:
-        """Encode and decode together with other processes from now on: each works on some of the tiles."""
-        self.group = group
-
     @torch.inference_mode()
     def encode(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Normalised latents, float32: the posterior's mode, or with a CPU `generator` a sample of it."""
+        """Normalized latents, float32: the posterior's mode, or with a CPU `generator` a sample of it."""
         stages, cut = encoder_stages(self.module.encoder, self.group is not None)
         fine = TiledStages(stages[:cut], video.shape[-2:], self.tiles, self.group)
         coarse = TiledStages(stages[cut:], fine.size)
-        moments = [coarse(fine(chunk.to(self.dtype))) for chunk in split_frames(video)]
+        chunks = [video[:, :, :1], *(video[:, :, start : start + 4] for start in range(1, video.shape[2] - 3, 4))]
+        moments = [coarse(fine(chunk.to(self.dtype))) for chunk in chunks]  # of one latent frame each
         posterior = DiagonalGaussianDistribution(self.module.quant_conv(torch.cat(moments, dim=2)).float())
         latents = posterior.mode() if generator is None else posterior.sample(generator)
         return (latents - self.mean.to(latents.device)) / self.std.to(latents.device)
 
     @torch.inference_mode()
     def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
-        """Decode latents (B, 16, F, h, w) one latent frame at a time.
-
-        The VAE is causal in time: what one latent frame needs of the earlier ones is kept in the convolutions' caches,
-        so the pieces laid end to end are the video that a decode of everything at once would give.
+        """Decode latents (B, 16, F, h, w) one latent frame at a time, with the result of decoding them at once.
 
         Yields:
             (B, 3, f, 8h, 8w) in [-1, 1], float32: f = 1 for the first latent frame, then 4 each.
 
         Raises:
-            FloatingPointError: the video is infinite or not a number, which would be written as black frames.
+            FloatingPointError: the video has NaN or infinite values, which would be written as black frames.
         """
         stages, cut = decoder_stages(self.module.decoder, self.group is not None)
         coarse = TiledStages(stages[:cut], latents.shape[-2:])
         fine = TiledStages(stages[cut:], coarse.size, self.tiles, self.group)
         raw = latents.float() * self.std.to(latents.device) + self.mean.to(latents.device)
         for index, frame in enumerate(raw.to(self.dtype).split(1, dim=2)):
-            # no name is given to what is yielded, or this generator would hold it while the next chunk is made
+            # not named, or this generator would hold the chunk while it makes the next one
             yield displayable(fine(coarse(self.module.post_quant_conv(frame))), index)
 
 
-def split_frames(video: Tensor) -> Iterator[Tensor]:
-    """What one latent frame each is made of: the first frame, then 4 each."""
-    yield video[:, :, :1]
-    for start in range(1, video.shape[2] - 3, 4):
-        yield video[:, :, start : start + 4]
-
-
 def displayable(chunk: Tensor, index: int) -> Tensor:
-    """Float32 in [-1, 1]; refused when it is not finite."""
+    """Float32 in [-1, 1]; raises FloatingPointError for NaN and infinite values."""
     if not torch.isfinite(chunk).all():
         raise FloatingPointError(f"the decoded video is not finite in latent frame {index}; the VAE is damaged")
     return chunk.float().clamp_(-1.0, 1.0)
 
 
 def encoder_stages(encoder: WanEncoder3d, shared: bool = False) -> tuple[list[nn.Module], int]:
-    """The encoder as a chain of modules, and how many of them come before a quarter of the size is reached.
+    """The encoder as a list of modules, and how many of them run in tiles: those above a quarter of the size.
 
-    `shared`: how many come before its attention. Tiles that other processes work on cost nothing here, so there may be
-    more stages in them; the halo's larger share of the work is for the stages that are small.
+    `shared`: those before its attention. Tiles of other ranks cost nothing here, so more stages can be tiled; the halos
+    add more to the small stages, which have little work.
     """
     stages = [encoder.conv_in, *encoder.down_blocks, encoder.mid_block]
     stages += [encoder.norm_out, encoder.nonlinearity, encoder.conv_out]
@@ -120,10 +106,7 @@ def encoder_stages(encoder: WanEncoder3d, shared: bool = False) -> tuple[list[nn
 
 
 def decoder_stages(decoder: WanDecoder3d, shared: bool = False) -> tuple[list[nn.Module], int]:
-    """The decoder as a chain of modules, and how many of them come before a quarter of the size is left.
-
-    `shared`: how many there are up to its attention, see `encoder_stages`.
-    """
+    """The decoder as a list of modules, and how many of them precede the tiled ones, see `encoder_stages`."""
     stages = [decoder.conv_in, decoder.mid_block]
     for block in cast(Iterable[Any], decoder.up_blocks):
         stages += [*block.resnets, *(block.upsamplers or ())]
@@ -132,18 +115,18 @@ def decoder_stages(decoder: WanDecoder3d, shared: bool = False) -> tuple[list[nn
 
 
 def resamplings(stages: Sequence[nn.Module]) -> list[int]:
-    """Where in a chain the size changes."""
+    """Indices of the stages that change the size."""
     return [index for index, stage in enumerate(stages) if isinstance(stage, WanResample)]
 
 
 class TiledStages:
-    """A chain of stages with its state: run on chunk after chunk of one video, tile by tile.
+    """A list of stages with its caches: runs on one chunk of a video after another, tile by tile.
 
     Args:
         stages: modules from (B, C, F, H, W) to such.
         size: H and W of the first one's input.
-        tiles: rows and columns of the grid; no more are made than the result has rows and columns.
-        group: processes that divide the tiles, all with the same input; then there are enough for all of them.
+        tiles: rows and columns of tiles; at most as many as the result has rows and columns.
+        group: ranks that share the tiles, all with the same input; the grid then grows to have some for each.
     """
 
     def __init__(
@@ -155,12 +138,14 @@ class TiledStages:
     ) -> None:
         self.size = tuple(sizes_along(stages, length)[-1] for length in size)  # H and W of the result
         self.group = group
-        grid = tiles if group is None else enough_tiles(self.size, tiles, group.size)
+        grid = tiles if group is None else shared_grid(self.size, tiles, group.size)
         rows, columns = ([*split_evenly(*pair)] for pair in zip(self.size, grid, strict=True))
         self.spans = [(row, column) for row in rows for column in columns]
+        own = self.spans
+        if group is not None:  # one of each `group.size`; all ranks need one, so the last tile may be made repeatedly
+            own = [own[min(start + group.rank, len(own) - 1)] for start in range(0, len(own), group.size)]
         self.tiles = [
-            Tile(stages, crops_along(stages, size[0], row), crops_along(stages, size[1], column))
-            for row, column in (self.spans if group is None else own_part(self.spans, group))
+            Tile(stages, crops_along(stages, size[0], row), crops_along(stages, size[1], column)) for row, column in own
         ]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -179,35 +164,30 @@ class TiledStages:
         if self.group is None:
             yield from (tile(x) for tile in self.tiles)
             return
-        # tiles differ by a row or a column at most; an exchange is of equal pieces
+        # an all-gather takes equal shapes; tiles differ by at most one row or column
         height, width = (max(end - first for first, end in spans) for spans in zip(*self.spans, strict=True))
         for number, tile in enumerate(self.tiles):
             piece = tile(x)
             padded = F.pad(piece, (0, width - piece.shape[-1], 0, height - piece.shape[-2]))
             spans = self.spans[number * self.group.size :]
-            for made, ((top, bottom), (left, right)) in zip(self.group.all_gather(padded), spans, strict=False):
-                yield made[..., : bottom - top, : right - left]
+            for gathered, ((top, bottom), (left, right)) in zip(self.group.all_gather(padded), spans, strict=False):
+                yield gathered[..., : bottom - top, : right - left]
 
 
-def own_part(spans: Sequence[tuple[Span, Span]], group: Group) -> list[tuple[Span, Span]]:
-    """One of each `group.size` tiles. Where there are not enough the last one is made again: all must have one."""
-    return [spans[min(start + group.rank, len(spans) - 1)] for start in range(0, len(spans), group.size)]
-
-
-def enough_tiles(size: Sequence[int], tiles: tuple[int, int], processes: int) -> tuple[int, int]:
-    """The smallest grid of at least `tiles` in which every process has the same number, with the shortest borders."""
+def shared_grid(size: Sequence[int], tiles: tuple[int, int], ranks: int) -> tuple[int, int]:
+    """The smallest grid of at least `tiles` that gives every rank the same number, with the shortest borders."""
     height, width = size
     grids = [
         (rows, columns)
-        for rows in range(tiles[0], tiles[0] * processes + 1)
-        for columns in range(tiles[1], tiles[1] * processes + 1)
-        if rows * columns % processes == 0
+        for rows in range(tiles[0], tiles[0] * ranks + 1)
+        for columns in range(tiles[1], tiles[1] * ranks + 1)
+        if rows * columns % ranks == 0
     ]
     return min(grids, key=lambda grid: (grid[0] * grid[1], grid[0] * width + grid[1] * height))
 
 
 class Tile:
-    """One tile of a chain of stages: what it cuts out before each of them and at the end, and their caches."""
+    """One tile of a list of stages: what it crops before each of them and at the end, and their caches."""
 
     def __init__(self, stages: Sequence[nn.Module], rows: Sequence[slice], columns: Sequence[slice]) -> None:
         self.stages = stages
@@ -224,7 +204,7 @@ class Tile:
 
 
 def advance(stage: nn.Module, x: Tensor, caches: list[Any], index: list[int]) -> Tensor:
-    """One stage on the next frames. The library's modules with caches take theirs at `index[0]` and move it on."""
+    """One stage on the next frames; the library's modules use the caches from `index[0]` on, and advance it."""
     if isinstance(stage, WanRMS_norm | nn.SiLU):
         return stage(x)
     if not isinstance(stage, WanCausalConv3d):
@@ -237,17 +217,20 @@ def advance(stage: nn.Module, x: Tensor, caches: list[Any], index: list[int]) ->
 
 
 def split_evenly(size: int, parts: int) -> Iterator[Span]:
-    """0 .. size - 1 in `parts` spans that differ by 1 at most; fewer where they would be empty."""
+    """0 .. size - 1 in `parts` spans that differ by at most 1; fewer where some would be empty."""
     parts = min(parts, size)
     return pairwise(size * part // parts for part in range(parts + 1))
 
 
+def mode_of(stage: nn.Module) -> str:
+    """How a stage changes the size: "up", "down" or ""."""
+    mode = stage.mode if isinstance(stage, WanResample) else ""
+    return next((way for way in ("up", "down") if mode.startswith(way)), "")
+
+
 def resized(stage: nn.Module, size: int) -> int:
     """Rows that a stage makes of `size` rows; columns likewise, here and below."""
-    mode = stage.mode if isinstance(stage, WanResample) else ""
-    if mode.startswith("up"):
-        return 2 * size
-    return size // 2 if mode.startswith("down") else size
+    return {"up": 2 * size, "down": size // 2, "": size}[mode_of(stage)]
 
 
 def sizes_along(stages: Sequence[nn.Module], size: int) -> list[int]:
@@ -256,24 +239,25 @@ def sizes_along(stages: Sequence[nn.Module], size: int) -> list[int]:
 
 
 def needed_by(stage: nn.Module, span: Span) -> Span:
-    """Rows of its input that a stage makes the rows `span` of its output from.
+    """Rows of its input that a stage needs for the rows `span` of its output.
 
-    A 3 x 3 convolution reaches one row far, two in a residual block two. An upsampling doubles the rows before its
-    convolution. A downsampling's convolution makes row i from the rows 2i, 2i + 1, 2i + 2: it is padded below only.
+    A 3 x 3 convolution reaches one row, the two of a residual block two. An upsampling doubles the rows before its
+    convolution. The convolution of a downsampling makes row i from rows 2i, 2i + 1, 2i + 2: it is padded below only.
     """
     reach = sum(part.kernel_size[-1] // 2 for part in stage.modules() if isinstance(part, nn.Conv2d | nn.Conv3d))
     first, end = span
-    mode = stage.mode if isinstance(stage, WanResample) else ""
-    if mode.startswith("up"):
-        return (first - reach) // 2, (end + reach + 1) // 2
-    return (2 * first, 2 * end + reach) if mode.startswith("down") else (first - reach, end + reach)
+    return {
+        "up": ((first - reach) // 2, (end + reach + 1) // 2),
+        "down": (2 * first, 2 * end + reach),
+        "": (first - reach, end + reach),
+    }[mode_of(stage)]
 
 
 def crops_along(stages: Sequence[nn.Module], size: int, span: Span) -> list[slice]:
-    """What to cut out before each stage, and at the end, to get the rows `span` of the result and nothing else.
+    """What to crop before each stage, and at the end, for the rows `span` of the result.
 
-    The rows that a stage needs are found from the last stage to the first. Those beyond the frame are the padding that
-    a stage without tiles adds too; rows made from the padding at other borders are never among those needed.
+    Needed rows are found from the last stage to the first. Those beyond the frame are the padding that a stage adds
+    without tiles too; rows made from the padding at other borders are never needed.
 
     Returns:
         one more slice than stages, each counted from the first row that the stage before made.

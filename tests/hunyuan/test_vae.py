@@ -56,7 +56,7 @@ def test_it_is_the_librarys_decode(ours, stock, frames):
 def test_tiles_are_the_librarys(ours, stock, size):
     """Larger than a tile of 32 x 32, one way or the other; what the planner asks for changes nothing."""
     latents = noise(1, 16, 5, *size)
-    ours.set_tiles(2, 3)
+    ours.tiles = (2, 3)
     video = torch.cat(list(ours.decode_stream(latents)), dim=2)
     torch.testing.assert_close(video, decoded_at_once(stock, latents), atol=1e-6, rtol=0)
 
@@ -88,7 +88,7 @@ def test_a_team_makes_the_same(ours, size, frames):
 
     def work(rank: int) -> torch.Tensor:
         one = HunyuanVAE(ours.module)
-        one.share(ThreadTeam(rank, pieces, barrier))
+        one.group = ThreadTeam(rank, pieces, barrier)
         return torch.cat(list(one.decode_stream(latents)), dim=2)
 
     with ThreadPoolExecutor(size) as pool:

@@ -101,7 +101,7 @@ def compare_sharded() -> None:
 def compare_vae() -> None:
     """With a quarter of the pixels on each rank; the others have as many tiles."""
     vae, alone = (VideoVAE(random_model(lambda: AutoencoderKLWan(**SIZES["vae"])).eval()) for _ in range(2))
-    vae.share(groups(1, WORLD_SIZE)["sequence"])
+    vae.group = groups(1, WORLD_SIZE)["sequence"]
     video = torch.rand(1, 3, 9, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with BytesSent() as encoding:
         latents = vae.encode(video)

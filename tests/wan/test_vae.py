@@ -115,10 +115,10 @@ def noise(*shape: int) -> torch.Tensor:
 
 def encode_and_decode(model: VideoVAE, tiles: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """9 frames and 3 latent frames of 56 x 88."""
-    model.set_tiles(*tiles)
+    model.tiles = tiles
     latents = model.encode(noise(1, 3, 9, 56, 88).clamp(-1, 1))
     video = torch.cat(list(model.decode_stream(noise(1, 16, 3, 7, 11))), dim=2)
-    model.set_tiles(1, 1)
+    model.tiles = (1, 1)
     return latents, video
 
 
@@ -159,7 +159,7 @@ def test_reach_of_the_tiles():
 def test_more_tiles_than_rows(random_vae):
     video = noise(1, 3, 5, 16, 24).clamp(-1, 1)
     whole = random_vae.encode(video)
-    random_vae.set_tiles(50, 2)
+    random_vae.tiles = (50, 2)
     torch.testing.assert_close(random_vae.encode(video), whole, atol=1e-5, rtol=0)
 
 
@@ -176,7 +176,7 @@ def test_tiles_take_less_memory(monkeypatch):
 
 def peaks(model: VideoVAE, video: torch.Tensor, latents: torch.Tensor, tiles: tuple[int, int]) -> tuple[int, int]:
     """Live bytes of an encode and of a decode."""
-    model.set_tiles(*tiles)
+    model.tiles = tiles
     with LiveBytes() as encoding:
         model.encode(video)
     with LiveBytes() as decoding:
@@ -227,8 +227,8 @@ def test_a_team_makes_the_same(random_vae, size, tiles):
 
     def work(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         one = VideoVAE(random_vae.module)
-        one.set_tiles(*tiles)
-        one.share(ThreadTeam(rank, pieces, barrier))
+        one.tiles = tiles
+        one.group = ThreadTeam(rank, pieces, barrier)
         return one.encode(video), torch.cat([*one.decode_stream(latents)], dim=2)
 
     with ThreadPoolExecutor(size) as pool:
@@ -248,4 +248,4 @@ def test_a_team_makes_the_same(random_vae, size, tiles):
     ],
 )
 def test_there_are_enough_tiles(size, tiles, processes, grid):
-    assert vae.enough_tiles(size, tiles, processes) == grid
+    assert vae.shared_grid(size, tiles, processes) == grid

@@ -17,15 +17,6 @@ import torch
 from torch import Tensor
 
 THETA = 10000.0
-# The functions that torch takes from MKL's vector library on a CPU: for rotary tables, embeddings, activations, norms
-VECTOR_FUNCTIONS = ("cos", "erf", "exp", "log", "sin", "sqrt", "tanh")
-
-# MKL chooses a function's kernel in its first call. If that call is divided among threads (torch divides calls of more
-# than 2048 numbers), one of them can get a kernel of low precision (2e-4 off in a cosine), for that call alone; see
-# https://github.com/pytorch/pytorch/issues/188792. So the first call of each is a small one.
-for _dtype in (torch.float32, torch.float64):
-    for _name in VECTOR_FUNCTIONS:
-        getattr(torch, _name)(torch.ones(8, dtype=_dtype))
 
 
 class Segment(NamedTuple):
