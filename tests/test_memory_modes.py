@@ -155,9 +155,9 @@ def encoded(monkeypatch) -> list[str]:
     texts: list[str] = []
     call = TextEncoder.encode
 
-    def spy(self: TextEncoder, prompts: list[str]) -> torch.Tensor:
-        texts.extend(prompts)
-        return call(self, prompts)
+    def spy(self: TextEncoder, prompt: str) -> dict[str, torch.Tensor]:
+        texts.append(prompt)
+        return call(self, prompt)
 
     monkeypatch.setattr(TextEncoder, "encode", spy)
     return texts

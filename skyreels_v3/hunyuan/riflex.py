@@ -1,9 +1,9 @@
-"""RIFLEx (arXiv:2502.15894): videos longer than those that the model was trained on, without repetition.
+"""RIFLEx (arXiv:2502.15894): videos longer than those the model was trained on, without repetition.
 
-A rotary embedding turns each channel pair by an angle that grows with the frame, each pair at a speed of its own. Of
-the temporal pairs one has a period that is about the length after which the model's videos begin again: past it, its
-angles come back, and so does what is seen. That pair is slowed down until its period is longer than the video. The
-faster pairs, which tell neighbours apart and make motion, and the slower ones stay as they are.
+A rotary embedding rotates each channel pair by an angle that grows with the frame, at the pair's own frequency. One of
+the temporal pairs has a period close to the length after which the model's videos start again: beyond it, its angles
+recur, and so does the content. That pair is slowed down until its period is longer than the video. Higher frequencies,
+which tell neighboring frames apart and make motion, and lower ones are unchanged.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 
 REPEATS_AFTER = 48  # latent frames, of HunyuanVideo: 192 frames
-SAFETY = 0.9  # of the speed that the video's length allows; the authors' own choice
+SAFETY = 0.9  # of the frequency that the video's length allows; the authors' choice
 
-Tables = tuple[Tensor, Tensor]  # cosine and sine (L, D) of all tokens, of temporal channels first
+Tables = tuple[Tensor, Tensor]  # cosine and sine (L, D) of all tokens, temporal channels first
 
 
 def frequencies(channels: int, theta: float) -> Tensor:
-    """Angles from a frame to the next (channels/2,), float64, of each channel pair."""
+    """Angle from one frame to the next (channels/2,), float64, of each channel pair."""
     return theta ** -(torch.arange(0, channels, 2, dtype=torch.float64) / channels)
 
 
@@ -35,7 +35,7 @@ def intrinsic_component(channels: int, theta: float, repeats_after: float = REPE
 
 
 def riflex_frequencies(channels: int, theta: float, frames: int) -> Tensor:
-    """`frequencies` for a video of so many latent frames: that of the intrinsic pair is lowered, if it is too high."""
+    """`frequencies` for a video of so many latent frames: the intrinsic pair's is lowered if it is too high."""
     changed = frequencies(channels, theta)
     changed[intrinsic_component(channels, theta)].clamp_(max=SAFETY * 2 * math.pi / frames)
     return changed
@@ -43,7 +43,7 @@ def riflex_frequencies(channels: int, theta: float, frames: int) -> Tensor:
 
 @contextmanager
 def riflex(model: HunyuanTransformer3DModel, frames: int | None) -> Iterator[None]:
-    """For the length of a `with` block `model` makes a video of so many latent frames; None changes nothing."""
+    """Let `model` make a video of so many latent frames for the length of a `with` block; None changes nothing."""
     if frames is None:
         yield
         return
@@ -51,23 +51,17 @@ def riflex(model: HunyuanTransformer3DModel, frames: int | None) -> Iterator[Non
     pair = intrinsic_component(channels, theta)
     frequency = float(riflex_frequencies(channels, theta, frames)[pair])
 
-    def slowed(_: object, arguments: tuple[Tensor, ...], tables: Tables) -> Tables:
+    def slow_down(_: object, arguments: tuple[Tensor, ...], tables: Tables) -> Tables:
         count = arguments[0].shape[2] // model.config["patch_size_t"]
-        return with_pair(tables, pair, torch.arange(count, dtype=torch.float64) * frequency)
+        angles = torch.arange(count, dtype=torch.float64) * frequency  # on the CPU: not every device has float64
+        cos, sin = (table.clone() for table in tables)
+        for table, values in ((cos, angles.cos()), (sin, angles.sin())):
+            table.unflatten(0, (count, -1))[..., 2 * pair : 2 * pair + 2] = values.to(table)[:, None, None]
+        return cos, sin
 
-    # before the hooks that are there: those of processes that share the tokens take parts of what comes out
-    handle = model.rope.register_forward_hook(slowed, prepend=True)
+    # ahead of existing hooks: those of sequence parallelism take a part of the tables
+    handle = model.rope.register_forward_hook(slow_down, prepend=True)
     try:
         yield
     finally:
         handle.remove()
-
-
-def with_pair(tables: Tables, pair: int, angles: Tensor) -> Tables:
-    """`tables` with the angles (F,) of each latent frame, float64, for one pair; both of its channels have the same."""
-    place = slice(2 * pair, 2 * pair + 2)
-    changed = (tables[0].clone(), tables[1].clone())
-    for table, values in zip(changed, (angles.cos(), angles.sin()), strict=True):
-        of_frames = values.to(table)[:, None, None]  # computed on the CPU: not every device has float64
-        table.unflatten(0, (len(angles), -1))[..., place] = of_frames
-    return changed

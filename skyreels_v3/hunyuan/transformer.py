@@ -1,11 +1,11 @@
 """`HunyuanTransformer3DModel`: the transformer of SkyReels V1, a HunyuanVideo model.
 
-The network is diffusers' own. Here its attention is handed in, as it is to our other transformer, and its blocks are
-one list. They come in two kinds: the first ones have layers of their own for the text's tokens, the others treat text
-and video alike. In all of them both attend to both: video tokens first, then the text's, as one sequence.
+The network is diffusers' own, with an attention function set from outside and its blocks in one list: double blocks,
+with layers of their own for the text tokens, then single blocks, which treat text and video alike. In all of them both
+attend to both: video tokens, then text tokens, as one sequence.
 
-The text is cropped to its real tokens before it gets here, and there is one sample in a batch. So there is no padding
-among the tokens and attention takes no mask.
+The text is cropped to its real tokens before it gets here, and a batch has one sample. So no token is padding, and
+attention takes no mask.
 """
 
 from __future__ import annotations
@@ -30,64 +30,50 @@ if TYPE_CHECKING:
 
 
 class JointAttention:
-    """Attention among video and text tokens: a processor of diffusers' attention layers.
-
-    The kernel is told of the whole sequence; what comes before and after it takes each token by itself.
-    """
+    """Attention among video and text tokens: a processor of diffusers' attention layers."""
 
     def __init__(self, attention: AttentionFn) -> None:
         self.attention = attention
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Updates of the video tokens (B, Lv, D) and the text tokens (B, Lt, D).
-
-        The names are those that diffusers calls by. The mask would hide padding of the text, of which there is none.
-        """
+        """Updates of the video tokens (B, Lv, D) and the text tokens (B, Lt, D); the names are diffusers'."""
         assert image_rotary_emb is not None
         query, key, value = self.project(attn, hidden_states, encoder_hidden_states, *image_rotary_emb)
-        attended = self.attention(query, key, value)
+        attended = self.attention(query, key, value).flatten(2)
         del query, key, value
-        return self.finish(attn, attended, encoder_hidden_states.shape[1])
+        video, text = attended.tensor_split((hidden_states.shape[1],), dim=1)
+        # single blocks have neither layer: they multiply by one matrix of theirs at the end
+        video = video if attn.to_out is None else attn.to_out[0](video)
+        return video, text if attn.to_add_out is None else attn.to_add_out(text)
 
     def project(
         self, attn: Any, video: Tensor, text: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, Lv + Lt, N, D); cos and sin (Lv, D) turn those of the video."""
+        """Queries, keys and values (B, Lv + Lt, N, D); cos and sin (Lv, D) rotate those of the video."""
         of_video = (attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k), (attn.to_v, None)
         of_text = (attn.add_q_proj, attn.norm_added_q), (attn.add_k_proj, attn.norm_added_k), (attn.add_v_proj, None)
         if attn.add_q_proj is None:  # one set of layers for both
             of_text = of_video
-        rotary = torch.stack((cos[:, ::2], sin[:, ::2]), dim=-1).unsqueeze(1)  # a channel pair has the same twice
+        rotary = torch.stack((cos[:, ::2], sin[:, ::2]), dim=-1).unsqueeze(1)  # the tables have each pair's value twice
         query, key, value = (
             torch.cat((heads(video, *first, attn.heads, turn), heads(text, *second, attn.heads)), dim=1)
             for first, second, turn in zip(of_video, of_text, (rotary, rotary, None), strict=True)
         )
         return query, key, value
 
-    def finish(self, attn: Any, attended: Tensor, text: int) -> tuple[Tensor, Tensor]:
-        """Updates (B, Lv, D) and (B, Lt, D) from what attention made (B, Lv + Lt, N, D) of them, `text` being Lt."""
-        video, context = attended.flatten(2).tensor_split((attended.shape[1] - text,), dim=1)
-        # blocks of the second kind have no such layers here: they multiply by one matrix of theirs at the end
-        if attn.to_out is not None:
-            video = attn.to_out[0](video)
-        if attn.to_add_out is not None:
-            context = attn.to_add_out(context)
-        return video, context
-
 
 def heads(x: Tensor, layer: nn.Module, norm: nn.Module | None, number: int, rotary: Rotary | None = None) -> Tensor:
-    """`layer` of tokens x (B, L, N * D) as (B, L, N, D), normed and turned where that is wanted."""
-    made = layer(x).unflatten(-1, (number, -1))
-    if norm is not None:
-        made = norm(made)
-    return made if rotary is None else apply_rotary(made, rotary).type_as(made)
+    """`layer` of tokens x (B, L, N * D) as (B, L, N, D), normalized and rotated if asked for."""
+    out = layer(x).unflatten(-1, (number, -1))
+    out = out if norm is None else norm(out)
+    return out if rotary is None else apply_rotary(out, rotary).type_as(out)
 
 
 class HunyuanTransformer3DModel(HunyuanVideoTransformer3DModel):

@@ -108,7 +108,7 @@ def test_prompts_that_are_long_for_clip(root, said, capsys):
         (record,) = said.records
         assert record.levelno == logging.INFO and record.name.startswith("skyreels_v3")
         clips = f"CLIP's summary is of the first 75 of the prompt's {length} tokens"
-        assert record.getMessage() == f"{clips}; the Llama sees up to 256"
+        assert record.getMessage() == f"{clips}; the Llama reads up to 256"
     assert capsys.readouterr() == ("", "")
 
 
