@@ -1,10 +1,10 @@
 """Colour matching: frames take on the colours of a reference picture.
 
-Reinhard's transfer (doi:10.1109/38.946629): in CIE Lab, each channel of each frame is given the mean and the standard
-deviation of the reference's. Windows of a long video drift in colour; matched to the portrait, they do not.
+Reinhard's transfer (doi:10.1109/38.946629): in CIE Lab, each channel of each frame gets the mean and the standard
+deviation of the reference's channel. Windows of a long video drift in colour; matched to the portrait, they do not.
 
-The conversions are kornia's to its last digits (a test compares), but without tensors of constants: those are copied to
-a GPU each time, and each copy waits until the GPU has nothing else to do.
+The conversions agree with kornia's, but have no tensors of constants: each of those would be copied to the GPU, and the
+copy would wait until the GPU is idle.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WHITE = np.array([0.95047, 1.0, 1.08883])
 RGB_IN_XYZ = [[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]]
 TO_XYZ = (RGB_IN_XYZ / WHITE[:, None]).tolist()
 FROM_XYZ = (np.linalg.inv(RGB_IN_XYZ) * WHITE).tolist()
-# where straight lines end and powers begin
+# where the linear part of a curve ends and the power begins
 SRGB_KNEE, LINEAR_KNEE, XYZ_KNEE, LAB_KNEE = 0.04045, 0.0031308, 0.008856, 0.2068966
 
 
@@ -27,7 +27,7 @@ def match_color(video: Tensor, reference: Tensor, strength: float) -> Tensor:
     """Video (B, 3, F, H, W) in [-1, 1] with the colours of reference (B, 3, 1, H', W').
 
     Args:
-        strength: 0 leaves the video alone, 1 takes the matched colours, between them is a blend.
+        strength: 0 leaves the video alone, 1 takes the matched colours, values in between blend them.
     """
     if strength == 0:
         return video
@@ -46,22 +46,22 @@ def statistics(frames: Tensor) -> tuple[Tensor, Tensor]:
 def rgb_to_lab(rgb: Tensor) -> Tensor:
     """sRGB (B, 3, ...) in [0, 1] -> CIE Lab: L in 0..100, a and b around 0."""
     linear = torch.where(rgb > SRGB_KNEE, ((rgb + 0.055) / 1.055).clamp(min=0) ** 2.4, rgb / 12.92)
-    xyz = mixed(linear, TO_XYZ)
+    xyz = mix_channels(linear, TO_XYZ)
     x, y, z = torch.where(xyz > XYZ_KNEE, xyz.clamp(min=XYZ_KNEE) ** (1 / 3), 7.787 * xyz + 4 / 29).unbind(1)
     return torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), dim=1)
 
 
 def lab_to_rgb(lab: Tensor) -> Tensor:
-    """CIE Lab (B, 3, ...) -> sRGB, cut off to [0, 1]."""
+    """CIE Lab (B, 3, ...) -> sRGB, clamped to [0, 1]."""
     lightness, a, b = lab.unbind(1)
     y = (lightness + 16) / 116
     roots = torch.stack((y + a / 500, y, (y - b / 200).clamp(min=0)), dim=1)
-    linear = mixed(torch.where(roots > LAB_KNEE, roots**3, (roots - 4 / 29) / 7.787), FROM_XYZ)
+    linear = mix_channels(torch.where(roots > LAB_KNEE, roots**3, (roots - 4 / 29) / 7.787), FROM_XYZ)
     curved = 1.055 * linear.clamp(min=LINEAR_KNEE) ** (1 / 2.4) - 0.055
     return torch.where(linear > LINEAR_KNEE, curved, 12.92 * linear).clamp(0, 1)
 
 
-def mixed(planes: Tensor, matrix: list[list[float]]) -> Tensor:
-    """`matrix` times the channels (B, 3, ...); its numbers are arguments of the kernels."""
+def mix_channels(planes: Tensor, matrix: list[list[float]]) -> Tensor:
+    """`matrix` times the channels (B, 3, ...); its numbers are kernel arguments, not copied."""
     one, two, three = planes.unbind(1)
     return torch.stack([a * one + b * two + c * three for a, b, c in matrix], dim=1)
