@@ -1,0 +1,57 @@
+"""Writes the table of flags in options.md from the table in skyreels_v3/request.py: `python docs/generate_options.py`."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from skyreels_v3.cli import CONFIG_HELP, METAVARS
+from skyreels_v3.request import FLAGS, Flag
+from skyreels_v3.tasks import TASK_NAMES, task_spec
+
+PAGE = Path(__file__).with_name("options.md")
+MARKS = "<!-- made by docs/generate_options.py -->\n", "<!-- end -->\n"
+
+
+def main() -> None:
+    """Replace what is between the marks."""
+    page = PAGE.read_text(encoding="utf-8")
+    begin, end = map(re.escape, MARKS)
+    table = f"{MARKS[0]}\n{options_table()}\n{MARKS[1]}"
+    PAGE.write_text(re.sub(f"{begin}.*{end}", lambda _: table, page, flags=re.DOTALL), encoding="utf-8")
+
+
+def options_table() -> str:
+    """All flags as Markdown, under the headings of --help."""
+    lines: list[str] = []
+    for flag in FLAGS:
+        if flag.group:
+            lines += ["", f"**{flag.group}**", "", "| flag | values | for | meaning |", "|---|---|---|---|"]
+        lines.append(f"| `--{flag.name}` | {values_of(flag)} | {tasks_of(flag)} | {flag.help.replace('|', chr(92) + '|')} |")
+    lines.append(f"| `--config` | FILE | | {CONFIG_HELP} |")
+    return "\n".join(lines[1:]) + "\n"
+
+
+def values_of(flag: Flag) -> str:
+    """What may be given."""
+    if flag.kind is bool:
+        return ""
+    if flag.choices and len(flag.choices) < 8 and flag.name != "task_type":
+        return ", ".join(f"`{choice}`" for choice in flag.choices)
+    if not math.isinf(flag.low):
+        return f"{flag.low:g} to {flag.high:.10g}"
+    return flag.metavar or METAVARS[flag.kind]
+
+
+def tasks_of(flag: Flag) -> str:
+    """The tasks that take it; nothing where all do."""
+    names = [name for name in TASK_NAMES if flag.is_for(task_spec(name))]
+    return "" if len(names) == len(TASK_NAMES) else ", ".join(names)
+
+
+if __name__ == "__main__":
+    main()
