@@ -31,7 +31,9 @@ def options_table() -> str:
     for flag in FLAGS:
         if flag.group:
             lines += ["", f"**{flag.group}**", "", "| flag | values | for | meaning |", "|---|---|---|---|"]
-        lines.append(f"| `--{flag.name}` | {values_of(flag)} | {tasks_of(flag)} | {flag.help.replace('|', chr(92) + '|')} |")
+        lines.append(
+            f"| `--{flag.name}` | {values_of(flag)} | {tasks_of(flag)} | {flag.help.replace('|', chr(92) + '|')} |"
+        )
     lines.append(f"| `--config` | FILE | | {CONFIG_HELP} |")
     return "\n".join(lines[1:]) + "\n"
 

@@ -1,6 +1,6 @@
-"""Which attention kernels there are, and what each needs. No torch: the command line checks a choice with this.
+"""The attention kernels that can be asked for, and what each needs. No torch: the command line checks a choice here.
 
-Whether a kernel really works on a GPU is found out by `backends.choose_attention`, which tries it.
+Whether a kernel works on a GPU is tried by `backends.choose_attention`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ FLAG = "--attention"
 class Kernel:
     """What a kernel needs.
 
-    `backend` is its name in diffusers' attention dispatcher, None for what torch has itself. `package` is the one to
-    import and `install` what to tell pip, None where nothing is needed. `half_only`: no float32.
+    Attributes:
+        backend: its name in diffusers' attention dispatcher, None for torch's own kernels.
+        package, install: the package to import and what pip installs it by, None for torch's own kernels.
+        half_only: it does not compute in float32.
     """
 
     backend: str | None = None
@@ -33,7 +35,7 @@ KERNELS = {
     "cudnn": Kernel(),
     "flash": Kernel("flash", "flash_attn", "flash-attn --no-build-isolation"),
     "flash3": Kernel("_flash_3", "flash_attn_3", "flash-attn-3 --index-url https://download.pytorch.org/whl/cu130"),
-    # the package index has version 1 only, which diffusers does not take
+    # PyPI has version 1 only, which diffusers does not take
     "sage": Kernel("sage", "sageattention", "git+https://github.com/thu-ml/SageAttention --no-build-isolation"),
     "xformers": Kernel("xformers", "xformers", "xformers", half_only=False),
 }
@@ -41,18 +43,18 @@ ATTENTIONS = ("auto", *KERNELS)
 
 
 def is_installed(name: str) -> bool:
-    """Whether the package that a kernel needs is there; nothing is imported."""
+    """Whether the package that a kernel needs is installed; nothing is imported."""
     package = KERNELS[name].package
     return package is None or find_spec(package) is not None
 
 
 def check_attention(name: str, device: str, dtype: str | None = None) -> None:
-    """Check a choice as far as it can be without torch; "auto" is always possible.
+    """Check a choice as far as possible without torch.
 
     Args:
         name: one of `ATTENTIONS`.
         device: cuda, cpu or mps, or auto where it is not known yet.
-        dtype: of queries, keys and values, if it is known.
+        dtype: of queries, keys and values, if known.
 
     Raises:
         UserError: the kernel does not work on the device or in the dtype, or its package is not installed.

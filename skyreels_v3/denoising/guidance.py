@@ -1,7 +1,6 @@
 """Classifier-free guidance as a weighted sum of predictions under different conditions.
 
-Every published form is such a sum. With v the prediction under all conditions and weaker ones beside it,
-v_weak + g * (v - v_weak) = g * v + (1 - g) * v_weak, and so on for three terms. A `Guidance` is its list of terms.
+Every published form is such a sum: v_weak + g * (v - v_weak) = g * v + (1 - g) * v_weak, and so on for three terms.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ if TYPE_CHECKING:
 
 FULL = "full"  # all conditions
 NO_TEXT = "no_text"  # the negative prompt in place of the prompt
-NO_TEXT_NO_IMAGE = "no_text_no_image"  # moreover without the reference images
+NO_TEXT_NO_IMAGE = "no_text_no_image"  # nor the reference images
 NO_AUDIO = "no_audio"  # silence in place of the sound
 NO_TEXT_NO_AUDIO = "no_text_no_audio"
-NEGATIVE_PROMPT = (NO_TEXT, NO_TEXT_NO_IMAGE, NO_TEXT_NO_AUDIO)  # conditions under which it takes the prompt's place
+NEGATIVE_PROMPT = (NO_TEXT, NO_TEXT_NO_IMAGE, NO_TEXT_NO_AUDIO)  # conditions that have it in place of the prompt
 
 
 @dataclass(frozen=True)
@@ -32,13 +31,9 @@ class Guidance:
         return tuple(name for name, _ in self.terms)
 
     def __call__(self, predict: Callable[[str], Tensor]) -> Tensor:
-        """The guided prediction; `predict` gives the one under a named condition."""
-        total: Tensor | None = None
-        for name, weight in self.terms:
-            term = weight * predict(name)
-            total = term if total is None else total + term
-        assert total is not None
-        return total
+        """The guided prediction; `predict` gives the prediction under a named condition."""
+        first, *others = (weight * predict(name) for name, weight in self.terms)
+        return sum(others, first)
 
 
 def one_condition(scale: float, weaker: str) -> Guidance:

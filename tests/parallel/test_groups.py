@@ -38,7 +38,6 @@ def communicate() -> None:
     assert world.all_gather_tokens(tokens)[1].flatten().tolist() == [number // 3 for number in range(3 * WORLD_SIZE)]
     assert world.all_to_all(10 * rank + torch.arange(WORLD_SIZE)).tolist() == [10 * n + rank for n in range(WORLD_SIZE)]
     assert world.all_reduce(torch.tensor([rank]), dist.ReduceOp.MAX).item() == WORLD_SIZE - 1
-    assert rings.all_reduce_min(10 - rank) == 10 - (WORLD_SIZE - 1)
 
     called = []
     for names in (("full",), ("full", "no_text"), ("full", "no_text", "nothing")):
@@ -75,7 +74,6 @@ def test_a_single_process_does_without():
     assert (group.rank, group.size) == (0, 1)
     assert group.all_to_all(x) is x and group.all_reduce(x, None) is x
     assert torch.equal(group.all_gather(x), x[None]) and torch.equal(group.all_gather_tokens(x), x)
-    assert parallel.all_reduce_min(3) == 3
     assert parallel.broadcast_from_main(lambda: {"x": x})["x"] is x
     assert torch.equal(parallel.predictions(("full",), lambda _: x)["full"], x)
 
