@@ -1,4 +1,4 @@
-"""Writes the table of flags in options.md from the table in skyreels_v3/request.py: `python docs/generate_options.py`."""
+"""Writes the table of flags in options.md from that in skyreels_v3/request.py: python docs/generate_options.py"""
 
 from __future__ import annotations
 
