@@ -55,8 +55,9 @@ from skyreels_v3.checkpoints.hub import TINY
 from skyreels_v3.checkpoints.tiny import SIZES
 from skyreels_v3.cli import parse_request
 from skyreels_v3.errors import UserError
+from skyreels_v3.families import family_of
 from skyreels_v3.parallel.ranks import SINGLE
-from skyreels_v3.plan import Plan, Sizes, plan, toy_sizes, vae_bytes
+from skyreels_v3.plan import Plan, plan, vae_bytes
 from skyreels_v3.preflight import preflight
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.resolve import fetch
@@ -65,6 +66,7 @@ from skyreels_v3.tasks import TASK_NAMES, task_spec
 from skyreels_v3.wan.audio_encoder import AudioEncoder
 from skyreels_v3.wan.checkpoint import load_text_encoder
 from skyreels_v3.wan.image_encoder import ImageEncoder
+from skyreels_v3.wan.sizes import WanSizes
 from skyreels_v3.wan.text_encoder import TextEncoder
 from skyreels_v3.wan.vae import VideoVAE
 
@@ -316,8 +318,8 @@ def random_components(toy: Path, plan: Plan, runtime: Runtime) -> components.Com
         image, audio = CLIPVisionConfig(**sizes["image_encoder"]), Wav2Vec2Config(**sizes["audio_encoder"])
         sound["image_encoder"] = ImageEncoder(fresh(lambda: CLIPVisionModel(image), runtime.dtype, device, home))
         sound["audio_encoder"] = AudioEncoder(fresh(lambda: Wav2Vec2Model(audio), torch.float32, device, home))
-    known = toy_sizes(request) if small else request.task.transformer
-    transformer = random_transformer(Sizes(**known), runtime.dtype, device, home)
+    known = family_of(request.task).tiny_sizes(request.task) if small else request.task.transformer
+    transformer = random_transformer(WanSizes(**known), runtime.dtype, device, home)
     components.set_up_transformer(transformer, request, runtime)
     return components.Components(
         transformer,

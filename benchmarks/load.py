@@ -66,7 +66,7 @@ TEXT_DIM = 4096
 
 @dataclass(frozen=True)
 class Blocks:
-    """Sizes of a transformer's blocks."""
+    """WanSizes of a transformer's blocks."""
 
     dim: int
     heads: int

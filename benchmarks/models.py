@@ -17,10 +17,10 @@ from benchmarks.common import Work, at_least, measure_peak
 from skyreels_v3.memory.quantize import with_fp8_layers
 from skyreels_v3.memory.stream import tensors_of
 from skyreels_v3.pipeline import pipeline_of
-from skyreels_v3.plan import IMAGE_TOKENS, TEXT_TOKENS, Sizes
 from skyreels_v3.request import ResolvedRequest
 from skyreels_v3.tasks import PATCH_SIZE, VAE_STRIDE, choose_size, task_spec
 from skyreels_v3.tensors import replace_tensors
+from skyreels_v3.wan.sizes import IMAGE_TOKENS, TEXT_TOKENS, WanSizes
 from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel
 
 HEAD_DIM = 128
@@ -46,7 +46,7 @@ class Case:
         full_layers: of the published model; None where it is none.
     """
 
-    sizes: Sizes
+    sizes: WanSizes
     latents: tuple[int, int, int]
     clean: int = 0
     full_layers: int | None = None
@@ -99,7 +99,7 @@ def case_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Case:
     sizes = dict(task_spec("reference_to_video").transformer)
     sizes |= {"num_attention_heads": args.dim // HEAD_DIM, "ffn_dim": round(FFN_RATIO * args.dim)}
     sizes["num_layers"] = args.layers or 4
-    return Case(Sizes(**sizes), (args.frames, args.height, args.width))
+    return Case(WanSizes(**sizes), (args.frames, args.height, args.width))
 
 
 def official_case(task: str, resolution: str) -> Case:
@@ -111,7 +111,7 @@ def official_case(task: str, resolution: str) -> Case:
         spec, spec.model_id, "", duration=SECONDS, height=height, width=width, audio_seconds=sound
     )
     new, condition = next(pipeline_of(spec).passes(request))
-    sizes = Sizes(**spec.transformer)
+    sizes = WanSizes(**spec.transformer)
     clean = condition if "input_video" in spec.inputs else 0
     latents = (new + condition, height // VAE_STRIDE[1], width // VAE_STRIDE[2])
     return Case(sizes, latents, clean, sizes.num_layers)
@@ -157,7 +157,7 @@ def random_model(
 
 
 def random_transformer(
-    sizes: Sizes, dtype: torch.dtype, device: torch.device, home: torch.device | None = None
+    sizes: WanSizes, dtype: torch.dtype, device: torch.device, home: torch.device | None = None
 ) -> SkyReelsTransformer3DModel:
     """Ours, in the dtypes that its loader gives it."""
     float32_names = SkyReelsTransformer3DModel._keep_in_fp32_modules
@@ -173,7 +173,7 @@ def twin(model: SkyReelsTransformer3DModel, home: torch.device | None = None) ->
     return made.requires_grad_(False).eval()
 
 
-def diffusers_twin(model: SkyReelsTransformer3DModel, sizes: Sizes) -> WanTransformer3DModel:
+def diffusers_twin(model: SkyReelsTransformer3DModel, sizes: WanSizes) -> WanTransformer3DModel:
     """diffusers' model with the same weights: the very same ones, but for those that it keeps in another dtype."""
     arguments = {key: value for key, value in asdict(sizes).items() if not key.startswith("audio")}
     with init_empty_weights(include_buffers=False):

@@ -14,9 +14,7 @@ from skyreels_v3.media.files import existing_folder, giga
 from skyreels_v3.memory.policy import BYTES, TILINGS
 from skyreels_v3.parallel.ranks import Ranks
 from skyreels_v3.plan import (
-    IMAGE_ENCODER_FILE_BYTES,
     Plan,
-    component_parameters,
     output_bytes,
     plan,
     stage_dtype,
@@ -25,7 +23,7 @@ from skyreels_v3.plan import (
 from skyreels_v3.preflight import preflight
 from skyreels_v3.request import GenerationRequest, ResolvedRequest
 from skyreels_v3.runtime import find_machine
-from skyreels_v3.tasks import HUNYUAN, MEMORY_MODES, TINY
+from skyreels_v3.tasks import MEMORY_MODES, TINY
 
 
 def dry_run(request: GenerationRequest, downloads: Path, ranks: Ranks) -> str:
@@ -93,9 +91,8 @@ def published_bytes(request: GenerationRequest, repository: Repository) -> int:
     """About the bytes of the published files of a repository."""
     sizes = {
         name: count * BYTES[stage_dtype(replace(request, vae_dtype="float32"), name, "bfloat16")]
-        for name, count in component_parameters(request).items()
+        for name, count in family_of(request.task).component_parameters(request.task).items()
     }
-    sizes |= {"image encoder": IMAGE_ENCODER_FILE_BYTES}
     sizes["transformer"] = transformer_sizes(request, None).weight_bytes("bfloat16")
     return sum(sizes[name] for name in repository.components)
 
@@ -108,11 +105,10 @@ def describe_disk(request: ResolvedRequest) -> str:
 
 def describe_memory(plan: Plan) -> str:
     """The most memory that is in use at one time, for each --memory; in brackets with the VAE in tiles."""
-    if plan.request.task.layout == HUNYUAN:  # its VAE always works in tiles
+    whole, tiled = ([plan.peak(mode, tiles) for mode in MEMORY_MODES] for tiles in (TILINGS[0], TILINGS[-1]))
+    if whole == tiled:
         return f"about {', '.join(f'{mode} {giga(plan.peak(mode))}' for mode in MEMORY_MODES)} on the device at most"
-    told = (
-        f"{mode} {giga(plan.peak(mode, TILINGS[0]))} ({giga(plan.peak(mode, TILINGS[-1]))})" for mode in MEMORY_MODES
-    )
+    told = (f"{mode} {giga(need)} ({giga(less)})" for mode, need, less in zip(MEMORY_MODES, whole, tiled, strict=True))
     return f"about {', '.join(told)} on the device at most; in brackets with the VAE in tiles, made when needed"
 
 

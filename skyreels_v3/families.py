@@ -8,17 +8,65 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from skyreels_v3.checkpoints.files import Repository
+from skyreels_v3.memory.policy import Tiles
+from skyreels_v3.parallel.ranks import UNDIVIDED, ParallelConfig
 from skyreels_v3.tasks import TaskSpec
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TextEncoderSizes:
+    """Parameters of a published text encoder, in blocks, in one of those, and how many of a block's are quantized."""
+
+    parameters: int
+    blocks: int
+    block: int
+    matrices: int
+
+
+class TransformerSizes(Protocol):
+    """What a transformer's sizes tell. Bytes are for weights or activations of a dtype, "bfloat16" or "float32"."""
+
+    num_attention_heads: int
+
+    @property
+    def dim(self) -> int:
+        """Width."""
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+
+    def weight_bytes(self, dtype: str, quantized: bool = False) -> int:
+        """Of all weights."""
+
+    def block_bytes(self, dtype: str, quantized: bool = False) -> int:
+        """Of a block's weights, on average."""
+
+    def streamed_bytes(self, dtype: str, quantized: bool, keep: int) -> int:
+        """Of the weights on the device while all blocks but `keep` are streamed."""
+
+    def dequantized_bytes(self, dtype: str) -> int:
+        """Of a block's matrices that are kept in full width while it works in FP8."""
+
+    def forward_flop(self, tokens: int) -> int:
+        """Floating-point operations of one forward on so many tokens."""
+
+    def activation_bytes(self, tokens: int, dtype: str, degrees: ParallelConfig = UNDIVIDED) -> int:
+        """Of activations at the peak of a forward, on one of the ranks that divide it."""
+
+    def context_bytes(self, frames: int, speakers: int, dtype: str) -> int:
+        """Of the projected conditions."""
 
 
 class Family(Protocol):
@@ -33,6 +81,18 @@ class Family(Protocol):
         Raises:
             CheckpointError: an entry that is no size.
         """
+
+    def sizes(self, values: dict[str, int]) -> TransformerSizes:
+        """What a transformer of these sizes computes and needs."""
+
+    def text_encoder(self) -> TextEncoderSizes:
+        """The published text encoder."""
+
+    def component_parameters(self, task: TaskSpec) -> dict[str, int]:
+        """Parameters of the published components besides the transformer, by the names in `repositories`."""
+
+    def vae_bytes(self, size: tuple[int, int], dtype: str, part: str, tiles: Tiles) -> int:
+        """Live bytes at the VAE's peak, "encode" or "decode", for frames of `size` (height, width) in so many tiles."""
 
     def check_configs(self, task: TaskSpec, checkpoint: Path | None, base: Path | None) -> None:
         """Raise UserError for configs that cannot work, as far as the folders are on this machine; no torch."""

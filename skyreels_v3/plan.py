@@ -9,163 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from skyreels_v3.families import family_named, family_of
-from skyreels_v3.hunyuan.sizes import HunyuanSizes
+from skyreels_v3.families import TextEncoderSizes, TransformerSizes, family_of
 from skyreels_v3.inputs import Inputs
 from skyreels_v3.memory.policy import BYTES, RESIDENT, STREAM_SLOTS, TILINGS, Policy, Tiles, choose_policy
 from skyreels_v3.parallel.ranks import SINGLE, UNDIVIDED, ParallelConfig, Ranks, choose_degrees
 from skyreels_v3.pipeline import pipeline_of
 from skyreels_v3.request import GenerationRequest, ResolvedRequest
-from skyreels_v3.tasks import HUNYUAN, LATENT_CHANNELS, PATCH_SIZE, TINY, VAE_STRIDE
+from skyreels_v3.tasks import LATENT_CHANNELS, PATCH_SIZE, TINY, VAE_STRIDE
 
-FLOAT32 = ("time_embedder", "time_proj", "scale_shift_table", "norm", "proj_out")  # in names of weights, in every case
-TEXT_TOKENS = 512
-IMAGE_TOKENS = 257
-# Parameters of the published components; the VAE is float32 always.
-VAE_PARAMETERS = 126_892_531
-HUNYUAN_VAE_PARAMETERS = 246_478_803
-IMAGE_ENCODER_PARAMETERS = 630_766_080
-IMAGE_ENCODER_FILE_BYTES = 4_770_000_000  # CLIP's text encoder is in it, too
-AUDIO_ENCODER_PARAMETERS = 94_371_712
-# Live bytes of a forward, of each channel of the model's width: of all tokens while self-attention works (the tokens,
-# their queries, keys and values, and what comes out; a little for the rotary positions), of all tokens while a few are
-# worked on, and of those few. As many are worked on at a time as models/transformer/block.py says.
-ATTENTION_BYTES = {"bfloat16": 10.12, "float32": 20.2}
-WAITING_BYTES = {"bfloat16": 8.0, "float32": 16.0}
-WORKING_BYTES = {"bfloat16": 18.8, "float32": 29.3}
-EXCHANGE_TENSORS = 4  # of all of a process's tokens, while several processes exchange queries, keys and values
-TOKENS_AT_ONCE = 8192
-# Live bytes at the VAE's peak for each pixel of a frame: whole; in tiles for each pixel, and for each of a tile's.
-VAE_WHOLE = {"encode": {"float32": 14_250, "bfloat16": 7_620}, "decode": {"float32": 18_200, "bfloat16": 9_880}}
-VAE_SHARED = {"encode": {"float32": 6_250, "bfloat16": 3_150}, "decode": {"float32": 10_200, "bfloat16": 5_150}}
-VAE_TILE = {"encode": {"float32": 8_000, "bfloat16": 4_500}, "decode": {"float32": 8_000, "bfloat16": 4_750}}
-VAE_HALO = {"encode": 16, "decode": 8}  # pixels that a tile sees beyond its own, on one side
-# Live bytes at the peak of HunyuanVideo's VAE, always in tiles of one size: of a picture's encoding for each pixel of a
-# tile, and for each pixel; of the decoding, of a tile, and for each pixel of a frame.
-HUNYUAN_TILE_SIDE = 256
-HUNYUAN_VAE_ENCODE_TILE = {"float32": 3_620, "bfloat16": 1_820}
-HUNYUAN_VAE_ENCODE = 20
-HUNYUAN_VAE_TILE = {"float32": 5_150_000_000, "bfloat16": 2_580_000_000}
-HUNYUAN_VAE_DECODE = {"float32": 580, "bfloat16": 340}
 OUTPUT_BYTES = {False: 0.5, True: 3}  # at most about, for each pixel: of an mp4, of PNG files
 TINY_BYTES = 1 << 20  # of each of the toy's components, roughly
-
-
-@dataclass(frozen=True)
-class TextEncoderSizes:
-    """Parameters of a published text encoder, in blocks, in one of those, and how many of a block's are quantised."""
-
-    parameters: int
-    blocks: int
-    block: int
-    matrices: int
-
-
-UMT5 = TextEncoderSizes(
-    5_680_910_336, 24, 4 * 4096**2 + 3 * 4096 * 10240 + 2 * 4096 + 32 * 64, 4 * 4096**2 + 2 * 4096 * 10240
-)
-LLAMA_AND_CLIP = TextEncoderSizes(
-    7_505_186_816 + 123_060_480,
-    32,
-    2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096,
-    2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336,
-)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """A transformer's sizes; `text_dim` is not in every config and weighs little."""
-
-    num_attention_heads: int
-    attention_head_dim: int
-    num_layers: int
-    ffn_dim: int
-    text_dim: int
-    freq_dim: int
-    in_channels: int
-    out_channels: int
-    image_dim: int | None = None
-    audio_window: int = 5
-    audio_features: int = 12 * 768
-    audio_hidden_dim: int = 512
-    audio_tokens: int = 32
-    audio_dim: int | None = None
-
-    @property
-    def dim(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
-
-    @property
-    def blocks(self) -> int:
-        return self.num_layers
-
-    @cache  # noqa: B019  of few sizes
-    def parameters(self) -> tuple[int, int]:
-        """Number of parameters, and how many of them are float32 in every case (the time embedding, mostly)."""
-        import torch
-
-        with torch.device("meta"):
-            model = family_named("wan").build_transformer(asdict(self))
-        counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
-        float32 = sum(count for name, count in counts.items() if any(part in name for part in FLOAT32))
-        return sum(counts.values()), float32
-
-    def matrices(self) -> tuple[int, int]:
-        """Elements and rows of what is quantised: self-attention and the feed-forward layer."""
-        elements, rows = 4 * self.dim**2 + 2 * self.dim * self.ffn_dim, 5 * self.dim + self.ffn_dim
-        return self.num_layers * elements, self.num_layers * rows
-
-    def weight_bytes(self, dtype: str, quantized: bool = False) -> int:
-        """Bytes of all weights."""
-        everything, float32 = self.parameters()
-        size = (everything - float32) * BYTES[dtype] + float32 * BYTES["float32"]
-        if quantized:
-            elements, rows = self.matrices()
-            size += elements * (1 - BYTES[dtype]) + rows * BYTES["float32"]
-        return size
-
-    def block_bytes(self, dtype: str, quantized: bool = False) -> int:
-        """Bytes of one block's weights."""
-        one, none = (replace(self, num_layers=layers).weight_bytes(dtype, quantized) for layers in (1, 0))
-        return one - none
-
-    def streamed_bytes(self, dtype: str, quantized: bool, keep: int) -> int:
-        """Bytes on the device while all blocks but `keep` are streamed."""
-        there = min(self.num_layers, keep + STREAM_SLOTS)
-        return self.weight_bytes(dtype, quantized) - (self.num_layers - there) * self.block_bytes(dtype, quantized)
-
-    def forward_flop(self, tokens: int) -> int:
-        """Floating-point operations of one forward on a sequence of `tokens`."""
-        dim = self.dim
-        attention = 4 * tokens**2 * dim + 8 * tokens * dim**2
-        context = TEXT_TOKENS + (IMAGE_TOKENS if self.image_dim is not None else 0)
-        cross = 4 * tokens * dim**2 + 4 * context * dim**2 + 4 * tokens * context * dim
-        if self.audio_dim is not None:
-            cross += 4 * tokens * dim**2 + 4 * tokens * self.audio_tokens * dim
-        feed_forward = 4 * tokens * dim * self.ffn_dim
-        return self.num_layers * (attention + cross + feed_forward)
-
-    def activation_bytes(self, tokens: int, dtype: str, degrees: ParallelConfig = UNDIVIDED) -> int:
-        """Live bytes at the peak of a forward on one of the processes that divide it, weights not counted."""
-        if degrees.sequence > 1:
-            own = math.ceil(tokens / degrees.sequence)
-            exchanged = EXCHANGE_TENSORS * own + (2 * tokens // degrees.ulysses if degrees.ring > 1 else 0)
-            return self.activation_bytes(own, dtype) + BYTES[dtype] * self.dim * exchanged
-        working = min(tokens, TOKENS_AT_ONCE) * max(
-            WORKING_BYTES[dtype] * self.dim, BYTES[dtype] * (self.dim + 2 * self.ffn_dim)
-        )
-        return int(max(ATTENTION_BYTES[dtype] * self.dim * tokens, WAITING_BYTES[dtype] * self.dim * tokens + working))
-
-    def context_bytes(self, frames: int, speakers: int, dtype: str) -> int:
-        """Bytes of the keys and values of one condition in one block."""
-        tokens = TEXT_TOKENS + (IMAGE_TOKENS if self.image_dim is not None else 0)
-        tokens += self.audio_tokens * speakers * frames if self.audio_dim is not None else 0
-        return 2 * tokens * self.dim * BYTES[dtype]
 
 
 @dataclass(frozen=True)
@@ -308,7 +165,7 @@ def tokens_per_frame(request: ResolvedRequest) -> int:
     return pixels // (VAE_STRIDE[1] * VAE_STRIDE[2] * PATCH_SIZE[1] * PATCH_SIZE[2])
 
 
-def transformer_sizes(request: GenerationRequest, checkpoint: Path | None) -> Sizes | HunyuanSizes:
+def transformer_sizes(request: GenerationRequest, checkpoint: Path | None) -> TransformerSizes:
     """Sizes from the checkpoint's own config where it is on this machine, else the published ones."""
     family = family_of(request.task)
     published: dict[str, Any] = dict(request.task.transformer)
@@ -316,13 +173,13 @@ def transformer_sizes(request: GenerationRequest, checkpoint: Path | None) -> Si
         published = family.tiny_sizes(request.task)
     elif checkpoint is not None:
         published |= family.transformer_sizes(checkpoint, request.task)
-    return HunyuanSizes(**published) if request.task.layout == HUNYUAN else Sizes(**published)
+    return family.sizes(published)
 
 
 def stages(
     request: ResolvedRequest,
     checkpoint: Path | None,
-    sizes: Sizes | HunyuanSizes,
+    sizes: TransformerSizes,
     passes: tuple[PassPlan, ...],
     dtype: str,
     degrees: ParallelConfig,
@@ -340,26 +197,19 @@ def stages(
         weights_here,
         sizes.streamed_bytes(dtype, quantized, request.stream_blocks),
         sizes.activation_bytes(longest.tokens, dtype, degrees)
-        + wide_bytes(request, sizes, dtype)
+        + (sizes.dequantized_bytes(dtype) if request.quant == "fp8" else 0)
         + context
         + kept_bytes(request, own_terms, longest.tokens // degrees.sequence * sizes.dim * BYTES[dtype]),
     )
     vae = weights.pop("VAE")
     made = {name: Stage(size, size) for name, size in weights.items()}
-    encoder = LLAMA_AND_CLIP if request.task.layout == HUNYUAN else UMT5
+    encoder = family_of(request.task).text_encoder()
     made["text encoder"] = text_encoder_stage(encoder, weights["text encoder"], dtype, quantized)
     for part in ("encode", "decode") if request.task.inputs else ("decode",):
         if part == "decode":
             made["transformer"] = transformer  # between the two
         made[f"VAE {part}"] = Stage(vae, vae, vae_bytes(request, part, (1, 1)))
     return made
-
-
-def wide_bytes(request: GenerationRequest, sizes: Sizes | HunyuanSizes, dtype: str) -> int:
-    """Bytes of a block's matrices in full width, see `quantize.cache_dequantized`."""
-    if request.quant != "fp8" or isinstance(sizes, HunyuanSizes):
-        return 0
-    return sizes.matrices()[0] // sizes.num_layers * BYTES[dtype]
 
 
 def kept_bytes(request: GenerationRequest, terms: int, tokens: int) -> int:
@@ -372,7 +222,7 @@ def kept_bytes(request: GenerationRequest, terms: int, tokens: int) -> int:
 
 def component_bytes(request: GenerationRequest, checkpoint: Path | None, dtype: str) -> dict[str, int]:
     """Bytes of the weights of all components but the transformer."""
-    parameters = component_parameters(request)
+    parameters = family_of(request.task).component_parameters(request.task)
     others = checkpoint if request.base_model_id is None else Path(request.base_model_id)
     if others is not None and others.is_dir():
         *_, repository = family_of(request.task).repositories(request.task)
@@ -381,16 +231,6 @@ def component_bytes(request: GenerationRequest, checkpoint: Path | None, dtype: 
     if request.model_id == TINY:
         return dict.fromkeys(parameters, TINY_BYTES)
     return {name: count * BYTES[stage_dtype(request, name, dtype)] for name, count in parameters.items()}
-
-
-def component_parameters(request: GenerationRequest) -> dict[str, int]:
-    """Parameters of all published components but the transformer."""
-    if request.task.layout == HUNYUAN:
-        return {"text encoder": LLAMA_AND_CLIP.parameters, "VAE": HUNYUAN_VAE_PARAMETERS}
-    parameters = {"text encoder": UMT5.parameters, "VAE": VAE_PARAMETERS}
-    if "input_audio" in request.task.inputs:
-        parameters |= {"image encoder": IMAGE_ENCODER_PARAMETERS, "audio encoder": AUDIO_ENCODER_PARAMETERS}
-    return parameters
 
 
 def text_encoder_stage(encoder: TextEncoderSizes, size: int, dtype: str, quantized: bool) -> Stage:
@@ -403,19 +243,8 @@ def text_encoder_stage(encoder: TextEncoderSizes, size: int, dtype: str, quantiz
 
 def vae_bytes(request: ResolvedRequest, part: str, tiles: Tiles) -> int:
     """Live bytes at the peak of the VAE's `part`, "encode" or "decode", weights not counted."""
-    dtype, pixels = request.vae_dtype, request.height * request.width
-    if request.task.layout == HUNYUAN:
-        if part == "encode":
-            tile = min(request.height, HUNYUAN_TILE_SIDE) * min(request.width, HUNYUAN_TILE_SIDE)
-            return tile * HUNYUAN_VAE_ENCODE_TILE[dtype] + pixels * HUNYUAN_VAE_ENCODE
-        return HUNYUAN_VAE_TILE[dtype] + pixels * HUNYUAN_VAE_DECODE[dtype]
-    if tiles == (1, 1):
-        return pixels * VAE_WHOLE[part][dtype]
-    sides = (
-        min(side, math.ceil(side / count) + VAE_HALO[part] * min(count - 1, 2))
-        for side, count in zip((request.height, request.width), tiles, strict=True)
-    )
-    return pixels * VAE_SHARED[part][dtype] + math.prod(sides) * VAE_TILE[part][dtype]
+    size = (request.height, request.width)
+    return family_of(request.task).vae_bytes(size, request.vae_dtype, part, tiles)
 
 
 def stage_dtype(request: GenerationRequest, name: str, dtype: str) -> str:

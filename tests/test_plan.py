@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from skyreels_v3 import plan as planner
+from skyreels_v3.hunyuan import sizes as sizes_of_hunyuan
 from skyreels_v3.hunyuan import vae as hunyuan_vae
 from skyreels_v3.hunyuan.vae import HunyuanVAE
 from skyreels_v3.memory.quantize import Fp8Linear, quantize
@@ -35,6 +36,7 @@ from skyreels_v3.parallel.ranks import ParallelConfig, Ranks
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.tasks import HUNYUAN, TASK_NAMES, task_spec
 from skyreels_v3.tensors import replace_tensors
+from skyreels_v3.wan import sizes as sizes_of_wan
 from skyreels_v3.wan import vae
 from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel, block
 from skyreels_v3.wan.vae import VideoVAE
@@ -61,11 +63,11 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def published(task: str = "reference_to_video") -> planner.Sizes:
-    return planner.Sizes(**task_spec(task).transformer)
+def published(task: str = "reference_to_video") -> sizes_of_wan.WanSizes:
+    return sizes_of_wan.WanSizes(**task_spec(task).transformer)
 
 
-def small_model(dtype: torch.dtype, **changes: int) -> tuple[planner.Sizes, SkyReelsTransformer3DModel]:
+def small_model(dtype: torch.dtype, **changes: int) -> tuple[sizes_of_wan.WanSizes, SkyReelsTransformer3DModel]:
     small = {"num_attention_heads": 4, "num_layers": 2, "ffn_dim": 1382, "text_dim": 64, "freq_dim": 32}
     sizes = replace(published(), **small, **changes)
     model = SkyReelsTransformer3DModel(**vars(sizes)).eval()
@@ -100,10 +102,10 @@ def test_parameters_of_the_other_components():
             )
         )
         audio_encoder = Wav2Vec2Model(Wav2Vec2Config())
-    assert sum(parameter.numel() for parameter in image_encoder.parameters()) == planner.IMAGE_ENCODER_PARAMETERS
-    assert sum(parameter.numel() for parameter in audio_encoder.parameters()) == planner.AUDIO_ENCODER_PARAMETERS
-    assert sum(parameter.numel() for parameter in vae.parameters()) == planner.VAE_PARAMETERS
-    assert sum(parameter.numel() for parameter in text_encoder.parameters()) == planner.UMT5.parameters
+    assert sum(parameter.numel() for parameter in image_encoder.parameters()) == sizes_of_wan.IMAGE_ENCODER_PARAMETERS
+    assert sum(parameter.numel() for parameter in audio_encoder.parameters()) == sizes_of_wan.AUDIO_ENCODER_PARAMETERS
+    assert sum(parameter.numel() for parameter in vae.parameters()) == sizes_of_wan.VAE_PARAMETERS
+    assert sum(parameter.numel() for parameter in text_encoder.parameters()) == sizes_of_wan.UMT5.parameters
 
 
 @torch.inference_mode()
@@ -121,7 +123,7 @@ def test_work_of_a_forward():
     assert sizes.forward_flop(4 * 16 * 16) == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
-def on_meta(sizes: planner.Sizes, dtype: str) -> SkyReelsTransformer3DModel:
+def on_meta(sizes: sizes_of_wan.WanSizes, dtype: str) -> SkyReelsTransformer3DModel:
     """The real model without its numbers, in the dtypes that it is loaded in."""
     with torch.device("meta"):
         model = SkyReelsTransformer3DModel(**vars(sizes)).eval()
@@ -175,7 +177,7 @@ def test_activations_with_two_speakers():
 
 def test_numbers_that_the_plan_repeats():
     """It is made without torch, and knows these of the modules that do the work."""
-    assert planner.TOKENS_AT_ONCE == block.TOKENS_AT_ONCE
+    assert sizes_of_wan.TOKENS_AT_ONCE == block.TOKENS_AT_ONCE
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -214,7 +216,7 @@ def test_activations_of_the_hunyuan_vae(monkeypatch, dtype, height, width):
     with torch.device("meta"):
         model = HunyuanVAE(AutoencoderKLHunyuanVideo().eval())
     replace_tensors(model.module, lambda tensor: nn.Parameter(tensor.detach().to(getattr(torch, dtype))))
-    assert sum(parameter.numel() for parameter in model.module.parameters()) == planner.HUNYUAN_VAE_PARAMETERS
+    assert sum(parameter.numel() for parameter in model.module.parameters()) == sizes_of_hunyuan.VAE_PARAMETERS
     with LiveBytes() as encoding:
         model.encode(empty(1, 3, 1, height, width))
     with LiveBytes() as decoding:
@@ -237,7 +239,7 @@ def test_the_text_encoders_of_v1():
     clip = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
     with torch.device("meta"):
         encoder, summary = LlamaModel(llama), CLIPTextModel(clip)
-    known, (block, *_) = planner.LLAMA_AND_CLIP, encoder.layers
+    known, (block, *_) = sizes_of_hunyuan.LLAMA_AND_CLIP, encoder.layers
     counts = [sum(parameter.numel() for parameter in module.parameters()) for module in (encoder, summary, block)]
     assert (known.parameters, known.blocks, known.block) == (counts[0] + counts[1], len(encoder.layers), counts[2])
     quantize([block], torch.device("meta"))

@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from skyreels_v3.checkpoints.files import Repository, read_json, read_sizes
 from skyreels_v3.errors import CheckpointError, UserError
+from skyreels_v3.families import TextEncoderSizes
+from skyreels_v3.hunyuan.sizes import LLAMA_AND_CLIP, VAE_PARAMETERS, HunyuanSizes
+from skyreels_v3.hunyuan.sizes import vae_bytes as fixed_vae_bytes
+from skyreels_v3.memory.policy import Tiles
 from skyreels_v3.tasks import CONFIG_DIR, TaskSpec, load_yaml
 
 if TYPE_CHECKING:
@@ -37,6 +41,26 @@ def repositories(task: TaskSpec) -> tuple[Repository, ...]:
 def transformer_sizes(checkpoint: Path, task: TaskSpec) -> dict[str, int]:
     """The sizes in the transformer's config.json."""
     return read_sizes(checkpoint / task.transformer_folder, task.transformer)
+
+
+def sizes(values: dict[str, int]) -> HunyuanSizes:
+    """What a transformer of these sizes computes and needs."""
+    return HunyuanSizes(**values)
+
+
+def text_encoder() -> TextEncoderSizes:
+    """Llama and CLIP."""
+    return LLAMA_AND_CLIP
+
+
+def component_parameters(task: TaskSpec) -> dict[str, int]:
+    """Parameters of the published components besides the transformer."""
+    return {"text encoder": LLAMA_AND_CLIP.parameters, "VAE": VAE_PARAMETERS}
+
+
+def vae_bytes(size: tuple[int, int], dtype: str, part: str, tiles: Tiles) -> int:
+    """Live bytes at the VAE's peak; its tiles are always the same."""
+    return fixed_vae_bytes(size, dtype, part)
 
 
 def check_configs(task: TaskSpec, checkpoint: Path | None, base: Path | None) -> None:

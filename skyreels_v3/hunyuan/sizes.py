@@ -10,6 +10,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 
+from skyreels_v3.families import TextEncoderSizes
 from skyreels_v3.memory.policy import BYTES, STREAM_SLOTS, resident_blocks
 from skyreels_v3.parallel.ranks import UNDIVIDED, ParallelConfig
 
@@ -22,6 +23,22 @@ ATTENTION_BYTES = {"bfloat16": 22.4, "float32": 44.4}
 # Of all of a process's tokens, while several processes exchange them: queries, keys and values with padding, the same
 # from the others, and what comes out, on its way back.
 EXCHANGE_TENSORS = 8
+
+
+VAE_PARAMETERS = 246_478_803
+# Live bytes at the VAE's peak, always in tiles of one size: of a picture's encoding for each pixel of a
+# tile, and for each pixel; of the decoding, of a tile, and for each pixel of a frame.
+TILE_SIDE = 256
+VAE_ENCODE_TILE = {"float32": 3_620, "bfloat16": 1_820}
+VAE_ENCODE = 20
+VAE_TILE = {"float32": 5_150_000_000, "bfloat16": 2_580_000_000}
+VAE_DECODE = {"float32": 580, "bfloat16": 340}
+LLAMA_AND_CLIP = TextEncoderSizes(
+    7_505_186_816 + 123_060_480,
+    32,
+    2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096,
+    2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336,
+)
 
 
 @dataclass(frozen=True)
@@ -125,3 +142,15 @@ class HunyuanSizes:
     def context_bytes(self, frames: int, speakers: int, dtype: str) -> int:
         """Bytes of a condition's keys and values in one block: none, the text's tokens are counted with the video's."""
         return 0
+
+    def dequantized_bytes(self, dtype: str) -> int:
+        """Nothing: blocks take all tokens at once, and dequantize a matrix when it is multiplied."""
+        return 0
+
+
+def vae_bytes(size: tuple[int, int], dtype: str, part: str) -> int:
+    """Live bytes at the peak of the VAE's `part` for frames of `size` (height, width), weights not counted."""
+    pixels = math.prod(size)
+    if part == "encode":
+        return math.prod(min(side, TILE_SIDE) for side in size) * VAE_ENCODE_TILE[dtype] + pixels * VAE_ENCODE
+    return VAE_TILE[dtype] + pixels * VAE_DECODE[dtype]

@@ -13,13 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 from skyreels_v3.checkpoints.files import Repository, read_sizes
 from skyreels_v3.errors import CheckpointError
+from skyreels_v3.families import TextEncoderSizes
 from skyreels_v3.tasks import CONFIG_DIR, TaskSpec, load_yaml
 from skyreels_v3.wan.key_maps import NATIVE_SIZES
+from skyreels_v3.wan.sizes import (
+    AUDIO_ENCODER_PARAMETERS,
+    IMAGE_ENCODER_PARAMETERS,
+    UMT5,
+    VAE_PARAMETERS,
+    WanSizes,
+    vae_bytes,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
+
+__all__ = ["vae_bytes"]  # as it is
 
 NATIVE_VAE = "Wan2.1_VAE.pth"
 NATIVE_TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
@@ -52,6 +63,24 @@ def config_sizes(folder: Path, names: Collection[str] = ()) -> dict[str, int]:
             raise CheckpointError(f"{folder}/config.json lacks num_heads; download it again")
         sizes["attention_head_dim"] = sizes.pop("dim") // sizes["num_attention_heads"]
     return sizes
+
+
+def sizes(values: dict[str, int]) -> WanSizes:
+    """What a transformer of these sizes computes and needs."""
+    return WanSizes(**values)
+
+
+def text_encoder() -> TextEncoderSizes:
+    """UMT5-XXL."""
+    return UMT5
+
+
+def component_parameters(task: TaskSpec) -> dict[str, int]:
+    """Parameters of the published components besides the transformer."""
+    parameters = {"text encoder": UMT5.parameters, "VAE": VAE_PARAMETERS}
+    if "input_audio" in task.inputs:
+        parameters |= {"image encoder": IMAGE_ENCODER_PARAMETERS, "audio encoder": AUDIO_ENCODER_PARAMETERS}
+    return parameters
 
 
 def check_configs(task: TaskSpec, checkpoint: Path | None, base: Path | None) -> None:
