@@ -324,7 +324,7 @@ def random_components(toy: Path, plan: Plan, runtime: Runtime) -> components.Com
     return components.Components(
         transformer,
         vae,
-        TextEncoder(text_encoder, tokenizer),
+        text_encoder=TextEncoder(text_encoder, tokenizer),
         prompts=TensorCache(None, ""),
         quant=request.quant,
         **sound,
