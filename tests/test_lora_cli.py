@@ -8,18 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKLHunyuanVideo,
-    FlowMatchEulerDiscreteScheduler,
-    HunyuanVideoPipeline,
-    HunyuanVideoTransformer3DModel,
-)
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, CLIPTextModel, LlamaModel
 
-from skyreels_v3.families import make_tiny
-from skyreels_v3.tasks import task_spec
 from tests.conftest import ROOT
 
 BASE = (
@@ -102,14 +93,6 @@ def test_a_lora_with_the_memory_flags(make, lora):
     np.testing.assert_array_equal(make("--lora", lora, "--low_vram"), fused)
 
 
-@pytest.mark.slow
-def test_a_lora_in_compiled_blocks(make, lora):
-    plain, one = make(), make("--lora", lora)
-    made = make("--lora", lora, "--compile")
-    np.testing.assert_allclose(made, one, atol=2e-3, rtol=0)
-    assert relative(made, plain) > 1e-2
-
-
 def test_a_saved_checkpoint_holds_the_lora(make, main, lora, tmp_path):
     fused = make("--lora", lora, "--quant", "fp8", "--save_quantized", tmp_path / "saved")
     np.testing.assert_allclose(make("--model_id", tmp_path / "saved"), fused, atol=1e-5, rtol=0)
@@ -173,79 +156,13 @@ def test_a_file_that_is_no_lora(main, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# SkyReels V1, against diffusers' pipeline with the same file
-
-PROMPT, NEGATIVE = "FPS-24, a boat", "blur"
-T2V = (
-    *("--task_type", "t2v", "--model_id", "tiny", "--device", "cpu", "--prompt", PROMPT, "--negative_prompt", NEGATIVE),
-    *("--height", 32, "--width", 48, "--num_frames", 5, "--num_inference_steps", 3, "--quiet", "--seed", 7),
-)
-BLOCKS = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.ff_context.net.0.proj")
-SINGLE = tuple(f"single_transformer_blocks.1.{name}" for name in ("attn.to_v", "proj_mlp", "proj_out", "norm.linear"))
-
-
-@pytest.fixture
-def stock(cache, monkeypatch) -> HunyuanVideoPipeline:
-    """diffusers' pipeline with the toy's components, loaded by the libraries themselves."""
-    monkeypatch.setenv("SKYREELS_CACHE", str(cache))
-    root = make_tiny(task_spec("t2v"))
-    pipeline = HunyuanVideoPipeline(
-        text_encoder=LlamaModel.from_pretrained(root / "text_encoder"),
-        tokenizer=AutoTokenizer.from_pretrained(root / "tokenizer"),
-        transformer=HunyuanVideoTransformer3DModel.from_pretrained(root),
-        vae=AutoencoderKLHunyuanVideo.from_pretrained(root / "vae"),
-        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(root / "scheduler"),
-        text_encoder_2=CLIPTextModel.from_pretrained(root / "text_encoder_2"),
-        tokenizer_2=AutoTokenizer.from_pretrained(root / "tokenizer_2"),
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def stock_latents(pipeline: HunyuanVideoPipeline) -> np.ndarray:
-    return pipeline(
-        prompt=PROMPT, negative_prompt=NEGATIVE, height=32, width=48, num_frames=5, num_inference_steps=3,
-        true_cfg_scale=6.0, guidance_scale=1.0, output_type="latent", generator=torch.Generator().manual_seed(7),
-    ).frames.numpy()  # fmt: skip
-
-
-@pytest.fixture
-def make_t2v(main, tmp_path) -> Make:
-    return maker(main, tmp_path, T2V)
-
-
-@pytest.fixture
-def v1_lora(stock, tmp_path) -> Path:
-    """A LoRA for blocks of either kind."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name in (*BLOCKS, *SINGLE):
-        layer = stock.transformer.get_submodule(name)
-        tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(4, layer.in_features, generator=generator) / 8
-        tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(layer.out_features, 4, generator=generator) / 4
-    save_file(tensors, tmp_path / "v1.safetensors")
-    return tmp_path / "v1.safetensors"
-
-
-def test_v1_makes_what_the_library_makes(make_t2v, stock, v1_lora):
-    plain = stock_latents(stock)
-    stock.load_lora_weights(v1_lora, adapter_name="a")
-    stock.set_adapters(["a"], [0.8])
-    expected = stock_latents(stock)
-    assert relative(expected, plain) > 1e-2
-    np.testing.assert_allclose(make_t2v("--lora", f"{v1_lora}:0.8"), expected, atol=1e-5, rtol=0)
-    streamed = make_t2v("--lora", f"{v1_lora}:0.8", "--offload", "--parameters_level")
-    np.testing.assert_allclose(streamed, expected, atol=1e-5, rtol=0)
-    fused = make_t2v("--lora", f"{v1_lora}:0.8", "--quant")
-    assert relative(fused, expected) < 0.3 * relative(plain, expected)
-
-
-def test_loras_of_another_model(main, make, lora, v1_lora, tmp_path):
+def test_loras_of_another_model(main, lora, tmp_path):
     """V3's for V1, and the other way round."""
-    for base, file, key in (
-        (T2V, lora, "diffusion_model.blocks.0.diff_m"),
-        (BASE, v1_lora, "transformer.single_transformer_blocks.1.attn.to_v.lora_A.weight"),
-    ):
+    layer = "transformer.single_transformer_blocks.1.attn.to_v.lora_"
+    v1_lora = tmp_path / "v1.safetensors"
+    save_file({f"{layer}A.weight": torch.zeros(4, 64), f"{layer}B.weight": torch.zeros(64, 4)}, v1_lora)
+    t2v = ("--task_type", "t2v", "--model_id", "tiny", "--device", "cpu", "--prompt", "FPS-24, a boat", "--quiet")
+    for base, file, key in ((t2v, lora, "diffusion_model.blocks.0.diff_m"), (BASE, v1_lora, f"{layer}A.weight")):
         code, stdout, stderr = main(*base, "--lora", file, "--output", "out/a.mp4")
         assert (code, stdout) == (2, "")
         says = f"error: --lora: {file} does not fit its model, which has nothing for {key}, "

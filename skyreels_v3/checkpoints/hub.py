@@ -210,16 +210,12 @@ def list_files(request: GenerationRequest, model_id: str, flag: str) -> list[str
     Raises:
         UserError: about `flag`, where the hub answers that there is no such model, or not for everybody.
     """
+    if request.model_source == "modelscope":  # a download tells
+        return []
+    from huggingface_hub import HfApi
+
     try:
-        if request.model_source == "modelscope":
-            from modelscope.hub.api import HubApi
-
-            entries = HubApi().get_model_files(model_id, recursive=True)
-            return [entry["Path"] for entry in entries if entry["Type"] != "tree"]
-        from huggingface_hub import HfApi
-
-        found = HfApi().model_info(model_id, timeout=LIST_SECONDS)
-        return [file.rfilename for file in found.siblings or ()]
+        return [file.rfilename for file in HfApi().model_info(model_id, timeout=LIST_SECONDS).siblings or ()]
     except Exception as error:  # as for a download, which follows and tells the user
         if status_of(error) in (401, 403, 404) and cached(request, model_id) is None:
             raise fetch_error(request, model_id, flag, error) from error

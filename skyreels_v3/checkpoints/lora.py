@@ -191,20 +191,18 @@ def wrong_shapes(keys: tuple[str, ...], tensors: Tensors, wanted: Shape) -> list
     entry count for nothing.
     """
     found = [tuple(tensors[key].shape) for key in keys]
-    rights = [wanted]
-    if len(keys) == 2:
-        rank = found[0][0] if found[0] else 0
-        rights = [(rank, *wanted[1:]), (wanted[0], rank)]
-    fits = [
-        len(shape) >= len(keys) and shape[:1] == right[:1] and 0 < math.prod(shape) == math.prod(right)
-        if len(keys) == 2
-        else [axis for axis in shape if axis != 1] == [axis for axis in right if axis != 1]
-        for shape, right in zip(found, rights, strict=True)
-    ]
+    rank = found[0][0] if found[0] else 0
+    needed = [wanted] if len(keys) == 1 else [(rank, *wanted[1:]), (wanted[0], rank)]
+
+    def fits(shape: Shape, needed: Shape) -> bool:
+        if len(keys) == 1:
+            return [axis for axis in shape if axis != 1] == [axis for axis in needed if axis != 1]
+        return len(shape) > 1 and shape[0] == needed[0] and 0 < math.prod(shape) == math.prod(needed)
+
     return [
         f"{key} ({list(shape)} instead of {list(right)})"
-        for key, shape, right, fit in zip(keys, found, rights, fits, strict=True)
-        if not fit
+        for key, shape, right in zip(keys, found, needed, strict=True)
+        if not fits(shape, right)
     ]
 
 

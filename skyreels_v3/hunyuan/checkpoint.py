@@ -5,16 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers
 from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    CLIPTextConfig,
-    CLIPTextModel,
-    LlamaConfig,
-    LlamaModel,
-    PreTrainedTokenizerFast,
-)
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from skyreels_v3.checkpoints.load import (
@@ -54,11 +47,11 @@ def load_text_encoder(base: Path, dtype: torch.dtype, values: bool = True) -> Hu
     """Llama and CLIP with their tokenizers, in the folder `base` of HunyuanVideo."""
     llama = load_llama(base / "text_encoder", dtype, values)
     clip = load_clip(base / "text_encoder_2", dtype, values)
-    clip_tokenizer = load_tokenizer(base / "tokenizer_2", AutoTokenizer)
+    clip_tokenizer = load_tokenizer(base / "tokenizer_2", transformers.AutoTokenizer)
     return HunyuanTextEncoder(llama, load_llama_tokenizer(base / "tokenizer"), clip, clip_tokenizer)
 
 
-def load_llama(folder: Path, dtype: torch.dtype, values: bool = True) -> LlamaModel:
+def load_llama(folder: Path, dtype: torch.dtype, values: bool = True) -> transformers.LlamaModel:
     """The Llama in `folder`, without what would predict the next token.
 
     Weights that are stored in float16 stay so where bfloat16 is asked for: they are then views of the file. Converted,
@@ -69,27 +62,28 @@ def load_llama(folder: Path, dtype: torch.dtype, values: bool = True) -> LlamaMo
     if dtype is torch.bfloat16 and {tensor.dtype for tensor in tensors.values()} == {torch.float16}:
         dtype = torch.float16
     with config_errors(folder):
-        config = LlamaConfig(**sizes)
+        config = transformers.LlamaConfig(**sizes)
         buffers = dict(LlamaRotaryEmbedding(config).named_buffers(prefix="rotary_emb"))
-    return load_model(lambda: LlamaModel(config), tensors, folder, dtype, key_maps.LLAMA, buffers=buffers)
+    return load_model(lambda: transformers.LlamaModel(config), tensors, folder, dtype, key_maps.LLAMA, buffers=buffers)
 
 
-def load_clip(folder: Path, dtype: torch.dtype, values: bool = True) -> CLIPTextModel:
+def load_clip(folder: Path, dtype: torch.dtype, values: bool = True) -> transformers.CLIPTextModel:
     """The CLIP text encoder in `folder`."""
     tensors = read_tensors(folder, values)
     sizes = read_config(folder, tensors, {"model_type": "clip_text_model"})
     with config_errors(folder):
-        config = CLIPTextConfig(**sizes)
+        config = transformers.CLIPTextConfig(**sizes)
     longest = max(axis for tensor in tensors.values() for axis in (0, *tensor.shape))
     count = min(config.max_position_embeddings, longest)  # more would not fit the weights
     buffers: dict[str, Tensor] = {"embeddings.position_ids": torch.arange(count)[None]}
-    return load_model(lambda: CLIPTextModel(config), tensors, folder, dtype, key_maps.CLIP, buffers=buffers)
+    model = transformers.CLIPTextModel
+    return load_model(lambda: model(config), tensors, folder, dtype, key_maps.CLIP, buffers=buffers)
 
 
-def load_llama_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def load_llama_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
     """The Llama's tokenizer in `folder`, as its file says it is.
 
     It is a Llama 3's, of bytes, while its config names the class of Llama 2's. transformers 5 believes the name and
     puts that one's rules in the place of the file's: most prompts would get other tokens.
     """
-    return load_tokenizer(folder, PreTrainedTokenizerFast)
+    return load_tokenizer(folder, transformers.PreTrainedTokenizerFast)

@@ -6,27 +6,12 @@ import math
 from pathlib import Path
 
 import torch
+import transformers
 from diffusers import AutoencoderKLWan
-from transformers import (
-    AutoTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    UMT5Config,
-    UMT5EncoderModel,
-    Wav2Vec2Config,
-    Wav2Vec2Model,
-)
 
+from skyreels_v3.checkpoints import load
 from skyreels_v3.checkpoints.key_maps import IDENTITY
-from skyreels_v3.checkpoints.load import (
-    Tensors,
-    load_model,
-    load_tokenizer,
-    read_config,
-    read_tensors,
-    shape_of,
-    without_prefix,
-)
+from skyreels_v3.checkpoints.load import Tensors, load_model, read_config, read_tensors, shape_of
 from skyreels_v3.errors import CheckpointError
 from skyreels_v3.wan import family, key_maps
 from skyreels_v3.wan.audio_encoder import AudioEncoder
@@ -41,7 +26,7 @@ CLIP_HEADS = 16  # ViT-H/14
 def load_transformer(folder: Path, dtype: torch.dtype, values: bool = True) -> SkyReelsTransformer3DModel:
     """The transformer in `folder` (config.json and safetensors), under diffusers' names or Wan-native ones."""
     model = SkyReelsTransformer3DModel
-    tensors = without_prefix(read_tensors(folder, values))
+    tensors = load.without_prefix(read_tensors(folder, values))
     native = "head.modulation" in tensors
     names = model._get_init_keys(model)
     arguments = native_arguments(folder, tensors) if native else read_config(folder, tensors, key_maps.CONSTANTS, names)
@@ -93,9 +78,10 @@ def load_text_encoder(root: Path, dtype: torch.dtype, values: bool = True) -> Te
     key_map = key_maps.NATIVE_TEXT_ENCODER if native else key_maps.TRANSFORMERS_TEXT_ENCODER
     tensors = read_tensors(source, values)
     sizes = native_text_sizes(tensors, source) if native else read_config(source, tensors, {"model_type": "umt5"})
-    module = load_model(lambda: UMT5EncoderModel(UMT5Config(**sizes)), tensors, source, dtype, key_map)
+    model, config = transformers.UMT5EncoderModel, transformers.UMT5Config
+    module = load_model(lambda: model(config(**sizes)), tensors, source, dtype, key_map)
     tokenizer = root / (family.NATIVE_TOKENIZER if native else "tokenizer")
-    return TextEncoder(module, load_tokenizer(tokenizer, AutoTokenizer))
+    return TextEncoder(module, load.load_tokenizer(tokenizer, transformers.AutoTokenizer))
 
 
 def native_text_sizes(tensors: Tensors, source: Path) -> dict[str, int | str | bool]:
@@ -122,7 +108,7 @@ def load_image_encoder(root: Path, dtype: torch.dtype, values: bool = True, head
     tensors = read_tensors(source, values)
     patch = shape_of("visual.patch_embedding.weight", 4, tensors, source)[-1]
     positions = shape_of("visual.pos_embedding", 3, tensors, source)[1]
-    config = CLIPVisionConfig(
+    config = transformers.CLIPVisionConfig(
         hidden_size=shape_of("visual.cls_embedding", 3, tensors, source)[2],
         intermediate_size=shape_of("visual.transformer.0.mlp.0.weight", 2, tensors, source)[0],
         num_hidden_layers=sum(key.endswith("attn.to_qkv.weight") for key in tensors),
@@ -137,7 +123,7 @@ def load_image_encoder(root: Path, dtype: torch.dtype, values: bool = True, head
         tensors[key] = tensors[key].reshape(tensors[key].shape[-axes:])
     buffers = {"embeddings.position_ids": torch.arange(positions)[None]}
     key_map = key_maps.NATIVE_IMAGE_ENCODER
-    module = load_model(lambda: CLIPVisionModel(config), tensors, source, dtype, key_map, buffers=buffers)
+    module = load_model(lambda: transformers.CLIPVisionModel(config), tensors, source, dtype, key_map, buffers=buffers)
     return ImageEncoder(module)
 
 
@@ -146,5 +132,6 @@ def load_audio_encoder(root: Path, dtype: torch.dtype, values: bool = True) -> A
     source = root / family.AUDIO_ENCODER
     tensors = read_tensors(source, values)
     sizes = read_config(source, tensors, {"model_type": "wav2vec2"})
+    model, config = transformers.Wav2Vec2Model, transformers.Wav2Vec2Config
     key_map = key_maps.TRANSFORMERS_AUDIO_ENCODER
-    return AudioEncoder(load_model(lambda: Wav2Vec2Model(Wav2Vec2Config(**sizes)), tensors, source, dtype, key_map))
+    return AudioEncoder(load_model(lambda: model(config(**sizes)), tensors, source, dtype, key_map))

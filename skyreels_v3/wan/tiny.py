@@ -9,19 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import transformers
 from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import Unigram
 from torch import Tensor
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    UMT5Config,
-    UMT5EncoderModel,
-    Wav2Vec2Config,
-    Wav2Vec2Model,
-)
 
 from skyreels_v3.checkpoints.files import MAIN_FILES
 from skyreels_v3.checkpoints.key_maps import KeyMap, invert, translate
@@ -35,10 +28,10 @@ def write(root: Path, task: TaskSpec) -> None:
     """Write the toy of a task to an empty folder."""
     transformer = random_model(lambda: SkyReelsTransformer3DModel(**family.tiny_sizes(task)))
     vae = random_model(lambda: AutoencoderKLWan(**SIZES["vae"]))
-    umt5 = UMT5Config(
+    umt5 = transformers.UMT5Config(
         feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False, **SIZES["text_encoder"]
     )
-    text_encoder = random_model(lambda: UMT5EncoderModel(umt5))
+    text_encoder = random_model(lambda: transformers.UMT5EncoderModel(umt5))
     if task.layout == "diffusers":
         transformer.save_pretrained(root / "transformer")
         vae.save_pretrained(root / "vae")
@@ -53,8 +46,8 @@ def write(root: Path, task: TaskSpec) -> None:
     write_tokenizer(root / family.NATIVE_TOKENIZER, umt5.vocab_size)
     if "input_audio" in task.inputs:
         write_image_encoder(root / family.NATIVE_IMAGE_ENCODER)
-        audio_encoder = random_model(lambda: Wav2Vec2Model(Wav2Vec2Config(**SIZES["audio_encoder"])))
-        save(audio_encoder, root / family.AUDIO_ENCODER)
+        wav2vec2 = transformers.Wav2Vec2Config(**SIZES["audio_encoder"])
+        save(random_model(lambda: transformers.Wav2Vec2Model(wav2vec2)), root / family.AUDIO_ENCODER)
 
 
 def write_native_transformer(folder: Path, transformer: SkyReelsTransformer3DModel) -> None:
@@ -71,7 +64,7 @@ def write_native_transformer(folder: Path, transformer: SkyReelsTransformer3DMod
 
 def write_image_encoder(file: Path) -> None:
     """CLIP's image encoder under its native names; two embeddings have leading axes of size one there."""
-    model = random_model(lambda: CLIPVisionModel(CLIPVisionConfig(**SIZES["image_encoder"])))
+    model = random_model(lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SIZES["image_encoder"])))
     tensors = native(weights(model), key_maps.NATIVE_IMAGE_ENCODER)
     tensors["visual.cls_embedding"] = tensors["visual.cls_embedding"][None, None]
     tensors["visual.pos_embedding"] = tensors["visual.pos_embedding"][None]

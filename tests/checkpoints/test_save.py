@@ -124,12 +124,6 @@ def test_a_recorded_checkpoint_behind_links(make, reference, task, tmp_path):
     assert not any(path.is_symlink() for path in saved.rglob("*"))
 
 
-def test_dynamic_products_are_chosen_by_the_run(make, tmp_path):
-    task, saved = "reference_to_video", tmp_path / "saved"
-    expected = make(task, "--model_id", "tiny", "--quant", "fp8_dynamic", "--save_quantized", saved)
-    assert_same(make(task, "--model_id", saved, "--quant", "fp8_dynamic"), expected)
-
-
 @pytest.mark.parametrize(("dtype", "share"), [("bfloat16", 0.5), ("float32", 0.25)])
 def test_size(make, tmp_path, dtype, share):
     """The matrices of the blocks shrink; the scales, four bytes a row of the toy's 96, and all else are as before."""
@@ -196,18 +190,3 @@ def test_a_folder_that_was_made_meanwhile_is_kept(tmp_path, cache, monkeypatch, 
     assert made == tmp_path / "saved-2"
     assert files_in(tmp_path / "saved") == {"mine.txt"}
     repository.check(made, "--model_id")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("task", INPUTS)
-def test_the_plan_of_a_saved_checkpoint(main, make, tmp_path, task):
-    saved, inputs = tmp_path / "saved", INPUTS[task]
-    make(task, "--model_id", "tiny", "--quant", "fp8", "--save_quantized", saved)
-    sound = next(path for path in tmp_path.parent.glob("runs*/sound.wav"))
-    inputs = [str(value).format(sound=sound) for value in INPUTS[task]]
-    plans = [
-        main("--task_type", task, *BASE, *inputs, "--model_id", saved, "--dry_run", *flags)[1]
-        for flags in ((), ("--quant", "fp8"))
-    ]
-    lines = [[line for line in plan.splitlines() if not line.startswith("output")] for plan in plans]
-    assert lines[0] == lines[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 
@@ -65,18 +64,6 @@ def test_it_is_what_the_stock_libraries_load(toy):
     assert FlowMatchEulerDiscreteScheduler.from_pretrained(toy / "scheduler").config.shift == 7.0
 
 
-def test_it_is_the_same_everywhere(tmp_path):
-    def digest(name: str) -> list[tuple[str, str]]:
-        (tmp_path / name).mkdir()
-        write_tiny(tmp_path / name, task_spec("t2v"))
-        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
-        assert sum(file.stat().st_size for file in files) < 3e6
-        hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-        return [(str(file.relative_to(tmp_path / name)), made) for file, made in zip(files, hashes, strict=True)]
-
-    assert digest("one") == digest("two")
-
-
 def test_a_prompt_reaches_the_toys_velocities(toy):
     """By its tokens and by its summary."""
     transformer = HunyuanVideoTransformer3DModel.from_pretrained(toy).eval()
@@ -99,14 +86,6 @@ def test_a_prompt_reaches_the_toys_velocities(toy):
     assert 0.3 < made.std() < 3
     for context, pooled in ((dog["context"], fox["pooled"]), (fox["context"], dog["pooled"])):
         assert (velocities(context, pooled) - made).std() > 0.02
-
-
-def test_parts_without_values(toy):
-    for module in (
-        load_transformer(toy, torch.bfloat16, values=False),
-        load_vae(toy, torch.bfloat16, values=False).module,
-    ):
-        assert {(parameter.is_meta, parameter.dtype) for parameter in module.parameters()} == {(True, torch.bfloat16)}
 
 
 def test_dtypes(toy):
@@ -161,40 +140,18 @@ LOADERS = {
 }
 
 
-@pytest.mark.parametrize("folder", LOADERS)
-def test_every_key_must_fit(root, folder):
-    file = next((root / folder).glob("*.safetensors"))
-    whole = load_file(file)
-    key = max(whole)
-    name = key.removeprefix("text_model.")
-    for spoilt, message in (
-        ({known: whole[known] for known in whole.keys() - {key}}, f"missing keys {name}"),
-        (whole | {"more": torch.ones(1)}, "unexpected keys more"),
-        (whole | {key: torch.ones(1, 2)}, f"wrong shapes {name}"),
-    ):
-        save_file(spoilt, file)
-        with pytest.raises(CheckpointError, match=message):
-            LOADERS[folder](root / folder, torch.float32)
-
-
 @pytest.mark.parametrize(
     ("folder", "entry", "message"),
     [
         (".", {"more": 1}, "unknown entries more"),
         (".", {"image_condition_type": "token_replace"}, "image_condition_type = token_replace is not supported"),
-        (".", {"image_condition_type": "latent_concat"}, "only None"),
-        (".", {"num_layers": "two"}, "num_layers = two is no size"),
-        (".", {"num_layers": 10**6}, "num_layers = 1000000 is more than the weights beside it have"),
         (".", {"attention_head_dim": 10**12}, "attention_head_dim = 1000000000000 is more than"),
         (".", {"patch_size": 4}, "patch_size = 4 is not supported, only 2"),
-        ("vae", {"more": 1}, "unknown entries more"),
         ("vae", {"temporal_compression_ratio": 8}, "temporal_compression_ratio = 8 is not supported, only 4"),
         ("vae", {"scaling_factor": None}, "scaling_factor = None is no positive number"),
-        ("vae", {"layers_per_block": 10**6}, "layers_per_block = 1000000 is more than"),
         ("vae", {"block_out_channels": [8, 8, 8, 10**6]}, "block_out_channels = 1000000 is more than"),
         ("vae", {"norm_num_groups": 3}, "no model has the sizes of its config"),
         ("text_encoder", {"num_attention_heads": "many"}, "num_attention_heads = many is no size"),
-        ("text_encoder", {"num_hidden_layers": 10**6}, "num_hidden_layers = 1000000 is more than"),
         ("text_encoder", {"model_type": "mistral"}, "model_type = mistral is not supported, only llama"),
         ("text_encoder", {"quantization_config": {"quant_method": "awq"}}, "quantization_config is not supported"),
         ("text_encoder_2", {"hidden_size": -1}, "hidden_size = -1 is no size"),
