@@ -60,13 +60,9 @@ def test_a_gpus():
     [
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`",
-        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
         "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
-        "cuFFT error: CUFFT_ALLOC_FAILED",
         "miopenStatusAllocFailed",
         "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
-        "CUDA driver error: out of memory",
-        "HIP error: out of memory",
         "NCCL error in: ProcessGroupNCCL.cpp:77, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
     ],
 )
@@ -75,16 +71,11 @@ def test_of_drivers_and_libraries(words):
     assert ": some memory more were asked for" in said(RuntimeError(words))
 
 
-def test_of_apples_devices():
-    words = "MPS backend out of memory (MPS allocated: 8.00 GB, other allocations: 1.00 GB, max allowed: 9.07 GB). "
-    assert ": 2.25 GB more were asked for" in said(RuntimeError(f"{words}Tried to allocate 2.25 GB on private pool."))
-
-
 @pytest.mark.parametrize(
     ("words", "size"),
     [
-        ("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has", "20.00 MiB"),
         ("HIP out of memory. Tried to allocate 512.00 KiB. GPU 0 has", "512.00 KiB"),
+        ("MPS backend out of memory (MPS allocated: 8.00 GB). Tried to allocate 2.25 GB on private pool.", "2.25 GB"),
         ("CUDA out of memory. Tried to allocate more than 1EB memory.", "some memory"),
         ("Allocation on device", "some memory"),
     ],
@@ -95,10 +86,9 @@ def test_in_other_words(words, size):
 
 def test_the_hosts():
     """A real one."""
-    plan = made()
     with (
         pytest.raises(OutOfMemory, match=r"while loading: 1000000\.0 GB of host memory more were asked for; ask"),
-        explained("loading", plan, lambda: None),
+        explained("loading", made(), lambda: None),
     ):
         torch.empty(10**15, dtype=torch.uint8)
     assert "some host memory more" in said(MemoryError())

@@ -89,8 +89,7 @@ def test_the_published_model(resolution, quant, modes):
     assert [planned(asked, free=size * GB).policy.mode for size in (8, 12, 16, 24, 48, 80)] == modes
 
 
-@pytest.mark.parametrize("vae_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("quant", [None, "fp8"])
+@pytest.mark.parametrize(("quant", "vae_dtype"), [(None, "float32"), ("fp8", "bfloat16")])
 @pytest.mark.parametrize("resolution", SIZES)
 @pytest.mark.parametrize("task", TASK_NAMES)
 def test_every_card(task, resolution, quant, vae_dtype):
