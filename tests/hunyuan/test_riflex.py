@@ -38,19 +38,15 @@ def test_the_intrinsic_component():
         assert intrinsic_component(CHANNELS, THETA, repeats_after) == nearest
 
 
-@pytest.mark.parametrize("frames", [51, FRAMES, 129])
+@pytest.mark.parametrize("frames", [25, 51, FRAMES, 129])
 def test_frequencies(frames):
+    """Only the intrinsic pair's changes, if its period is too short for the video."""
     made = riflex_frequencies(CHANNELS, THETA, frames)
     assert made.dtype == torch.float64 and made.shape == (CHANNELS // 2,)
     for component, frequency in enumerate(made.tolist()):
-        expected = 0.9 * 2 * math.pi / frames if component == 3 else 2 * math.pi / period(component)
+        lowered = component == 3 and frames > 25
+        expected = 0.9 * 2 * math.pi / frames if lowered else 2 * math.pi / period(component)
         assert frequency == pytest.approx(expected, rel=1e-12)
-    assert period(3) < frames < 2 * math.pi / made[3]  # only the lowered one covers the video
-
-
-def test_a_short_video_is_left_alone():
-    assert torch.equal(riflex_frequencies(CHANNELS, THETA, 25), riflex_frequencies(CHANNELS, THETA, 1))
-    assert riflex_frequencies(CHANNELS, THETA, 25)[3].item() == pytest.approx(2 * math.pi / period(3), rel=1e-12)
 
 
 def test_tables_of_the_model(model):
@@ -66,32 +62,13 @@ def test_tables_of_the_model(model):
         for channel in (6, 7):
             np.testing.assert_allclose(table[:, channel], function(angles), atol=1e-6)
         assert torch.equal(table[:, others], before[:, others])
-    after = model.rope(latents)
+    with riflex(model, None):
+        after = model.rope(latents)
     assert all(torch.equal(one, other) for one, other in zip(after, stock, strict=True))
 
 
-def test_angles_come_back_without_it_only(model):
-    """Frame 50 looks to the stock intrinsic pair like frame 0, and no frame does to the lowered one."""
-    latents = torch.zeros(1, 16, FRAMES, 2, 2)
-    stock_cos = model.rope(latents)[0][:, 6]
-    with riflex(model, FRAMES):
-        cos = model.rope(latents)[0][:, 6]
-        sin = model.rope(latents)[1][:, 6]
-    assert stock_cos[50] > 0.999
-    places = torch.stack((cos, sin), dim=1)
-    apart = torch.cdist(places, places) + 9 * torch.eye(FRAMES)
-    assert apart.min() > 0.07
-
-
-def test_none_changes_nothing(model):
-    latents = torch.zeros(1, 16, 5, 4, 4)
-    stock = model.rope(latents)
-    with riflex(model, None):
-        assert all(torch.equal(one, other) for one, other in zip(model.rope(latents), stock, strict=True))
-
-
-def test_before_hooks_that_are_there(model):
-    """Those that take a part of the tokens get the changed ones."""
+def test_ahead_of_existing_hooks(model):
+    """Those that take a part of the tokens get the changed tables."""
     model.rope.register_forward_hook(lambda _, __, tables: tuple(table[3:9] for table in tables))
     latents = torch.zeros(1, 16, 5, 4, 4)
     with riflex(model, 60):

@@ -13,7 +13,7 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_skyreels_image2video imp
 
 from skyreels_v3.hunyuan.vae import HunyuanVAE
 from skyreels_v3.tasks import CONFIG_DIR, load_yaml
-from tests.wan.test_vae import ThreadTeam
+from tests.wan.test_vae import ThreadGroup
 
 SIZES = load_yaml(CONFIG_DIR / "tiny.yaml")["hunyuan"]["vae"]
 
@@ -44,10 +44,12 @@ def decoded_at_once(stock: AutoencoderKLHunyuanVideo, latents: torch.Tensor) -> 
     return stock.decode(latents / stock.config.scaling_factor).sample.clamp(-1, 1)
 
 
-@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 25])
+@pytest.mark.parametrize("frames", [1, 2, 4, 5, 6, 7, 11, 25])
 def test_it_is_the_librarys_decode(ours, stock, frames):
     latents = noise(1, 16, frames, 3, 4)
+    given = latents.clone()
     chunks = list(ours.decode_stream(latents))
+    assert torch.equal(latents, given)
     assert [chunk.shape[2] for chunk in chunks] == [1] + [4] * (frames - 1)
     torch.testing.assert_close(torch.cat(chunks, dim=2), decoded_at_once(stock, latents), atol=1e-6, rtol=0)
 
@@ -61,14 +63,6 @@ def test_tiles_are_the_librarys(ours, stock, size):
     torch.testing.assert_close(video, decoded_at_once(stock, latents), atol=1e-6, rtol=0)
 
 
-def test_the_latents_stay_as_they_are(ours):
-    latents = noise(2, 16, 6, 2, 3)
-    given = latents.clone()
-    first, second = (torch.cat(list(ours.decode_stream(latents)), dim=2) for _ in range(2))
-    assert torch.equal(latents, given)
-    assert torch.equal(first, second)
-
-
 def test_pieces_are_made_when_they_are_asked_for(ours, monkeypatch):
     """And the frames of one are out before the next one begins: those that it shares with it are held back."""
     made = []
@@ -78,9 +72,9 @@ def test_pieces_are_made_when_they_are_asked_for(ours, monkeypatch):
     assert made == [5, 5, 3]
 
 
-@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("size", [2, 5])
 @pytest.mark.parametrize("frames", [1, 5, 9])
-def test_a_team_makes_the_same(ours, size, frames):
+def test_a_group_makes_the_same(ours, size, frames):
     """Pieces of unequal length, and fewer than there are processes."""
     latents = noise(1, 16, frames, 2, 3)
     expected = torch.cat(list(ours.decode_stream(latents)), dim=2)
@@ -88,7 +82,7 @@ def test_a_team_makes_the_same(ours, size, frames):
 
     def work(rank: int) -> torch.Tensor:
         one = HunyuanVAE(ours.module)
-        one.group = ThreadTeam(rank, pieces, barrier)
+        one.group = ThreadGroup(rank, pieces, barrier)
         return torch.cat(list(one.decode_stream(latents)), dim=2)
 
     with ThreadPoolExecutor(size) as pool:
@@ -99,7 +93,7 @@ def test_a_team_makes_the_same(ours, size, frames):
 @torch.inference_mode()
 @pytest.mark.parametrize(
     ("size", "sample"),
-    [((24, 272), False), ((24, 272), True), ((256, 256), True), ((400, 16), True), ((272, 464), True)],
+    [((24, 272), False), ((256, 256), True), ((400, 16), True), ((272, 464), True)],
 )
 def test_encode_is_the_librarys(ours, stock, size, sample):
     """One tile, and several one way or both; the last ones are cut, down to 16 pixels."""

@@ -64,7 +64,7 @@ def test_native_decode(native, reference, frames):
 
 @pytest.mark.parametrize("frames", [1, 9])
 def test_diffusers_encode(diffusers_vae, reference, video, frames):
-    """The recorded mode is not normalised; ours is."""
+    """The recorded mode is not normalized; ours is."""
     recorded = load_file(reference / "vae" / "diffusers_cases.safetensors")[f"encode_{frames}.mode"]
     latents = diffusers_vae.encode(video[:, :, :frames])
     torch.testing.assert_close(latents * diffusers_vae.std + diffusers_vae.mean, recorded, atol=ATOL, rtol=0)
@@ -122,7 +122,7 @@ def encode_and_decode(model: VideoVAE, tiles: tuple[int, int]) -> tuple[torch.Te
     return latents, video
 
 
-@pytest.mark.parametrize("tiles", [(2, 3), (5, 1)])
+@pytest.mark.parametrize("tiles", [(2, 3), (50, 1)])
 @pytest.mark.parametrize("name", ["native", "random_vae"])
 def test_tiles_do_not_show(name, tiles, request):
     """On sizes that do not divide evenly: 14 x 22 where the encoder's tiles meet, 56 x 88 where the decoder's do."""
@@ -156,13 +156,6 @@ def test_reach_of_the_tiles():
     assert vae.crops_along(stages[:cut], 720, (60, 120))[0] == slice(240 - 13, 480 + 16)
 
 
-def test_more_tiles_than_rows(random_vae):
-    video = noise(1, 3, 5, 16, 24).clamp(-1, 1)
-    whole = random_vae.encode(video)
-    random_vae.tiles = (50, 2)
-    torch.testing.assert_close(random_vae.encode(video), whole, atol=1e-5, rtol=0)
-
-
 def test_tiles_take_less_memory(monkeypatch):
     """At the real size, on meta. The caches of all tiles remain; what is over them falls to a quarter or so."""
     monkeypatch.setattr(vae, "displayable", lambda chunk, index: chunk)  # it looks at values
@@ -185,13 +178,10 @@ def peaks(model: VideoVAE, video: torch.Tensor, latents: torch.Tensor, tiles: tu
     return encoding.peak, decoding.peak
 
 
-@pytest.mark.parametrize("name", ["native", "random_vae"])
-def test_bfloat16(name, request):
+def test_bfloat16(native):
     """What bfloat16 may cost: 35 dB, where 45 or more were measured."""
-    model = request.getfixturevalue(name)
-    half = VideoVAE(copy.deepcopy(model.module).to(torch.bfloat16))
-    exact, rounded = encode_and_decode(model, (1, 1)), encode_and_decode(half, (2, 2))
-    for part, expected in zip(rounded, exact, strict=True):
+    half = VideoVAE(copy.deepcopy(native.module).to(torch.bfloat16))
+    for part, expected in zip(encode_and_decode(half, (2, 2)), encode_and_decode(native, (1, 1)), strict=True):
         assert part.dtype == torch.float32
         assert psnr(part, expected) > 35
 
@@ -202,8 +192,8 @@ def psnr(x: torch.Tensor, reference: torch.Tensor) -> float:
     return float(10 * torch.log10(span**2 / (x - reference).square().mean()))
 
 
-class ThreadTeam:
-    """Threads in the place of processes: what the VAE needs of `distributed.Team`."""
+class ThreadGroup:
+    """Threads in the place of processes: what the VAE needs of a `parallel.groups.Group`."""
 
     def __init__(self, rank: int, pieces: list, barrier: Barrier) -> None:
         self.rank, self.size = rank, len(pieces)
@@ -218,8 +208,8 @@ class ThreadTeam:
 
 
 @pytest.mark.parametrize("tiles", [(1, 1), (2, 1)])
-@pytest.mark.parametrize("size", [2, 3, 5, 8])
-def test_a_team_makes_the_same(random_vae, size, tiles):
+@pytest.mark.parametrize("size", [2, 5, 8])
+def test_a_group_makes_the_same(random_vae, size, tiles):
     """Also one that is larger than there are tiles to share."""
     video, latents = torch.randn(1, 3, 5, 32, 56).clamp(-1, 1), torch.randn(1, 16, 2, 3, 5)
     expected = random_vae.encode(video), torch.cat([*random_vae.decode_stream(latents)], dim=2)
@@ -228,7 +218,7 @@ def test_a_team_makes_the_same(random_vae, size, tiles):
     def work(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         one = VideoVAE(random_vae.module)
         one.tiles = tiles
-        one.group = ThreadTeam(rank, pieces, barrier)
+        one.group = ThreadGroup(rank, pieces, barrier)
         return one.encode(video), torch.cat([*one.decode_stream(latents)], dim=2)
 
     with ThreadPoolExecutor(size) as pool:
