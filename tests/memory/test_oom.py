@@ -6,9 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
-from skyreels_v3 import runtime
 from skyreels_v3.errors import OutOfMemory
 from skyreels_v3.memory.oom import explained
 from skyreels_v3.memory.policy import Policy
@@ -151,32 +149,3 @@ def test_ways_that_are_none_are_not_named(changes, way):
 def test_no_way_out():
     smallest = {"quant": "fp8", "vae_dtype": "bfloat16", "resolution": "480P", "duration": 1}
     assert said(torch.OutOfMemoryError(GPU), "stream", **smallest).endswith("; it takes a machine with more memory")
-
-
-class Greedy(nn.Module):
-    """Asks for more memory than there is, while it is on the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return torch.empty(10**15, dtype=torch.uint8)
-
-
-@pytest.mark.parametrize("mode", MEMORY_MODES)
-def test_in_a_stay_on_the_device(mode):
-    request = GenerationRequest(
-        task=task_spec("reference_to_video"), model_id="tiny", prompt="p", device="cpu", height=32, width=48
-    )
-    run = runtime.start(in_mode(planned(request), mode))
-    module = Greedy()
-    before = [*module.parameters()]
-    with (
-        pytest.raises(OutOfMemory, match=r"^out of memory while denoising: 1000000\.0 GB of host memory"),
-        run.resident(module, "denoising", module.blocks),
-    ):
-        module(torch.zeros(1, 2))
-    assert all(map(lambda now, then: now is then, module.parameters(), before))
