@@ -62,7 +62,7 @@ def test_native_decode(native, reference, frames):
 
 
 def test_diffusers_encode(diffusers_vae, reference, video):
-    """The mode, and mode + std * noise with the noise drawn from the generator; the recorded ones are not normalized."""
+    """The mode, and mode + std * noise of the generator; the recorded ones are not normalized."""
     recorded = load_file(reference / "vae" / "diffusers_cases.safetensors")
     noise = torch.randn(recorded["encode_1.mode"].shape, generator=torch.Generator().manual_seed(5))
     sample = recorded["encode_1.mode"] + torch.exp(0.5 * recorded["encode_1.logvar"]) * noise
