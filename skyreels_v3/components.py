@@ -129,10 +129,17 @@ def check_loras(request: GenerationRequest, model: Any = None) -> None:
         read_lora(file, shapes_of(model), model.native_names, partial)
 
 
+def use_channels_last(module: nn.Module) -> None:
+    """Lay the weights of 3D convolutions out channels-last; a module as a whole may have others, of another rank."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv3d):
+            part.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # missing in torch's stubs
+
+
 def set_up_vae(vae: Any, runtime: Runtime) -> None:
     """Prepare the VAE: memory format, tiles, and the ranks that divide these."""
     if runtime.device.type == "cuda":  # the format of cuDNN's kernels, which would otherwise convert each input
-        cast(Any, vae.module).to(memory_format=torch.channels_last_3d)
+        use_channels_last(vae.module)
     vae.tiles = runtime.policy.tiles
     vae.group = None if runtime.parallel.is_single else runtime.parallel.group("world")
 
