@@ -44,11 +44,12 @@ def save_quantized(
     (transformer_folder,) = sources[0][1].components["transformer"]
     own = (sources[0][0] / transformer_folder).resolve()
     try:
+        needed: dict[str, Path] = {}
         for source, repository in sources:
-            for name, file in needed_files(source, repository.patterns).items():
-                ours = any(fnmatch(file.name, pattern) for pattern in TRANSFORMER_FILES)
-                if not ours or file.parent.resolve() != own:
-                    link_or_copy(file, temporary / name)
+            needed |= needed_files(source, repository.patterns)
+        for name, file in needed.items():
+            if file.parent.resolve() != own or not any(fnmatch(file.name, pattern) for pattern in TRANSFORMER_FILES):
+                link_or_copy(file, temporary / name)
         target = temporary / transformer_folder
         target.mkdir(parents=True, exist_ok=True)
         transformer.save_config(target)

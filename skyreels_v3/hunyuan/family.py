@@ -43,7 +43,7 @@ def transformer_sizes(checkpoint: Path, task: TaskSpec) -> dict[str, int]:
     return read_sizes(checkpoint / task.transformer_folder, task.transformer)
 
 
-def sizes(values: dict[str, int]) -> HunyuanSizes:
+def sizes(values: dict[str, Any]) -> HunyuanSizes:
     """What a transformer of these sizes computes and needs."""
     return HunyuanSizes(**values)
 

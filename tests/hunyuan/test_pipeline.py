@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    FlowMatchEulerDiscreteScheduler,
     HunyuanSkyreelsImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
@@ -19,6 +21,7 @@ from diffusers.hooks import FirstBlockCacheConfig
 from imageio_ffmpeg import read_frames
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, CLIPTextModel, LlamaModel
 
 from skyreels_v3.families import make_tiny
 from skyreels_v3.tasks import task_spec
@@ -58,7 +61,15 @@ def stock(cache, monkeypatch):
         root = make_tiny(task_spec(task))
         transformer = HunyuanVideoTransformer3DModel.from_pretrained(root)
         kind = {"t2v": HunyuanVideoPipeline, "i2v": HunyuanSkyreelsImageToVideoPipeline}[task]
-        pipeline = kind.from_pretrained(root, transformer=transformer)
+        pipeline = kind(
+            text_encoder=LlamaModel.from_pretrained(root / "text_encoder"),
+            tokenizer=AutoTokenizer.from_pretrained(root / "tokenizer"),
+            transformer=transformer,
+            vae=AutoencoderKLHunyuanVideo.from_pretrained(root / "vae"),
+            scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(root / "scheduler"),
+            text_encoder_2=CLIPTextModel.from_pretrained(root / "text_encoder_2"),
+            tokenizer_2=AutoTokenizer.from_pretrained(root / "tokenizer_2"),
+        )
         pipeline.vae.enable_tiling()  # as the published code has it
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
