@@ -766,7 +766,7 @@ def test_wrong_content(reference, tmp_path, name):
         ("one-bit.png", "float.tiff", "cmyk.tiff", "turned.jpg"),
     ],
 )
-def test_unusual_images_are_taken(generate, tmp_path, kinds):
+def test_unusual_images_are_taken(main, tmp_path, kinds):
     grey = np.linspace(0, 255, 64 * 48).reshape(48, 64)
     picture = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     more = {"save_all": True, "append_images": [picture.rotate(180)]}
@@ -788,9 +788,9 @@ def test_unusual_images_are_taken(generate, tmp_path, kinds):
     }
     for name in kinds:
         save[name](tmp_path / name)
-    run = generate(
+    code, stdout, stderr = main(
         "--task_type", "reference_to_video", "--prompt", "a", "--model_id", "tiny", "--device", "cpu", "--dry_run",
-        "--ref_imgs", ",".join(str(tmp_path / name) for name in kinds), cwd=tmp_path,
+        "--ref_imgs", ",".join(str(tmp_path / name) for name in kinds),
     )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("task          reference_to_video")
+    assert code == 0, stderr
+    assert stdout.startswith("task          reference_to_video")

@@ -244,33 +244,33 @@ def test_a_run_that_is_still_going_on_is_not_resumed(refuse, files):
         check_refused(case, refuse, files=files, assets=ASSETS)
 
 
-def dry(generate: Callable[..., subprocess.CompletedProcess[str]], *arguments: object) -> str:
+def dry(main: Callable[..., tuple[int, str, str]], *arguments: object) -> str:
     """The plan of an avatar that is fine."""
-    run = generate(*BASE, *arguments, "--dry_run")
-    assert (run.returncode, run.stderr) == (0, "")
-    return run.stdout
+    code, stdout, stderr = main(*BASE, *arguments, "--dry_run")
+    assert (code, stderr) == (0, "")
+    return stdout
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.webp", "a.gif", "a.bmp"])
-def test_portraits_of_many_kinds_are_taken(generate, files, tmp_path, name):
+def test_portraits_of_many_kinds_are_taken(main, files, tmp_path, name):
     Image.effect_noise((640, 360), 80).convert("RGB").save(tmp_path / name)
-    plan = dry(generate, "--input_image", tmp_path / name, "--input_audio", files / "1s.wav")
+    plan = dry(main, "--input_image", tmp_path / name, "--input_audio", files / "1s.wav")
     assert "1280 x 720, 25 new frames at 25 fps" in plan
 
 
-def test_a_portrait_is_turned_upright(generate, files, tmp_path):
+def test_a_portrait_is_turned_upright(main, files, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: lies on its side
     Image.effect_noise((640, 360), 80).convert("RGB").save(tmp_path / "a.jpg", exif=exif)
-    plan = dry(generate, "--input_image", tmp_path / "a.jpg", "--input_audio", files / "1s.wav")
+    plan = dry(main, "--input_image", tmp_path / "a.jpg", "--input_audio", files / "1s.wav")
     assert "720 x 1280, 25 new frames" in plan
 
 
 @pytest.mark.parametrize("name", ["a.mp3", "a.m4a", "a.flac", "a.ogg", "a.mp4"])
-def test_sound_of_many_kinds_is_taken(generate, files, tmp_path, name):
+def test_sound_of_many_kinds_is_taken(main, files, tmp_path, name):
     picture = ["-f", "lavfi", "-i", "color=size=64x48:duration=1"] if name == "a.mp4" else []
     ffmpeg("-i", files / "1s.wav", *picture, tmp_path / name)
-    plan = dry(generate, "--input_image", ASSETS / "portrait.png", "--input_audio", tmp_path / name)
+    plan = dry(main, "--input_image", ASSETS / "portrait.png", "--input_audio", tmp_path / name)
     frames = int(plan.split(" new frames")[0].split()[-1])
     assert 25 <= frames <= 27  # encoders fill up their last block
 

@@ -472,23 +472,17 @@ def test_a_job_goes_on_from_its_finished_passes(main, write, monkeypatch, caplog
     assert not kept.exists() and str(results_of(file)[-1]["seed"]) == seed
 
 
-def test_a_dry_run(write, tmp_path, cache):
+def test_a_dry_run(main, write, tmp_path):
     file = write(FOX, "x", MISSING, BOAT, FOX | {"seed": 1, "output": "b.mp4"})
     (tmp_path / "b.mp4").touch()
     flags = [str(flag) for flag in (*TOY, "--dry_run")]
     done = read_jobs(str(file), parse_flags(flags))[4]
     results_file(str(file)).write_text(json.dumps({"id": done.id, "status": "done", "output": "b.mp4"}))
 
-    def run() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, ROOT / "generate_video.py", "--jobs", "jobs.jsonl", *flags], cwd=tmp_path,
-            capture_output=True, text=True, env=os.environ | {"SKYREELS_CACHE": str(cache)}, check=False,
-        )  # fmt: skip
-
-    made = run()
-    assert made.returncode == 2, made.stderr
-    assert made.stderr == "error: --jobs: jobs.jsonl: 2 of 5 lines cannot work; correct them as said above\n"
-    first, second, third, fourth, fifth = made.stdout.rstrip("\n").split("\n\n")
+    code, stdout, stderr = main("--jobs", "jobs.jsonl", *flags)
+    assert code == 2, stderr
+    assert stderr == "error: --jobs: jobs.jsonl: 2 of 5 lines cannot work; correct them as said above\n"
+    first, second, third, fourth, fifth = stdout.rstrip("\n").split("\n\n")
     assert first.startswith("line          1\ntask          reference_to_video: ")
     assert second.startswith("line          2\nerror         --jobs: x is not JSON")
     assert third == "line          3\nerror         --input_video: nowhere.mp4 does not exist; check the path"
@@ -496,7 +490,7 @@ def test_a_dry_run(write, tmp_path, cache):
     assert fifth == "line          5\ndone          b.mp4"
     assert files_in(tmp_path) == {"jobs.jsonl", "jobs.results.jsonl", "b.mp4"}
     write(FOX, FOX | {"seed": 1, "output": "b.mp4"})
-    assert run().returncode == 0
+    assert main("--jobs", "jobs.jsonl", *flags)[0] == 0
 
 
 # What is loaded

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,27 +30,29 @@ def test_there_is_a_command_for_each_task():
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=[shlex.split(command)[1] for command in COMMANDS])
-def test_command(generate, command):
-    run = generate(*shlex.split(command), "--dry_run", cwd=ROOT)
-    assert run.returncode == 0, run.stderr
-    plan = dict(line.split(maxsplit=1) for line in run.stdout.splitlines())
+def test_command(main, monkeypatch, command):
+    monkeypatch.chdir(ROOT)
+    code, stdout, stderr = main(*shlex.split(command), "--dry_run")
+    assert code == 0, stderr
+    plan = dict(line.split(maxsplit=1) for line in stdout.splitlines())
     assert plan["checkpoint"].startswith("Skywork/SkyReels-V")
-    assert "Wan2.1_VAE.pth" in plan["to"] or "vae/*" in plan["to"] or "vae/*" in plan["base"]
+    assert "Wan2.1_VAE.pth" in plan["download"] or "vae/*" in plan["download"]
     assert float(re.search(r"([\d.]+) PFLOP a forward", plan["pass"])[1]) > 2
     assert re.search(r"[23]\d\.\d GB weights \(bfloat16|[57]\d\.\d GB weights \(float32", plan["transformer"])
     assert re.search(r"resident [\d.]+ GB.*offload [\d.]+ GB.*stream [\d.]+ GB", plan["memory"])
 
 
 @pytest.mark.parametrize("command", OLD_COMMANDS, ids=["one-gpu", "several-gpus"])
-def test_commands_by_the_old_name(command):
+def test_commands_by_the_old_name(main, monkeypatch, command):
     """As they stood in the README of V1, the second one without a task, with a plan that says memory and size."""
-    words = [sys.executable, str(ROOT / "video_generate.py"), *shlex.split(command), "--dry_run"]
-    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
-    plan = dict(line.split(maxsplit=1) for line in run.stdout.splitlines())
+    monkeypatch.chdir(ROOT)
+    code, stdout, stderr = main(*shlex.split(command), "--dry_run", default_task="t2v")
+    assert code == 0, stderr
+    plan = dict(line.split(maxsplit=1) for line in stdout.splitlines())
     assert plan["task"].startswith("t2v")
     assert plan["video"].startswith("960 x 544, 97 new frames at 24 fps")
     assert re.search(r"resident [\d.]+ GB, offload [\d.]+ GB, stream [\d.]+ GB", plan["memory"])
-    assert ("guidance 2 x ring 1 x Ulysses 2" in run.stdout) == ("--gpu_num 4" in command)
+    assert ("guidance 2 x ring 1 x Ulysses 2" in stdout) == ("--gpu_num 4" in command)
 
 
 def test_every_flag_of_v1_is_there():
