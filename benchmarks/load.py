@@ -51,8 +51,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.common import at_least, environment, parser_of, quartiles, report, spread
-from skyreels_v3.checkpoints.key_maps import IDENTITY, NATIVE_TRANSFORMER, invert, translate
+from skyreels_v3.checkpoints.key_maps import IDENTITY, invert, translate
 from skyreels_v3.wan.checkpoint import load_transformer
+from skyreels_v3.wan.key_maps import NATIVE_TRANSFORMER
 
 GB = 1e9
 MEMORY_LIMIT = 1.1  # peak growth / size of the weights

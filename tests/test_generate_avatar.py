@@ -30,7 +30,7 @@ def tone(path: Path, seconds: float, rate: int, frequency: int = 440) -> Path:
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What the pipeline warned of."""
-    return [record.message for record in caplog.records if record.name.endswith("talking_avatar")]
+    return [record.message for record in caplog.records if record.name.endswith("avatar")]
 
 
 def sound_of(path: Path) -> str:

@@ -17,6 +17,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -170,7 +171,7 @@ def test_sound_of_the_input_clip(write_lossless, tmp_path):
     for include in ([], ["--include_input"]):
         request = parse_request([*argv, *include, "--output", str(tmp_path / f"{len(include)}.mp4")])
         frames = iter(np.zeros((48, 32, 48, 3), np.uint8))
-        path = session.write(request, Inputs(clip=clip), frames, "", tmp_path)
+        path = session.write(SimpleNamespace(request=request, inputs=Inputs(clip=clip)), frames, "", tmp_path)
         command = [get_ffmpeg_exe(), "-hide_banner", "-i", path, "-af", "silencedetect=d=0.5", "-f", "null", "-"]
         log = subprocess.run(command, capture_output=True, text=True, check=False).stderr
         assert ("Audio: aac" in log) == bool(include)
