@@ -24,7 +24,6 @@ LAYERS = (
 # known violations, to be emptied
 KNOWN = {
     ("inputs", "wan"),
-    ("plan", "hunyuan"),
     ("stages", "hunyuan"),
     ("stages", "wan"),
 }
