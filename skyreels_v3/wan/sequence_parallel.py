@@ -19,7 +19,7 @@ from torch import Tensor
 
 from skyreels_v3.parallel.groups import Group, pad_end
 from skyreels_v3.parallel.usp import UspFn
-from skyreels_v3.wan.transformer.attention import positions_between, region_looks
+from skyreels_v3.wan.transformer.attention import positions_between, region_weights
 from skyreels_v3.wan.transformer.model import SkyReelsTransformer3DModel
 from skyreels_v3.wan.transformer.rope import Segment, grid_positions
 
@@ -111,12 +111,12 @@ class SequenceParallel:
     def speaker_positions(self, query: Tensor, key: Tensor, masks: Tensor) -> Tensor:
         """As `attention.speaker_positions`, with the first frame's keys and the extremes of all ranks."""
         first_frame = self.group.all_gather_tokens(key[:, : self.layout.share])
-        looks = region_looks(query, first_frame[:, : masks.shape[1]], masks)
-        real = self.unpadded(looks.transpose(1, 2))  # (B, L', 3)
+        weights = region_weights(query, first_frame[:, : masks.shape[1]], masks)
+        real = self.unpadded(weights.transpose(1, 2))  # (B, L', 3)
         infinite = real.new_full((real.shape[0], 1, 3), torch.inf)  # a rank may have padding only
         low = self.group.all_reduce(torch.cat((real, infinite), dim=1).amin(dim=1), dist.ReduceOp.MIN)
         high = self.group.all_reduce(torch.cat((real, -infinite), dim=1).amax(dim=1), dist.ReduceOp.MAX)
-        return positions_between(looks, low[..., None], high[..., None])
+        return positions_between(weights, low[..., None], high[..., None])
 
 
 def to_row(latents: Tensor, patch: Sequence[int]) -> Tensor:

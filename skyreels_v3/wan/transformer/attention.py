@@ -130,11 +130,11 @@ def speaker_positions(query: Tensor, key: Tensor, masks: Tensor) -> Tensor:
     A token belongs to the region of the first frame that it attends to most: `masks` (3, S) are those of person one,
     person two and the background. A person's tokens are spread over that person's range by how much they attend to it.
     """
-    looks = region_looks(query, key[:, : masks.shape[1]], masks)
-    return positions_between(looks, looks.amin(dim=-1, keepdim=True), looks.amax(dim=-1, keepdim=True))
+    weights = region_weights(query, key[:, : masks.shape[1]], masks)
+    return positions_between(weights, weights.amin(dim=-1, keepdim=True), weights.amax(dim=-1, keepdim=True))
 
 
-def region_looks(query: Tensor, first_frame_key: Tensor, masks: Tensor) -> Tensor:
+def region_weights(query: Tensor, first_frame_key: Tensor, masks: Tensor) -> Tensor:
     """Mean attention weight (B, 3, L) of each token inside each region of the first frame."""
     regions = masks.float() / masks.sum(dim=1, keepdim=True).clamp(min=1)  # the background may be empty
     # in chunks: the weights of all tokens at once would be the largest tensor of a forward
@@ -142,10 +142,10 @@ def region_looks(query: Tensor, first_frame_key: Tensor, masks: Tensor) -> Tenso
     return torch.cat([torch.einsum("bls,ps->bpl", attention_map(q, first_frame_key), regions) for q in chunks], dim=-1)
 
 
-def positions_between(looks: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def positions_between(weights: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Positions (B, L) from region weights (B, 3, L) and the lowest and highest (B, 3, 1) among all tokens."""
-    spread = (looks - low) / (high - low)
+    spread = (weights - low) / (high - low)
     positions = torch.full_like(spread, BACKGROUND_POSITION)
     for person, (start, end) in enumerate(SPEAKER_RANGES):
         positions[:, person] = start + spread[:, person] * (end - start)
-    return positions.gather(1, looks.argmax(dim=1, keepdim=True)).squeeze(1)
+    return positions.gather(1, weights.argmax(dim=1, keepdim=True)).squeeze(1)

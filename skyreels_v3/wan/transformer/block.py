@@ -105,8 +105,6 @@ class TransformerBlock(nn.Module):
         self, x: Tensor, modulation: Tensor, rotary: Rotary, spans: Sequence[tuple[slice, slice]]
     ) -> Sequence[Tensor]:
         """Queries, keys and values (B, L, N, D) of all tokens."""
-        if len(spans) == 1:
-            return self.project(x, modulation, rotary)
         whole = [x.new_empty(*x.shape[:2], self.attn1.heads, x.shape[2] // self.attn1.heads) for _ in range(3)]
         for tokens, part in spans:
             chunk = self.project(x[:, tokens], of_frames(modulation, part), rotary[tokens])

@@ -54,17 +54,13 @@ def rotary_tables(segments: Sequence[Segment], patch_size: Sequence[int], head_d
     tables = []
     for segment in segments:
         device = segment.latents.device
-        frame_count, *grid = (size // patch for size, patch in zip(segment.latents.shape[2:], patch_size, strict=True))
+        frames, *grid = (size // patch for size, patch in zip(segment.latents.shape[2:], patch_size, strict=True))
         positions = grid_positions(*grid) if segment.position_ids is None else segment.position_ids.cpu()
-        frames = rotations(angles(torch.arange(frame_count) + segment.start_frame, head_dim - 2 * spatial))
-        lines = rotations(angles(torch.arange(int(positions.max()) + 1), spatial)).to(device)
-        rows, columns = (lines[axis] for axis in positions.to(device).unbind(1))  # (S, spatial/2, 2)
-        expanded = [
-            frames.to(device)[:, None].expand(-1, len(positions), -1, -1),
-            rows.expand(frame_count, -1, -1, -1),
-            columns.expand(frame_count, -1, -1, -1),
-        ]
-        tables.append(torch.cat(expanded, dim=-2).flatten(0, 1))  # (L, D/2, 2)
+        time = rotations(angles(torch.arange(frames) + segment.start_frame, head_dim - 2 * spatial)).to(device)
+        space = rotations(angles(torch.arange(int(positions.max()) + 1), spatial)).to(device)
+        axes = (space[axis].expand(frames, -1, -1, -1) for axis in positions.to(device).unbind(1))  # (F, S, C, 2)
+        table = torch.cat((time[:, None].expand(-1, len(positions), -1, -1), *axes), dim=-2)
+        tables.append(table.flatten(0, 1))  # (L, D/2, 2)
     return torch.cat(tables).unsqueeze(1)
 
 
