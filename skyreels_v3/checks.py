@@ -21,7 +21,7 @@ from skyreels_v3.request import (
     GenerationRequest,
     Lora,
 )
-from skyreels_v3.tasks import HUNYUAN, REFERENCE_SLOTS, SIZE_MULTIPLE, TASK_NAMES, TaskSpec, task_spec
+from skyreels_v3.tasks import REFERENCE_SLOTS, SIZE_MULTIPLE, TASK_NAMES, TaskSpec, task_spec
 
 MAX_SPEAKERS = 2
 KEYFRAME = re.compile(r".+@\d{1,4}(\.\d{1,6})?", re.DOTALL)
@@ -38,7 +38,7 @@ def request_of(values: Mapping[str, Any]) -> GenerationRequest:
     if "task_type" not in values:
         raise UserError("--task_type", f"missing; choose one of {', '.join(TASK_NAMES)}")
     spec = task_spec(values.pop("task_type"))
-    notes = drop_unused(spec, values) if spec.layout == HUNYUAN else []
+    notes = drop_unused(spec, values) if spec.lenient else []
     check_conflicts(spec, values)
     check_values(spec, values)
     return make_request(spec, values, notes)
@@ -104,7 +104,7 @@ def check_conflicts(spec: TaskSpec, values: Mapping[str, Any]) -> None:
     for one, other in (("height", "width"), ("width", "height")):
         if one in values and other not in values:
             raise UserError(f"--{one}", f"{values[one]} alone is no size; give --{other} as well")
-    text_scale = "text_guidance_scale" if "input_audio" in spec.inputs else "guidance_scale"
+    text_scale = "guidance_scale" if "guidance_scale" in spec.takes else "text_guidance_scale"
     guided = values.get(text_scale, spec.guidance_scale) > 1.0
     for name in ("image_guidance_scale", "negative_prompt"):
         if values.get(name, "") not in ("", 1.0) and not guided:
@@ -131,7 +131,7 @@ def check_values(spec: TaskSpec, values: Mapping[str, Any]) -> None:
     if not spec.min_duration <= duration <= spec.max_duration:
         limits = f"{spec.min_duration} to {spec.max_duration}"
         raise UserError("--duration", f"{told(duration)} is out of range; {spec.name} takes {limits} whole seconds")
-    if values.get("num_frames", 1) % 4 != 1 and spec.layout != HUNYUAN:
+    if values.get("num_frames", 1) % 4 != 1 and not spec.lenient:
         frames = values["num_frames"] // 4 * 4 + 1
         raise UserError("--num_frames", f"{values['num_frames']} is not 4k+1; give {frames} or {frames + 4}")
     if values.get("num_frames", 1) > (most := spec.max_duration * spec.fps + 1):

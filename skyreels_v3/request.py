@@ -17,7 +17,6 @@ from skyreels_v3.attention.kernels import ATTENTIONS
 from skyreels_v3.tasks import (
     DEVICES,
     DTYPES,
-    HUNYUAN,
     MEMORY_MODES,
     QUANTIZATIONS,
     RESOLUTIONS,
@@ -39,7 +38,7 @@ class Flag:
         kind: str, int, float, or bool for a switch.
         bare: what the flag means without a value; None: it needs one.
         group: the heading in --help that begins with this flag; "": it stands under that of the flag before it.
-        tasks: for tasks with one of these inputs, or of this layout; (): for all.
+        some: only for tasks whose preset has it in `takes`.
         usp: only with --use_usp.
         path: "input" (a path or URL), "output" or "hub" (a folder or a hub's id); "" for other values.
         several: takes several entries: comma-separated, given several times, or a list in a file.
@@ -57,7 +56,7 @@ class Flag:
     metavar: str | None = None
     bare: str | None = None
     group: str = ""
-    tasks: tuple[str, ...] = ()
+    some: bool = False
     usp: bool = False
     path: str = ""
     several: bool = False
@@ -67,7 +66,7 @@ class Flag:
 
     def is_for(self, task: TaskSpec) -> bool:
         """Whether a task takes it."""
-        return not self.tasks or bool(task.kinds.intersection(self.tasks))
+        return not self.some or self.name in task.takes
 
 
 def flag(default: Any, help: str, kind: type = str, **more: Any) -> Any:
@@ -75,8 +74,7 @@ def flag(default: Any, help: str, kind: type = str, **more: Any) -> Any:
     return field(default=default, metadata={"flag": {"help": help, "kind": kind, **more}})
 
 
-avatar = partial(flag, tasks=("input_audio",))
-v1 = partial(flag, tasks=(HUNYUAN,))
+some = partial(flag, some=True)  # for some tasks
 unrecorded = partial(flag, recorded=False)
 run_flag = partial(flag, recorded=False, in_line=False)  # for a whole run, not for a line of --jobs
 parallel = partial(run_flag, usp=True)
@@ -100,30 +98,28 @@ class GenerationRequest:
         group="Input")
     prompt: str = flag("", "what happens in the video")
     negative_prompt: str = flag("", "what to avoid; needs --guidance_scale above 1")
-    image: str | None = flag(None, "picture that the video begins with (i2v), path or URL", metavar="IMAGE",
-        tasks=("image",), path="input")
-    ref_imgs: tuple[str, ...] = flag((), "1-4 reference images, paths or URLs", metavar="IMAGE[,IMAGE...]",
-        tasks=("ref_imgs",), path="input", several=True)
-    input_video: str | None = flag(None, "clip to extend (or, by talking_avatar, to dub), path or URL", metavar="CLIP",
-        tasks=("input_video", "input_audio"), path="input")
-    input_image: str | None = avatar(None, "portrait of the speaker, path or URL", metavar="IMAGE", path="input")
-    input_audio: tuple[str, ...] = avatar((), "speech: sound file or video, path or URL; two for two speakers",
+    image: str | None = some(None, "picture that the video begins with (i2v), path or URL", metavar="IMAGE",
+        path="input")
+    ref_imgs: tuple[str, ...] = some((), "1-4 reference images, paths or URLs", metavar="IMAGE[,IMAGE...]",
+        path="input", several=True)
+    input_video: str | None = some(None, "clip to extend (or, by talking_avatar, to dub), path or URL",
+        metavar="CLIP", path="input")
+    input_image: str | None = some(None, "portrait of the speaker, path or URL", metavar="IMAGE", path="input")
+    input_audio: tuple[str, ...] = some((), "speech: sound file or video, path or URL; two for two speakers",
         metavar="SOUND[,SOUND]", path="input", several=True)
-    audio_type: str = avatar("parallel", "two speakers at once (default) or one after the other",
+    audio_type: str = some("parallel", "two speakers at once (default) or one after the other",
         choices=("parallel", "sequential"))
-    speaker_boxes: tuple[tuple[int, int, int, int], ...] = avatar((),
+    speaker_boxes: tuple[tuple[int, int, int, int], ...] = some((),
         "where the two speakers are in the portrait (default: its halves)", metavar="X0,Y0,X1,Y1;...")
-    keyframes: tuple[tuple[str, float], ...] = avatar((), "pictures that windows end in, instead of generated ones",
+    keyframes: tuple[tuple[str, float], ...] = some((), "pictures that windows end in, instead of generated ones",
         metavar="IMAGE@SECONDS[,...]", path="input", several=True)
-    window_prompt: str = avatar("", "prompt of the windows after the first pass; 'same' for --prompt")
-    duration: int = flag(5, "whole seconds of new video (default: the task's)", int, group="Size and length",
-        tasks=("ref_imgs", "input_video", HUNYUAN))
-    num_frames: int | None = flag(None,
-        "frames of new video, 4k+1, instead of --duration (reference_to_video, t2v, i2v)", int, low=1, high=100000,
-        tasks=("ref_imgs", HUNYUAN))
-    fps: int | None = v1(None, "frames per second of the file (t2v, i2v; default: 24)", int, low=1, high=120)
-    resolution: str = flag("720P", "size bucket (default: 720P); the sides follow the input's shape",
-        choices=RESOLUTIONS, tasks=("ref_imgs", "input_video", "input_audio"))
+    window_prompt: str = some("", "prompt of the windows after the first pass; 'same' for --prompt")
+    duration: int = some(5, "whole seconds of new video (default: the task's)", int, group="Size and length")
+    num_frames: int | None = some(None,
+        "frames of new video, 4k+1, instead of --duration (reference_to_video, t2v, i2v)", int, low=1, high=100000)
+    fps: int | None = some(None, "frames per second of the file (t2v, i2v; default: 24)", int, low=1, high=120)
+    resolution: str = some("720P", "size bucket (default: 720P); the sides follow the input's shape",
+        choices=RESOLUTIONS)
     height: int | None = flag(None, "in pixels, a multiple of 16, instead of --resolution", int, low=SIZE_MULTIPLE,
         high=MAX_SIDE)
     width: int | None = flag(None, "in pixels, a multiple of 16, instead of --resolution", int, low=SIZE_MULTIPLE,
@@ -132,25 +128,24 @@ class GenerationRequest:
         group="Sampling")
     num_inference_steps: int = flag(8, "denoising steps (default: the task's)", int, low=1, high=200)
     shift: float | None = flag(5.0, "shift of the noise schedule (default: the task's)", float, low=0.01, high=100)
-    guidance_scale: float = flag(1.0, "text guidance; 1 is off (default; t2v and i2v: 6)", float, low=0, high=100,
-        tasks=("ref_imgs", "input_video", HUNYUAN))
-    embedded_guidance_scale: float = v1(1.0, "guidance that V1's model takes as an input (default: 1)", float, low=0,
+    guidance_scale: float = some(1.0, "text guidance; 1 is off (default; t2v and i2v: 6)", float, low=0, high=100)
+    embedded_guidance_scale: float = some(1.0, "guidance that V1's model takes as an input (default: 1)", float, low=0,
         high=100)
-    image_guidance_scale: float = flag(1.0, "guidance by the reference images, on top of text guidance", float, low=0,
-        high=100, tasks=("ref_imgs",))
-    text_guidance_scale: float = avatar(1.0, "text guidance of talking_avatar; 1 is off (default)", float, low=0,
+    image_guidance_scale: float = some(1.0, "guidance by the reference images, on top of text guidance", float, low=0,
         high=100)
-    audio_guidance_scale: float = avatar(1.0, "guidance by the sound of talking_avatar; 1 is off (default)", float,
+    text_guidance_scale: float = some(1.0, "text guidance of talking_avatar; 1 is off (default)", float, low=0,
+        high=100)
+    audio_guidance_scale: float = some(1.0, "guidance by the sound of talking_avatar; 1 is off (default)", float,
         low=0, high=100)
-    color_correction_strength: float = avatar(1.0, "1 keeps the portrait's colours (default), 0 is off", float, low=0,
+    color_correction_strength: float = some(1.0, "1 keeps the portrait's colours (default), 0 is off", float, low=0,
         high=1)
     sequence_batch: bool = flag(False, "accepted as in V1, changes nothing: guidance is computed term by term", bool)
-    no_riflex: bool = v1(False, "do without RIFLEx: beyond 192 frames the video repeats itself (t2v, i2v)", bool)
+    no_riflex: bool = some(False, "do without RIFLEx: beyond 192 frames the video repeats itself (t2v, i2v)", bool)
     cache: float | None = flag(None, "skip blocks in steps that change little; off by default",
         metavar="fbcache[:THRESHOLD]")
     model_id: str = flag("", "hub id or folder of the checkpoint (default: the task's own); 'tiny' for a built-in toy",
         group="Checkpoint", path="hub")
-    base_model_id: str | None = v1(None, "hub id or folder of HunyuanVideo, for its encoders and VAE (t2v, i2v)",
+    base_model_id: str | None = some(None, "hub id or folder of HunyuanVideo, for its encoders and VAE (t2v, i2v)",
         path="hub")
     model_source: str = flag("huggingface", "hub to download from (default: huggingface)",
         choices=("huggingface", "modelscope"))
@@ -192,8 +187,7 @@ class GenerationRequest:
         group="Output", path="output", only_in_line="write it into the lines, a name for each")
     outdir: str | None = unrecorded(None, "put the video into results/FOLDER, named by prompt, seed and number",
         metavar="FOLDER")
-    include_input: bool = flag(False, "write the input clip and its extension as one video", bool,
-        tasks=("input_video",))
+    include_input: bool = some(False, "write the input clip and its extension as one video", bool)
     no_metadata: bool = unrecorded(False, "leave out of the video what made it", bool)
     save_latents: Path | None = unrecorded(None, "also write the final latents of each pass",
         metavar="FILE.safetensors", path="output", only_in_line="write it into the lines, a name for each")

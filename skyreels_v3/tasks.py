@@ -13,11 +13,7 @@ import yaml
 PACKAGE = Path(__file__).resolve().parent
 # inside an installed package; beside it in a clone and in an editable install
 CONFIG_DIR = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
-TASK_NAMES = (
-    *("reference_to_video", "single_shot_extension", "shot_switching_extension", "talking_avatar"),
-    *("t2v", "i2v"),
-)
-HUNYUAN = "hunyuan"  # the layout of V1: HunyuanVideo's transformer, trained further
+NO_PRESETS = ("size_buckets.yaml", "tiny.yaml")
 TINY = "tiny"  # the built-in toy, in the place of a checkpoint's id
 RESOLUTIONS = ("480P", "540P", "720P")
 
@@ -44,9 +40,11 @@ class TaskSpec:
     summary: str
     model_id: str
     also_published_as: tuple[str, ...]
-    layout: str  # "diffusers", "native" (Wan-native) or HUNYUAN, see checkpoints/
+    family: str  # the folder of the model family, see families.py
+    layout: str  # of the checkpoint: "diffusers" or "native" (Wan-native)
     transformer_folder: str
-    inputs: tuple[str, ...]
+    inputs: tuple[str, ...]  # flags that it needs
+    takes: tuple[str, ...]  # flags that only some tasks have
     size_buckets: str
     resolution: str
     fps: int
@@ -63,17 +61,8 @@ class TaskSpec:
     condition_frames: int | Mapping[int, int] = 0
     negative_prompt: str = ""
     window_prompt: str = ""
+    lenient: bool = False  # flags that it has no use for are accepted, with a note
     example: tuple[str, ...] = ()  # lines of flags for --help
-
-    @property
-    def family(self) -> str:
-        """The folder of the model family, "wan" or "hunyuan"."""
-        return HUNYUAN if self.layout == HUNYUAN else "wan"
-
-    @property
-    def kinds(self) -> frozenset[str]:
-        """What flags ask of a task that they are for: its inputs, or its layout."""
-        return frozenset((*self.inputs, self.layout))
 
     def condition_frames_for(self, duration: int) -> int:
         """Number of last frames of the input clip that the model sees."""
@@ -92,6 +81,7 @@ def task_spec(name: str) -> TaskSpec:
         max_duration=duration["max"],
         also_published_as=tuple(raw.pop("also_published_as")),
         inputs=tuple(raw.pop("inputs")),
+        takes=tuple(raw.pop("takes")),
         example=tuple(raw.pop("example").splitlines()),
         size=tuple(raw.pop("size", ())) or None,
         **raw,
@@ -140,3 +130,12 @@ def plan_roll_outs(duration: int, condition_latent_frames: int = 7) -> list[int]
             frames -= excess
         rolls.append(frames)
     return rolls
+
+
+def task_names() -> tuple[str, ...]:
+    """All tasks: those with a preset, V3's first."""
+    names = (path.stem for path in CONFIG_DIR.glob("*.yaml") if path.name not in NO_PRESETS)
+    return tuple(sorted(names, key=lambda name: (task_spec(name).family != "wan", name)))
+
+
+TASK_NAMES = task_names()

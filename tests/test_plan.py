@@ -34,7 +34,7 @@ from skyreels_v3.memory.quantize import Fp8Linear, quantize
 from skyreels_v3.memory.stream import STREAM_SLOTS, BlockStream
 from skyreels_v3.parallel.ranks import ParallelConfig, Ranks
 from skyreels_v3.request import GenerationRequest
-from skyreels_v3.tasks import HUNYUAN, TASK_NAMES, task_spec
+from skyreels_v3.tasks import TASK_NAMES, task_spec
 from skyreels_v3.tensors import replace_tensors
 from skyreels_v3.wan import sizes as sizes_of_wan
 from skyreels_v3.wan import vae
@@ -269,7 +269,7 @@ def test_the_plan_of_v1(frames, size, tokens, petaflop):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("task", [name for name in TASK_NAMES if task_spec(name).layout != HUNYUAN])
+@pytest.mark.parametrize("task", [name for name in TASK_NAMES if task_spec(name).family == "wan"])
 def test_bytes_of_the_published_transformers(task, dtype):
     """To the byte: whole, in FP8, and while blocks are streamed."""
     sizes = published(task)

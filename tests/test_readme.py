@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ V1_FLAGS = (
 
 
 def test_there_is_a_command_for_each_task():
-    assert [shlex.split(command)[1] for command in COMMANDS] == list(TASK_NAMES)
+    assert sorted(shlex.split(command)[1] for command in COMMANDS) == sorted(TASK_NAMES)
     assert len(OLD_COMMANDS) == 2
 
 
@@ -67,7 +68,17 @@ def test_the_options_page_is_current():
 
 
 def test_the_files_it_names_exist():
-    listing = README.split("## Files")[1]
-    for name in re.findall(r"^ +([\w./]+(?: [\w.]+\.py)*) {2,}", listing, re.MULTILINE):
-        for part in name.split():
-            assert (ROOT / part).exists() or (ROOT / "skyreels_v3" / part).exists(), part
+    listing = README.split("## Files")[1].split("[CONTRIBUTING")[0]
+    for name in re.findall(r"[\w./]+(?:\.py|/)(?= |$)", listing, re.MULTILINE):
+        assert (ROOT / name).exists() or (ROOT / "skyreels_v3" / name).exists(), name
+
+
+@pytest.mark.slow
+def test_the_python_example(monkeypatch, cache, capsys):
+    """With the toy, in small."""
+    monkeypatch.setenv("SKYREELS_CACHE", str(cache))
+    monkeypatch.chdir(ROOT)
+    (example,) = re.findall(r"^    from skyreels_v3 import load\n(?:(?:    .*)?\n)+", README, re.MULTILINE)
+    small = 'model_id="tiny", device="cpu", height=32, width=48, num_frames=5'
+    exec(textwrap.dedent(example).replace('memory="offload"', small))
+    assert "Done\n" in capsys.readouterr().out

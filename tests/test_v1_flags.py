@@ -12,7 +12,6 @@ from PIL import Image
 from skyreels_v3.cli import parse_flags, parse_request
 from skyreels_v3.errors import UserError
 from skyreels_v3.preflight import free_name
-from skyreels_v3.tasks import task_spec
 from tests.conftest import Case, bad, check_refused
 
 T2V = ["--task_type", "t2v", "--prompt", "FPS-24, A cat"]
@@ -218,10 +217,6 @@ def test_a_seed_that_leaves_no_room_for_the_others(monkeypatch):
     monkeypatch.setattr("secrets.randbelow", lambda limit: limit - 1)
     drawn = parse_request([*T2V, "--video_num", "3", "--seed", "-1"])
     assert [video.seed for video in drawn.videos()] == [2**32 - 3, 2**32 - 2, 2**32 - 1]
-
-
-def test_the_spec_says_what_it_is_for():
-    assert task_spec("t2v").kinds == {"hunyuan"} and task_spec("i2v").kinds == {"hunyuan", "image"}
 
 
 @pytest.mark.parametrize("argv", [T2V, I2V], ids=["t2v", "i2v"])
