@@ -116,8 +116,8 @@ def test_it_is_explained_once():
 def test_memory_modes_that_are_named_are_smaller(mode, smaller, quant):
     line, known = said(torch.OutOfMemoryError(GPU), mode, quant=quant), made(quant=quant)
     for name in MEMORY_MODES:
-        told = f"--memory {name} (about {known.peak(name, (2, 3)) / 1e9:.1f} GB)"
-        assert (told in line) == (name in smaller)
+        advice = f"--memory {name} (about {known.peak(name, (2, 3)) / 1e9:.1f} GB)"
+        assert (advice in line) == (name in smaller)
         assert name not in smaller or known.peak(name) < known.peak(mode)
     assert ("--low_vram" in line) == (quant is None)
     assert made(quant="fp8").stages["transformer"].streamed < made().stages["transformer"].streamed
