@@ -89,11 +89,9 @@ def read_pickle(file: Path) -> Tensors:
     """The tensors of one .pth or .bin file, memory-mapped; nothing but tensors is unpickled."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:  # its own message advises to unpickle anything
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        # torch's own message may advise to unpickle anything
         raise CheckpointError(f"{file} is damaged or holds something other than tensors; download it again") from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{file} cannot be read ({reason}); download it again") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{file} holds something other than a dictionary of tensors; download it again")
     return content

@@ -30,19 +30,15 @@ NATIVE_TRANSFORMER: KeyMap = (
 )
 
 # Wan-native UMT5 encoder -> transformers' UMT5EncoderModel
-_TEXT_ATTENTION = {rf"attn\.{part}": part for part in "qkvo"}
-_FEED_FORWARD = {r"ffn\.gate\.0": "wi_0", r"ffn\.fc1": "wi_1", r"ffn\.fc2": "wo"}
+_TEXT_LAYERS = {
+    **{rf"attn\.{part}": f"0.SelfAttention.{part}" for part in "qkvo"},
+    **{r"pos_embedding\.embedding": "0.SelfAttention.relative_attention_bias"},
+    **{"norm1": "0.layer_norm", "norm2": "1.layer_norm", r"ffn\.gate\.0": "1.DenseReluDense.wi_0"},
+    **{r"ffn\.fc1": "1.DenseReluDense.wi_1", r"ffn\.fc2": "1.DenseReluDense.wo"},
+}
 NATIVE_TEXT_ENCODER: KeyMap = (
     *rename_layers("", "", {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}),
-    *rename_layers("blocks.#.", "encoder.block.#.layer.0.", {"norm1": "layer_norm"}),
-    *rename_layers("blocks.#.", "encoder.block.#.layer.0.SelfAttention.", _TEXT_ATTENTION),
-    *rename_layers(
-        "blocks.#.pos_embedding.",
-        "encoder.block.#.layer.0.SelfAttention.",
-        {"embedding": "relative_attention_bias"},
-    ),
-    *rename_layers("blocks.#.", "encoder.block.#.layer.1.", {"norm2": "layer_norm"}),
-    *rename_layers("blocks.#.", "encoder.block.#.layer.1.DenseReluDense.", _FEED_FORWARD),
+    *rename_layers("blocks.#.", "encoder.block.#.layer.", _TEXT_LAYERS),
 )
 
 # transformers' own files may hold the tied token embedding once or twice.

@@ -15,7 +15,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -220,9 +219,7 @@ def test_a_snapshot_that_is_only_partly_cached(served, fetch, tmp_path):
 
 def test_offline_without_a_cache_says_what_to_do(fetch):
     for more in ({}, {"HF_HUB_OFFLINE": "1"}):
-        start = time.perf_counter()
         run = fetch(NOWHERE, *REFERENCE, **more)
-        assert time.perf_counter() - start < 5
         assert run.returncode == 1
         message = run.stderr.splitlines()[-1]
         assert message.startswith("--model_id: some/model could not be fetched from huggingface (")
@@ -232,9 +229,7 @@ def test_offline_without_a_cache_says_what_to_do(fetch):
 
 def test_an_interrupted_download_ends_at_once_and_goes_on(served, fetch, tmp_path):
     server = served("reference_to_video")
-    server.slow = "transformer/diffusion_pytorch_model.safetensors"
-    if server.slow not in server.files:
-        server.slow = max(server.files.keys() - set(UNNEEDED), key=lambda name: len(server.files[name]))
+    server.slow = max(server.files.keys() - set(UNNEEDED), key=lambda name: len(server.files[name]))
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     kept = {key: v for key, v in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()}
     run = subprocess.Popen(
@@ -244,10 +239,8 @@ def test_an_interrupted_download_ends_at_once_and_goes_on(served, fetch, tmp_pat
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     assert server.reached.wait(60)
-    begin = time.perf_counter()
     run.send_signal(signal.SIGINT)
-    _, stderr = run.communicate(timeout=30)
-    assert time.perf_counter() - begin < 10
+    _, stderr = run.communicate(timeout=25)  # the server would answer after 30 s
     assert (run.returncode, stderr.splitlines()[-1]) == (130, "interrupted")
     server.released.set()
     server.slow = ""
@@ -307,15 +300,6 @@ def test_published_ids_are_hub_ids(name):
         source = [word for flag in spec.inputs for word in (f"--{flag}", "a")]
         request = parse_request(["--task_type", name, "--prompt", "a", *source, "--model_id", model_id])
         assert locate(request) is None
-
-
-def test_modelscope_needs_its_package(monkeypatch):
-    argv = [*REFERENCE, "--model_source", "modelscope"]
-    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="--model_source: modelscope needs its package; pip install modelscope"):
-        locate(parse_request(argv))
-    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: object())
-    assert locate(parse_request(argv)) is None
 
 
 def test_modelscope_gets_the_same_patterns(monkeypatch, reference):
