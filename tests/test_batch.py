@@ -332,6 +332,7 @@ def on_make(monkeypatch) -> Callable[[Callable[[Any], object]], None]:
     return on_make
 
 
+@pytest.mark.slow
 def test_good_and_bad_lines(main, write, loads, on_make, tmp_path, caplog):
     file = write(
         FOX | {"output": "one.mp4", "seed": -1}, MISSING, "", "no JSON", BOAT | {"output": "frames/"},

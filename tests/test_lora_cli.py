@@ -68,6 +68,7 @@ def relative(made: np.ndarray, expected: np.ndarray) -> float:
     return float((made - expected).std() / expected.std())
 
 
+@pytest.mark.slow
 def test_scales_and_several(make, lora, tmp_path):
     other = write_lora(tmp_path / "other.safetensors", seed=1, rank=2)
     plain, one = make(), make("--lora", lora)

@@ -180,6 +180,7 @@ def test_numbers_that_the_plan_repeats():
     assert sizes_of_wan.TOKENS_AT_ONCE == block.TOKENS_AT_ONCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("height", "width"), [(720, 1280), (480, 832)])
 @pytest.mark.parametrize("tiles", [(1, 1), (2, 3)])

@@ -166,6 +166,7 @@ def fetch(tmp_path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return fetch
 
 
+@pytest.mark.slow
 def test_only_what_the_task_needs_is_fetched_and_found_again_offline(served, fetch):
     server = served("reference_to_video")
     run = fetch(server.url, *REFERENCE)
@@ -205,6 +206,7 @@ def test_an_incomplete_model_on_the_hub(served, fetch):
     assert re.search(r"--model_id: .*is no complete reference_to_video checkpoint: missing vae/config.json", run.stderr)
 
 
+@pytest.mark.slow
 def test_a_snapshot_that_is_only_partly_cached(served, fetch, tmp_path):
     server = served("reference_to_video")
     folder = Path(fetch(server.url, *REFERENCE, "--quiet").stdout.strip())
@@ -227,6 +229,7 @@ def test_offline_without_a_cache_says_what_to_do(fetch):
         assert "try --model_source modelscope, or download it elsewhere and give its folder" in message
 
 
+@pytest.mark.slow
 def test_an_interrupted_download_ends_at_once_and_goes_on(served, fetch, tmp_path):
     server = served("reference_to_video")
     server.slow = max(server.files.keys() - set(UNNEEDED), key=lambda name: len(server.files[name]))
@@ -261,6 +264,7 @@ def test_a_model_that_not_everybody_gets(served, fetch, status):
         assert way_out in run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

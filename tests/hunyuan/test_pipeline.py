@@ -102,6 +102,7 @@ def test_text_to_video(main, stock, way, guidance):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["plain", "streamed, pinned"])
 def test_image_to_video(main, stock, picture, way):
     flags = ["--num_frames", FRAMES, "--image", picture, "--negative_prompt", NEGATIVE]
@@ -128,6 +129,7 @@ def test_a_picture_of_another_shape_and_more_than_a_tile(main, stock, tmp_path, 
     torch.testing.assert_close(made(main, "i2v", *flags), latents, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_embedded_guidance_is_told(main, stock):
     pipeline = stock("t2v")
     latents = pipeline(
@@ -139,6 +141,7 @@ def test_the_embedded_guidance_is_told(main, stock):
     assert (made(main, "t2v", *flags, "--embedded_guidance_scale", 1, "--save_latents", "b.safetensors")).numel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
 def test_fp8(main, stock, picture, task):
     """24 dB of signal over noise in the latents: that of a weight whose rounding, up to 1 in 16, is at its worst."""
@@ -151,6 +154,7 @@ def test_fp8(main, stock, picture, task):
     assert 20 * math.log10(latents.pow(2).mean().sqrt() / error) > 24
 
 
+@pytest.mark.slow
 def test_frames(main, stock, tmp_path):
     """The decoded video, through H.264."""
     code, _, _ = main("--task_type", "t2v", *COMMAND, "--num_frames", FRAMES, "--negative_prompt", NEGATIVE,

@@ -20,6 +20,7 @@ from tests.planning import planned
 CLIP = Path(__file__).resolve().parents[2] / "assets" / "boat.mp4"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("duration", [6, 11, 26])
 def test_exactly_the_seconds_asked_for(tmp_path, monkeypatch, duration):
     """After 26 s five roll-outs have already made more than enough, and the sixth is made all the same, as official."""
