@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load, save
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -98,11 +99,17 @@ class Parallel:
         """What `make` returns on the main process, where alone it is called; elsewhere on the CPU."""
         if self.is_single:
             return dict(make())
-        # cloned: of a view all that it is a view of would be sent
-        made = [{name: tensor.cpu().clone() for name, tensor in make().items()} if self.is_main else None]
-        dist.broadcast_object_list(made)
-        assert made[0] is not None
-        return made[0]
+        # as a safetensors file: nothing is unpickled
+        made = save({name: tensor.cpu().clone() for name, tensor in make().items()}) if self.is_main else b""
+        length = torch.tensor([len(made)])
+        dist.broadcast(length, 0)
+        content = (
+            torch.frombuffer(bytearray(made), dtype=torch.uint8)
+            if made
+            else torch.empty(int(length), dtype=torch.uint8)
+        )
+        dist.broadcast(content, 0)
+        return load(content.numpy().tobytes())
 
     def predictions(self, names: Sequence[str], predict: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """`predict` of each condition's name, each computed by one of the ranks that divide the guidance."""
