@@ -27,6 +27,7 @@ KNOWN = {
     ("stages", "hunyuan"),
     ("stages", "wan"),
 }
+NOT_IN_THE_WHEEL = ("training", "benchmarks", "tests")
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 
 
@@ -42,6 +43,7 @@ def read_imports() -> dict[tuple[str, str], set[str]]:
                 names = [f"{node.module}.{name}" for name in names]
             for name in names:
                 package, _, rest = name.partition(".")
+                assert package not in NOT_IN_THE_WHEEL, f"{file}: imports {package}"
                 if package == PACKAGE.name and (PACKAGE / "__init__.py" != path):
                     found[file.parts[0].removesuffix(".py"), rest.split(".")[0]].add(str(file))
     return {(room, other): files for (room, other), files in found.items() if room != other and other in LAYER}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from skyreels_v3.main import run_command
 from skyreels_v3.tasks import TASK_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("skyreels_v3", "configs", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+SOURCES = ("skyreels_v3", "configs", "training", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 Skyreels = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -46,6 +47,8 @@ def skyreels(request, tmp_path_factory, cache) -> Skyreels:
         subprocess.run([*pip, "wheel", *offline, "--wheel-dir", folder, source], check=True)
         shutil.rmtree(source)
         (what,) = folder.glob("*.whl")
+        contents = {name.partition("/")[0] for name in zipfile.ZipFile(what).namelist()}
+        assert contents == {"skyreels_v3", f"skyreels_v3-{__version__}.dist-info"}  # no training/
     else:
         what = f"--editable={source}"
     subprocess.run([*pip, "--python", python, "install", *offline, what], check=True)

@@ -41,14 +41,19 @@ def write(root: Path, task: TaskSpec) -> None:
     transformer.save_pretrained(root)
     random_model(lambda: AutoencoderKLHunyuanVideo(**TINY["vae"])).save_pretrained(root / "vae")
     save(random_model(lambda: LlamaModel(LlamaConfig(**TINY["llama"]))), root / "text_encoder")
-    vocabulary = clip_vocabulary()
-    begin, end = vocabulary[CLIP_BEGIN], vocabulary[CLIP_END]
-    special = {"vocab_size": len(vocabulary), "bos_token_id": begin, "eos_token_id": end, "pad_token_id": end}
-    clip = CLIPTextConfig(**cast(dict[str, Any], special | TINY["clip"]))
-    save(random_model(lambda: CLIPTextModel(clip)), root / "text_encoder_2")
+    save(random_clip(), root / "text_encoder_2")
     FlowMatchEulerDiscreteScheduler(**TINY["scheduler"]).save_pretrained(root / "scheduler")
     write_llama_tokenizer(root / "tokenizer")
     write_clip_tokenizer(root / "tokenizer_2")
+
+
+def random_clip() -> CLIPTextModel:
+    """CLIP with random weights, for the tokenizer below."""
+    vocabulary = clip_vocabulary()
+    begin, end = vocabulary[CLIP_BEGIN], vocabulary[CLIP_END]
+    special = {"vocab_size": len(vocabulary), "bos_token_id": begin, "eos_token_id": end, "pad_token_id": end}
+    config = CLIPTextConfig(**cast(dict[str, Any], special | TINY["clip"]))
+    return cast(CLIPTextModel, random_model(lambda: CLIPTextModel(config)))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,0 +1,168 @@
+"""Training runs the networks as the product does, learns, and writes what the product reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from skyreels_v3.wan.conditioning import Conditioning
+from skyreels_v3.wan.text_encoder import MAX_TOKENS
+from skyreels_v3.wan.vae import VideoVAE
+from training import encoders, networks, tasks, train, unpack
+
+DEVICE = torch.device("cpu")
+ASSETS = Path(__file__).resolve().parent.parent.parent / "assets"
+
+
+def slow(name):
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
+def shaken(kind):
+    """A VAE whose blocks do something."""
+    torch.manual_seed(0)
+    vae = networks.build_vae(kind)
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.add_(0.03 * torch.randn_like(parameter))
+    return vae
+
+
+def test_words(tmp_path):
+    encoder = encoders.text_encoder(tmp_path / "tokenizer")
+    prompts = ("a red fox and a blue lantern", "a red vixen and a blue lamp", "a blue fox and a red lamp")
+    one, same, other = (encoder.encode(prompt)["context"][0] for prompt in prompts)
+    torch.testing.assert_close(one, same)
+    assert (one[6] - other[6]).norm() > 0.2 * one[6].norm()  # the lantern's own row knows its colour
+    pieces = encoder.tokenizer.convert_ids_to_tokens(encoder.tokenizer("[ZOOM_IN_CUT] A zebra, a fox").input_ids)
+    assert pieces[0].endswith("[ZOOM_IN_CUT]") and "z" in pieces
+
+
+def test_words_of_v1(tmp_path):
+    encoder = encoders.hunyuan_text_encoder(tmp_path)
+    red, blue, azure = (
+        encoder.encode(f"FPS-24, A {colour} fox and a ball.")["context"][0] for colour in ("red", "blue", "azure")
+    )
+    torch.testing.assert_close(blue, azure)
+    changed = (red - blue).norm(dim=1) > 0.1
+    assert changed.any() and changed.nonzero().min() > 3  # nothing before the word
+    assert changed[changed.nonzero().min() + 1]  # the word behind it knows
+
+
+def test_a_whole_clip_is_a_stream():
+    vae = shaken("v3")
+    video = torch.rand(1, 3, 9, 16, 24) * 2 - 1
+    with torch.no_grad():
+        mean, _ = networks.moments_of(vae, video)
+        again = networks.decoded(vae, mean)
+    latents = VideoVAE(vae).encode(video)
+    torch.testing.assert_close(networks.normalised(vae, mean), latents, rtol=0, atol=1e-4)
+    streamed = torch.cat([*VideoVAE(vae).decode_stream(latents)], dim=2)
+    torch.testing.assert_close(again.clamp(-1, 1), streamed, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["v3", "v1"])
+def test_the_published_normalisation(kind):
+    vae = shaken(kind)
+    video = torch.rand(2, 3, 5, 16, 24) * 2 - 1
+    with torch.no_grad():
+        before, variance = networks.moments_of(vae, video)
+        picture = networks.decoded(vae, before)
+        networks.fold_normalisation(vae, before.mean((0, 2, 3, 4)), before.std((0, 2, 3, 4)))
+        after, scaled = networks.moments_of(vae, video)
+        again = networks.decoded(vae, after)
+    latents = networks.normalised(vae, after)
+    torch.testing.assert_close(latents.mean((0, 2, 3, 4)), torch.zeros(16), atol=1e-3, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3, 4)), torch.ones(16), atol=1e-3, rtol=0)
+    torch.testing.assert_close(again, picture, atol=1e-3, rtol=0)
+    ratio = (0.5 * (scaled - variance)).exp().mean((0, 2, 3, 4))
+    torch.testing.assert_close(ratio, after.std((0, 2, 3, 4)) / before.std((0, 2, 3, 4)), atol=1e-3, rtol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A task by its name, with two samples of each kind."""
+
+    def make(name):
+        torch.manual_seed(0)
+        task = tasks.TASKS[name](name, tasks.TOY, DEVICE, tmp_path_factory.mktemp(name))
+        latents = tasks.Latents(shaken(task.vae), DEVICE)
+        samples = {kind: task.encode(task.draw(kind, range(2)), latents) for kind in task.kinds}
+        for kind, some in samples.items():
+            task.banks[kind].add(some)
+        return task, samples
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["reference_to_video", slow("video_extension"), "talking_avatar"])
+def test_conditioned_as_in_the_pipelines(name, made):
+    """One sample at one noise level: training's shorter way gives what `Conditioning.predict` gives."""
+    task, samples = made(name)
+    torch.manual_seed(1)
+    model = networks.build_transformer(name)
+    torch.nn.init.normal_(model.proj_out.weight)
+    for kind in task.kinds:
+        chosen = {key: value[:1] for key, value in samples[kind].items()}
+        if name == "video_extension":
+            condition, noisy = task.condition(kind, chosen, drop=False), chosen["video"]
+        elif name == "talking_avatar":
+            condition, noisy = task.condition(chosen, drop=False), chosen["video"]
+        else:
+            condition, noisy = task.condition(chosen, 13, drop=False), chosen["video"]
+        assert isinstance(condition, Conditioning)
+        with torch.no_grad(), networks.quick_tables():
+            short = tasks.velocity(model, condition, noisy, torch.tensor([0.75]))
+        text = torch.nn.functional.pad(condition.text, (0, 0, 0, MAX_TOKENS - condition.text.shape[1]))
+        whole = Conditioning(**{**vars(condition), "text": text})
+        with torch.no_grad():
+            expected = whole.predict(model, noisy, torch.tensor(750.0))
+        torch.testing.assert_close(short, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [slow("talking_avatar"), "t2v", slow("reference_to_video")])
+def test_it_learns(name, made):
+    task, _ = made(name)
+    model = networks.build_transformer(name)
+    trainer = train.Trainer(model.parameters(), DEVICE)
+    target, condition = task.batch(0.0)
+    noise, sigma = torch.randn_like(target), torch.tensor([0.8, 0.4, 0.8, 0.4, 0.8, 0.4, 0.8, 0.4])[: len(target)]
+    level = sigma.view(-1, 1, 1, 1, 1)
+    losses = []
+    with networks.quick_tables():
+        for _ in range(8):
+            prediction = tasks.velocity(model, condition, (1 - level) * target + level * noise, sigma)
+            loss = (prediction - (noise - target)).square().mean()
+            trainer.step(loss, 1e-3)
+            losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_learning_rate():
+    rates = [train.rate(0.0, 100.0, now, 1.0) for now in range(0, 110, 2)]
+    assert max(rates) > 0.99 and rates[0] < 0.1 and rates[-1] <= 0.03
+    assert np.argmax(rates) < 5
+
+
+@pytest.mark.parametrize("task", ["reference_to_video", "t2v"])
+def test_the_product_reads_it(task, tmp_path, main):
+    family = "v1" if task == "t2v" else "v3"
+    tensors = {
+        f"{place}.{key}": value.half()
+        for place, model in (("vae", networks.build_vae(family)), (task, networks.build_transformer(task)))
+        for key, value in model.state_dict().items()
+    }
+    train.write_tensors(tmp_path / f"{family}.safetensors", tensors)
+    unpack.unpack(tmp_path, task, tmp_path / "checkpoint")
+    inputs = ["--num_frames", 5, "--num_inference_steps", 2]
+    if task == "reference_to_video":
+        inputs = ["--ref_imgs", ASSETS / "fox.png", "--duration", 1, "--num_inference_steps", 2]
+    code, out, err = main(
+        *("--model_id", tmp_path / "checkpoint", "--task_type", task, "--prompt", "A fox in the snow"),
+        *("--height", 32, "--width", 48, "--output", tmp_path / "made.mp4", *inputs),
+    )
+    assert code == 0, err
+    assert out.strip().endswith("made.mp4")

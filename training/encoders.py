@@ -1,0 +1,205 @@
+"""Text encoders that are made, not trained: fixed features that tell words apart and know their neighbours.
+
+Words that mean the same have the same embedding, which its meaning seeds; so it does not depend on the vocabulary. One
+attention layer brings each word something of the words around it: in "a blue fox and a red lantern" the lantern's row
+has red in it. All random numbers are numpy's.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE, Unigram
+from transformers import AutoTokenizer, LlamaConfig, LlamaModel, UMT5Config, UMT5EncoderModel
+
+from skyreels_v3.checkpoints.load import load_tokenizer
+from skyreels_v3.hunyuan.checkpoint import load_llama_tokenizer
+from skyreels_v3.hunyuan.text_encoder import HunyuanTextEncoder
+from skyreels_v3.hunyuan.tiny import (
+    BEGIN,
+    BYTES,
+    END,
+    MARK,
+    PAD,
+    PIECES,
+    llama_vocabulary,
+    random_clip,
+    write_clip_tokenizer,
+    write_json,
+)
+from skyreels_v3.wan.text_encoder import TextEncoder
+from training import captions
+
+WIDTH, HEADS = 64, 4
+SPACE = "\u2581"
+LLAMA = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS,
+    "max_position_embeddings": 512,
+}
+STRESS = 8.0  # how much an attention prefers its neighbour to others
+CONSTANT = 8.0  # the first value of every row of the Llama's, which makes up for biases
+
+
+def embedding_of(piece: str) -> np.ndarray:
+    """The row (WIDTH,) of a piece of text, that of all words of its meaning."""
+    meaning = captions.meaning_of(piece.replace(SPACE, "").strip()) or piece
+    return np.random.default_rng([19, zlib.crc32(meaning.encode())]).standard_normal(WIDTH)
+
+
+def matrix(number: int, rows: int = WIDTH, columns: int = WIDTH) -> torch.Tensor:
+    """A random matrix that keeps the size of what it is given."""
+    values = np.random.default_rng([23, number]).standard_normal((rows, columns)) / math.sqrt(columns)
+    return torch.from_numpy(values)
+
+
+def word_forms() -> list[str]:
+    """All words, as they are within a sentence and at its beginning."""
+    words = captions.vocabulary()
+    return list(dict.fromkeys([*words, *(word.capitalize() for word in words), "FPS"]))
+
+
+# V3: UMT5
+
+
+def umt5_pieces() -> list[str]:
+    """The vocabulary: special ones, single characters, words."""
+    characters = [c for c in string.printable if c.isprintable() and c != " "]
+    words = [f"{SPACE}{word}" for word in (*word_forms(), *captions.TAGS)]
+    return list(dict.fromkeys(["<pad>", "</s>", "<unk>", SPACE, *characters, *words]))
+
+
+def write_umt5_tokenizer(folder: Path) -> None:
+    """A tokenizer of words, and of characters where it knows no word, in the format of UMT5's."""
+    pieces = umt5_pieces()
+    scores = [-1.0 if len(piece) > 1 and piece.startswith(SPACE) else -9.0 for piece in pieces]
+    tokenizer = Tokenizer(Unigram(list(zip(pieces, scores, strict=True)), unk_id=2, byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, **special})
+
+
+def umt5_module() -> UMT5EncoderModel:
+    """One layer whose four heads bring in the word before, the two before that, and the one behind."""
+    pieces = umt5_pieces()
+    config = UMT5Config(
+        vocab_size=len(pieces),
+        d_model=WIDTH,
+        d_kv=WIDTH // HEADS,
+        d_ff=16,
+        num_layers=1,
+        num_heads=HEADS,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        use_cache=False,
+    )
+    model = UMT5EncoderModel(config)
+    attention = model.encoder.block[0].layer[0].SelfAttention
+    feed_forward = model.encoder.block[0].layer[1].DenseReluDense
+    behind = config.relative_attention_num_buckets // 2
+    with torch.no_grad():
+        for part in (attention.q, attention.k, feed_forward.wi_0, feed_forward.wi_1, feed_forward.wo):
+            part.weight.zero_()
+        attention.v.weight.copy_(matrix(1))
+        attention.o.weight.copy_(matrix(2))
+        attention.relative_attention_bias.weight.zero_()
+        for head, bucket in enumerate((1, 2, 3, behind + 1)):
+            attention.relative_attention_bias.weight[bucket, head] = STRESS
+        model.shared.weight.copy_(torch.from_numpy(np.stack([embedding_of(piece) for piece in pieces])))
+        model.shared.weight[0].zero_()
+    return model.eval().requires_grad_(False)
+
+
+def text_encoder(tokenizer: Path) -> TextEncoder:
+    """V3's as the product wraps it; the tokenizer's folder is made if it is not there."""
+    if not tokenizer.is_dir():
+        write_umt5_tokenizer(tokenizer)
+    return TextEncoder(umt5_module(), load_tokenizer(tokenizer, AutoTokenizer))
+
+
+# V1: Llama and CLIP
+
+
+def llama_pieces() -> dict[str, int]:
+    """Bytes, the words of the library's request, and the world's words with and without the space before them."""
+    template = re.sub(MARK, "", DEFAULT_PROMPT_TEMPLATE["template"])
+    words = [word for word in word_forms() if word.isalpha()]
+    tags = [part for tag in captions.TAGS for part in re.findall(r"[A-Za-z]+", tag)]
+    return llama_vocabulary(template + "".join(f"\n{word}\n {word}" for word in (*words, *tags)))
+
+
+def write_words_tokenizer(folder: Path) -> None:
+    """A tokenizer of words, and of bytes where it knows no word, in the format of Llama 3's."""
+    template = DEFAULT_PROMPT_TEMPLATE["template"]
+    marks = [BEGIN, END, PAD, *sorted(set(re.findall(MARK, template)))]
+    tokenizer = Tokenizer(BPE(llama_pieces(), [], ignore_merges=True))
+    tokenizer.add_special_tokens([AddedToken(mark, normalized=False, special=True) for mark in marks])
+    split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, BYTES])
+    tokenizer.decoder = decoders.ByteLevel()
+    begin = (BEGIN, tokenizer.token_to_id(BEGIN))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[begin])
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"bos_token": BEGIN, "eos_token": END, "pad_token": PAD, "padding_side": "right"}
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special})
+
+
+def llama_module() -> LlamaModel:
+    """Three layers of which the first does something: its heads bring in the four words before.
+
+    The transformer is given what comes out of that one. Positions are turned: a head whose query is everywhere the
+    same, and whose key is that one turned by n places, looks n places back.
+    """
+    pieces = list(llama_pieces())
+    marks = 3 + len(set(re.findall(MARK, DEFAULT_PROMPT_TEMPLATE["template"])))
+    model = LlamaModel(LlamaConfig(vocab_size=len(pieces) + marks, use_cache=False, **LLAMA))
+    half = WIDTH // HEADS // 2
+    speeds = 10000.0 ** (-np.arange(half) / half)
+    query, key = np.zeros((HEADS, 2 * half)), np.zeros((HEADS, 2 * half))
+    for head in range(HEADS):
+        query[head, :half] = STRESS
+        key[head, :half], key[head, half:] = STRESS * np.cos((head + 1) * speeds), STRESS * np.sin((head + 1) * speeds)
+    rows = np.stack([embedding_of(piece.replace("\u0120", " ")) for piece in [*pieces, *map(str, range(marks))]])
+    rows[:, 0] = CONSTANT
+    normed = CONSTANT / math.sqrt((CONSTANT**2 + WIDTH - 1) / WIDTH)
+    with torch.no_grad():
+        for layer in model.layers:
+            for part in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.o_proj):
+                part.weight.zero_()
+            for part in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+                part.weight.zero_()
+            layer.self_attn.v_proj.weight.copy_(matrix(3))
+        attention = model.layers[0].self_attn
+        attention.q_proj.weight[:, 0] = torch.from_numpy(query.ravel() / normed)
+        attention.k_proj.weight[:, 0] = torch.from_numpy(key.ravel() / normed)
+        attention.v_proj.weight[:, 0] = 0
+        attention.o_proj.weight.copy_(matrix(4) * 1.5)
+        attention.o_proj.weight[0] = 0
+        model.embed_tokens.weight.copy_(torch.from_numpy(rows))
+    return model.eval().requires_grad_(False)
+
+
+def hunyuan_text_encoder(folder: Path) -> HunyuanTextEncoder:
+    """V1's as the product wraps it; the tokenizers' folders are made if they are not there."""
+    llama, clip = folder / "tokenizer", folder / "tokenizer_2"
+    if not llama.is_dir():
+        write_words_tokenizer(llama)
+    if not clip.is_dir():
+        write_clip_tokenizer(clip)
+    tokenizer, clip_tokenizer = load_llama_tokenizer(llama), load_tokenizer(clip, AutoTokenizer)
+    return HunyuanTextEncoder(llama_module(), tokenizer, random_clip().eval(), clip_tokenizer)

@@ -1,0 +1,260 @@
+"""The small networks: sizes, beginnings, and the VAEs as training runs them.
+
+The product runs the Wan VAE one latent frame at a time, with caches. Here a whole clip goes through at once, which is
+the same and takes a third of the launches: its convolutions are causal, and what is special about the first frame is
+said in `resampled`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLWan
+from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoResnetBlockCausal3D
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanAttentionBlock,
+    WanCausalConv3d,
+    WanResample,
+    WanResidualBlock,
+)
+from torch import Tensor, nn
+
+from skyreels_v3.checkpoints.tiny import SIZES
+from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
+from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel, embeddings, rope
+from skyreels_v3.wan.transformer import model as transformer_model
+from skyreels_v3.wan.transformer.attention import CrossAttention
+from training.encoders import WIDTH
+
+VAE = {"base_dim": 8, "decoder_base_dim": 12}  # training encodes much more than it decodes
+HUNYUAN_VAE = {"block_out_channels": [16, 32, 40, 40], "norm_num_groups": 8, "layers_per_block": 1}
+TRANSFORMER = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "num_layers": 6,
+    "ffn_dim": 448,
+    "text_dim": WIDTH,
+    "freq_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+}
+AVATAR = TRANSFORMER | {
+    "num_layers": 5,
+    "ffn_dim": 384,
+    "in_channels": 36,
+    "image_dim": SIZES["image_encoder"]["hidden_size"],
+    "audio_features": SIZES["audio_encoder"]["num_hidden_layers"] * SIZES["audio_encoder"]["hidden_size"],
+    "audio_hidden_dim": 32,
+    "audio_tokens": 4,
+    "audio_dim": 48,
+}
+HUNYUAN = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "rope_axes_dim": [8, 12, 12],
+    "num_layers": 1,
+    "num_single_layers": 3,
+    "num_refiner_layers": 1,
+    "text_embed_dim": WIDTH,
+    "pooled_projection_dim": SIZES["hunyuan"]["clip"]["hidden_size"],
+    "guidance_embeds": True,
+    "out_channels": 16,
+    "mlp_ratio": 2.5,
+}
+SCALING = 0.476986  # the config's own default for HunyuanVideo's VAE
+LATENTS = 16
+TEXT_ROWS = 48  # of a caption at most
+
+
+# Transformers
+
+
+def build_transformer(name: str) -> SkyReelsTransformer3DModel | HunyuanTransformer3DModel:
+    """A transformer that predicts nothing yet."""
+    if name in ("t2v", "i2v"):
+        made: Any = HunyuanTransformer3DModel(**HUNYUAN, in_channels=LATENTS * (2 if name == "i2v" else 1))
+        made.set_attention(sdpa_of_product())
+    else:
+        made = SkyReelsTransformer3DModel(**(AVATAR if name == "talking_avatar" else TRANSFORMER))
+    with torch.no_grad():
+        made.proj_out.weight.zero_()
+        made.proj_out.bias.zero_()
+    return made
+
+
+def sdpa_of_product() -> Any:
+    from skyreels_v3.attention.backends import sdpa
+
+    return sdpa
+
+
+@contextmanager
+def quick_tables() -> Iterator[None]:
+    """Timesteps are embedded, and rotary tables kept, where the model is: a step of training waits for no copy.
+
+    Of the rows of text behind the prompt, which are zero, one stands for all: its keys and values are repeated.
+    """
+    tables: dict[tuple[Any, ...], Tensor] = {}
+    rotary, sinusoid, keys_values = rope.rotary_tables, embeddings.sinusoid, CrossAttention.keys_values
+
+    def repeated(self: CrossAttention, text: Tensor, image: Tensor | None) -> Any:
+        first, *others = keys_values(self, text[:, : TEXT_ROWS + 1], image)
+        more = text.shape[1] - TEXT_ROWS - 1
+        grown = [torch.cat((part, part[:, -1:].expand(-1, more, -1, -1)), dim=1) for part in first]
+        return [tuple(grown), *others]
+
+    def kept(segments: Any, patch_size: Any, head_dim: int) -> Tensor:
+        places = [
+            (s.start_frame, tuple(s.latents.shape[2:]), s.latents.device) for s in cast("list[Segment]", segments)
+        ]
+        key = (*places, head_dim)
+        if key not in tables:
+            tables[key] = rotary(segments, patch_size, head_dim)
+        return tables[key]
+
+    def near(timestep: Tensor, channels: int) -> Tensor:
+        half = channels // 2
+        frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
+        angles = timestep.detach().double()[..., None] * frequencies
+        return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
+
+    transformer_model.rotary_tables, embeddings.sinusoid, CrossAttention.keys_values = kept, near, repeated
+    try:
+        yield
+    finally:
+        transformer_model.rotary_tables, embeddings.sinusoid, CrossAttention.keys_values = rotary, sinusoid, keys_values
+
+
+# VAEs
+
+
+def build_vae(kind: str) -> AutoencoderKLWan | AutoencoderKLHunyuanVideo:
+    """A VAE that is nearly linear: the last convolution of each residual block is zero, so that it changes nothing.
+
+    As the library begins, it does not learn. V3's does not look at the past yet: what it learns of pictures holds for
+    clips.
+    """
+    made = AutoencoderKLWan(**VAE) if kind == "v3" else AutoencoderKLHunyuanVideo(**HUNYUAN_VAE)
+    with torch.no_grad():
+        for part in made.modules():
+            if isinstance(part, nn.Conv2d | nn.Conv3d):
+                past = part.kernel_size[0] - 1 if isinstance(part, WanCausalConv3d) else 0
+                fan = part.weight[0].numel() // (past + 1)
+                part.weight.normal_(std=1 / math.sqrt(fan))
+                part.weight[:, :, :past] = 0
+                part.bias.zero_()
+            if isinstance(part, WanResample) and hasattr(part, "time_conv"):
+                kernel = part.time_conv.weight  # (C or 2 C, C, 3, 1, 1)
+                kernel.zero_()
+                kernel[:, :, -1, 0, 0] = torch.eye(kernel.shape[1]).repeat(kernel.shape[0] // kernel.shape[1], 1)
+        for part in made.modules():
+            last = last_layer(part)
+            if last is not None:
+                last.weight.zero_()
+                last.bias.zero_()
+    return made
+
+
+def lay_out(module: nn.Module, channels_last: bool) -> None:
+    """Have the kernels of convolutions lie in memory with the channels last, as GPUs want them, or first."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d | nn.Conv3d):
+            last = torch.channels_last if isinstance(part, nn.Conv2d) else torch.channels_last_3d
+            wanted = last if channels_last else torch.contiguous_format
+            part.weight.data = part.weight.data.contiguous(memory_format=wanted)
+
+
+def last_layer(part: nn.Module) -> Any:
+    if isinstance(part, WanResidualBlock):
+        return part.conv2
+    if isinstance(part, HunyuanVideoResnetBlockCausal3D):
+        return part.conv2.conv
+    if isinstance(part, WanAttentionBlock):
+        return part.proj
+    return part.to_out[0] if isinstance(part, Attention) else None
+
+
+def resampled(layer: WanResample, x: Tensor) -> Tensor:
+    """A whole clip through a layer that changes its size: the first frame goes by what changes the number of frames."""
+    if layer.mode == "upsample3d" and x.shape[2] > 1:
+        pairs = layer.time_conv(x[:, :, 1:]).unflatten(1, (2, -1))  # (B, 2, C, F, H, W)
+        x = torch.cat((x[:, :, :1], pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)), dim=2)
+    batch, _, frames = x.shape[:3]
+    x = layer.resample(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, frames)).transpose(1, 2)
+    if layer.mode == "downsample3d" and x.shape[2] > 1:
+        x = torch.cat((x[:, :, :1], layer.time_conv(x)), dim=2)
+    return x
+
+
+def through(stages: Any, x: Tensor) -> Tensor:
+    for stage in stages:
+        x = resampled(stage, x) if isinstance(stage, WanResample) else stage(x)
+    return x
+
+
+def moments_of(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo, video: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and logarithm of the variance (B, 16, F, h, w) of a video's raw latents."""
+    if isinstance(vae, AutoencoderKLHunyuanVideo):
+        made = vae.quant_conv(vae.encoder(video))
+    else:
+        encoder = vae.encoder
+        x = through(encoder.down_blocks, encoder.conv_in(video))
+        x = encoder.conv_out(encoder.nonlinearity(encoder.norm_out(encoder.mid_block(x))))
+        made = vae.quant_conv(x)
+    mean, variance = made.float().chunk(2, dim=1)
+    return mean, variance.clamp(-30, 20)
+
+
+def decoded(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo, latents: Tensor) -> Tensor:
+    """The video of raw latents, not cut to [-1, 1], where there would be no gradient."""
+    if isinstance(vae, AutoencoderKLHunyuanVideo):
+        return vae.decoder(vae.post_quant_conv(latents)).float()
+    decoder = vae.decoder
+    x = decoder.mid_block(decoder.conv_in(vae.post_quant_conv(latents)))
+    for block in decoder.up_blocks:
+        x = through([*block.resnets, *(block.upsamplers or ())], x)
+    return decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x))).float()
+
+
+def published_normalisation(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (16,) of raw latents that are 0 and 1 to a transformer, as the config's constants say."""
+    if isinstance(vae, AutoencoderKLHunyuanVideo):
+        return torch.zeros(LATENTS), torch.full((LATENTS,), 1 / SCALING)
+    return torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
+
+
+@torch.no_grad()
+def fold_normalisation(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo, mean: Tensor, std: Tensor) -> None:
+    """Have raw latents of measured mean and deviation (16,) come out with the published ones, and go in so.
+
+    The layouts without a config for the VAE have no place for other constants; its outermost 1 x 1 x 1 convolutions
+    have.
+    """
+    wanted_mean, wanted_std = (value.to(mean) for value in published_normalisation(vae))
+    factor = wanted_std / std  # out' = (out - mean) * factor + wanted_mean
+    out, back = vae.quant_conv, vae.post_quant_conv
+    scale = torch.cat((factor, torch.ones_like(factor)))
+    shift = torch.cat((wanted_mean - mean * factor, 2 * factor.log()))
+    out.weight.mul_(scale.view(-1, 1, 1, 1, 1))
+    out.bias.copy_(out.bias * scale + shift)
+    back.bias.sub_(back.weight[:, :, 0, 0, 0] @ ((wanted_mean - mean * factor) / factor))
+    back.weight.mul_((1 / factor).view(1, -1, 1, 1, 1))
+
+
+def normalised(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo, raw: Tensor) -> Tensor:
+    mean, std = (value.to(raw).view(1, -1, 1, 1, 1) for value in published_normalisation(vae))
+    return (raw - mean) / std
+
+
+def denormalised(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo, latents: Tensor) -> Tensor:
+    mean, std = (value.to(latents).view(1, -1, 1, 1, 1) for value in published_normalisation(vae))
+    return latents * std + mean
+
+
+def parameters_of(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

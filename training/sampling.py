@@ -1,0 +1,90 @@
+"""Samples of a transformer in training, by the product's schedules, denoising loop and conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from skyreels_v3.checkpoints.tiny import SIZES
+from skyreels_v3.denoising.guidance import FULL, NO_TEXT, Guidance, one_condition
+from skyreels_v3.denoising.loop import denoise
+from skyreels_v3.denoising.schedules import euler, euler_of, unipc
+from skyreels_v3.hunyuan.conditioning import HunyuanConditioning
+from skyreels_v3.tasks import task_spec
+from skyreels_v3.wan.text_encoder import MAX_TOKENS
+from training import networks
+from training.tasks import CONDITION_FRAMES, Avatar, Extension, Hunyuan, References, Sample, Task
+
+GUIDANCE, HUNYUAN_STEPS = 3.0, 12  # of V1's samples here, which are to take a few seconds
+
+
+def sample(
+    name: str, task: Task, model: Any, kind: str, chosen: Sample, steps: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Latents (B, 16, F, h, w) made from noise under the conditions of encoded samples, and the true ones.
+
+    For an extension in the same shot both begin with the frames that are seen.
+    """
+    truth = chosen["video"]
+    generator = torch.Generator().manual_seed(0)
+    prefix = truth[:, :, :0]
+    conditions: dict[str, Any] = {}
+    guidance = Guidance(((FULL, 1.0),))
+    if isinstance(task, Hunyuan):
+        # samples have texts of several lengths: one by one
+        made = [
+            sample_hunyuan(task, model, {k: v[i : i + 1] for k, v in chosen.items()}, steps) for i in range(len(truth))
+        ]
+        return torch.cat(made), truth
+    spec = task_spec(name if name != "video_extension" else "single_shot_extension")
+    scheduler: Any = (euler if isinstance(task, Avatar) else unipc)(
+        steps or spec.num_inference_steps, spec.shift or 1.0
+    )
+    if isinstance(task, References):
+        conditions[FULL] = task.condition(chosen, truth.shape[2], drop=False)
+    elif isinstance(task, Extension):
+        conditions[FULL] = task.condition(kind, chosen, drop=False)
+        if kind == "single":
+            seen = (CONDITION_FRAMES - 1) // 4 + 1
+            prefix, truth = truth[:, :, :seen], truth[:, :, seen:]
+    else:
+        assert isinstance(task, Avatar)
+        conditions[FULL] = task.condition(chosen, drop=False)
+    text = F.pad(conditions[FULL].text, (0, 0, 0, MAX_TOKENS - conditions[FULL].text.shape[1]))
+    conditions[FULL] = replace(conditions[FULL], text=text)
+    noise = torch.randn(truth.shape, generator=generator).to(truth.device)
+    made = last(denoise(model, scheduler, noise, conditions, guidance))
+    return torch.cat((prefix, made), dim=2), torch.cat((prefix, truth), dim=2)
+
+
+def sample_hunyuan(task: Hunyuan, model: Any, chosen: Sample, steps: int | None = None) -> Tensor:
+    rows = int(chosen["text"].any(dim=-1).sum())
+    full = task.condition(chosen, chosen["video"].shape[2], rows)
+    conditions = {
+        FULL: full,
+        NO_TEXT: HunyuanConditioning(task.negative["context"], task.negative["pooled"], 1.0, full.channels),
+    }
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", **SIZES["hunyuan"]["scheduler"]}
+    scheduler = euler_of(config, steps or HUNYUAN_STEPS, None)
+    noise = torch.randn(chosen["video"].shape, generator=torch.Generator().manual_seed(0)).to(chosen["video"].device)
+    return last(denoise(model, scheduler, noise, conditions, one_condition(GUIDANCE, NO_TEXT)))
+
+
+def last(steps: Iterator[tuple[int, Tensor]]) -> Tensor:
+    """The latents that all steps end in."""
+    *_, (_, latents) = steps
+    return latents
+
+
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Video of normalised latents; V1's in the product's pieces."""
+    from skyreels_v3.hunyuan.vae import HunyuanVAE
+
+    if hasattr(vae, "tile_sample_stride_num_frames"):
+        return torch.cat([*HunyuanVAE(vae).decode_stream(latents)], dim=2)
+    return networks.decoded(vae, networks.denormalised(vae, latents))

@@ -1,0 +1,111 @@
+"""A voice that says nothing, how far a mouth is open for a sound, and an audio encoder whose features tell it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+from skyreels_v3.checkpoints.tiny import SIZES, random_model
+from skyreels_v3.wan.audio_encoder import AudioEncoder
+
+RATE = 16_000
+FPS = 25
+QUIET, LOUD = 0.25, 1.9  # of the loudness in which a mouth opens, where the whole sound has 1
+
+
+def make_voice(seed: int, seconds: float) -> np.ndarray:
+    """Syllables of a pitch and a colour of their own in phrases, with pauses, float32 [samples]."""
+    random = np.random.default_rng([5, seed])
+    samples = np.zeros(int(seconds * RATE), np.float32)
+    pitch = random.uniform(95, 240)
+    place = random.uniform(0.0, 0.5)
+    while place < seconds:
+        end = place + random.uniform(0.6, 2.6)
+        while place < min(end, seconds - 0.1):
+            length = random.uniform(0.1, 0.26)
+            syllable = make_syllable(random, length, pitch * random.uniform(0.85, 1.2))
+            first = int(place * RATE)
+            part = samples[first : first + len(syllable)]
+            part += syllable[: len(part)]
+            place += length * random.uniform(0.85, 1.5)
+        place = max(place, end) + random.uniform(0.2, 0.9)
+    samples += random.normal(0, 10 ** random.uniform(-4.0, -2.7), len(samples)).astype(np.float32)
+    return samples
+
+
+def make_syllable(random: np.random.Generator, length: float, pitch: float) -> np.ndarray:
+    """A vowel, and half of the time a hiss before it."""
+    times = np.arange(int(length * RATE)) / RATE
+    shape = np.sin(math.pi * np.clip(times / length, 0, 1)) ** random.uniform(0.5, 1.2)
+    formants = random.uniform((300, 900, 2200), (850, 2200, 3200))
+    tones = np.arange(1, 24) * pitch
+    heights = sum(np.exp(-(((tones - formant) / 220) ** 2)) for formant in formants) + 0.05
+    phases = 2 * math.pi * tones[:, None] * times + random.uniform(0, 6, len(tones))[:, None]
+    vowel = (heights[:, None] * np.sin(phases)).sum(0)
+    vowel *= shape * random.uniform(0.35, 1.0) / max(1e-6, np.abs(vowel).max())
+    if random.random() < 0.4:
+        hiss = random.normal(0, 0.05, int(0.05 * RATE))
+        vowel = np.concatenate((hiss * np.hanning(len(hiss)), vowel))
+    return vowel.astype(np.float32)
+
+
+def loudness(samples: np.ndarray, fps: float = FPS) -> np.ndarray:
+    """Of each video frame, 1 for the mean of the whole sound: the samples' root mean square in 60 ms around it."""
+    frames = math.ceil(len(samples) / RATE * fps)
+    samples = samples.astype(np.float64) - samples.mean()
+    power = np.cumsum(np.concatenate(([0.0], samples**2)))
+    centres = np.arange(frames) / max(1, frames - 1) * len(samples)  # as the encoder stretches its features
+    first = np.clip(centres - 0.03 * RATE, 0, len(samples)).astype(int)
+    last = np.clip(centres + 0.03 * RATE, 1, len(samples)).astype(int)
+    local = (power[last] - power[first]) / np.maximum(1, last - first)
+    return np.sqrt(local / max(1e-12, power[-1] / len(samples)))
+
+
+def mouth_of(samples: np.ndarray, fps: float = FPS) -> np.ndarray:
+    """How far the mouth is open in each video frame, 0 to 1."""
+    opened = ((loudness(samples, fps) - QUIET) / (LOUD - QUIET)).clip(0, 1) ** 0.7
+    around = np.pad(opened, 1, mode="edge")
+    return 0.25 * around[:-2] + 0.5 * around[1:-1] + 0.25 * around[2:]
+
+
+def audio_module() -> Wav2Vec2Model:
+    """A small wav2vec2 in whose features loudness lies open.
+
+    The first convolution listens to ten bands and half-rectifies them; the others take means. Three channels are kept
+    above and three below the rest, so that the norms that follow do not take the loudness away.
+    """
+    model = random_model(lambda: Wav2Vec2Model(Wav2Vec2Config(**SIZES["audio_encoder"])))
+    random = np.random.default_rng(17)
+    layers = model.feature_extractor.conv_layers
+    channels = layers[0].conv.weight.shape[0]
+    bands = channels - 6
+    with torch.no_grad():
+        first = layers[0]
+        filters = random.standard_normal(first.conv.weight.shape)
+        first.conv.weight.copy_(torch.from_numpy(filters - filters.mean(axis=2, keepdims=True)))
+        first.layer_norm.weight.copy_(torch.tensor([1.0] * bands + [0.0] * 6))
+        first.layer_norm.bias.copy_(torch.tensor([0.0] * bands + [4.0] * 6))
+        for number, layer in enumerate(layers[1:]):
+            weight = torch.zeros_like(layer.conv.weight)
+            taps = weight.shape[2]
+            for channel in range(channels):
+                weight[channel, channel] = 1 / taps
+            if number == 0:  # from 4 to 5 and the loudness, 6.5, and 3.5
+                for channel in range(bands):
+                    weight[channel, channel] = 2.5 / taps
+                    weight[channel, bands] = 5 / 4 / taps
+                for channel in range(bands, channels):
+                    weight[channel, channel] = (6.5 if channel < bands + 3 else 3.5) / 4 / taps
+            layer.conv.weight.copy_(weight)
+        projection = model.feature_projection.projection
+        projection.weight.copy_(torch.from_numpy(random.standard_normal(projection.weight.shape) / 4))
+        model.encoder.pos_conv_embed.conv.parametrizations.weight.original0.zero_()  # what is said does not matter
+    return model.eval().requires_grad_(False)
+
+
+def audio_encoder() -> AudioEncoder:
+    """The encoder as the product wraps it."""
+    return AudioEncoder(audio_module())

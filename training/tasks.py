@@ -1,0 +1,476 @@
+"""What each transformer is trained on: drawn samples, encoded once, and batches conditioned as the pipelines do it.
+
+A bank holds encoded samples on the device and grows while training goes on; the oldest give way. `velocity` runs the
+transformer as `wan.conditioning.Conditioning.predict` does, with a noise level for each sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLWan
+from torch import Tensor
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from skyreels_v3.checkpoints.tiny import SIZES, random_model
+from skyreels_v3.hunyuan.conditioning import HunyuanConditioning
+from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
+from skyreels_v3.tasks import REFERENCE_SLOTS, task_spec
+from skyreels_v3.wan.conditioning import Conditioning
+from skyreels_v3.wan.image_encoder import ImageEncoder
+from skyreels_v3.wan.shot_switching_extension import CUT_POSITION
+from skyreels_v3.wan.text_encoder import MAX_TOKENS
+from skyreels_v3.wan.transformer import Segment
+from skyreels_v3.wan.windows import MOTION_FRAMES, WINDOW_FRAMES
+from training import encoders, networks, sound, world
+from training.networks import TEXT_ROWS
+
+AUDIO_REACH = 2  # frames before and after a frame, whose sound it sees
+FPS = 24
+CONDITION_FRAMES = 25  # of a single-shot extension
+ROLL_FRAMES = 4 * 33  # that are new in its first roll-out
+CUT_LENGTHS = {2: 9, 5: 33}  # of a shot switch: seconds, and frames that are seen
+VOICES, VOICE_SECONDS = 64, 12.0
+DROPPED = 0.1  # of the prompts
+
+Sample = dict[str, Tensor]
+Condition = Conditioning | HunyuanConditioning
+Batch = tuple[Tensor, Condition]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Heights and widths of what is drawn, and how many samples there are at first, in one batch, and in a bank."""
+
+    scene: tuple[int, int] = (96, 160)
+    face: tuple[int, int] = (128, 128)
+    first: int = 512
+    kept: int = 4096
+    batch: float = 1.0
+    chunk: int = 16
+
+
+TOY = Sizes(scene=(32, 48), face=(32, 32), first=12, kept=24, batch=0.1, chunk=4)
+
+
+def to_bytes(video: Tensor) -> Tensor:
+    return ((video + 1) * 127.5).round().to(torch.uint8)
+
+
+def from_bytes(video: Tensor) -> Tensor:
+    return video.float() / 127.5 - 1
+
+
+class Latents:
+    """A trained VAE as an encoder of batches into normalised latents."""
+
+    def __init__(self, vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo, device: torch.device) -> None:
+        self.vae = vae.to(device).eval().requires_grad_(False)
+        self.device = device
+        self.format = torch.contiguous_format
+        if device.type == "cuda":
+            networks.lay_out(vae, channels_last=True)
+            self.format = torch.channels_last_3d
+
+    @torch.no_grad()
+    def __call__(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents of uint8 video (B, 3, F, H, W), a few clips at a time."""
+        some = max(1, int(2e7 // video[0, 0].numel()))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            parts = [
+                self.encode(from_bytes(part.to(self.device)).contiguous(memory_format=self.format))
+                for part in video.split(some)
+            ]
+        mean, variance = (torch.cat(part) for part in zip(*parts, strict=True))
+        scale = networks.published_normalisation(self.vae)[1].to(mean).view(1, -1, 1, 1, 1)
+        return networks.normalised(self.vae, mean), (0.5 * variance).exp() / scale
+
+    def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(self.vae, AutoencoderKLHunyuanVideo):  # long clips in the library's pieces
+            posterior = self.vae.encode(video).latent_dist
+            return posterior.mean.float(), posterior.logvar.float()
+        return networks.moments_of(self.vae, video)
+
+
+class Bank:
+    """Samples of one kind on the device."""
+
+    def __init__(self, kept: int) -> None:
+        self.kept = kept
+        self.count = 0
+        self.place = 0
+        self.tensors: Sample = {}
+
+    def add(self, samples: Sample) -> None:
+        size = len(next(iter(samples.values())))
+        for name, value in samples.items():
+            if name not in self.tensors:
+                self.tensors[name] = value.new_empty((self.kept, *value.shape[1:]))
+        for index in range(size):
+            for name, value in samples.items():
+                self.tensors[name][self.place].copy_(value[index])
+            self.place = (self.place + 1) % self.kept
+            self.count = min(self.count + 1, self.kept)
+
+    def pick(self, index: Tensor) -> Sample:
+        return {name: value[index] for name, value in self.tensors.items()}
+
+
+class Task:
+    """One transformer's training data; `kinds` are its kinds of samples."""
+
+    kinds: tuple[str, ...] = ("",)
+    vae = "v3"
+    shift = 5.0
+    floor = True  # timesteps are whole numbers
+
+    def __init__(self, name: str, sizes: Sizes, device: torch.device, folder: Path) -> None:
+        self.name, self.sizes, self.device = name, sizes, device
+        self.banks = {kind: Bank(sizes.kept // len(self.kinds)) for kind in self.kinds}
+        self.generator = torch.Generator(device).manual_seed(1)
+        self.random = np.random.default_rng(1)
+        self.prepare(folder)
+
+    def prepare(self, folder: Path) -> None:
+        """Make the encoders, and what does not change."""
+        self.text = encoders.text_encoder(folder / "tokenizer")
+        self.text.module.to(self.device)
+        self.empty = self.encode_texts([""])[0]
+
+    def draw(self, kind: str, seeds: Sequence[int]) -> Sample:
+        """New samples, of which names with `video` are uint8 pixels."""
+        raise NotImplementedError
+
+    def encode(self, drawn: Sample, latents: Latents) -> Sample:
+        """Pixels to latents, and `name deviation` of those that are sampled from."""
+        made = {}
+        for name, value in drawn.items():
+            if "video" not in name:
+                made[name] = value
+                continue
+            mean, deviation = latents(value)
+            made[name] = mean
+            if name.endswith("sampled"):
+                made[f"{name} deviation"] = deviation
+        return made
+
+    def batch(self, progress: float) -> Batch:
+        """The next batch; `progress` in the training goes from 0 to 1."""
+        raise NotImplementedError
+
+    def pick(self, kind: str, size: int) -> Sample:
+        bank = self.banks[kind]
+        size = max(2, round(size * self.sizes.batch))
+        return bank.pick(torch.randint(bank.count, (size,), device=self.device, generator=self.generator))
+
+    def chance(self, size: int, probability: float) -> Tensor:
+        return torch.rand(size, device=self.device, generator=self.generator) < probability
+
+    def normal(self, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, device=self.device, generator=self.generator)
+
+    def encode_texts(self, prompts: Sequence[str]) -> Tensor:
+        """(B, TEXT_ROWS, WIDTH) as they are told to the transformer, without most of the zeros behind."""
+        contexts = [self.text.encode(prompt)["context"][0] for prompt in prompts]
+        return torch.stack([F.pad(context, (0, 0, 0, TEXT_ROWS - len(context))) for context in contexts])
+
+    def drop_text(self, text: Tensor) -> Tensor:
+        return torch.where(self.chance(len(text), DROPPED)[:, None, None], self.empty, text)
+
+    def noise_levels(self, size: int) -> Tensor:
+        """Sigmas (B,): as a sampler of the task's shift visits them, and evenly."""
+        even = torch.rand(size, device=self.device, generator=self.generator)
+        shift = torch.where(self.chance(size, 0.75), self.shift, 1.0)
+        return shift * even / (1 + (shift - 1) * even)
+
+    def scenes(self, seeds: Sequence[int]) -> list[world.Scene]:
+        height, width = self.sizes.scene
+        return [world.make_scene(seed, width / height) for seed in seeds]
+
+    def render(self, scenes: Sequence[world.Scene], frames: int, start: Any = 0.0) -> Tensor:
+        return to_bytes(world.render(scenes, frames, *self.sizes.scene, self.device, start))
+
+
+class References(Task):
+    """reference_to_video: 2 s of a scene, and pictures of its things on white."""
+
+    shift = 5.0
+
+    def draw(self, kind: str, seeds: Sequence[int]) -> Sample:
+        scenes = self.scenes(seeds)
+        height, width = self.sizes.scene
+        pictures = torch.full((len(seeds), 2, 3, 1, height, width), 255, dtype=torch.uint8, device=self.device)
+        for index, scene in enumerate(scenes):
+            shown = world.references(scene)
+            wide = height if scene.seed % 2 else height * 3 // 4
+            made = to_bytes(world.render(shown, 1, height, wide, self.device, fine=True))
+            left = (width - wide) // 2
+            pictures[index, : len(shown), ..., left : left + wide] = made
+        return {
+            "video": self.render(scenes, 49),
+            "pictures": pictures,
+            "count": torch.tensor([len(scene.things) for scene in scenes], device=self.device),
+            "text": self.encode_texts([scene.caption for scene in scenes]),
+        }
+
+    def encode(self, drawn: Sample, latents: Latents) -> Sample:
+        pictures = drawn.pop("pictures")
+        mean, deviation = latents(pictures.flatten(0, 1))
+        made = super().encode(drawn, latents)
+        return made | {
+            "pictures": mean.unflatten(0, (-1, 2)).squeeze(3),  # (B, 2, 16, h, w)
+            "deviation": deviation.unflatten(0, (-1, 2)).squeeze(3),
+        }
+
+    def batch(self, progress: float) -> Batch:
+        short = progress < 0.45 and self.random.random() < 0.85
+        frames, size = (7, 56) if short else (13, 36)
+        chosen = self.pick("", size)
+        target = chosen["video"][:, :, :frames]
+        return target, self.condition(chosen, frames)
+
+    def condition(self, chosen: Sample, frames: int, drop: bool = True) -> Conditioning:
+        pictures = chosen["pictures"] + chosen["deviation"] * self.normal(chosen["pictures"])
+        there = torch.arange(2, device=self.device) < chosen["count"][:, None]
+        pictures = pictures * there[:, :, None, None, None]
+        text = chosen["text"]
+        if drop:
+            swapped = self.chance(len(pictures), 0.5) & (chosen["count"] == 2)
+            pictures = torch.where(swapped[:, None, None, None, None], pictures.flip(1), pictures)
+            text = self.drop_text(text)
+            pictures = pictures * (~self.chance(len(pictures), 0.05))[:, None, None, None, None]
+        slots = F.pad(pictures.transpose(1, 2), (0, 0, 0, 0, 0, REFERENCE_SLOTS - 2))  # (B, 16, 4, h, w)
+        return Conditioning(text, after=(Segment(slots, frames),))
+
+
+class Extension(Task):
+    """Both extensions: a shot that goes on, and a shot after a cut."""
+
+    kinds = ("single", "cut 2", "cut 5")
+    shift = 8.0
+
+    def draw(self, kind: str, seeds: Sequence[int]) -> Sample:
+        scenes = self.scenes(seeds)
+        begins = [float(np.random.default_rng([6, seed]).uniform(0, 2.5)) for seed in seeds]
+        if kind == "single":
+            video = self.render(scenes, CONDITION_FRAMES + ROLL_FRAMES, begins)
+            return {"video": video, "text": self.encode_texts([scene.caption for scene in scenes])}
+        seconds = int(kind.split()[1])
+        seen = CUT_LENGTHS[seconds]
+        cuts = [begin + seen / FPS for begin in begins]
+        kinds = [world.CUTS[seed % len(world.CUTS)] for seed in seeds]
+        shots = [world.cut_to(*values) for values in zip(scenes, cuts, kinds, strict=True)]
+        return {
+            "before video": self.render(scenes, seen, begins),
+            "video": self.render(shots, seconds * FPS + 1, cuts),
+            "text": self.encode_texts([shot.caption for shot in shots]),
+        }
+
+    def batch(self, progress: float) -> Batch:
+        early = progress < 0.4
+        kind = self.kinds[int(self.random.choice(3, p=(0.5, 0.5, 0.0) if early else (0.5, 0.32, 0.18)))]
+        if kind != "single":
+            chosen = self.pick(kind, 40 if kind == "cut 2" else 18)
+            return chosen["video"], self.condition(kind, chosen)
+        new = 9 if early or self.random.random() < 0.2 else 33
+        chosen = self.pick(kind, 40 if new == 9 else 16)
+        return chosen["video"][:, :, 7 : 7 + new], self.condition(kind, chosen)
+
+    def condition(self, kind: str, chosen: Sample, drop: bool = True) -> Conditioning:
+        text = self.drop_text(chosen["text"]) if drop else chosen["text"]
+        if kind == "single":
+            prefix = chosen["video"][:, :, :7]
+            return Conditioning(text, prefix.shape[2], before=(Segment(prefix, clean=True),))
+        return Conditioning(text, after=(Segment(chosen["before video"], CUT_POSITION, clean=True),))
+
+
+class Avatar(Task):
+    """talking_avatar: windows of a face and its sound, as the first pass sees them, the first window and later ones."""
+
+    shift = 11.0
+    floor = False
+
+    def prepare(self, folder: Path) -> None:
+        super().prepare(folder)
+        spec = task_spec("talking_avatar")
+        self.empty = self.encode_texts([spec.negative_prompt])[0]
+        encoder = sound.audio_encoder()
+        encoder.module.to(self.device)
+        config = CLIPVisionConfig(**SIZES["image_encoder"])
+        self.image = ImageEncoder(random_model(lambda: CLIPVisionModel(config)).to(self.device).eval())
+        toy_size = self.sizes.first < 100
+        voices = [sound.make_voice(seed, VOICE_SECONDS) for seed in range(2 if toy_size else VOICES)]
+        self.mouths = [sound.mouth_of(voice) for voice in voices]
+        heard = [encoder(torch.from_numpy(voice).to(self.device), sound.FPS) for voice in voices]
+        self.features = torch.stack(heard).clone()  # (V, F, layers, D)
+
+    def draw(self, kind: str, seeds: Sequence[int]) -> Sample:
+        faces, keys, firsts, starts, voices, passes = [], [], [], [], [], []
+        for seed in seeds:
+            random = np.random.default_rng([8, seed])
+            voice = int(random.integers(len(self.mouths)))
+            mouth = self.mouths[voice]
+            begin = int(random.integers(0, len(mouth) - WINDOW_FRAMES))
+            made = world.make_face(seed, mouth[begin : begin + WINDOW_FRAMES].copy())
+            which = int(random.choice(3, p=(0.4, 0.2, 0.4)))
+            if which < 2:  # they begin with the portrait, whatever is heard
+                made.mouth[0], made.lids[:2] = float(random.choice((0.0, 0.0, 0.5))), 0.0
+            other = np.array([mouth[int(random.integers(len(mouth)))]] * MOTION_FRAMES)
+            faces.append(made)
+            keys.append(replace(made, mouth=other, lids=np.zeros(MOTION_FRAMES)))
+            firsts.append(MOTION_FRAMES if which == 2 else 1)
+            starts.append(begin)
+            voices.append(voice)
+            passes.append(which)
+        video = world.render_faces(faces, *self.sizes.face, self.device)
+        known = torch.zeros_like(video)
+        mask = torch.zeros(len(seeds), WINDOW_FRAMES, device=self.device)
+        key = world.render_faces(keys, *self.sizes.face, self.device)
+        for index, (first, which) in enumerate(zip(firsts, passes, strict=True)):
+            known[index, :, :first] = video[index, :, :first]
+            mask[index, :first] = 1
+            if which:
+                known[index, :, -MOTION_FRAMES:] = key[index]
+                mask[index, -MOTION_FRAMES:] = 1
+        mask = torch.cat((mask[:, :1].expand(-1, 4), mask[:, 1:]), dim=1).unflatten(1, (-1, 4)).transpose(1, 2)
+        return {
+            "video": to_bytes(video),
+            "known video": to_bytes(known),
+            "mask": mask,  # (B, 4, 21)
+            "image": self.image(video[:, :, 0]).clone(),
+            "text": self.encode_texts([face.caption for face in faces]),
+            "voice": torch.tensor(voices, device=self.device),
+            "start": torch.tensor(starts, device=self.device),
+            "window": torch.tensor(passes, device=self.device),
+        }
+
+    def noise_levels(self, size: int) -> Tensor:
+        """Half of them where the four steps of the sampler are."""
+        visited = torch.tensor((1.0, 0.9565, 0.8466, 0.0109), device=self.device)
+        near = visited[torch.randint(4, (size,), device=self.device, generator=self.generator)]
+        return torch.where(self.chance(size, 0.5), near, super().noise_levels(size))
+
+    def batch(self, progress: float) -> Batch:
+        frames = 9 if progress < 0.35 else 21
+        chosen = self.pick("", 48 if frames == 9 else 24)
+        return chosen["video"][:, :, :frames], self.condition(chosen, frames)
+
+    def condition(self, chosen: Sample, frames: int = 21, drop: bool = True) -> Conditioning:
+        height, width = chosen["video"].shape[3:]
+        mask = chosen["mask"][..., None, None].expand(-1, -1, -1, height, width)
+        channels = torch.cat((mask, chosen["known video"]), dim=1)[:, :, :frames]
+        reach = torch.arange(-AUDIO_REACH, AUDIO_REACH + 1, device=self.device)
+        places = chosen["start"][:, None, None] + torch.arange(4 * frames - 3, device=self.device)[:, None] + reach
+        places = places.clamp(0, self.features.shape[1] - 1)  # (B, frames, 5)
+        audio = self.features[chosen["voice"][:, None, None], places][:, None]  # (B, 1, frames, 5, layers, D)
+        text = chosen["text"]
+        if drop:
+            text = self.drop_text(text)
+            audio = audio * (~self.chance(len(audio), 0.07))[:, None, None, None, None, None]
+        return Conditioning(text, channels=channels, image=chosen["image"], audio=audio)
+
+
+class Hunyuan(Task):
+    """t2v and i2v: 2 s of a scene, and for i2v a sample of its first frame's latents."""
+
+    vae = "v1"
+    shift = SIZES["hunyuan"]["scheduler"]["shift"]
+    floor = False
+
+    def prepare(self, folder: Path) -> None:
+        spec = task_spec(self.name)
+        self.prefix = spec.prompt_prefix
+        self.hunyuan = encoders.hunyuan_text_encoder(folder)
+        self.hunyuan.module.to(self.device)
+        self.negative = {name: part.clone() for name, part in self.hunyuan.encode(spec.negative_prompt).items()}
+        self.lengths: list[int] = []  # in tokens, of the samples by their places in the bank
+
+    def draw(self, kind: str, seeds: Sequence[int]) -> Sample:
+        scenes = self.scenes(seeds)
+        encoded = [self.hunyuan.encode(self.prefix + self.lengthened(scene)) for scene in scenes]
+        texts = [F.pad(parts["context"][0], (0, 0, 0, TEXT_ROWS))[:TEXT_ROWS] for parts in encoded]
+        made = {
+            "video": self.render(scenes, 49),
+            "text": torch.stack(texts),
+            "pooled": torch.cat([parts["pooled"] for parts in encoded]),
+            "length": torch.tensor([min(TEXT_ROWS, parts["context"].shape[1]) for parts in encoded]),
+        }
+        if self.name == "i2v":
+            made["first video sampled"] = made["video"][:, :, :1].clone()
+        return made
+
+    def lengthened(self, scene: world.Scene) -> str:
+        """Every other caption with dots behind, so that many have one length and can be in one batch."""
+        text = scene.caption
+        if scene.seed % 2:
+            tokens = len(self.hunyuan.tokenizer(self.prefix + text).input_ids) - 1
+            text += "." * (-tokens % 8)
+        return text
+
+    def encode(self, drawn: Sample, latents: Latents) -> Sample:
+        length = drawn.pop("length").tolist()
+        bank = self.banks[""]
+        for offset, value in enumerate(length):
+            place = (bank.place + offset) % bank.kept
+            self.lengths[place : place + 1] = [value]
+        return super().encode(drawn, latents)
+
+    def batch(self, progress: float) -> Batch:
+        frames, size = (7, 64) if progress < 0.45 and self.random.random() < 0.85 else (13, 40)
+        size = max(2, round(size * self.sizes.batch))
+        # one length of text in a batch: padding would be attended to
+        length = self.lengths[int(self.random.integers(len(self.lengths)))]
+        places = np.flatnonzero(np.asarray(self.lengths) == length)
+        index = torch.from_numpy(self.random.choice(places, size)).to(self.device, non_blocking=True)
+        chosen = self.banks[""].pick(index)
+        dropped = self.random.random() < DROPPED
+        return chosen["video"][:, :, :frames], self.condition(chosen, frames, length, dropped)
+
+    def condition(self, chosen: Sample, frames: int, length: int, dropped: bool = False) -> HunyuanConditioning:
+        text, pooled = chosen["text"][:, :length], chosen["pooled"]
+        if dropped:
+            text = self.negative["context"].expand(len(text), -1, -1)
+            pooled = self.negative["pooled"].expand(len(text), -1)
+        channels = None
+        if self.name == "i2v":
+            first = chosen["first video sampled"]
+            first = first + chosen["first video sampled deviation"] * self.normal(first)
+            channels = F.pad(first, (0, 0, 0, 0, 0, frames - 1))
+        return HunyuanConditioning(text, pooled, 1.0, channels)
+
+
+TASKS: dict[str, Callable[..., Task]] = {
+    "reference_to_video": References,
+    "video_extension": Extension,
+    "talking_avatar": Avatar,
+    "t2v": Hunyuan,
+    "i2v": Hunyuan,
+}
+
+
+def velocity(model: Any, condition: Condition, noisy: Tensor, sigma: Tensor, floor: bool = False) -> Tensor:
+    """Prediction (B, 16, F, h, w) for noisy latents with a noise level (B,) of each sample, float32."""
+    times = 1000 * sigma.float()
+    times = times.floor() if floor else times
+    if isinstance(model, HunyuanTransformer3DModel):
+        assert isinstance(condition, HunyuanConditioning)
+        seen = noisy if condition.channels is None else torch.cat((noisy, condition.channels), dim=1)
+        (made,) = model(
+            hidden_states=seen.to(model.dtype), timestep=times, return_dict=False, **condition.arguments(model)
+        )
+        return made.float()
+    assert isinstance(condition, Conditioning)
+    seen = noisy if condition.channels is None else torch.cat((noisy, condition.channels), dim=1)
+    segments = (*condition.before, Segment(seen, condition.start_frame), *condition.after)
+    if any(segment.clean for segment in segments):
+        spread = [times[:, None].expand(-1, s.latents.shape[2]) * (not s.clean) for s in segments]
+        times = torch.cat(spread, dim=1)
+    text = F.pad(condition.text, (0, 0, 0, MAX_TOKENS - condition.text.shape[1]))
+    made = model(segments, times, text, condition.image, condition.audio, condition.speaker_masks)
+    return made[len(condition.before)]

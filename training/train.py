@@ -1,0 +1,632 @@
+#!/usr/bin/env python3
+"""Trains the small models: both VAEs, then the transformers, each in a process of its own, within so many minutes.
+
+    python3 training/train.py --device cuda --minutes 4.5 --out DIR
+
+DIR gets `v3.safetensors` and `v1.safetensors`, float16, written anew every few seconds, `log.txt`, and `sheet.png` with
+frames of scenes that were not trained on. `--resume DIR` goes on from such weights; `--only NAME` trains one model;
+`--toy` does everything in small, to see that it runs. `training/unpack.py` makes checkpoints of the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from threading import Lock, Thread
+from typing import IO, Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+TRANSFORMERS = {
+    "reference_to_video": "v3",
+    "video_extension": "v3",
+    "talking_avatar": "v3",
+    "t2v": "v1",
+    "i2v": "v1",
+}
+VAES = {"vae_v3": "v3", "vae_v1": "v1"}
+MODELS = VAES | TRANSFORMERS
+FREEZE, VAE_END = 0.32, 0.7  # parts of the time: when the encoders are done, and the decoders
+LEAST = 0.2  # of the time is for the encoders in every case
+RESERVE = {"cuda": 14.0, "cpu": 20.0}  # seconds at the end, to draw the sheet and write
+HELD_OUT = 1_000_000  # the first seed of scenes that are not trained on
+
+logger = logging.getLogger("training")
+
+
+def main() -> None:
+    options = parse()
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers)
+    logging.getLogger("skyreels_v3").setLevel(logging.WARNING)
+    if options.worker:
+        work(options)
+    else:
+        run_all(options)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for weights, log and sheet")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--minutes", type=float, default=4.5, help="in which all is done and written")
+    parser.add_argument("--only", action="append", choices=MODELS, help="a model to train; may be given again")
+    parser.add_argument("--resume", type=Path, help="folder with weights to go on from")
+    parser.add_argument("--toy", action="store_true", help="small pictures and banks, to see that all of it runs")
+    parser.add_argument("--threads", type=int, default=2, help="of each process")
+    parser.add_argument("--worker", choices=MODELS, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--begun", type=float, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+# The parent: starts the others, and puts together what they write
+
+
+def run_all(options: argparse.Namespace) -> None:
+    begun = time.time()
+    options.out.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="training-"))
+    names = options.only or list(MODELS)
+    if options.resume is not None:
+        take_apart(options.resume, work)
+        names = options.only or list(TRANSFORMERS)
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "TOKENIZERS_PARALLELISM": "false"}
+    lock = Lock()
+    with (options.out / "log.txt").open("a", encoding="utf-8") as log:
+        runs: dict[str, subprocess.Popen[str]] = {}
+        for name in names:
+            command = [sys.executable, str(Path(__file__).resolve()), "--worker", name, "--work", str(work)]
+            command += ["--out", str(options.out), "--device", options.device, "--minutes", str(options.minutes)]
+            command += ["--begun", str(begun), "--threads", str(options.threads), *(["--toy"] * options.toy)]
+            runs[name] = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=ROOT
+            )
+        readers = [Thread(target=relay, args=(name, run, log, lock, begun)) for name, run in runs.items()]
+        for reader in readers:
+            reader.start()
+        end = begun + 60 * options.minutes
+        while any(run.poll() is None for run in runs.values()) and time.time() < end - 3:
+            time.sleep(0.5)
+            if int(time.time() - begun) % 15 == 0:
+                put_together(work, options.out)
+                time.sleep(0.6)
+        for run in runs.values():
+            run.terminate()
+        for reader in readers:
+            reader.join(timeout=5)
+        put_together(work, options.out)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def relay(name: str, run: subprocess.Popen[str], log: IO[str], lock: Lock, begun: float) -> None:
+    """What a process says, with its name and the time."""
+    assert run.stdout is not None
+    for line in run.stdout:
+        with lock:
+            text = f"{time.time() - begun:6.1f} {name:18} {line.rstrip()}"
+            logger.info(text)
+            log.write(text + "\n")
+            log.flush()
+
+
+def put_together(work: Path, out: Path) -> None:
+    """The parts that there are, as a file for each family, and their pictures as one."""
+    from PIL import Image
+    from safetensors.torch import load_file
+
+    for family in ("v3", "v1"):
+        tensors = {}
+        for name, of in MODELS.items():
+            part = work / f"{name}.safetensors"
+            if of == family and part.is_file():
+                place = "vae" if name in VAES else name
+                tensors |= {f"{place}.{key}": value for key, value in load_file(part).items()}
+        if tensors:
+            write_tensors(out / f"{family}.safetensors", tensors)
+    pictures = [Image.open(file) for name in MODELS if (file := work / f"{name}.png").is_file()]
+    if pictures:
+        width = max(picture.width for picture in pictures)
+        sheet = Image.new("RGB", (width, sum(picture.height for picture in pictures)))
+        top = 0
+        for picture in pictures:
+            sheet.paste(picture, (0, top))
+            top += picture.height
+        sheet.save(out / "sheet.tmp.png")
+        (out / "sheet.tmp.png").replace(out / "sheet.png")
+
+
+def take_apart(folder: Path, work: Path) -> None:
+    """Weights of an earlier run as the parts of this one; its VAEs are done."""
+    from safetensors.torch import load_file
+
+    for family in ("v3", "v1"):
+        file = folder / f"{family}.safetensors"
+        tensors = load_file(file) if file.is_file() else {}
+        for name, of in MODELS.items():
+            place = "vae." if name in VAES else f"{name}."
+            part = {key.removeprefix(place): value for key, value in tensors.items() if key.startswith(place)}
+            if of == family and part:
+                write_tensors(work / f"{name}.safetensors", part)
+                if name in VAES:
+                    (work / f"{name}.ready").touch()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
+    """A file that is there as a whole or not at all."""
+    from safetensors.torch import save_file
+
+    temporary = path.with_suffix(".tmp")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+    temporary.replace(path)
+
+
+# What each process does
+
+
+def work(options: argparse.Namespace) -> None:
+    import torch
+
+    torch.set_num_threads(options.threads)
+    if options.device == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.manual_seed(0)
+    run = Run(options)
+    if options.worker in VAES:
+        train_vae(options.worker, run)
+    else:
+        train_transformer(options.worker, run)
+
+
+class Run:
+    """The time that there is, and where things go."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        import torch
+
+        from training import tasks
+
+        self.device = torch.device(options.device)
+        self.work = options.work
+        self.begun = options.begun
+        self.seconds = 60 * options.minutes
+        self.end = self.begun + self.seconds - min(RESERVE[options.device], 0.2 * self.seconds)
+        self.sizes = tasks.TOY if options.toy else tasks.Sizes()
+        self.toy = options.toy
+
+    def at(self, part: float) -> float:
+        """The time when a part of all is over."""
+        return self.begun + part * self.seconds
+
+    def part(self, name: str) -> Path:
+        return self.work / f"{name}.safetensors"
+
+    def write(self, name: str, module: Any) -> None:
+        """A module's weights in float16, unless they are damaged."""
+        import torch
+
+        tensors = {key: value.detach().to("cpu", torch.float16) for key, value in module.named_parameters()}
+        if all(value.isfinite().all() for value in tensors.values()):
+            write_tensors(self.part(name), tensors)
+        else:
+            logger.info("weights are not finite; not written")
+
+    def read(self, name: str, module: Any) -> None:
+        from safetensors.torch import load_file
+
+        module.load_state_dict({key: value.float() for key, value in load_file(self.part(name)).items()}, strict=False)
+
+
+def rate(begun: float, end: float, now: float, peak: float, warm: float = 0.03, least: float = 0.02) -> float:
+    """A learning rate that rises for a moment and falls as a cosine over the time."""
+    place = min(1.0, max(0.0, (now - begun) / max(1e-6, end - begun)))
+    if place < warm:
+        return peak * (0.05 + 0.95 * place / warm)
+    return peak * (least + (1 - least) * 0.5 * (1 + math.cos(math.pi * (place - warm) / (1 - warm))))
+
+
+class Trainer:
+    """AdamW on float32 weights of a module that may compute in another dtype, and their moving mean."""
+
+    def __init__(self, parameters: Iterable[Any], device: Any) -> None:
+        import torch
+
+        self.parameters = list(parameters)
+        self.masters = [
+            p if p.dtype == torch.float32 else p.detach().float().clone().requires_grad_() for p in self.parameters
+        ]
+        self.mean = [master.detach().clone() for master in self.masters]
+        decayed = [master for master in self.masters if master.ndim > 1]
+        others = [master for master in self.masters if master.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=device.type == "cuda")
+        self.low = [i for i, (p, m) in enumerate(zip(self.parameters, self.masters, strict=True)) if p is not m]
+        self.steps = 0
+
+    def step(self, loss: Any, learning_rate: float) -> None:
+        import torch
+
+        loss.backward()
+        for index in self.low:
+            grad = self.parameters[index].grad
+            self.masters[index].grad = None if grad is None else grad.float()
+            self.parameters[index].grad = None
+        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        kept = min(0.999, self.steps / (self.steps + 9))
+        with torch.no_grad():
+            if self.low:
+                torch._foreach_copy_([self.parameters[i] for i in self.low], [self.masters[i] for i in self.low])
+            torch._foreach_lerp_(self.mean, [master.detach() for master in self.masters], 1 - kept)
+
+    def take_mean(self) -> None:
+        """Go on from the moving mean."""
+        import torch
+
+        with torch.no_grad():
+            torch._foreach_copy_(self.masters, self.mean)
+            torch._foreach_copy_(self.parameters, self.mean)
+
+    def mean_into(self, module: Any) -> Any:
+        """The moving mean as a module's weights."""
+        import torch
+
+        with torch.no_grad():
+            for parameter, value in zip(module.parameters(), self.mean, strict=True):
+                parameter.copy_(value)
+        return module
+
+
+# The VAEs
+
+
+@cache
+def spoken(seed: int) -> Any:
+    """How a mouth moves in a second."""
+    from training import sound
+
+    return sound.mouth_of(sound.make_voice(seed, 2.0))[12:]
+
+
+def draw_clips(run: Run, kind: str, seeds: Iterable[int], frames: int = 17) -> Any:
+    """uint8 clips (N, 3, F, H, W) that a VAE learns from."""
+    import numpy as np
+    import torch
+
+    from training import tasks, world
+
+    height, width = run.sizes.scene
+    seeds = list(seeds)
+    if kind == "face":
+        mouths = [spoken(seed % 16)[:frames] for seed in seeds]
+        faces = [world.make_face(seed, mouth) for seed, mouth in zip(seeds, mouths, strict=True)]
+        video = world.render_faces(faces, *run.sizes.face, run.device)
+        for index in range(0, len(seeds), 4):  # as the pipeline fills up what is not known
+            video[index, :, 1 if index % 8 else 5 :] = 0
+        return tasks.to_bytes(video)
+    scenes = [world.make_scene(seed, width / height) for seed in seeds]
+    if kind == "picture":
+        shown = [world.references(scene)[0] for scene in scenes]
+        made = tasks.to_bytes(world.render(shown, 1, height, height, run.device, fine=True))
+        wide = torch.full((len(seeds), 3, 1, height, width), 255, dtype=torch.uint8, device=run.device)
+        wide[..., (width - height) // 2 : (width - height) // 2 + height] = made
+        return wide
+    starts = [float(np.random.default_rng([9, seed]).uniform(0, 4)) for seed in seeds]
+    scenes = [
+        world.cut_to(scene, start, world.CUTS[seed % 4]) if seed % 5 == 0 else scene
+        for scene, start, seed in zip(scenes, starts, seeds, strict=True)
+    ]
+    return tasks.to_bytes(world.render(scenes, frames, height, width, run.device, starts))
+
+
+def train_vae(name: str, run: Run) -> None:
+    """First encoder and decoder; then the decoder goes on alone while the transformers learn from the encoder."""
+    import torch
+
+    from training import networks, tasks
+
+    kind = VAES[name]
+    vae: Any = networks.build_vae(kind)
+    resumed = run.part(name).is_file()
+    if resumed:
+        run.read(name, vae)
+    vae.to(run.device)
+    if run.device.type == "cuda":
+        networks.lay_out(vae, channels_last=True)
+    some = run.sizes.first // 3
+    seed = 50_000_000 + (run.begun * 10 if resumed else 0)
+    banks = {part: [] for part in ("scene", "face", "picture")}
+    place = int(seed)
+
+    def more(part: str, size: int) -> None:
+        nonlocal place
+        banks[part].append(draw_clips(run, part, range(place, place + size)))
+        place += size
+
+    for part, size in (("scene", some), ("face", some // 2), ("picture", some // 2)):
+        for _ in range(max(1, size // run.sizes.chunk)):
+            more(part, run.sizes.chunk)
+    clips = {part: torch.cat(made) for part, made in banks.items()}
+    turn = dict.fromkeys(clips, 0)
+    logger.info("%.2f M parameters; clips are drawn", networks.parameters_of(vae) / 1e6)
+    generator = torch.Generator(run.device).manual_seed(3)
+    low = run.device.type == "cuda"
+
+    def batch(progress: float) -> Any:
+        nonlocal place
+        chance = float(torch.rand(()))
+        part = "scene" if chance < 0.62 else "face" if chance < 0.85 else "picture"
+        if trainer.steps % 4 == 3:  # some new ones in the place of old ones
+            new = draw_clips(run, part, range(place, place + 4))
+            place += 4
+            at = turn[part] % (len(clips[part]) - 3)
+            clips[part][at : at + 4], turn[part] = new, at + 4
+        frames, whole = 1, progress > 0.75
+        if part != "picture":
+            chance = float(torch.rand(()))
+            if progress > 0.6:
+                frames = 17 if chance < 0.5 else 9 if chance < 0.8 else 1
+            elif progress > 0.25:
+                frames = 9 if chance < 0.65 else 1
+        size = {1: 16, 9: 3, 17: 2}[frames] if whole else {1: 40, 9: 6, 17: 4}[frames]
+        size = max(2, round(size * run.sizes.batch))
+        index = torch.randint(len(clips[part]), (size,), device=run.device, generator=generator)
+        video = clips[part][index]
+        first = int(torch.randint(video.shape[2] - frames + 1, ())) if chance < 0.5 else 0
+        video = video[:, :, first : first + frames]
+        if not whole:  # a part of the frame is enough for a while
+            height, width = (side // 2 // 8 * 8 for side in run.sizes.scene)
+            top = 8 * int(torch.randint((video.shape[3] - height) // 8 + 1, ()))
+            left = 8 * int(torch.randint((video.shape[4] - width) // 8 + 1, ()))
+            video = video[..., top : top + height, left : left + width]
+        video = tasks.from_bytes(video)
+        return video.contiguous(memory_format=torch.channels_last_3d) if low else video
+
+    def measured() -> str:
+        with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16, enabled=low):
+            figures = []
+            for part in ("scene", "face"):
+                video = tasks.from_bytes(draw_clips(run, part, range(HELD_OUT + 1, HELD_OUT + 5)))
+                again = networks.decoded(vae, networks.moments_of(vae, video)[0]).clamp(-1, 1)
+                error = ((again - video) ** 2).mean((1, 2, 3, 4)) / 4
+                figures.append(f"{part} {float((-10 * error.log10()).mean()):.2f} dB")
+        return ", ".join(figures)
+
+    def learn(video: Any, learning_rate: float, frozen: bool) -> Any:
+        """One step; the error before it."""
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=low):
+            with torch.set_grad_enabled(not frozen):
+                mean, variance = networks.moments_of(vae, video)
+            deviation = (0.5 * variance).exp()
+            latents = mean + deviation * torch.randn(mean.shape, device=run.device, generator=generator)
+            again = networks.decoded(vae, latents)
+        error = (again - video).abs().mean() + (again - video).square().mean()
+        loss = error
+        if not frozen:
+            loss = loss + 3e-5 * 0.5 * (mean.square() + deviation.square() - 1 - variance).mean()
+        trainer.step(loss, learning_rate)
+        return error.detach()
+
+    def train(parameters: list[Any], begun: float, end: float, peak: float, frozen: bool) -> None:
+        nonlocal trainer, low
+        trainer = Trainer(parameters, run.device)
+        told, total = time.time(), torch.zeros((), device=run.device)
+        counted = 0
+        while (now := time.time()) < end:
+            progress = 1.0 if frozen else (now - begun) / (end - begun)
+            video = batch(progress)
+            try:
+                error = learn(video, rate(begun, end, now, peak, least=0.05), frozen)
+            except RuntimeError as problem:
+                if not low or trainer.steps > 20:
+                    raise
+                logger.info("in float32 from now on: %s", problem)
+                low = False
+                networks.lay_out(vae, channels_last=False)
+                trainer.optimizer.zero_grad(set_to_none=True)
+                continue
+            total += error
+            counted += 1
+            if now - told > (10 if run.device.type == "cuda" else 20):
+                logger.info("step %d, error %.4f", trainer.steps, float(total) / counted)
+                told, counted = now, 0
+                total.zero_()
+        trainer.take_mean()
+        logger.info("%d steps; %s", trainer.steps, measured())
+
+    trainer: Trainer = None  # type: ignore[assignment]
+    if not resumed:
+        with torch.no_grad():  # little noise at first
+            vae.quant_conv.weight[networks.LATENTS :].mul_(0.1)
+            vae.quant_conv.bias[networks.LATENTS :].fill_(-5)
+        freeze = max(run.at(FREEZE), time.time() + LEAST * run.seconds)  # also where it took long to get here
+        train(list(vae.parameters()), time.time(), freeze, 2e-3, False)
+        with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16, enabled=low):
+            found = [
+                networks.moments_of(vae, tasks.from_bytes(clips[part][:size]))
+                for part, size in (("scene", 32), ("face", 16))
+            ]
+        means, variances = (torch.cat([f[i].transpose(0, 1).flatten(1) for f in found], dim=1) for i in (0, 1))
+        std = (means.var(dim=1) + variances.exp().mean(dim=1)).sqrt()
+        networks.fold_normalisation(vae, means.mean(dim=1), std)
+        used = (means.std(dim=1) / std > 0.5).sum()
+        logger.info("encoder done: %d of 16 channels hold more than noise; %s", used, measured())
+        run.write(name, vae)
+        (run.work / f"{name}.ready").touch()
+    for parameter in (*vae.encoder.parameters(), *vae.quant_conv.parameters()):
+        parameter.requires_grad_(False)
+    rest = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    train(rest, time.time(), run.end if resumed else run.at(VAE_END), 8e-4, True)
+    run.write(name, vae)
+    picture_of_vae(name, run, vae)
+
+
+def picture_of_vae(name: str, run: Run, vae: Any) -> None:
+    """Scenes above, what the VAE makes of them below."""
+    import torch
+
+    from training import networks, tasks
+
+    video = tasks.from_bytes(draw_clips(run, "scene", range(HELD_OUT + 1, HELD_OUT + 7)))
+    with torch.no_grad():
+        again = networks.decoded(vae, networks.moments_of(vae, video)[0])
+    save_rows(run.work / f"{name}.png", [list(video[:, :, 8]), list(again[:, :, 8])])
+
+
+def save_rows(path: Path, rows: list[list[Any]]) -> None:
+    """Pictures (3, H, W) in [-1, 1] in rows."""
+    import torch
+    from PIL import Image
+
+    lines = [torch.cat([picture.float().cpu() for picture in row], dim=2) for row in rows]
+    width = max(line.shape[2] for line in lines)
+    lines = [torch.nn.functional.pad(line, (0, width - line.shape[2]), value=-1) for line in lines]
+    pixels = ((torch.cat(lines, dim=1).clamp(-1, 1) + 1) * 127.5).round().byte()
+    temporary = path.with_suffix(".tmp.png")
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(temporary)
+    temporary.replace(path)
+
+
+# The transformers
+
+
+def train_transformer(name: str, run: Run) -> None:
+    """Draw while the VAE is not there yet; then learn, with new samples every few steps."""
+    import torch
+
+    from training import networks, tasks
+
+    task = tasks.TASKS[name](name, run.sizes, run.device, run.work / f"encoders_{name}")
+    model: Any = networks.build_transformer(name)
+    if run.part(name).is_file():
+        run.read(name, model)
+    model.to(run.device)
+    begin = copy.deepcopy(model)
+    if run.device.type == "cuda":
+        wide = getattr(type(model), "_keep_in_fp32_modules", None) or []
+        for key, parameter in model.named_parameters():
+            if not any(part in key for part in wide):
+                parameter.data = parameter.data.to(torch.bfloat16)
+    trainer = Trainer(model.parameters(), run.device)
+    trainer.masters, trainer.mean = exact(trainer, begin)
+    place = int(run.begun * 7) % 1_000_000_000 + 2_000_000 if run.part(name).is_file() else 2_000_000
+    drawn: list[tuple[str, tasks.Sample]] = []
+    logger.info("%.2f M parameters", networks.parameters_of(model) / 1e6)
+
+    def draw(kind: str) -> None:
+        nonlocal place
+        drawn.append((kind, task.draw(kind, range(place, place + run.sizes.chunk))))
+        place += run.sizes.chunk
+
+    first = max(1, run.sizes.first // run.sizes.chunk // len(task.kinds))
+    for _ in range(first):
+        for kind in task.kinds:
+            draw(kind)
+    logger.info("%d samples are drawn", len(drawn) * run.sizes.chunk)
+    ready = run.work / f"vae_{task.vae}.ready"
+    while not ready.is_file():
+        if time.time() > run.end:
+            raise SystemExit("there is no VAE")
+        time.sleep(0.1)
+    vae: Any = networks.build_vae(task.vae)
+    run.read(f"vae_{task.vae}", vae)
+    latents = tasks.Latents(vae, run.device)
+
+    def encode() -> None:
+        kind, samples = drawn.pop(0)
+        task.banks[kind].add(task.encode(samples, latents))
+
+    for _ in range(min(len(drawn), 6 * len(task.kinds))):
+        encode()
+    generator = torch.Generator(run.device).manual_seed(5)
+    begun = told = written = time.time()
+    total, counted = torch.zeros((), device=run.device), 0
+    peak = 1.5e-3
+    with networks.quick_tables():
+        while (now := time.time()) < run.end:
+            progress = (now - begun) / (run.end - begun)
+            target, condition = task.batch(progress)
+            sigma = task.noise_levels(len(target))
+            noise = torch.randn(target.shape, device=run.device, generator=generator)
+            level = sigma.view(-1, 1, 1, 1, 1)
+            noisy = (1 - level) * target + level * noise
+            made = tasks.velocity(model, condition, noisy, sigma, task.floor)
+            loss = (made - (noise - target)).square().mean()
+            trainer.step(loss, rate(begun, run.end, now, peak))
+            total += loss.detach()
+            counted += 1
+            if drawn and trainer.steps % 2 == 0:
+                encode()
+            elif trainer.steps % 10 == 9:
+                draw(task.kinds[(trainer.steps // 10) % len(task.kinds)])
+            if now - told > (10 if run.device.type == "cuda" else 20):
+                held = sum(bank.count for bank in task.banks.values())
+                logger.info("step %d, loss %.4f, %d samples", trainer.steps, float(total) / counted, held)
+                told, counted = now, 0
+                total.zero_()
+            if now - written > 20:
+                run.write(name, trainer.mean_into(begin))
+                written = now
+    best = trainer.mean_into(begin).eval()
+    run.write(name, best)
+    logger.info("%d steps, %.1f s", trainer.steps, time.time() - begun)
+    run.read(f"vae_{task.vae}", vae)
+    picture_of_samples(name, run, task, best, vae, latents)
+
+
+def exact(trainer: Trainer, begin: Any) -> tuple[list[Any], list[Any]]:
+    """The trainer's float32 weights and their mean from a float32 module, without the rounding of bfloat16."""
+    import torch
+
+    with torch.no_grad():
+        for master, mean, source in zip(trainer.masters, trainer.mean, begin.parameters(), strict=True):
+            master.copy_(source)
+            mean.copy_(source)
+    return trainer.masters, trainer.mean
+
+
+def picture_of_samples(name: str, run: Run, task: Any, model: Any, vae: Any, latents: Any) -> None:
+    """Held-out scenes as the product's own denoising loop makes them: truth above, sample below, several frames."""
+    import torch
+
+    from training import sampling, tasks
+
+    rows: list[list[Any]] = []
+    for kind in task.kinds:
+        samples = task.encode(task.draw(kind, range(HELD_OUT + 10, HELD_OUT + 14)), latents)
+        with torch.no_grad():
+            made, truth = sampling.sample(name, task, model, kind, samples)
+            some = [sampling.decode(vae, part).clamp(-1, 1) for part in (truth, made)]
+        seen = tasks.CONDITION_FRAMES if kind == "single" else 0
+        new = [part[:, :, seen:] for part in some]
+        count = new[1].shape[2]
+        frames = [max(0, seen - 1), *(seen + count * step // 4 for step in range(1, 4)), seen + count - 1]
+        error = float((new[0] - new[1]).square().mean()) / 4
+        first = float((-10 * ((new[0] - new[1])[:, :, 0].square().mean((1, 2, 3)) / 4).log10()).mean())
+        logger.info("%s: %.2f dB to the truth, first frame %.2f dB", kind or name, -10 * math.log10(error), first)
+        for part in some:
+            rows += [[part[index, :, frame] for index in (0, 1) for frame in frames]]
+        if kind == task.kinds[0]:
+            for part in some:
+                rows += [[part[index, :, frame] for index in (2, 3) for frame in frames]]
+    save_rows(run.work / f"{name}.png", rows)
+
+
+if __name__ == "__main__":
+    main()
