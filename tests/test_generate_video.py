@@ -31,6 +31,7 @@ from skyreels_v3.inputs import Inputs
 from skyreels_v3.media.video_probe import probe_video
 from skyreels_v3.media.video_reader import read_frames
 from skyreels_v3.media.video_writer import read_comment, write_video
+from skyreels_v3.plan import Plan, plan
 from tests.conftest import files_in, stop_at
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -355,3 +356,13 @@ def test_a_video_that_shall_not_say_what_made_it(main, picture, tmp_path, output
     assert main(*flags, "--output", output, "--no_metadata")[0] == 0
     assert all(b"fox" not in (tmp_path / name).read_bytes() for name in files_in(tmp_path) if name.startswith("a"))
     assert read_comment(tmp_path / output) == ""
+
+
+@pytest.mark.parametrize("videos", [1, 2])
+def test_each_video_is_planned_once(main, monkeypatch, tmp_path, videos):
+    made: list[Plan] = []
+    monkeypatch.setattr("skyreels_v3.plan.plan", lambda *given: made.append(plan(*given)) or made[-1])
+    argv = (*REFERENCE, "--model_id", "tiny", "--ref_imgs", ROOT / "assets" / "fox.png", "--num_frames", "5", *SMALL)
+    code, stdout, stderr = main(*argv, "--video_num", videos, "--outdir", "many")
+    assert code == 0, stderr
+    assert len(made) == videos == len(stdout.splitlines())
