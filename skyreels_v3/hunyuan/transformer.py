@@ -22,7 +22,7 @@ import skyreels_v3.vector_kernels  # noqa: F401  first of all
 from skyreels_v3.attention.backends import AttentionFn
 from skyreels_v3.checkpoints.key_maps import KeyMap
 from skyreels_v3.hunyuan.key_maps import NATIVE_TRANSFORMER
-from skyreels_v3.wan.transformer.rope import Rotary, apply_rotary
+from skyreels_v3.wan.rope import Rotary, apply_rotary
 
 if TYPE_CHECKING:
     from skyreels_v3.parallel.groups import Group

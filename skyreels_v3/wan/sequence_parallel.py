@@ -19,9 +19,8 @@ from torch import Tensor
 
 from skyreels_v3.parallel.groups import Group, pad_end
 from skyreels_v3.parallel.usp import UspFn
-from skyreels_v3.wan.transformer.attention import positions_between, region_weights
-from skyreels_v3.wan.transformer.model import SkyReelsTransformer3DModel
-from skyreels_v3.wan.transformer.rope import Segment, grid_positions
+from skyreels_v3.wan.rope import Segment, grid_positions
+from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel, positions_between, region_weights
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from skyreels_v3.memory.quantize import (
     round_rows,
     with_fp8_layers,
 )
+from skyreels_v3.wan import transformer as block_module
 from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel
-from skyreels_v3.wan.transformer import block as block_module
 
 CPU = torch.device("cpu")
 SMALLEST_NORMAL = 2.0**-126

@@ -14,7 +14,7 @@ from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
 from peft import LoraConfig
 
 from skyreels_v3 import Segment, SkyReelsTransformer3DModel
-from skyreels_v3.wan.transformer import block
+from skyreels_v3.wan import transformer as block
 
 SIZES = {
     "num_attention_heads": 2,

@@ -7,7 +7,7 @@ import cmath
 import pytest
 import torch
 
-from skyreels_v3.wan.transformer.rope import Segment, apply_rotary, rotary_tables
+from skyreels_v3.wan.rope import Segment, apply_rotary, rotary_tables
 
 HEAD_DIM = 16  # 8 channels for time, 4 each for height and width
 PATCH = (1, 2, 2)

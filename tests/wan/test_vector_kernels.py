@@ -29,8 +29,8 @@ class Record(TorchDispatchMode):
 
 with Record():
     from skyreels_v3.wan.transformer import Segment
-    from skyreels_v3.wan.transformer.rope import rotary_tables
-    from skyreels_v3.wan.transformer.embeddings import sinusoid
+    from skyreels_v3.wan.rope import rotary_tables
+    from skyreels_v3.wan.transformer import sinusoid
 
     rotary_tables([Segment(torch.zeros(1, 16, 9, 256, 256))], (1, 2, 2), 128)
     sinusoid(torch.arange(40)[None], 256)
