@@ -13,7 +13,8 @@ from skyreels_v3.compile import compile_blocks
 from skyreels_v3.memory.quantize import quantize
 from skyreels_v3.memory.stream import BlockStream
 from skyreels_v3.runtime import COMPILERS
-from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel, block
+from skyreels_v3.wan import transformer as wan_transformer
+from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel
 
 pytestmark = [
     pytest.mark.slow,
@@ -92,7 +93,7 @@ def test_streamed(cache):
 
 def test_a_few_tokens_at_a_time(cache, monkeypatch):
     """Pieces of two sizes take no graph for each size that follows."""
-    monkeypatch.setattr(block, "TOKENS_AT_ONCE", 12)
+    monkeypatch.setattr(wan_transformer, "TOKENS_AT_ONCE", 12)
     model = transformer(3)
     expected = run(model)
     compile_blocks(model)

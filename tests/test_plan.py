@@ -38,7 +38,8 @@ from skyreels_v3.tasks import TASK_NAMES, task_spec
 from skyreels_v3.tensors import replace_tensors
 from skyreels_v3.wan import sizes as sizes_of_wan
 from skyreels_v3.wan import vae
-from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel, block
+from skyreels_v3.wan import transformer as wan_transformer
+from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel
 from skyreels_v3.wan.vae import VideoVAE
 from tests.planning import planned
 
@@ -177,7 +178,7 @@ def test_activations_with_two_speakers():
 
 def test_numbers_that_the_plan_repeats():
     """It is made without torch, and knows these of the modules that do the work."""
-    assert sizes_of_wan.TOKENS_AT_ONCE == block.TOKENS_AT_ONCE
+    assert sizes_of_wan.TOKENS_AT_ONCE == wan_transformer.TOKENS_AT_ONCE
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from skyreels_v3.attention.backends import sdpa
 from skyreels_v3.wan.checkpoint import load_transformer
-from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel, block
+from skyreels_v3.wan import transformer as wan_transformer
+from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel
 
 ATOL = 1e-4
 SMALL = {
@@ -82,7 +83,7 @@ def test_avatar(reference, case):
 @torch.inference_mode()
 def test_a_few_tokens_at_a_time(monkeypatch, reference, at_once):
     """The recordings of all three models again, with one frame's tokens or some frames' at a time."""
-    monkeypatch.setattr(block, "TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr(wan_transformer, "TOKENS_AT_ONCE", at_once)
     test_extension(reference, "list_prefix")
     test_reference(reference, "ref4")
     test_avatar(reference, "one_person")
