@@ -47,9 +47,9 @@ def config(name: str, shown: str, remedy: str) -> Case:
 
 
 TASK = [
-    Case("nothing", [], "--task_type", "missing", "choose one of reference_to_video, single_shot_extension, shot_sw"),
+    Case("nothing", [], "--task_type", "missing", "choose one of reference_to_video, shot_switching_extension"),
     bad(REFERENCE, "--task_type", "reference_to_vdeo", "did you mean reference_to_video?"),
-    bad(REFERENCE, "--task_type", "poetry", "choose reference_to_video, single_shot_extension, shot_switching"),
+    bad(REFERENCE, "--task_type", "poetry", "choose reference_to_video, shot_switching_extension, single_shot"),
     bad(REFERENCE, "--task_type", "", "choose reference_to_video", "an empty value", "empty"),
     Case("reference-no-images", ["--task_type", "reference_to_video", "--prompt", "a"], "--ref_imgs", "missing", "1-4"),
     Case(

@@ -26,9 +26,8 @@ from torch import Tensor, nn
 
 from skyreels_v3.checkpoints.tiny import SIZES
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
-from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel, embeddings, rope
-from skyreels_v3.wan.transformer import model as transformer_model
-from skyreels_v3.wan.transformer.attention import CrossAttention
+from skyreels_v3.wan import transformer as wan_transformer
+from skyreels_v3.wan.transformer import CrossAttention, Segment, SkyReelsTransformer3DModel
 from training.encoders import WIDTH
 
 VAE = {"base_dim": 8, "decoder_base_dim": 12}  # training encodes much more than it decodes
@@ -100,7 +99,7 @@ def quick_tables() -> Iterator[None]:
     Of the rows of text behind the prompt, which are zero, one stands for all: its keys and values are repeated.
     """
     tables: dict[tuple[Any, ...], Tensor] = {}
-    rotary, sinusoid, keys_values = rope.rotary_tables, embeddings.sinusoid, CrossAttention.keys_values
+    rotary, sinusoid, keys_values = wan_transformer.rotary_tables, wan_transformer.sinusoid, CrossAttention.keys_values
 
     def repeated(self: CrossAttention, text: Tensor, image: Tensor | None) -> Any:
         first, *others = keys_values(self, text[:, : TEXT_ROWS + 1], image)
@@ -123,11 +122,15 @@ def quick_tables() -> Iterator[None]:
         angles = timestep.detach().double()[..., None] * frequencies
         return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
 
-    transformer_model.rotary_tables, embeddings.sinusoid, CrossAttention.keys_values = kept, near, repeated
+    wan_transformer.rotary_tables, wan_transformer.sinusoid, CrossAttention.keys_values = kept, near, repeated
     try:
         yield
     finally:
-        transformer_model.rotary_tables, embeddings.sinusoid, CrossAttention.keys_values = rotary, sinusoid, keys_values
+        wan_transformer.rotary_tables, wan_transformer.sinusoid, CrossAttention.keys_values = (
+            rotary,
+            sinusoid,
+            keys_values,
+        )
 
 
 # VAEs

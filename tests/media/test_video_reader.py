@@ -146,8 +146,9 @@ def test_name_is_not_an_option_or_a_protocol(tmp_path: Path, monkeypatch: pytest
 
 def test_leaving_early_ends_ffmpeg(tmp_path: Path) -> None:
     frames = read_frames(encode(smooth(200), tmp_path / "a.mp4", 24), 24)
+    before = {*psutil.Process().children()}
     next(frames)
-    (process,) = psutil.Process().children()
+    (process,) = {*psutil.Process().children()} - before
     frames.close()
     assert not process.is_running()
 
