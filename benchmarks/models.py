@@ -20,8 +20,9 @@ from skyreels_v3.pipeline import pipeline_of
 from skyreels_v3.request import ResolvedRequest
 from skyreels_v3.tasks import PATCH_SIZE, VAE_STRIDE, choose_size, task_spec
 from skyreels_v3.tensors import replace_tensors
+from skyreels_v3.wan.rope import Segment
 from skyreels_v3.wan.sizes import IMAGE_TOKENS, TEXT_TOKENS, WanSizes
-from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel
+from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
 HEAD_DIM = 128
 FFN_RATIO = 2.7  # 13824 / 5120

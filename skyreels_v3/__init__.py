@@ -7,12 +7,13 @@ if TYPE_CHECKING:
     from skyreels_v3.api import Done, Frame, load
     from skyreels_v3.errors import UserError
     from skyreels_v3.stages import Step
-    from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel
+    from skyreels_v3.wan.rope import Segment
+    from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
 __version__ = "0.1.0"
 __all__ = ["Done", "Frame", "Segment", "SkyReelsTransformer3DModel", "Step", "UserError", "load"]
 
-_MODULES = dict.fromkeys(("Segment", "SkyReelsTransformer3DModel"), "skyreels_v3.wan.transformer")
+_MODULES = {"Segment": "skyreels_v3.wan.rope", "SkyReelsTransformer3DModel": "skyreels_v3.wan.transformer"}
 _MODULES |= dict.fromkeys(("Done", "Frame", "Step", "load"), "skyreels_v3.api") | {"UserError": "skyreels_v3.errors"}
 
 

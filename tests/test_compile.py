@@ -14,7 +14,8 @@ from skyreels_v3.memory.quantize import quantize
 from skyreels_v3.memory.stream import BlockStream
 from skyreels_v3.runtime import COMPILERS
 from skyreels_v3.wan import transformer as wan_transformer
-from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel
+from skyreels_v3.wan.rope import Segment
+from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
 pytestmark = [
     pytest.mark.slow,

@@ -39,7 +39,8 @@ from skyreels_v3.tensors import replace_tensors
 from skyreels_v3.wan import sizes as sizes_of_wan
 from skyreels_v3.wan import transformer as wan_transformer
 from skyreels_v3.wan import vae
-from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel
+from skyreels_v3.wan.rope import Segment
+from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 from skyreels_v3.wan.vae import VideoVAE
 from tests.planning import planned
 

@@ -35,7 +35,7 @@ from skyreels_v3.preflight import record_of as record_of_request
 from skyreels_v3.request import ResolvedRequest
 from skyreels_v3.resume import RunRecord, RunState, open_state, state_folder
 from skyreels_v3.wan.conditioning import Conditioning
-from skyreels_v3.wan.transformer import Segment
+from skyreels_v3.wan.rope import Segment
 from tests.conftest import ROOT, files_in, stop_at
 
 ASSETS = ROOT / "assets"

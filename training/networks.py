@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from skyreels_v3.checkpoints.tiny import SIZES
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.wan import transformer as wan_transformer
-from skyreels_v3.wan.transformer import CrossAttention, Segment, SkyReelsTransformer3DModel
+from skyreels_v3.wan.rope import Segment
+from skyreels_v3.wan.transformer import CrossAttention, SkyReelsTransformer3DModel
 from training.encoders import WIDTH
 
 VAE = {"base_dim": 8, "decoder_base_dim": 12}  # training encodes much more than it decodes

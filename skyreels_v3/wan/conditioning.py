@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel
+from skyreels_v3.wan.rope import Segment
+from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class SingleShotExtension(Pipeline):
         from skyreels_v3.denoising.schedules import unipc
         from skyreels_v3.stages import Pass
         from skyreels_v3.wan.conditioning import Conditioning
-        from skyreels_v3.wan.transformer import Segment
+        from skyreels_v3.wan.rope import Segment
 
         request, guidance = stages.request, self.guidance(stages.request)
         clip = stages.read_condition()

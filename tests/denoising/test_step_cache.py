@@ -12,7 +12,8 @@ from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 
 from skyreels_v3.denoising.step_cache import StepCache
 from skyreels_v3.memory.stream import BlockStream
-from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel
+from skyreels_v3.wan.rope import Segment
+from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
 STEPS = 12
 HUNYUAN = {

@@ -25,7 +25,8 @@ from skyreels_v3.memory.quantize import (
     with_fp8_layers,
 )
 from skyreels_v3.wan import transformer as block_module
-from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel
+from skyreels_v3.wan.rope import Segment
+from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
 CPU = torch.device("cpu")
 SMALLEST_NORMAL = 2.0**-126

@@ -14,7 +14,8 @@ from torch import nn
 from skyreels_v3.attention.backends import sdpa
 from skyreels_v3.memory.quantize import quantize
 from skyreels_v3.memory.stream import STREAM_SLOTS, BlockStream, buffer_bytes, tensors_of, views
-from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel
+from skyreels_v3.wan.rope import Segment
+from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
 CPU = torch.device("cpu")
 SMALL = {

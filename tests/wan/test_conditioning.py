@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from skyreels_v3.wan.conditioning import Conditioning, expand_timestep
-from skyreels_v3.wan.transformer import Segment
+from skyreels_v3.wan.rope import Segment
 
 
 def latents(frames: int) -> Tensor:

@@ -12,7 +12,8 @@ from skyreels_v3.checkpoints.tiny import SIZES, random_model
 from skyreels_v3.parallel.groups import Group
 from skyreels_v3.parallel.usp import torch_usp
 from skyreels_v3.parallel.weights import is_sharded, shard_weights
-from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel
+from skyreels_v3.wan.rope import Segment
+from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 from skyreels_v3.wan.vae import VideoVAE
 from tests.parallel.spawn import DEGREES, WORLD_SIZE, BytesSent, groups, spawn
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from skyreels_v3.attention.backends import sdpa
 from skyreels_v3.wan import transformer as wan_transformer
 from skyreels_v3.wan.checkpoint import load_transformer
-from skyreels_v3.wan.transformer import Segment, SkyReelsTransformer3DModel
+from skyreels_v3.wan.rope import Segment
+from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
 ATOL = 1e-4
 SMALL = {

@@ -28,7 +28,7 @@ class Record(TorchDispatchMode):
 
 
 with Record():
-    from skyreels_v3.wan.transformer import Segment
+    from skyreels_v3.wan.rope import Segment
     from skyreels_v3.wan.rope import rotary_tables
     from skyreels_v3.wan.transformer import sinusoid
 
