@@ -23,13 +23,12 @@ from torch import Tensor
 from skyreels_v3.checks import request_of
 from skyreels_v3.cli import convert_flags
 from skyreels_v3.errors import UserError
-from skyreels_v3.generate import Generator, free_memory
+from skyreels_v3.generate import Loader
 from skyreels_v3.media.files import run_folder
 from skyreels_v3.parallel.ranks import SINGLE
-from skyreels_v3.plan import plan
 from skyreels_v3.request import BY_NAME, GenerationRequest
 from skyreels_v3.resolve import AssetResolver, resolve
-from skyreels_v3.runtime import find_machine, set_environment
+from skyreels_v3.runtime import set_environment
 from skyreels_v3.stages import Pass, Step
 
 NOT_HERE = ("output", "outdir", "save_latents", "save_quantized", "include_input", "no_metadata", "checkpoint_every")
@@ -63,7 +62,7 @@ class VideoGenerator:
         self.flags = {"task_type": task_type, **flags}
         check_names(self.flags)
         self.resolver = AssetResolver()
-        self.loaded: Generator | None = None
+        self.loader = Loader()
 
     def __call__(self, **flags: Any) -> Iterator[Event]:
         """Make a video: its steps, its frames, its end.
@@ -81,14 +80,9 @@ class VideoGenerator:
         with run_folder() as folder:
             request = replace(request, output=folder / "video.mp4")  # which is not written
             made = resolve(request, folder, SINGLE, self.resolver, "video")
-            planned = plan(made, find_machine(made.request))
-            if self.loaded is not None and not self.loaded.fits(planned):
-                self.unload()
-                planned = plan(made, find_machine(made.request))
-            if self.loaded is None:
-                self.loaded = Generator(planned)
+            generator, planned = self.loader.load(made)
             latents, numbers = [], count()
-            for event in self.loaded.events(planned):
+            for event in generator.events(planned):
                 if isinstance(event, Step):
                     yield event
                     continue
@@ -100,8 +94,7 @@ class VideoGenerator:
 
     def unload(self) -> None:
         """Give the memory of the networks back."""
-        self.loaded = None
-        free_memory()
+        self.loader.unload()
 
 
 def load(task_type: str, **flags: Any) -> VideoGenerator:

@@ -41,7 +41,7 @@ except ImportError:  # Windows: appending in one piece has to do, and one run at
     fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from skyreels_v3.generate import Generator
+    from skyreels_v3.generate import Loader
 from skyreels_v3.plan import Checked
 
 logger = logging.getLogger(__name__)
@@ -282,29 +282,20 @@ class Worker:
         self.ranks = ranks
         self.team = team
         self.resolver = AssetResolver()
-        self.generator: Generator | None = None
+        self.loader: Loader | None = None
 
     def make(self, checked: Checked) -> Path:
         """Make the video of a resolved request; returns its path."""
-        from skyreels_v3.generate import load
-        from skyreels_v3.plan import plan
-        from skyreels_v3.runtime import find_machine
+        from skyreels_v3.generate import Loader
 
-        made = plan(checked, find_machine(checked.request, self.ranks), self.ranks)
-        if self.generator is not None and not self.generator.fits(made):
-            self.unload()
-            made = plan(checked, find_machine(checked.request, self.ranks), self.ranks)
-        if self.generator is None:
-            self.generator = load(made)
-        return self.generator.write(made)
+        self.loader = self.loader or Loader(self.ranks)
+        generator, made = self.loader.load(checked)
+        return generator.write(made)
 
     def unload(self) -> None:
         """Drop what is loaded."""
-        if self.generator is not None:
-            from skyreels_v3.generate import free_memory
-
-            self.generator = None
-            free_memory()
+        if self.loader is not None:
+            self.loader.unload()
 
 
 def carry_out(job: Job, worker: Worker, write: Callable[[dict[str, Any]], object]) -> bool:

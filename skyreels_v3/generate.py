@@ -26,8 +26,9 @@ from skyreels_v3.media.video_probe import ClipInfo
 from skyreels_v3.media.video_reader import read_frames, resize_frames
 from skyreels_v3.media.video_writer import COMMENT_BYTES, write_frame_folder, write_video
 from skyreels_v3.outputs import save_latents
+from skyreels_v3.parallel.ranks import SINGLE, Ranks
 from skyreels_v3.pipeline import pipeline_of
-from skyreels_v3.plan import Plan
+from skyreels_v3.plan import Checked, Plan, plan
 from skyreels_v3.preflight import networks, record_of
 from skyreels_v3.resume import RunRecord, RunState, open_state
 from skyreels_v3.stages import Event, Pass, Stages
@@ -97,6 +98,34 @@ class Generator:
 def load(plan: Plan) -> Generator:
     """Load what a plan needs."""
     return Generator(plan)
+
+
+class Loader:
+    """Keeps what is loaded as long as the next video needs the same."""
+
+    def __init__(self, ranks: Ranks = SINGLE) -> None:
+        self.ranks = ranks
+        self.generator: Generator | None = None
+
+    def load(self, checked: Checked) -> tuple[Generator, Plan]:
+        """The plan of a resolved request, and a generator that fits it."""
+        made = self.plan(checked)
+        if self.generator is not None and not self.generator.fits(made):
+            self.unload()
+            made = self.plan(checked)  # by the memory that is free now
+        if self.generator is None:
+            self.generator = load(made)
+        return self.generator, made
+
+    def plan(self, checked: Checked) -> Plan:
+        """The plan of a resolved request for this machine."""
+        return plan(checked, runtime.find_machine(checked.request, self.ranks), self.ranks)
+
+    def unload(self) -> None:
+        """Give the memory of what is loaded back."""
+        if self.generator is not None:
+            self.generator = None
+            free_memory()
 
 
 def needs(plan: Plan) -> tuple[object, ...]:

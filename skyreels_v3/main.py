@@ -50,12 +50,11 @@ def run(request: GenerationRequest, ranks: Ranks) -> None:
 
 def make_videos(request: GenerationRequest, downloads: Path, ranks: Ranks) -> Iterator[Path]:
     """Make the videos, with the other ranks if there are some, and give the path of each."""
-    from skyreels_v3.plan import plan
     from skyreels_v3.resolve import AssetResolver, look, resolve
-    from skyreels_v3.runtime import find_machine, set_environment
+    from skyreels_v3.runtime import set_environment
 
     set_environment()  # before torch is imported
-    resolver, generator = AssetResolver(), None
+    resolver, loader = AssetResolver(), None
     first, *others = request.videos()
     checked = look(first, downloads, ranks) if ranks.is_local_main else None
     if ranks.world_size > 1:
@@ -63,11 +62,11 @@ def make_videos(request: GenerationRequest, downloads: Path, ranks: Ranks) -> It
     for video in (first, *others):
         try:
             found = resolve(video, downloads, ranks, resolver, f"video/{video.number}", checked)
-            made = plan(found, find_machine(found.request, ranks), ranks)
-            if generator is None:
-                from skyreels_v3.generate import load
+            if loader is None:
+                from skyreels_v3.generate import Loader
 
-                generator = load(made)
+                loader = Loader(ranks)
+            generator, made = loader.load(found)
             yield generator.write(made)
         except AlreadyDone as done:
             logger.info("%s", done)

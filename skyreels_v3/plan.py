@@ -1,9 +1,4 @@
-"""What a run will compute and how much room it needs, from the request alone. No torch, no weights.
-
-Work is counted exactly (multiply-adds as two operations, matrix products and attention only). Activation memory is an
-estimate: bytes for each token or pixel, counted tensor by tensor in the real models (a test counts them again), without
-what the kernels need for themselves.
-"""
+"""What a run will compute and how much memory it takes, from the request and its family's sizes. No weights."""
 
 from __future__ import annotations
 

@@ -45,13 +45,13 @@ def test_cancelled_and_used_again():
     generator = load("t2v", num_inference_steps=4, num_frames=5, prompt="FPS-24, a cat", **SMALL)
     events = generator(seed=1)
     assert isinstance(next(events), Step)
-    loaded = generator.loaded
+    loaded = generator.loader.generator
     events.close()
     again, other = ([*generator(seed=seed)][-1].latents[0] for seed in (1, 2))
-    assert generator.loaded is loaded and not np.array_equal(again, other)
+    assert generator.loader.generator is loaded and not np.array_equal(again, other)
     np.testing.assert_array_equal([*generator(seed=1)][-1].latents[0], again)
     [*generator(seed=1, memory="offload")]
-    assert generator.loaded is not loaded
+    assert generator.loader.generator is not loaded
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""What SkyReels V1's transformer, a HunyuanVideo model, computes and how much room it needs. No torch, no weights.
+"""What SkyReels V1's transformer, a HunyuanVideo model, computes and how much memory it takes.
 
-The counterpart of `planner.Sizes`, which says how things are counted. The blocks are of two kinds and not of one size:
+The counterpart of `wan/sizes.py`, which says how things are counted. The blocks are of two kinds and not of one size:
 the first ones, of two streams, have layers of their own for the text and weigh more than twice the others.
 """
 

@@ -1,4 +1,4 @@
-"""What V3's models compute and how much memory they take. No torch, no weights.
+"""What V3's models compute and how much memory they take. No weights; torch is imported to count them.
 
 Work is counted exactly (multiply-adds as two operations, matrix products and attention only). Activation memory is an
 estimate: bytes for each token or pixel, counted tensor by tensor in the real models (a test counts them again), without
@@ -15,7 +15,6 @@ from skyreels_v3.families import TextEncoderSizes, family_named
 from skyreels_v3.memory.policy import BYTES, STREAM_SLOTS, Tiles
 from skyreels_v3.parallel.ranks import UNDIVIDED, ParallelConfig
 
-FLOAT32 = ("time_embedder", "time_proj", "scale_shift_table", "norm", "proj_out")  # in names of weights, in every case
 TEXT_TOKENS = 512
 IMAGE_TOKENS = 257
 # Parameters of the published components; the VAE is float32 always.
@@ -25,7 +24,7 @@ IMAGE_ENCODER_FILE_BYTES = 4_770_000_000  # CLIP's text encoder is in it, too
 AUDIO_ENCODER_PARAMETERS = 94_371_712
 # Live bytes of a forward, of each channel of the model's width: of all tokens while self-attention works (the tokens,
 # their queries, keys and values, and what comes out; a little for the rotary positions), of all tokens while a few are
-# worked on, and of those few. As many are worked on at a time as models/transformer/block.py says.
+# worked on, and of those few. As many are worked on at a time as transformer.py says.
 ATTENTION_BYTES = {"bfloat16": 10.12, "float32": 20.2}
 WAITING_BYTES = {"bfloat16": 8.0, "float32": 16.0}
 WORKING_BYTES = {"bfloat16": 18.8, "float32": 29.3}
@@ -77,7 +76,8 @@ class WanSizes:
         with torch.device("meta"):
             model = family_named("wan").build_transformer(asdict(self))
         counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
-        float32 = sum(count for name, count in counts.items() if any(part in name for part in FLOAT32))
+        kept = {*model._keep_in_fp32_modules}
+        float32 = sum(count for name, count in counts.items() if kept.intersection(name.split(".")))
         return sum(counts.values()), float32
 
     def matrices(self) -> tuple[int, int]:
