@@ -63,11 +63,9 @@ from skyreels_v3.request import GenerationRequest
 from skyreels_v3.resolve import fetch
 from skyreels_v3.runtime import Runtime
 from skyreels_v3.tasks import TASK_NAMES, task_spec
-from skyreels_v3.wan.audio_encoder import AudioEncoder
 from skyreels_v3.wan.checkpoint import load_text_encoder
-from skyreels_v3.wan.image_encoder import ImageEncoder
+from skyreels_v3.wan.conditioning import AudioEncoder, ImageEncoder, TextEncoder
 from skyreels_v3.wan.sizes import WanSizes
-from skyreels_v3.wan.text_encoder import TextEncoder
 from skyreels_v3.wan.vae import VideoVAE
 
 FULL, SMALL = "full", "small"

@@ -14,12 +14,12 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from benchmarks.common import Work, at_least, measure_peak
+from skyreels_v3.families import pipeline_of
+from skyreels_v3.memory.offload import replace_tensors
 from skyreels_v3.memory.quantize import with_fp8_layers
 from skyreels_v3.memory.stream import tensors_of
-from skyreels_v3.pipeline import pipeline_of
 from skyreels_v3.request import ResolvedRequest
 from skyreels_v3.tasks import PATCH_SIZE, VAE_STRIDE, choose_size, task_spec
-from skyreels_v3.tensors import replace_tensors
 from skyreels_v3.wan.rope import Segment
 from skyreels_v3.wan.sizes import IMAGE_TOKENS, TEXT_TOKENS, WanSizes
 from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel

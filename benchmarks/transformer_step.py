@@ -65,7 +65,7 @@ from benchmarks.models import (
     twin,
 )
 from skyreels_v3.attention.backends import choose_attention
-from skyreels_v3.compile import compile_blocks
+from skyreels_v3.components import compile_blocks
 from skyreels_v3.memory.quantize import cache_dequantized, quantize
 from skyreels_v3.memory.stream import BlockStream
 from skyreels_v3.runtime import COMPILERS, FP8_CAPABILITY, pin

@@ -251,7 +251,7 @@ def record(results: Results, result: Mapping[str, Any]) -> None:
 
 def in_order(jobs: Iterable[Job]) -> list[Job]:
     """The jobs that are no requests, then the others, those together that need the same networks in the same place."""
-    from skyreels_v3.pipeline import pipeline_of
+    from skyreels_v3.families import pipeline_of
     from skyreels_v3.preflight import networks
 
     groups: dict[tuple[object, ...], list[Job]] = {(): []}

@@ -16,12 +16,10 @@ from skyreels_v3.checkpoints.files import errors_about
 from skyreels_v3.checkpoints.hub import locate_lora
 from skyreels_v3.checkpoints.load import read_ahead
 from skyreels_v3.checkpoints.lora import apply_loras, read_lora, shapes_of
-from skyreels_v3.compile import compile_blocks
-from skyreels_v3.families import family_of
+from skyreels_v3.families import Transformer, family_of
 from skyreels_v3.memory.quantize import cache_dequantized, quantize
-from skyreels_v3.model_api import Transformer
+from skyreels_v3.parallel.groups import broadcast_weights, shard_weights
 from skyreels_v3.parallel.usp import choose_usp
-from skyreels_v3.parallel.weights import broadcast_weights, shard_weights
 from skyreels_v3.plan import Plan
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.runtime import Runtime
@@ -171,3 +169,13 @@ def quantize_blocks(blocks: Sequence[nn.Module], name: str, quant: str, runtime:
         for block in blocks:
             quantize([block], runtime.device, dynamic=quant == "fp8_dynamic")
             bar.update()
+
+
+MAX_GRAPHS = 16  # of one part: shapes, dtypes and adapters differ
+
+
+def compile_blocks(model: Transformer) -> None:
+    """Compile a model's parts when they are first called; code is kept where `runtime.set_environment` says."""
+    torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
+    for owner, method in model.compilable():
+        setattr(owner, method, torch.compile(getattr(owner, method)))

@@ -7,19 +7,27 @@ rest of the toolkit asks `family_of(task)` and names none. Importing a family co
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 from skyreels_v3.checkpoints.files import Repository
+from skyreels_v3.denoising.guidance import Guidance, text_guidance
 from skyreels_v3.memory.policy import Tiles
 from skyreels_v3.parallel.ranks import UNDIVIDED, ParallelConfig
+from skyreels_v3.request import GenerationRequest, ResolvedRequest
 from skyreels_v3.tasks import TaskSpec
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+
+    from skyreels_v3.attention.backends import AttentionFn
+    from skyreels_v3.checkpoints.key_maps import KeyMap
+    from skyreels_v3.parallel.groups import Group
+    from skyreels_v3.parallel.usp import UspFn
 
 logger = logging.getLogger(__name__)
 
@@ -140,3 +148,53 @@ def make_tiny(task: TaskSpec) -> Path:
 
     logger.warning("tiny is a toy with random weights: it shows that everything runs, its pictures are noise")
     return make(Path(task.model_id).name, lambda root: family_of(task).write_tiny(root, task))
+
+
+class Pipeline:
+    """The base of all tasks."""
+
+    def guidance(self, request: GenerationRequest) -> Guidance:
+        """The guidance of every pass."""
+        return text_guidance(request.guidance_scale)
+
+    def passes(self, request: ResolvedRequest) -> Iterator[tuple[int, int]]:
+        """Generated and condition latent frames of each pass; the request has its size and length of sound."""
+        raise NotImplementedError
+
+    def run(self, stages: Any) -> Iterator[Any]:
+        """Make the video of `stages.request`: events (`stages.Event`) from `stages.Stages`."""
+        raise NotImplementedError
+
+
+def pipeline_of(task: TaskSpec) -> Pipeline:
+    """The pipeline of a task: `PIPELINE` in its own file."""
+    return cast(Pipeline, import_module(f"skyreels_v3.{task.family}.{task.name}").PIPELINE)
+
+
+class Transformer(Protocol):
+    """A transformer that can be streamed, sharded, quantized, compiled, cached and adapted from outside.
+
+    Attributes:
+        chunks_tokens: blocks work on a part of their tokens at a time, so that an FP8 weight is used several times.
+        native_names: from the names of the official code's weights, which LoRA files use as well.
+    """
+
+    chunks_tokens: ClassVar[bool]
+    native_names: ClassVar[KeyMap]
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The repeated blocks, in the order in which they run."""
+
+    def set_attention(self, attention: AttentionFn) -> None:
+        """Set the attention kernel of all blocks."""
+
+    def compilable(self) -> Iterator[tuple[object, str]]:
+        """Objects and names of their methods that are worth compiling."""
+
+    def divide_tokens(self, group: Group, usp: UspFn) -> None:
+        """Have the ranks of `group` divide the tokens of every forward, after `set_attention`.
+
+        Args:
+            usp: attention among the tokens of all ranks.
+        """

@@ -19,15 +19,13 @@ from skyreels_v3 import __version__, runtime
 from skyreels_v3.checkpoints.save import save_quantized
 from skyreels_v3.components import load_components, others_of
 from skyreels_v3.errors import IncompleteOutput
-from skyreels_v3.families import family_of
+from skyreels_v3.families import family_of, pipeline_of
 from skyreels_v3.media.audio import mix
 from skyreels_v3.media.files import is_full, reason_of
-from skyreels_v3.media.video_probe import ClipInfo
-from skyreels_v3.media.video_reader import read_frames, resize_frames
+from skyreels_v3.media.video_reader import ClipInfo, read_frames, resize_frames
 from skyreels_v3.media.video_writer import COMMENT_BYTES, write_frame_folder, write_video
 from skyreels_v3.outputs import save_latents
 from skyreels_v3.parallel.ranks import SINGLE, Ranks
-from skyreels_v3.pipeline import pipeline_of
 from skyreels_v3.plan import Checked, Plan, plan
 from skyreels_v3.preflight import networks, record_of
 from skyreels_v3.resume import RunRecord, RunState, open_state

@@ -15,11 +15,9 @@ from PIL import Image
 
 from skyreels_v3.errors import UserError, shown
 from skyreels_v3.media.audio import MAX_SECONDS, AudioInfo, probe_audio
-from skyreels_v3.media.files import MediaError
+from skyreels_v3.media.files import MAX_IMAGE_BYTES, MAX_VIDEO_BYTES, MediaError, local_file
 from skyreels_v3.media.image import NOTES, covered_box, full_size, open_image
-from skyreels_v3.media.sources import MAX_IMAGE_BYTES, MAX_VIDEO_BYTES, local_file
-from skyreels_v3.media.video_probe import ClipInfo, probe_video
-from skyreels_v3.media.video_reader import check_length, last_frames, resize_frames
+from skyreels_v3.media.video_reader import ClipInfo, check_length, last_frames, probe_video, resize_frames
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.tasks import choose_size
 from skyreels_v3.wan.windows import WINDOW_FRAMES

@@ -22,7 +22,7 @@ from skyreels_v3.checks import request_of
 from skyreels_v3.cli import SCRIPT, parse_flags, verbosity_of
 from skyreels_v3.console import Stderr, escape_unknown, say, show
 from skyreels_v3.errors import AlreadyDone, IncompleteOutput, UserError, cause_of, redact, shown
-from skyreels_v3.media.sources import is_url
+from skyreels_v3.media.files import is_url
 from skyreels_v3.parallel import processes
 from skyreels_v3.parallel.ranks import SINGLE, Ranks, check_ranks, ranks_of
 from skyreels_v3.request import GenerationRequest

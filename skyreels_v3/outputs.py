@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skyreels_v3.errors import UserError, shown
+from skyreels_v3.families import pipeline_of
 from skyreels_v3.media.files import existing_folder, giga, publish, replace_file, temporary_name
-from skyreels_v3.pipeline import pipeline_of
 from skyreels_v3.plan import output_bytes, transformer_sizes
 from skyreels_v3.request import ResolvedRequest
 from skyreels_v3.resume import passes_in

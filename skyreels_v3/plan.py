@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from skyreels_v3.families import TextEncoderSizes, TransformerSizes, family_of
+from skyreels_v3.families import TextEncoderSizes, TransformerSizes, family_of, pipeline_of
 from skyreels_v3.inputs import Inputs
 from skyreels_v3.memory.policy import BYTES, RESIDENT, STREAM_SLOTS, TILINGS, Policy, Tiles, choose_policy
 from skyreels_v3.parallel.ranks import SINGLE, UNDIVIDED, ParallelConfig, Ranks, choose_degrees
-from skyreels_v3.pipeline import pipeline_of
 from skyreels_v3.request import GenerationRequest, ResolvedRequest
 from skyreels_v3.tasks import LATENT_CHANNELS, PATCH_SIZE, TINY, VAE_STRIDE
 

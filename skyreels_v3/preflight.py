@@ -19,14 +19,13 @@ from typing import Any
 from skyreels_v3.checkpoints.files import is_quantized
 from skyreels_v3.checkpoints.hub import check_on_hub, locate
 from skyreels_v3.errors import AlreadyDone, UserError, shown
-from skyreels_v3.families import family_of
+from skyreels_v3.families import family_of, pipeline_of
 from skyreels_v3.inputs import Inputs, open_inputs
 from skyreels_v3.media.ffmpeg import check_ffmpeg
 from skyreels_v3.media.files import check_writable
 from skyreels_v3.media.video_writer import read_comment
 from skyreels_v3.outputs import check_room, join_passes
 from skyreels_v3.parallel.ranks import SINGLE, Ranks, choose_degrees
-from skyreels_v3.pipeline import pipeline_of
 from skyreels_v3.plan import Checked, transformer_sizes
 from skyreels_v3.request import BY_NAME, GenerationRequest, Request, ResolvedRequest
 from skyreels_v3.resume import NO_RECORD, RunRecord, find_left

@@ -117,8 +117,8 @@ class Runtime:
             blocks: parts of it that may come one after the other.
         """
         from skyreels_v3.memory.offload import on_device
-        from skyreels_v3.memory.oom import explained
-        from skyreels_v3.parallel.weights import is_sharded
+        from skyreels_v3.memory.policy import explained
+        from skyreels_v3.parallel.groups import is_sharded
 
         if stage.startswith("encoding") and stage not in self.announced:  # other stages have a bar
             logger.info(stage)

@@ -24,16 +24,24 @@ from skyreels_v3 import throughput
 from skyreels_v3.checkpoints.load import check_finite
 from skyreels_v3.components import Components, quantize_blocks
 from skyreels_v3.denoising.guidance import NEGATIVE_PROMPT, Guidance
-from skyreels_v3.denoising.loop import Condition, LatentConstraint, Predictions, denoise, unconstrained
-from skyreels_v3.denoising.schedules import ATTRIBUTES, restore_scheduler, scheduler_state
+from skyreels_v3.denoising.loop import (
+    ATTRIBUTES,
+    Condition,
+    LatentConstraint,
+    Predictions,
+    denoise,
+    restore_scheduler,
+    scheduler_state,
+    unconstrained,
+)
 from skyreels_v3.denoising.step_cache import StepCache
-from skyreels_v3.hunyuan.text_encoder import HunyuanTextEncoder
+from skyreels_v3.hunyuan.conditioning import HunyuanTextEncoder
 from skyreels_v3.inputs import condition_clip
 from skyreels_v3.plan import Plan
 from skyreels_v3.resume import RunState
 from skyreels_v3.runtime import Runtime
 from skyreels_v3.tasks import LATENT_CHANNELS, VAE_STRIDE, latent_frames
-from skyreels_v3.wan.text_encoder import TextEncoder, pad_context
+from skyreels_v3.wan.conditioning import TextEncoder, pad_context
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from skyreels_v3.compile import compile_blocks
+from skyreels_v3.components import compile_blocks
 from skyreels_v3.memory.quantize import quantize
 from skyreels_v3.memory.stream import BlockStream
 from skyreels_v3.runtime import COMPILERS

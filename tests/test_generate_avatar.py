@@ -13,7 +13,7 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
 
 from skyreels_v3.media.audio import probe_audio, read_audio
-from skyreels_v3.media.video_probe import probe_video
+from skyreels_v3.media.video_reader import probe_video
 from tests.conftest import ROOT, files_in
 
 SMALL = ("--device", "cpu", "--height", "32", "--width", "32", "--num_inference_steps", "1", "--model_id", "tiny")

@@ -28,8 +28,7 @@ from safetensors.numpy import load_file, save_file
 from skyreels_v3 import generate as session
 from skyreels_v3.cli import parse_request
 from skyreels_v3.inputs import Inputs
-from skyreels_v3.media.video_probe import probe_video
-from skyreels_v3.media.video_reader import read_frames
+from skyreels_v3.media.video_reader import probe_video, read_frames
 from skyreels_v3.media.video_writer import read_comment, write_video
 from skyreels_v3.plan import Plan, plan
 from tests.conftest import files_in, stop_at

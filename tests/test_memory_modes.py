@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from skyreels_v3.wan.text_encoder import TextEncoder
+from skyreels_v3.wan.conditioning import TextEncoder
 from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 from skyreels_v3.wan.vae import VideoVAE
 from tests.conftest import files_in

@@ -30,12 +30,12 @@ from skyreels_v3 import plan as planner
 from skyreels_v3.hunyuan import sizes as sizes_of_hunyuan
 from skyreels_v3.hunyuan import vae as hunyuan_vae
 from skyreels_v3.hunyuan.vae import HunyuanVAE
+from skyreels_v3.memory.offload import replace_tensors
 from skyreels_v3.memory.quantize import Fp8Linear, quantize
 from skyreels_v3.memory.stream import STREAM_SLOTS, BlockStream
 from skyreels_v3.parallel.ranks import ParallelConfig, Ranks
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.tasks import TASK_NAMES, task_spec
-from skyreels_v3.tensors import replace_tensors
 from skyreels_v3.wan import sizes as sizes_of_wan
 from skyreels_v3.wan import transformer as wan_transformer
 from skyreels_v3.wan import vae

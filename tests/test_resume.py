@@ -22,8 +22,7 @@ from safetensors.torch import load_file
 
 from skyreels_v3.cli import parse_request
 from skyreels_v3.denoising.guidance import FULL, text_guidance
-from skyreels_v3.denoising.loop import denoise
-from skyreels_v3.denoising.schedules import euler, euler_of, restore_scheduler, scheduler_state, unipc
+from skyreels_v3.denoising.loop import denoise, euler, euler_of, restore_scheduler, scheduler_state, unipc
 from skyreels_v3.errors import UserError
 from skyreels_v3.generate import write
 from skyreels_v3.inputs import open_inputs

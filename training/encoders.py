@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaModel, UMT5Config, UMT
 
 from skyreels_v3.checkpoints.load import load_tokenizer
 from skyreels_v3.hunyuan.checkpoint import load_llama_tokenizer
-from skyreels_v3.hunyuan.text_encoder import HunyuanTextEncoder
+from skyreels_v3.hunyuan.conditioning import HunyuanTextEncoder
 from skyreels_v3.hunyuan.tiny import (
     BEGIN,
     BYTES,
@@ -35,7 +35,7 @@ from skyreels_v3.hunyuan.tiny import (
     write_clip_tokenizer,
     write_json,
 )
-from skyreels_v3.wan.text_encoder import TextEncoder
+from skyreels_v3.wan.conditioning import TextEncoder
 from training import captions
 
 WIDTH, HEADS = 64, 4

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from skyreels_v3.checkpoints.tiny import SIZES
 from skyreels_v3.denoising.guidance import FULL, NO_TEXT, Guidance, one_condition
-from skyreels_v3.denoising.loop import denoise
-from skyreels_v3.denoising.schedules import euler, euler_of, unipc
+from skyreels_v3.denoising.loop import denoise, euler, euler_of, unipc
 from skyreels_v3.hunyuan.conditioning import HunyuanConditioning
 from skyreels_v3.tasks import task_spec
-from skyreels_v3.wan.text_encoder import MAX_TOKENS
+from skyreels_v3.wan.conditioning import MAX_TOKENS
 from training import networks
 from training.tasks import CONDITION_FRAMES, Avatar, Extension, Hunyuan, References, Sample, Task
 

@@ -9,7 +9,7 @@ import torch
 from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from skyreels_v3.checkpoints.tiny import SIZES, random_model
-from skyreels_v3.wan.audio_encoder import AudioEncoder
+from skyreels_v3.wan.conditioning import AudioEncoder
 
 RATE = 16_000
 FPS = 25

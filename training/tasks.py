@@ -22,11 +22,9 @@ from skyreels_v3.checkpoints.tiny import SIZES, random_model
 from skyreels_v3.hunyuan.conditioning import HunyuanConditioning
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.tasks import REFERENCE_SLOTS, task_spec
-from skyreels_v3.wan.conditioning import Conditioning
-from skyreels_v3.wan.image_encoder import ImageEncoder
+from skyreels_v3.wan.conditioning import MAX_TOKENS, Conditioning, ImageEncoder
 from skyreels_v3.wan.rope import Segment
 from skyreels_v3.wan.shot_switching_extension import CUT_POSITION
-from skyreels_v3.wan.text_encoder import MAX_TOKENS
 from skyreels_v3.wan.windows import MOTION_FRAMES, WINDOW_FRAMES
 from training import encoders, networks, sound, world
 from training.networks import TEXT_ROWS

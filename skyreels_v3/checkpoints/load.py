@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from skyreels_v3.checkpoints.files import read_json, weight_files
 from skyreels_v3.checkpoints.key_maps import IDENTITY, KeyMap, invert, restore, translate
 from skyreels_v3.errors import CheckpointError, shown
+from skyreels_v3.memory.offload import replace_tensors
 from skyreels_v3.memory.policy import SCALE
 from skyreels_v3.memory.quantize import with_fp8_layers
-from skyreels_v3.tensors import replace_tensors
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 WEIGHTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8)  # dtypes of weights

@@ -20,7 +20,7 @@ from skyreels_v3.checkpoints.load import (
 )
 from skyreels_v3.errors import CheckpointError
 from skyreels_v3.hunyuan import key_maps
-from skyreels_v3.hunyuan.text_encoder import HunyuanTextEncoder
+from skyreels_v3.hunyuan.conditioning import HunyuanTextEncoder
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.hunyuan.vae import HunyuanVAE
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from skyreels_v3.pipeline import Pipeline
+from skyreels_v3.families import Pipeline
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.tasks import latent_frames
 
@@ -23,7 +23,7 @@ class TextToVideo(Pipeline):
         yield latent_frames(request.frames_out), 0
 
     def run(self, stages: Stages) -> Iterator[Event]:
-        from skyreels_v3.denoising.schedules import euler_of
+        from skyreels_v3.denoising.loop import euler_of
         from skyreels_v3.hunyuan.conditioning import HunyuanConditioning
         from skyreels_v3.hunyuan.riflex import REPEATS_AFTER, riflex
         from skyreels_v3.stages import Pass

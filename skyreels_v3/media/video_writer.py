@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from skyreels_v3.media.audio import downmix_filters
 from skyreels_v3.media.ffmpeg import AUDIO, VIDEO, ffmpeg_command, find_track, input_options, log_end, run, write_file
 from skyreels_v3.media.files import publish, remove, temporary_name
-from skyreels_v3.media.video_probe import ClipInfo
+from skyreels_v3.media.video_reader import ClipInfo
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skyreels_v3.memory.offload import on_device
+from skyreels_v3.memory.offload import on_device, replace_tensors
 from skyreels_v3.memory.policy import STREAM_SLOTS, resident_blocks
-from skyreels_v3.tensors import replace_tensors
 
 logger = logging.getLogger(__name__)
 

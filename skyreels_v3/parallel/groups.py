@@ -11,16 +11,18 @@ A group of one rank returns what it is given: a single process runs the same cod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from skyreels_v3.memory.offload import replace_tensors
 from skyreels_v3.parallel.ranks import ParallelConfig, Ranks
 
 # renamed in torch 2.13, where the old name warns
@@ -127,3 +129,30 @@ def pad_end(x: Tensor, dim: int, size: int) -> Tensor:
     """`x` with zeros at the end of a dimension, up to `size`."""
     after = x.dim() - 1 - dim % x.dim()  # dimensions, which F.pad counts from the last one
     return x if x.shape[dim] == size else F.pad(x, (0, 0) * after + (0, size - x.shape[dim]))
+
+
+def broadcast_weights(module: nn.Module, device: torch.device) -> None:
+    """Give `module` the main process's weights, on `device`; those of the other ranks may be on meta."""
+
+    def received(tensor: Tensor) -> Tensor:
+        if dist.get_rank() == 0:
+            weight = tensor.detach().to(device).contiguous()
+        else:
+            weight = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        dist.broadcast(weight.view(-1).view(torch.uint8), 0)
+        return nn.Parameter(weight, requires_grad=False) if isinstance(tensor, nn.Parameter) else weight
+
+    replace_tensors(module, received)
+
+
+def shard_weights(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
+    """Shard the weights of `model` among all ranks; this rank's shards go to `device`."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether other ranks have a part of the weights."""
+    return isinstance(module, FSDPModule)

@@ -18,8 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from skyreels_v3.denoising.guidance import NO_AUDIO, NO_TEXT_NO_AUDIO, Guidance
-from skyreels_v3.denoising.loop import unconstrained
-from skyreels_v3.denoising.schedules import euler
+from skyreels_v3.denoising.loop import euler, unconstrained
 from skyreels_v3.media.audio import normalise_loudness, read_audio
 from skyreels_v3.media.color import match_color
 from skyreels_v3.media.image import cover_crop, covered_box, full_size

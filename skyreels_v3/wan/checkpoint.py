@@ -14,9 +14,7 @@ from skyreels_v3.checkpoints.key_maps import IDENTITY
 from skyreels_v3.checkpoints.load import Tensors, load_model, read_config, read_tensors, shape_of
 from skyreels_v3.errors import CheckpointError
 from skyreels_v3.wan import family, key_maps
-from skyreels_v3.wan.audio_encoder import AudioEncoder
-from skyreels_v3.wan.image_encoder import ImageEncoder
-from skyreels_v3.wan.text_encoder import TextEncoder
+from skyreels_v3.wan.conditioning import AudioEncoder, ImageEncoder, TextEncoder
 from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 from skyreels_v3.wan.vae import VideoVAE
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from skyreels_v3.denoising.guidance import NO_TEXT_NO_IMAGE, Guidance, text_image_guidance
+from skyreels_v3.families import Pipeline
 from skyreels_v3.media.image import letterbox
-from skyreels_v3.pipeline import Pipeline
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.tasks import REFERENCE_SLOTS, latent_frames
 
@@ -27,7 +27,7 @@ class ReferenceToVideo(Pipeline):
         yield latent_frames(request.frames_out), REFERENCE_SLOTS
 
     def run(self, stages: Stages) -> Iterator[Event]:
-        from skyreels_v3.denoising.schedules import unipc
+        from skyreels_v3.denoising.loop import unipc
         from skyreels_v3.stages import Pass
         from skyreels_v3.wan.conditioning import Conditioning
         from skyreels_v3.wan.rope import Segment

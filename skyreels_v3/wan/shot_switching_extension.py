@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from skyreels_v3.pipeline import Pipeline
+from skyreels_v3.families import Pipeline
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.tasks import latent_frames
 
@@ -23,7 +23,7 @@ class ShotSwitchingExtension(Pipeline):
         yield latent_frames(request.frames_out + 1), latent_frames(request.condition_frames)
 
     def run(self, stages: Stages) -> Iterator[Event]:
-        from skyreels_v3.denoising.schedules import unipc
+        from skyreels_v3.denoising.loop import unipc
         from skyreels_v3.stages import Pass
         from skyreels_v3.wan.conditioning import Conditioning
         from skyreels_v3.wan.rope import Segment

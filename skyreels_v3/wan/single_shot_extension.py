@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from skyreels_v3.pipeline import Pipeline
+from skyreels_v3.families import Pipeline
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.tasks import latent_frames, plan_roll_outs
 
@@ -28,7 +28,7 @@ class SingleShotExtension(Pipeline):
             yield new, latent_frames(request.condition_frames)
 
     def run(self, stages: Stages) -> Iterator[Event]:
-        from skyreels_v3.denoising.schedules import unipc
+        from skyreels_v3.denoising.loop import unipc
         from skyreels_v3.stages import Pass
         from skyreels_v3.wan.conditioning import Conditioning
         from skyreels_v3.wan.rope import Segment

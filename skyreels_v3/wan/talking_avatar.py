@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from skyreels_v3.denoising.guidance import Guidance, text_audio_guidance
-from skyreels_v3.pipeline import Pipeline
+from skyreels_v3.families import Pipeline
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.tasks import latent_frames
 from skyreels_v3.wan.windows import WINDOW_FRAMES, plan_windows

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from skyreels_v3.denoising.guidance import FULL, NO_TEXT, text_guidance
-from skyreels_v3.denoising.loop import denoise
-from skyreels_v3.denoising.schedules import euler, unipc
+from skyreels_v3.denoising.loop import denoise, euler, unipc
 
 SHAPE = (1, 16, 2, 4, 4)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from skyreels_v3.denoising.schedules import euler, unipc
+from skyreels_v3.denoising.loop import euler, unipc
 
 
 @pytest.mark.parametrize(("case", "shift"), [("flow_unipc_shift8", 8.0), ("diffusers_unipc_shift5", 5.0)])

@@ -10,9 +10,8 @@ from skyreels_v3.attention.backends import sdpa
 from skyreels_v3.hunyuan.riflex import riflex
 from skyreels_v3.hunyuan.sequence_parallel import lay_out
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
-from skyreels_v3.parallel.groups import Group
+from skyreels_v3.parallel.groups import Group, is_sharded, shard_weights
 from skyreels_v3.parallel.usp import torch_usp
-from skyreels_v3.parallel.weights import is_sharded, shard_weights
 from tests.parallel.spawn import DEGREES, WORLD_SIZE, BytesSent, groups, spawn
 
 SMALL = {

@@ -14,8 +14,8 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from transformers import AutoTokenizer, CLIPTextModel, LlamaModel
 
 from skyreels_v3.hunyuan.checkpoint import load_llama_tokenizer, load_text_encoder
+from skyreels_v3.hunyuan.conditioning import HunyuanTextEncoder
 from skyreels_v3.hunyuan.family import write_tiny
-from skyreels_v3.hunyuan.text_encoder import HunyuanTextEncoder
 from skyreels_v3.tasks import task_spec
 
 LONG = "A small wooden boat with a torn red sail drifts across the calm lake at dawn, followed by two white swans."

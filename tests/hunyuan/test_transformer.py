@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from skyreels_v3.attention.backends import sdpa
-from skyreels_v3.compile import compile_blocks
+from skyreels_v3.components import compile_blocks
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.memory.quantize import Fp8Linear, quantize
 from skyreels_v3.memory.stream import BlockStream

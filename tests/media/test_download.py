@@ -20,7 +20,7 @@ from PIL import Image
 from skyreels_v3.errors import UserError
 from skyreels_v3.media import download
 from skyreels_v3.media.download import is_public
-from skyreels_v3.media.sources import local_file
+from skyreels_v3.media.files import local_file
 
 FLAG = "--ref_imgs"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from skyreels_v3.errors import UserError
-from skyreels_v3.media.sources import is_url, local_file
+from skyreels_v3.media.files import is_url, local_file
 
 FLAG = "--ref_imgs"
 

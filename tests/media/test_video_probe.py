@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from skyreels_v3.media.video_probe import probe_video
+from skyreels_v3.media.video_reader import probe_video
 from tests.media.clips import LOSSLESS, check_refused, cut, encode, fake_ffmpeg, ffmpeg, smooth
 
 REFERENCE = Path(__file__).parent.parent / "data" / "reference" / "pipelines" / "video_input"

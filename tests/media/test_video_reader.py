@@ -16,8 +16,7 @@ from PIL import Image
 
 from skyreels_v3.media.files import MediaError
 from skyreels_v3.media.image import cover_crop
-from skyreels_v3.media.video_probe import probe_video
-from skyreels_v3.media.video_reader import TO_RGB, last_frames, read_frames, resize_frames
+from skyreels_v3.media.video_reader import TO_RGB, last_frames, probe_video, read_frames, resize_frames
 from tests.media.clips import LOSSLESS, check_refused, encode, ffmpeg, smooth, write
 
 REFERENCE = Path(__file__).parent.parent / "data" / "reference" / "pipelines" / "video_input"

@@ -20,8 +20,7 @@ import pytest
 from PIL import Image
 
 from skyreels_v3.media import video_writer
-from skyreels_v3.media.video_probe import probe_video
-from skyreels_v3.media.video_reader import read_frames, resize_frames
+from skyreels_v3.media.video_reader import probe_video, read_frames, resize_frames
 from skyreels_v3.media.video_writer import FRAMES_AHEAD, read_comment, write_frame_folder
 from tests.media.clips import (
     LOSSLESS,

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from skyreels_v3.errors import OutOfMemory
-from skyreels_v3.memory.oom import explained
-from skyreels_v3.memory.policy import Policy
+from skyreels_v3.memory.policy import Policy, explained
 from skyreels_v3.plan import Plan
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.tasks import MEMORY_MODES, task_spec

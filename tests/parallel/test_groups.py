@@ -6,9 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from skyreels_v3.parallel.groups import Group, Parallel, pad_end
+from skyreels_v3.parallel.groups import Group, Parallel, broadcast_weights, pad_end
 from skyreels_v3.parallel.ranks import SINGLE, UNDIVIDED, ParallelConfig, Ranks
-from skyreels_v3.parallel.weights import broadcast_weights
 from tests.parallel.spawn import WORLD_SIZE, BytesSent, spawn
 
 CPU = torch.device("cpu")

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from skyreels_v3.wan.conditioning import Conditioning
-from skyreels_v3.wan.text_encoder import MAX_TOKENS
+from skyreels_v3.wan.conditioning import MAX_TOKENS, Conditioning
 from skyreels_v3.wan.vae import VideoVAE
 from training import encoders, networks, tasks, train, unpack
 

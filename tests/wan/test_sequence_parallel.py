@@ -9,9 +9,8 @@ from torch import Tensor
 
 from skyreels_v3.attention.backends import sdpa
 from skyreels_v3.checkpoints.tiny import SIZES, random_model
-from skyreels_v3.parallel.groups import Group
+from skyreels_v3.parallel.groups import Group, is_sharded, shard_weights
 from skyreels_v3.parallel.usp import torch_usp
-from skyreels_v3.parallel.weights import is_sharded, shard_weights
 from skyreels_v3.wan.rope import Segment
 from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 from skyreels_v3.wan.vae import VideoVAE

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from skyreels_v3.wan.checkpoint import load_text_encoder
-from skyreels_v3.wan.text_encoder import TextEncoder, clean_prompt, pad_context
+from skyreels_v3.wan.conditioning import TextEncoder, clean_prompt, pad_context
 
 ATOL = 1e-4
 
