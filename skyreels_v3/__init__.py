@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from skyreels_v3.version import __version__
+
 if TYPE_CHECKING:
     from skyreels_v3.api import Done, Frame, load
     from skyreels_v3.errors import UserError
@@ -10,8 +12,7 @@ if TYPE_CHECKING:
     from skyreels_v3.wan.rope import Segment
     from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
-__version__ = "0.1.0"
-__all__ = ["Done", "Frame", "Segment", "SkyReelsTransformer3DModel", "Step", "UserError", "load"]
+__all__ = ["Done", "Frame", "Segment", "SkyReelsTransformer3DModel", "Step", "UserError", "__version__", "load"]
 
 _MODULES = {"Segment": "skyreels_v3.wan.rope", "SkyReelsTransformer3DModel": "skyreels_v3.wan.transformer"}
 _MODULES |= dict.fromkeys(("Done", "Frame", "Step", "load"), "skyreels_v3.api") | {"UserError": "skyreels_v3.errors"}

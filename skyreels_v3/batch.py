@@ -27,7 +27,7 @@ from skyreels_v3.checks import request_of
 from skyreels_v3.cli import job_flags, without_overruled
 from skyreels_v3.config_text import read_json_text
 from skyreels_v3.console import say, show
-from skyreels_v3.errors import AlreadyDone, UserError, cause_of, shown
+from skyreels_v3.errors import AlreadyDone, UserError, cause_of, format_value
 from skyreels_v3.media.files import check_readable, check_writable
 from skyreels_v3.parallel import processes
 from skyreels_v3.parallel.ranks import SINGLE, Ranks
@@ -86,7 +86,7 @@ def read_jobs(name: str, defaults: Mapping[str, Any]) -> list[Job]:
     path = Path(os.path.expanduser(name))
     check_readable(path, "--jobs")
     if (size := path.stat().st_size) > MAX_JOBS_BYTES:
-        reason = f"{shown(name)} has {size} bytes, at most {MAX_JOBS_BYTES} are read"
+        reason = f"{format_value(name)} has {size} bytes, at most {MAX_JOBS_BYTES} are read"
         raise UserError("--jobs", f"{reason}; divide it into several files")
     lines = path.read_bytes().split(b"\n")
     seen: Counter[str] = Counter()
@@ -95,7 +95,7 @@ def read_jobs(name: str, defaults: Mapping[str, Any]) -> list[Job]:
         make_job(number, line, defaults, seen, folder) for number, line in enumerate(lines, start=1) if line.strip()
     ]
     if not jobs:
-        raise UserError("--jobs", f"{shown(name)} has no lines; write some, such as {EXAMPLE}")
+        raise UserError("--jobs", f"{format_value(name)} has no lines; write some, such as {EXAMPLE}")
     return without_clashes(jobs)
 
 
@@ -106,11 +106,15 @@ def make_job(number: int, line: bytes, defaults: Mapping[str, Any], seen: Counte
     try:
         given = read_json_text(line)
         if not isinstance(given, dict):
-            raise UserError("--jobs", f"{shown(text)} is not a JSON object; write flags as keys, such as {EXAMPLE}")
+            raise UserError(
+                "--jobs", f"{format_value(text)} is not a JSON object; write flags as keys, such as {EXAMPLE}"
+            )
         identity = identity_of(without_overruled(defaults, given) | given)
         request = replace(request_of(job_flags(given, defaults, folder)), resume_if_same=True)
     except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
-        problem = f"--jobs: {shown(text)} is not JSON ({shown(error)}); write flags as keys, such as {EXAMPLE}"
+        problem = (
+            f"--jobs: {format_value(text)} is not JSON ({format_value(error)}); write flags as keys, such as {EXAMPLE}"
+        )
     except UserError as error:
         problem = str(error)
     seen[identity] += 1
@@ -131,7 +135,7 @@ def without_clashes(jobs: Iterable[Job]) -> list[Job]:
     for job in jobs:
         output = None if job.request is None else job.request.output
         if output is not None and (line := outputs.setdefault(output.resolve(), job.number)) != job.number:
-            problem = f"--output: {shown(output)} is the output of line {line} already; give another name"
+            problem = f"--output: {format_value(output)} is the output of line {line} already; give another name"
             job = replace(job, request=None, problem=problem)
         checked.append(job)
     return checked
@@ -148,7 +152,7 @@ def check_results(path: Path) -> None:
     if not os.path.lexists(path):
         check_writable(path, "--jobs")
     elif not (path.is_file() and os.access(path, os.R_OK | os.W_OK)):
-        raise UserError("--jobs", f"{shown(path)}, for the results, cannot be written to; check its rights")
+        raise UserError("--jobs", f"{format_value(path)}, for the results, cannot be written to; check its rights")
 
 
 def parse_results(content: bytes) -> dict[str, list[dict[str, Any]]]:
@@ -401,7 +405,9 @@ def left_to_do(jobs: Sequence[Job], results: Results, ranks: Ranks) -> list[Job]
     left = [job for job in jobs if not results.is_there(videos[job.id])]
     for job in left:
         if (video := videos[job.id]) is not None:
-            logger.warning("line %d: %s is gone; it is made again", job.number, shown(results.path.parent / video))
+            logger.warning(
+                "line %d: %s is gone; it is made again", job.number, format_value(results.path.parent / video)
+            )
     failed = {job.id for job in left if results.before[job.id] and videos[job.id] is None}
     todo = in_order(job for job in left if job.id not in failed) + in_order(job for job in left if job.id in failed)
     if len(todo) < len(jobs):
@@ -412,7 +418,7 @@ def left_to_do(jobs: Sequence[Job], results: Results, ranks: Ranks) -> list[Job]
     agreed = processes.broadcast_object("jobs", [job.id for job in todo], ranks)
     if not known.keys() >= set(agreed):
         raise UserError(
-            "--jobs", f"{shown(results.path)}: this machine has another file; put it where all machines see it"
+            "--jobs", f"{format_value(results.path)}: this machine has another file; put it where all machines see it"
         )
     return [known[each] for each in agreed]
 
@@ -448,7 +454,7 @@ def show_plans(name: str, jobs: Sequence[Job], team: Ranks) -> None:
         show(f"{'line':14}{job.number}\n{text}\n")
     if wrong:
         raise UserError(
-            "--jobs", f"{shown(name)}: {wrong} of {len(jobs)} lines cannot work; correct them as said above"
+            "--jobs", f"{format_value(name)}: {wrong} of {len(jobs)} lines cannot work; correct them as said above"
         )
 
 

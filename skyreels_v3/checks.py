@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from skyreels_v3.errors import UserError, redact_url, shown
+from skyreels_v3.errors import UserError, format_value, redact_url
 from skyreels_v3.request import (
     ALIKE,
     BY_NAME,
@@ -65,7 +65,7 @@ def drop_unused(spec: TaskSpec, values: dict[str, Any]) -> list[str]:
     return notes
 
 
-def told(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """A value for a one-line message."""
     if isinstance(value, Mapping | list):
         return "a mapping" if isinstance(value, Mapping) else "a list"
@@ -73,7 +73,7 @@ def told(value: Any) -> str:
         text = str(value)
     except ValueError:  # Python does not print numbers of thousands of digits
         return "an endless number"
-    return shown(text) if text.strip() else "an empty value"
+    return format_value(text) if text.strip() else "an empty value"
 
 
 def joined(value: Any) -> Any:
@@ -85,7 +85,7 @@ def check_conflicts(spec: TaskSpec, values: Mapping[str, Any]) -> None:
     """Flags that the task needs, does not take, or that contradict each other."""
     for name in values:
         if values[name] is not False and not BY_NAME[name].is_for(spec):
-            value = "" if values[name] is True else f"{told(joined(values[name]))}: "
+            value = "" if values[name] is True else f"{describe_value(joined(values[name]))}: "
             instead = (f"give --{other} instead" for other in counterparts(spec, name) if other not in values)
             raise UserError(f"--{name}", f"{value}{spec.name} does not take it; {next(instead, 'leave it out')}")
     for name in spec.inputs:
@@ -108,7 +108,7 @@ def check_conflicts(spec: TaskSpec, values: Mapping[str, Any]) -> None:
     guided = values.get(text_scale, spec.guidance_scale) > 1.0
     for name in ("image_guidance_scale", "negative_prompt"):
         if values.get(name, "") not in ("", 1.0) and not guided:
-            reason = f"{shown(values[name])} has no effect without text guidance"
+            reason = f"{format_value(values[name])} has no effect without text guidance"
             raise UserError(f"--{name}", f"{reason}; give --{text_scale} above 1 as well")
 
 
@@ -130,7 +130,9 @@ def check_values(spec: TaskSpec, values: Mapping[str, Any]) -> None:
         )
     if not spec.min_duration <= duration <= spec.max_duration:
         limits = f"{spec.min_duration} to {spec.max_duration}"
-        raise UserError("--duration", f"{told(duration)} is out of range; {spec.name} takes {limits} whole seconds")
+        raise UserError(
+            "--duration", f"{describe_value(duration)} is out of range; {spec.name} takes {limits} whole seconds"
+        )
     if values.get("num_frames", 1) % 4 != 1 and not spec.lenient:
         frames = values["num_frames"] // 4 * 4 + 1
         raise UserError("--num_frames", f"{values['num_frames']} is not 4k+1; give {frames} or {frames + 4}")
@@ -168,7 +170,11 @@ def check_references(values: Mapping[str, Any]) -> None:
         return
     references = values["ref_imgs"]
     if not (1 <= len(references) <= REFERENCE_SLOTS and all(references)):
-        reason = f"{told(', '.join(references))}: {len(references)} entries" if any(references) else "an empty value"
+        reason = (
+            f"{describe_value(', '.join(references))}: {len(references)} entries"
+            if any(references)
+            else "an empty value"
+        )
         raise UserError("--ref_imgs", f"{reason}; give 1 to {REFERENCE_SLOTS} images, comma-separated, none empty")
 
 
@@ -190,7 +196,7 @@ def check_memory(values: Mapping[str, Any]) -> None:
             "conflicts with --save_quantized: no process has all the weights; save them in a run of its own",
         )
     if "save_quantized" in values and not (values.get("low_vram") or "quant" in values):
-        reason = f"{told(values['save_quantized'])}: nothing is quantized"
+        reason = f"{describe_value(values['save_quantized'])}: nothing is quantized"
         raise UserError("--save_quantized", f"{reason}; add --quant fp8 or --low_vram")
     parse_loras(values)
 
@@ -204,7 +210,8 @@ def parse_cache(text: str) -> float:
         threshold = math.nan
     if method != "fbcache" or not 0 <= threshold < math.inf:
         raise UserError(
-            "--cache", f"{told(text)}: choose fbcache, with a threshold after a colon if need be, such as fbcache:0.1"
+            "--cache",
+            f"{describe_value(text)}: choose fbcache, with a threshold after a colon if need be, such as fbcache:0.1",
         )
     return threshold
 
@@ -215,7 +222,9 @@ def parse_loras(values: Mapping[str, Any]) -> tuple[Lora, ...]:
     for entry in values.get("lora", ()):
         lora = parse_lora(entry)
         if not lora.source.strip() or not math.isfinite(lora.scale):
-            raise UserError("--lora", f"{told(entry)}: give FILE, FOLDER or OWNER/NAME, and its scale after a colon")
+            raise UserError(
+                "--lora", f"{describe_value(entry)}: give FILE, FOLDER or OWNER/NAME, and its scale after a colon"
+            )
         loras.append(lora)
     return tuple(loras)
 
@@ -235,11 +244,13 @@ def check_speakers(values: Mapping[str, Any]) -> None:
     """One or two sounds; where two people are and how they take turns only if there are two."""
     sounds = values.get("input_audio", ["one"])
     if not 1 <= len(sounds) <= MAX_SPEAKERS or not all(sounds):
-        reason = f"{told(', '.join(sounds))}: {len(sounds)} sounds, or an empty one"
+        reason = f"{describe_value(', '.join(sounds))}: {len(sounds)} sounds, or an empty one"
         raise UserError("--input_audio", f"{reason}; give one, or two for two speakers, comma-separated")
     for name in ("audio_type", "speaker_boxes"):
         if name in values and len(sounds) != MAX_SPEAKERS:
-            raise UserError(f"--{name}", f"{told(values[name])}: is for two speakers; give two sounds, or leave it out")
+            raise UserError(
+                f"--{name}", f"{describe_value(values[name])}: is for two speakers; give two sounds, or leave it out"
+            )
     if "input_audio" in values and len(sounds) == MAX_SPEAKERS and "input_video" in values:
         raise UserError("--input_video", "a video can be dubbed with one speaker only; give one --input_audio")
     parse_boxes(values)
@@ -259,7 +270,9 @@ def parse_boxes(values: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
     if len(boxes) != MAX_SPEAKERS or not all(
         len(box) == 4 and all(re.fullmatch(r" *\d{1,6} *", n) for n in box) for box in boxes
     ):
-        raise UserError("--speaker_boxes", f"{told(text)}: give two boxes as x0,y0,x1,y1;x0,y0,x1,y1 in pixels")
+        raise UserError(
+            "--speaker_boxes", f"{describe_value(text)}: give two boxes as x0,y0,x1,y1;x0,y0,x1,y1 in pixels"
+        )
     numbers = tuple(tuple(int(number) for number in box) for box in boxes)
     for x0, y0, x1, y1 in numbers:
         if x0 >= x1 or y0 >= y1:
@@ -273,7 +286,9 @@ def parse_keyframes(values: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
     for entry in values.get("keyframes", ()):
         image, _, seconds = entry.rpartition("@")
         if not KEYFRAME.fullmatch(entry):
-            raise UserError("--keyframes", f"{told(entry)}: give an image and its time in seconds, such as a.png@2.5")
+            raise UserError(
+                "--keyframes", f"{describe_value(entry)}: give an image and its time in seconds, such as a.png@2.5"
+            )
         found.append((image, float(seconds)))
     return tuple(found)
 
@@ -282,13 +297,17 @@ def check_outputs(values: Mapping[str, Any]) -> None:
     check_several(values)
     output = values.get("output", "video.mp4")
     if not output.endswith("/") and Path(output).suffix != ".mp4":
-        raise UserError("--output", f"{told(output)}: give a name ending in .mp4, or in / for a folder of PNG frames")
+        raise UserError(
+            "--output", f"{describe_value(output)}: give a name ending in .mp4, or in / for a folder of PNG frames"
+        )
     latents = Path(values.get("save_latents", "latents.safetensors"))
     if latents.suffix != ".safetensors":
-        raise UserError("--save_latents", f"{told(values['save_latents'])}: give a name ending in .safetensors")
+        raise UserError(
+            "--save_latents", f"{describe_value(values['save_latents'])}: give a name ending in .safetensors"
+        )
     if not output.endswith("/") and Path(output) in latents.parents:
         raise UserError(
-            "--save_latents", f"{shown(latents)} would be inside the file that --output names; give another path"
+            "--save_latents", f"{format_value(latents)} would be inside the file that --output names; give another path"
         )
 
 
@@ -297,14 +316,14 @@ def check_several(values: Mapping[str, Any]) -> None:
     if values.get("video_num", 1) > 1:
         for name in ("output", "save_latents", "save_quantized"):
             if name in values:
-                reason = f"{told(values[name])}: is for one video, --video_num makes {values['video_num']}"
+                reason = f"{describe_value(values[name])}: is for one video, --video_num makes {values['video_num']}"
                 raise UserError(f"--{name}", f"{reason}; give --outdir, or leave it out")
         if values.get("seed", 0) > (last := MAX_SEED - values["video_num"] + 1):
             reason = f"{values['seed']}: --video_num {values['video_num']} goes beyond the largest seed"
             raise UserError("--seed", f"{reason}, {MAX_SEED}; give at most {last}")
     outdir = values.get("outdir", "some")
     if not outdir.strip() or "\0" in outdir:
-        raise UserError("--outdir", f"{told(outdir)} is not a folder name; give one")
+        raise UserError("--outdir", f"{describe_value(outdir)} is not a folder name; give one")
 
 
 def make_request(spec: TaskSpec, values: Mapping[str, Any], notes: Sequence[str]) -> GenerationRequest:

@@ -19,13 +19,13 @@ from typing import Any, NoReturn
 
 import yaml
 
-from skyreels_v3 import __version__
-from skyreels_v3.checks import KEYFRAME, parse_lora, request_of, told
+from skyreels_v3.checks import KEYFRAME, describe_value, parse_lora, request_of
 from skyreels_v3.config_text import read_yaml_text
-from skyreels_v3.errors import UserError, shown
+from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.hints import SEE_HELP, suggest_flag, suggest_value
 from skyreels_v3.request import BY_NAME, EXCLUSIVE, FLAGS, Flag, GenerationRequest
 from skyreels_v3.tasks import TASK_NAMES, TINY, TaskSpec, task_spec
+from skyreels_v3.version import __version__
 
 SCRIPT = "python3 generate_video.py"
 MAX_TEXT = 10_000  # characters of one value; of a prompt the model reads 512 tokens
@@ -100,16 +100,16 @@ def refuse_unknown(words: Sequence[str], argv: Sequence[str]) -> None:
         value = words[1]
     meant = suggest_flag(name, value, (*BY_NAME, "config", "help", "version")) if re.match(r"-+\w", name) else SEE_HELP
     if re.match(r"--.", name) or meant != SEE_HELP:
-        raise UserError(shown(name), f"there is no such flag; {meant}")
+        raise UserError(format_value(name), f"there is no such flag; {meant}")
     if name and name[0] in DASHES:
-        reason = f"{told(name)} begins with a dash that is not two hyphens"
-        raise UserError("command line", f"{reason}; type --{shown(name.lstrip(DASHES + '-'))}")
+        reason = f"{describe_value(name)} begins with a dash that is not two hyphens"
+        raise UserError("command line", f"{reason}; type --{format_value(name.lstrip(DASHES + '-'))}")
     before = argv[argv.index(words[0]) - 1] if words[0] in argv[1:] else ""
     if before.removeprefix("--") in BY_NAME and BY_NAME[before.removeprefix("--")].kind is bool:
-        reason = f"{told(words[0])}: a switch takes no value"
+        reason = f"{describe_value(words[0])}: a switch takes no value"
         raise UserError(before, f"{reason}; give {before} alone for yes, or leave it out for no")
     raise UserError(
-        "command line", f"{told(words[0])} does not belong to any flag; put quotes around values with spaces"
+        "command line", f"{describe_value(words[0])} does not belong to any flag; put quotes around values with spaces"
     )
 
 
@@ -153,7 +153,7 @@ def convert(flag: Flag, value: Any) -> Any:
     """A value from the command line (text) or a config file (any YAML) as the flag's kind, in its range."""
     if flag.kind is bool:
         if not isinstance(value, bool):
-            raise UserError(f"--{flag.name}", f"{told(value)}: give true or false")
+            raise UserError(f"--{flag.name}", f"{describe_value(value)}: give true or false")
         return value
     return convert_text(flag, value) if flag.kind is str else convert_number(flag, value)
 
@@ -163,15 +163,18 @@ def convert_text(flag: Flag, value: Any) -> str:
     name = f"--{flag.name}"
     if flag.choices and value not in flag.choices:
         choices = f"{', '.join(flag.choices[:-1])} or {flag.choices[-1]}"
-        raise UserError(name, f"{told(value)}: choose {choices}{suggest_value(flag.name, told(value), flag.choices)}")
+        raise UserError(
+            name,
+            f"{describe_value(value)}: choose {choices}{suggest_value(flag.name, describe_value(value), flag.choices)}",
+        )
     if not isinstance(value, str):
-        raise UserError(name, f"{told(value)} is not text; put it in quotes")
+        raise UserError(name, f"{describe_value(value)} is not text; put it in quotes")
     if len(value) > MAX_TEXT:
-        raise UserError(name, f"{shown(value)}: {len(value)} characters are too many; give at most {MAX_TEXT}")
+        raise UserError(name, f"{format_value(value)}: {len(value)} characters are too many; give at most {MAX_TEXT}")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise UserError(name, f"{shown(value)} {encoding_problem(value)}") from None
+        raise UserError(name, f"{format_value(value)} {encoding_problem(value)}") from None
     return value
 
 
@@ -194,9 +197,9 @@ def convert_number(flag: Flag, value: Any) -> int | float:
             raise ValueError
         number = flag.kind(value)
     except (ValueError, OverflowError):
-        raise UserError(f"--{flag.name}", f"{told(value)} is not {kind}; give {kind}{limits}") from None
+        raise UserError(f"--{flag.name}", f"{describe_value(value)} is not {kind}; give {kind}{limits}") from None
     if not flag.low <= number <= flag.high:  # not true of NaN either
-        raise UserError(f"--{flag.name}", f"{told(value)} is out of range; give {kind}{limits}")
+        raise UserError(f"--{flag.name}", f"{describe_value(value)} is out of range; give {kind}{limits}")
     return number
 
 
@@ -207,15 +210,15 @@ def read_config_file(name: str) -> dict[str, Any]:
     content = read_record(path) if recorded else read_yaml(name)
     folder = "" if recorded else os.path.dirname(path)
     if not isinstance(content, Mapping):
-        raise UserError("--config", f"{shown(name)} holds no 'flag: value' lines; write some, such as 'seed: 1'")
+        raise UserError("--config", f"{format_value(name)} holds no 'flag: value' lines; write some, such as 'seed: 1'")
     values = {}
     for key, value in content.items():
         if key not in BY_NAME:
-            raise UserError("--config", f"{shown(name)}: {unknown_key(key, value)}")
+            raise UserError("--config", f"{format_value(name)}: {unknown_key(key, value)}")
         try:
             values[key] = convert_entry(key, value, folder)
         except UserError as error:
-            raise UserError("--config", f"{shown(name)}: {error}") from None
+            raise UserError("--config", f"{format_value(name)}: {error}") from None
     return values
 
 
@@ -230,14 +233,14 @@ def read_record(path: Path) -> Any:
         flags = json.loads(read_comment(path))["flags"]
         return {name: value for name, value in flags.items() if name not in BY_NAME or BY_NAME[name].recorded}
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = f"{shown(path)} does not say how it was made"
+        reason = f"{format_value(path)} does not say how it was made"
         raise UserError("--config", f"{reason}; give a video that generate_video.py made, or a YAML file") from error
 
 
 def unknown_key(key: Any, value: Any) -> str:
-    meant = suggest_flag(told(key), told(value), BY_NAME)
+    meant = suggest_flag(describe_value(key), describe_value(value), BY_NAME)
     meant = meant if meant == SEE_HELP else meant.replace(" --", " ")  # keys have no dashes
-    return f"unknown key {told(key)}; {meant}"
+    return f"unknown key {describe_value(key)}; {meant}"
 
 
 def convert_given(name: str, value: Any) -> Any:
@@ -329,7 +332,7 @@ def check_beside_jobs(values: Mapping[str, Any]) -> None:
         raise UserError("--jobs", "an empty path; give a file")
     for name, value in values.items():
         if value is not False and (remedy := BY_NAME[name].only_in_line):
-            shown_value = "" if value is True else f"{told(value)}: "
+            shown_value = "" if value is True else f"{describe_value(value)}: "
             raise UserError(f"--{name}", f"{shown_value}is for one video, --jobs makes several; {remedy}")
 
 
@@ -356,7 +359,7 @@ def convert_flags(values: Mapping[str, Any]) -> dict[str, Any]:
     converted = {}
     for name, value in values.items():
         if name not in BY_NAME:
-            raise UserError(f"--{name}", f"there is no such flag; {suggest_flag(name, told(value), BY_NAME)}")
+            raise UserError(f"--{name}", f"there is no such flag; {suggest_flag(name, describe_value(value), BY_NAME)}")
         entries = [*value] if isinstance(value, tuple | list) else value
         plain = [str(entry) for entry in entries] if isinstance(entries, list) else entries
         plain = os.fspath(plain) if isinstance(plain, os.PathLike) else plain
@@ -371,14 +374,18 @@ def read_yaml(name: str) -> Any:
     try:
         status = path.stat()
         if not name or not stat.S_ISREG(status.st_mode) or status.st_size > MAX_CONFIG_BYTES:
-            raise UserError("--config", f"{told(name)} is not a file of at most {MAX_CONFIG_BYTES >> 10} KiB; give one")
+            raise UserError(
+                "--config", f"{describe_value(name)} is not a file of at most {MAX_CONFIG_BYTES >> 10} KiB; give one"
+            )
         return read_yaml_text(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise UserError("--config", f"{shown(name)} cannot be read ({error.strerror}); check the path") from error
+        raise UserError(
+            "--config", f"{format_value(name)} cannot be read ({error.strerror}); check the path"
+        ) from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8
         mark = getattr(error, "problem_mark", None)
-        place = f"line {mark.line + 1}: {getattr(error, 'problem', error)}" if mark else shown(error)
-        raise UserError("--config", f"{shown(name)} is not YAML ({place}); write 'flag: value' lines") from error
+        place = f"line {mark.line + 1}: {getattr(error, 'problem', error)}" if mark else format_value(error)
+        raise UserError("--config", f"{format_value(name)} is not YAML ({place}); write 'flag: value' lines") from error
 
 
 def without_overruled(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def set_up_transformer(transformer: Transformer, request: GenerationRequest, run
     transformer.set_attention(runtime.attention)
     if runtime.parallel.degrees.sequence > 1:
         usp = choose_usp(runtime.kernel, runtime.attention, runtime.parallel)
-        transformer.divide_tokens(runtime.parallel.group("sequence"), usp)
+        family_of(request.task).divide_tokens(transformer, runtime.parallel.group("sequence"), usp)
     if request.compile:
         compile_blocks(transformer)
     if runtime.plan.shards:

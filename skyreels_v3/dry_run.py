@@ -108,8 +108,8 @@ def describe_memory(plan: Plan) -> str:
     whole, tiled = ([plan.peak(mode, tiles) for mode in MEMORY_MODES] for tiles in (TILINGS[0], TILINGS[-1]))
     if whole == tiled:
         return f"about {', '.join(f'{mode} {giga(plan.peak(mode))}' for mode in MEMORY_MODES)} on the device at most"
-    told = (f"{mode} {giga(need)} ({giga(less)})" for mode, need, less in zip(MEMORY_MODES, whole, tiled, strict=True))
-    return f"about {', '.join(told)} on the device at most; in brackets with the VAE in tiles, made when needed"
+    peaks = (f"{mode} {giga(need)} ({giga(less)})" for mode, need, less in zip(MEMORY_MODES, whole, tiled, strict=True))
+    return f"about {', '.join(peaks)} on the device at most; in brackets with the VAE in tiles, made when needed"
 
 
 def duration(seconds: float) -> str:

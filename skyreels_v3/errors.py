@@ -38,7 +38,7 @@ def redact(text: str) -> str:
     return URL.sub(cut, text)
 
 
-def shown(value: object) -> str:
+def format_value(value: object) -> str:
     """`value` for a message: on one line, redacted, shortened in the middle."""
     text = str(value)
     text = redact_url(text) if URL_PARTS.match(text) else redact(text)

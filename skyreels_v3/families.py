@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 from skyreels_v3.checkpoints.files import Repository
 from skyreels_v3.denoising.guidance import Guidance, text_guidance
+from skyreels_v3.inputs import Inputs
 from skyreels_v3.memory.policy import Tiles
 from skyreels_v3.parallel.ranks import UNDIVIDED, ParallelConfig
 from skyreels_v3.request import GenerationRequest, ResolvedRequest
@@ -22,7 +23,7 @@ from skyreels_v3.tasks import TaskSpec
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from skyreels_v3.attention.backends import AttentionFn
     from skyreels_v3.checkpoints.key_maps import KeyMap
@@ -77,6 +78,19 @@ class TransformerSizes(Protocol):
         """Of the projected conditions."""
 
 
+class TextEncoder(Protocol):
+    """A text encoder with its tokenizer."""
+
+    module: nn.Module
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The layers, which can be streamed."""
+
+    def encode(self, prompt: str) -> dict[str, Tensor]:
+        """What the transformer's conditioning takes of a prompt, by name."""
+
+
 class Family(Protocol):
     """What a family answers for a task."""
 
@@ -107,6 +121,13 @@ class Family(Protocol):
 
     def build_transformer(self, sizes: dict[str, Any]) -> Any:
         """The transformer of these sizes, on the default device."""
+
+    def divide_tokens(self, transformer: Any, group: Group, usp: UspFn) -> None:
+        """Have the ranks of `group` divide the tokens of every forward, after `set_attention`.
+
+        Args:
+            usp: attention among the tokens of all ranks.
+        """
 
     def loaders(
         self,
@@ -157,6 +178,9 @@ class Pipeline:
         """The guidance of every pass."""
         return text_guidance(request.guidance_scale)
 
+    def check_inputs(self, request: ResolvedRequest, inputs: Inputs) -> None:
+        """Raise UserError for inputs that do not go together, after each has been checked by itself."""
+
     def passes(self, request: ResolvedRequest) -> Iterator[tuple[int, int]]:
         """Generated and condition latent frames of each pass; the request has its size and length of sound."""
         raise NotImplementedError
@@ -191,10 +215,3 @@ class Transformer(Protocol):
 
     def compilable(self) -> Iterator[tuple[object, str]]:
         """Objects and names of their methods that are worth compiling."""
-
-    def divide_tokens(self, group: Group, usp: UspFn) -> None:
-        """Have the ranks of `group` divide the tokens of every forward, after `set_attention`.
-
-        Args:
-            usp: attention among the tokens of all ranks.
-        """

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skyreels_v3 import __version__, runtime
+from skyreels_v3 import runtime
 from skyreels_v3.checkpoints.save import save_quantized
 from skyreels_v3.components import load_components, others_of
 from skyreels_v3.errors import IncompleteOutput
@@ -30,6 +30,7 @@ from skyreels_v3.plan import Checked, Plan, plan
 from skyreels_v3.preflight import networks, record_of
 from skyreels_v3.resume import RunRecord, RunState, open_state
 from skyreels_v3.stages import Event, Pass, Stages
+from skyreels_v3.version import __version__
 
 logger = logging.getLogger(__name__)
 

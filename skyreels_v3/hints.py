@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Collection
 
-from skyreels_v3.errors import shown
+from skyreels_v3.errors import format_value
 from skyreels_v3.tasks import TASK_NAMES
 
 MAX_WORD = 100  # characters that are compared
@@ -84,7 +84,7 @@ def suggest_flag(word: str, value: str, flags: Collection[str]) -> str:
     """
     first, _, rest = word.partition(" ")
     if rest and first.strip("-") in flags:
-        return f'put quotes around the value only: {first} "{shown(rest)}"'
+        return f'put quotes around the value only: {first} "{format_value(rest)}"'
     word = word[:MAX_WORD].strip("-").replace("-", "_").lower()
     if word in ("task", "mode"):
         return f"give --task_type {suggest_task(value)}".strip()
@@ -93,7 +93,7 @@ def suggest_flag(word: str, value: str, flags: Collection[str]) -> str:
     if remedy := REMEDIES.get(word):
         if "{}" not in remedy and value.lower() in ("false", "0", "no"):
             return "leave it out"
-        value = f'"{shown(value)}"' if re.search(r"\s", value) else shown(value)
+        value = f'"{format_value(value)}"' if re.search(r"\s", value) else format_value(value)
         return f"{'give ' if remedy.startswith('-') else ''}{remedy.replace('{}', value)}".strip()
     begun = [name for name in flags if name.startswith(word)] if len(word) > 2 else []
     close = begun if len(begun) == 1 else difflib.get_close_matches(word, flags, 1, CUTOFF)

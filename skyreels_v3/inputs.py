@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,14 +13,13 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from skyreels_v3.errors import UserError, shown
-from skyreels_v3.media.audio import MAX_SECONDS, AudioInfo, probe_audio
+from skyreels_v3.errors import UserError, format_value
+from skyreels_v3.media.audio import AudioInfo, probe_audio
 from skyreels_v3.media.files import MAX_IMAGE_BYTES, MAX_VIDEO_BYTES, MediaError, local_file
-from skyreels_v3.media.image import NOTES, covered_box, full_size, open_image
+from skyreels_v3.media.image import NOTES, open_image
 from skyreels_v3.media.video_reader import ClipInfo, check_length, last_frames, probe_video, resize_frames
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.tasks import choose_size
-from skyreels_v3.wan.windows import WINDOW_FRAMES
 
 T = TypeVar("T")
 
@@ -100,7 +99,7 @@ class InputFiles:
             return opener(path)
 
     def note(self, source: str, notes: Iterable[str]) -> None:
-        self.notes += [f"{shown(source)} {note}" for note in notes]
+        self.notes += [f"{format_value(source)} {note}" for note in notes]
 
 
 @contextmanager
@@ -109,7 +108,7 @@ def input_errors(source: str, flag: str) -> Iterator[None]:
     try:
         yield
     except MediaError as error:
-        raise UserError(flag, f"{shown(source)} {error.reason}") from error
+        raise UserError(flag, f"{format_value(source)} {error.reason}") from error
 
 
 def open_inputs(request: GenerationRequest, folder: Path) -> tuple[GenerationRequest, Inputs]:
@@ -130,45 +129,13 @@ def open_inputs(request: GenerationRequest, folder: Path) -> tuple[GenerationReq
     if audio:
         lengths = [sound.seconds for sound in audio]
         request = replace(request, audio_seconds=sum(lengths) if request.audio_type == "sequential" else max(lengths))
-        check_times(request, clip)
     keyframes = tuple((files.picture(source, "--keyframes"), seconds) for source, seconds in request.keyframes)
     if request.height is None:
         width, height = (clip.width, clip.height) if clip is not None else images[0].size
         height, width = choose_size(request.task, request.resolution, height, width)
         request = replace(request, height=height, width=width)
-    check_boxes(request, images)
     paths = tuple((name, source, files.fetch(source, f"--{name}")) for name, source in request.sources)
     return request, Inputs(images, clip, audio, keyframes, tuple(files.notes), paths)
-
-
-def check_times(request: GenerationRequest, clip: ClipInfo | None) -> None:
-    """Raise UserError if the lengths of sound, key frames and a dubbed clip do not fit together."""
-    seconds = request.audio_seconds or 0.0
-    if seconds > MAX_SECONDS:
-        reason = f"{seconds:.2f} s one after the other are too long"
-        raise UserError("--input_audio", f"{reason}; give {MAX_SECONDS:g} s at most")
-    if clip is not None and clip.seconds + 1 / request.task.fps < seconds:
-        reason = f"{shown(request.input_video)} is {clip.seconds:.2f} s long, the sound {seconds:.2f} s"
-        raise UserError("--input_video", f"{reason}; give a longer clip or a shorter sound")
-    for source, time in request.keyframes:
-        if time > seconds or request.frames_out < WINDOW_FRAMES:
-            reason = f"{shown(source)} at {time:g} s, the sound is {seconds:.2f} s long"
-            shortest = WINDOW_FRAMES / request.task.fps
-            raise UserError("--keyframes", f"{reason}; give times within it, and sound of at least {shortest:g} s")
-
-
-def check_boxes(request: GenerationRequest, images: Sequence[Image.Image]) -> None:
-    """Raise UserError for a speaker's box that is not inside the portrait, or is cropped away."""
-    for x0, y0, x1, y1 in request.speaker_boxes:
-        width, height = size = full_size(images[0])
-        if x1 > width or y1 > height:
-            reason = f"{x0},{y0},{x1},{y1} is not inside the portrait of {width} x {height} pixels"
-            raise UserError("--speaker_boxes", f"{reason}; give boxes inside it")
-        assert request.height is not None and request.width is not None
-        left, top, right, bottom = covered_box((x0, y0, x1, y1), size, request.height, request.width)
-        if left >= right or top >= bottom:
-            reason = f"{x0},{y0},{x1},{y1} is cut off when the portrait becomes {request.width} x {request.height}"
-            raise UserError("--speaker_boxes", f"{reason}; give a box nearer to the middle, or another size")
 
 
 def condition_clip(

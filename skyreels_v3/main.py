@@ -16,16 +16,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from skyreels_v3 import __version__
 from skyreels_v3.batch import run_jobs
 from skyreels_v3.checks import request_of
 from skyreels_v3.cli import SCRIPT, parse_flags, verbosity_of
 from skyreels_v3.console import Stderr, escape_unknown, say, show
-from skyreels_v3.errors import AlreadyDone, IncompleteOutput, UserError, cause_of, redact, shown
+from skyreels_v3.errors import AlreadyDone, IncompleteOutput, UserError, cause_of, format_value, redact
 from skyreels_v3.media.files import is_url
 from skyreels_v3.parallel import processes
 from skyreels_v3.parallel.ranks import SINGLE, Ranks, check_ranks, ranks_of
 from skyreels_v3.request import GenerationRequest
+from skyreels_v3.version import __version__
 
 logger = logging.getLogger("skyreels_v3")
 
@@ -190,7 +190,7 @@ def run_command(argv: Sequence[str]) -> int:
         show(f"skyreels_v3 {__version__}" if name == "--version" else usage())
         return 0
     meant = f"put a command before it: {PROGRAM} generate {name} ..." if name[:1] == "-" else f"see {PROGRAM} --help"
-    say(f"error: command line: {shown(name)} is not a command; {meant}\n")
+    say(f"error: command line: {format_value(name)} is not a command; {meant}\n")
     return 2
 
 

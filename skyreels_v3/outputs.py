@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skyreels_v3.errors import UserError, shown
+from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.families import pipeline_of
 from skyreels_v3.media.files import existing_folder, giga, publish, replace_file, temporary_name
 from skyreels_v3.plan import output_bytes, transformer_sizes
@@ -39,7 +39,8 @@ def check_room(request: ResolvedRequest, checkpoint: Path | None) -> Iterator[st
         usage = shutil.disk_usage(folder)
         least, most = sum(entry[2] for entry in entries), sum(entry[3] for entry in entries)
         if usage.total and usage.free < least + LITTLE:  # some file systems do not tell
-            reason = f"{shown(path)} needs {giga(least + LITTLE)}, {giga(usage.free)} are free in {shown(folder)}"
+            needs = f"{format_value(path)} needs {giga(least + LITTLE)}"
+            reason = f"{needs}, {giga(usage.free)} are free in {format_value(folder)}"
             raise UserError(flag, f"{reason}; free some space, or give a path on another disk")
         if usage.total and usage.free < most:
             yield f"{giga(usage.free)} are free in {folder}; this run may need {giga(most)}"

@@ -18,7 +18,7 @@ from typing import Any
 
 from skyreels_v3.checkpoints.files import is_quantized
 from skyreels_v3.checkpoints.hub import check_on_hub, locate
-from skyreels_v3.errors import AlreadyDone, UserError, shown
+from skyreels_v3.errors import AlreadyDone, UserError, format_value
 from skyreels_v3.families import family_of, pipeline_of
 from skyreels_v3.inputs import Inputs, open_inputs
 from skyreels_v3.media.ffmpeg import check_ffmpeg
@@ -89,6 +89,7 @@ def check(request: GenerationRequest, downloads: Path, ranks: Ranks) -> Checked:
         check_ffmpeg()
     opened, inputs = open_inputs(request, downloads)
     resolved = ResolvedRequest.of(opened, output=opened.output or free_name(opened))
+    pipeline_of(request.task).check_inputs(resolved, inputs)
     if going_on:
         resolved = go_on(resolved, inputs, named=request.output is not None)
     warnings = [*inputs.notes, *(check_room(resolved, checkpoint) if ranks.is_main else ())]
@@ -160,7 +161,7 @@ def finish(request: ResolvedRequest, output: Path, state: Path) -> None:
     if latents is not None and not os.path.lexists(latents):
         check_writable(latents, "--save_latents")
         if not join_passes(state, latents, len([*pipeline_of(request.task).passes(request)])):
-            reason = f"{shown(latents)}: the latents of {shown(output)} were not kept"
+            reason = f"{format_value(latents)}: the latents of {format_value(output)} were not kept"
             raise UserError("--save_latents", f"{reason}; leave it out, or make both again with another --output")
     shutil.rmtree(state, ignore_errors=True)
 
@@ -233,7 +234,7 @@ def follow_checkpoint(request: Request, checkpoint: Path) -> Request:
     if not is_quantized(checkpoint / request.task.transformer_folder):
         return request
     if request.lora:
-        reason = f"{shown(request.lora[0].source)}: the checkpoint's weights are quantized already"
+        reason = f"{format_value(request.lora[0].source)}: the checkpoint's weights are quantized already"
         raise UserError("--lora", f"{reason}; give it to the run that quantizes them, with --save_quantized")
     return replace(request, quant=request.quant or "fp8")  # the text encoder too, as when it was saved
 

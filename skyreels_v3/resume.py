@@ -24,7 +24,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from skyreels_v3.errors import UserError, shown
+from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.media.files import reason_of, replace_file
 
 try:
@@ -86,11 +86,13 @@ class RunRecord:
             now["seed"] = before.get("seed")
         different = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if different:
-            changes = ", ".join(f"{key} {shown(before.get(key))} -> {shown(now.get(key))}" for key in different)
+            changes = ", ".join(
+                f"{key} {format_value(before.get(key))} -> {format_value(now.get(key))}" for key in different
+            )
             raise UserError("--resume", f"the interrupted run had other flags ({changes}); repeat its command")
         for (flag, source, digest), read_before in zip(self.inputs, left["inputs"], strict=True):
             if [flag, digest] != read_before:
-                reason = f"{shown(source)} has changed since the interrupted run"
+                reason = f"{format_value(source)} has changed since the interrupted run"
                 raise UserError(f"--{flag}", f"{reason}; put the old one back, or leave --resume out to begin anew")
 
 
@@ -171,7 +173,7 @@ class RunState:
             saved = load_file(file)
             saved["latents"], torch.Generator().set_state(saved["generator"])
         except (OSError, SafetensorError, KeyError, RuntimeError, TypeError) as error:
-            logger.warning("%s is damaged (%s); that pass is made again", file, shown(error))
+            logger.warning("%s is damaged (%s); that pass is made again", file, format_value(error))
             return {}
         return saved
 
@@ -270,7 +272,7 @@ def claim(folder: Path, record: RunRecord) -> Left:
         record.check_same(left)
     except BlockingIOError as error:
         request.close()
-        reason = f"{shown(folder)} is in use by a run that has not ended"
+        reason = f"{format_value(folder)} is in use by a run that has not ended"
         raise UserError("--resume", f"{reason}; wait for it, or stop it first") from error
     except BaseException:
         request.close()

@@ -35,13 +35,12 @@ from skyreels_v3.denoising.loop import (
     unconstrained,
 )
 from skyreels_v3.denoising.step_cache import StepCache
-from skyreels_v3.hunyuan.conditioning import HunyuanTextEncoder
+from skyreels_v3.families import TextEncoder
 from skyreels_v3.inputs import condition_clip
 from skyreels_v3.plan import Plan
 from skyreels_v3.resume import RunState
 from skyreels_v3.runtime import Runtime
 from skyreels_v3.tasks import LATENT_CHANNELS, VAE_STRIDE, latent_frames
-from skyreels_v3.wan.conditioning import TextEncoder, pad_context
 
 logger = logging.getLogger(__name__)
 
@@ -125,11 +124,6 @@ class Stages:
         with self.runtime.bar("reading the clip", self.inputs.clip.frames) as bar:
             return condition_clip(self.request, self.inputs, bar.update)
 
-    def contexts(self, guidance: Guidance, *prompts: str) -> list[dict[str, Tensor]]:
-        """For each prompt the context (1, 512, D) of each condition, on the device."""
-        encoded = self.encode_prompts(guidance, *prompts)
-        return [{name: pad_context(parts["context"]) for name, parts in made.items()} for made in encoded]
-
     def encode_prompts(self, guidance: Guidance, *prompts: str) -> list[dict[str, Encoded]]:
         """For each prompt the encoded text of each condition: the prompt's, or the negative prompt's."""
         negative = self.request.negative_prompt
@@ -160,7 +154,7 @@ class Stages:
         return dict(zip(texts, made, strict=True))
 
     @contextmanager
-    def text_encoder(self) -> Iterator[TextEncoder | HunyuanTextEncoder]:
+    def text_encoder(self) -> Iterator[TextEncoder]:
         """The text encoder at work; quantised, if it is to be, when it is first needed."""
         encoder, quant = self.components.text_encoder, self.components.quant
         assert encoder is not None

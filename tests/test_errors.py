@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from skyreels_v3.errors import UserError, redact, redact_url, shown
+from skyreels_v3.errors import UserError, format_value, redact, redact_url
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ from skyreels_v3.errors import UserError, redact, redact_url, shown
 def test_addresses_lose_their_secrets(url: str, safe: str) -> None:
     assert redact_url(url) == safe
     assert redact_url(safe) == safe
-    assert shown(url) == safe.replace("\n", "\\n")
+    assert format_value(url) == safe.replace("\n", "\\n")
 
 
 def test_secrets_in_messages() -> None:
@@ -39,14 +39,14 @@ def test_secrets_in_messages() -> None:
     assert redact(text) == redact(safe) == safe
     assert redact("(https://h/a?...); https://h/b?...: no") == "(https://h/a?...); https://h/b?...: no"
     assert str(UserError("--x", text)) == f"--x: {safe}"
-    assert "secret" not in shown("https://h/" + "x" * 200 + "?sig=secret")
+    assert "secret" not in format_value("https://h/" + "x" * 200 + "?sig=secret")
     redact("a" * 100_000)  # in no time
 
 
 def test_shown() -> None:
-    assert shown("pictures/katze-\u00fc.png") == "pictures/katze-\u00fc.png"
-    assert shown("a\nb\x1b[31m") == "a\\nb\\x1b[31m"
-    long = shown("start" + "x" * 5000 + "end.png")
+    assert format_value("pictures/katze-\u00fc.png") == "pictures/katze-\u00fc.png"
+    assert format_value("a\nb\x1b[31m") == "a\\nb\\x1b[31m"
+    long = format_value("start" + "x" * 5000 + "end.png")
     assert len(long) <= 100
     assert long.startswith("start") and long.endswith("end.png")
-    shown(os.fsdecode(b"bad\xff.png")).encode()
+    format_value(os.fsdecode(b"bad\xff.png")).encode()

@@ -22,7 +22,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from skyreels_v3.checkpoints.tiny import SIZES, save, weights  # noqa: E402
 from skyreels_v3.hunyuan import tiny as hunyuan_tiny  # noqa: E402
-from skyreels_v3.wan import family, key_maps, tiny  # noqa: E402
+from skyreels_v3.wan import key_maps, tiny  # noqa: E402
 from training import encoders, networks, sound  # noqa: E402
 
 TASKS = {
@@ -58,8 +58,8 @@ def unpack(source: Path, task: str, root: Path) -> None:
     elif task == "talking_avatar":
         tiny.write_native_transformer(root, transformer)
         write_native_parts(root, vae)
-        tiny.write_image_encoder(root / family.NATIVE_IMAGE_ENCODER)
-        save(sound.audio_module(), root / family.AUDIO_ENCODER)
+        tiny.write_image_encoder(root / key_maps.NATIVE_IMAGE_ENCODER_FILE)
+        save(sound.audio_module(), root / key_maps.AUDIO_ENCODER)
     else:
         for name in ("transformer", "shot_transformer"):
             tiny.write_native_transformer(root / name, transformer)
@@ -85,10 +85,10 @@ def write_reference(root: Path, transformer: Any, vae: Any) -> None:
 
 def write_native_parts(root: Path, vae: nn.Module) -> None:
     """What the native layouts share: VAE, text encoder and tokenizer."""
-    torch.save(tiny.native(weights(vae), key_maps.NATIVE_VAE), root / family.NATIVE_VAE)
+    torch.save(tiny.native(weights(vae), key_maps.NATIVE_VAE), root / key_maps.NATIVE_VAE_FILE)
     text_encoder = weights(encoders.umt5_module().half())
-    torch.save(tiny.native(text_encoder, key_maps.NATIVE_TEXT_ENCODER), root / family.NATIVE_TEXT_ENCODER)
-    encoders.write_umt5_tokenizer(root / family.NATIVE_TOKENIZER)
+    torch.save(tiny.native(text_encoder, key_maps.NATIVE_TEXT_ENCODER), root / key_maps.NATIVE_TEXT_ENCODER_FILE)
+    encoders.write_umt5_tokenizer(root / key_maps.NATIVE_TOKENIZER)
 
 
 def write_hunyuan(root: Path, transformer: Any, vae: Any) -> None:

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from skyreels_v3.errors import CheckpointError, UserError, shown
+from skyreels_v3.errors import CheckpointError, UserError, format_value
 from skyreels_v3.memory.policy import SCALE
 
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as in the library that reads it
@@ -146,7 +146,7 @@ def read_sizes(folder: Path, names: Collection[str]) -> dict[str, int]:
     sizes = {key: value for key, value in read_json(folder / "config.json").items() if key in names}
     for key, value in sizes.items():
         if type(value) is not int or value < 1:
-            raise CheckpointError(f"{folder}/config.json: {key} = {shown(value)} is no size; download it again")
+            raise CheckpointError(f"{folder}/config.json: {key} = {format_value(value)} is no size; download it again")
     return sizes
 
 

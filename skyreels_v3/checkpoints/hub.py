@@ -19,7 +19,7 @@ from threading import Thread
 
 from skyreels_v3.checkpoints.files import OTHER_FORMATS, Repository, check_file, errors_about
 from skyreels_v3.console import say
-from skyreels_v3.errors import UserError, shown
+from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.tasks import TASK_NAMES, TINY, task_spec
 
@@ -64,7 +64,7 @@ def locate(request: GenerationRequest, repository: Repository, beside: Path | No
 
 def local_folder(name: str, flag: str, remedy: str) -> Path | None:
     """The folder of that name, None if it is a hub id; raises UserError for what is neither."""
-    given = shown(name) if name.strip() else "an empty value"
+    given = format_value(name) if name.strip() else "an empty value"
     folder = Path(os.path.expanduser(name))
     if name.strip() and os.path.isdir(folder):  # unlike Path's, it takes impossible names
         if not (folder / "snapshots").is_dir():
@@ -245,7 +245,7 @@ def locate_lora(name: str) -> Path | None:
     Raises:
         UserError: nothing of that, or a file that is damaged.
     """
-    given = shown(name) if name.strip() else "an empty value"
+    given = format_value(name) if name.strip() else "an empty value"
     path = Path(os.path.expanduser(name))
     if name.strip() and os.path.isdir(path):  # unlike Path's, it takes impossible names
         with errors_about("--lora"):
@@ -283,7 +283,7 @@ def choose_lora(names: Collection[str], where: str) -> str:
 def check_lora_file(file: Path) -> None:
     """Raise UserError unless `file` is a complete safetensors file."""
     if file.suffix != ".safetensors":
-        reason = f"{shown(file)} is no .safetensors file"
+        reason = f"{format_value(file)} is no .safetensors file"
         raise UserError("--lora", f"{reason}; other formats can run code, convert it to this one")
     with errors_about("--lora"):
         check_file(file)

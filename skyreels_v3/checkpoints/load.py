@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from skyreels_v3.checkpoints.files import read_json, weight_files
 from skyreels_v3.checkpoints.key_maps import IDENTITY, KeyMap, invert, restore, translate
-from skyreels_v3.errors import CheckpointError, shown
+from skyreels_v3.errors import CheckpointError, format_value
 from skyreels_v3.memory.offload import replace_tensors
 from skyreels_v3.memory.policy import SCALE
 from skyreels_v3.memory.quantize import with_fp8_layers
@@ -72,7 +72,7 @@ def read_tensors(path: Path, values: bool = True) -> Tensors:
     for key in tensors:
         for pattern, name in QUANTIZED:
             if re.fullmatch(pattern, key):
-                raise CheckpointError(f"{path} holds weights in {name} ({shown(key)}), not supported; {REMEDY}")
+                raise CheckpointError(f"{path} holds weights in {name} ({format_value(key)}), not supported; {REMEDY}")
     return tensors if values else {key: tensor.to("meta") for key, tensor in tensors.items()}
 
 
@@ -139,10 +139,12 @@ def read_config(
     check_sizes(config, tensors, source)
     for key in config.keys() & constants.keys():
         if config[key] != constants[key]:
-            raise CheckpointError(f"{source}: {key} = {shown(config[key])} is not supported, only {constants[key]}")
+            raise CheckpointError(
+                f"{source}: {key} = {format_value(config[key])} is not supported, only {constants[key]}"
+            )
     arguments = {key: value for key, value in config.items() if key not in constants}
     if names is not None and (unknown := arguments.keys() - set(names)):
-        raise CheckpointError(f"{source}: unknown entries {', '.join(map(shown, sorted(unknown)))}")
+        raise CheckpointError(f"{source}: unknown entries {', '.join(map(format_value, sorted(unknown)))}")
     return arguments
 
 
@@ -151,15 +153,15 @@ def check_sizes(config: Mapping[str, Any], tensors: Tensors, source: Path) -> No
     longest = max((axis for tensor in tensors.values() for axis in tensor.shape), default=0)
     for key, value in config.items():
         if POSITIVE.fullmatch(key) and not (isinstance(value, int | float) and 0 < value < math.inf):
-            raise CheckpointError(f"{source}: {key} = {shown(value)} is no positive number; {OWN_CONFIG}")
+            raise CheckpointError(f"{source}: {key} = {format_value(value)} is no positive number; {OWN_CONFIG}")
         limit = len(tensors) if COUNT.fullmatch(key) else longest if WIDTH.fullmatch(key) else None
         if limit is None or value is None:
             continue
         for size in value if isinstance(value, list) else [value]:
             if type(size) is not int or size < 1:
-                raise CheckpointError(f"{source}: {key} = {shown(size)} is no size; {OWN_CONFIG}")
+                raise CheckpointError(f"{source}: {key} = {format_value(size)} is no size; {OWN_CONFIG}")
             if size > limit:
-                reason = f"{source}: {key} = {shown(size)} is more than the weights beside it have"
+                reason = f"{source}: {key} = {format_value(size)} is more than the weights beside it have"
                 raise CheckpointError(f"{reason} ({limit} at most); {OWN_CONFIG}")
     if config.get("quantization_config"):
         raise CheckpointError(f"{source}: quantization_config is not supported; {REMEDY}")
@@ -267,7 +269,7 @@ def check_scales(tensors: Tensors, source: Path) -> None:
         weight = tensors.get(f"{key.removesuffix(SCALE)}weight")
         if key.endswith(f".{SCALE}") and (weight is None or weight.ndim != 2 or scale.shape != weight.shape[:1]):
             reason = f"{source} holds weights in FP8 that is scaled otherwise than by rows"
-            raise CheckpointError(f"{reason} ({shown(key)} {list(scale.shape)}), not supported; {REMEDY}")
+            raise CheckpointError(f"{reason} ({format_value(key)} {list(scale.shape)}), not supported; {REMEDY}")
 
 
 def check_keys(expected: Mapping[str, Tensor], found: Tensors, source: Path, key_map: KeyMap) -> None:

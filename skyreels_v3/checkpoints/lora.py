@@ -285,7 +285,7 @@ def apply_loras(model: Any, loras: Sequence[Lora], fuse: bool) -> None:
     The model's tensors are neither written to nor copied, but for the weights that fusing replaces.
 
     Args:
-        model: an `nn.Module` with PEFT's methods and `native_names`, see `model_api.Transformer`.
+        model: an `nn.Module` with PEFT's methods and `native_names`, see `families.Transformer`.
         loras: safetensors files, and what their changes are multiplied by.
         fuse: make new weights, rounded once; otherwise keep low-rank pairs beside the weights, as PEFT's layers.
 

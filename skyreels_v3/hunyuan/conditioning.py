@@ -26,7 +26,7 @@ class HunyuanConditioning:
     Attributes:
         text: (1, L, D) Llama states of the prompt's own tokens.
         pooled: (1, P) from CLIP.
-        guidance: the scale that the model is told of.
+        guidance: the scale that the model takes as an input.
         channels: (1, C, F, H, W) joined to the latents' channels, or None.
     """
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
 
     from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
+    from skyreels_v3.parallel.groups import Group
+    from skyreels_v3.parallel.usp import UspFn
 
 SCHEDULER = "scheduler/scheduler_config.json"
 
@@ -83,6 +85,13 @@ def build_transformer(sizes: dict[str, Any]) -> HunyuanTransformer3DModel:
     from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 
     return HunyuanTransformer3DModel(**sizes)
+
+
+def divide_tokens(transformer: HunyuanTransformer3DModel, group: Group, usp: UspFn) -> None:
+    """Have the ranks of `group` divide the tokens of every forward."""
+    from skyreels_v3.hunyuan.sequence_parallel import SequenceParallel
+
+    SequenceParallel(group, usp).attach(transformer)
 
 
 def loaders(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
@@ -23,10 +23,6 @@ from skyreels_v3.attention.backends import AttentionFn
 from skyreels_v3.checkpoints.key_maps import KeyMap
 from skyreels_v3.hunyuan.key_maps import NATIVE_TRANSFORMER
 from skyreels_v3.wan.rope import Rotary, apply_rotary
-
-if TYPE_CHECKING:
-    from skyreels_v3.parallel.groups import Group
-    from skyreels_v3.parallel.usp import UspFn
 
 
 class JointAttention:
@@ -77,7 +73,7 @@ def heads(x: Tensor, layer: nn.Module, norm: nn.Module | None, number: int, rota
 
 
 class HunyuanTransformer3DModel(HunyuanVideoTransformer3DModel):
-    """diffusers' HunyuanVideo transformer as `model_api.Transformer`."""
+    """diffusers' HunyuanVideo transformer as `families.Transformer`."""
 
     chunks_tokens: ClassVar[bool] = False
     native_names: ClassVar[KeyMap] = NATIVE_TRANSFORMER
@@ -94,15 +90,9 @@ class HunyuanTransformer3DModel(HunyuanVideoTransformer3DModel):
             cast(Any, block).attn.set_processor(joint)
 
     def compilable(self) -> Iterator[tuple[object, str]]:
-        """What runs before attention, see `model_api.Transformer`."""
+        """What runs before attention, see `families.Transformer`."""
         for joint in {cast(Any, block).attn.processor for block in self.blocks}:
             yield joint, "project"
-
-    def divide_tokens(self, group: Group, usp: UspFn) -> None:
-        """See `model_api.Transformer`."""
-        from skyreels_v3.hunyuan.sequence_parallel import SequenceParallel  # which needs this module
-
-        SequenceParallel(group, usp).attach(self)
 
     def to_json_string(self) -> str:
         """The config under the name that the library knows, so that it loads what is saved here."""

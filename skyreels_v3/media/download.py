@@ -24,7 +24,7 @@ from urllib.request import getproxies
 
 import httpx
 
-from skyreels_v3.errors import UserError, redact_url, shown
+from skyreels_v3.errors import UserError, format_value, redact_url
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def download(
 ) -> Path:
     """Download a URL into a new file of `folder`, which is created if need be; a failure leaves no file.
 
-    Args and Raises: as in `sources.local_file`.
+    Args and Raises: as in `files.local_file`.
     """
     try:
         path = asyncio.run(fetch(url, folder, timeout, max_bytes, progress, allow_private))
@@ -66,11 +66,13 @@ def download(
     except (httpx.InvalidURL, UnicodeError):  # their text is a part of the URL, which may be a secret
         reason = "not a valid address; check it"
     except httpx.HTTPError as error:
-        reason = f"cannot be downloaded ({shown(error)}); check address and network, and the proxy if there is one"
+        reason = (
+            f"cannot be downloaded ({format_value(error)}); check address and network, and the proxy if there is one"
+        )
     else:
         logger.debug("downloaded %s (%d bytes)", redact_url(url), path.stat().st_size)
         return path
-    raise UserError(flag, f"{shown(url)}: {reason}")
+    raise UserError(flag, f"{format_value(url)}: {reason}")
 
 
 async def fetch(url: str, folder: Path, timeout: float, max_bytes: int, progress: bool, allow_private: bool) -> Path:
@@ -86,7 +88,9 @@ async def fetch(url: str, folder: Path, timeout: float, max_bytes: int, progress
         )
     except (ImportError, ValueError, httpx.InvalidURL) as error:  # of the proxies in the environment
         remedy = "give http://HOST:PORT or socks5://HOST:PORT, or unset it"
-        raise Refused(f"http_proxy, https_proxy or all_proxy cannot be used ({shown(error)}); {remedy}") from error
+        raise Refused(
+            f"http_proxy, https_proxy or all_proxy cannot be used ({format_value(error)}); {remedy}"
+        ) from error
     request = client.stream("GET", url, extensions={"trace": check.on_event})
     async with asyncio.timeout(MAX_SECONDS), client, request as response:
         if not response.is_success:
@@ -94,7 +98,7 @@ async def fetch(url: str, folder: Path, timeout: float, max_bytes: int, progress
             raise Refused(f"the server answers {status}; check the address")
         kind = response.headers.get("Content-Type", "").lower()
         if NOT_MEDIA.match(kind):
-            raise Refused(f"this is {shown(kind)}, not media; give the address of the file itself")
+            raise Refused(f"this is {format_value(kind)}, not media; give the address of the file itself")
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix="download-", suffix=suffix_of(response), dir=folder)
         try:
@@ -170,8 +174,8 @@ class ConnectionCheck:
     def require_public(self, host: str, addresses: Sequence[str]) -> None:
         for address in addresses:
             if not (self.allow_private or is_public(address)):
-                leads = "is" if host == address else f"leads to {shown(address)},"
-                reason = f"{shown(host)} {leads} an address of this machine, of a private or a reserved network"
+                leads = "is" if host == address else f"leads to {format_value(address)},"
+                reason = f"{format_value(host)} {leads} an address of this machine, of a private or a reserved network"
                 raise Refused(f"{reason}; download it and give the path, or add --allow_private_urls")
 
 

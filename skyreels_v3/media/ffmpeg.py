@@ -19,7 +19,7 @@ from typing import IO
 
 from imageio_ffmpeg import get_ffmpeg_exe
 
-from skyreels_v3.errors import UserError, shown
+from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.media.files import MediaError
 
 MAX_FRAME_PIXELS = 40_000_000  # 8K has 35 million
@@ -197,6 +197,8 @@ def check_ffmpeg() -> None:
     except (OSError, RuntimeError, TimeoutExpired) as error:  # RuntimeError: imageio-ffmpeg finds none
         problem = str(error)
     if problem:
-        reason = f"{shown(os.environ.get('IMAGEIO_FFMPEG_EXE', 'not set'))}: ffmpeg fails ({shown(problem)})"
+        reason = (
+            f"{format_value(os.environ.get('IMAGEIO_FFMPEG_EXE', 'not set'))}: ffmpeg fails ({format_value(problem)})"
+        )
         remedy = "unset it to use imageio-ffmpeg's own, or set it to ffmpeg 5.1 or newer with libx264 and aac"
         raise UserError("IMAGEIO_FFMPEG_EXE", f"{reason}; {remedy}")

@@ -21,7 +21,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO
 
-from skyreels_v3.errors import UserError, redact_url, shown
+from skyreels_v3.errors import UserError, format_value, redact_url
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class MediaError(RuntimeError):
     """
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{shown(path)} {reason}")
+        super().__init__(f"{format_value(path)} {reason}")
         self.reason = reason
 
 
@@ -54,16 +54,18 @@ def check_readable(path: Path, flag: str) -> None:
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            raise UserError(flag, f"{shown(path)} is a folder; give a file")
+            raise UserError(flag, f"{format_value(path)} is a folder; give a file")
         if not stat.S_ISREG(mode):
-            raise UserError(flag, f"{shown(path)} is not a regular file; give an ordinary file")
+            raise UserError(flag, f"{format_value(path)} is not a regular file; give an ordinary file")
         with path.open("rb") as file:
             if not file.read(1):
-                raise UserError(flag, f"{shown(path)} is empty (0 bytes); give a complete file")
+                raise UserError(flag, f"{format_value(path)} is empty (0 bytes); give a complete file")
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(flag, f"{shown(path)} does not exist; check the path") from None
+        raise UserError(flag, f"{format_value(path)} does not exist; check the path") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
-        raise UserError(flag, f"{shown(path)} cannot be read ({reason_of(error)}); check its permissions") from error
+        raise UserError(
+            flag, f"{format_value(path)} cannot be read ({reason_of(error)}); check its permissions"
+        ) from error
 
 
 def check_writable(path: Path, flag: str) -> None:
@@ -74,18 +76,20 @@ def check_writable(path: Path, flag: str) -> None:
     """
     if os.path.lexists(path):
         remedy = "give a file name in it" if path.is_dir() else "give another name or move it away"
-        raise UserError(flag, f"{shown(path)} exists already and is never overwritten; {remedy}")
+        raise UserError(flag, f"{format_value(path)} exists already and is never overwritten; {remedy}")
     if "\0" in str(path) or any(len(os.fsencode(part)) > NAME_BYTES - NAME_RESERVE for part in path.parts):
-        raise UserError(flag, f"{shown(path)} is not a possible file name; give a shorter, plain one")
+        raise UserError(flag, f"{format_value(path)} is not a possible file name; give a shorter, plain one")
     ancestor = existing_folder(path)
     if not ancestor.is_dir():
-        raise UserError(flag, f"{shown(path)} cannot be made: {shown(ancestor)} is not a folder; give another path")
+        raise UserError(
+            flag, f"{format_value(path)} cannot be made: {format_value(ancestor)} is not a folder; give another path"
+        )
     try:
         with tempfile.TemporaryFile(dir=ancestor):
             pass
     except OSError as error:
-        reason = f"{shown(ancestor)} is not writable ({reason_of(error)})"
-        raise UserError(flag, f"{shown(path)} cannot be made: {reason}; give another path") from error
+        reason = f"{format_value(ancestor)} is not writable ({reason_of(error)})"
+        raise UserError(flag, f"{format_value(path)} cannot be made: {reason}; give another path") from error
 
 
 @contextmanager
@@ -205,7 +209,7 @@ def reason_of(error: Exception, path: Path | None = None) -> str:
     if path is None or not is_full(error):
         return getattr(error, "strerror", None) or str(error)
     folder = existing_folder(path)
-    return f"{os.strerror(errno.ENOSPC)}, {giga(shutil.disk_usage(folder).free)} free in {shown(folder)}"
+    return f"{os.strerror(errno.ENOSPC)}, {giga(shutil.disk_usage(folder).free)} free in {format_value(folder)}"
 
 
 def is_full(error: Exception) -> bool:
@@ -268,9 +272,9 @@ def local_file(
         return path
     if (scheme[1] or scheme[2]).lower() not in ("http", "https"):
         reason = "only http and https addresses are fetched; download it and give the path"
-        raise UserError(flag, f"{shown(source)}: {reason}")
+        raise UserError(flag, f"{format_value(source)}: {reason}")
     if source == redact_url(source) and ("://...@" in source or source.endswith("?...")):
-        raise UserError(flag, f"{shown(source)}: its query or password was not recorded; give the whole address")
+        raise UserError(flag, f"{format_value(source)}: its query or password was not recorded; give the whole address")
     record = folder / f"{hashlib.sha256(source.encode()).hexdigest()}.path"  # also read by this run's other processes
     if not record.is_file():
         from skyreels_v3.media.download import download  # only URLs pay for it

@@ -18,7 +18,7 @@ from typing import cast
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from skyreels_v3.errors import shown
+from skyreels_v3.errors import format_value
 from skyreels_v3.media.files import MediaError
 
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # its exceptions say what is wrong with a file
@@ -82,7 +82,7 @@ def open_image(path: Path) -> Image.Image:
             raise MediaError(path, "is HEIC, which is not supported; export it as JPEG") from error
         raise MediaError(path, "is not a picture; give a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file") from error
     except Exception as error:  # on damaged data decoders raise whatever they run into
-        reason = shown(str(error) or type(error).__name__)
+        reason = format_value(str(error) or type(error).__name__)
         raise MediaError(path, f"is damaged or cut off ({reason}); give a complete file") from error
 
 

@@ -16,7 +16,7 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
-from skyreels_v3.errors import shown
+from skyreels_v3.errors import format_value
 from skyreels_v3.media.ffmpeg import (
     AUDIO,
     MAX_FRAME_PIXELS,
@@ -233,7 +233,7 @@ def probe_video(path: Path, fps: int) -> ClipInfo:
         height, width, _ = next(decode(track, filters)).shape
     except (RuntimeError, StopIteration) as error:
         # also for HDR where IMAGEIO_FFMPEG_EXE names a program without the zscale filter
-        reason = f"has no frame that can be decoded ({shown(error)})"
+        reason = f"has no frame that can be decoded ({format_value(error)})"
         raise MediaError(path, f"{reason}; convert it to an H.264 mp4 file in SDR") from error
     return ClipInfo(
         path=path,

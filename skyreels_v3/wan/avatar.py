@@ -23,7 +23,7 @@ from skyreels_v3.media.audio import normalise_loudness, read_audio
 from skyreels_v3.media.color import match_color
 from skyreels_v3.media.image import cover_crop, covered_box, full_size
 from skyreels_v3.media.video_reader import read_frames, resize_frames
-from skyreels_v3.stages import Event, Frame, Pass, Stages, Step, frames_to_video
+from skyreels_v3.stages import Encoded, Event, Frame, Pass, Stages, Step, frames_to_video
 from skyreels_v3.tasks import PATCH_SIZE, SIZE_MULTIPLE, VAE_STRIDE, latent_frames
 from skyreels_v3.wan.conditioning import Conditioning
 from skyreels_v3.wan.windows import MOTION_FRAMES, WINDOW_FRAMES, Window, WindowPlan, plan_windows
@@ -83,7 +83,7 @@ class Avatar:
         features = self.encode_audio()
         plan = plan_windows(features.shape[1])
         window_prompt = request.window_prompt if plan.windows else request.prompt
-        texts, window_texts = self.stages.contexts(self.guidance, request.prompt, window_prompt)
+        texts, window_texts = self.stages.encode_prompts(self.guidance, request.prompt, window_prompt)
         padding = features[:, 2 * plan.audio_frames - plan.padded_frames :].flip(1)
         scene = Scene(
             portrait=self.portrait(),
@@ -105,7 +105,7 @@ class Avatar:
         yield from self.make_windows(scene, plan, window_texts, keys)
 
     def make_windows(
-        self, scene: Scene, plan: WindowPlan, texts: Mapping[str, Tensor], keys: Mapping[int, Tensor]
+        self, scene: Scene, plan: WindowPlan, texts: Mapping[str, Encoded], keys: Mapping[int, Tensor]
     ) -> Iterator[Event]:
         """A pass for each window; `keys` are the key frames (1, 3, 1, H, W) by the windows' starts."""
         given = scene.portrait
@@ -121,7 +121,7 @@ class Avatar:
                 given = torch.cat(list(tail), dim=2)
                 bar.update()
 
-    def dub(self, scene: Scene, plan: WindowPlan, texts: dict[str, Tensor]) -> Iterator[Event]:
+    def dub(self, scene: Scene, plan: WindowPlan, texts: Mapping[str, Encoded]) -> Iterator[Event]:
         """Passes over an existing clip: each begins and ends in the clip's own frames at that time."""
         windows = plan.windows or (Window(0, 0, 0, plan.audio_frames),)
         starts = [window.start for window in windows]
@@ -217,12 +217,12 @@ class Avatar:
         return self.runtime.parallel.broadcast_from_main(encode)["features"].to(self.runtime.device)
 
     def make_window(
-        self, scene: Scene, texts: Mapping[str, Tensor], given: Given, start: int, name: str
+        self, scene: Scene, texts: Mapping[str, Encoded], given: Given, start: int, name: str
     ) -> Generator[Step, None, Tensor]:
         """Latents (1, 16, 21, h, w) of one pass that begins at frame `start` of the sound.
 
-        `texts` is the context of each condition. Where `given` says so, the first latent frames are held to the given
-        ones, at the noise level of each step.
+        `texts` is the encoded prompt of each condition. Where `given` says so, the first latent frames are held to the
+        given ones, at the noise level of each step.
         """
         known: list[Tensor] = []
 
@@ -242,20 +242,20 @@ class Avatar:
         return self.stages.denoise(noise, conditions, self.guidance, scene.generator, scheduler, name, constraint)
 
     def conditions(
-        self, scene: Scene, texts: Mapping[str, Tensor], known: Tensor, given: Given, start: int
+        self, scene: Scene, texts: Mapping[str, Encoded], known: Tensor, given: Given, start: int
     ) -> dict[str, Conditioning]:
         """What a pass is conditioned on, for each condition of the guidance."""
         image = self.encode_image(given.first[:, :, 0])
         audio = audio_windows(scene.features, start)[None]
         return {
             name: Conditioning(
-                text,
+                parts["context"],
                 channels=known,
                 image=image,
                 audio=torch.zeros_like(audio) if name in SILENT else audio,
                 speaker_masks=scene.speaker_masks,
             )
-            for name, text in texts.items()
+            for name, parts in texts.items()
         }
 
     def known_frames(self, given: Given) -> Tensor:

@@ -1,4 +1,4 @@
-"""Loading V3's components, in both published layouts: see `family`. For `values`, see `read_tensors`."""
+"""Loading V3's components, in both published layouts. For `values`, see `read_tensors`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from skyreels_v3.checkpoints import load
 from skyreels_v3.checkpoints.key_maps import IDENTITY
 from skyreels_v3.checkpoints.load import Tensors, load_model, read_config, read_tensors, shape_of
 from skyreels_v3.errors import CheckpointError
-from skyreels_v3.wan import family, key_maps
+from skyreels_v3.wan import key_maps
 from skyreels_v3.wan.conditioning import AudioEncoder, ImageEncoder, TextEncoder
 from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 from skyreels_v3.wan.vae import VideoVAE
@@ -37,7 +37,7 @@ def native_arguments(folder: Path, tensors: Tensors) -> dict[str, float]:
     """Arguments of the transformer from a Wan-native config, and from the tensors what it leaves out."""
     names = {*key_maps.NATIVE_SIZES, "eps", "text_dim", "model_type"}
     config = read_config(folder, tensors, key_maps.NATIVE_CONSTANTS, names)
-    arguments = family.config_sizes(folder) | {"eps": config.get("eps", 1e-6)}
+    arguments = key_maps.config_sizes(folder) | {"eps": config.get("eps", 1e-6)}
     arguments["text_dim"] = shape_of("text_embedding.0.weight", 2, tensors, folder)[1]
     if "img_emb.proj.1.weight" in tensors:
         arguments["image_dim"] = shape_of("img_emb.proj.1.weight", 2, tensors, folder)[1]
@@ -49,8 +49,8 @@ def native_arguments(folder: Path, tensors: Tensors) -> dict[str, float]:
 
 def load_vae(root: Path, dtype: torch.dtype, values: bool = True) -> VideoVAE:
     """The VAE of the checkpoint at `root`."""
-    native = (root / family.NATIVE_VAE).is_file()
-    source, key_map = (root / family.NATIVE_VAE, key_maps.NATIVE_VAE) if native else (root / "vae", IDENTITY)
+    native = (root / key_maps.NATIVE_VAE_FILE).is_file()
+    source, key_map = (root / key_maps.NATIVE_VAE_FILE, key_maps.NATIVE_VAE) if native else (root / "vae", IDENTITY)
     tensors = read_tensors(source, values)
     if native:
         arguments = {
@@ -71,14 +71,14 @@ def load_vae(root: Path, dtype: torch.dtype, values: bool = True) -> VideoVAE:
 
 def load_text_encoder(root: Path, dtype: torch.dtype, values: bool = True) -> TextEncoder:
     """The UMT5 text encoder of the checkpoint at `root`, with its tokenizer."""
-    native = (root / family.NATIVE_TEXT_ENCODER).is_file()
-    source = root / (family.NATIVE_TEXT_ENCODER if native else "text_encoder")
+    native = (root / key_maps.NATIVE_TEXT_ENCODER_FILE).is_file()
+    source = root / (key_maps.NATIVE_TEXT_ENCODER_FILE if native else "text_encoder")
     key_map = key_maps.NATIVE_TEXT_ENCODER if native else key_maps.TRANSFORMERS_TEXT_ENCODER
     tensors = read_tensors(source, values)
     sizes = native_text_sizes(tensors, source) if native else read_config(source, tensors, {"model_type": "umt5"})
     model, config = transformers.UMT5EncoderModel, transformers.UMT5Config
     module = load_model(lambda: model(config(**sizes)), tensors, source, dtype, key_map)
-    tokenizer = root / (family.NATIVE_TOKENIZER if native else "tokenizer")
+    tokenizer = root / (key_maps.NATIVE_TOKENIZER if native else "tokenizer")
     return TextEncoder(module, load.load_tokenizer(tokenizer, transformers.AutoTokenizer))
 
 
@@ -102,7 +102,7 @@ def native_text_sizes(tensors: Tensors, source: Path) -> dict[str, int | str | b
 
 def load_image_encoder(root: Path, dtype: torch.dtype, values: bool = True, heads: int = CLIP_HEADS) -> ImageEncoder:
     """The CLIP image encoder of the checkpoint at `root`; nothing in the file tells its heads."""
-    source = root / family.NATIVE_IMAGE_ENCODER
+    source = root / key_maps.NATIVE_IMAGE_ENCODER_FILE
     tensors = read_tensors(source, values)
     patch = shape_of("visual.patch_embedding.weight", 4, tensors, source)[-1]
     positions = shape_of("visual.pos_embedding", 3, tensors, source)[1]
@@ -127,7 +127,7 @@ def load_image_encoder(root: Path, dtype: torch.dtype, values: bool = True, head
 
 def load_audio_encoder(root: Path, dtype: torch.dtype, values: bool = True) -> AudioEncoder:
     """The wav2vec2 audio encoder of the checkpoint at `root`."""
-    source = root / family.AUDIO_ENCODER
+    source = root / key_maps.AUDIO_ENCODER
     tensors = read_tensors(source, values)
     sizes = read_config(source, tensors, {"model_type": "wav2vec2"})
     model, config = transformers.Wav2Vec2Model, transformers.Wav2Vec2Config

@@ -1,4 +1,5 @@
-"""What V3's transformer is conditioned on."""
+"""What V3's transformer is conditioned on: its data, and the encoders of text (UMT5), pictures (CLIP) and sound
+(wav2vec2)."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ class Conditioning:
     """What the transformer sees besides the latents.
 
     Attributes:
-        text: (B, 512, text_dim).
+        text: (B, L, text_dim) UMT5 states of the prompt's own tokens.
         start_frame: position of the latents on the time axis.
         before, after: segments in front of the latents in the sequence, and behind them.
         channels: (B, C', F, H, W) concatenated to the latents' channels, for models with more channels in than out.
@@ -48,7 +49,8 @@ class Conditioning:
         seen = latents if self.channels is None else torch.cat((latents, self.channels), dim=1)
         segments = (*self.before, Segment(seen, self.start_frame), *self.after)
         timestep = expand_timestep(timestep, segments)
-        return model(segments, timestep, self.text, self.image, self.audio, self.speaker_masks)[len(self.before)]
+        text = pad_context(self.text)
+        return model(segments, timestep, text, self.image, self.audio, self.speaker_masks)[len(self.before)]
 
 
 def expand_timestep(timestep: Tensor, segments: Sequence[Segment]) -> Tensor:
@@ -98,7 +100,7 @@ class TextEncoder:
 
 def pad_context(states: Tensor) -> Tensor:
     """(B, L, D) -> (B, 512, D), with zeros at the end."""
-    return torch.nn.functional.pad(states, (0, 0, 0, MAX_TOKENS - states.shape[1]))
+    return F.pad(states, (0, 0, 0, MAX_TOKENS - states.shape[1]))
 
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)

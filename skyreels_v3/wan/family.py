@@ -7,15 +7,21 @@ whose sizes only their tensors tell.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skyreels_v3.checkpoints.files import Repository, read_sizes
-from skyreels_v3.errors import CheckpointError
+from skyreels_v3.checkpoints.files import Repository
 from skyreels_v3.families import TextEncoderSizes
 from skyreels_v3.tasks import CONFIG_DIR, TaskSpec, load_yaml
-from skyreels_v3.wan.key_maps import NATIVE_SIZES
+from skyreels_v3.wan.key_maps import (
+    AUDIO_ENCODER,
+    NATIVE_IMAGE_ENCODER_FILE,
+    NATIVE_TEXT_ENCODER_FILE,
+    NATIVE_TOKENIZER,
+    NATIVE_VAE_FILE,
+    config_sizes,
+)
 from skyreels_v3.wan.sizes import (
     AUDIO_ENCODER_PARAMETERS,
     IMAGE_ENCODER_PARAMETERS,
@@ -28,24 +34,20 @@ from skyreels_v3.wan.sizes import (
 if TYPE_CHECKING:
     import torch
 
+    from skyreels_v3.parallel.groups import Group
+    from skyreels_v3.parallel.usp import UspFn
     from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
 __all__ = ["vae_bytes"]  # as it is
-
-NATIVE_VAE = "Wan2.1_VAE.pth"
-NATIVE_TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
-NATIVE_TOKENIZER = "google/umt5-xxl"
-NATIVE_IMAGE_ENCODER = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
-AUDIO_ENCODER = "chinese-wav2vec2-base"
 
 
 def repositories(task: TaskSpec) -> tuple[Repository, ...]:
     """One, with everything in it."""
     components = {"transformer": (task.transformer_folder,), "VAE": ("vae",), "text encoder": ("text_encoder",)}
     if task.layout == "native":
-        components |= {"VAE": (NATIVE_VAE,), "text encoder": (NATIVE_TEXT_ENCODER,)}
+        components |= {"VAE": (NATIVE_VAE_FILE,), "text encoder": (NATIVE_TEXT_ENCODER_FILE,)}
     if "input_audio" in task.inputs:
-        components |= {"image encoder": (NATIVE_IMAGE_ENCODER,), "audio encoder": (AUDIO_ENCODER,)}
+        components |= {"image encoder": (NATIVE_IMAGE_ENCODER_FILE,), "audio encoder": (AUDIO_ENCODER,)}
     tokenizer = NATIVE_TOKENIZER if task.layout == "native" else "tokenizer"
     return (Repository("--model_id", f"{task.name} checkpoint", task.model_id, components, (tokenizer,)),)
 
@@ -53,16 +55,6 @@ def repositories(task: TaskSpec) -> tuple[Repository, ...]:
 def transformer_sizes(checkpoint: Path, task: TaskSpec) -> dict[str, int]:
     """The sizes in the transformer's config.json, by the names of the model's arguments."""
     return config_sizes(checkpoint / task.transformer_folder, task.transformer)
-
-
-def config_sizes(folder: Path, names: Collection[str] = ()) -> dict[str, int]:
-    """The sizes in a config.json that are in `names` or Wan-native, by the names of the model's arguments."""
-    sizes = {NATIVE_SIZES.get(name, name): size for name, size in read_sizes(folder, {*names, *NATIVE_SIZES}).items()}
-    if "dim" in sizes:
-        if "num_attention_heads" not in sizes:
-            raise CheckpointError(f"{folder}/config.json lacks num_heads; download it again")
-        sizes["attention_head_dim"] = sizes.pop("dim") // sizes["num_attention_heads"]
-    return sizes
 
 
 def sizes(values: dict[str, int]) -> WanSizes:
@@ -96,6 +88,13 @@ def build_transformer(sizes: dict[str, Any]) -> SkyReelsTransformer3DModel:
     return SkyReelsTransformer3DModel(**sizes)
 
 
+def divide_tokens(transformer: SkyReelsTransformer3DModel, group: Group, usp: UspFn) -> None:
+    """Have the ranks of `group` divide the tokens of every forward."""
+    from skyreels_v3.wan.sequence_parallel import SequenceParallel
+
+    SequenceParallel(group, usp).attach(transformer)
+
+
 def loaders(
     task: TaskSpec, checkpoint: Path, base: Path, dtype: torch.dtype, vae_dtype: torch.dtype, values: bool = True
 ) -> dict[str, Callable[[], Any]]:
@@ -126,4 +125,4 @@ def write_tiny(root: Path, task: TaskSpec) -> None:
     """Write the built-in toy checkpoint of a task to an empty folder."""
     from skyreels_v3.wan.tiny import write
 
-    write(root, task)
+    write(root, task, tiny_sizes(task))

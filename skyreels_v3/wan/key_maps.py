@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from pathlib import Path
+
+from skyreels_v3.checkpoints.files import read_sizes
 from skyreels_v3.checkpoints.key_maps import IDENTITY, KeyMap, rename_layers
+from skyreels_v3.errors import CheckpointError
+
+# Files of the native layout
+NATIVE_VAE_FILE = "Wan2.1_VAE.pth"
+NATIVE_TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+NATIVE_TOKENIZER = "google/umt5-xxl"
+NATIVE_IMAGE_ENCODER_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+AUDIO_ENCODER = "chinese-wav2vec2-base"
 
 # Wan-native transformer -> SkyReelsTransformer3DModel
 _IMAGE_LAYERS = {"0": "norm1", "1": "ff.net.0.proj", "3": "ff.net.2", "4": "norm2"}
@@ -117,3 +129,13 @@ VAE_CONSTANTS = {
     **{"dim_mult": [1, 2, 4, 4], "temperal_downsample": [False, True, True]},
     **{"scale_factor_temporal": 4, "scale_factor_spatial": 8},
 }
+
+
+def config_sizes(folder: Path, names: Collection[str] = ()) -> dict[str, int]:
+    """The sizes in a config.json that are in `names` or Wan-native, by the names of the model's arguments."""
+    sizes = {NATIVE_SIZES.get(name, name): size for name, size in read_sizes(folder, {*names, *NATIVE_SIZES}).items()}
+    if "dim" in sizes:
+        if "num_attention_heads" not in sizes:
+            raise CheckpointError(f"{folder}/config.json lacks num_heads; download it again")
+        sizes["attention_head_dim"] = sizes.pop("dim") // sizes["num_attention_heads"]
+    return sizes

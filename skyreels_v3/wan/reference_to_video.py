@@ -33,7 +33,7 @@ class ReferenceToVideo(Pipeline):
         from skyreels_v3.wan.rope import Segment
 
         request, guidance = stages.request, self.guidance(stages.request)
-        (texts,) = stages.contexts(guidance, request.prompt)
+        (texts,) = stages.encode_prompts(guidance, request.prompt)
         generator = stages.runtime.generator(request.seed)
         frames = latent_frames(request.frames_out)
         noise = stages.noise(frames, generator)  # drawn before the samples of the references
@@ -44,10 +44,10 @@ class ReferenceToVideo(Pipeline):
             references[:, :, slot : slot + 1] = stages.encode_frames(picture[None], generator)
         conditions = {
             name: Conditioning(
-                text,
+                parts["context"],
                 after=(Segment(references.new_zeros(shape) if name == NO_TEXT_NO_IMAGE else references, frames),),
             )
-            for name, text in texts.items()
+            for name, parts in texts.items()
         }
         scheduler = unipc(request.num_inference_steps, request.shift)
         latents = yield from stages.denoise(noise, lambda: conditions, guidance, generator, scheduler)

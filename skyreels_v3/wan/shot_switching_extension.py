@@ -30,9 +30,9 @@ class ShotSwitchingExtension(Pipeline):
 
         request, guidance = stages.request, self.guidance(stages.request)
         clip = stages.read_condition()
-        (texts,) = stages.contexts(guidance, request.prompt)
+        (texts,) = stages.encode_prompts(guidance, request.prompt)
         after = (Segment(stages.encode_frames(clip), CUT_POSITION, clean=True),)
-        conditions = {name: Conditioning(text, after=after) for name, text in texts.items()}
+        conditions = {name: Conditioning(parts["context"], after=after) for name, parts in texts.items()}
         generator = stages.runtime.generator(request.seed)
         ((frames, _),) = self.passes(request)
         noise = stages.noise(frames, generator)

@@ -35,13 +35,15 @@ class SingleShotExtension(Pipeline):
 
         request, guidance = stages.request, self.guidance(stages.request)
         clip = stages.read_condition()
-        (texts,) = stages.contexts(guidance, request.prompt)
+        (texts,) = stages.encode_prompts(guidance, request.prompt)
         missing = request.frames_out
         rolls = plan_roll_outs(request.duration)
         for number, frames in enumerate(rolls, start=1):
             prefix = stages.encode_frames(clip)
             before = (Segment(prefix, clean=True),)
-            conditions = {name: Conditioning(text, prefix.shape[2], before) for name, text in texts.items()}
+            conditions = {
+                name: Conditioning(parts["context"], prefix.shape[2], before) for name, parts in texts.items()
+            }
             generator = stages.runtime.generator(request.seed)  # the same noise in every roll-out
             noise = stages.noise(frames, generator)
             scheduler = unipc(request.num_inference_steps, request.shift)

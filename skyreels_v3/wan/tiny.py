@@ -20,13 +20,13 @@ from skyreels_v3.checkpoints.files import MAIN_FILES
 from skyreels_v3.checkpoints.key_maps import KeyMap, invert, translate
 from skyreels_v3.checkpoints.tiny import SIZES, random_model, save, weights
 from skyreels_v3.tasks import TaskSpec
-from skyreels_v3.wan import family, key_maps
+from skyreels_v3.wan import key_maps
 from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
 
-def write(root: Path, task: TaskSpec) -> None:
-    """Write the toy of a task to an empty folder."""
-    transformer = random_model(lambda: SkyReelsTransformer3DModel(**family.tiny_sizes(task)))
+def write(root: Path, task: TaskSpec, sizes: dict[str, int]) -> None:
+    """Write the toy of a task, with a transformer of `sizes`, to an empty folder."""
+    transformer = random_model(lambda: SkyReelsTransformer3DModel(**sizes))
     vae = random_model(lambda: AutoencoderKLWan(**SIZES["vae"]))
     umt5 = transformers.UMT5Config(
         feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False, **SIZES["text_encoder"]
@@ -41,13 +41,13 @@ def write(root: Path, task: TaskSpec) -> None:
     # the checkpoint of video extension has a transformer for each of two tasks; here they are alike
     for folder in ["."] if "input_audio" in task.inputs else ["transformer", "shot_transformer"]:
         write_native_transformer(root / folder, transformer)
-    torch.save(native(weights(vae), key_maps.NATIVE_VAE), root / family.NATIVE_VAE)
-    torch.save(native(weights(text_encoder), key_maps.NATIVE_TEXT_ENCODER), root / family.NATIVE_TEXT_ENCODER)
-    write_tokenizer(root / family.NATIVE_TOKENIZER, umt5.vocab_size)
+    torch.save(native(weights(vae), key_maps.NATIVE_VAE), root / key_maps.NATIVE_VAE_FILE)
+    torch.save(native(weights(text_encoder), key_maps.NATIVE_TEXT_ENCODER), root / key_maps.NATIVE_TEXT_ENCODER_FILE)
+    write_tokenizer(root / key_maps.NATIVE_TOKENIZER, umt5.vocab_size)
     if "input_audio" in task.inputs:
-        write_image_encoder(root / family.NATIVE_IMAGE_ENCODER)
+        write_image_encoder(root / key_maps.NATIVE_IMAGE_ENCODER_FILE)
         wav2vec2 = transformers.Wav2Vec2Config(**SIZES["audio_encoder"])
-        save(random_model(lambda: transformers.Wav2Vec2Model(wav2vec2)), root / family.AUDIO_ENCODER)
+        save(random_model(lambda: transformers.Wav2Vec2Model(wav2vec2)), root / key_maps.AUDIO_ENCODER)
 
 
 def write_native_transformer(folder: Path, transformer: SkyReelsTransformer3DModel) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +28,6 @@ from skyreels_v3.attention.backends import AttentionFn, attention_map, dispatche
 from skyreels_v3.checkpoints.key_maps import KeyMap
 from skyreels_v3.wan.key_maps import NATIVE_TRANSFORMER
 from skyreels_v3.wan.rope import THETA, Rotary, Segment, apply_rotary, rotary_tables, rotations
-
-if TYPE_CHECKING:
-    from skyreels_v3.parallel.groups import Group
-    from skyreels_v3.parallel.usp import UspFn
-
 
 # Normalization and modulation: float32 inside, whatever the dtypes of activations and weights
 
@@ -589,16 +584,10 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.set_attention(sdpa)
 
     def compilable(self) -> Iterator[tuple[object, str]]:
-        """What runs before and after self-attention, see `model_api.Transformer`."""
+        """What runs before and after self-attention, see `families.Transformer`."""
         for block in self.blocks:
             yield block, "project"
             yield block, "finish"
-
-    def divide_tokens(self, group: Group, usp: UspFn) -> None:
-        """See `model_api.Transformer`."""
-        from skyreels_v3.wan.sequence_parallel import SequenceParallel  # which needs this package
-
-        SequenceParallel(group, usp).attach(self)
 
     def enable_cache(self, config: Any) -> NoReturn:
         """Not supported, see the class."""

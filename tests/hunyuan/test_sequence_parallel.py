@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from skyreels_v3.attention.backends import sdpa
+from skyreels_v3.hunyuan import family
 from skyreels_v3.hunyuan.riflex import riflex
 from skyreels_v3.hunyuan.sequence_parallel import lay_out
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
@@ -51,7 +52,7 @@ def predict(model: HunyuanTransformer3DModel, sizes: tuple[int, ...], text: int)
 
 def divided(own: dict[str, Group]) -> HunyuanTransformer3DModel:
     model = transformer()
-    model.divide_tokens(own["sequence"], torch_usp(sdpa, own["ulysses"], own["ring"]))
+    family.divide_tokens(model, own["sequence"], torch_usp(sdpa, own["ulysses"], own["ring"]))
     return model
 
 

@@ -18,9 +18,9 @@ from skyreels_v3.media import files
 from skyreels_v3.media.files import (
     check_readable,
     check_writable,
+    format_value,
     publish,
     run_folder,
-    shown,
     temporary_name,
 )
 
@@ -121,7 +121,7 @@ def test_names(tmp_path: Path) -> None:
 def check_refused(path: Path, *words: str) -> None:
     with pytest.raises(UserError) as caught:
         check_writable(path, FLAG)
-    assert str(caught.value).startswith(f"{FLAG}: {shown(path)}")
+    assert str(caught.value).startswith(f"{FLAG}: {format_value(path)}")
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)

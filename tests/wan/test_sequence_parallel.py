@@ -11,6 +11,7 @@ from skyreels_v3.attention.backends import sdpa
 from skyreels_v3.checkpoints.tiny import SIZES, random_model
 from skyreels_v3.parallel.groups import Group, is_sharded, shard_weights
 from skyreels_v3.parallel.usp import torch_usp
+from skyreels_v3.wan import family
 from skyreels_v3.wan.rope import Segment
 from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 from skyreels_v3.wan.vae import VideoVAE
@@ -58,7 +59,7 @@ def predict(model: SkyReelsTransformer3DModel, height: int, width: int, kind: st
 
 def divided(own: dict[str, Group]) -> SkyReelsTransformer3DModel:
     model = transformer()
-    model.divide_tokens(own["sequence"], torch_usp(sdpa, own["ulysses"], own["ring"]))
+    family.divide_tokens(model, own["sequence"], torch_usp(sdpa, own["ulysses"], own["ring"]))
     return model
 
 
