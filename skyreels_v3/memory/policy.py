@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
 from skyreels_v3.errors import OutOfMemory
 from skyreels_v3.media.files import giga
 from skyreels_v3.request import GenerationRequest
@@ -94,10 +92,10 @@ def resident_blocks(blocks: int, count: int) -> set[int]:
     return {index * blocks // count for index in range(count)}
 
 
-# torch raises a class of its own for its allocations on a device. For the host's memory it has only this message, and
+# torch.OutOfMemoryError, of a device, is a RuntimeError. For the host's memory torch has only this message, and
 # drivers and libraries that allocate beside torch raise RuntimeError, such as CUBLAS_STATUS_ALLOC_FAILED.
 HOST = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
-DEVICE = re.compile(r"out of memory|ALLOC(ATION)?_?FAILED", re.IGNORECASE)
+DEVICE = re.compile(r"out of memory|allocation on device|ALLOC(ATION)?_?FAILED", re.IGNORECASE)
 REQUESTED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
 
 
@@ -129,7 +127,7 @@ def explained(stage: str, plan: MemoryPlan, free: Callable[[], int | None]) -> I
         yield
     except OutOfMemory:
         raise  # of a stage inside this one
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
         requested = requested_size(error)
         if requested is None:
             raise
@@ -145,7 +143,7 @@ def requested_size(error: Exception) -> str | None:
         return f"{giga(int(host[1]))} of host memory"
     if isinstance(error, MemoryError):
         return "some host memory"
-    if isinstance(error, torch.OutOfMemoryError) or DEVICE.search(str(error)):
+    if DEVICE.search(str(error)):
         found = REQUESTED.search(str(error))
         return found[1] if found else "some memory"
     return None

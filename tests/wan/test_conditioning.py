@@ -26,12 +26,12 @@ def test_the_latents_own_prediction_is_taken():
         seen.append(([segment.start_frame for segment in segments], timestep.tolist()))
         return tuple(segment.latents + number for number, segment in enumerate(segments))
 
-    condition = Conditioning(torch.zeros(1), 2, (Segment(latents(2), clean=True),), (Segment(latents(1), 9),))
+    condition = Conditioning(torch.zeros(1, 1, 1), 2, (Segment(latents(2), clean=True),), (Segment(latents(1), 9),))
     assert torch.equal(condition.predict(model, latents(3), torch.tensor(7)), latents(3) + 1)
     assert seen == [([0, 2, 9], [[0, 0, 7, 7, 7, 7]])]
 
 
 def test_channels_are_concatenated_to_the_latents():
-    condition = Conditioning(torch.zeros(1), channels=torch.ones(1, 20, 3, 4, 4))
+    condition = Conditioning(torch.zeros(1, 1, 1), channels=torch.ones(1, 20, 3, 4, 4))
     out = condition.predict(lambda segments, *others: (segments[0].latents,), latents(3), torch.tensor(7))
     assert torch.equal(out, torch.cat((latents(3), condition.channels), dim=1))

@@ -63,6 +63,7 @@ def make(components, tmp_path) -> Iterator[Callable[..., Avatar]]:
         size = () if "--height" in flags else ("--height", "32", "--width", "32")
         request = parse_request([str(flag) for flag in (*base, *size, *flags)])
         request, inputs = open_inputs(replace(request, device="cpu"), tmp_path)
+        PIPELINE.check_inputs(request, inputs)
         plan = planned(request, inputs=inputs)
         return Avatar(Stages(components, start(plan), plan, state), PIPELINE.guidance(request))
 
@@ -238,7 +239,7 @@ def test_the_prompt_of_the_windows(make, sound, monkeypatch, components, flags, 
     read_all(made)
     assert heard == [*dict.fromkeys(["she sings", windows])]  # each prompt once
     own, shared = 1, heard.index(windows) + 1
-    assert [texts["full"].unique().item() for texts, *_ in calls] == [own, shared, shared]
+    assert [texts["full"]["context"].unique().item() for texts, *_ in calls] == [own, shared, shared]
 
 
 def numbered(write_lossless, path: Path, frames: int) -> Path:
