@@ -1,0 +1,69 @@
+"""Unusual pictures and sounds that are taken, as a plan shows."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from imageio_ffmpeg import get_ffmpeg_exe
+from PIL import Image
+
+from tests.conftest import ASSETS, write_tone
+
+TINY = ("--prompt", "a", "--model_id", "tiny", "--device", "cpu", "--dry_run")
+GREY = np.linspace(0, 255, 64 * 48).reshape(48, 64)
+RGB = Image.fromarray(GREY.astype(np.uint8)).convert("RGB")
+FRAMES = {"save_all": True, "append_images": [RGB.rotate(180)]}
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # orientation: lies on its side
+PICTURES: dict[str, Callable[[Path], object]] = {
+    "animated.gif": lambda path: RGB.save(path, **FRAMES),
+    "animated.webp": lambda path: RGB.save(path, **FRAMES),
+    "animated.png": lambda path: RGB.save(path, **FRAMES),
+    "cmyk.jpg": lambda path: RGB.convert("CMYK").save(path),
+    "cmyk.tiff": lambda path: RGB.convert("CMYK").save(path),
+    "grey16.png": lambda path: Image.fromarray((GREY * 257).astype(np.uint16)).save(path),
+    "float.tiff": lambda path: Image.fromarray((GREY / 255).astype(np.float32)).save(path),
+    "alpha.png": lambda path: RGB.convert("RGBA").save(path),
+    "grey-alpha.png": lambda path: RGB.convert("LA").save(path),
+    "palette.png": lambda path: RGB.quantize(8).save(path, transparency=3),
+    "one-bit.png": lambda path: RGB.convert("1").save(path),
+    "plain.bmp": lambda path: RGB.save(path),
+    "turned.jpg": lambda path: RGB.save(path, exif=TURNED),
+}
+
+
+def plan(main: Callable[..., tuple[int, str, str]], *arguments: object) -> str:
+    code, stdout, stderr = main(*arguments, *TINY)
+    assert (code, stderr) == (0, "")
+    return stdout
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures(main, tmp_path, name):
+    PICTURES[name](tmp_path / name)
+    assert "reference_to_video" in plan(main, "--task_type", "reference_to_video", "--ref_imgs", name)
+    sound = ("--input_audio", write_tone(tmp_path / "a.wav", 1))
+    made = plan(main, "--task_type", "talking_avatar", "--input_image", name, *sound)
+    assert ("832 x 1088" if name == "turned.jpg" else "1088 x 832") in made and "25 new frames at 25 fps" in made
+
+
+@pytest.mark.parametrize("name", ["a.mp3", "a.m4a", "a.flac", "a.ogg", "a.mp4"])
+def test_sounds(main, tmp_path, name):
+    picture = ["-f", "lavfi", "-i", "color=size=64x48:duration=1"] if name == "a.mp4" else []
+    command = [get_ffmpeg_exe(), "-v", "error", "-i", write_tone(tmp_path / "1s.wav", 1), *picture, tmp_path / name]
+    subprocess.run(command, stdin=subprocess.DEVNULL, check=True)
+    task = ("--task_type", "talking_avatar", "--input_image", ASSETS / "portrait.png")
+    frames = int(plan(main, *task, "--input_audio", name).split(" new frames")[0].split()[-1])
+    assert 25 <= frames <= 27  # encoders fill up their last block
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((1920, 1080), "960 x 544"), ((800, 810), "720 x 720"), ((600, 900), "544 x 960")]
+)
+def test_v1s_size_is_that_of_the_pictures_shape(main, tmp_path, size, expected):
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    assert f"{expected}, 97 new frames at 24 fps" in plan(main, "--task_type", "i2v", "--image", "a.png")
