@@ -288,5 +288,19 @@ EXCLUSIVE = (
     ("shard_weights", "cache"),
     ("output", "outdir"),
 )
+# flags that need another one of a certain value, and what to say without it
+REQUIRED = (
+    ("parameters_level", (("memory", "stream"),), "says how to offload; add --offload, or give --memory stream alone"),
+    (
+        "stream_blocks",
+        (("memory", "stream"),),
+        "blocks can only stay if others are streamed; add --memory stream or --low_vram",
+    ),
+    (
+        "save_quantized",
+        tuple(("quant", kind) for kind in QUANTIZATIONS),
+        "nothing is quantized; add --quant fp8 or --low_vram",
+    ),
+)
 # what says the same as other flags
 SHORTHANDS = ("offload", "low_vram", "parameters_level", "compiler_transformer", "sequence_batch")
