@@ -10,68 +10,27 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection
+from functools import cache
 
 from skyreels_v3.errors import format_value
-from skyreels_v3.tasks import TASK_NAMES
+from skyreels_v3.tasks import CONFIG_DIR, TASK_NAMES, load_yaml
 
 MAX_WORD = 100  # characters that are compared
 CUTOFF = 0.8  # difflib's ratio for one wrong letter among five
 SEE_HELP = "see --help"
 SIZE = re.compile(r"(\d{1,6}) *[*xX:,] *(\d{1,6})")  # width first, as everywhere
-# our flag, or what else to do: the names that other tools have for it. {} is the value
-SYNONYMS = {
-    "--prompt {}": "positive positive_prompt text caption",
-    "--negative_prompt {}": "n_prompt neg_prompt negative sample_neg_prompt",
-    "--image {}": "image_path img img_path first_frame start_image init_image i2v_image_path",
-    "--ref_imgs {}": "ref_img ref_image ref_images src_ref_images reference_image reference_images",
-    "--input_video {}": "video video_path src_video source_video clip",
-    "--input_audio {}": "audio audio_path audio_file wav wav_path speech",
-    "--duration {}": "seconds video_seconds",
-    "--num_frames {}": "frame_num frames frame_count n_frames num_frame video_length video_frames length infer_frames",
-    "--height and --width": "size video_size image_size",
-    "--fps {}": "frame_rate framerate frames_per_second sample_fps",
-    "--seed {}": "base_seed noise_seed random_seed manual_seed",
-    "--num_inference_steps {}": "sample_steps sampling_steps steps num_steps infer_steps inference_steps n_steps",
-    "--shift {}": "sample_shift flow_shift time_shift timestep_shift",
-    "--guidance_scale {}": "sample_guide_scale guide_scale cfg cfg_scale guidance true_cfg_scale",
-    "--embedded_guidance_scale {}": "embedded_cfg_scale",
-    "--cache fbcache": "teacache use_teacache enable_teacache teacache_thresh rel_l1_thresh magcache use_magcache",
-    "--model_id {}": "model model_path model_dir model_name ckpt ckpt_dir ckpt_path checkpoint unet_name dit_weight",
-    "--lora {}": "loras lora_path lora_dir lora_weights lora_name",
-    "--lora FILE:{}": "lora_scale lora_weight lora_strength lora_alpha",
-    "--device cpu": "cpu use_cpu",
-    "--dtype {}": "torch_dtype precision weight_dtype",
-    "--dtype bfloat16": "bf16 use_bf16 fp16 use_fp16 half",
-    "--offload": "offload_model cpu_offload use_cpu_offload model_cpu_offload enable_model_cpu_offload",
-    "--memory stream": "sequential_cpu_offload enable_sequential_cpu_offload group_offload novram",
-    "--memory resident": "highvram gpu_only",
-    "--low_vram": "lowvram low_memory",
-    "--stream_blocks, the number of resident blocks": "blocks_to_swap block_swap",
-    "--quant fp8": "fp8 use_fp8 quantize quantization",
-    "--compile": "torch_compile use_compile",
-    "--use_usp --shard_weights": "dit_fsdp use_fsdp fsdp",
-    "--use_usp": "usp use_xdit sequence_parallel",
-    "--gpu_num {}": "gpus num_gpus n_gpus ngpus nproc_per_node num_processes world_size",
-    "--ulysses_degree {}": "ulysses_size ulysses ulysses_parallel_degree",
-    "--ring_degree {}": "ring_size ring_parallel_degree",
-    "--cfg_degree {}": "cfg_size cfg_parallel_size",
-    "--output {}": "save_file save_path output_path output_file output_name outfile out filename",
-    "--outdir {}": "output_dir out_dir save_dir output_folder",
-    "--video_num {}": "num_videos num_videos_per_prompt num_samples num_outputs batch_size batch_count",
-    "--jobs FILE.jsonl": "prompt_file batch batch_file",
-    "set CUDA_VISIBLE_DEVICES={} before the command": "gpu gpu_id gpu_ids device_id cuda_device",
-    "leave it out: text encoders and VAE are offloaded and tiled where memory is short": "t5_cpu t5_fsdp vae_tiling",
-    "leave it out: weights are loaded in --dtype": "convert_model_dtype",
-    "leave it out: prompts are used as they are": "use_prompt_extend prompt_extend_method prompt_extend_model",
-    "leave it out: each task has the scheduler that its model was trained for": "sample_solver sampler scheduler",
-    "nothing is ever overwritten; give another --output": "overwrite force yes",
-}
-REMEDIES = {word: remedy for remedy, words in SYNONYMS.items() for word in words.split()}
 VALUES = {"gpu": "cuda", "bf16": "bfloat16", "fp32": "float32", "fp16": "", "float16": ""}  # "": not the nearest word
 TASKS = {name: name for name in TASK_NAMES} | {
     **{"r2v": "reference_to_video", "a2v": "talking_avatar", "s2v": "talking_avatar", "v2v": "single_shot_extension"},
     **{"text_to_video": "t2v", "image_to_video": "i2v"},
 }
+
+
+@cache
+def remedies() -> dict[str, str]:
+    """Our flag, or what else to do, by the name that other tools have for it; {} stands for the value."""
+    synonyms = load_yaml(CONFIG_DIR / "synonyms.yaml")
+    return {word: remedy for remedy, words in synonyms.items() for word in words.split()}
 
 
 def suggest_flag(word: str, value: str, flags: Collection[str]) -> str:
@@ -90,7 +49,7 @@ def suggest_flag(word: str, value: str, flags: Collection[str]) -> str:
         return f"give --task_type {suggest_task(value)}".strip()
     if "size" in word and (sides := as_size(value)):
         return f"give {sides}"
-    if remedy := REMEDIES.get(word):
+    if remedy := remedies().get(word):
         if "{}" not in remedy and value.lower() in ("false", "0", "no"):
             return "leave it out"
         value = f'"{format_value(value)}"' if re.search(r"\s", value) else format_value(value)
