@@ -58,9 +58,8 @@ from skyreels_v3.errors import UserError
 from skyreels_v3.families import family_of
 from skyreels_v3.parallel.ranks import SINGLE
 from skyreels_v3.plan import Plan, plan, vae_bytes
-from skyreels_v3.preflight import preflight
 from skyreels_v3.request import GenerationRequest
-from skyreels_v3.resolve import fetch
+from skyreels_v3.resolve import fetch, preflight
 from skyreels_v3.runtime import Runtime
 from skyreels_v3.tasks import TASK_NAMES, task_spec
 from skyreels_v3.wan.checkpoint import load_text_encoder

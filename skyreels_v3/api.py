@@ -23,13 +23,10 @@ from torch import Tensor
 from skyreels_v3.checks import request_of
 from skyreels_v3.cli import convert_flags
 from skyreels_v3.errors import UserError
-from skyreels_v3.generate import Loader
 from skyreels_v3.media.files import run_folder
-from skyreels_v3.parallel.ranks import SINGLE
 from skyreels_v3.request import BY_NAME, GenerationRequest
-from skyreels_v3.resolve import AssetResolver, resolve
-from skyreels_v3.runtime import set_environment
 from skyreels_v3.stages import Pass, Step
+from skyreels_v3.worker import Worker
 
 NOT_HERE = ("output", "outdir", "save_latents", "save_quantized", "include_input", "no_metadata", "checkpoint_every")
 
@@ -58,11 +55,9 @@ class VideoGenerator:
     """Makes videos of one task. Networks are loaded for the first one, and kept for those that need the same."""
 
     def __init__(self, task_type: str, **flags: Any) -> None:
-        set_environment()
         self.flags = {"task_type": task_type, **flags}
         check_names(self.flags)
-        self.resolver = AssetResolver()
-        self.loader = Loader()
+        self.worker = Worker()
 
     def __call__(self, **flags: Any) -> Iterator[Event]:
         """Make a video: its steps, its frames, its end.
@@ -79,8 +74,7 @@ class VideoGenerator:
     def _events(self, request: GenerationRequest) -> Iterator[Event]:
         with run_folder() as folder:
             request = replace(request, output=folder / "video.mp4")  # which is not written
-            made = resolve(request, folder, SINGLE, self.resolver, "video")
-            generator, planned = self.loader.load(made)
+            generator, planned = self.worker.load(self.worker.resolve(request, folder))
             latents, numbers = [], count()
             for event in generator.events(planned):
                 if isinstance(event, Step):
@@ -94,7 +88,7 @@ class VideoGenerator:
 
     def unload(self) -> None:
         """Give the memory of the networks back."""
-        self.loader.unload()
+        self.worker.unload()
 
 
 def load(task_type: str, **flags: Any) -> VideoGenerator:

@@ -4,8 +4,6 @@ Jobs that need the same networks come one after the other, and the networks are 
 processes each takes the next job as soon as it is through with one, on a GPU of its own; or all make every video
 together. What goes wrong with a job is written down, and the others go on. As a job ends, a line is added to the file
 of results; a run that finds its job done there skips it.
-
-A run for one video is a `Studio` that makes one. torch is imported when the first job's inputs have been looked at.
 """
 
 from __future__ import annotations
@@ -16,33 +14,30 @@ import json
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from skyreels_v3.checks import request_of
 from skyreels_v3.cli import job_flags, without_overruled
 from skyreels_v3.config_text import read_json_text
 from skyreels_v3.console import say, show
-from skyreels_v3.errors import AlreadyDone, UserError, cause_of, format_value
+from skyreels_v3.errors import UserError, cause_of, format_value
+from skyreels_v3.families import pipeline_of
 from skyreels_v3.media.files import check_readable, check_writable
 from skyreels_v3.parallel import processes
 from skyreels_v3.parallel.ranks import SINGLE, Ranks
 from skyreels_v3.request import FLAGS, GenerationRequest
-from skyreels_v3.resolve import AssetResolver, downloads_folder, resolve
-from skyreels_v3.runtime import set_environment
+from skyreels_v3.resolve import downloads_folder, networks
+from skyreels_v3.worker import Worker
 
 try:
     import fcntl
 except ImportError:  # Windows: appending in one piece has to do, and one run at a time
     fcntl = None  # type: ignore[assignment]
-
-if TYPE_CHECKING:
-    from skyreels_v3.generate import Loader
-from skyreels_v3.plan import Checked
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +188,7 @@ class Results:
         self._file.seek(0)
         return parse_results(self._file.read())
 
-    def is_there(self, video: str | None) -> bool:
+    def exists(self, video: str | None) -> bool:
         """Whether there is a video, and its file."""
         return video is not None and os.path.lexists(self.path.parent / video)
 
@@ -202,7 +197,7 @@ class Results:
         mine = self._lock(job.id)
         if mine:
             entries = self.read()[job.id]
-            mine = len(entries) <= len(self.before[job.id]) and not self.is_there(video_of(entries))
+            mine = len(entries) <= len(self.before[job.id]) and not self.exists(video_of(entries))
             if not mine:
                 self._unlock(job.id)
         if not mine:
@@ -221,6 +216,14 @@ class Results:
         self._file.write(line)
         self._unlock()
         self._unlock(result["id"])
+
+    def record(self, result: Mapping[str, Any]) -> None:
+        """Add how a job ended, and tell the user."""
+        self.add(result)
+        if result["status"] == "done":
+            show(result["output"])
+        else:
+            logger.error("line %d: %s", result["job"], result["error"])
 
     def _lock(self, id: str = "", wait: bool = False) -> bool:
         """Lock what belongs to a job, or without an id the end of the file; False if another process has it."""
@@ -244,107 +247,17 @@ def place_of(id: str) -> int:
     return int(id[:15], 16) + 1 if id else 0  # a file's length has 63 bits
 
 
-def record(results: Results, result: Mapping[str, Any]) -> None:
-    """Write down how a job ended, and tell the user."""
-    results.add(result)
-    if result["status"] == "done":
-        show(result["output"])
-    else:
-        logger.error("line %d: %s", result["job"], result["error"])
-
-
-def in_order(jobs: Iterable[Job]) -> list[Job]:
-    """The jobs that are no requests, then the others, those together that need the same networks in the same place."""
-    from skyreels_v3.families import pipeline_of
-    from skyreels_v3.preflight import networks
-
+def group_by_model(jobs: Iterable[Job]) -> list[Job]:
+    """The jobs that are no requests, then the others, those together that can use the same networks."""
     groups: dict[tuple[object, ...], list[Job]] = {(): []}
     for job in jobs:
         key: tuple[object, ...] = ()
         if (request := job.request) is not None:
-            terms = (
-                len(pipeline_of(request.task).guidance(request).terms) if request.use_usp else 1
-            )  # processes are divided by them
+            # ranks are divided by the terms of the guidance
+            terms = len(pipeline_of(request.task).guidance(request).terms) if request.use_usp else 1
             key = (*networks(request), request.memory, request.stream_blocks, terms)
         groups.setdefault(key, []).append(job)
     return [job for group in groups.values() for job in group]
-
-
-# Making videos
-
-
-class Worker:
-    """Makes videos, one after the other. What is loaded stays as long as the next one needs the same.
-
-    Args:
-        ranks: this process among all.
-        team: the same among those that make each video together, SINGLE where each makes its own.
-    """
-
-    def __init__(self, ranks: Ranks, team: Ranks) -> None:
-        set_environment()  # before torch is imported
-        self.ranks = ranks
-        self.team = team
-        self.resolver = AssetResolver()
-        self.loader: Loader | None = None
-
-    def make(self, checked: Checked) -> Path:
-        """Make the video of a resolved request; returns its path."""
-        from skyreels_v3.generate import Loader
-
-        self.loader = self.loader or Loader(self.ranks)
-        generator, made = self.loader.load(checked)
-        return generator.write(made)
-
-    def unload(self) -> None:
-        """Drop what is loaded."""
-        if self.loader is not None:
-            self.loader.unload()
-
-
-def carry_out(job: Job, worker: Worker, write: Callable[[dict[str, Any]], object]) -> bool:
-    """Do a job and `write` its result; returns whether it was made.
-
-    Raises:
-        Exception: what went wrong while several processes were at work, since they may be out of step now.
-    """
-    start = perf_counter()
-    team, result = worker.team, {"job": job.number, "id": job.id}
-
-    def end(status: str, **what: Any) -> bool:
-        if team.is_main:
-            write(result | {"status": status, **what, "seconds": round(perf_counter() - start, 1)})
-        return status == "done"
-
-    if job.request is None:
-        return end("error", error=job.problem, exit=2)
-    with downloads_folder(team) as downloads:
-        try:
-            ready = resolve(job.request, downloads, worker.team, worker.resolver, job.id)
-        except AlreadyDone as done:
-            return end("done", output=str(done.output))
-        except Exception as error:
-            logger.debug("line %d", job.number, exc_info=True)
-            return end("error", **failure(error))
-        try:
-            path = worker.make(ready)
-        except Exception as error:
-            logger.debug("line %d", job.number, exc_info=True)
-            if team.world_size > 1:
-                if processes.store_next(f"failed/{job.id}") == 0:
-                    write(result | {"status": "error", **failure(error)})
-                raise
-            problem = failure(error)
-        else:
-            return end("done", output=str(path), seed=ready.request.seed)
-    worker.unload()  # what is loaded may be in disorder; only now does the error hold none of it any more
-    return end("error", seed=ready.request.seed, **problem)
-
-
-def failure(error: Exception) -> dict[str, Any]:
-    """What a result says of an error."""
-    user_error = isinstance(error, UserError)
-    return {"error": str(error) if user_error else cause_of(error), "exit": 2 if user_error else 1}
 
 
 # A run
@@ -355,120 +268,146 @@ def run_jobs(flags: Mapping[str, Any], ranks: Ranks) -> int:
     name = flags["jobs"]
     jobs = read_jobs(name, {flag: value for flag, value in flags.items() if flag != "jobs"})
     together = flags.get("use_usp", False)
+    team = ranks if together else SINGLE
     if flags.get("dry_run"):
         if ranks.is_main:
-            show_plans(name, jobs, ranks if together else SINGLE)
+            show_plans(name, jobs, team)
         return 0
     results = Results(results_file(name))
-    worker = Worker(ranks, ranks if together else SINGLE)
+    worker = Worker(ranks, team)
     if ranks.world_size > 1:
         on_cpu = not together or all(job.request.device == "cpu" for job in jobs if job.request is not None)
         processes.init_process_group(ranks, "cpu" if on_cpu else "auto")
-    todo = left_to_do(jobs, results, ranks)
+    todo = choose_jobs(jobs, results, ranks)
     if ranks.world_size > 1 and not together:
         share_assets(worker, todo)
     failed = 0
-    for job in todo if together else taken(todo, ranks):
-        if not claimed(job, results, worker.team):
-            continue
+    for job in claim_jobs(todo, results, ranks, team):
         if job.request is not None:
             logger.info("line %d: %s", job.number, job.request.task.name)
-        failed += not carry_out(job, worker, lambda result: record(results, result))
+        failed += not run_job(job, worker, results)
     if ranks.world_size > 1 and not together:
         processes.store_set(f"failed/{ranks.rank}", failed)
         # not by torch's own barrier: a job may take longer than that waits
         failed = sum(processes.store_get(f"failed/{rank}") for rank in range(ranks.world_size))
-    if ranks.is_main:
-        report(failed, len(jobs), results.path)
+    if ranks.is_main and failed:
+        say(f"error: {failed} of {len(jobs)} jobs failed; {results.path} says why\n")
     processes.destroy()
     return 1 if failed else 0
 
 
-def report(failed: int, jobs: int, results: Path) -> None:
-    """Say at the end of a run that jobs failed, if some did."""
-    if failed:
-        say(f"error: {failed} of {jobs} jobs failed; {results} says why\n")
-
-
-def claimed(job: Job, results: Results, team: Ranks) -> bool:
-    """Whether a job is this run's to do; of processes that make each video together the first one decides."""
-    mine = results.claim(job) if team.is_main else False
-    return mine if team.world_size == 1 else processes.broadcast_object(f"claimed/{job.id}", mine, team)
-
-
-def left_to_do(jobs: Sequence[Job], results: Results, ranks: Ranks) -> list[Job]:
-    """The jobs that are not done, in the order to do them; the first process decides for all.
+def choose_jobs(jobs: Sequence[Job], results: Results, ranks: Ranks) -> list[Job]:
+    """The jobs that are not done, in the order to do them; the main process decides for all.
 
     Those that have failed before come last, or one that ends the run would keep others from ever being done.
     """
     videos = {job.id: video_of(results.before[job.id]) for job in jobs}
-    left = [job for job in jobs if not results.is_there(videos[job.id])]
+    left = [job for job in jobs if not results.exists(videos[job.id])]
     for job in left:
         if (video := videos[job.id]) is not None:
-            logger.warning(
-                "line %d: %s is gone; it is made again", job.number, format_value(results.path.parent / video)
-            )
+            gone = format_value(results.path.parent / video)
+            logger.warning("line %d: %s is gone; it is made again", job.number, gone)
     failed = {job.id for job in left if results.before[job.id] and videos[job.id] is None}
-    todo = in_order(job for job in left if job.id not in failed) + in_order(job for job in left if job.id in failed)
+    todo = group_by_model(job for job in left if job.id not in failed)
+    todo += group_by_model(job for job in left if job.id in failed)
     if len(todo) < len(jobs):
         logger.info("%d of %d jobs are done already, according to %s", len(jobs) - len(todo), len(jobs), results.path)
     if ranks.world_size == 1:
         return todo
     known = {job.id: job for job in jobs}
-    agreed = processes.broadcast_object("jobs", [job.id for job in todo], ranks)
-    if not known.keys() >= set(agreed):
-        raise UserError(
-            "--jobs", f"{format_value(results.path)}: this machine has another file; put it where all machines see it"
-        )
-    return [known[each] for each in agreed]
+    chosen = processes.broadcast_object("jobs", [job.id for job in todo], ranks)
+    if not known.keys() >= set(chosen):
+        reason = f"{format_value(results.path)}: this machine has another file"
+        raise UserError("--jobs", f"{reason}; put it where all machines see it")
+    return [known[each] for each in chosen]
 
 
 def share_assets(worker: Worker, jobs: Iterable[Job]) -> None:
     """Have what the jobs need fetched by one process of each machine, before the others begin."""
-    ranks = worker.ranks
-    if ranks.is_local_main:
+    key = f"assets/{worker.ranks.node}"
+    if worker.ranks.is_local_main:
         worker.resolver.resolve_all(job.request for job in jobs if job.request is not None)
-        processes.store_set(f"assets/{ranks.node}", worker.resolver.known())
+        processes.store_set(key, worker.resolver.outcomes)
     else:
-        worker.resolver.learn(processes.store_get(f"assets/{ranks.node}"))
+        worker.resolver.learn(processes.store_get(key))
 
 
-def taken(jobs: Sequence[Job], ranks: Ranks) -> Iterator[Job]:
-    """Of the jobs those for this process: the next one that nobody has taken, each time."""
-    if ranks.world_size == 1:
-        yield from jobs
-        return
-    while (number := processes.store_next("job")) < len(jobs):
-        yield jobs[number]
+def claim_jobs(jobs: Sequence[Job], results: Results, ranks: Ranks, team: Ranks) -> Iterator[Job]:
+    """The jobs for this process: all of its team's, else the next one that nobody has taken, each time."""
+    alone = ranks.world_size > 1 and team.world_size == 1
+    for number in (processes.store_next("job") for _ in jobs) if alone else range(len(jobs)):
+        if number >= len(jobs):  # other processes have the rest
+            return
+        job = jobs[number]
+        mine = results.claim(job) if team.is_main else False
+        if mine if team.world_size == 1 else processes.broadcast_object(f"claimed/{job.id}", mine, team):
+            yield job
+
+
+def run_job(job: Job, worker: Worker, results: Results) -> bool:
+    """Do a job and record its result; returns whether its video was made.
+
+    Raises:
+        Exception: what went wrong while several ranks were at work, since they may be out of step now.
+    """
+    start, team = perf_counter(), worker.team
+    result: dict[str, Any] = {"job": job.number, "id": job.id}
+
+    def end(status: str, **more: Any) -> bool:
+        if team.is_main:
+            results.record(result | {"status": status, **more, "seconds": round(perf_counter() - start, 1)})
+        return status == "done"
+
+    if job.request is None:
+        return end("error", error=job.problem, exit=2)
+    with downloads_folder(team) as downloads:
+        try:
+            ready = worker.resolve(job.request, downloads, job.id)
+            if ready.done:
+                return end("done", output=str(ready.request.output))
+            result["seed"] = ready.request.seed
+        except Exception as error:
+            logger.debug("line %d", job.number, exc_info=True)
+            return end("error", **failure(error))
+        try:
+            path = worker.make(ready)
+        except Exception as error:
+            logger.debug("line %d", job.number, exc_info=True)
+            if team.world_size > 1:
+                if processes.store_next(f"failed/{job.id}") == 0:
+                    results.record(result | {"status": "error", **failure(error)})
+                raise
+            problem = failure(error)
+        else:
+            return end("done", output=str(path))
+    worker.unload()  # what is loaded may be in disorder; only now does the error hold none of it any more
+    return end("error", **problem)
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """What a result says of an error."""
+    user_error = isinstance(error, UserError)
+    return {"error": str(error) if user_error else cause_of(error), "exit": 2 if user_error else 1}
 
 
 def show_plans(name: str, jobs: Sequence[Job], team: Ranks) -> None:
     """Print the plan of each job, that it is done, or what is wrong; raise UserError if there is a wrong one."""
+    from skyreels_v3.dry_run import dry_run
+
     path, wrong = results_file(name), 0
     results = parse_results(path.read_bytes() if path.is_file() else b"")
     for job in jobs:
-        video = video_of(results[job.id])
-        made = None if video is None else path.parent / video
-        text = f"{'done':14}{made}" if made is not None and os.path.lexists(made) else plan_of(job, team)
-        wrong += text.startswith("error")
-        show(f"{'line':14}{job.number}\n{text}\n")
+        video, problem = video_of(results[job.id]), job.problem
+        text = "" if video is None or not os.path.lexists(path.parent / video) else f"{'done':14}{path.parent / video}"
+        if not text and job.request is not None:
+            with downloads_folder(team) as downloads:
+                try:
+                    text = dry_run(job.request, downloads, team)
+                except UserError as error:
+                    problem = str(error)
+        wrong += not text
+        show(f"{'line':14}{job.number}\n{text or 'error'.ljust(14) + problem}\n")
     if wrong:
         raise UserError(
             "--jobs", f"{format_value(name)}: {wrong} of {len(jobs)} lines cannot work; correct them as said above"
         )
-
-
-def plan_of(job: Job, team: Ranks) -> str:
-    """A job's plan, or its error in the same form."""
-    from skyreels_v3.dry_run import dry_run
-
-    problem = job.problem
-    if job.request is not None:
-        with downloads_folder(team) as downloads:
-            try:
-                return dry_run(job.request, downloads, team)
-            except AlreadyDone as done:
-                return f"{'done':14}{done.output}"
-            except UserError as error:
-                problem = str(error)
-    return f"{'error':14}{problem}"

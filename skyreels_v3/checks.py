@@ -196,7 +196,7 @@ def check_outputs(values: Mapping[str, Any]) -> None:
         refuse(values, "save_latents", "would be inside the file that --output names; give another path")
     outdir = values.get("outdir", "some")
     if not outdir.strip() or "\0" in outdir:
-        refuse(values, "outdir", "not a folder name; give one")
+        refuse(values, "outdir", "is not a folder name; give one")
     videos = values.get("video_num", 1)
     if videos == 1:
         return
@@ -220,7 +220,9 @@ def parse_cache(text: str) -> float:
     except ValueError:
         threshold = math.nan
     if method != "fbcache" or not 0 <= threshold < math.inf:
-        refuse({"cache": text}, "cache", "choose fbcache, or with a threshold after a colon, such as fbcache:0.1")
+        refuse(
+            {"cache": text}, "cache", "choose fbcache, with a threshold after a colon if need be, such as fbcache:0.1"
+        )
     return threshold
 
 

@@ -20,8 +20,8 @@ from skyreels_v3.plan import (
     stage_dtype,
     transformer_sizes,
 )
-from skyreels_v3.preflight import preflight
 from skyreels_v3.request import GenerationRequest, ResolvedRequest
+from skyreels_v3.resolve import preflight
 from skyreels_v3.runtime import find_machine
 from skyreels_v3.tasks import MEMORY_MODES, TINY
 
@@ -31,6 +31,8 @@ def dry_run(request: GenerationRequest, downloads: Path, ranks: Ranks) -> str:
     from skyreels_v3.components import check_components, check_loras
 
     checked = preflight(request, downloads, ranks)
+    if checked.done:
+        return f"{'done':14}{checked.request.output}"
     if checked.checkpoint is None:
         check_loras(checked.request)
     else:

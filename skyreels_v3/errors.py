@@ -89,14 +89,6 @@ class IncompleteOutput(RuntimeError):
         self.output = output
 
 
-class AlreadyDone(Exception):
-    """--resume found the complete video `output`."""
-
-    def __init__(self, output: Path) -> None:
-        super().__init__(f"{output} is done already")
-        self.output = output
-
-
 def cause_of(error: Exception) -> str:
     """An error that is no user's, in a line."""
     lines = str(error).strip().splitlines()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 from collections import abc, deque
@@ -12,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from skyreels_v3 import runtime
@@ -24,10 +22,9 @@ from skyreels_v3.media.audio import mix
 from skyreels_v3.media.files import is_full, reason_of
 from skyreels_v3.media.video_reader import ClipInfo, read_frames, resize_frames
 from skyreels_v3.media.video_writer import COMMENT_BYTES, write_frame_folder, write_video
-from skyreels_v3.outputs import save_latents
-from skyreels_v3.parallel.ranks import SINGLE, Ranks
-from skyreels_v3.plan import Checked, Plan, plan
-from skyreels_v3.preflight import networks, record_of
+from skyreels_v3.outputs import record_of, save_latents
+from skyreels_v3.plan import Plan
+from skyreels_v3.resolve import networks
 from skyreels_v3.resume import RunRecord, RunState, open_state
 from skyreels_v3.stages import Event, Pass, Stages
 from skyreels_v3.version import __version__
@@ -94,52 +91,11 @@ class Generator:
             save_quantized(self.components.transformer, [*zip(folders, repositories, strict=False)], folder, workspace)
 
 
-def load(plan: Plan) -> Generator:
-    """Load what a plan needs."""
-    return Generator(plan)
-
-
-class Loader:
-    """Keeps what is loaded as long as the next video needs the same."""
-
-    def __init__(self, ranks: Ranks = SINGLE) -> None:
-        self.ranks = ranks
-        self.generator: Generator | None = None
-
-    def load(self, checked: Checked) -> tuple[Generator, Plan]:
-        """The plan of a resolved request, and a generator that fits it."""
-        made = self.plan(checked)
-        if self.generator is not None and not self.generator.fits(made):
-            self.unload()
-            made = self.plan(checked)  # by the memory that is free now
-        if self.generator is None:
-            self.generator = load(made)
-        return self.generator, made
-
-    def plan(self, checked: Checked) -> Plan:
-        """The plan of a resolved request for this machine."""
-        return plan(checked, runtime.find_machine(checked.request, self.ranks), self.ranks)
-
-    def unload(self) -> None:
-        """Give the memory of what is loaded back."""
-        if self.generator is not None:
-            self.generator = None
-            free_memory()
-
-
 def needs(plan: Plan) -> tuple[object, ...]:
     """What decides which networks are loaded, and where: plans alike in it can use the same."""
     policy = plan.policy
     place = (plan.device, plan.dtype, policy.mode, policy.resident_blocks, policy.pinned, plan.degrees)
     return (plan.checkpoint, *networks(plan.request), *place)
-
-
-def free_memory() -> None:
-    """Give the memory of networks that nobody holds any more back to the device."""
-    runtime.free_memory.cache_clear()
-    gc.collect()  # hooks and what they are on hold each other
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
 
 
 def write(plan: Plan, frames: Iterator[np.ndarray], made_by: str, workspace: Path) -> Path:

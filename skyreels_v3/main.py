@@ -20,7 +20,7 @@ from skyreels_v3.batch import run_jobs
 from skyreels_v3.checks import request_of
 from skyreels_v3.cli import SCRIPT, parse_flags, verbosity_of
 from skyreels_v3.console import Stderr, escape_unknown, say, show
-from skyreels_v3.errors import AlreadyDone, IncompleteOutput, UserError, cause_of, format_value, redact
+from skyreels_v3.errors import IncompleteOutput, UserError, cause_of, format_value, redact
 from skyreels_v3.media.files import is_url
 from skyreels_v3.parallel import processes
 from skyreels_v3.parallel.ranks import SINGLE, Ranks, check_ranks, ranks_of
@@ -50,30 +50,25 @@ def run(request: GenerationRequest, ranks: Ranks) -> None:
 
 def make_videos(request: GenerationRequest, downloads: Path, ranks: Ranks) -> Iterator[Path]:
     """Make the videos, with the other ranks if there are some, and give the path of each."""
-    from skyreels_v3.resolve import AssetResolver, look, resolve
-    from skyreels_v3.runtime import set_environment
+    from skyreels_v3.resolve import preflight
+    from skyreels_v3.worker import Worker
 
-    set_environment()  # before torch is imported
-    resolver, loader = AssetResolver(), None
+    worker = Worker(ranks, ranks)
     first, *others = request.videos()
-    checked = look(first, downloads, ranks) if ranks.is_local_main else None
+    checked = preflight(first, downloads, ranks) if ranks.is_local_main else None  # before the ranks meet
     if ranks.world_size > 1:
         processes.init_process_group(ranks, request.device)
     for video in (first, *others):
-        try:
-            found = resolve(video, downloads, ranks, resolver, f"video/{video.number}", checked)
-            if loader is None:
-                from skyreels_v3.generate import Loader
-
-                loader = Loader(ranks)
-            generator, made = loader.load(found)
-            yield generator.write(made)
-        except AlreadyDone as done:
-            logger.info("%s", done)
-            yield done.output
-        except IncompleteOutput as error:
-            yield error.output
-            raise
+        checked = worker.resolve(video, downloads, f"video/{video.number}", checked)
+        if checked.done:
+            logger.info("%s is done already", checked.request.output)
+            yield checked.request.output
+        else:
+            try:
+                yield worker.make(checked)
+            except IncompleteOutput as error:
+                yield error.output
+                raise
         checked = None
     processes.destroy()
 
@@ -94,14 +89,12 @@ def start_processes(flags: Mapping[str, Any], argv: Sequence[str], wanted: int) 
     logger.setLevel(logging.ERROR)  # they say the rest
     request = None if "jobs" in flags else request_of(flags)
     if request is not None and not any(is_url(source) for _, source in request.sources):
-        from skyreels_v3.preflight import preflight
+        from skyreels_v3.resolve import preflight
 
-        try:
-            preflight(request, Path(), team)  # what is wrong is found before they are started
-        except AlreadyDone as done:
-            if request.video_num == 1:
-                show(done.output)
-                return 0
+        checked = preflight(request, Path(), team)  # what is wrong is found before they are started
+        if checked.done and request.video_num == 1:
+            show(checked.request.output)
+            return 0
     from skyreels_v3.parallel.launch import launch
 
     task = [f"--task_type={flags['task_type']}"] if "task_type" in flags else []

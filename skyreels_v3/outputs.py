@@ -1,27 +1,75 @@
-"""How much a run writes, and what besides the video. torch is imported with the first tensor that is saved."""
+"""What a run writes: the names of its outputs, the room they need, what an earlier run of the same request has left.
+
+torch is imported with the first tensor that is saved.
+"""
 
 from __future__ import annotations
 
+import glob
+import json
+import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import datetime
+from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.families import pipeline_of
-from skyreels_v3.media.files import existing_folder, giga, publish, replace_file, temporary_name
+from skyreels_v3.inputs import Inputs
+from skyreels_v3.media.files import check_writable, existing_folder, giga, publish, replace_file, temporary_name
+from skyreels_v3.media.video_writer import read_comment
 from skyreels_v3.plan import output_bytes, transformer_sizes
-from skyreels_v3.request import ResolvedRequest
-from skyreels_v3.resume import passes_in
+from skyreels_v3.request import GenerationRequest, ResolvedRequest
+from skyreels_v3.resume import NO_RECORD, RunRecord, find_left, passes_in
 from skyreels_v3.runtime import default_dtype, likely_device
 from skyreels_v3.tasks import LATENT_CHANNELS, VAE_STRIDE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-
+EARLIER_OUTPUTS = 8  # that are looked at
+PROMPT_IN_NAME = 100  # characters
+NAME_BYTES = 180  # of them; file systems take 255 for a name, and those of temporary files are longer
+NOT_IN_NAMES = r"[/\x00-\x1f\x7f-\x9f\u2028\u2029]" if os.name != "nt" else r'[<>:"/\\|?*\x00-\x1f]'
 LITTLE = 1 << 14  # bytes without which no output is possible
-COPIES = 4  # of the largest pass's latents, and more, in a safety copy of a scheduler that goes on from earlier steps
+COPIES = 4  # of the largest pass's latents, and more, in a safety copy of a multistep scheduler
+
+
+# Names
+
+
+def default_place(request: GenerationRequest) -> tuple[Path, str]:
+    """The folder of the video of a request that names no output, and how its name begins."""
+    if request.outdir is None:
+        return Path("result") / request.task.name, f"{request.seed}_"
+    words = re.sub(NOT_IN_NAMES, "", request.prompt[:PROMPT_IN_NAME]).encode()[:NAME_BYTES]
+    stem = f"{words.decode(errors='ignore').lstrip(' .')}_{request.seed}_{request.number}"
+    return Path("results") / request.outdir, stem
+
+
+def free_name(request: GenerationRequest) -> Path:
+    """Where the video of a request goes that names no output. Several may be made in one second."""
+    folder, stem = default_place(request)
+    time = f"{datetime.now():%Y%m%d-%H%M%S}" if request.outdir is None else ""
+    path = folder / f"{stem}{time}.mp4"
+    numbered = (path.with_name(f"{path.stem}-{number}.mp4") for number in count(2))
+    return next(name for name in chain([path], numbered) if not os.path.lexists(name))
+
+
+def check_outputs(request: GenerationRequest) -> None:
+    """Raise UserError for an output that exists already, or cannot be made."""
+    output = "output" if request.outdir is None else "outdir"
+    outputs = {output: request.output, "save_latents": request.save_latents, "save_quantized": request.save_quantized}
+    for name, path in outputs.items():
+        if path is not None:
+            check_writable(path, f"--{name}")
+
+
+# Room
 
 
 def check_room(request: ResolvedRequest, checkpoint: Path | None) -> Iterator[str]:
@@ -37,11 +85,11 @@ def check_room(request: ResolvedRequest, checkpoint: Path | None) -> Iterator[st
         flag, path, _, _ = max(entries, key=lambda entry: entry[2])
         folder = existing_folder(path)
         usage = shutil.disk_usage(folder)
-        least, most = sum(entry[2] for entry in entries), sum(entry[3] for entry in entries)
-        if usage.total and usage.free < least + LITTLE:  # some file systems do not tell
-            needs = f"{format_value(path)} needs {giga(least + LITTLE)}"
-            reason = f"{needs}, {giga(usage.free)} are free in {format_value(folder)}"
-            raise UserError(flag, f"{reason}; free some space, or give a path on another disk")
+        least, most = sum(entry[2] for entry in entries) + LITTLE, sum(entry[3] for entry in entries)
+        if usage.total and usage.free < least:  # some file systems do not tell
+            free = f"{giga(usage.free)} are free in {format_value(folder)}"
+            remedy = "free some space, or give a path on another disk"
+            raise UserError(flag, f"{format_value(path)} needs {giga(least)}, {free}; {remedy}")
         if usage.total and usage.free < most:
             yield f"{giga(usage.free)} are free in {folder}; this run may need {giga(most)}"
 
@@ -59,6 +107,97 @@ def bytes_to_write(request: ResolvedRequest, checkpoint: Path | None) -> Iterato
         yield "--save_quantized", request.save_quantized, weights / 2, weights
 
 
+# Earlier runs
+
+
+def recorded_flags(request: GenerationRequest) -> dict[str, Any]:
+    """The flags that make the same video again, but for the dtype where torch chooses it."""
+    return {**request.flags, "height": request.height, "width": request.width}
+
+
+def record_of(request: ResolvedRequest, inputs: Inputs, **more: Any) -> RunRecord:
+    """What identifies the run for a request; `more` are flags that are only known later."""
+    flags = recorded_flags(request) | more
+    made = (request.save_quantized, request.frame_folder, request.seed_drawn, request.resume_if_same)
+    return RunRecord(request.output, flags, inputs.digests, *made)
+
+
+def continue_earlier(request: ResolvedRequest, inputs: Inputs, named: bool) -> tuple[ResolvedRequest, bool]:
+    """The request with the output of the run that it continues, or a new one, and whether that run was complete.
+
+    Args:
+        named: the user has named the output.
+
+    Raises:
+        UserError: the run for that output was not the same, or its inputs were not, or it has not ended.
+    """
+    made = [request.output] if named else earlier_outputs(request) if request.resume else []
+    record = record_of(request, inputs)
+    left = find_left(record, strict=request.resume, anywhere=not named)
+    if left is None:
+        for output in made:
+            if is_of(output, record):
+                return replace(request, output=output), True
+        check_outputs(request)
+        note = f"there is no interrupted run of this request in {record.output.parent}; it starts from the beginning"
+        notes = (*request.notes, note) if request.resume else request.notes
+        return replace(request, resume=False, notes=notes), False
+    folder, file, before = left
+    with file:  # locked until here
+        output = folder.parent / Path(before["output"]).name
+        if os.path.lexists(output) and is_of(output, record, unsaid=True):  # it was not there when that run began
+            if not request.dry_run:
+                finish(request, output, folder)
+            return replace(request, output=output), True
+    if request.seed_drawn:
+        seed = before["flags"]["seed"]
+        request = replace(request, seed=seed, flags={**request.flags, "seed": seed})
+    quantized = request.save_quantized
+    own = quantized is not None and str(quantized) == before["save_quantized"]
+    check_outputs(replace(request, output=output, save_quantized=None if own else quantized))
+    return replace(request, output=output), False
+
+
+def finish(request: ResolvedRequest, output: Path, state: Path) -> None:
+    """Do what a run has left undone whose video is complete: save the latents, if they were asked for.
+
+    Raises:
+        UserError: they were not kept.
+    """
+    latents = request.save_latents
+    if latents is not None and not os.path.lexists(latents):
+        check_writable(latents, "--save_latents")
+        if not join_passes(state, latents, len([*pipeline_of(request.task).passes(request)])):
+            reason = f"{format_value(latents)}: the latents of {format_value(output)} were not kept"
+            raise UserError("--save_latents", f"{reason}; leave it out, or make both again with another --output")
+    shutil.rmtree(state, ignore_errors=True)
+
+
+def is_of(output: Path, record: RunRecord, unsaid: bool = False) -> bool:
+    """Whether a file or folder was made by a run of the same flags and inputs, as its comment says.
+
+    Args:
+        unsaid: the answer where it has no comment.
+    """
+    try:
+        if not (comment := read_comment(output)):
+            return unsaid
+        record.check_same(json.loads(comment))
+    except (UserError, OSError, RuntimeError, *NO_RECORD):
+        return False
+    return True
+
+
+def earlier_outputs(request: GenerationRequest) -> list[Path]:
+    """The newest videos that may have been made by a request that names no output."""
+    folder, stem = default_place(request)
+    found = sorted(folder.glob(f"{glob.escape(stem)}*.mp4"), reverse=True)
+    return [] if request.seed_drawn else found[:EARLIER_OUTPUTS]
+
+
+# Latents
+
+
 def save_latents(latents: Sequence[Tensor], path: Path) -> Path:
     """Write the latents (B, C, F, H, W) of each pass as `latents.0`, `latents.1`, ..., float32.
 
@@ -70,7 +209,7 @@ def save_latents(latents: Sequence[Tensor], path: Path) -> Path:
     """
     from safetensors.torch import save
 
-    return write_new(path, save({name_of(n): tensor.float().contiguous() for n, tensor in enumerate(latents)}))
+    return write_new(path, save({f"latents.{n}": tensor.float().contiguous() for n, tensor in enumerate(latents)}))
 
 
 def join_passes(state: Path, path: Path, count: int) -> bool:
@@ -78,15 +217,9 @@ def join_passes(state: Path, path: Path, count: int) -> bool:
     from safetensors.numpy import load_file, save
 
     files = passes_in(state)
-    if len(files) != count:
-        return False
-    write_new(path, save({name_of(number): load_file(file)["latents"] for number, file in enumerate(files)}))
-    return True
-
-
-def name_of(number: int) -> str:
-    """What a pass's latents go by."""
-    return f"latents.{number}"
+    if len(files) == count:
+        write_new(path, save({f"latents.{number}": load_file(file)["latents"] for number, file in enumerate(files)}))
+    return len(files) == count
 
 
 def write_new(path: Path, content: bytes) -> Path:

@@ -21,11 +21,17 @@ TINY_BYTES = 1 << 20  # of each of the toy's components, roughly
 
 @dataclass(frozen=True)
 class Checked:
-    """A request that has passed all checks, its inputs, and the checkpoint's folder, None where that is not here."""
+    """A request that has passed all checks, and its inputs.
+
+    Attributes:
+        checkpoint: its folder, None where that is not on this machine.
+        done: an earlier run has made `request.output` already.
+    """
 
     request: ResolvedRequest
     inputs: Inputs
     checkpoint: Path | None
+    done: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,36 +1,203 @@
-"""Everything that a request names, on this machine: its inputs looked at, its checkpoint and LoRAs downloaded.
+"""A request against this machine: `preflight` checks it, `resolve` also downloads what is missing.
 
-With several ranks the main process of each machine does so; the others come after it, and find everything there.
+Usage errors cost no torch. With several ranks the main process of each machine looks at inputs and downloads; the
+others follow it, and find everything there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from skyreels_v3.cache import cache_folder
-from skyreels_v3.checkpoints.files import Repository
-from skyreels_v3.checkpoints.hub import download, download_lora, locate, locate_lora
-from skyreels_v3.errors import AlreadyDone, UserError, cause_of
-from skyreels_v3.families import family_of, make_tiny
+from skyreels_v3.checkpoints.files import is_quantized
+from skyreels_v3.checkpoints.hub import check_on_hub, download, download_lora, locate, locate_lora
+from skyreels_v3.errors import UserError, cause_of, format_value
+from skyreels_v3.families import family_of, make_tiny, pipeline_of
+from skyreels_v3.inputs import open_inputs
+from skyreels_v3.media.ffmpeg import check_ffmpeg
 from skyreels_v3.media.files import run_folder
+from skyreels_v3.outputs import check_outputs, check_room, continue_earlier, free_name
 from skyreels_v3.parallel import processes
-from skyreels_v3.parallel.ranks import Ranks
-from skyreels_v3.plan import Checked
-from skyreels_v3.preflight import checkpoint_here, follow_checkpoint, preflight
-from skyreels_v3.request import GenerationRequest, Request
+from skyreels_v3.parallel.ranks import SINGLE, Ranks, choose_degrees
+from skyreels_v3.plan import Checked, transformer_sizes
+from skyreels_v3.request import BY_NAME, GenerationRequest, Request, ResolvedRequest
+from skyreels_v3.runtime import check_compute, check_device, default_dtype, likely_device
 from skyreels_v3.tasks import TINY
 
-RemoteError = tuple[str | None, str]  # for other processes: the flag of a UserError or DONE, and the text
-DONE = "done"
+logger = logging.getLogger(__name__)
+
+RemoteError = tuple[str | None, str]  # an error for other processes: the flag of a UserError, and the text
+Outcome = tuple[str | None, RemoteError | None]  # of a download: the path, or what went wrong
+
+
+def preflight(request: GenerationRequest, downloads: Path, ranks: Ranks = SINGLE) -> Checked:
+    """Check `request` against this machine, quick checks first.
+
+    Args:
+        downloads: a folder of this run for inputs that are URLs; what is in it already is not fetched again.
+        ranks: this process; the main one, which writes the outputs, checks them.
+
+    Raises:
+        UserError: what cannot work, with the flag to change.
+    """
+    check_device(request.device)
+    check_compute(request)
+    with commas_explained(request):
+        request, checkpoint = locate_checkpoint(request)
+        if ranks.is_main:
+            check_on_hub(request)
+        resumes = ranks.is_main and (request.resume or request.resume_if_same)
+        if not resumes:
+            request = replace(request, output=request.output or free_name(request))
+            if ranks.is_main:
+                check_outputs(request)
+        if not request.frame_folder or request.input_video or request.input_audio:
+            check_ffmpeg()
+        opened, inputs = open_inputs(request, downloads)
+    resolved, done = ResolvedRequest.of(opened, output=opened.output or free_name(opened)), False
+    pipeline_of(request.task).check_inputs(resolved, inputs)
+    if resumes:
+        resolved, done = continue_earlier(resolved, inputs, named=request.output is not None)
+    warnings = [*inputs.notes, *(check_room(resolved, checkpoint) if ranks.is_main and not done else ())]
+    if request.use_usp:  # refuses degrees that do not fit
+        heads = transformer_sizes(request, checkpoint).num_attention_heads
+        choose_degrees(request, ranks.world_size, heads, len(pipeline_of(request.task).guidance(request).terms))
+    for note in resolved.notes:  # only now: an error stands alone
+        logger.info(note)
+    for note in warnings:
+        logger.warning(note)
+    return Checked(resolved, inputs, checkpoint, done)
+
+
+@contextmanager
+def commas_explained(request: GenerationRequest) -> Iterator[None]:
+    """Have an error about a missing one of several entries say that commas separate them."""
+    try:
+        yield
+    except UserError as error:
+        flag = BY_NAME.get(error.flag.removeprefix("--"))
+        missing = "does not exist" in error.message or "no file or folder" in error.message
+        if flag is None or not flag.several or not missing or len(getattr(request, flag.name)) < 2:
+            raise
+        remedy = f"commas separate entries: where a name has one, give {error.flag} once for each"
+        raise UserError(error.flag, f"{error.message}; {remedy}") from error
+
+
+def locate_checkpoint(request: Request) -> tuple[Request, Path | None]:
+    """The request and the folder of its checkpoint, None if that must be fetched or made.
+
+    Where the other components are on this machine, the request names their folder.
+    """
+    family = family_of(request.task)
+    first, *others = family.repositories(request.task)
+    checkpoint, base = None if request.model_id == TINY else locate(request, first), None
+    if checkpoint is not None:
+        request = follow_checkpoint(request, checkpoint)
+    for repository in others:
+        base = locate(request, repository, checkpoint)
+    family.check_configs(request.task, checkpoint, base)
+    return request if base is None else replace(request, base_model_id=str(base)), checkpoint
+
+
+def follow_checkpoint(request: Request, checkpoint: Path) -> Request:
+    """The request for the checkpoint in a folder: FP8 weights make it one in FP8, which takes no more LoRAs."""
+    if not is_quantized(checkpoint / request.task.transformer_folder):
+        return request
+    if request.lora:
+        reason = f"{format_value(request.lora[0].source)}: the checkpoint's weights are quantized already"
+        raise UserError("--lora", f"{reason}; give it to the run that quantizes them, with --save_quantized")
+    return replace(request, quant=request.quant or "fp8")  # the text encoder too, as when it was saved
+
+
+def networks(request: GenerationRequest) -> tuple[object, ...]:
+    """What decides which networks are loaded, and what is done to them: requests alike in it can share them.
+
+    Where they live is the memory policy's choice, which depends on sizes too.
+    """
+    task, device = request.task, likely_device(request)
+    files = (request.model_id, request.base_model_id, request.model_source)
+    parts = (task.layout, task.transformer_folder, "input_audio" in task.inputs)
+    numbers = (device, request.dtype or default_dtype(device), request.vae_dtype, request.quant, request.lora)
+    work = (request.attention, request.compile, request.no_cache, request.shard_weights, request.broadcast_weights)
+    return (*files, *parts, *numbers, *work)
+
+
+class AssetResolver:
+    """Downloads checkpoints and LoRAs, each once; what could not be fetched is not asked for again."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[str, Outcome] = {}  # JSON, for the other processes on this machine
+
+    def resolve(self, request: Request, checkpoint: Path | None) -> tuple[Request, Path]:
+        """A request and the folder of its checkpoint, with that and the LoRAs on this machine.
+
+        Args:
+            checkpoint: its folder, None if it must be fetched or made.
+        """
+        source = request.model_source
+        loras = tuple(lora._replace(source=self.lora(lora.source, request)) for lora in request.lora)
+        request = replace(request, lora=loras)
+        first, *others = family_of(request.task).repositories(request.task)
+        if checkpoint is None:
+            from skyreels_v3.components import check_loras
+
+            check_loras(request)  # they weigh less than what would have been fetched in vain
+            make = (lambda: make_toy(request)) if request.model_id == TINY else (lambda: download(request, first))
+            checkpoint = Path(self.fetch(f"{source} {request.model_id} {request.task.name}", make))
+        for repository in others:
+            base = locate(request, repository, checkpoint)
+            if base is None:
+                name = request.base_model_id or repository.model_id
+                base = Path(self.fetch(f"{source} {name} base", lambda: download(request, repository)))  # noqa: B023
+            request = replace(request, base_model_id=str(base))
+        return follow_checkpoint(request, checkpoint), checkpoint
+
+    def lora(self, name: str, request: GenerationRequest) -> str:
+        """The file of a LoRA."""
+        file = locate_lora(name)
+        return str(file) if file else self.fetch(f"{request.model_source} {name}", lambda: download_lora(name, request))
+
+    def fetch(self, key: str, fetch: Callable[[], Path]) -> str:
+        """The path that `fetch` gives, which is called once for a key."""
+        if key not in self.outcomes:
+            try:
+                self.outcomes[key] = str(fetch()), None
+            except Exception as error:
+                self.outcomes[key] = None, to_remote(error)
+                raise
+        path, problem = self.outcomes[key]
+        if path is None:
+            assert problem is not None
+            raise from_remote(problem)
+        return path
+
+    def resolve_all(self, requests: Iterable[GenerationRequest]) -> None:
+        """Fetch all that requests need."""
+        for request in requests:
+            with suppress(Exception):  # the job itself reports it
+                self.resolve(*locate_checkpoint(request))
+
+    def learn(self, outcomes: Mapping[str, Outcome]) -> None:
+        """Take over the outcomes of another process on this machine."""
+        self.outcomes |= outcomes
+
+
+def make_toy(request: GenerationRequest) -> Path:
+    """The folder of the built-in toy."""
+    try:
+        return make_tiny(request.task)
+    except OSError as error:
+        reason = f"{TINY} cannot be made in {cache_folder()} ({error.strerror or error})"
+        raise UserError("--model_id", f"{reason}; set SKYREELS_CACHE to a folder that can be written to") from error
 
 
 @contextmanager
 def downloads_folder(ranks: Ranks) -> Iterator[Path]:
-    """A folder for the inputs of one video that are URLs, by the process that fetches them; the others use that."""
+    """A folder for the inputs of one video that are URLs, on the process that fetches them; the others use that."""
     if not ranks.is_local_main:
         yield Path()
         return
@@ -44,152 +211,53 @@ def resolve(
     ranks: Ranks,
     resolver: AssetResolver,
     name: str,
-    checked: Checked | AlreadyDone | None = None,
+    checked: Checked | None = None,
 ) -> Checked:
-    """Check a request and download what is missing. If it goes wrong on one rank, it raises on all of them.
+    """Check a request and download what is missing. What goes wrong on one rank is raised on all.
 
     Args:
         downloads: a folder for inputs that are URLs, for as long as the video is being made.
         ranks: of the processes that make the video together.
         name: what the processes call this video; used once.
-        checked: what `look` has found already, where it has been called.
+        checked: what `preflight` has found, where it has been called already.
     """
+
+    def here() -> Checked:
+        found = checked or preflight(request, downloads, ranks)
+        if found.done:
+            return found
+        resolved, checkpoint = resolver.resolve(found.request, found.checkpoint)
+        return replace(found, request=resolved, checkpoint=checkpoint)
+
     if ranks.world_size == 1:
-        return find(request, downloads, ranks, resolver, checked)
-    found, problem, own = None, None, None
+        return here()
+    found, own, problem = None, None, None
     if not ranks.is_local_main:
-        there, known, problem = processes.store_get(f"found/{name}/{ranks.node}")
+        there, outcomes, problem = processes.store_get(f"found/{name}/{ranks.node}")
         downloads = Path(there)
-        resolver.learn(known)
+        resolver.learn(outcomes)
     try:
-        found = find(request, downloads, ranks, resolver, checked) if problem is None else None
+        found = here() if problem is None else None
     except Exception as error:
         own, problem = error, to_remote(error)
     if ranks.is_local_main:
-        processes.store_set(f"found/{name}/{ranks.node}", [str(downloads), resolver.known(), problem])
-    seed = request.seed if found is None else found.request.seed  # maybe that of an interrupted run
-    processes.store_set(f"ready/{name}/{ranks.rank}", [seed, problem])
+        processes.store_set(f"found/{name}/{ranks.node}", [str(downloads), resolver.outcomes, problem])
+    state = None if found is None else [found.request.seed, found.done]  # the main rank's: maybe of an earlier run
+    processes.store_set(f"ready/{name}/{ranks.rank}", [state, problem])
     everyone = [processes.store_get(f"ready/{name}/{rank}") for rank in range(ranks.world_size)]
-    for _, problem in everyone:
-        if problem is not None:
-            raise own or from_remote(problem)
+    if (problem := next((problem for _, problem in everyone if problem), None)) is not None:
+        raise own or from_remote(problem)
     assert found is not None
-    return replace(found, request=replace(found.request, seed=everyone[0][0]))
-
-
-def find(
-    request: GenerationRequest,
-    downloads: Path,
-    ranks: Ranks,
-    resolver: AssetResolver,
-    checked: Checked | AlreadyDone | None,
-) -> Checked:
-    """What `resolve` gives, on this process."""
-    checked = checked or look(request, downloads, ranks)
-    if isinstance(checked, AlreadyDone):
-        raise checked
-    resolved, checkpoint = resolver.resolve(checked.request, checked.checkpoint)
-    return replace(checked, request=resolved, checkpoint=checkpoint)
-
-
-def look(request: GenerationRequest, downloads: Path, ranks: Ranks) -> Checked | AlreadyDone:
-    """See `preflight`; that a video is there already is not raised before all processes know."""
-    try:
-        return preflight(request, downloads, ranks)
-    except AlreadyDone as done:
-        return done
-
-
-class AssetResolver:
-    """Checkpoints and LoRAs from elsewhere. Each is fetched once, and one that could not be is not asked for again."""
-
-    def __init__(self) -> None:
-        self.paths: dict[str, str] = {}
-        self.problems: dict[str, RemoteError] = {}
-
-    def resolve(self, request: Request, checkpoint: Path | None) -> tuple[Request, Path]:
-        """A request and the folder of its checkpoint, with that and the LoRAs on this machine.
-
-        Args:
-            checkpoint: its folder, None if it is yet to be fetched or made.
-        """
-        loras = tuple(lora._replace(source=self.lora(lora.source, request)) for lora in request.lora)
-        request = replace(request, lora=loras)
-        if checkpoint is None:
-            from skyreels_v3.components import check_loras
-
-            check_loras(request)  # they weigh less than what would have been fetched in vain
-            names = (request.model_source, request.model_id, request.task.name)
-            checkpoint = Path(self.get(names, lambda: fetch(request)))
-        for repository in family_of(request.task).repositories(request.task)[1:]:
-            request = replace(request, base_model_id=self.base(request, repository, checkpoint))
-        return follow_checkpoint(request, checkpoint), checkpoint
-
-    def base(self, request: GenerationRequest, repository: Repository, checkpoint: Path) -> str:
-        """The folder of the components that are not the checkpoint's own."""
-        if (folder := locate(request, repository, checkpoint)) is not None:
-            return str(folder)
-        name = request.base_model_id or repository.model_id
-        return self.get((request.model_source, name, "base"), lambda: download(request, repository))
-
-    def lora(self, name: str, request: GenerationRequest) -> str:
-        """The file of a LoRA."""
-        if (file := locate_lora(name)) is not None:
-            return str(file)
-        return self.get((request.model_source, name), lambda: download_lora(name, request))
-
-    def get(self, names: Sequence[str], fetch: Callable[[], Path]) -> str:
-        """What goes by some names, fetched if it has not been."""
-        key = " ".join(names)
-        if key in self.problems:
-            raise from_remote(self.problems[key])
-        if key not in self.paths:
-            try:
-                self.paths[key] = str(fetch())
-            except Exception as error:
-                self.problems[key] = to_remote(error)
-                raise
-        return self.paths[key]
-
-    def resolve_all(self, requests: Iterable[GenerationRequest]) -> None:
-        """Fetch all that requests need."""
-        for request in requests:
-            with suppress(Exception):  # the job itself meets it again
-                self.resolve(request, checkpoint_here(request))
-
-    def known(self) -> list[Any]:
-        """All that another process on this machine must know, for JSON."""
-        return [self.paths, self.problems]
-
-    def learn(self, known: Sequence[Mapping[str, Any]]) -> None:
-        """Take over what another one knows."""
-        self.paths |= known[0]
-        self.problems |= known[1]
-
-
-def fetch(request: GenerationRequest) -> Path:
-    """The folder of a checkpoint that was not on this machine."""
-    if request.model_id != TINY:
-        return download(request, family_of(request.task).repositories(request.task)[0])
-    try:
-        return make_tiny(request.task)
-    except OSError as error:
-        reason = f"{TINY} cannot be made in {cache_folder()} ({error.strerror or error})"
-        raise UserError("--model_id", f"{reason}; set SKYREELS_CACHE to a folder that can be written to") from error
+    (seed, done), _ = everyone[0]
+    return replace(found, request=replace(found.request, seed=seed), done=done)
 
 
 def to_remote(error: Exception) -> RemoteError:
     """An error for other processes."""
-    if isinstance(error, AlreadyDone):
-        return DONE, str(error.output)
-    if isinstance(error, UserError):
-        return error.flag, error.message
-    return None, cause_of(error)
+    return (error.flag, error.message) if isinstance(error, UserError) else (None, cause_of(error))
 
 
 def from_remote(remote: RemoteError) -> Exception:
-    """The error that another process tells of."""
+    """The error that another process reports."""
     flag, text = remote
-    if flag == DONE:
-        return AlreadyDone(Path(text))
     return RuntimeError(text) if flag is None else UserError(flag, text)

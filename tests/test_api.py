@@ -45,13 +45,13 @@ def test_cancelled_and_used_again():
     generator = load("t2v", num_inference_steps=4, num_frames=5, prompt="FPS-24, a cat", **SMALL)
     events = generator(seed=1)
     assert isinstance(next(events), Step)
-    loaded = generator.loader.generator
+    loaded = generator.worker.generator
     events.close()
     again, other = ([*generator(seed=seed)][-1].latents[0] for seed in (1, 2))
-    assert generator.loader.generator is loaded and not np.array_equal(again, other)
+    assert generator.worker.generator is loaded and not np.array_equal(again, other)
     np.testing.assert_array_equal([*generator(seed=1)][-1].latents[0], again)
     [*generator(seed=1, memory="offload")]
-    assert generator.loader.generator is not loaded
+    assert generator.worker.generator is not loaded
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_cancelled_and_used_again():
         ({"output": "a.mp4"}, "--output: is for the command"),
         ({"gpu_num": 2}, "--gpu_num: is for the command"),
         ({"prompt": ""}, "--prompt: missing or empty"),
-        ({"prompt": "a", "num_frames": 6}, "--num_frames: 6 is not 4k"),
+        ({"prompt": "a", "num_frames": 6}, "--num_frames: 6: not 4k"),
         ({"prompt": "a", "ref_imgs": ["nowhere.png"]}, "--ref_imgs: nowhere.png does not exist"),
     ],
 )

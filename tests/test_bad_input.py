@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 
 from skyreels_v3.batch import MAX_JOBS_BYTES
 from skyreels_v3.cli import parse_request
-from skyreels_v3.preflight import preflight
+from skyreels_v3.resolve import preflight
 from skyreels_v3.runtime import GPU_DRIVERS, has_library
 from tests.conftest import ASSETS, ROOT, write_tone
 

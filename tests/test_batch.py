@@ -23,10 +23,10 @@ from safetensors.numpy import load_file
 from skyreels_v3 import batch as jobs
 from skyreels_v3 import generate as session
 from skyreels_v3 import resolve, runtime
-from skyreels_v3.batch import Results, in_order, left_to_do, parse_results, read_jobs, results_file
+from skyreels_v3.batch import Results, choose_jobs, group_by_model, parse_results, read_jobs, results_file
 from skyreels_v3.cli import parse_flags, parse_request
 from skyreels_v3.errors import UserError
-from skyreels_v3.generate import Generator, load
+from skyreels_v3.generate import Generator
 from skyreels_v3.parallel.ranks import SINGLE
 from skyreels_v3.plan import Plan
 from skyreels_v3.resolve import AssetResolver
@@ -80,7 +80,7 @@ def test_defaults_and_what_overrules_them(write):
         5,
         -1,
     )
-    assert wrong.request is None and wrong.problem.startswith("--duration: 3 conflicts with --num_frames")
+    assert wrong.request is None and wrong.problem.startswith("--duration: 3: conflicts with --num_frames")
     assert (other.request.num_frames, other.request.duration, other.number) == (None, 3, 3)
     assert last.request.memory == "offload"
     (streamed,) = read_jobs(str(write(FOX | {"memory": "stream"})), {"offload": True})
@@ -202,7 +202,7 @@ def test_what_is_left_to_do(write, tmp_path, caplog):
     for job, status, video in ((0, "error", ""), (1, "error", ""), (1, "done", "there"), (2, "done", "gone")):
         named = {"output": str(tmp_path / video)} if video else {}
         results.add({"id": lines[job].id, "status": status} | named)
-    assert [job.number for job in left_to_do(lines, Results(results.path), SINGLE)] == [3, 4, 5, 1]
+    assert [job.number for job in choose_jobs(lines, Results(results.path), SINGLE)] == [3, 4, 5, 1]
     assert [text for text in caplog.messages if "gone" in text] == [
         f"line 3: {tmp_path}/gone is gone; it is made again"
     ]
@@ -271,26 +271,26 @@ def test_those_that_need_the_same_come_together(write):
         FOX, BOAT, FOX | {"seed": 1}, "x", BOAT | {"seed": 1}, FOX | {"quant": "fp8"}, FOX | {"resolution": "480P"},
         FOX | {"dtype": "float32"}, FOX | {"memory": "offload"}, FOX | {"no_cache": True}, FOX | {"model_id": "a/b"},
     ]  # fmt: skip
-    ordered = in_order(read_jobs(str(write(*lines)), {"device": "cpu"}))
+    ordered = group_by_model(read_jobs(str(write(*lines)), {"device": "cpu"}))
     assert [job.number for job in ordered] == [4, 1, 3, 7, 8, 2, 5, 6, 9, 10, 11]
 
 
 def test_what_is_fetched_is_fetched_once(monkeypatch, tmp_path):
     asked = []
 
-    def fetch(request: Any) -> Path:
+    def download(request: Any, _: object) -> Path:
         asked.append(request.model_id)
         if request.model_id == "no/where":
             raise UserError("--model_id", "no/where: is nowhere; look elsewhere")
         return tmp_path
 
-    monkeypatch.setattr(resolve, "fetch", fetch)
+    monkeypatch.setattr(resolve, "download", download)
     monkeypatch.setattr(resolve, "follow_checkpoint", lambda request, _: request)
     request = parse_request(["--task_type", "reference_to_video", "--prompt", "a", "--ref_imgs", "a.png"])
     stock, other = AssetResolver(), AssetResolver()
     wanted = [replace(request, model_id=name) for name in ("a/b", "no/where", "a/b", "no/where", "c/d")]
     stock.resolve_all(wanted)
-    other.learn(json.loads(json.dumps(stock.known())))  # as another process is told
+    other.learn(json.loads(json.dumps(stock.outcomes)))  # as another process is told
     for known in (stock, other):
         assert known.resolve(wanted[0], None) == (wanted[0], tmp_path)
         with pytest.raises(UserError, match=r"^--model_id: no/where: is nowhere; look elsewhere$") as error:
@@ -501,7 +501,7 @@ def test_a_dry_run(main, write, tmp_path):
 def loaded(cache) -> Generator:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SKYREELS_CACHE", str(cache))
-        return load(plan_for(resolve.fetch(request_for())))
+        return Generator(plan_for(resolve.make_toy(request_for())))
 
 
 def request_for(*flags: object) -> Any:
@@ -553,16 +553,16 @@ from pathlib import Path
 import skyreels_v3.main
 from skyreels_v3 import batch as jobs
 
-carry_out = jobs.carry_out
+run_job = jobs.run_job
 
 
 def noted(job, *others):
     with open("notes", "a") as notes:
         notes.write(f"{job.number} {os.environ['RANK']}\\n")
-    return carry_out(job, *others)
+    return run_job(job, *others)
 
 
-jobs.carry_out = noted
+jobs.run_job = noted
 sys.exit(skyreels_v3.main.main(sys.argv[1:]))
 """
 

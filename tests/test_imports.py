@@ -16,9 +16,9 @@ LAYERS = (
     ("tasks", "hints", "attention"),
     ("request",),
     ("media", "cache", "memory", "parallel", "denoising", "checkpoints", "inputs"),
-    ("families", "plan", "components", "stages", "runtime", "throughput", "resume", "outputs", "preflight"),
+    ("families", "plan", "components", "stages", "runtime", "throughput", "resume", "outputs"),
     ("wan", "hunyuan"),
-    ("resolve", "dry_run", "generate"),
+    ("resolve", "dry_run", "generate", "worker"),
     ("api", "batch", "checks", "cli", "main", "__main__"),
 )
 NOT_IN_THE_WHEEL = ("training", "benchmarks", "tests")

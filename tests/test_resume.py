@@ -29,8 +29,8 @@ from skyreels_v3.inputs import open_inputs
 from skyreels_v3.media.audio import probe_audio
 from skyreels_v3.media.video_reader import read_frames
 from skyreels_v3.media.video_writer import read_comment
+from skyreels_v3.outputs import record_of as record_of_request
 from skyreels_v3.outputs import save_latents
-from skyreels_v3.preflight import record_of as record_of_request
 from skyreels_v3.request import ResolvedRequest
 from skyreels_v3.resume import RunRecord, RunState, open_state, state_folder
 from skyreels_v3.wan.conditioning import Conditioning
@@ -434,7 +434,7 @@ def test_denoising_goes_on_after_any_step_to_the_same_latents(tmp_path, make_sch
         def constraint(latents: torch.Tensor, sigma: float) -> torch.Tensor:
             return latents + 0.1 * sigma * torch.randn(latents.shape, generator=generator)
 
-        conditions = {FULL: Conditioning(torch.zeros(1))}
+        conditions = {FULL: Conditioning(torch.zeros(1, 1, 1))}
         guidance = text_guidance(1.0)
         steps = denoise(SimpleModel(), scheduler, latents, conditions, guidance, constraint, done=start)
         for step, latents in steps:

@@ -10,7 +10,7 @@ import pytest
 
 from skyreels_v3.cli import parse_flags, parse_request
 from skyreels_v3.errors import UserError
-from skyreels_v3.preflight import free_name
+from skyreels_v3.outputs import free_name
 
 T2V = ["--task_type", "t2v", "--prompt", "FPS-24, A cat"]
 I2V = ["--task_type", "i2v", "--prompt", "FPS-24, A cat", "--image", "cat.webp"]

@@ -95,7 +95,7 @@ def resident_blocks(blocks: int, count: int) -> set[int]:
 # torch.OutOfMemoryError, of a device, is a RuntimeError. For the host's memory torch has only this message, and
 # drivers and libraries that allocate beside torch raise RuntimeError, such as CUBLAS_STATUS_ALLOC_FAILED.
 HOST = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
-DEVICE = re.compile(r"out of memory|allocation on device|ALLOC(ATION)?_?FAILED", re.IGNORECASE)
+DEVICE = re.compile(r"out of memory|tried to allocate|allocation on device|ALLOC(ATION)?_?FAILED", re.IGNORECASE)
 REQUESTED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
 
 

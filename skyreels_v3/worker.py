@@ -1,0 +1,66 @@
+"""Makes videos, one after the other, for the command, batches and the Python API.
+
+torch is imported when the first request has been checked.
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from skyreels_v3.parallel.ranks import SINGLE, Ranks
+from skyreels_v3.plan import Checked, Plan, plan
+from skyreels_v3.request import GenerationRequest
+from skyreels_v3.resolve import AssetResolver, resolve
+from skyreels_v3.runtime import find_machine, set_environment
+
+if TYPE_CHECKING:
+    from skyreels_v3.generate import Generator
+
+
+class Worker:
+    """Resolves requests and makes their videos; what is loaded stays as long as the next one needs the same.
+
+    Args:
+        ranks: this process among all.
+        team: the same among those that make each video together, SINGLE where each makes its own.
+    """
+
+    def __init__(self, ranks: Ranks = SINGLE, team: Ranks = SINGLE) -> None:
+        set_environment()  # before torch is imported
+        self.ranks = ranks
+        self.team = team
+        self.resolver = AssetResolver()
+        self.generator: Generator | None = None
+
+    def resolve(
+        self, request: GenerationRequest, downloads: Path, name: str = "", checked: Checked | None = None
+    ) -> Checked:
+        """See `resolve.resolve`."""
+        return resolve(request, downloads, self.team, self.resolver, name, checked)
+
+    def load(self, checked: Checked) -> tuple[Generator, Plan]:
+        """The plan of a resolved request, and a generator that fits it."""
+        from skyreels_v3.generate import Generator
+
+        made = plan(checked, find_machine(checked.request, self.ranks), self.ranks)
+        if self.generator is not None and not self.generator.fits(made):
+            self.unload()
+        if self.generator is None:
+            self.generator = Generator(made)
+        return self.generator, made
+
+    def make(self, checked: Checked) -> Path:
+        """Make and write the video of a resolved request; returns its path."""
+        generator, made = self.load(checked)
+        return generator.write(made)
+
+    def unload(self) -> None:
+        """Free the memory of what is loaded."""
+        import torch
+
+        self.generator = None
+        gc.collect()  # hooks and what they are on hold each other
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
