@@ -31,17 +31,17 @@ from skyreels_v3.parallel.ranks import SINGLE
 from skyreels_v3.plan import Plan
 from skyreels_v3.resolve import AssetResolver
 from skyreels_v3.stages import Stages
-from tests.conftest import Case, check_refused, files_in
+from tests.conftest import ASSETS, ROOT, files_in
 from tests.planning import planned
 
-ROOT = Path(__file__).resolve().parent.parent
-ASSETS = ROOT / "assets"
 TOY = ("--model_id", "tiny", "--device", "cpu", "--height", 32, "--width", 48, "--num_inference_steps", 2)
 FOX = {"task_type": "reference_to_video", "ref_imgs": [str(ASSETS / "fox.png")], "num_frames": 5, "prompt": "a fox"}
 BOAT = {
     "task_type": "shot_switching_extension", "input_video": str(ASSETS / "boat.mp4"), "duration": 2, "prompt": "a boat",
 }  # fmt: skip
-NOT_IN_A_LINE = ("jobs", "config", "use_usp", "ulysses_degree", "resume", "dry_run", "quiet", "verbose")
+NOT_IN_A_LINE = (
+    *("jobs", "config", "use_usp", "ulysses_degree", "resume", "dry_run", "quiet", "verbose", "gpu_num", "video_num"),
+)
 MISSING = BOAT | {"input_video": "nowhere.mp4"}
 
 
@@ -125,6 +125,15 @@ def test_bad_lines(write, line, problem):
     assert good.request is not None
 
 
+def test_v1s_flags_can_stand_in_a_line(write):
+    line = {
+        "task_type": "i2v", "prompt": "a", "image": "a.png", "outdir": "films", "base_model_id": "a/b", "fps": 30,
+        "embedded_guidance_scale": 2, "no_riflex": True, "offload": True, "parameters_level": True, "quant": "fp8",
+    }  # fmt: skip
+    (job,) = read_jobs(str(write(line)), {})
+    assert (job.request.image, job.request.base_model_id, job.request.task.fps) == ("a.png", "a/b", 30)
+
+
 def test_paths_begin_where_the_file_is(write, tmp_path, monkeypatch):
     write(FOX | {"ref_imgs": "a.png", "output": "a.mp4"})
     monkeypatch.chdir(tmp_path.parent)
@@ -145,34 +154,6 @@ def test_an_output_that_is_another_ones(write):
 def test_as_windows_editors_write_it(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([json.dumps(FOX).encode()] * 2) + b"\r\n")
     assert all(job.request is not None for job in read_jobs(str(tmp_path / "a.jsonl"), {}))
-
-
-REFUSED = [
-    Case("missing", ["--jobs", "{tmp_path}/none.jsonl"], "--jobs", "{tmp_path}/none.jsonl", "check the path"),
-    Case("no name", ["--jobs", ""], "--jobs", "an empty path", "give a file"),
-    Case("a folder", ["--jobs", "{tmp_path}"], "--jobs", "{tmp_path}", "give a file"),
-    Case("empty", ["--jobs", "{tmp_path}/empty.jsonl"], "--jobs", "{tmp_path}/empty.jsonl", "write some"),
-    Case("large", ["--jobs", "{tmp_path}/large.jsonl"], "--jobs", "{tmp_path}/large.jsonl", "divide it"),
-    Case("results", ["--jobs", "{tmp_path}/jobs.jsonl"], "--jobs", "{tmp_path}/jobs.results.jsonl", "check its rights"),
-    *(
-        Case(
-            flag, ["--jobs", "{tmp_path}/jobs.jsonl", f"--{flag}", value], f"--{flag}", value, "write it into the lines"
-        )
-        for flag, value in (("output", "a.mp4"), ("save_latents", "a.safetensors"), ("save_quantized", "folder"))
-    ),
-    Case("resume", ["--jobs", "{tmp_path}/jobs.jsonl", "--resume"], "--resume", "--jobs makes several", "leave it out"),
-    Case("seed", ["--jobs", "{tmp_path}/jobs.jsonl", "--seed", "x"], "--seed", "x", "give a whole number"),
-]
-
-
-@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
-def test_a_run_that_cannot_begin(case, refuse, write, tmp_path):
-    write(FOX)
-    (tmp_path / "empty.jsonl").write_text(" \n\n")
-    (tmp_path / "jobs.results.jsonl").mkdir()
-    with (tmp_path / "large.jsonl").open("wb") as file:
-        file.truncate(jobs.MAX_JOBS_BYTES + 1)
-    check_refused(case, refuse, tmp_path=tmp_path)
 
 
 def test_many_writers_and_a_line_that_was_cut_off(tmp_path):

@@ -35,24 +35,13 @@ from skyreels_v3.request import ResolvedRequest
 from skyreels_v3.resume import RunRecord, RunState, open_state, state_folder
 from skyreels_v3.wan.conditioning import Conditioning
 from skyreels_v3.wan.rope import Segment
-from tests.conftest import ROOT, files_in, stop_at
+from tests.conftest import ASSETS, files_in, stop_at
 
-ASSETS = ROOT / "assets"
 FLAGS = {"seed": 42, "dtype": "float32"}
 V1 = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 7.0}
 TINY = (
-    "--prompt",
-    "a",
-    "--model_id",
-    "tiny",
-    "--device",
-    "cpu",
-    "--height",
-    "32",
-    "--width",
-    "32",
-    "--output",
-    "o/a.mp4",
+    *("--prompt", "a", "--model_id", "tiny", "--device", "cpu", "--height", "32", "--width", "32"),
+    *("--output", "o/a.mp4"),
 )
 STEPS = 60  # enough to be stopped in
 SECONDS = {"talking_avatar": 5.6, "single_shot_extension": 6}  # of three passes, and of two
@@ -101,9 +90,7 @@ def test_an_ended_run_goes_on_to_the_same_video(start, main, command, tmp_path, 
     if stop == signal.SIGINT:
         assert run.returncode == 130
         assert "the first 69 frames are in o/a.partial.mp4" in said
-        assert (
-            "o/a.state keeps what is finished; to go on, repeat the command with --resume, --output o/a.mp4 and" in said
-        )
+        assert "o/a.state keeps what is finished; to go on, repeat the command with --resume" in said
         partial = working / "o" / "a.partial.mp4"
         assert len(frames_of(partial, fps)) == 69
         assert probe_audio(partial).seconds == pytest.approx(69 / fps, abs=1 / fps)
@@ -114,10 +101,7 @@ def test_an_ended_run_goes_on_to_the_same_video(start, main, command, tmp_path, 
         assert run.returncode == -stop
     finished = {f"a.state/pass-{number:03d}.safetensors" for number in range(passes - 1)}
     assert left >= {"a.state/request.json", f"a.state/steps-{passes - 1:03d}.safetensors", *finished}
-    assert {name.split("/")[0] for name in left} <= {
-        "a.state",
-        "a.partial.mp4",
-    }  # and unfinished files
+    assert {name.split("/")[0] for name in left} <= {"a.state", "a.partial.mp4"}  # and unfinished files
     (working / "o" / "a.state" / ".a.0123456789ab.tmp.mp4").touch()
 
     os.chdir(working)
@@ -137,7 +121,6 @@ def test_an_ended_run_goes_on_to_the_same_video(start, main, command, tmp_path, 
     first, second = (load_file(working / name / "a.safetensors") for name in ("resumed", "o"))
     assert first.keys() == second.keys() == {f"latents.{number}" for number in range(passes)}
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert files_in(working / "o") == {"a.mp4", "a.safetensors"}  # a run that completes leaves nothing else
 
 
 @pytest.fixture
@@ -204,7 +187,7 @@ def test_a_job_that_was_complete_is_done(main, small, tmp_path):
     request, inputs = open_inputs(parse_request([str(word) for word in argv]), tmp_path)
     resolved = ResolvedRequest.of(request)
     state = open_state(record_of_request(resolved, inputs, dtype="float32"))
-    numbers(state, 1.0)
+    save_passes(state, 1.0)
     state.close(completed=False)
     assert main("--jobs", "jobs.jsonl", "--dry_run")[:2] == (0, f"{'line':14}1\n{'done':14}o/a.mp4\n\n")
     assert (tmp_path / "o" / "a.state").exists()
@@ -246,14 +229,28 @@ def test_a_full_disk(main, small, small_disk, caplog):
     assert not any(disk.iterdir())
 
 
+# The files of a run
+
+
 def record_of(folder: Path, **changes: object) -> RunRecord:
     return RunRecord(folder / "a.mp4", FLAGS | changes)
 
 
-def numbers(state: RunState, *values: float) -> None:
-    """Save passes."""
+def save_passes(state: RunState, *values: float) -> None:
     for value in values:
         state.save(torch.full((1, 2), value), torch.Generator().manual_seed(int(value)))
+
+
+def leave(record: RunRecord, *values: float) -> Path:
+    """Do as a run that is interrupted after some passes; gives the folder that it leaves."""
+    state = open_state(record)
+    save_passes(state, *values)
+    state.close(completed=False)
+    return state.folder
+
+
+def check_pass(state: RunState, value: float) -> None:
+    torch.testing.assert_close(state.recall()["latents"], torch.full((1, 2), value))
 
 
 def test_passes_come_back_with_the_state_of_the_noise(tmp_path):
@@ -265,7 +262,6 @@ def test_passes_come_back_with_the_state_of_the_noise(tmp_path):
     expected = torch.randn(3, generator=generator)
     state.close(completed=False)
     state = open_state(record_of(tmp_path), resume=True)
-    generator = torch.Generator().manual_seed(5)
     saved = state.recall()
     generator.set_state(saved["generator"])
     torch.testing.assert_close(saved["latents"], torch.ones(1, 2))
@@ -277,34 +273,25 @@ def test_passes_come_back_with_the_state_of_the_noise(tmp_path):
 
 @pytest.mark.parametrize("size", [0, 60, 200])
 def test_a_damaged_pass_is_made_again(tmp_path, caplog, size):
-    state = open_state(record_of(tmp_path))
-    numbers(state, 1.0)
-    state.close(completed=False)
-    file = state.folder / "pass-000.safetensors"
+    file = leave(record_of(tmp_path), 1.0) / "pass-000.safetensors"
     file.write_bytes(file.read_bytes()[:size])
     state = open_state(record_of(tmp_path), resume=True)
-    assert state.recall() == {}
-    assert "pass-000.safetensors is damaged" in caplog.text
-    numbers(state, 2.0)
+    assert state.recall() == {} and "pass-000.safetensors is damaged" in caplog.text
+    save_passes(state, 2.0)
     state.close(completed=False)
-    state = open_state(record_of(tmp_path), resume=True)
-    torch.testing.assert_close(state.recall()["latents"], torch.full((1, 2), 2.0))
-    state.close(completed=True)
+    check_pass(open_state(record_of(tmp_path), resume=True), 2.0)
 
 
 def test_two_runs_for_one_output(tmp_path):
-    output = tmp_path / "a.mp4"
     first, second = (open_state(record_of(tmp_path, seed=seed)) for seed in (1, 2))
-    assert [state.folder for state in (first, second)] == [state_folder(output), state_folder(output, 2)]
-    numbers(first, 1.0)
-    numbers(second, 2.0)
+    assert [state.folder for state in (first, second)] == [state_folder(tmp_path / "a.mp4", n) for n in (1, 2)]
+    save_passes(first, 1.0)
+    save_passes(second, 2.0)
     second.close(completed=False)
-    again = open_state(record_of(tmp_path, seed=2), resume=True)
-    assert again.folder == second.folder
-    again.close(completed=False)
     first.close(completed=True)
     again = open_state(record_of(tmp_path, seed=2), resume=True)  # though it is not the first any more
-    torch.testing.assert_close(again.recall()["latents"], torch.full((1, 2), 2.0))
+    assert again.folder == second.folder
+    check_pass(again, 2.0)
     again.close(completed=True)
     assert not any(tmp_path.iterdir())
 
@@ -312,22 +299,18 @@ def test_two_runs_for_one_output(tmp_path):
 def test_a_run_that_is_going_on_is_not_touched(tmp_path):
     pytest.importorskip("fcntl")
     state = open_state(record_of(tmp_path))
-    numbers(state, 1.0)
+    save_passes(state, 1.0)
     (state.folder / "a.tmp.mp4").touch()
     with pytest.raises(UserError, match="in use by a run that has not ended; wait for it"):
         open_state(record_of(tmp_path), resume=True)
     other = open_state(record_of(tmp_path), resume=True, strict=False)
     assert (other.folder.name, other.resumed) == ("a.state-2", False)
     assert (state.folder / "a.tmp.mp4").exists()
-    for each in (state, other):
-        each.close(completed=True)
 
 
 def test_a_state_of_another_run_is_not_taken(tmp_path):
-    record = RunRecord(tmp_path / "a.mp4", FLAGS, inputs=[("ref_imgs", "a.png", "12"), ("ref_imgs", "b.png", "34")])
-    state = open_state(record)
-    numbers(state, 1.0)
-    state.close(completed=False)
+    record = replace(record_of(tmp_path), inputs=[("ref_imgs", "a.png", "12"), ("ref_imgs", "b.png", "34")])
+    leave(record, 1.0)
     for changes, problem in (
         ({"flags": FLAGS | {"seed": 1}}, "--resume: the interrupted run had other flags (seed 42 -> 1); repeat its"),
         ({"flags": FLAGS | {"shift": 5.0}}, "(shift None -> 5.0); repeat its command"),
@@ -340,9 +323,7 @@ def test_a_state_of_another_run_is_not_taken(tmp_path):
         new = open_state(other, resume=True, strict=False)
         assert not new.resumed
         new.close(completed=True)
-    drawn = open_state(replace(record, flags=FLAGS | {"seed": 1}, any_seed=True), resume=True)
-    assert drawn.resumed
-    drawn.close(completed=True)
+    assert open_state(replace(record, flags=FLAGS | {"seed": 1}, any_seed=True), resume=True).resumed
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"output": "a.mp4"}', "\0\xff", "[" * 100_000])
@@ -352,20 +333,13 @@ def test_where_nothing_was_left_a_new_run_begins(tmp_path, content):
         (tmp_path / "a.state" / "request.json").write_text(content, encoding="latin-1")
     state = open_state(record_of(tmp_path), resume=True)
     assert (state.folder.name, state.resumed) == ("a.state-2", False)
-    state.close(completed=True)
 
 
-def test_a_record_without_end_is_none(tmp_path):
-    record = record_of(tmp_path)
-    state = open_state(record)
-    numbers(state, 1.0)
-    state.close(completed=False)
-    file = tmp_path / "a.state" / "request.json"
-    for padding, resumed in (("", True), (" " * (1 << 20), False)):
-        file.write_text(padding + file.read_text())
-        state = open_state(record, resume=True)
-        assert state.resumed == resumed
-        state.close(completed=False)
+@pytest.mark.parametrize(("padding", "resumed"), [("", True), (" " * (1 << 20), False)])
+def test_a_record_without_end_is_none(tmp_path, padding, resumed):
+    file = leave(record_of(tmp_path), 1.0) / "request.json"
+    file.write_text(padding + file.read_text())
+    assert open_state(record_of(tmp_path), resume=True).resumed == resumed
 
 
 def test_a_run_without_a_finished_pass_leaves_nothing(tmp_path):
@@ -376,34 +350,32 @@ def test_a_run_without_a_finished_pass_leaves_nothing(tmp_path):
 
 
 def test_a_folder_that_was_removed_is_made_again(tmp_path):
-    state = open_state(RunRecord(tmp_path / "o" / "a.mp4", FLAGS))
-    numbers(state, 1.0)
+    state = open_state(record_of(tmp_path / "o"))
+    save_passes(state, 1.0)
     shutil.rmtree(tmp_path / "o")
-    numbers(state, 2.0)
+    save_passes(state, 2.0)
     state.close(completed=False)
-    state = open_state(RunRecord(tmp_path / "o" / "a.mp4", FLAGS), resume=True)
+    state = open_state(record_of(tmp_path / "o"), resume=True)
     assert state.recall() == {}
-    numbers(state, 1.0)
-    torch.testing.assert_close(state.recall()["latents"], torch.full((1, 2), 2.0))
-    state.close(completed=True)
+    save_passes(state, 1.0)
+    check_pass(state, 2.0)
 
 
 def test_a_copy_that_cannot_be_written_is_a_warning(tmp_path, caplog):
     state = open_state(record_of(tmp_path))
     for number in (0, 1):
         (state.folder / f"pass-00{number}.safetensors" / "in the way").mkdir(parents=True)
-    numbers(state, 1.0, 2.0, 3.0)
+    save_passes(state, 1.0, 2.0, 3.0)
     assert state.failed and state.passes == 3
     (warning,) = (record.getMessage() for record in caplog.records)  # once for all
     assert warning.startswith(f"{state.folder}/pass-000.safetensors cannot be written (Is a directory)")
-    state.close(completed=True)
 
 
 def test_files_have_the_rights_that_the_user_gives(tmp_path):
     before = os.umask(0o002)
     try:
-        state = open_state(RunRecord(tmp_path / "o" / "a.mp4", FLAGS))
-        numbers(state, 1.0)
+        state = open_state(record_of(tmp_path / "o"))
+        save_passes(state, 1.0)
         latents = save_latents([torch.ones(1, 2)], tmp_path / "o" / "l.safetensors")
         rights = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (*state.folder.iterdir(), latents)}
         folders = {stat.S_IMODE(path.stat().st_mode) for path in (state.folder, state.folder.parent)}
@@ -411,7 +383,6 @@ def test_files_have_the_rights_that_the_user_gives(tmp_path):
         os.umask(before)
     assert rights == dict.fromkeys(("request.json", "pass-000.safetensors", "l.safetensors"), 0o664)
     assert folders == {0o775}
-    state.close(completed=True)
 
 
 @pytest.mark.parametrize(
@@ -447,7 +418,7 @@ def test_denoising_goes_on_after_any_step_to_the_same_latents(tmp_path, make_sch
     state.close(completed=False)
     state = open_state(record_of(tmp_path), resume=True)
     assert torch.equal(denoised(state, done), expected)
-    numbers(state, 1.0)
+    save_passes(state, 1.0)
     assert files_in(state.folder) == {"request.json", "pass-000.safetensors"}  # what was unfinished has had its day
     state.close(completed=True)
 
