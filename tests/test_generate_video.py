@@ -360,7 +360,7 @@ def test_a_video_that_shall_not_say_what_made_it(main, picture, tmp_path, output
 @pytest.mark.parametrize("videos", [1, 2])
 def test_each_video_is_planned_once(main, monkeypatch, tmp_path, videos):
     made: list[Plan] = []
-    monkeypatch.setattr("skyreels_v3.generate.plan", lambda *given: made.append(plan(*given)) or made[-1])
+    monkeypatch.setattr("skyreels_v3.worker.plan", lambda *given: made.append(plan(*given)) or made[-1])
     argv = (*REFERENCE, "--model_id", "tiny", "--ref_imgs", ROOT / "assets" / "fox.png", "--num_frames", "5", *SMALL)
     code, stdout, stderr = main(*argv, "--video_num", videos, "--outdir", "many")
     assert code == 0, stderr
