@@ -64,7 +64,6 @@ from skyreels_v3.runtime import Runtime
 from skyreels_v3.tasks import TASK_NAMES, task_spec
 from skyreels_v3.wan.checkpoint import load_text_encoder
 from skyreels_v3.wan.conditioning import AudioEncoder, ImageEncoder, TextEncoder
-from skyreels_v3.wan.sizes import WanSizes
 from skyreels_v3.wan.vae import VideoVAE
 
 FULL, SMALL = "full", "small"
@@ -316,7 +315,7 @@ def random_components(toy: Path, plan: Plan, runtime: Runtime) -> components.Com
         sound["image_encoder"] = ImageEncoder(fresh(lambda: CLIPVisionModel(image), runtime.dtype, device, home))
         sound["audio_encoder"] = AudioEncoder(fresh(lambda: Wav2Vec2Model(audio), torch.float32, device, home))
     known = family_of(request.task).tiny_sizes(request.task) if small else request.task.transformer
-    transformer = random_transformer(WanSizes(**known), runtime.dtype, device, home)
+    transformer = random_transformer(known, runtime.dtype, device, home)
     components.set_up_transformer(transformer, request, runtime)
     return components.Components(
         transformer,

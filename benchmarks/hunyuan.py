@@ -24,7 +24,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,9 @@ from skyreels_v3 import runtime
 from skyreels_v3.cli import parse_request
 from skyreels_v3.components import set_up_transformer
 from skyreels_v3.denoising.loop import Condition
+from skyreels_v3.families import width_of
 from skyreels_v3.hunyuan.conditioning import HunyuanConditioning
-from skyreels_v3.hunyuan.sizes import TEXT_TOKENS, HunyuanSizes
+from skyreels_v3.hunyuan.family import TEXT_TOKENS
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.inputs import Inputs
 from skyreels_v3.plan import Checked, plan
@@ -121,7 +122,7 @@ def main() -> int:
     return 0
 
 
-def parse_arguments() -> tuple[argparse.Namespace, HunyuanSizes]:
+def parse_arguments() -> tuple[argparse.Namespace, dict[str, int]]:
     """The command line, checked, and the sizes that it asks for."""
     parser = parser_of(__doc__)
     parser.add_argument("--official", action="store_true", help="sizes of the published model and its video, 16:9")
@@ -139,36 +140,36 @@ def parse_arguments() -> tuple[argparse.Namespace, HunyuanSizes]:
         parser.error(f"--dim must be a multiple of {HEAD_DIM}, --height and --width even")
     args.dtype = args.dtype or DTYPES[args.device.type != "cpu"]
     spec = task_spec(TASK)
-    sizes = HunyuanSizes(**spec.transformer)
+    sizes = dict(spec.transformer)
     if args.official:
         assert spec.size is not None
-        args.dim, args.frames = sizes.dim, latent_frames(OFFICIAL_FRAMES)
+        args.dim, args.frames = width_of(sizes), latent_frames(OFFICIAL_FRAMES)
         args.height, args.width = (side // stride for side, stride in zip(spec.size, VAE_STRIDE[1:], strict=True))
-    args.layers = args.layers or (sizes.num_layers if args.official else LEAST_LAYERS)
+    args.layers = args.layers or (sizes["num_layers"] if args.official else LEAST_LAYERS)
     layers = {"num_layers": args.layers, "num_single_layers": SINGLE_RATIO * args.layers}
-    return args, replace(sizes, num_attention_heads=args.dim // HEAD_DIM, **layers)
+    return args, sizes | layers | {"num_attention_heads": args.dim // HEAD_DIM}
 
 
-def request_of(args: argparse.Namespace, sizes: HunyuanSizes, flags: tuple[str, ...]) -> GenerationRequest:
+def request_of(args: argparse.Namespace, sizes: dict[str, int], flags: tuple[str, ...]) -> GenerationRequest:
     """What a user would ask for, of a checkpoint of these sizes."""
     height, width = args.height * VAE_STRIDE[1], args.width * VAE_STRIDE[2]
     frames = (args.frames - 1) * VAE_STRIDE[0] + 1
     video = ("--height", str(height), "--width", str(width), "--num_frames", str(frames))
     where = ("--device", args.device.type, "--dtype", args.dtype)
     request = parse_request(["--task_type", TASK, "--prompt", "A boat", "--quiet", *video, *where, *flags])
-    return replace(request, task=replace(request.task, transformer=asdict(sizes)))
+    return replace(request, task=replace(request.task, transformer=sizes))
 
 
 # The ways
 
 
 def build_ways(
-    args: argparse.Namespace, sizes: HunyuanSizes, requests: Mapping[str, GenerationRequest], stays: ExitStack
+    args: argparse.Namespace, sizes: dict[str, int], requests: Mapping[str, GenerationRequest], stays: ExitStack
 ) -> dict[str, Way]:
     """The same weights for each way; what has been set up runs until `stays` ends."""
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)  # a run takes the current one
-    build, host = partial(HunyuanTransformer3DModel, **asdict(sizes)), torch.device("cpu")
+    build, host = partial(HunyuanTransformer3DModel, **sizes), torch.device("cpu")
     resident = random_model(build, getattr(torch, args.dtype), args.device, host)
     small = with_weights_of(resident, HunyuanTransformer3DModel)  # before those of the other are on the device
     ours = {
@@ -182,7 +183,7 @@ def build_ways(
 def with_weights_of(model: Any, kind: Callable[..., Model]) -> Any:
     """A model of that kind with the very same weights."""
     with torch.device("meta"):
-        made = kind(**{name: model.config[name] for name in asdict(HunyuanSizes())})
+        made = kind(**model.config)
     made.load_state_dict(model.state_dict(), assign=True)
     return made.requires_grad_(False).eval()
 
@@ -204,12 +205,13 @@ def allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
-def bind_inputs(ways: Mapping[str, Way], args: argparse.Namespace, sizes: HunyuanSizes) -> dict[str, Work]:
+def bind_inputs(ways: Mapping[str, Way], args: argparse.Namespace, sizes: dict[str, int]) -> dict[str, Work]:
     """A step of each on the same noise and the same texts."""
     noise = partial(torch.randn, device=args.device)
-    latents = noise(1, sizes.in_channels, args.frames, args.height, args.width)
+    latents = noise(1, sizes["in_channels"], args.frames, args.height, args.width)
     texts = [
-        (noise(1, tokens, sizes.text_embed_dim), noise(1, sizes.pooled_projection_dim), GUIDANCE) for tokens in TOKENS
+        (noise(1, tokens, sizes["text_embed_dim"]), noise(1, sizes["pooled_projection_dim"]), GUIDANCE)
+        for tokens in TOKENS
     ]
     return {
         name: partial(step, way.model, [way.condition(*text) for text in texts], latents) for name, way in ways.items()
@@ -251,12 +253,12 @@ def summarise(ways: Mapping[str, Way], results: Mapping[str, Result], rounds: Ro
     }
 
 
-def tell(args: argparse.Namespace, sizes: HunyuanSizes, figures: dict[str, dict[str, Any]]) -> None:
+def tell(args: argparse.Namespace, sizes: dict[str, int], figures: dict[str, dict[str, Any]]) -> None:
     """A table for people, then one JSON line."""
     met = figures[RESIDENT]["ratio"]["median"] <= LIMIT
     tokens = args.frames * args.height * args.width // 4
     shape = f"{args.frames} x {args.height} x {args.width}"
-    blocks = f"{sizes.num_layers} double and {sizes.num_single_layers} single blocks of width {sizes.dim}"
+    blocks = f"{sizes['num_layers']} double and {sizes['num_single_layers']} single blocks of width {args.dim}"
     title = f"one guided step, {args.dtype}, {blocks}, {tokens} tokens (latents {shape}), {args.rounds} rounds"
     header = ("", "s", f"ratio to {BASELINE}", "quartiles", "peak, GB", "planned, GB", "peak / planned", "difference")
     texts = " and ".join(map(str, TOKENS))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,14 +14,15 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from benchmarks.common import Work, at_least, measure_peak
-from skyreels_v3.families import pipeline_of
+from skyreels_v3.families import pipeline_of, width_of
 from skyreels_v3.memory.offload import replace_tensors
 from skyreels_v3.memory.quantize import with_fp8_layers
 from skyreels_v3.memory.stream import tensors_of
+from skyreels_v3.plan import build_on_meta
 from skyreels_v3.request import ResolvedRequest
 from skyreels_v3.tasks import PATCH_SIZE, VAE_STRIDE, choose_size, task_spec
+from skyreels_v3.wan.family import IMAGE_TOKENS, TEXT_TOKENS
 from skyreels_v3.wan.rope import Segment
-from skyreels_v3.wan.sizes import IMAGE_TOKENS, TEXT_TOKENS, WanSizes
 from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
 HEAD_DIM = 128
@@ -42,12 +43,13 @@ class Case:
     """A transformer's sizes and those of the video that it is run on.
 
     Attributes:
+        sizes: the transformer's config.
         latents: latent frames, rows and columns.
         clean: how many of the frames, the first ones, stand at timestep 0, as condition frames do.
         full_layers: of the published model; None where it is none.
     """
 
-    sizes: WanSizes
+    sizes: Any
     latents: tuple[int, int, int]
     clean: int = 0
     full_layers: int | None = None
@@ -69,12 +71,12 @@ class Case:
 
     def described(self) -> str:
         """For people."""
-        layers = f"{self.sizes.num_layers} layers of width {self.sizes.dim}"
+        layers = f"{self.sizes.num_layers} layers of width {width_of(self.sizes)}"
         return f"{layers}, {self.tokens} tokens (latents {' x '.join(map(str, self.latents))})"
 
     def recorded(self) -> dict[str, Any]:
         """For the JSON line."""
-        sizes = {"dim": self.sizes.dim, "ffn_dim": self.sizes.ffn_dim, "layers": self.sizes.num_layers}
+        sizes = {"dim": width_of(self.sizes), "ffn_dim": self.sizes.ffn_dim, "layers": self.sizes.num_layers}
         return {**sizes, "full_layers": self.full_layers, "latents": self.latents, "tokens": self.tokens}
 
 
@@ -96,11 +98,17 @@ def case_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Case:
     args.dtype = args.dtype or DTYPES[args.device.type != "cpu"]
     if args.official:
         case = official_case(*OFFICIAL[args.official])
-        return replace(case, sizes=replace(case.sizes, num_layers=args.layers or case.sizes.num_layers))
+        layers = args.layers or case.sizes.num_layers
+        return replace(case, sizes=config_of({**case.sizes, "num_layers": layers}))
     sizes = dict(task_spec("reference_to_video").transformer)
     sizes |= {"num_attention_heads": args.dim // HEAD_DIM, "ffn_dim": round(FFN_RATIO * args.dim)}
     sizes["num_layers"] = args.layers or 4
-    return Case(WanSizes(**sizes), (args.frames, args.height, args.width))
+    return Case(config_of(sizes), (args.frames, args.height, args.width))
+
+
+def config_of(sizes: Mapping[str, Any]) -> Any:
+    """The complete config of a transformer."""
+    return build_on_meta("wan", sizes).config
 
 
 def official_case(task: str, resolution: str) -> Case:
@@ -112,7 +120,7 @@ def official_case(task: str, resolution: str) -> Case:
         spec, spec.model_id, "", duration=SECONDS, height=height, width=width, audio_seconds=sound
     )
     new, condition = next(pipeline_of(spec).passes(request))
-    sizes = WanSizes(**spec.transformer)
+    sizes = config_of(spec.transformer)
     clean = condition if "input_video" in spec.inputs else 0
     latents = (new + condition, height // VAE_STRIDE[1], width // VAE_STRIDE[2])
     return Case(sizes, latents, clean, sizes.num_layers)
@@ -158,11 +166,11 @@ def random_model(
 
 
 def random_transformer(
-    sizes: WanSizes, dtype: torch.dtype, device: torch.device, home: torch.device | None = None
+    sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device, home: torch.device | None = None
 ) -> SkyReelsTransformer3DModel:
     """Ours, in the dtypes that its loader gives it."""
     float32_names = SkyReelsTransformer3DModel._keep_in_fp32_modules
-    return random_model(lambda: SkyReelsTransformer3DModel(**asdict(sizes)), dtype, device, home, float32_names)
+    return random_model(lambda: SkyReelsTransformer3DModel(**sizes), dtype, device, home, float32_names)
 
 
 def twin(model: SkyReelsTransformer3DModel, home: torch.device | None = None) -> SkyReelsTransformer3DModel:
@@ -174,9 +182,9 @@ def twin(model: SkyReelsTransformer3DModel, home: torch.device | None = None) ->
     return made.requires_grad_(False).eval()
 
 
-def diffusers_twin(model: SkyReelsTransformer3DModel, sizes: WanSizes) -> WanTransformer3DModel:
+def diffusers_twin(model: SkyReelsTransformer3DModel) -> WanTransformer3DModel:
     """diffusers' model with the same weights: the very same ones, but for those that it keeps in another dtype."""
-    arguments = {key: value for key, value in asdict(sizes).items() if not key.startswith("audio")}
+    arguments = {key: value for key, value in model.config.items() if not key.startswith(("audio", "_"))}
     with init_empty_weights(include_buffers=False):
         made = WanTransformer3DModel(**arguments)
     dtype, kept = model.patch_embedding.weight.dtype, made._keep_in_fp32_modules

@@ -69,6 +69,7 @@ from skyreels_v3.components import compile_blocks
 from skyreels_v3.memory.quantize import cache_dequantized, quantize
 from skyreels_v3.memory.stream import BlockStream
 from skyreels_v3.runtime import COMPILERS, FP8_CAPABILITY, pin
+from skyreels_v3.wan.family import forward_flop
 from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
 BASELINE = "diffusers"
@@ -150,7 +151,7 @@ def build_models(case: Case, args: argparse.Namespace, stays: ExitStack) -> dict
     _, attention = choose_attention("auto", args.device, getattr(torch, args.dtype))
     exact = random_transformer(case.sizes, getattr(torch, args.dtype), args.device)
     exact.set_attention(attention)
-    models: dict[str, Any] = {} if case.sizes.audio_dim is not None else {BASELINE: diffusers_twin(exact, case.sizes)}
+    models: dict[str, Any] = {} if case.sizes.audio_dim is not None else {BASELINE: diffusers_twin(exact)}
     for mode in args.modes:
         models[mode] = exact if mode == "exact" else MAKERS[mode](models.get("fp8", exact), exact, args.device, stays)
         models[mode].set_attention(attention)
@@ -235,7 +236,7 @@ def agree(results: dict[str, Result], dtype: str) -> bool:
 def summarise(case: Case, results: dict[str, Result], rounds: Rounds, ceiling: float) -> dict[str, dict[str, Any]]:
     """Each mode's figures."""
     baseline = next(iter(results))
-    flop = case.sizes.forward_flop(case.tokens)
+    flop = forward_flop(case.sizes, case.tokens)
     figures = {}
     for name, result in results.items():
         taken = median_of(rounds, name)

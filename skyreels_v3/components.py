@@ -20,10 +20,10 @@ from skyreels_v3.families import Transformer, family_of
 from skyreels_v3.memory.quantize import cache_dequantized, quantize
 from skyreels_v3.parallel.groups import broadcast_weights, shard_weights
 from skyreels_v3.parallel.usp import choose_usp
-from skyreels_v3.plan import Plan
+from skyreels_v3.plan import Plan, build_on_meta, transformer_sizes
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.runtime import Runtime
-from skyreels_v3.tasks import TINY, task_spec
+from skyreels_v3.tasks import task_spec
 
 ENCODERS = ("text_encoder", "image_encoder", "audio_encoder")  # only where something is encoded
 
@@ -118,11 +118,7 @@ def check_loras(request: GenerationRequest, model: Any = None) -> None:
     if not files:
         return
     if model is None:
-        family, tiny = family_of(request.task), request.model_id == TINY
-        with torch.device("meta"):
-            model = family.build_transformer(
-                family.tiny_sizes(request.task) if tiny else dict(request.task.transformer)
-            )
+        model = build_on_meta(request.task.family, transformer_sizes(request, None))
     for file, partial in files:
         read_lora(file, shapes_of(model), model.native_names, partial)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 from skyreels_v3 import throughput
@@ -11,15 +10,9 @@ from skyreels_v3.checkpoints import hub
 from skyreels_v3.checkpoints.files import Repository
 from skyreels_v3.families import family_of
 from skyreels_v3.media.files import existing_folder, giga
-from skyreels_v3.memory.policy import BYTES, TILINGS
+from skyreels_v3.memory.policy import TILINGS
 from skyreels_v3.parallel.ranks import Ranks
-from skyreels_v3.plan import (
-    Plan,
-    output_bytes,
-    plan,
-    stage_dtype,
-    transformer_sizes,
-)
+from skyreels_v3.plan import Plan, output_bytes, plan, stage_dtype
 from skyreels_v3.request import GenerationRequest, ResolvedRequest
 from skyreels_v3.resolve import preflight
 from skyreels_v3.runtime import find_machine
@@ -81,22 +74,13 @@ def describe_download(request: GenerationRequest, repository: Repository) -> tup
     """A line on what is to be downloaded, how much that is, and whether there is room for it."""
     name, source = hub.model_id_of(request, repository), request.model_source
     known = hub.bytes_to_fetch(request, repository)
-    total, missing = known or (published_bytes(request, repository),) * 2
+    published = family_of(request.task).published_bytes(request.task)
+    total, missing = known or (sum(published[name] for name in repository.components),) * 2
     size = f"{giga(missing)} of {giga(total)} to fetch" if known else f"about {giga(total)} in bfloat16"
     folder = hub.cache_of(source)
     free = shutil.disk_usage(existing_folder(folder)).free
     text = f"{name} from {source} ({', '.join(repository.patterns)}): {size}; {giga(free)} free in {folder}"
     return "download", text if missing <= free else f"{text}: too little; set {hub.CACHES[source]} to another folder"
-
-
-def published_bytes(request: GenerationRequest, repository: Repository) -> int:
-    """About the bytes of the published files of a repository."""
-    sizes = {
-        name: count * BYTES[stage_dtype(replace(request, vae_dtype="float32"), name, "bfloat16")]
-        for name, count in family_of(request.task).component_parameters(request.task).items()
-    }
-    sizes["transformer"] = transformer_sizes(request, None).weight_bytes("bfloat16")
-    return sum(sizes[name] for name in repository.components)
 
 
 def describe_disk(request: ResolvedRequest) -> str:

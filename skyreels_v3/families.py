@@ -7,7 +7,7 @@ rest of the toolkit asks `family_of(task)` and names none. Importing a family co
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -43,41 +43,6 @@ class TextEncoderSizes:
     matrices: int
 
 
-class TransformerSizes(Protocol):
-    """What a transformer's sizes tell. Bytes are for weights or activations of a dtype, "bfloat16" or "float32"."""
-
-    num_attention_heads: int
-
-    @property
-    def dim(self) -> int:
-        """Width."""
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks."""
-
-    def weight_bytes(self, dtype: str, quantized: bool = False) -> int:
-        """Of all weights."""
-
-    def block_bytes(self, dtype: str, quantized: bool = False) -> int:
-        """Of a block's weights, on average."""
-
-    def streamed_bytes(self, dtype: str, quantized: bool, keep: int) -> int:
-        """Of the weights on the device while all blocks but `keep` are streamed."""
-
-    def dequantized_bytes(self, dtype: str) -> int:
-        """Of a block's matrices that are kept in full width while it works in FP8."""
-
-    def forward_flop(self, tokens: int) -> int:
-        """Floating-point operations of one forward on so many tokens."""
-
-    def activation_bytes(self, tokens: int, dtype: str, degrees: ParallelConfig = UNDIVIDED) -> int:
-        """Of activations at the peak of a forward, on one of the ranks that divide it."""
-
-    def context_bytes(self, frames: int, speakers: int, dtype: str) -> int:
-        """Of the projected conditions."""
-
-
 class TextEncoder(Protocol):
     """A text encoder with its tokenizer."""
 
@@ -92,38 +57,48 @@ class TextEncoder(Protocol):
 
 
 class Family(Protocol):
-    """What a family answers for a task."""
+    """The answers of a family; `config` is a transformer's, `dtype` "bfloat16" or "float32"."""
+
+    TEXT_ENCODER: TextEncoderSizes
 
     def repositories(self, task: TaskSpec) -> tuple[Repository, ...]:
-        """What is needed of --model_id, and of --base_model_id where other components come from there."""
+        """What is needed of --model_id, and of --base_model_id if other components come from there."""
+
+    def check_configs(self, task: TaskSpec, checkpoint: Path | None, base: Path | None) -> None:
+        """Raise UserError for configs that cannot work, in the folders that are on this machine. No torch."""
 
     def transformer_sizes(self, checkpoint: Path, task: TaskSpec) -> dict[str, int]:
-        """The sizes in the transformer's config.json, by the names of `TaskSpec.transformer`.
+        """The sizes in the transformer's config.json, under the names of `TaskSpec.transformer`.
 
         Raises:
-            CheckpointError: an entry that is no size.
+            CheckpointError: an entry is not a size.
         """
-
-    def sizes(self, values: dict[str, int]) -> TransformerSizes:
-        """What a transformer of these sizes computes and needs."""
-
-    def text_encoder(self) -> TextEncoderSizes:
-        """The published text encoder."""
 
     def component_parameters(self, task: TaskSpec) -> dict[str, int]:
         """Parameters of the published components besides the transformer, by the names in `repositories`."""
 
+    def published_bytes(self, task: TaskSpec) -> dict[str, int]:
+        """Bytes of the published files of all components, about."""
+
+    def forward_flop(self, config: Mapping[str, Any], tokens: int) -> int:
+        """Floating-point operations of one forward on so many video tokens."""
+
+    def activation_bytes(
+        self, config: Mapping[str, Any], tokens: int, dtype: str, degrees: ParallelConfig = UNDIVIDED
+    ) -> int:
+        """Live bytes at the peak of a forward on one of the ranks that divide it, without weights."""
+
+    def context_bytes(self, config: Mapping[str, Any], frames: int, speakers: int, dtype: str) -> int:
+        """Bytes of the conditions' keys and values in one block."""
+
     def vae_bytes(self, size: tuple[int, int], dtype: str, part: str, tiles: Tiles) -> int:
         """Live bytes at the VAE's peak, "encode" or "decode", for frames of `size` (height, width) in so many tiles."""
 
-    def check_configs(self, task: TaskSpec, checkpoint: Path | None, base: Path | None) -> None:
-        """Raise UserError for configs that cannot work, as far as the folders are on this machine; no torch."""
-
     def build_transformer(self, sizes: dict[str, Any]) -> Any:
-        """The transformer of these sizes, on the default device."""
+        """The transformer of these sizes on the default device, with meaningless weights."""
 
     def divide_tokens(self, transformer: Any, group: Group, usp: UspFn) -> None:
-        """Have the ranks of `group` divide the tokens of every forward, after `set_attention`.
+        """Have the ranks of `group` divide the tokens of every forward; called after `set_attention`.
 
         Args:
             usp: attention among the tokens of all ranks.
@@ -143,7 +118,7 @@ class Family(Protocol):
         Args:
             checkpoint: the folder of --model_id.
             base: that of the other components, the same for a family with one repository.
-            values: read weights; otherwise all is checked but their values, and they stay on meta.
+            values: read weights; otherwise everything but their values is checked, and they stay on meta.
         """
 
     def tiny_sizes(self, task: TaskSpec) -> dict[str, int]:
@@ -151,6 +126,11 @@ class Family(Protocol):
 
     def write_tiny(self, root: Path, task: TaskSpec) -> None:
         """Write the built-in toy checkpoint to an empty folder."""
+
+
+def width_of(config: Mapping[str, Any]) -> int:
+    """The width of a transformer."""
+    return config["num_attention_heads"] * config["attention_head_dim"]
 
 
 def family_of(task: TaskSpec) -> Family:

@@ -22,10 +22,9 @@ from skyreels_v3.families import pipeline_of
 from skyreels_v3.inputs import Inputs
 from skyreels_v3.media.files import check_writable, existing_folder, giga, publish, replace_file, temporary_name
 from skyreels_v3.media.video_writer import read_comment
-from skyreels_v3.plan import output_bytes, transformer_sizes
+from skyreels_v3.plan import output_bytes, transformer_file_bytes
 from skyreels_v3.request import GenerationRequest, ResolvedRequest
 from skyreels_v3.resume import NO_RECORD, RunRecord, find_left, passes_in
-from skyreels_v3.runtime import default_dtype, likely_device
 from skyreels_v3.tasks import LATENT_CHANNELS, VAE_STRIDE
 
 if TYPE_CHECKING:
@@ -102,9 +101,8 @@ def bytes_to_write(request: ResolvedRequest, checkpoint: Path | None) -> Iterato
     if request.save_latents is not None:
         yield "--save_latents", request.save_latents, sum(passes), sum(passes)
     if request.save_quantized is not None:
-        dtype = request.dtype or default_dtype(likely_device(request))
-        weights = transformer_sizes(request, checkpoint).weight_bytes(dtype, quantized=True)
-        yield "--save_quantized", request.save_quantized, weights / 2, weights
+        weights = transformer_file_bytes(request, checkpoint)  # which may be float32
+        yield "--save_quantized", request.save_quantized, weights / 4, weights
 
 
 # Earlier runs

@@ -1,22 +1,39 @@
-"""What a run will compute and how much memory it takes, from the request and its family's sizes. No weights."""
+"""What a run will compute and how much memory it takes, from the request and its family's sizes.
+
+Weights are counted in the real transformer, built on the meta device. Work is counted by formulas (multiply-adds as two
+operations, matrix products and attention only). Activations are estimates: bytes per token or pixel, which tests count
+again in the real models, without what kernels need for themselves.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from skyreels_v3.families import TextEncoderSizes, TransformerSizes, family_of, pipeline_of
+from skyreels_v3.checkpoints.files import Repository
+from skyreels_v3.families import TextEncoderSizes, family_named, family_of, pipeline_of, width_of
 from skyreels_v3.inputs import Inputs
-from skyreels_v3.memory.policy import BYTES, RESIDENT, STREAM_SLOTS, TILINGS, Policy, Tiles, choose_policy
+from skyreels_v3.memory.policy import (
+    BYTES,
+    RESIDENT,
+    SCALE,
+    STREAM_SLOTS,
+    TILINGS,
+    Policy,
+    Tiles,
+    choose_policy,
+    resident_blocks,
+)
 from skyreels_v3.parallel.ranks import SINGLE, UNDIVIDED, ParallelConfig, Ranks, choose_degrees
 from skyreels_v3.request import GenerationRequest, ResolvedRequest
 from skyreels_v3.tasks import LATENT_CHANNELS, PATCH_SIZE, TINY, VAE_STRIDE
 
-OUTPUT_BYTES = {False: 0.5, True: 3}  # at most about, for each pixel: of an mp4, of PNG files
-TINY_BYTES = 1 << 20  # of each of the toy's components, roughly
+OUTPUT_BYTES = {False: 0.5, True: 3}  # per pixel, about at most: mp4, PNG files
+TINY_BYTES = 1 << 20  # of each component of the toy, roughly
 
 
 @dataclass(frozen=True)
@@ -24,7 +41,7 @@ class Checked:
     """A request that has passed all checks, and its inputs.
 
     Attributes:
-        checkpoint: its folder, None where that is not on this machine.
+        checkpoint: its folder, None if it is not on this machine.
         done: an earlier run has made `request.output` already.
     """
 
@@ -36,9 +53,9 @@ class Checked:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run computes on: device and dtype by their names, and free bytes before anything was loaded.
+    """What a run computes on: names of device and dtype, and free bytes before anything is loaded.
 
-    With several ranks the fewest bytes of any. `free_device` is None where the device has no memory of its own.
+    With several ranks, the fewest free bytes of any. `free_device` is None for a device without memory of its own.
     """
 
     device: str
@@ -57,8 +74,39 @@ class PassPlan:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """Bytes of a transformer's weights.
+
+    Attributes:
+        blocks: of each block, in order.
+        outside: of everything else.
+        dequantized: of a block's FP8 matrices in full width, where the block keeps them while it works in chunks.
+        config: the transformer's complete config.
+    """
+
+    blocks: tuple[int, ...]
+    outside: int
+    dequantized: int
+    config: Mapping[str, Any]
+
+    @property
+    def total(self) -> int:
+        return self.outside + sum(self.blocks)
+
+    def streamed(self, keep: int) -> list[int]:
+        """Of each streamed block, with `keep` resident ones."""
+        kept = resident_blocks(len(self.blocks), keep)
+        return [size for index, size in enumerate(self.blocks) if index not in kept]
+
+    def on_device(self, keep: int) -> int:
+        """On the device while all blocks but `keep` are streamed through slots of the largest one's size."""
+        streamed = self.streamed(keep)
+        return self.total - sum(streamed) + min(STREAM_SLOTS, len(streamed)) * max(streamed, default=0)
+
+
+@dataclass(frozen=True)
 class Stage:
-    """Bytes of one component at work: of its weights, of those while its blocks are streamed, of all that it computes.
+    """Bytes of one component at work: its weights, those on the device while its blocks are streamed, its activations.
 
     The VAE's `activations` are those without tiles.
     """
@@ -73,10 +121,11 @@ class Plan:
     """All that is known of a video before it is made. Made once; everything later reads it.
 
     Attributes:
-        checkpoint: its folder, None where it is yet to be downloaded (of a dry run).
+        checkpoint: its folder, None if a dry run would have to download it.
         device: "cuda:0", "cpu", ...
         forwards: of one pass.
-        streamed_from_host: bytes of the transformer's blocks that are not resident while it is streamed.
+        streamed_from_host: bytes of the transformer's blocks that stay in host memory while it is streamed.
+        shards: whether the ranks shard the transformer's weights.
     """
 
     request: ResolvedRequest
@@ -88,65 +137,74 @@ class Plan:
     forwards: int
     stages: Mapping[str, Stage]
     streamed_from_host: int
+    shards: bool
     ranks: Ranks = SINGLE
     degrees: ParallelConfig = UNDIVIDED
     policy: Policy = RESIDENT
 
-    @property
-    def shards(self) -> bool:
-        """Whether the transformer's weights are divided; one process has nobody to divide them with."""
-        return shards(self.request, self.degrees)
-
     def peak(self, mode: str, tiles: Tiles = TILINGS[0]) -> int:
-        """The most bytes on the device at one time in a mode of memory/policy.py, with a tiling of the VAE."""
+        """The most bytes in use on the device at one time, in a memory mode and with a tiling of the VAE."""
         vae = {f"VAE {part}": vae_bytes(self.request, part, tiles) for part in ("encode", "decode")}
         activations = {name: vae.get(name, stage.activations) for name, stage in self.stages.items()}
         if mode == "resident":
             together = sum(stage.weights for name, stage in self.stages.items() if name != "VAE encode")
             return together + max(activations.values())
-        stays = self.stages["transformer"].weights if self.shards and "transformer" in self.stages else 0
+        shard = self.stages["transformer"].weights if self.shards else 0  # never leaves the device
         return max(
             (stage.streamed if mode == "stream" else stage.weights)
             + activations[name]
-            + (stays if name != "transformer" else 0)  # divided weights are never moved
+            + (shard if name != "transformer" else 0)
             for name, stage in self.stages.items()
         )
 
 
 def plan(checked: Checked, machine: Machine, ranks: Ranks = SINGLE) -> Plan:
-    """Work out a request that was checked, for the machine that it will run on.
+    """Work out a checked request for the machine that it will run on.
 
     Args:
-        ranks: the process that this is a plan for, and the others that share the video.
+        ranks: this process, and the others that share the video.
 
     Raises:
         UserError: the processes cannot be divided as the request wants.
     """
-    request, checkpoint, dtype = checked.request, checked.checkpoint, machine.dtype
-    sizes = transformer_sizes(request, checkpoint)
-    terms = len(pipeline_of(request.task).guidance(request).terms)
+    request, dtype = checked.request, machine.dtype
+    family, pipeline = family_of(request.task), pipeline_of(request.task)
+    sizes = transformer_sizes(request, checked.checkpoint)
+    weights = count_weights(request.task.family, tuple(sizes.items()), dtype, request.quant)
+    terms = len(pipeline.guidance(request).terms)
     forwards = request.num_inference_steps * terms
-    degrees = (
-        choose_degrees(request, ranks.world_size, sizes.num_attention_heads, terms) if request.use_usp else UNDIVIDED
-    )
+    degrees = UNDIVIDED
+    if request.use_usp:
+        degrees = choose_degrees(request, ranks.world_size, sizes["num_attention_heads"], terms)
+    latent_size = (request.height // VAE_STRIDE[1], request.width // VAE_STRIDE[2])
+    tokens_per_frame = math.prod(latent_size) // math.prod(PATCH_SIZE)
     passes = tuple(
         PassPlan(
-            (1, LATENT_CHANNELS, new, request.height // VAE_STRIDE[1], request.width // VAE_STRIDE[2]),
-            tokens := (new + condition) * tokens_per_frame(request),
-            forwards * sizes.forward_flop(tokens),
+            (1, LATENT_CHANNELS, new, *latent_size),
+            tokens := (new + condition) * tokens_per_frame,
+            forwards * family.forward_flop(weights.config, tokens),
         )
-        for new, condition in pipeline_of(request.task).passes(request)
+        for new, condition in pipeline.passes(request)
     )
-    quantized = request.quant is not None
-    streamed = max(0, sizes.blocks - request.stream_blocks) * sizes.block_bytes(dtype, quantized)
-    made = stages(request, checkpoint, sizes, passes, dtype, degrees)
     result = Plan(
-        request, checked.inputs, checkpoint, machine.device, dtype, passes, forwards, made, streamed, ranks, degrees
+        request=request,
+        inputs=checked.inputs,
+        checkpoint=checked.checkpoint,
+        device=machine.device,
+        dtype=dtype,
+        passes=passes,
+        forwards=forwards,
+        stages={},
+        streamed_from_host=sum(weights.streamed(request.stream_blocks)),
+        shards=request.shard_weights and degrees.world_size > 1,
+        ranks=ranks,
+        degrees=degrees,
     )
+    result = replace(result, stages=stages(result, weights, math.ceil(terms / degrees.cfg)))
     policy = choose_policy(
         request.memory,
         result.peak,
-        streamed,
+        result.streamed_from_host,
         request.stream_blocks,
         request.high_cpu_memory,
         machine.free_device,
@@ -155,105 +213,120 @@ def plan(checked: Checked, machine: Machine, ranks: Ranks = SINGLE) -> Plan:
     return replace(result, policy=policy)
 
 
-def shards(request: GenerationRequest, degrees: ParallelConfig) -> bool:
-    """See `Plan.shards`."""
-    return request.shard_weights and degrees.world_size > 1
-
-
-def tokens_per_frame(request: ResolvedRequest) -> int:
-    pixels = request.height * request.width
-    return pixels // (VAE_STRIDE[1] * VAE_STRIDE[2] * PATCH_SIZE[1] * PATCH_SIZE[2])
-
-
-def transformer_sizes(request: GenerationRequest, checkpoint: Path | None) -> TransformerSizes:
-    """Sizes from the checkpoint's own config where it is on this machine, else the published ones."""
+def transformer_sizes(request: GenerationRequest, checkpoint: Path | None) -> dict[str, int]:
+    """Arguments of the transformer, from the checkpoint's own config if it is on this machine, else as published."""
     family = family_of(request.task)
-    published: dict[str, Any] = dict(request.task.transformer)
     if request.model_id == TINY:
-        published = family.tiny_sizes(request.task)
-    elif checkpoint is not None:
-        published |= family.transformer_sizes(checkpoint, request.task)
-    return family.sizes(published)
+        return family.tiny_sizes(request.task)
+    own = {} if checkpoint is None else family.transformer_sizes(checkpoint, request.task)
+    return {**request.task.transformer, **own}
 
 
-def stages(
-    request: ResolvedRequest,
-    checkpoint: Path | None,
-    sizes: TransformerSizes,
-    passes: tuple[PassPlan, ...],
-    dtype: str,
-    degrees: ParallelConfig,
-) -> dict[str, Stage]:
-    """Weights and activations of each stage on one process, in bytes."""
-    weights = component_bytes(request, checkpoint, dtype)
-    quantized = request.quant is not None
-    longest = max(passes, key=lambda made: made.tokens)
-    context = sizes.context_bytes(longest.latents[2], len(request.input_audio), dtype)
-    own_terms = math.ceil(len(pipeline_of(request.task).guidance(request).terms) / degrees.cfg)
-    weights_here = sizes.weight_bytes(dtype, quantized)
-    if shards(request, degrees):  # a part of all, and gathered two blocks and what is outside of blocks
-        weights_here = weights_here // degrees.world_size + sizes.streamed_bytes(dtype, quantized, 0)
-    transformer = Stage(
-        weights_here,
-        sizes.streamed_bytes(dtype, quantized, request.stream_blocks),
-        sizes.activation_bytes(longest.tokens, dtype, degrees)
-        + (sizes.dequantized_bytes(dtype) if request.quant == "fp8" else 0)
-        + context
-        + kept_bytes(request, own_terms, longest.tokens // degrees.sequence * sizes.dim * BYTES[dtype]),
-    )
-    vae = weights.pop("VAE")
-    made = {name: Stage(size, size) for name, size in weights.items()}
-    encoder = family_of(request.task).text_encoder()
-    made["text encoder"] = text_encoder_stage(encoder, weights["text encoder"], dtype, quantized)
-    for part in ("encode", "decode") if request.task.inputs else ("decode",):
-        if part == "decode":
-            made["transformer"] = transformer  # between the two
-        made[f"VAE {part}"] = Stage(vae, vae, vae_bytes(request, part, (1, 1)))
+def build_on_meta(family: str, sizes: Mapping[str, Any]) -> Any:
+    """The transformer of a family without values."""
+    import torch
+
+    with torch.device("meta"):
+        return family_named(family).build_transformer(dict(sizes))
+
+
+@cache
+def count_weights(family: str, sizes: tuple[tuple[str, int], ...], dtype: str, quant: str | None) -> Weights:
+    """Count the weights of a transformer in `dtype`, quantized or not."""
+    import torch
+
+    from skyreels_v3.memory.quantize import quantize
+
+    model = build_on_meta(family, dict(sizes))
+    if quant is not None:
+        quantize(model.blocks, torch.device("meta"), dynamic=quant == "fp8_dynamic")
+    float32_names = {SCALE, *(model._keep_in_fp32_modules or ())}
+
+    def bytes_of(module: Any) -> int:
+        return sum(
+            parameter.numel() * (4 if float32_names.intersection(name.split(".")) else width)
+            for name, parameter in module.named_parameters()
+            for width in [min(parameter.itemsize, BYTES[dtype])]  # FP8 weights are built as such
+        )
+
+    blocks = tuple(bytes_of(block) for block in model.blocks)
+    fp8 = sum(parameter.numel() for parameter in model.blocks[0].parameters() if parameter.itemsize == 1)
+    dequantized = fp8 * BYTES[dtype] if model.chunks_tokens and quant == "fp8" else 0
+    return Weights(blocks, bytes_of(model) - sum(blocks), dequantized, model.config)
+
+
+def stages(plan: Plan, weights: Weights, terms: int) -> dict[str, Stage]:
+    """Weights and activations of each stage on one rank, which predicts under `terms` conditions."""
+    request, family, dtype = plan.request, family_of(plan.request.task), plan.dtype
+    longest = max(plan.passes, key=lambda made: made.tokens)
+    speakers = len(request.input_audio)
+    activations = family.activation_bytes(weights.config, longest.tokens, dtype, plan.degrees)
+    activations += weights.dequantized + family.context_bytes(weights.config, longest.latents[2], speakers, dtype)
+    if request.cache is not None:  # two residuals of each condition, and a copy of the first block's input
+        tokens = longest.tokens // plan.degrees.sequence
+        activations += (2 * terms + 1) * tokens * width_of(weights.config) * BYTES[dtype]
+    held = weights.total
+    if plan.shards:  # a shard of all, and gathered two blocks and what is outside of blocks
+        held = held // plan.degrees.world_size + weights.on_device(0)
+    others = component_bytes(request, plan.checkpoint, dtype)
+    vae = others.pop("VAE")
+    made = {name: Stage(size, size) for name, size in others.items()}
+    made["text encoder"] = text_encoder_stage(family.TEXT_ENCODER, others["text encoder"], dtype, request.quant)
+    if request.task.inputs:
+        made["VAE encode"] = Stage(vae, vae, vae_bytes(request, "encode", TILINGS[0]))
+    made["transformer"] = Stage(held, weights.on_device(request.stream_blocks), activations)
+    made["VAE decode"] = Stage(vae, vae, vae_bytes(request, "decode", TILINGS[0]))
     return made
 
 
-def kept_bytes(request: GenerationRequest, terms: int, tokens: int) -> int:
-    """Bytes that step caching keeps from step to step for tokens of so many bytes: two residuals of each condition.
-
-    While the first block works there is a copy of what it began with.
-    """
-    return 0 if request.cache is None else (2 * terms + 1) * tokens
-
-
 def component_bytes(request: GenerationRequest, checkpoint: Path | None, dtype: str) -> dict[str, int]:
-    """Bytes of the weights of all components but the transformer."""
-    parameters = family_of(request.task).component_parameters(request.task)
-    others = checkpoint if request.base_model_id is None else Path(request.base_model_id)
-    if others is not None and others.is_dir():
-        *_, repository = family_of(request.task).repositories(request.task)
-        weights = {name: repository.weights(others, name) for name in parameters}
-        return {name: sum(file.stat().st_size for file in files) for name, files in weights.items()}
+    """Bytes of the weights of all components but the transformer: of their files, if they are on this machine."""
+    family = family_of(request.task)
+    parameters = family.component_parameters(request.task)
+    folder = checkpoint if request.base_model_id is None else Path(request.base_model_id)
+    if folder is not None and folder.is_dir():
+        *_, repository = family.repositories(request.task)
+        return {name: file_bytes(repository, folder, name) for name in parameters}
     if request.model_id == TINY:
         return dict.fromkeys(parameters, TINY_BYTES)
     return {name: count * BYTES[stage_dtype(request, name, dtype)] for name, count in parameters.items()}
 
 
-def text_encoder_stage(encoder: TextEncoderSizes, size: int, dtype: str, quantized: bool) -> Stage:
-    """A text encoder of which `size` bytes are loaded."""
-    saved = size * encoder.blocks * encoder.matrices // encoder.parameters * (BYTES[dtype] - 1) // BYTES[dtype]
-    blocks = size * encoder.blocks * encoder.block // encoder.parameters - saved * quantized
-    weights = size - saved * quantized
-    return Stage(weights, weights - blocks * (encoder.blocks - STREAM_SLOTS) // encoder.blocks)
+def transformer_file_bytes(request: GenerationRequest, checkpoint: Path | None) -> int:
+    """Bytes of the transformer's files, the published ones unless they are on this machine. No torch."""
+    if request.model_id == TINY:
+        return TINY_BYTES
+    family = family_of(request.task)
+    if checkpoint is None:
+        return family.published_bytes(request.task)["transformer"]
+    return file_bytes(family.repositories(request.task)[0], checkpoint, "transformer")
+
+
+def file_bytes(repository: Repository, folder: Path, component: str) -> int:
+    """Bytes of the files of a component."""
+    return sum(file.stat().st_size for file in repository.weights(folder, component))
+
+
+def text_encoder_stage(encoder: TextEncoderSizes, size: int, dtype: str, quant: str | None) -> Stage:
+    """A text encoder with `size` bytes of weights before they are quantized."""
+    share = size * encoder.blocks / encoder.parameters
+    saved = 0 if quant is None else int(share * encoder.matrices * (1 - 1 / BYTES[dtype]))
+    blocks = int(share * encoder.block) - saved
+    return Stage(size - saved, size - saved - blocks * (encoder.blocks - STREAM_SLOTS) // encoder.blocks)
 
 
 def vae_bytes(request: ResolvedRequest, part: str, tiles: Tiles) -> int:
-    """Live bytes at the peak of the VAE's `part`, "encode" or "decode", weights not counted."""
-    size = (request.height, request.width)
-    return family_of(request.task).vae_bytes(size, request.vae_dtype, part, tiles)
+    """Live bytes at the peak of the VAE's `part`, "encode" or "decode", without its weights."""
+    return family_of(request.task).vae_bytes((request.height, request.width), request.vae_dtype, part, tiles)
 
 
 def stage_dtype(request: GenerationRequest, name: str, dtype: str) -> str:
-    """The dtype of a stage's weights in a run of `dtype`, those aside that are quantised."""
+    """The dtype of a stage's weights in a run of `dtype`, apart from quantized ones."""
     if name.startswith("VAE"):
         return request.vae_dtype
     return "float32" if name.startswith("audio") else dtype
 
 
 def output_bytes(request: ResolvedRequest) -> float:
-    """About the bytes of the output at most."""
+    """Bytes of the output, about at most."""
     return OUTPUT_BYTES[request.frame_folder] * request.frames_out * request.height * request.width

@@ -64,7 +64,7 @@ def preflight(request: GenerationRequest, downloads: Path, ranks: Ranks = SINGLE
         resolved, done = continue_earlier(resolved, inputs, named=request.output is not None)
     warnings = [*inputs.notes, *(check_room(resolved, checkpoint) if ranks.is_main and not done else ())]
     if request.use_usp:  # refuses degrees that do not fit
-        heads = transformer_sizes(request, checkpoint).num_attention_heads
+        heads = transformer_sizes(request, checkpoint)["num_attention_heads"]
         choose_degrees(request, ranks.world_size, heads, len(pipeline_of(request.task).guidance(request).terms))
     for note in resolved.notes:  # only now: an error stands alone
         logger.info(note)

@@ -1,8 +1,14 @@
-"""Plans of requests that nobody has checked."""
+"""Plans of requests that nobody has checked, and what their numbers are counted with."""
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from skyreels_v3.inputs import Inputs
 from skyreels_v3.parallel.ranks import SINGLE, Ranks
@@ -26,3 +32,27 @@ def planned(
     resolved = ResolvedRequest.of(request, output=request.output or Path("made.mp4"))
     machine = Machine("cpu", request.dtype or dtype, free, free_host)
     return plan(Checked(resolved, inputs, checkpoint), machine, ranks)
+
+
+def bytes_of(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in module.parameters())
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that exist at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.live:
+                    self.live[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, storage._cdata, None)
+                    self.peak = max(self.peak, sum(self.live.values()))
+        return out

@@ -6,16 +6,16 @@ The transformer has a repository of its own. The other components are HunyuanVid
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skyreels_v3.checkpoints.files import Repository, read_json, read_sizes
 from skyreels_v3.errors import CheckpointError, UserError
-from skyreels_v3.families import TextEncoderSizes
-from skyreels_v3.hunyuan.sizes import LLAMA_AND_CLIP, VAE_PARAMETERS, HunyuanSizes
-from skyreels_v3.hunyuan.sizes import vae_bytes as fixed_vae_bytes
-from skyreels_v3.memory.policy import Tiles
+from skyreels_v3.families import TextEncoderSizes, width_of
+from skyreels_v3.memory.policy import BYTES, Tiles
+from skyreels_v3.parallel.ranks import UNDIVIDED, ParallelConfig
 from skyreels_v3.tasks import CONFIG_DIR, TaskSpec, load_yaml
 
 if TYPE_CHECKING:
@@ -26,6 +26,33 @@ if TYPE_CHECKING:
     from skyreels_v3.parallel.usp import UspFn
 
 SCHEDULER = "scheduler/scheduler_config.json"
+TEXT_TOKENS = 256  # of a prompt, at most
+
+# The published components
+TEXT_ENCODER = TextEncoderSizes(  # Llama and CLIP; the blocks are Llama's
+    parameters=7_505_186_816 + 123_060_480,
+    blocks=32,
+    block=2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096,
+    matrices=2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336,
+)
+VAE_PARAMETERS = 246_478_803
+
+# Live bytes of a forward, per channel of the model's width and per token of video and text: at the peak, where single
+# blocks multiply the outputs of attention and feed-forward layer by their last matrix, and during attention (tokens,
+# hidden tokens of the feed-forward layer, queries, keys, values and output).
+PEAK_BYTES = {"bfloat16": 32.4, "float32": 64.4}
+ATTENTION_BYTES = {"bfloat16": 22.4, "float32": 44.4}
+# As large as a rank's tokens, while ranks exchange them: padded queries, keys and values, the same from other ranks,
+# and the output on its way back
+EXCHANGE_TENSORS = 8
+
+# Live bytes at the VAE's peak, whose tiles always have the same size: of encoding a picture per pixel of a tile and per
+# pixel, of decoding per tile and per pixel of a frame
+TILE_SIDE = 256
+VAE_ENCODE_TILE = {"float32": 3_620, "bfloat16": 1_820}
+VAE_ENCODE = 20
+VAE_TILE = {"float32": 5_150_000_000, "bfloat16": 2_580_000_000}
+VAE_DECODE = {"float32": 580, "bfloat16": 340}
 
 
 def repositories(task: TaskSpec) -> tuple[Repository, ...]:
@@ -38,31 +65,6 @@ def repositories(task: TaskSpec) -> tuple[Repository, ...]:
             "--base_model_id", "HunyuanVideo", task.base_model_id, others, ("tokenizer", "tokenizer_2"), (SCHEDULER,)
         ),
     )
-
-
-def transformer_sizes(checkpoint: Path, task: TaskSpec) -> dict[str, int]:
-    """The sizes in the transformer's config.json."""
-    return read_sizes(checkpoint / task.transformer_folder, task.transformer)
-
-
-def sizes(values: dict[str, Any]) -> HunyuanSizes:
-    """What a transformer of these sizes computes and needs."""
-    return HunyuanSizes(**values)
-
-
-def text_encoder() -> TextEncoderSizes:
-    """Llama and CLIP."""
-    return LLAMA_AND_CLIP
-
-
-def component_parameters(task: TaskSpec) -> dict[str, int]:
-    """Parameters of the published components besides the transformer."""
-    return {"text encoder": LLAMA_AND_CLIP.parameters, "VAE": VAE_PARAMETERS}
-
-
-def vae_bytes(size: tuple[int, int], dtype: str, part: str, tiles: Tiles) -> int:
-    """Live bytes at the VAE's peak; its tiles are always the same."""
-    return fixed_vae_bytes(size, dtype, part)
 
 
 def check_configs(task: TaskSpec, checkpoint: Path | None, base: Path | None) -> None:
@@ -78,6 +80,59 @@ def check_configs(task: TaskSpec, checkpoint: Path | None, base: Path | None) ->
         if given is not None and sizes.get(name, given) != given:
             reason = f"{base}/{folder} gives states of width {given}, the transformer takes {sizes[name]}"
             raise UserError("--base_model_id", f"{reason}; give HunyuanVideo's own, or leave it out")
+
+
+def transformer_sizes(checkpoint: Path, task: TaskSpec) -> dict[str, int]:
+    """The sizes in the transformer's config.json."""
+    return read_sizes(checkpoint / task.transformer_folder, task.transformer)
+
+
+def component_parameters(task: TaskSpec) -> dict[str, int]:
+    """Parameters of the published components besides the transformer."""
+    return {"text encoder": TEXT_ENCODER.parameters, "VAE": VAE_PARAMETERS}
+
+
+def published_bytes(task: TaskSpec) -> dict[str, int]:
+    """Bytes of the published files of all components, about: 16-bit weights, and a float32 VAE."""
+    return {
+        "transformer": task.transformer_bytes,
+        "text encoder": 2 * TEXT_ENCODER.parameters,
+        "VAE": 4 * VAE_PARAMETERS,
+    }
+
+
+def forward_flop(config: Mapping[str, Any], tokens: int, text_tokens: int = TEXT_TOKENS) -> int:
+    """Floating-point operations of one forward on so many tokens of video and text."""
+    both, dim = tokens + text_tokens, width_of(config)
+    # the same in double and single blocks: the former have layers of their own for the text, but no more work
+    block = 4 * both**2 * dim + 8 * both * dim**2 + 4 * both * dim * int(dim * config["mlp_ratio"])
+    return (config["num_layers"] + config["num_single_layers"]) * block
+
+
+def activation_bytes(config: Mapping[str, Any], tokens: int, dtype: str, degrees: ParallelConfig = UNDIVIDED) -> int:
+    """Live bytes at the peak of a forward on one of the ranks that divide it, without weights."""
+    dim = width_of(config)
+    own = math.ceil((tokens + TEXT_TOKENS) / degrees.sequence)
+    peak = PEAK_BYTES[dtype] * dim * own
+    if degrees.sequence > 1:
+        exchanged = EXCHANGE_TENSORS * own + (2 * tokens // degrees.ulysses if degrees.ring > 1 else 0)
+        attention = ATTENTION_BYTES[dtype] * dim * own + BYTES[dtype] * dim * exchanged
+        embedded = BYTES[dtype] * dim * (tokens + own)  # all tokens, before a rank takes its own
+        peak = max(peak, attention, embedded)
+    return int(peak)
+
+
+def context_bytes(config: Mapping[str, Any], frames: int, speakers: int, dtype: str) -> int:
+    """None: the text's tokens are counted with the video's."""
+    return 0
+
+
+def vae_bytes(size: tuple[int, int], dtype: str, part: str, tiles: Tiles) -> int:
+    """Live bytes at the VAE's peak for frames of `size` (height, width), without weights; `tiles` has no effect."""
+    pixels = math.prod(size)
+    if part == "encode":
+        return math.prod(min(side, TILE_SIDE) for side in size) * VAE_ENCODE_TILE[dtype] + pixels * VAE_ENCODE
+    return VAE_TILE[dtype] + pixels * VAE_DECODE[dtype]
 
 
 def build_transformer(sizes: dict[str, Any]) -> HunyuanTransformer3DModel:

@@ -7,12 +7,15 @@ whose sizes only their tensors tell.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skyreels_v3.checkpoints.files import Repository
-from skyreels_v3.families import TextEncoderSizes
+from skyreels_v3.families import TextEncoderSizes, width_of
+from skyreels_v3.memory.policy import BYTES, Tiles
+from skyreels_v3.parallel.ranks import UNDIVIDED, ParallelConfig
 from skyreels_v3.tasks import CONFIG_DIR, TaskSpec, load_yaml
 from skyreels_v3.wan.key_maps import (
     AUDIO_ENCODER,
@@ -22,14 +25,6 @@ from skyreels_v3.wan.key_maps import (
     NATIVE_VAE_FILE,
     config_sizes,
 )
-from skyreels_v3.wan.sizes import (
-    AUDIO_ENCODER_PARAMETERS,
-    IMAGE_ENCODER_PARAMETERS,
-    UMT5,
-    VAE_PARAMETERS,
-    WanSizes,
-    vae_bytes,
-)
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +33,33 @@ if TYPE_CHECKING:
     from skyreels_v3.parallel.usp import UspFn
     from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
-__all__ = ["vae_bytes"]  # as it is
+TEXT_TOKENS = 512
+IMAGE_TOKENS = 257
+
+# The published components
+TEXT_ENCODER = TextEncoderSizes(  # UMT5-XXL
+    parameters=5_680_910_336,
+    blocks=24,
+    block=4 * 4096**2 + 3 * 4096 * 10240 + 2 * 4096 + 32 * 64,
+    matrices=4 * 4096**2 + 2 * 4096 * 10240,
+)
+VAE_PARAMETERS = 126_892_531
+IMAGE_ENCODER_PARAMETERS = 630_766_080
+IMAGE_ENCODER_FILE_BYTES = 4_770_000_000  # it holds CLIP's text encoder, too
+AUDIO_ENCODER_PARAMETERS = 94_371_712
+
+# Live bytes of a forward, per channel of the model's width: per token during self-attention (the tokens, queries, keys,
+# values and output, and the rotary tables), per token while a chunk of them is worked on, and per token of the chunk.
+ATTENTION_BYTES = {"bfloat16": 10.12, "float32": 20.2}
+WAITING_BYTES = {"bfloat16": 8.0, "float32": 16.0}
+WORKING_BYTES = {"bfloat16": 18.8, "float32": 29.3}
+EXCHANGE_TENSORS = 4  # as large as a rank's tokens, while ranks exchange queries, keys and values
+
+# Live bytes at the VAE's peak: per pixel of a whole frame; with tiles per pixel of the frame, and per pixel of a tile
+VAE_WHOLE = {"encode": {"float32": 14_250, "bfloat16": 7_620}, "decode": {"float32": 18_200, "bfloat16": 9_880}}
+VAE_SHARED = {"encode": {"float32": 6_250, "bfloat16": 3_150}, "decode": {"float32": 10_200, "bfloat16": 5_150}}
+VAE_TILE = {"encode": {"float32": 8_000, "bfloat16": 4_500}, "decode": {"float32": 8_000, "bfloat16": 4_750}}
+VAE_HALO = {"encode": 16, "decode": 8}  # pixels that a tile sees beyond its own, on one side
 
 
 def repositories(task: TaskSpec) -> tuple[Repository, ...]:
@@ -52,33 +73,82 @@ def repositories(task: TaskSpec) -> tuple[Repository, ...]:
     return (Repository("--model_id", f"{task.name} checkpoint", task.model_id, components, (tokenizer,)),)
 
 
+def check_configs(task: TaskSpec, checkpoint: Path | None, base: Path | None) -> None:
+    """Raise UserError for configs that cannot work."""
+    if checkpoint is not None:
+        transformer_sizes(checkpoint, task)
+
+
 def transformer_sizes(checkpoint: Path, task: TaskSpec) -> dict[str, int]:
     """The sizes in the transformer's config.json, by the names of the model's arguments."""
     return config_sizes(checkpoint / task.transformer_folder, task.transformer)
 
 
-def sizes(values: dict[str, int]) -> WanSizes:
-    """What a transformer of these sizes computes and needs."""
-    return WanSizes(**values)
-
-
-def text_encoder() -> TextEncoderSizes:
-    """UMT5-XXL."""
-    return UMT5
-
-
 def component_parameters(task: TaskSpec) -> dict[str, int]:
     """Parameters of the published components besides the transformer."""
-    parameters = {"text encoder": UMT5.parameters, "VAE": VAE_PARAMETERS}
+    parameters = {"text encoder": TEXT_ENCODER.parameters, "VAE": VAE_PARAMETERS}
     if "input_audio" in task.inputs:
         parameters |= {"image encoder": IMAGE_ENCODER_PARAMETERS, "audio encoder": AUDIO_ENCODER_PARAMETERS}
     return parameters
 
 
-def check_configs(task: TaskSpec, checkpoint: Path | None, base: Path | None) -> None:
-    """Raise UserError for configs that cannot work."""
-    if checkpoint is not None:
-        transformer_sizes(checkpoint, task)
+def published_bytes(task: TaskSpec) -> dict[str, int]:
+    """Bytes of the published files of all components, about: bfloat16, VAE and audio encoder float32."""
+    sizes = {
+        "transformer": task.transformer_bytes,
+        "text encoder": 2 * TEXT_ENCODER.parameters,
+        "VAE": 4 * VAE_PARAMETERS,
+    }
+    return sizes | {"image encoder": IMAGE_ENCODER_FILE_BYTES, "audio encoder": 4 * AUDIO_ENCODER_PARAMETERS}
+
+
+def condition_tokens(config: Mapping[str, Any]) -> int:
+    """Tokens of text and image that cross-attention sees."""
+    return TEXT_TOKENS + (IMAGE_TOKENS if config["image_dim"] is not None else 0)
+
+
+def forward_flop(config: Mapping[str, Any], tokens: int) -> int:
+    """Floating-point operations of one forward on so many video tokens."""
+    dim = width_of(config)
+    context = condition_tokens(config)
+    attention = 4 * tokens**2 * dim + 8 * tokens * dim**2
+    cross = 4 * tokens * dim**2 + 4 * context * dim**2 + 4 * tokens * context * dim
+    if config["audio_dim"] is not None:
+        cross += 4 * tokens * dim**2 + 4 * tokens * config["audio_tokens"] * dim
+    return config["num_layers"] * (attention + cross + 4 * tokens * dim * config["ffn_dim"])
+
+
+def activation_bytes(config: Mapping[str, Any], tokens: int, dtype: str, degrees: ParallelConfig = UNDIVIDED) -> int:
+    """Live bytes at the peak of a forward on one of the ranks that divide it, without weights."""
+    from skyreels_v3.wan.transformer import TOKENS_AT_ONCE
+
+    dim = width_of(config)
+    own = math.ceil(tokens / degrees.sequence)
+    chunk = min(own, TOKENS_AT_ONCE) * max(WORKING_BYTES[dtype] * dim, BYTES[dtype] * (dim + 2 * config["ffn_dim"]))
+    peak = int(max(ATTENTION_BYTES[dtype] * dim * own, WAITING_BYTES[dtype] * dim * own + chunk))
+    if degrees.sequence > 1:
+        exchanged = EXCHANGE_TENSORS * own + (2 * tokens // degrees.ulysses if degrees.ring > 1 else 0)
+        peak += BYTES[dtype] * dim * exchanged
+    return peak
+
+
+def context_bytes(config: Mapping[str, Any], frames: int, speakers: int, dtype: str) -> int:
+    """Bytes of the conditions' keys and values in one block."""
+    audio_tokens = config["audio_tokens"] * speakers * frames if config["audio_dim"] is not None else 0
+    dim = width_of(config)
+    return 2 * (condition_tokens(config) + audio_tokens) * dim * BYTES[dtype]
+
+
+def vae_bytes(size: tuple[int, int], dtype: str, part: str, tiles: Tiles) -> int:
+    """Live bytes at the VAE's peak for frames of `size` (height, width), without weights."""
+    pixels = math.prod(size)
+    if tiles == (1, 1):
+        return pixels * VAE_WHOLE[part][dtype]
+    sides = (
+        min(side, math.ceil(side / count) + VAE_HALO[part] * min(count - 1, 2))
+        for side, count in zip(size, tiles, strict=True)
+    )
+    return pixels * VAE_SHARED[part][dtype] + math.prod(sides) * VAE_TILE[part][dtype]
 
 
 def build_transformer(sizes: dict[str, Any]) -> SkyReelsTransformer3DModel:

@@ -1,4 +1,4 @@
-"""Where SkyReels V1's other components are: beside its transformer, in a folder of their own, or on a hub."""
+"""The V1 family: where its components are (beside each other, in a folder, on a hub), and what a forward takes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,22 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from skyreels_v3.attention.backends import sdpa
 from skyreels_v3.checkpoints import hub
 from skyreels_v3.cli import parse_request
 from skyreels_v3.errors import UserError
+from skyreels_v3.hunyuan import family
 from skyreels_v3.hunyuan.family import check_configs, repositories, write_tiny
+from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
+from skyreels_v3.parallel.ranks import ParallelConfig
+from skyreels_v3.plan import build_on_meta
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.tasks import task_spec
+from tests.planning import LiveBytes
 
 TRANSFORMER = ("config.json", "diffusion_pytorch_model.safetensors")
 BASE_ID = "hunyuanvideo-community/HunyuanVideo"
@@ -225,3 +234,65 @@ def test_the_transformer_of_the_other_task(whole):
     with pytest.raises(UserError, match=r"in_channels = 16 is not i2v's 32; give a checkpoint of Skywork/SkyReels-V1"):
         check_configs(task_spec("i2v"), whole, whole)
     check_configs(task_spec("t2v"), whole, whole)
+
+
+# What a forward takes, counted in the real transformer
+
+SMALL = {
+    "num_attention_heads": 3, "attention_head_dim": 32, "num_layers": 2, "num_single_layers": 5, "mlp_ratio": 2.7,
+    "num_refiner_layers": 0, "text_embed_dim": 40, "pooled_projection_dim": 24, "rope_axes_dim": (24, 4, 4),
+}  # fmt: skip
+
+
+def predict(model: HunyuanTransformer3DModel, frames: int, height: int, width: int, text: int) -> None:
+    config, like = model.config, model.proj_out.weight
+    model.eval().set_attention(sdpa)
+    with torch.inference_mode():
+        model(
+            hidden_states=like.new_zeros(1, config.in_channels, frames, height, width),
+            timestep=like.new_zeros(1),
+            encoder_hidden_states=like.new_zeros(1, text, config.text_embed_dim),
+            encoder_attention_mask=torch.ones(1, text, dtype=torch.long, device=like.device),
+            pooled_projections=like.new_zeros(1, config.pooled_projection_dim),
+            guidance=like.new_zeros(1),
+        )
+
+
+def test_the_published_sizes_are_the_librarys():
+    with torch.device("meta"):
+        config = HunyuanTransformer3DModel().config
+    published = task_spec("t2v").transformer
+    assert published == {name: config[name] for name in published}
+
+
+def test_work_of_a_forward():
+    """torch's own counter sees embeddings, modulation and head as well, which are left out of the plan."""
+    model = HunyuanTransformer3DModel(**SMALL)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        predict(model, 4, 24, 32, 20)
+    assert family.forward_flop(model.config, 4 * 12 * 16, 20) == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("frames", "height", "width"), [(25, 68, 120), (97, 68, 120), (7, 48, 80)])
+def test_activations_of_a_forward(frames, height, width, dtype):
+    """At the published sizes, on meta."""
+    model = build_on_meta("hunyuan", {**task_spec("t2v").transformer, "num_layers": 2, "num_single_layers": 2})
+    nn.Module.to(model, getattr(torch, dtype))
+    with LiveBytes() as counter:
+        predict(model, frames, height, width, family.TEXT_TOKENS)
+    planned = family.activation_bytes(model.config, frames * height * width // 4, dtype)
+    assert planned == pytest.approx(counter.peak, rel=0.05)
+
+
+def test_activations_of_one_of_several_ranks():
+    """More than its share, for what is exchanged; a ring needs all keys and values of some heads besides."""
+    config = build_on_meta("hunyuan", task_spec("t2v").transformer).config
+    alone = family.activation_bytes(config, 50_000, "bfloat16")
+    for degrees in (ParallelConfig(1, 1, 2), ParallelConfig(2, 1, 8), ParallelConfig(1, 2, 4)):
+        made = family.activation_bytes(config, 50_000, "bfloat16", degrees)
+        assert alone / degrees.sequence <= made < 1.5 * alone / degrees.sequence
+    ulysses, ring = (
+        family.activation_bytes(config, 50_000, "bfloat16", ParallelConfig(1, *pair)) for pair in ((1, 8), (4, 2))
+    )
+    assert ulysses < ring
