@@ -90,12 +90,21 @@ def flag_of(component: str, folder: Path, others: Path) -> str:
     return "--model_id" if component == "transformer" or others == folder else "--base_model_id"
 
 
-def check_components(folder: Path, request: GenerationRequest) -> None:
+def check_components(request: GenerationRequest, folder: Path | None) -> None:
     """Raise UserError for files whose content is not what a component is made of, or a LoRA that does not fit.
 
     All is loaded without the values of weights, in a second or two.
+
+    Args:
+        folder: of the checkpoint; None where it is not on this machine, and the published sizes tell what fits.
     """
-    check_loras(request, load_on_meta(request.task.name, folder, others_of(folder, request)))
+    files = [(file, lora.partial) for lora in request.lora if (file := locate_lora(lora.source)) is not None]
+    if folder is not None:
+        model = load_on_meta(request.task.name, folder, others_of(folder, request))
+    elif files:
+        model = build_on_meta(request.task.family, transformer_sizes(request, None))
+    for file, partial in files:
+        read_lora(file, shapes_of(model), model.native_names, partial)
 
 
 @cache
@@ -106,21 +115,6 @@ def load_on_meta(task: str, folder: Path, others: Path) -> Any:
         with errors_about(flag_of(name, folder, others)):
             loaded[name] = load()
     return loaded["transformer"]
-
-
-def check_loras(request: GenerationRequest, model: Any = None) -> None:
-    """Raise UserError unless each LoRA that is on this machine fits the transformer.
-
-    Args:
-        model: the transformer; None where its checkpoint is not here, and the published sizes tell.
-    """
-    files = [(file, lora.partial) for lora in request.lora if (file := locate_lora(lora.source)) is not None]
-    if not files:
-        return
-    if model is None:
-        model = build_on_meta(request.task.family, transformer_sizes(request, None))
-    for file, partial in files:
-        read_lora(file, shapes_of(model), model.native_names, partial)
 
 
 def use_channels_last(module: nn.Module) -> None:

@@ -21,15 +21,13 @@ from skyreels_v3.tasks import MEMORY_MODES, TINY
 
 def dry_run(request: GenerationRequest, downloads: Path, ranks: Ranks) -> str:
     """Check a request, and say what it would do."""
-    from skyreels_v3.components import check_components, check_loras
-
     checked = preflight(request, downloads, ranks)
     if checked.done:
         return f"{'done':14}{checked.request.output}"
-    if checked.checkpoint is None:
-        check_loras(checked.request)
-    else:
-        check_components(checked.checkpoint, checked.request)
+    if checked.checkpoint is not None or checked.request.lora:
+        from skyreels_v3.components import check_components  # imports all libraries that load models
+
+        check_components(checked.request, checked.checkpoint)
     return describe(plan(checked, find_machine(checked.request, ranks), ranks))
 
 

@@ -143,9 +143,10 @@ class AssetResolver:
         request = replace(request, lora=loras)
         first, *others = family_of(request.task).repositories(request.task)
         if checkpoint is None:
-            from skyreels_v3.components import check_loras
+            if loras:  # they weigh less than what would have been fetched in vain
+                from skyreels_v3.components import check_components
 
-            check_loras(request)  # they weigh less than what would have been fetched in vain
+                check_components(request, None)
             make = (lambda: make_toy(request)) if request.model_id == TINY else (lambda: download(request, first))
             checkpoint = Path(self.fetch(f"{source} {request.model_id} {request.task.name}", make))
         for repository in others:
