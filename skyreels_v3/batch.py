@@ -1,9 +1,9 @@
-"""Many videos in one run: a file with a request in each line, and beside it one that says what became of each.
+"""--jobs: many videos in one run. A file has a request in each line, and a results file beside it how each ended.
 
-Jobs that need the same networks come one after the other, and the networks are loaded once for all of them. Of several
-processes each takes the next job as soon as it is through with one, on a GPU of its own; or all make every video
-together. What goes wrong with a job is written down, and the others go on. As a job ends, a line is added to the file
-of results; a run that finds its job done there skips it.
+Jobs that share networks run one after the other, and the networks are loaded once. Of several processes each takes the
+next job when it is done with one, on a GPU of its own; or, with --use_usp, all make every video together. A job that
+fails is recorded, and the others go on. A line is added to the results file as each job ends; later runs skip the jobs
+that are done there.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 MAX_JOBS_BYTES = 1 << 24
 EXAMPLE = '{"task_type": "talking_avatar", "input_image": "a.png", "input_audio": "a.wav", "prompt": "a man talks"}'
-# how a job is done, not what it makes: it is the same job without
+# flags that say how a job is done, not what it makes: they are not part of its identity
 WHERE = {"output", "outdir", "save_latents", "save_quantized"}
 HOW = {
     *(flag.name for flag in FLAGS if not flag.recorded),
@@ -54,16 +54,16 @@ HOW = {
 } - WHERE
 
 
-# The file and what became of its jobs
+# Jobs and results
 
 
 @dataclass(frozen=True)
 class Job:
-    """A line of the file: a request, or what is wrong with it.
+    """A line of the file: a request, or its error.
 
     Attributes:
         number: of the line.
-        id: the same for the same flags, wherever the line is.
+        id: depends on the flags alone, not on the line's place.
     """
 
     number: int
@@ -73,10 +73,10 @@ class Job:
 
 
 def read_jobs(name: str, defaults: Mapping[str, Any]) -> list[Job]:
-    """The jobs in a file, with `defaults` where a line leaves room for them.
+    """The jobs in a file; `defaults` are flags for lines that do not contradict them.
 
     Raises:
-        UserError: the file cannot be read, or has none.
+        UserError: the file cannot be read, or has no jobs.
     """
     path = Path(os.path.expanduser(name))
     check_readable(path, "--jobs")
@@ -95,7 +95,7 @@ def read_jobs(name: str, defaults: Mapping[str, Any]) -> list[Job]:
 
 
 def make_job(number: int, line: bytes, defaults: Mapping[str, Any], seen: Counter[str], folder: str) -> Job:
-    """The job of a line of a file in `folder`; `seen` counts those that are alike."""
+    """The job of a line of a file in `folder`; `seen` counts equal lines."""
     request, problem, text = None, "", line.decode(errors="replace").strip()
     identity = identity_of(text)
     try:
@@ -117,14 +117,14 @@ def make_job(number: int, line: bytes, defaults: Mapping[str, Any], seen: Counte
 
 
 def identity_of(flags: dict[str, Any] | str) -> str:
-    """A text that is the same for flags that make the same."""
+    """A text that is the same for flags that make the same video."""
     if isinstance(flags, dict):
         flags = {name: value for name, value in flags.items() if name not in HOW}
     return json.dumps(flags, sort_keys=True)
 
 
 def without_clashes(jobs: Iterable[Job]) -> list[Job]:
-    """The jobs, without the requests of those for an output that is an earlier one's."""
+    """The jobs; one whose output is an earlier job's becomes an error."""
     outputs: dict[Path, int] = {}
     checked = []
     for job in jobs:
@@ -137,7 +137,7 @@ def without_clashes(jobs: Iterable[Job]) -> list[Job]:
 
 
 def results_file(name: str) -> Path:
-    """Where the results of a file of jobs are."""
+    """The results file of a file of jobs."""
     path = Path(os.path.expanduser(name))
     return path.with_name(f"{path.stem}.results.jsonl")
 
@@ -151,7 +151,7 @@ def check_results(path: Path) -> None:
 
 
 def parse_results(content: bytes) -> dict[str, list[dict[str, Any]]]:
-    """What the lines of a file of results say, by the ids of the jobs; one that was cut off by a kill says nothing."""
+    """The lines of a results file by job id; a line that a kill has cut off is ignored."""
     found = defaultdict(list)
     for line in content.split(b"\n"):
         with suppress(ValueError, RecursionError, KeyError, TypeError):
@@ -161,16 +161,16 @@ def parse_results(content: bytes) -> dict[str, list[dict[str, Any]]]:
 
 
 def video_of(entries: Iterable[Mapping[str, Any]]) -> str | None:
-    """The path of a job's latest video, as its results name it; None if it has none."""
+    """The path of a job's latest video, as its results have it; None without one."""
     return next((str(entry.get("output")) for entry in reversed([*entries]) if entry.get("status") == "done"), None)
 
 
 class Results:
-    """A file of results, open: what became of jobs, and which are being done.
+    """An open results file, which also holds the claims of the runs that share it.
 
-    Of several runs of the same jobs each does those that no other is doing. A job is claimed by locking a byte of the
-    file, behind its end, whose place is the job's. The system frees it when the process ends, however it does. It also
-    does when the process closes the file anywhere, so it is opened once.
+    A run claims a job by locking a byte beyond the file's end, at an offset made from the job id, so that several runs
+    of the same jobs share them. The system frees the lock when the process ends, however it ends; it also does when the
+    process closes the file anywhere, so the file is opened once.
 
     Raises:
         UserError: it cannot be written to.
@@ -193,7 +193,7 @@ class Results:
         return video is not None and os.path.lexists(self.path.parent / video)
 
     def claim(self, job: Job) -> bool:
-        """Whether a job is this process's to do: no other run is doing it, or has since this one began."""
+        """Claim a job; False if another run is doing it, or has done it since this one began."""
         mine = self._lock(job.id)
         if mine:
             entries = self.read()[job.id]
@@ -205,7 +205,7 @@ class Results:
         return mine
 
     def add(self, result: Mapping[str, Any]) -> None:
-        """Add a result, in one piece, and free its job; paths are written relative to the file."""
+        """Append a result in one write, and release its job; paths are relative to the file."""
         if result.get("output") and not os.path.isabs(result["output"]):
             result = {**result, "output": os.path.relpath(result["output"], self.path.parent)}
         line = json.dumps(result).encode() + b"\n"
@@ -226,7 +226,7 @@ class Results:
             logger.error("line %d: %s", result["job"], result["error"])
 
     def _lock(self, id: str = "", wait: bool = False) -> bool:
-        """Lock what belongs to a job, or without an id the end of the file; False if another process has it."""
+        """Lock a job, or without an id the file's end; False if another process has the lock."""
         if self._has_locks:
             try:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place_of(id))
@@ -243,7 +243,7 @@ class Results:
 
 
 def place_of(id: str) -> int:
-    """Of the byte of a file that is locked for a job; 0 without one."""
+    """The offset of the byte that is locked for a job; 0 without one."""
     return int(id[:15], 16) + 1 if id else 0  # a file's length has 63 bits
 
 

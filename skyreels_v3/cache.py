@@ -33,9 +33,9 @@ def cache_folder() -> Path:
 
 
 def compiled_folder() -> Path:
-    """Where torch.compile keeps its code: one folder per kind of processor, for machines that share a cache folder.
+    """The folder of torch.compile's code: one for each kind of CPU, for machines that share a cache.
 
-    torch would load code that was compiled for other instructions, which crashes or computes wrong results.
+    torch would load code compiled for other instructions, which crashes or gives wrong results.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -47,7 +47,7 @@ def compiled_folder() -> Path:
 
 
 def identity_of(files: Iterable[Path], *more: object) -> str:
-    """What the results of an encoder depend on: its files (path, size, time of change) and `more`."""
+    """What an encoder's results depend on: its files (path, size, modification time) and `more`."""
     known = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return json.dumps([VERSION, known, [str(part) for part in more]])
 
@@ -56,7 +56,7 @@ def identity_of(files: Iterable[Path], *more: object) -> str:
 class TensorCache:
     """Tensors on disk, computed from a text such as a prompt by an encoder of a known identity.
 
-    Stores nothing if `folder` is None. An unreadable or unwritable file costs only the time to compute it again.
+    Nothing is stored if `folder` is None. A file that cannot be read or written only costs computing it again.
     """
 
     folder: Path | None

@@ -1,6 +1,6 @@
-"""The command line: flags, presets, a config file, and every check that needs nothing but the request itself.
+"""The command line: flags, presets and config files, as values of the flags' types.
 
-The order of precedence is command line, `--config` file, the task's preset. All three go through the same table of
+The command line wins over the `--config` file, and that over the task's preset. All three go through the same table of
 flags and the same checks. A wrong request is a `UserError`; nothing here imports torch or opens an input.
 """
 
@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,17 +24,20 @@ from skyreels_v3.config_text import read_yaml_text
 from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.hints import SEE_HELP, suggest_flag, suggest_value
 from skyreels_v3.request import BY_NAME, EXCLUSIVE, FLAGS, Flag, GenerationRequest
-from skyreels_v3.tasks import TASK_NAMES, TINY, TaskSpec, task_spec
+from skyreels_v3.tasks import TASK_NAMES, TINY, task_spec
 from skyreels_v3.version import __version__
 
 SCRIPT = "python3 generate_video.py"
 MAX_TEXT = 10_000  # characters of one value; of a prompt the model reads 512 tokens
 MAX_CONFIG_BYTES = 256 << 10
-RECORDS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".png")  # what a --config that is no YAML is called
+RECORDS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".png")  # suffixes of a --config that is not YAML
 MAX_COMMAS = 20  # in the name of one of several files
 CONFIG_HELP = "YAML file with flags as keys, or a video made here, to make it again; the command line wins"
 METAVARS = {str: "TEXT", int: "N", float: "X"}
-DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # as web pages and word processors print those of a flag
+DASHES = (
+    "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # web pages and word processors turn the hyphens of a flag into them
+)
+ADDRESS = re.compile(r"\s*https?://", re.IGNORECASE)
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,31 +46,35 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         named = re.fullmatch(r"argument (--\w+): (.+)", message, re.DOTALL)
         flag, problem = named.groups() if named else ("command line", message)
-        if problem == "expected one argument":
-            problem = "no value given"
-        raise UserError(flag, f"{problem}; see --help")
+        raise UserError(flag, f"{'no value given' if problem == 'expected one argument' else problem}; see --help")
 
 
 def parse_request(argv: Sequence[str]) -> GenerationRequest:
-    """The request that a command line makes, checked.
+    """The checked request of a command line.
 
     Raises:
-        UserError: whatever is wrong with it, the first thing found.
+        UserError: the first problem.
         SystemExit: 0, after --help or --version.
     """
     return request_of(parse_flags(argv))
 
 
 def parse_flags(argv: Sequence[str], default_task: str | None = None, command: str = SCRIPT) -> dict[str, Any]:
-    """The flags of a command line and of its config file, with a task if neither has one; raises as `parse_request`.
+    """The flags of a command line and of its config file; raises as `parse_request`.
 
-    `command` is what --help says to type.
+    Args:
+        default_task: the task if neither names one.
+        command: what --help says to type.
     """
     found, unknown = build_parser(command).parse_known_args(join_values(argv))
-    refuse_unknown(unknown, argv)
+    if unknown:
+        refuse_unknown(unknown, argv)
     given = {name: value for name, value in vars(found).items() if value is not None}
     config = given.pop("config", None)
-    values = {name: convert_given(name, value) for name, value in given.items()}
+    values: dict[str, Any] = {
+        name: convert_entries(BY_NAME[name], value) if BY_NAME[name].several else convert(BY_NAME[name], value)
+        for name, value in given.items()
+    }
     if config is not None:
         values = without_overruled(read_config_file(config), values) | values
     if default_task is not None:
@@ -91,36 +98,36 @@ def join_values(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def refuse_unknown(words: Sequence[str], argv: Sequence[str]) -> None:
-    """Raise UserError for what argparse did not know what to do with."""
-    if not words:
-        return
+def refuse_unknown(words: Sequence[str], argv: Sequence[str]) -> NoReturn:
+    """Raise UserError for words that argparse could not place."""
     name, _, value = words[0].partition("=")
     if len(words) > 1 and not value and not words[1].startswith("-"):
         value = words[1]
     meant = suggest_flag(name, value, (*BY_NAME, "config", "help", "version")) if re.match(r"-+\w", name) else SEE_HELP
     if re.match(r"--.", name) or meant != SEE_HELP:
         raise UserError(format_value(name), f"there is no such flag; {meant}")
+    word, before = describe_value(words[0]), argv[argv.index(words[0]) - 1] if words[0] in argv[1:] else ""
+    switch = BY_NAME.get(before.removeprefix("--"))
+    if switch is not None and switch.kind is bool:
+        remedy = f"give {before} alone for yes, or leave it out for no"
+        raise UserError(before, f"{word}: a switch takes no value; {remedy}")
     if name and name[0] in DASHES:
-        reason = f"{describe_value(name)} begins with a dash that is not two hyphens"
-        raise UserError("command line", f"{reason}; type --{format_value(name.lstrip(DASHES + '-'))}")
-    before = argv[argv.index(words[0]) - 1] if words[0] in argv[1:] else ""
-    if before.removeprefix("--") in BY_NAME and BY_NAME[before.removeprefix("--")].kind is bool:
-        reason = f"{describe_value(words[0])}: a switch takes no value"
-        raise UserError(before, f"{reason}; give {before} alone for yes, or leave it out for no")
-    raise UserError(
-        "command line", f"{describe_value(words[0])} does not belong to any flag; put quotes around values with spaces"
-    )
+        remedy = f"type --{format_value(name.lstrip(DASHES + '-'))}"
+        raise UserError("command line", f"{word} begins with a dash that is not two hyphens; {remedy}")
+    raise UserError("command line", f"{word} does not belong to any flag; put quotes around values with spaces")
 
 
 def build_parser(command: str = SCRIPT) -> Parser:
     """All flags; values stay text until `convert`."""
-    examples = "\n\n".join(example_of(task_spec(name), command) for name in TASK_NAMES)
+    examples = []
+    for spec in map(task_spec, TASK_NAMES):
+        lines = (f"{command} --task_type {spec.name}", *(f"  {line}" for line in spec.example))
+        examples.append(f"  {spec.summary}:\n    " + " \\\n    ".join(lines))
     parser = Parser(
         prog=command,
         usage="%(prog)s --task_type TASK --prompt TEXT [flags]",
         description="Make video with the SkyReels V3 and V1 models. Each task has an example below.",
-        epilog=f"Tasks, each with an example (add --dry_run to see what it takes first):\n\n{examples}",
+        epilog="Tasks, each with an example (add --dry_run to see what it takes first):\n\n" + "\n\n".join(examples),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=False,
@@ -130,65 +137,29 @@ def build_parser(command: str = SCRIPT) -> Parser:
             group = parser.add_argument_group(flag.group)
         if flag.kind is bool:
             group.add_argument(f"--{flag.name}", action="store_const", const=True, help=flag.help)
-        else:
-            metavar = flag.metavar or "|".join(flag.choices) or METAVARS[flag.kind]
-            help_text = flag.help.replace("%", "%%")
-            options: dict[str, Any] = {} if flag.bare is None else {"nargs": "?", "const": flag.bare}
-            if flag.several:
-                options["action"] = "append"
-            group.add_argument(f"--{flag.name}", metavar=metavar, help=help_text, **options)
+            continue
+        options: dict[str, Any] = {} if flag.bare is None else {"nargs": "?", "const": flag.bare}
+        options |= {"action": "append"} if flag.several else {}
+        metavar = flag.metavar or "|".join(flag.choices) or METAVARS[flag.kind]
+        group.add_argument(f"--{flag.name}", metavar=metavar, help=flag.help.replace("%", "%%"), **options)
     group.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     group.add_argument("--version", action="version", version=f"skyreels_v3 {__version__}", help="print the version")
     group.add_argument("-h", "--help", action="help", help="print this")
     return parser
 
 
-def example_of(spec: TaskSpec, command: str) -> str:
-    """What a task makes, and a command for it."""
-    lines = (f"{command} --task_type {spec.name}", *(f"  {line}" for line in spec.example))
-    return f"  {spec.summary}:\n    " + " \\\n    ".join(lines)
+# Values
 
 
 def convert(flag: Flag, value: Any) -> Any:
-    """A value from the command line (text) or a config file (any YAML) as the flag's kind, in its range."""
+    """A value from the command line (text) or a config file (anything YAML has) as the flag's type, in its range."""
+    name = f"--{flag.name}"
+    if flag.kind is str:
+        return convert_text(flag, value)
     if flag.kind is bool:
         if not isinstance(value, bool):
-            raise UserError(f"--{flag.name}", f"{describe_value(value)}: give true or false")
+            raise UserError(name, f"{describe_value(value)}: give true or false")
         return value
-    return convert_text(flag, value) if flag.kind is str else convert_number(flag, value)
-
-
-def convert_text(flag: Flag, value: Any) -> str:
-    """A text that can be written down: no half characters, not endless, one of the choices if there are any."""
-    name = f"--{flag.name}"
-    if flag.choices and value not in flag.choices:
-        choices = f"{', '.join(flag.choices[:-1])} or {flag.choices[-1]}"
-        raise UserError(
-            name,
-            f"{describe_value(value)}: choose {choices}{suggest_value(flag.name, describe_value(value), flag.choices)}",
-        )
-    if not isinstance(value, str):
-        raise UserError(name, f"{describe_value(value)} is not text; put it in quotes")
-    if len(value) > MAX_TEXT:
-        raise UserError(name, f"{format_value(value)}: {len(value)} characters are too many; give at most {MAX_TEXT}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise UserError(name, f"{format_value(value)} {encoding_problem(value)}") from None
-    return value
-
-
-def encoding_problem(value: str) -> str:
-    """What is wrong with a value that is not UTF-8 in Python's eyes: it, or the locale that Python has read it by."""
-    try:
-        os.fsencode(value).decode()
-    except UnicodeError:
-        return "is not UTF-8; type it again, or rename the file"
-    locale = sys.getfilesystemencoding()
-    return f"is UTF-8, but the terminal's locale says {locale}; set PYTHONUTF8=1 or LC_ALL=C.UTF-8"
-
-
-def convert_number(flag: Flag, value: Any) -> int | float:
     kind = "a whole number" if flag.kind is int else "a number"
     limits = "" if math.isinf(flag.low) else f" from {flag.low} to {flag.high}"
     allowed = int | str if flag.kind is int else int | float | str
@@ -197,27 +168,152 @@ def convert_number(flag: Flag, value: Any) -> int | float:
             raise ValueError
         number = flag.kind(value)
     except (ValueError, OverflowError):
-        raise UserError(f"--{flag.name}", f"{describe_value(value)} is not {kind}; give {kind}{limits}") from None
+        raise UserError(name, f"{describe_value(value)} is not {kind}; give {kind}{limits}") from None
     if not flag.low <= number <= flag.high:  # not true of NaN either
-        raise UserError(f"--{flag.name}", f"{describe_value(value)} is out of range; give {kind}{limits}")
+        raise UserError(name, f"{describe_value(value)} is out of range; give {kind}{limits}")
     return number
 
 
+def convert_text(flag: Flag, value: Any) -> str:
+    """A text of limited length that is valid UTF-8; one of the flag's choices if it has some."""
+    name, shown = f"--{flag.name}", describe_value(value)
+    if flag.choices and value not in flag.choices:
+        choices = f"{', '.join(flag.choices[:-1])} or {flag.choices[-1]}"
+        raise UserError(name, f"{shown}: choose {choices}{suggest_value(flag.name, shown, flag.choices)}")
+    if not isinstance(value, str):
+        raise UserError(name, f"{shown} is not text; put it in quotes")
+    if len(value) > MAX_TEXT:
+        raise UserError(name, f"{shown}: {len(value)} characters are too many; give at most {MAX_TEXT}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        try:
+            os.fsencode(value).decode()
+        except UnicodeError:
+            raise UserError(name, f"{shown} is not UTF-8; type it again, or rename the file") from None
+        locale = f"is UTF-8, but the terminal's locale says {sys.getfilesystemencoding()}"
+        raise UserError(name, f"{shown} {locale}; set PYTHONUTF8=1 or LC_ALL=C.UTF-8") from None
+    return value
+
+
+def convert_entries(flag: Flag, texts: Iterable[Any]) -> list[str]:
+    """The entries of a flag that takes several, given once or more, comma-separated."""
+    return [entry for text in texts for entry in split(flag.name, convert(flag, text))]
+
+
+def convert_from_file(name: str, value: Any, folder: str) -> Any:
+    """A value from a file in `folder`, converted; a flag that takes several entries may have a list."""
+    flag = BY_NAME[name]
+    if not flag.several:
+        return from_folder(flag, convert(flag, value), folder)
+    if isinstance(value, list):
+        entries = [convert(flag, entry) for entry in value]
+        convert(flag, ",".join(entries))  # the limit is for all of them together
+    else:
+        entries = split(name, convert(flag, value), folder)
+    return [from_folder(flag, entry, folder) for entry in entries]
+
+
+def from_folder(flag: Flag, entry: Any, folder: str) -> Any:
+    """A value from a file in `folder`; relative paths are relative to that.
+
+    A path that exists only from the current folder is meant as it stands, as a run has recorded it; and so is what may
+    be a hub's id.
+    """
+    if not folder or not flag.path or not entry.strip():
+        return entry
+    if "://" in entry or entry == TINY or os.path.isabs(os.path.expanduser(entry)):
+        return entry
+    there = os.path.join(folder, entry)
+    if flag.path == "output" or exists(flag.name, there):
+        return there
+    return entry if flag.path == "hub" or exists(flag.name, entry) else there
+
+
+def split(name: str, text: str, folder: str = "") -> list[str]:
+    """The entries of a comma-separated value; commas in URLs and in names of existing files do not separate.
+
+    Args:
+        folder: where files may be as well.
+    """
+    parts, entries = text.split(","), []
+    while parts:
+        count = file_length(name, parts, folder) or address_length(name, parts, folder) or 1
+        entries.append(",".join(parts[:count]).strip())
+        parts = parts[count:]
+    return entries
+
+
+def file_length(name: str, parts: Sequence[str], folder: str) -> int:
+    """How many of the first parts, at most, make the name of an existing file together; 0 for none."""
+    lengths = range(min(len(parts), MAX_COMMAS), 0, -1)
+    return next((length for length in lengths if exists(name, ",".join(parts[:length]), folder)), 0)
+
+
+def address_length(name: str, parts: Sequence[str], folder: str) -> int:
+    """How many of the first parts make a URL: all up to the next one, or to an existing file; 0 for none."""
+    if not ADDRESS.match(parts[0]):
+        return 0
+    for length in range(1, len(parts)):
+        ended = name == "keyframes" and KEYFRAME.fullmatch(parts[length - 1].strip())
+        if ended or ADDRESS.match(parts[length]) or file_length(name, parts[length:], folder):
+            return length
+    return len(parts)
+
+
+def exists(name: str, entry: str, folder: str = "") -> bool:
+    """Whether an entry of a flag names an existing file or folder, from here or from `folder`."""
+    entry = entry.strip()
+    if name == "lora":
+        entry = parse_lora(entry).source
+    elif name == "keyframes":
+        entry = entry.rpartition("@")[0] if KEYFRAME.fullmatch(entry) else ""
+    path = os.path.expanduser(entry)
+    return bool(entry) and (os.path.exists(path) or (bool(folder) and os.path.exists(os.path.join(folder, path))))
+
+
+def convert_flags(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags from Python, converted; raises UserError for unknown ones and wrong values."""
+    converted = {}
+    for name, value in values.items():
+        if name not in BY_NAME:
+            raise UserError(f"--{name}", f"there is no such flag; {suggest_flag(name, describe_value(value), BY_NAME)}")
+        plain = [*map(str, value)] if isinstance(value, tuple | list) else value
+        plain = os.fspath(plain) if isinstance(plain, os.PathLike) else plain
+        if plain is not None and plain is not False:
+            converted[name] = convert_from_file(name, plain, "")
+    return converted
+
+
+def without_overruled(values: Mapping[str, Any], winners: Mapping[str, Any]) -> dict[str, Any]:
+    """Values without those that contradict a flag that wins over them."""
+    overruled = {pair[1 - side] for pair in EXCLUSIVE for side in (0, 1) if pair[side] in winners}
+    return {name: value for name, value in values.items() if name not in overruled}
+
+
+def verbosity_of(values: Mapping[str, Any]) -> int:
+    """-1 for warnings and the result only, 1 for everything."""
+    return int(values.get("verbose", False)) - int(values.get("quiet", False))
+
+
+# Files of flags
+
+
 def read_config_file(name: str) -> dict[str, Any]:
-    """The flags in a YAML file, or in what a video says of how it was made, converted."""
+    """The flags in a YAML file, or in the record of a video, converted."""
     path = Path(os.path.expanduser(name))
     recorded = path.suffix.lower() in RECORDS or (bool(name) and os.path.isdir(path))  # unlike Path's for odd names
     content = read_record(path) if recorded else read_yaml(name)
-    folder = "" if recorded else os.path.dirname(path)
     if not isinstance(content, Mapping):
-        raise UserError("--config", f"{format_value(name)} holds no 'flag: value' lines; write some, such as 'seed: 1'")
+        reason = f"{format_value(name)} holds no 'flag: value' lines"
+        raise UserError("--config", f"{reason}; write some, such as 'seed: 1'")
     values = {}
     for key, value in content.items():
-        if key not in BY_NAME:
-            raise UserError("--config", f"{format_value(name)}: {unknown_key(key, value)}")
         try:
-            values[key] = convert_entry(key, value, folder)
-        except UserError as error:
+            if key not in BY_NAME:
+                raise ValueError(unknown_key(key, value))
+            values[key] = convert_from_file(key, value, "" if recorded else os.path.dirname(path))
+        except (UserError, ValueError) as error:
             raise UserError("--config", f"{format_value(name)}: {error}") from None
     return values
 
@@ -237,146 +333,14 @@ def read_record(path: Path) -> Any:
         raise UserError("--config", f"{reason}; give a video that generate_video.py made, or a YAML file") from error
 
 
-def unknown_key(key: Any, value: Any) -> str:
-    meant = suggest_flag(describe_value(key), describe_value(value), BY_NAME)
-    meant = meant if meant == SEE_HELP else meant.replace(" --", " ")  # keys have no dashes
-    return f"unknown key {describe_value(key)}; {meant}"
-
-
-def convert_given(name: str, value: Any) -> Any:
-    """A value from the command line, where a flag with several entries may be given several times, converted."""
-    if not BY_NAME[name].several:
-        return convert(BY_NAME[name], value)
-    return [entry for text in value for entry in split(name, convert(BY_NAME[name], text))]
-
-
-def convert_entry(name: str, value: Any, folder: str) -> Any:
-    """A value from a file in `folder`, where a flag with several entries may be a list, converted."""
-    if not BY_NAME[name].several:
-        return from_folder(name, convert(BY_NAME[name], value), folder)
-    if isinstance(value, list):
-        entries = [convert(BY_NAME[name], entry) for entry in value]
-        convert(BY_NAME[name], ",".join(entries))  # the limit is for all of them together
-    else:
-        entries = split(name, convert(BY_NAME[name], value), folder)
-    return [from_folder(name, entry, folder) for entry in entries]
-
-
-def from_folder(name: str, entry: Any, folder: str) -> Any:
-    """A value in a file in `folder`; if it is a relative path, as it is called from the current folder.
-
-    What is not there but here is meant as it stands, as a run has recorded it; and so is what may be a hub's id.
-    """
-    kind = BY_NAME[name].path
-    if not folder or not kind or not entry.strip():
-        return entry
-    if "://" in entry or entry == TINY or os.path.isabs(os.path.expanduser(entry)):
-        return entry
-    there = os.path.join(folder, entry)
-    if kind == "output" or exists(name, there):
-        return there
-    return entry if kind == "hub" or exists(name, entry) else there
-
-
-def split(name: str, text: str, folder: str = "") -> list[str]:
-    """The entries of a comma-separated value; commas in the name of a file that is there, or in an address, are its.
-
-    Args:
-        folder: where files may be as well.
-    """
-    if exists(name, text, folder):
-        return [text.strip()]
-    parts, entries = text.split(","), []
-    while parts:
-        count = file_length(name, parts, folder) or address_length(name, parts, folder) or 1
-        entries.append(",".join(parts[:count]).strip())
-        parts = parts[count:]
-    return entries
-
-
-def file_length(name: str, parts: Sequence[str], folder: str) -> int:
-    """How many of the first pieces between commas are together a file that is there, at most; 0 for none."""
-    lengths = range(min(len(parts), MAX_COMMAS), 0, -1)
-    return next((length for length in lengths if exists(name, ",".join(parts[:length]), folder)), 0)
-
-
-def address_length(name: str, parts: Sequence[str], folder: str) -> int:
-    """The same of an address: all up to the next one, or to a file that is there; 0 for no address."""
-    if not is_address(parts[0]):
-        return 0
-    for length in range(1, len(parts)):
-        ended = name == "keyframes" and KEYFRAME.fullmatch(parts[length - 1].strip())
-        if ended or is_address(parts[length]) or file_length(name, parts[length:], folder):
-            return length
-    return len(parts)
-
-
-def exists(name: str, entry: str, folder: str = "") -> bool:
-    """Whether an entry of a flag names a file or a folder that is there, or in `folder`."""
-    entry = entry.strip()
-    if name == "lora":
-        entry = parse_lora(entry).source
-    elif name == "keyframes":
-        entry = entry.rpartition("@")[0] if KEYFRAME.fullmatch(entry) else ""
-    path = os.path.expanduser(entry)
-    return bool(entry) and (os.path.exists(path) or (bool(folder) and os.path.exists(os.path.join(folder, path))))
-
-
-def is_address(entry: str) -> bool:
-    return re.match(r"\s*https?://", entry, re.IGNORECASE) is not None
-
-
-def check_beside_jobs(values: Mapping[str, Any]) -> None:
-    """Raise UserError for a flag that cannot stand beside --jobs, and for a name of none."""
-    if not values["jobs"].strip():
-        raise UserError("--jobs", "an empty path; give a file")
-    for name, value in values.items():
-        if value is not False and (remedy := BY_NAME[name].only_in_line):
-            shown_value = "" if value is True else f"{describe_value(value)}: "
-            raise UserError(f"--{name}", f"{shown_value}is for one video, --jobs makes several; {remedy}")
-
-
-def job_flags(line: Mapping[str, Any], defaults: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """The flags of a line of --jobs, converted, with those of the command line where they leave room for them.
-
-    Args:
-        folder: that of the file, where its relative paths begin.
-
-    Raises:
-        UserError: an unknown flag, one that a line cannot have, or a value that is none.
-    """
-    for name in line:
-        if name == "config" or (name in BY_NAME and not BY_NAME[name].in_line):
-            raise UserError(f"--{name}", "is not allowed in a line of --jobs; give it on the command line")
-        if name not in BY_NAME:
-            raise UserError("--jobs", unknown_key(name, line[name]))
-    values = {name: convert_entry(name, value, folder) for name, value in line.items()}
-    return without_overruled(defaults, values) | values
-
-
-def convert_flags(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags from Python, converted; raises UserError for an unknown one and for a value that is none."""
-    converted = {}
-    for name, value in values.items():
-        if name not in BY_NAME:
-            raise UserError(f"--{name}", f"there is no such flag; {suggest_flag(name, describe_value(value), BY_NAME)}")
-        entries = [*value] if isinstance(value, tuple | list) else value
-        plain = [str(entry) for entry in entries] if isinstance(entries, list) else entries
-        plain = os.fspath(plain) if isinstance(plain, os.PathLike) else plain
-        if plain is not None and plain is not False:
-            converted[name] = convert_entry(name, plain, "")
-    return converted
-
-
 def read_yaml(name: str) -> Any:
-    """The content of a YAML file of a user's."""
+    """The content of a user's YAML file."""
     path = Path(os.path.expanduser(name))
     try:
         status = path.stat()
         if not name or not stat.S_ISREG(status.st_mode) or status.st_size > MAX_CONFIG_BYTES:
-            raise UserError(
-                "--config", f"{describe_value(name)} is not a file of at most {MAX_CONFIG_BYTES >> 10} KiB; give one"
-            )
+            limit = f"a file of at most {MAX_CONFIG_BYTES >> 10} KiB"
+            raise UserError("--config", f"{describe_value(name)} is not {limit}; give one")
         return read_yaml_text(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(
@@ -388,12 +352,35 @@ def read_yaml(name: str) -> Any:
         raise UserError("--config", f"{format_value(name)} is not YAML ({place}); write 'flag: value' lines") from error
 
 
-def without_overruled(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Values, of a config file for example, without those that contradict a flag that wins over them."""
-    overruled = {pair[1 - side] for pair in EXCLUSIVE for side in (0, 1) if pair[side] in given}
-    return {name: value for name, value in config.items() if name not in overruled}
+def unknown_key(key: Any, value: Any) -> str:
+    meant = suggest_flag(describe_value(key), describe_value(value), BY_NAME)
+    meant = meant if meant == SEE_HELP else meant.replace(" --", " ")  # keys have no dashes
+    return f"unknown key {describe_value(key)}; {meant}"
 
 
-def verbosity_of(values: Mapping[str, Any]) -> int:
-    """-1 for warnings and the result only, 1 for everything."""
-    return int(values.get("verbose", False)) - int(values.get("quiet", False))
+def check_beside_jobs(values: Mapping[str, Any]) -> None:
+    """Raise UserError for an empty --jobs, and for a flag that cannot stand beside it."""
+    if not values["jobs"].strip():
+        raise UserError("--jobs", "an empty path; give a file")
+    for name, value in values.items():
+        if value is not False and (remedy := BY_NAME[name].only_in_line):
+            shown = "" if value is True else f"{describe_value(value)}: "
+            raise UserError(f"--{name}", f"{shown}is for one video, --jobs makes several; {remedy}")
+
+
+def job_flags(line: Mapping[str, Any], defaults: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """The flags of a line of --jobs, converted, with those of the command line where they do not contradict it.
+
+    Args:
+        folder: that of the file, which its paths are relative to.
+
+    Raises:
+        UserError: an unknown flag, one that a line cannot have, or a wrong value.
+    """
+    for name in line:
+        if name == "config" or (name in BY_NAME and not BY_NAME[name].in_line):
+            raise UserError(f"--{name}", "is not allowed in a line of --jobs; give it on the command line")
+        if name not in BY_NAME:
+            raise UserError("--jobs", unknown_key(name, line[name]))
+    values = {name: convert_from_file(name, value, folder) for name, value in line.items()}
+    return without_overruled(defaults, values) | values

@@ -1,4 +1,4 @@
-"""The networks of a checkpoint, each loaded once."""
+"""The networks of a checkpoint: loading them, and preparing them for a run."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ ENCODERS = ("text_encoder", "image_encoder", "audio_encoder")  # only where some
 
 @dataclass(frozen=True)
 class Components:
-    """A checkpoint's networks, and what is known of them.
+    """The networks of a checkpoint.
 
-    The audio encoder is float32 whatever the rest is, and so is the VAE unless it is asked for otherwise: errors of the
-    one are seen, the other is small.
+    The audio encoder is always float32, since it is small, and so is the VAE unless --vae_dtype says otherwise, since its
+    errors are visible.
     """
 
     transformer: Any  # an nn.Module and a Transformer, for which Python has no type
@@ -42,12 +42,12 @@ class Components:
     text_encoder: Any = None
     image_encoder: Any = None
     audio_encoder: Any = None
-    scheduler: Mapping[str, Any] | None = None  # its config, where the task does not say it all
-    quant: str | None = None  # of the text encoder, to be done when it is needed
+    scheduler: Mapping[str, Any] | None = None  # its config, where the preset does not say all
+    quant: str | None = None  # of the text encoder, which is quantized when it is needed
 
 
 def load_components(plan: Plan, runtime: Runtime) -> Components:
-    """Map a plan's checkpoint into memory; every file is checked before anything long begins."""
+    """Map a plan's checkpoint into memory; all files are checked before anything slow begins."""
     folder, request, task, main = plan.checkpoint, plan.request, plan.request.task, runtime.parallel.is_main
     assert folder is not None
     family = family_of(task)
@@ -81,7 +81,7 @@ def load_components(plan: Plan, runtime: Runtime) -> Components:
 
 
 def others_of(folder: Path, request: GenerationRequest) -> Path:
-    """Where the components besides the transformer are, of the checkpoint in `folder`."""
+    """The folder of the components besides the transformer, for the checkpoint in `folder`."""
     return Path(request.base_model_id) if request.base_model_id is not None else folder
 
 
@@ -91,7 +91,7 @@ def flag_of(component: str, folder: Path, others: Path) -> str:
 
 
 def check_components(request: GenerationRequest, folder: Path | None) -> None:
-    """Raise UserError for files whose content is not what a component is made of, or a LoRA that does not fit.
+    """Raise UserError for files that are not what a component is made of, or a LoRA that does not fit.
 
     All is loaded without the values of weights, in a second or two.
 
@@ -109,7 +109,7 @@ def check_components(request: GenerationRequest, folder: Path | None) -> None:
 
 @cache
 def load_on_meta(task: str, folder: Path, others: Path) -> Any:
-    """The transformer of a task without values, after all components have been checked by loading them so."""
+    """A task's transformer on meta, after all components have been checked by loading them on meta."""
     spec, loaded = task_spec(task), {}
     for name, load in family_of(spec).loaders(spec, folder, others, torch.float32, torch.float32, False).items():
         with errors_about(flag_of(name, folder, others)):
@@ -118,14 +118,14 @@ def load_on_meta(task: str, folder: Path, others: Path) -> Any:
 
 
 def use_channels_last(module: nn.Module) -> None:
-    """Lay the weights of 3D convolutions out channels-last; a module as a whole may have others, of another rank."""
+    """Make the weights of 3D convolutions channels-last; other weights of a module may have another rank."""
     for part in module.modules():
         if isinstance(part, nn.Conv3d):
             part.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # missing in torch's stubs
 
 
 def set_up_vae(vae: Any, runtime: Runtime) -> None:
-    """Prepare the VAE: memory format, tiles, and the ranks that divide these."""
+    """Prepare the VAE: memory format, tiles, and the ranks that share them."""
     if runtime.device.type == "cuda":  # the format of cuDNN's kernels, which would otherwise convert each input
         use_channels_last(vae.module)
     vae.tiles = runtime.policy.tiles

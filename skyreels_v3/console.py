@@ -1,4 +1,4 @@
-"""stdout and stderr. Either may be closed, or unable to encode a file's name; that must not cost a finished video."""
+"""stdout and stderr. Either may be closed, or unable to encode a file name; that must not cost a finished video."""
 
 from __future__ import annotations
 

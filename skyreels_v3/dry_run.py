@@ -1,4 +1,4 @@
-"""What a plan says, for people."""
+"""--dry_run: a plan as text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from skyreels_v3.tasks import MEMORY_MODES, TINY
 
 
 def dry_run(request: GenerationRequest, downloads: Path, ranks: Ranks) -> str:
-    """Check a request, and say what it would do."""
+    """Check a request; returns what it would do, as text."""
     checked = preflight(request, downloads, ranks)
     if checked.done:
         return f"{'done':14}{checked.request.output}"
@@ -59,7 +59,7 @@ def describe(plan: Plan) -> str:
 
 
 def missing_repositories(plan: Plan) -> list[Repository]:
-    """The repositories that are to be downloaded, at least in part."""
+    """The repositories that must be downloaded, at least in part."""
     request = plan.request
     first, *others = family_of(request.task).repositories(request.task)
     if request.model_id == TINY:
@@ -69,7 +69,7 @@ def missing_repositories(plan: Plan) -> list[Repository]:
 
 
 def describe_download(request: GenerationRequest, repository: Repository) -> tuple[str, str]:
-    """A line on what is to be downloaded, how much that is, and whether there is room for it."""
+    """A line on what must be downloaded, how much that is, and whether there is room."""
     name, source = hub.model_id_of(request, repository), request.model_source
     known = hub.bytes_to_fetch(request, repository)
     published = family_of(request.task).published_bytes(request.task)
@@ -82,13 +82,13 @@ def describe_download(request: GenerationRequest, repository: Repository) -> tup
 
 
 def describe_disk(request: ResolvedRequest) -> str:
-    """How much room there is for the output."""
+    """The room for the output."""
     free, need = shutil.disk_usage(existing_folder(request.output)).free, output_bytes(request)
     return f"{giga(free)} free for the output" + (f": it may need {giga(need)}" if need > free else "")
 
 
 def describe_memory(plan: Plan) -> str:
-    """The most memory that is in use at one time, for each --memory; in brackets with the VAE in tiles."""
+    """Peak memory of each --memory mode; in brackets with a tiled VAE."""
     whole, tiled = ([plan.peak(mode, tiles) for mode in MEMORY_MODES] for tiles in (TILINGS[0], TILINGS[-1]))
     if whole == tiled:
         return f"about {', '.join(f'{mode} {giga(plan.peak(mode))}' for mode in MEMORY_MODES)} on the device at most"

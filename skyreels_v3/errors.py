@@ -1,4 +1,4 @@
-"""Errors of the user, in one line each.
+"""Errors, and values in their messages.
 
 A `UserError` names the flag, the value and the way out; the command line prints it and exits with 2. Everything else is
 a bug or a failure of the machine and exits with 1.
@@ -49,12 +49,12 @@ def format_value(value: object) -> str:
 
 
 def one_line(text: str) -> str:
-    """`text` with everything escaped that would break the line or control a terminal."""
+    """`text` with all characters escaped that would break the line or control a terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class UserError(Exception):
-    """A request that cannot be carried out as it is.
+    """A request that cannot work as it is.
 
     Args:
         flag: the flag at fault, such as `--ref_imgs`.
@@ -90,6 +90,6 @@ class IncompleteOutput(RuntimeError):
 
 
 def cause_of(error: Exception) -> str:
-    """An error that is no user's, in a line."""
+    """Any other error, in one line."""
     lines = str(error).strip().splitlines()
     return redact(f"{type(error).__name__}: {lines[0] if lines else 'no message'}")

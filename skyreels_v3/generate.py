@@ -1,4 +1,4 @@
-"""Load what a plan needs, make its video, write it."""
+"""The networks of a plan: loading them, making its video, writing it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class Generator:
-    """The networks that a plan needs, loaded and placed as it says; makes that video, and others that fit."""
+    """The networks of a plan, loaded and placed; makes its video, and those of other plans that fit."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -41,11 +41,11 @@ class Generator:
         self.components = load_components(plan, self.runtime)
 
     def fits(self, plan: Plan) -> bool:
-        """Whether what is loaded is what another plan needs, placed as it needs it."""
+        """Whether another plan needs the same networks in the same places."""
         return needs(plan) == needs(self.plan)
 
     def events(self, plan: Plan, state: RunState | None = None) -> Iterator[Event]:
-        """Make the video of a plan that fits, see `stages`."""
+        """Make the video of a plan that fits: the events of its pipeline, see stages.py."""
         self.runtime = replace(self.runtime, plan=plan)
         self.components.vae.tiles = plan.policy.tiles
         return pipeline_of(plan.request.task).run(Stages(self.components, self.runtime, plan, state))
@@ -53,7 +53,7 @@ class Generator:
     def write(self, plan: Plan) -> Path:
         """Make the video of a plan that fits and write it; returns its path.
 
-        With several ranks all make it together, and the main one writes it.
+        With several ranks all make it together, and the main rank writes it.
         """
         request, inputs = plan.request, plan.inputs
         if not self.runtime.parallel.is_main:
@@ -69,7 +69,7 @@ class Generator:
                 self.save_quantized(plan, request.save_quantized, state.folder)
             latents: list[Tensor] = []
             logger.info("seed %d, %d x %d", request.seed, request.width, request.height)
-            # closed before anything is said of how it ended: a progress bar that is open would write after it
+            # closed before the outcome is logged: an open progress bar would write after it
             made_by = "" if request.no_metadata else comment(record)
             frames = all_frames(plan, self.events(plan, state), latents)
             with closing(frames), naming_room(request.output):
@@ -83,7 +83,7 @@ class Generator:
         return path
 
     def save_quantized(self, plan: Plan, folder: Path, workspace: Path) -> None:
-        """Save the checkpoint with the weights in FP8 that it was quantized to."""
+        """Save the checkpoint with the quantized weights."""
         assert plan.checkpoint is not None
         repositories = family_of(plan.request.task).repositories(plan.request.task)
         folders = plan.checkpoint, others_of(plan.checkpoint, plan.request)
@@ -92,7 +92,7 @@ class Generator:
 
 
 def needs(plan: Plan) -> tuple[object, ...]:
-    """What decides which networks are loaded, and where: plans alike in it can use the same."""
+    """What decides which networks are loaded, and where: plans alike in it can share them."""
     policy = plan.policy
     place = (plan.device, plan.dtype, policy.mode, policy.resident_blocks, policy.pinned, plan.degrees)
     return (plan.checkpoint, *networks(plan.request), *place)
@@ -114,7 +114,7 @@ def write(plan: Plan, frames: Iterator[np.ndarray], made_by: str, workspace: Pat
 
 
 def all_frames(plan: Plan, events: Iterable[Event], latents: list[Tensor]) -> abc.Generator[np.ndarray, None, None]:
-    """The frames to write, in order; the latents of each pass are added to `latents` as they are made."""
+    """The frames to write, in order; each pass adds its latents to `latents`."""
     request, clip = plan.request, plan.inputs.clip
     if request.include_input:
         assert clip is not None
@@ -128,7 +128,7 @@ def all_frames(plan: Plan, events: Iterable[Event], latents: list[Tensor]) -> ab
 
 @contextmanager
 def naming_room(path: Path) -> Iterator[None]:
-    """Have the error of a full disk say what could not be written there, and how much is free."""
+    """Have the error of a full disk say what could not be written, and how much is free."""
     try:
         yield
     except Exception as error:
@@ -141,7 +141,7 @@ def write_latents(latents: Sequence[Tensor], path: Path, video: Path, kept: bool
     """Save the latents of a video that is complete.
 
     Args:
-        kept: whether a run with --resume can do so later.
+        kept: whether a run with --resume can save them later.
 
     Raises:
         IncompleteOutput: they cannot be written.

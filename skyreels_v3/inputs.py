@@ -26,11 +26,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a task starts from: decoded pictures; a clip and sounds that have been checked but not decoded.
+    """A task's inputs: decoded pictures, and a clip and sounds that were checked but not decoded.
 
     Attributes:
         keyframes: pictures with their times in seconds.
-        notes: what the user should know about the inputs.
+        notes: warnings for the user.
         files: for every input its flag, what the user gave, and the local file.
     """
 
@@ -59,7 +59,7 @@ class InputFiles:
 
     Attributes:
         folder: where downloads go.
-        notes: what the user should know about the files that were opened.
+        notes: warnings about the files that were opened.
     """
 
     request: GenerationRequest
@@ -78,7 +78,7 @@ class InputFiles:
         return image
 
     def clip(self, source: str) -> ClipInfo:
-        """A clip that is long enough for the task."""
+        """A clip, checked to be long enough for the task."""
         request, fps = self.request, self.request.task.fps
         clip = self.open(source, "--input_video", lambda path: probe_video(path, fps))
         with input_errors(source, "--input_video"):

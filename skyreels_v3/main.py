@@ -1,9 +1,8 @@
-"""The command line: `skyreels generate`, `python -m skyreels_v3 generate` and the scripts generate_video.py and
-video_generate.py all end up in `main`.
+"""The command: `skyreels generate`, `python -m skyreels_v3 generate`, generate_video.py and video_generate.py.
 
-The straight path of a request: argv -> request -> checks -> checkpoint -> runtime -> components -> passes -> frames ->
-mp4. The last line on stdout is the path of what was made. Exit codes: 0 done, 2 the request cannot work, 130
-interrupted, 1 anything else.
+The path of a request: argv -> `GenerationRequest` (cli.py, checks.py) -> `Checked` (resolve.py) -> `Plan` (plan.py) ->
+`Generator` (generate.py) -> mp4. The last line on stdout is the path of the video. Exit codes: 0 done, 2 a request that
+cannot work, 130 interrupted, 1 anything else.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ PROGRAM = "skyreels"  # the console script
 
 
 def run(request: GenerationRequest, ranks: Ranks) -> None:
-    """Carry out a request and print the path of what it made, or its plan."""
+    """Carry out a request and print the paths of its videos, or its plan."""
     from skyreels_v3.dry_run import dry_run
     from skyreels_v3.resolve import downloads_folder
 
@@ -49,7 +48,7 @@ def run(request: GenerationRequest, ranks: Ranks) -> None:
 
 
 def make_videos(request: GenerationRequest, downloads: Path, ranks: Ranks) -> Iterator[Path]:
-    """Make the videos, with the other ranks if there are some, and give the path of each."""
+    """Make the videos, together with the other ranks, and yield the path of each."""
     from skyreels_v3.resolve import preflight
     from skyreels_v3.worker import Worker
 
@@ -74,7 +73,7 @@ def make_videos(request: GenerationRequest, downloads: Path, ranks: Ranks) -> It
 
 
 def act_on(flags: Mapping[str, Any], ranks: Ranks) -> int:
-    """Do what flags ask for; returns the exit code."""
+    """Carry out what flags ask for; returns the exit code."""
     if "jobs" in flags:
         return run_jobs(flags, ranks)
     run(request_of(flags), ranks)
@@ -82,16 +81,16 @@ def act_on(flags: Mapping[str, Any], ranks: Ranks) -> int:
 
 
 def start_processes(flags: Mapping[str, Any], argv: Sequence[str], wanted: int) -> int:
-    """Have `wanted` processes on this machine do what flags ask for; returns the exit code."""
+    """Carry out what flags ask for in `wanted` processes on this machine; returns the exit code."""
     team = Ranks(world_size=wanted, local_world_size=wanted)
     if flags.get("dry_run"):
-        return act_on(flags, team)  # one can say what all would do
-    logger.setLevel(logging.ERROR)  # they say the rest
+        return act_on(flags, team)  # one process can plan for all
+    logger.setLevel(logging.ERROR)  # the processes log
     request = None if "jobs" in flags else request_of(flags)
     if request is not None and not any(is_url(source) for _, source in request.sources):
         from skyreels_v3.resolve import preflight
 
-        checked = preflight(request, Path(), team)  # what is wrong is found before they are started
+        checked = preflight(request, Path(), team)  # errors show before the processes start
         if checked.done and request.video_num == 1:
             show(checked.request.output)
             return 0
@@ -102,14 +101,14 @@ def start_processes(flags: Mapping[str, Any], argv: Sequence[str], wanted: int) 
 
 
 class RedactingFormatter(logging.Formatter):
-    """Keeps secrets of addresses out of what is logged, whoever logs it; out of tracebacks, too."""
+    """Redacts URLs in all that is logged, tracebacks of libraries included."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
 
 
 def set_up_logging(verbosity: int, ranks: Ranks = SINGLE) -> None:
-    """Messages go to stderr, those of the first process; the libraries' own chatter only with --verbose."""
+    """Log to stderr on the main process; libraries log errors only."""
     level = {-1: logging.WARNING, 0: logging.INFO, 1: logging.DEBUG}[verbosity] if ranks.is_main else logging.ERROR
     handler = logging.StreamHandler(Stderr())
     handler.setFormatter(RedactingFormatter("%(levelname)s: %(message)s"))
@@ -118,11 +117,11 @@ def set_up_logging(verbosity: int, ranks: Ranks = SINGLE) -> None:
 
 
 def check_current_folder() -> None:
-    """Raise UserError where the current folder was removed: nothing relative is found there, and torch ends Python."""
+    """Raise UserError if the current folder was removed: relative paths fail, and importing torch ends Python."""
     try:
         os.getcwd()
     except FileNotFoundError as error:
-        raise UserError("command line", "the current folder is not there any more; change to one that is") from error
+        raise UserError("command line", "the current folder was removed; change to another") from error
 
 
 def main(argv: Sequence[str], default_task: str | None = None, command: str = SCRIPT) -> int:
@@ -141,7 +140,7 @@ def main(argv: Sequence[str], default_task: str | None = None, command: str = SC
     try:
         ranks = ranks_of(os.environ)
         flags = parse_flags(argv, default_task, command)
-        # of processes with a video each, each has something to tidy up
+        # where each process makes its own videos, each has something to clean up
         each_its_own = "jobs" in flags and not flags.get("use_usp")
         processes.handle_signals(replace(ranks, local_rank=0) if each_its_own else ranks)
         if not ranks.is_main:

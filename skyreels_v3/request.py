@@ -1,4 +1,4 @@
-"""What a user may ask for: the one table of flags.
+"""What a user can ask for: the one table of flags.
 
 Each field of `GenerationRequest` that is made by `flag` is a flag: `--name` on the command line, `name` in a config
 file, a line of --jobs or a call from Python. Help, parsing, checks and docs/options.md are made from this table.
@@ -36,15 +36,15 @@ class Flag:
 
     Attributes:
         kind: str, int, float, or bool for a switch.
-        bare: what the flag means without a value; None: it needs one.
-        group: the heading in --help that begins with this flag; "": it stands under that of the flag before it.
-        some: only for tasks whose preset has it in `takes`.
+        bare: the value of the flag alone; None: it needs one.
+        group: the heading of --help that begins with this flag; "": that of the flag before.
+        some: only for tasks whose preset lists it in `takes`.
         usp: only with --use_usp.
         path: "input" (a path or URL), "output" or "hub" (a folder or a hub's id); "" for other values.
         several: takes several entries: comma-separated, given several times, or a list in a file.
         recorded: needed to make the same video again.
-        in_line: may be in a line of --jobs.
-        only_in_line: not beside --jobs; what to do instead.
+        in_line: allowed in a line of --jobs.
+        only_in_line: not allowed beside --jobs; says what to do instead.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Lora(NamedTuple):
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """Everything that one run needs, checked. `height` and `width` are None until the inputs have been seen."""
+    """All that one run needs, checked. `height` and `width` are None until the inputs have been opened."""
 
     task: TaskSpec
     # fmt: off
@@ -206,14 +206,14 @@ class GenerationRequest:
     quiet: bool = run_flag(False, "warnings and the result only", bool)
     verbose: bool = run_flag(False, "more about what is done, and tracebacks of errors", bool)
     # fmt: on
-    # what follows from the flags
-    audio_seconds: float | None = None  # None until the input has been looked at
+    # derived
+    audio_seconds: float | None = None  # None until the input has been opened
     number: int = 0  # of this video among `video_num`
     frame_folder: bool = False  # the output is a folder of PNG files
-    resume_if_same: bool = False  # go on with an interrupted run of just this request, else begin
+    resume_if_same: bool = False  # resume an interrupted run of just this request, if there is one
     seed_drawn: bool = False
     flags: Mapping[str, Any] = field(default_factory=dict)  # as given, to run it again
-    notes: tuple[str, ...] = ()  # on what was changed of it, for the user
+    notes: tuple[str, ...] = ()  # for the user, on what was changed
 
     @property
     def verbosity(self) -> int:
@@ -232,7 +232,7 @@ class GenerationRequest:
         )
 
     def videos(self) -> Iterator[GenerationRequest]:
-        """A request for each of the videos, with seeds that follow each other."""
+        """A request for each video, with consecutive seeds."""
         for number in range(self.video_num):
             seed = self.seed + number
             yield replace(self, seed=seed, number=number, flags={**self.flags, "seed": seed})
@@ -254,7 +254,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class ResolvedRequest(GenerationRequest):
-    """A request whose inputs have been looked at, so that nothing about the output is open."""
+    """A request whose inputs have been opened, which settles size and output."""
 
     height: int = 0
     width: int = 0
@@ -262,7 +262,7 @@ class ResolvedRequest(GenerationRequest):
 
     @staticmethod
     def of(request: GenerationRequest, **changes: Any) -> ResolvedRequest:
-        """`request` with what was open about it."""
+        """`request` with what was still open."""
         return ResolvedRequest(**{each.name: getattr(request, each.name) for each in fields(request)} | changes)
 
 
@@ -270,7 +270,7 @@ Request = TypeVar("Request", bound=GenerationRequest)
 
 FLAGS = tuple(Flag(each.name, **each.metadata["flag"]) for each in fields(GenerationRequest) if each.metadata)
 BY_NAME = {each.name: each for each in FLAGS}
-# flags that take the same in tasks that differ
+# flags for the same thing in different tasks
 ALIKE = (("image", "input_image", "ref_imgs"), ("guidance_scale", "text_guidance_scale"), ("num_frames", "duration"))
 EXCLUSIVE = (
     ("duration", "num_frames"),
@@ -302,5 +302,5 @@ REQUIRED = (
         "nothing is quantized; add --quant fp8 or --low_vram",
     ),
 )
-# what says the same as other flags
+# other spellings of flags
 SHORTHANDS = ("offload", "low_vram", "parameters_level", "compiler_transformer", "sequence_batch")

@@ -1,14 +1,13 @@
-"""What a run has finished, on disk, so that an interrupted one can go on.
+"""What a run has finished, on disk, so that an interrupted one can be resumed.
 
-After each pass of the denoising loop its latents and the state of the noise generator are saved beside the output; and
-every now and then those of a pass that is not finished, with all that its scheduler knows. A resumed run takes them
-instead of denoising again and does everything else as before: it decodes the same latents and draws the same noise, so
-it ends in the same video. The folder goes away with the run that completes; the files that a run writes before they get
-their names are in it as well, so that not even a kill leaves them behind for ever.
+Latents and the state of the noise generator are saved beside the output after each pass of the denoising loop, and at
+intervals within a pass, then with the scheduler's state. A resumed run loads them instead of denoising again and does
+all else as before, so it ends in the same video. The folder is removed when the run completes; unfinished outputs are
+written in it too, so that not even a kill leaves them behind.
 
-These are safety copies: where one cannot be written, or is damaged when it is needed, the run does without.
+These are safety copies: a run goes on without one that cannot be written, or is damaged when it is needed.
 
-torch is imported when passes are saved and recalled: whether a run can be resumed is checked without it.
+torch is imported when passes are saved and loaded, not to find out whether a run can be resumed.
 """
 
 from __future__ import annotations
@@ -42,21 +41,21 @@ REQUEST_FILE = "request.json"
 MAX_RECORD = 1 << 20  # characters; what is longer is none
 PASS_FILES = "pass-*.safetensors"
 STEPS_FILES = "steps-*.safetensors"
-# what reading another thing than a record raises; RecursionError: thousands of brackets
+# what reading something else as a record raises; RecursionError: thousands of brackets
 NO_RECORD = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 STATE_FOLDER = re.compile(r"(.+)\.state(-\d+)?")
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run is known by.
+    """What identifies a run.
 
     Attributes:
         flags: those that make the same video again.
         inputs: flag, what was given and SHA-256 of its content, of each input.
-        save_quantized: the folder of a checkpoint that it makes as well.
-        any_seed: the run's own seed was drawn; one that goes on takes that of the interrupted run.
-        unasked: the same command goes on without --resume.
+        save_quantized: the folder of a checkpoint that it also saves.
+        any_seed: the seed was drawn; a resumed run takes that of the interrupted one.
+        unasked: the same command resumes without --resume.
     """
 
     output: Path
@@ -79,9 +78,9 @@ class RunRecord:
         return [[flag, digest] for flag, _, digest in self.inputs]
 
     def check_same(self, left: Mapping[str, Any]) -> None:
-        """Raise UserError unless a record as `to_json` made it is that of a run with the same flags and inputs."""
+        """Raise UserError unless a record, as from `to_json`, is of a run with the same flags and inputs."""
         before, now = left["flags"], json.loads(json.dumps(dict(self.flags)))
-        now.setdefault("dtype", before.get("dtype"))  # until torch has been asked
+        now.setdefault("dtype", before.get("dtype"))  # not known before torch is imported
         if self.any_seed:
             now["seed"] = before.get("seed")
         different = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
@@ -97,12 +96,12 @@ class RunRecord:
 
 
 class RunState:
-    """Saved passes, and room for unfinished files, in a folder of one run; nobody else resumes it meanwhile.
+    """The folder of one run with its saved passes and unfinished files, locked against other runs.
 
     Args:
-        request: the folder's file of the run's record, open; it is locked as long as it is.
-        resumed: an interrupted run left it.
-        made: folders above that are this run's, innermost first; they go away with an empty-handed run.
+        request: the folder's file with the run's record, open and locked.
+        resumed: an interrupted run has left it.
+        made: parent folders that this run has made, innermost first; removed with a run that saves nothing.
     """
 
     def __init__(
@@ -111,15 +110,15 @@ class RunState:
         self.folder = folder
         self.resumed = resumed
         self.passes = 0
-        self.failed = False  # to keep what was finished
+        self.failed = False  # to write a safety copy
         self._record = record
         self._request = request
         self._made = made
 
     def recall(self) -> dict[str, Tensor]:
-        """The `latents` of the pass that comes next and the state of its `generator` after it, if they were saved.
+        """The `latents` of the next pass and the `generator` state after it, if they were saved.
 
-        With more tensors: those from the middle of the pass, as they were given to `save_step`.
+        From the middle of a pass there are more tensors, as given to `save_step`.
         """
         if saved := self._load(self._pass_file()):
             self.passes += 1
@@ -127,18 +126,18 @@ class RunState:
         return saved or self._load(self._steps_file())
 
     def save(self, latents: Tensor, generator: torch.Generator) -> None:
-        """Keep the latents of a pass that has just been made."""
+        """Save the latents of a finished pass."""
         self._store(self._pass_file(), {"latents": latents, "generator": generator.get_state()})
         with suppress(OSError):
             self._steps_file().unlink(missing_ok=True)
         self.passes += 1
 
     def save_step(self, latents: Tensor, generator: torch.Generator, more: Mapping[str, Tensor]) -> None:
-        """Keep the latents of a pass that is being made, in the place of those kept before, and what goes with them."""
+        """Save the latents within a pass, and `more` state, in place of the copy before."""
         self._store(self._steps_file(), {"latents": latents, "generator": generator.get_state(), **more})
 
     def close(self, completed: bool) -> None:
-        """Remove the folder, unless there is something in it that an interrupted run could go on from."""
+        """Remove the folder, unless an interrupted run can be resumed from it."""
         if completed or not self._has_something():
             shutil.rmtree(self.folder, ignore_errors=True)
             remove_empty(self._made)
@@ -162,7 +161,7 @@ class RunState:
         return self.folder / f"steps-{self.passes:03d}.safetensors"
 
     def _load(self, file: Path) -> dict[str, Tensor]:
-        """What was stored in a file, with a state of the generator; nothing where that is not there or damaged."""
+        """The tensors in a file; none where it is missing or damaged."""
         import torch
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -178,11 +177,11 @@ class RunState:
         return saved
 
     def _store(self, file: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Write a safety copy; where that cannot be done, say so, and go on."""
+        """Write a safety copy, or warn that it cannot be written."""
         from safetensors.torch import save
 
         try:
-            if not self.folder.is_dir():  # somebody has removed it
+            if not self.folder.is_dir():  # removed meanwhile
                 self.folder.mkdir(parents=True)
                 self._request.close()
                 self._request = begin_request(self.folder, self._record)
@@ -195,7 +194,7 @@ class RunState:
 
 
 def open_state(record: RunRecord, resume: bool = False, strict: bool = True) -> RunState:
-    """A new run's state; with `resume` the one that an interrupted run of the same record has left, if there is one.
+    """The state of a new run, or with `resume` of an interrupted run of the same record, if there is one.
 
     Args:
         strict: see `find_left`.
@@ -209,14 +208,14 @@ def open_state(record: RunRecord, resume: bool = False, strict: bool = True) -> 
         folder = state_folder(record.output, number)
         try:
             folder.mkdir(parents=True)
-        except FileExistsError:  # another run's, which may still want it
+        except FileExistsError:  # another run's
             continue
         return RunState(folder, begin_request(folder, record), record, made=made)
     raise AssertionError("unreachable")
 
 
 def begin_request(folder: Path, record: RunRecord) -> IO[str]:
-    """The file of a run's record in a new folder, locked."""
+    """The record file of a run in a new folder, open and locked."""
     request = (folder / REQUEST_FILE).open("x", encoding="utf-8")
     lock(request)
     request.write(record.to_json())
@@ -224,15 +223,15 @@ def begin_request(folder: Path, record: RunRecord) -> IO[str]:
     return request
 
 
-Left = tuple[Path, IO[str], dict[str, Any]]  # a folder, its file of the run's record, locked, and what is in that
+Left = tuple[Path, IO[str], dict[str, Any]]  # of an interrupted run: folder, record file (locked), record
 
 
 def find_left(record: RunRecord, strict: bool = True, anywhere: bool = False) -> Left | None:
-    """What an interrupted run of the same record has left, None if there is nothing.
+    """An interrupted run of the same record, None if there is none.
 
     Args:
-        strict: where there are only runs for that output that cannot be resumed, say why; else there is none.
-        anywhere: look for a run of any output in that folder, the newest first; others may be any run's.
+        strict: raise UserError where the runs for that output cannot be resumed.
+        anywhere: look for runs of any output in that folder, the newest first.
 
     Raises:
         UserError: it had other flags or inputs, or it has not ended.
@@ -251,7 +250,7 @@ def find_left(record: RunRecord, strict: bool = True, anywhere: bool = False) ->
 
 
 def state_folders(output: Path, anywhere: bool = False) -> Iterator[Path]:
-    """Folders that runs for an output, or for any beside it, have left."""
+    """The state folders of runs for an output, or for any beside it."""
     for path in output.parent.iterdir() if output.parent.is_dir() else ():
         name = STATE_FOLDER.fullmatch(path.name)
         if name is not None and (anywhere or name[1] == output.stem) and path.is_dir():
@@ -259,11 +258,11 @@ def state_folders(output: Path, anywhere: bool = False) -> Iterator[Path]:
 
 
 def claim(folder: Path, record: RunRecord) -> Left:
-    """What an interrupted run of the same record has left in a folder.
+    """The interrupted run in a folder, if it has the same record.
 
     Raises:
         UserError: it is another run's, or in use.
-        OSError, or one of NO_RECORD: it is nothing of the kind.
+        OSError, or one of NO_RECORD: there is no run in it.
     """
     request = (folder / REQUEST_FILE).open("r+", encoding="utf-8", errors="replace")
     try:
@@ -299,7 +298,7 @@ def state_folder(output: Path, number: int = 1) -> Path:
 
 
 def passes_in(folder: Path) -> list[Path]:
-    """The files of the passes that a run has finished, in their order."""
+    """The files of a run's finished passes, in order."""
     return sorted(folder.glob(PASS_FILES))
 
 
@@ -309,12 +308,12 @@ def kept_in(folder: Path) -> list[Path]:
 
 
 def alone(tensor: Tensor) -> Tensor:
-    """A copy on the CPU that shares its memory with nothing, as files want it."""
+    """A copy on the CPU that shares memory with no other tensor, as safetensors requires."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove all that is neither a safety copy nor the request."""
+    """Remove all but safety copies and the record."""
     kept = {folder / REQUEST_FILE, *kept_in(folder)}
     for path in folder.iterdir():
         if path not in kept:

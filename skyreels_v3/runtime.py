@@ -1,6 +1,6 @@
-"""Device, dtype, seeds and memory policy: the only file that names a device.
+"""Device, dtype, seeds and placement of modules: the only file that names devices.
 
-torch is imported when `start` runs and not before, so that a request can be checked against the machine without it.
+A request is checked against the machine without torch, which `find_machine` and `start` import.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ GPU_DRIVERS = ("libcuda.so.1", "nvcuda.dll", "libamdhip64.so")  # torch calls AM
 
 
 def check_device(device: str) -> None:
-    """Raise UserError when this machine cannot have `device`; looks for drivers, not for torch."""
+    """Raise UserError when this machine lacks `device`; looks for drivers, without torch."""
     if device == "cuda" and not any(has_library(name) for name in GPU_DRIVERS):
         raise UserError("--device", "cuda: this machine has no NVIDIA or AMD driver; use --device cpu or auto")
     if device == "mps" and (sys.platform, platform.machine()) != ("darwin", "arm64"):
@@ -63,7 +63,7 @@ def has_library(name: str) -> bool:
 
 
 def check_compute(request: GenerationRequest) -> None:
-    """Raise UserError when a kernel, FP8 products, streaming or a compiler are asked for that cannot be had here."""
+    """Raise UserError when the attention kernel, FP8 products, streaming or compilation cannot work here."""
     device = likely_device(request)
     check_attention(request.attention, device, request.dtype or default_dtype(device))
     if request.quant == "fp8_dynamic" and device == "mps":
@@ -77,7 +77,7 @@ def check_compute(request: GenerationRequest) -> None:
 
 
 def likely_device(request: GenerationRequest) -> str:
-    """The device that `find_machine` will choose, as far as it can be told without torch, for early errors."""
+    """The device that `find_machine` will choose, as far as that is known without torch; for early errors."""
     if request.device != "auto":
         return request.device
     if any(has_library(name) for name in GPU_DRIVERS):
@@ -91,7 +91,7 @@ def default_dtype(device: str) -> str:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how a run computes."""
+    """The device, dtype, attention kernel and ranks of a run."""
 
     device: torch.device
     dtype: torch.dtype
@@ -101,7 +101,7 @@ class Runtime:
     attention: AttentionFn
     parallel: Parallel
     streams: dict[nn.Module, BlockStream] = field(default_factory=dict)
-    announced: set[str] = field(default_factory=set)  # stages of which the user has been told
+    announced: set[str] = field(default_factory=set)  # stages that were logged
 
     @property
     def policy(self) -> Policy:
@@ -110,11 +110,11 @@ class Runtime:
 
     @contextmanager
     def resident(self, module: nn.Module, stage: str, blocks: Sequence[nn.Module] = ()) -> Iterator[None]:
-        """Have `module` on the device for the length of a `with` block, as far as the memory policy lets it.
+        """Have `module` on the device within a `with` block, in the way that the memory policy says.
 
         Args:
             stage: what it is needed for, such as "encoding the prompt".
-            blocks: parts of it that may come one after the other.
+            blocks: the parts that may be streamed.
         """
         from skyreels_v3.memory.offload import on_device
         from skyreels_v3.memory.policy import explained
@@ -125,7 +125,7 @@ class Runtime:
             self.announced.add(stage)
         with explained(stage, self.plan, self.free_memory), ExitStack() as stack:
             if is_sharded(module):
-                pass  # what is to be here is here
+                pass  # the shards are on the device
             elif self.policy.mode == "resident":
                 module.to(self.device)
             elif self.policy.mode == "stream" and blocks:
@@ -137,7 +137,7 @@ class Runtime:
     def stream(
         self, module: nn.Module, blocks: Sequence[nn.Module], keep: int = 0, pinned: bool = False
     ) -> BlockStream:
-        """The stream of a module's blocks, made when it is first asked for."""
+        """The stream of a module's blocks, made once."""
         from skyreels_v3.memory.stream import BlockStream
 
         if module not in self.streams:
@@ -147,14 +147,14 @@ class Runtime:
         return self.streams[module]
 
     def take_device(self) -> None:
-        """Make the device current in this thread, or its driver would set up the first one as well."""
+        """Make the device current in this thread, or the driver would set up the first GPU as well."""
         import torch
 
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
     def free_memory(self) -> int | None:
-        """Free bytes of the device's own memory now, None where it has none of its own."""
+        """Free bytes of the device's memory, None where it shares the host's."""
         import torch
 
         return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
@@ -173,9 +173,9 @@ class Runtime:
 
 
 def set_environment() -> None:
-    """Set what torch and xDiT read when they are imported, unless the user has set it."""
-    os.environ.setdefault("LOG_LEVEL", "error")  # xDiT's; it speaks on stdout, in each process
-    # stages of different sizes follow one another: room that one leaves must fit the next
+    """Set the environment variables that torch and xDiT read at import, unless the user has set them."""
+    os.environ.setdefault("LOG_LEVEL", "error")  # xDiT's, which logs to stdout in each process
+    # stages need blocks of different sizes: avoids fragmentation
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     compiled = compiled_folder()
     there = next(folder for folder in (compiled, *compiled.absolute().parents) if folder.exists())
@@ -184,10 +184,10 @@ def set_environment() -> None:
 
 
 def find_machine(request: GenerationRequest, ranks: Ranks = SINGLE) -> Machine:
-    """Choose device and dtype for a request: bfloat16 on a GPU and float32 on a CPU unless it says otherwise.
+    """Choose device and dtype: by default bfloat16 on a GPU and float32 on a CPU.
 
     Raises:
-        UserError: the torch that is installed cannot use the device, or a choice cannot be met on it.
+        UserError: the installed torch cannot use the device, or the device lacks what is asked for.
     """
     import torch
 
@@ -217,7 +217,7 @@ def find_machine(request: GenerationRequest, ranks: Ranks = SINGLE) -> Machine:
 
 @cache
 def free_memory(device: str) -> tuple[int | None, int]:
-    """Free bytes of a device's own memory, None where it has none, and of the host's, before anything was loaded."""
+    """Free bytes of the device's memory (None where it shares the host's) and of the host's, before loading."""
     import psutil
     import torch
 
@@ -226,7 +226,7 @@ def free_memory(device: str) -> tuple[int | None, int]:
 
 
 def start(plan: Plan) -> Runtime:
-    """Set up what a plan needs to be carried out.
+    """Set up the device, kernel and ranks of a plan.
 
     Raises:
         UserError: the attention kernel does not work here.
@@ -251,10 +251,10 @@ def start(plan: Plan) -> Runtime:
 
 
 def set_convolutions(dtype: torch.dtype) -> None:
-    """Have cuDNN's float32 convolutions exact in a float32 run; in others torch's default, TF32, as published.
+    """Make cuDNN's float32 convolutions exact in a float32 run; otherwise TF32, torch's default, as published.
 
-    TF32 multiplies 11 significant bits of each factor, 5 times as fast or more. What is float32 in a bfloat16 run is
-    the VAE and the audio encoder. Matrix products are exact unless torch is told otherwise.
+    TF32 multiplies 11 significant bits of each factor, at least 5 times as fast. In a bfloat16 run the VAE and the
+    audio encoder are float32. Matrix products are exact by torch's default.
     """
     import torch
 
@@ -263,10 +263,10 @@ def set_convolutions(dtype: torch.dtype) -> None:
 
 
 def pin(device: torch.device, room: torch.Tensor) -> bool:
-    """Make host memory known to the GPU's driver, so that it is copied from at full speed; False if that fails.
+    """Register host memory with the GPU's driver as pinned, for copies at full speed; False if that fails.
 
-    The memory is registered where it is: torch's own allocator of pinned memory rounds sizes up to powers of two, which
-    for a transformer's blocks wastes half as much again. A device without transfers needs nothing.
+    torch's own allocator of pinned memory rounds sizes up to powers of two, which wastes up to half of a transformer's
+    blocks. Without a GPU there is nothing to do.
     """
     import torch
 
@@ -275,7 +275,7 @@ def pin(device: torch.device, room: torch.Tensor) -> bool:
     torch.cuda.set_device(device)  # of this thread, or the driver would set up the first GPU as well
     runtime = torch.cuda.cudart()
     if int(runtime.cudaHostRegister(room.data_ptr(), room.nbytes, PORTABLE)) != 0:
-        # the driver keeps the error until it is asked, and this thread's next kernel would be said to have failed
+        # the driver holds the error until it is read, and would report it for this thread's next kernel
         with suppress(RuntimeError):
             torch.ones(1, device=device)
         return False

@@ -1,8 +1,7 @@
 """The stages that pipelines are made of: encode prompts, encode pictures, denoise, decode to frames.
 
-A pipeline is a generator of events: a `Step` after each denoising step, and a `Pass` when the denoising loop has ended.
-A pass has its latents, and its frames as a stream that is decoded while it is read; they must be read before the
-pipeline goes on.
+A pipeline is a generator of events: a `Step` after each denoising step, and a `Pass` after each denoising loop. A pass
+has its latents, and its frames as a stream that is decoded as it is read; read it before asking for the next event.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ Encoded = dict[str, Tensor]  # what a text encoder makes of a text
 
 @dataclass(frozen=True)
 class Step:
-    """A denoising step that has ended: step `number` of `total` in the pass `name`, and its latents (B, C, F, H, W)."""
+    """Denoising step `number` of `total` in the pass `name` is done; its latents (B, C, F, H, W)."""
 
     name: str
     number: int
@@ -77,15 +76,15 @@ def frames_to_video(frames: Sequence[Frame] | np.ndarray) -> Tensor:
 
 
 def video_to_frames(video: Tensor, rounding: bool) -> np.ndarray:
-    """(1, 3, F, H, W) in [-1, 1] -> uint8 [F, H, W, 3], rounded, or cut off as the extension models were made with."""
+    """(1, 3, F, H, W) in [-1, 1] -> uint8 [F, H, W, 3], rounded, or truncated as in the extensions' training."""
     levels = (video[0] / 2 + 0.5).clamp(0, 1) * 255
     levels = levels.round() if rounding else levels
-    # in the order of the file while they are on the device, which is better at it
+    # transposed on the device, which is faster
     return levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()
 
 
 def ahead(items: Generator[T, None, None], prepare: Callable[[], object] = lambda: None) -> Iterator[T]:
-    """The same items; while one is used a thread makes the next one. `prepare` is called in the thread first."""
+    """The same items, each made in a thread while the one before is used; `prepare` is called in that thread first."""
     end = object()
     with ThreadPoolExecutor(1, initializer=prepare) as thread:
         coming: Future[Any] = thread.submit(next, items, end)
@@ -99,7 +98,7 @@ def ahead(items: Generator[T, None, None], prepare: Callable[[], object] = lambd
 
 
 def log_step_times(ends: Sequence[float]) -> None:
-    """Say how long the first step took and the others, from the times of the beginning and of each step's end."""
+    """Log how long the first step and the others took, from the times of the start and of each step's end."""
     first = ends[1] - ends[0]
     later = f", the others {(ends[-1] - ends[1]) / (len(ends) - 2):.1f} s each" if len(ends) > 2 else ""
     logger.info("the first step, with compilation, took %.1f s%s", first, later)
@@ -135,7 +134,7 @@ class Stages:
         return [{name: encoded[text] for name, text in texts.items()} for texts in wanted]
 
     def encode_texts(self, texts: Iterable[str]) -> dict[str, Encoded]:
-        """What encodes each text, on the device; each is encoded once, and kept for later runs."""
+        """Each text encoded, on the device; encoded once, and kept for later runs."""
         texts, prompts = [*dict.fromkeys(texts)], self.components.prompts
 
         def encode() -> dict[str, Tensor]:
@@ -155,7 +154,7 @@ class Stages:
 
     @contextmanager
     def text_encoder(self) -> Iterator[TextEncoder]:
-        """The text encoder at work; quantised, if it is to be, when it is first needed."""
+        """The text encoder, resident; with --quant it is quantized when it is first needed."""
         encoder, quant = self.components.text_encoder, self.components.quant
         assert encoder is not None
         if quant is not None:
@@ -190,11 +189,11 @@ class Stages:
     ) -> Generator[Step, None, Tensor]:
         """Latents (1, 16, F, h, w) from noise, on the device, after a `Step` for each step.
 
-        A pass that an interrupted run has finished is not denoised again; one that it has begun is continued.
+        A pass that an interrupted run has finished is loaded; one that it has begun is continued.
 
         Args:
-            conditions: makes the conditions; not called for a pass that was finished before.
-            generator: where the noise comes from.
+            conditions: makes the conditions; not called for a finished pass.
+            generator: the source of the noise; its state is saved.
             scheduler: set to its first step.
         """
         request, parallel = self.request, self.runtime.parallel
@@ -226,7 +225,7 @@ class Stages:
                         last_copy = perf_counter()
                     yield Step(name, step, total, latents)
             except FloatingPointError:
-                check_finite(transformer, "transformer")  # not before: it reads all weights
+                check_finite(transformer, "transformer")  # only now: it reads all weights
                 raise
         if request.compile:
             log_step_times(ends)
@@ -239,12 +238,12 @@ class Stages:
 
     @property
     def copies_steps(self) -> bool:
-        """Whether unfinished passes are saved. A step cache knows more than the scheduler: such a pass begins anew."""
+        """Whether unfinished passes are saved; not with a step cache, whose state is not saved."""
         return self.state is not None and self.request.checkpoint_every > 0 and self.request.cache is None
 
     @contextmanager
     def predictions(self) -> Iterator[Predictions]:
-        """What computes the predictions of a pass: divided among processes, and not at every step if so asked."""
+        """How a pass computes its predictions: divided among ranks, and through the step cache with --cache."""
         request, parallel = self.request, self.runtime.parallel
         if request.cache is None:
             yield parallel.predictions
@@ -262,7 +261,7 @@ class Stages:
         """Video (1, 3, f, H, W) in [-1, 1] of latents (1, 16, F, h, w), piece by piece as it is asked for.
 
         Args:
-            frames: how many are wanted, None for all.
+            frames: how many, None for all.
         """
         vae = self.components.vae
         left = frames or VAE_STRIDE[0] * latents.shape[2]
@@ -279,8 +278,8 @@ class Stages:
         return self.frames_of(self.decode_video(latents, frames), rounding)
 
     def frames_of(self, video: Iterator[Tensor], rounding: bool) -> Iterator[Frame]:
-        """Frames of a video that comes in pieces; while those of one are written the next one is decoded."""
+        """Frames of a video that comes in pieces; the next piece is decoded while one is written."""
         pieces = (video_to_frames(piece, rounding) for piece in video)
-        del video  # closed with what it is read by, in the thread
+        del video  # the generator above closes it, in the thread
         for frames in ahead(pieces, self.runtime.take_device):
             yield from frames

@@ -1,4 +1,4 @@
-"""What a task is: one file of configs/ in a frozen dataclass, and sizes that are the same for all tasks. No torch."""
+"""What a task is: a preset in configs/, read into a frozen dataclass; and constants of all tasks. No torch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TaskSpec:
     family: str  # the folder of the model family, see families.py
     layout: str  # of the checkpoint: "diffusers" or "native" (Wan-native)
     transformer_folder: str
-    inputs: tuple[str, ...]  # flags that it needs
+    inputs: tuple[str, ...]  # required flags
     takes: tuple[str, ...]  # flags that only some tasks have
     size_buckets: str
     resolution: str
@@ -62,7 +62,7 @@ class TaskSpec:
     condition_frames: int | Mapping[int, int] = 0
     negative_prompt: str = ""
     window_prompt: str = ""
-    lenient: bool = False  # flags that it has no use for are accepted, with a note
+    lenient: bool = False  # flags without effect are accepted, with a note
     example: tuple[str, ...] = ()  # lines of flags for --help
 
     def condition_frames_for(self, duration: int) -> int:

@@ -1,4 +1,4 @@
-"""How fast this machine denoises, measured in earlier runs, so that a dry run can estimate the time of the next one."""
+"""How fast this machine denoises, measured in earlier runs, for the estimate of a dry run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def store(plan: Plan, latent_frames: int, seconds: float) -> None:
-    """Record how long a pass of so many latent frames took; replaces an earlier measurement."""
+    """Record the time of a pass of so many latent frames, in place of an earlier measurement."""
     flop = next((made.flop for made in plan.passes if made.latents[2] == latent_frames), 0)
     if plan.request.no_cache or not flop or not seconds:
         return
@@ -26,13 +26,13 @@ def store(plan: Plan, latent_frames: int, seconds: float) -> None:
 
 
 def seconds_of(plan: Plan) -> float | None:
-    """About how long the denoising of a plan takes, None if nothing like it has run here."""
+    """The estimated time of a plan's denoising, None if nothing like it has run here."""
     speed = measured().get(key_of(plan))
     return sum(made.flop for made in plan.passes) / speed if isinstance(speed, float) and speed > 0 else None
 
 
 def key_of(plan: Plan) -> str:
-    """What runs of about the same speed have in common."""
+    """What runs of about the same FLOP/s have in common."""
     request = plan.request
     model = (request.model_id, request.task.name, plan.device.partition(":")[0], plan.dtype)
     return " ".join(map(str, (*model, request.quant, request.memory, request.attention, plan.degrees)))
