@@ -32,8 +32,8 @@ ENCODERS = ("text_encoder", "image_encoder", "audio_encoder")  # only where some
 class Components:
     """The networks of a checkpoint.
 
-    The audio encoder is always float32, since it is small, and so is the VAE unless --vae_dtype says otherwise, since its
-    errors are visible.
+    The audio encoder is always float32, since it is small, and so is the VAE unless --vae_dtype says otherwise, since
+    its errors are visible.
     """
 
     transformer: Any  # an nn.Module and a Transformer, for which Python has no type
