@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from skyreels_v3 import Done, Frame, Step, UserError, load
+from tests.conftest import ASSETS
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SMALL = {"model_id": "tiny", "device": "cpu", "height": 32, "width": 48}
 
 

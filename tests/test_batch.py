@@ -8,9 +8,9 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,12 +74,8 @@ def test_defaults_and_what_overrules_them(write):
         FOX | {"offload": True},
     )
     one, wrong, other, last = read_jobs(str(file), {"offload": True, "num_frames": 13, "seed": 5, "quiet": True})
-    assert (one.request.memory, one.request.num_frames, one.request.seed, one.request.verbosity) == (
-        "offload",
-        5,
-        5,
-        -1,
-    )
+    made = one.request
+    assert (made.memory, made.num_frames, made.seed, made.verbosity) == ("offload", 5, 5, -1)
     assert wrong.request is None and wrong.problem.startswith("--duration: 3: conflicts with --num_frames")
     assert (other.request.num_frames, other.request.duration, other.number) == (None, 3, 3)
     assert last.request.memory == "offload"
@@ -143,9 +139,8 @@ def test_paths_begin_where_the_file_is(write, tmp_path, monkeypatch):
 
 
 def test_an_output_that_is_another_ones(write):
-    out = FOX | {"output": "a.mp4"}
-    again = FOX | {"output": "./b/../a.mp4"}
-    first, second, third, fourth = read_jobs(str(write(out, out | {"seed": 1}, FOX, again)), {})
+    outputs = [FOX | {"output": name} for name in ("a.mp4", "a.mp4", "c.mp4", "./b/../a.mp4")]
+    first, second, third, fourth = read_jobs(str(write(*outputs)), {})
     assert second.problem == "--output: a.mp4 is the output of line 1 already; give another name"
     assert first.request is not None and third.request is not None
     assert "is the output of line 1 already" in fourth.problem
@@ -166,11 +161,8 @@ def test_many_writers_and_a_line_that_was_cut_off(tmp_path):
         for number in range(50):
             writers[writer].add({"id": f"{writer}{number:04x}", "status": "done", "output": "\u00fc" * 500})
 
-    threads = [threading.Thread(target=write, args=(writer,)) for writer in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor() as threads:
+        [*threads.map(write, range(4))]
     ids = {f"{writer}{number:04x}" for writer in range(4) for number in range(50)}
     assert parse_results(file.read_bytes()).keys() == {"a", *ids}
 
@@ -184,9 +176,7 @@ def test_what_is_left_to_do(write, tmp_path, caplog):
         named = {"output": str(tmp_path / video)} if video else {}
         results.add({"id": lines[job].id, "status": status} | named)
     assert [job.number for job in choose_jobs(lines, Results(results.path), SINGLE)] == [3, 4, 5, 1]
-    assert [text for text in caplog.messages if "gone" in text] == [
-        f"line 3: {tmp_path}/gone is gone; it is made again"
-    ]
+    assert f"line 3: {tmp_path}/gone is gone; it is made again" in caplog.messages
 
 
 CLAIMING = """
@@ -200,6 +190,7 @@ input()
 """
 
 
+@pytest.mark.slow
 def test_a_job_is_one_runs(write, tmp_path):
     """As long as that lives; then another's, but not that of one that began before it was done."""
     (job, other) = read_jobs(str(write(FOX, BOAT)), {})
@@ -324,7 +315,6 @@ def test_good_and_bad_lines(main, write, loads, on_make, tmp_path, caplog):
     code, stdout, stderr = main("--jobs", "jobs.jsonl", *TOY)
     assert (code, stdout) == (1, "one.mp4\ntwo.mp4\nframes\n")
     assert stderr.splitlines()[-1] == "error: 3 of 6 jobs failed; jobs.results.jsonl says why"
-    assert "line 2: --input_video: nowhere.mp4 does not exist; check the path" in caplog.messages
     assert loads == ["reference_to_video", "shot_switching_extension"]
     assert seen == [[4, 7], [4, 7, 1], [4, 7, 1, 6, 2]]  # as they end
     assert {"one.mp4", "two.mp4", "two.safetensors"} < files_in(tmp_path)
@@ -337,9 +327,7 @@ def test_good_and_bad_lines(main, write, loads, on_make, tmp_path, caplog):
     assert (results[6]["output"], results[6]["seed"]) == ("two.mp4", 42)
     assert 0 <= results[1]["seed"] != 42
     assert results[2].keys() == {"job", "id", "status", "error", "exit", "seconds"}
-    assert (results[2]["error"], results[2]["exit"]) == (
-        "--input_video: nowhere.mp4 does not exist; check the path", 2,
-    )  # fmt: skip
+    assert results[2]["exit"] == 2 and results[2]["error"].startswith("--input_video: nowhere.mp4 does not exist")
 
     before = files_in(tmp_path)
     code, stdout, stderr = main("--jobs", "jobs.jsonl", *TOY, "--quiet", "--memory", "stream")
@@ -355,6 +343,7 @@ def test_good_and_bad_lines(main, write, loads, on_make, tmp_path, caplog):
     assert main("--jobs", "jobs.jsonl", *TOY)[:2] == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode", [(), ("--offload",), ("--low_vram",), ("--memory", "stream", "--stream_blocks", 1)], ids=str
 )

@@ -102,12 +102,6 @@ def test_what_fits_is_run(tmp_path, monkeypatch):
     assert limits == [120, 70]  # never more than is left
 
 
-def test_six_minutes_hold_the_most_telling():
-    """The estimates of what comes first, and what it costs to begin."""
-    entries = [*run_all.SETS["gpu"].values()][:8]
-    assert sum(entry.seconds for entry in entries) + 30 < 360
-
-
 @pytest.mark.slow
 def test_load_ends_in_json(tmp_path, monkeypatch, capsys):
     load = importlib.import_module("benchmarks.load")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +21,8 @@ from torch.utils._pytree import tree_map
 from skyreels_v3 import components, runtime
 from skyreels_v3 import generate as session
 from skyreels_v3.memory.policy import Policy
+from tests.conftest import ASSETS
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
 GPU = torch.device("meta")  # one that every build of torch has
 BETWEEN = {"_to_copy", "to", "copy_", "index", "index_put_", "_index_put_impl_", "_local_scalar_dense"}
 

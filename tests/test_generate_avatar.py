@@ -14,18 +14,12 @@ from PIL import Image
 
 from skyreels_v3.media.audio import probe_audio, read_audio
 from skyreels_v3.media.video_reader import probe_video
-from tests.conftest import ROOT, files_in
+from tests.conftest import ASSETS, files_in, write_tone
 
 SMALL = ("--device", "cpu", "--height", "32", "--width", "32", "--num_inference_steps", "1", "--model_id", "tiny")
-AVATAR = ("--task_type", "talking_avatar", "--prompt", "a", "--input_image", ROOT / "assets" / "portrait.png", *SMALL)
+AVATAR = ("--task_type", "talking_avatar", "--prompt", "a", "--input_image", ASSETS / "portrait.png", *SMALL)
 FRAME = 1 / 25
 EXPERIMENTAL = "experimental: the published weights are said to be trained on one speaker and a portrait"
-
-
-def tone(path: Path, seconds: float, rate: int, frequency: int = 440) -> Path:
-    source = f"sine=frequency={frequency}:sample_rate={rate}:duration={seconds}"
-    subprocess.run([get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", source, path], check=True)
-    return path
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -42,7 +36,7 @@ def sound_of(path: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(("seconds", "rate", "frames"), [(0.5, 22050, 13), (1.01, 48000, 26), (3.5, 44100, 88)])
 def test_picture_and_sound_are_as_long(main, tmp_path, seconds, rate, frames):
-    sound = tone(tmp_path / "sound.wav", seconds, rate)
+    sound = write_tone(tmp_path / "sound.wav", seconds, rate)
     code, stdout, stderr = main(*AVATAR, "--input_audio", sound, "--output", "a.mp4")
     assert (code, stdout) == (0, "a.mp4\n"), stderr
     bars = dict(re.findall(r"^(\w[\w /]+): +(\d+%)", stderr, re.MULTILINE))  # how far each has come
@@ -59,7 +53,7 @@ def test_picture_and_sound_are_as_long(main, tmp_path, seconds, rate, frames):
 @pytest.mark.slow
 @pytest.mark.parametrize(("audio_type", "frames"), [("parallel", 25), ("sequential", 38)])
 def test_two_speakers_are_experimental(main, tmp_path, caplog, audio_type, frames):
-    sounds = f"{tone(tmp_path / 'a.wav', 1.0, 16000)},{tone(tmp_path / 'b.wav', 0.5, 16000, 2000)}"
+    sounds = f"{write_tone(tmp_path / 'a.wav', 1.0, 16000)},{write_tone(tmp_path / 'b.wav', 0.5, 16000, 2000)}"
     flags = ("--input_audio", sounds, "--audio_type", audio_type, "--output", "a.mp4")
     code, stdout, stderr = main(*AVATAR, *flags)
     assert (code, stdout) == (0, "a.mp4\n"), stderr
@@ -76,7 +70,7 @@ def test_two_speakers_are_experimental(main, tmp_path, caplog, audio_type, frame
 
 
 def test_a_folder_of_pictures(main, tmp_path):
-    sound = tone(tmp_path / "sound.wav", 0.5, 16000)
+    sound = write_tone(tmp_path / "sound.wav", 0.5, 16000)
     code, stdout, stderr = main(*AVATAR, "--input_audio", sound, "--output", "frames/", "--quiet")
     assert (code, stdout) == (0, "frames\n"), stderr
     assert files_in(tmp_path / "frames") == {f"{number:05d}.png" for number in range(13)}
@@ -84,11 +78,11 @@ def test_a_folder_of_pictures(main, tmp_path):
     assert not (tmp_path / "frames.state").exists()
 
 
+@pytest.mark.slow
 def test_a_dubbed_clip_is_experimental(main, tmp_path, caplog):
-    sound = tone(tmp_path / "sound.wav", 0.5, 16000)
-    flags = [flag for flag in AVATAR if flag != "--input_image" and flag != ROOT / "assets" / "portrait.png"]
-    clip = ("--input_video", ROOT / "assets" / "boat.mp4")
-    code, _, stderr = main(*flags, *clip, "--input_audio", sound, "--output", "a.mp4")
+    sound = write_tone(tmp_path / "sound.wav", 0.5, 16000)
+    clip = ("--task_type", "talking_avatar", "--prompt", "a", "--input_video", ASSETS / "boat.mp4", *SMALL)
+    code, _, stderr = main(*clip, "--input_audio", sound, "--output", "a.mp4")
     assert code == 0, stderr
     assert warnings_of(caplog) == [EXPERIMENTAL]
     assert probe_video(tmp_path / "a.mp4", 25).frames == 13

@@ -18,11 +18,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 OPTIONS = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    python3 generate_video\.py (.+)$", README, re.MULTILINE)
 OLD_COMMANDS = re.findall(r"^    python3 video_generate\.py (.+)$", README, re.MULTILINE)
-V1_FLAGS = (
-    *("model_id", "outdir", "guidance_scale", "num_frames", "num_inference_steps", "seed", "prompt", "negative_prompt"),
-    *("height", "width", "gpu_num", "video_num", "task_type", "image", "embedded_guidance_scale", "fps", "quant"),
-    *("offload", "high_cpu_memory", "parameters_level", "compiler_transformer", "sequence_batch"),
-)
 
 
 def test_there_is_a_command_for_each_task():
@@ -54,10 +49,6 @@ def test_commands_by_the_old_name(main, monkeypatch, command):
     assert plan["video"].startswith("960 x 544, 97 new frames at 24 fps")
     assert re.search(r"resident [\d.]+ GB, offload [\d.]+ GB, stream [\d.]+ GB", plan["memory"])
     assert ("guidance 2 x ring 1 x Ulysses 2" in stdout) == ("--gpu_num 4" in command)
-
-
-def test_every_flag_of_v1_is_there():
-    assert {flag.name for flag in FLAGS} >= {*V1_FLAGS}
 
 
 def test_the_options_page_is_current():
