@@ -58,7 +58,7 @@ from skyreels_v3.components import set_up_transformer
 from skyreels_v3.denoising.loop import Condition
 from skyreels_v3.families import width_of
 from skyreels_v3.hunyuan.conditioning import HunyuanConditioning
-from skyreels_v3.hunyuan.family import TEXT_TOKENS
+from skyreels_v3.hunyuan.key_maps import TEXT_TOKENS
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.inputs import Inputs
 from skyreels_v3.plan import Checked, plan

@@ -21,7 +21,8 @@ from skyreels_v3.memory.stream import tensors_of
 from skyreels_v3.plan import build_on_meta
 from skyreels_v3.request import ResolvedRequest
 from skyreels_v3.tasks import PATCH_SIZE, VAE_STRIDE, choose_size, task_spec
-from skyreels_v3.wan.family import IMAGE_TOKENS, TEXT_TOKENS
+from skyreels_v3.wan.family import IMAGE_TOKENS
+from skyreels_v3.wan.key_maps import TEXT_TOKENS
 from skyreels_v3.wan.rope import Segment
 from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 

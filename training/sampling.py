@@ -15,7 +15,7 @@ from skyreels_v3.denoising.guidance import FULL, NO_TEXT, Guidance, one_conditio
 from skyreels_v3.denoising.loop import denoise, euler, euler_of, unipc
 from skyreels_v3.hunyuan.conditioning import HunyuanConditioning
 from skyreels_v3.tasks import task_spec
-from skyreels_v3.wan.conditioning import MAX_TOKENS
+from skyreels_v3.wan.key_maps import TEXT_TOKENS
 from training import networks
 from training.tasks import CONDITION_FRAMES, Avatar, Extension, Hunyuan, References, Sample, Task
 
@@ -54,7 +54,7 @@ def sample(
     else:
         assert isinstance(task, Avatar)
         conditions[FULL] = task.condition(chosen, drop=False)
-    text = F.pad(conditions[FULL].text, (0, 0, 0, MAX_TOKENS - conditions[FULL].text.shape[1]))
+    text = F.pad(conditions[FULL].text, (0, 0, 0, TEXT_TOKENS - conditions[FULL].text.shape[1]))
     conditions[FULL] = replace(conditions[FULL], text=text)
     noise = torch.randn(truth.shape, generator=generator).to(truth.device)
     made = last(denoise(model, scheduler, noise, conditions, guidance))

@@ -22,7 +22,8 @@ from skyreels_v3.checkpoints.tiny import SIZES, random_model
 from skyreels_v3.hunyuan.conditioning import HunyuanConditioning
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.tasks import REFERENCE_SLOTS, task_spec
-from skyreels_v3.wan.conditioning import MAX_TOKENS, Conditioning, ImageEncoder
+from skyreels_v3.wan.conditioning import Conditioning, ImageEncoder
+from skyreels_v3.wan.key_maps import TEXT_TOKENS
 from skyreels_v3.wan.rope import Segment
 from skyreels_v3.wan.shot_switching_extension import CUT_POSITION
 from skyreels_v3.wan.windows import MOTION_FRAMES, WINDOW_FRAMES
@@ -469,6 +470,6 @@ def velocity(model: Any, condition: Condition, noisy: Tensor, sigma: Tensor, flo
     if any(segment.clean for segment in segments):
         spread = [times[:, None].expand(-1, s.latents.shape[2]) * (not s.clean) for s in segments]
         times = torch.cat(spread, dim=1)
-    text = F.pad(condition.text, (0, 0, 0, MAX_TOKENS - condition.text.shape[1]))
+    text = F.pad(condition.text, (0, 0, 0, TEXT_TOKENS - condition.text.shape[1]))
     made = model(segments, times, text, condition.image, condition.audio, condition.speaker_masks)
     return made[len(condition.before)]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from skyreels_v3.checkpoints.files import Repository, read_json, read_sizes
 from skyreels_v3.errors import CheckpointError, UserError
 from skyreels_v3.families import TextEncoderSizes, width_of
+from skyreels_v3.hunyuan.key_maps import TEXT_TOKENS
 from skyreels_v3.memory.policy import BYTES, Tiles
 from skyreels_v3.parallel.ranks import UNDIVIDED, ParallelConfig
 from skyreels_v3.tasks import CONFIG_DIR, TaskSpec, load_yaml
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from skyreels_v3.parallel.usp import UspFn
 
 SCHEDULER = "scheduler/scheduler_config.json"
-TEXT_TOKENS = 256  # of a prompt, at most
 
 # The published components
 TEXT_ENCODER = TextEncoderSizes(  # Llama and CLIP; the blocks are Llama's

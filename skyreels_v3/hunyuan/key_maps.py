@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from skyreels_v3.checkpoints.key_maps import IDENTITY, KeyMap, rename_layers
 
+TEXT_TOKENS = 256  # of a prompt, at most
+
 # HunyuanVideo's own names and ComfyUI's -> HunyuanTransformer3DModel. `final_layer.adaLN_modulation.1` is not among
 # them: its halves, shift and scale, come in the other order there.
 _EMBEDDING = {r"(?:mlp\.0|in_layer|linear_1)": "linear_1", r"(?:mlp\.2|out_layer|linear_2)": "linear_2"}

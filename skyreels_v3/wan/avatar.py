@@ -1,15 +1,14 @@
 """The passes of a talking avatar.
 
-`windows.plan_windows` says which there are; `make_window` runs one, the key-frame pass as well as every window. Between
-the windows only the last few frames are kept, so memory does not grow with the length.
+`windows.plan_windows` says which there are; `Avatar.make_window` runs one, the key-frame pass as well as every window.
+Only the last few frames are kept between windows, so memory does not grow with the video's length.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from itertools import islice
 
 import numpy as np
@@ -30,130 +29,98 @@ from skyreels_v3.wan.windows import MOTION_FRAMES, WINDOW_FRAMES, Window, Window
 
 logger = logging.getLogger(__name__)
 
-AUDIO_REACH = 2  # a video frame sees the sound of so many frames before and after it
+AUDIO_REACH = 2  # a video frame sees the audio of so many frames before and after it
 SILENT = (NO_AUDIO, NO_TEXT_NO_AUDIO)
 
-
-@dataclass(frozen=True)
-class Scene:
-    """What all passes of a run share.
-
-    Attributes:
-        portrait: (1, 3, 1, H, W) in [-1, 1]; its colours are those of the video.
-        features: (P, F, layers, D) wav2vec2 features of P speakers, F frames with the padding.
-        speaker_masks: (3, H/8, W/8) first speaker, second speaker, background; None for one speaker.
-        generator: where all noise comes from, in the order of the passes.
-    """
-
-    portrait: Tensor
-    features: Tensor
-    speaker_masks: Tensor | None
-    generator: torch.Generator
-
-
-@dataclass(frozen=True)
-class Given:
-    """The frames of a pass that are known, (1, 3, K, H, W) in [-1, 1].
-
-    Attributes:
-        first: the portrait, or the last frames of the window before.
-        last: what the window ends in, or None.
-        pinned: the first frames are held in place while denoising, as they go on from another window.
-    """
-
-    first: Tensor
-    last: Tensor | None = None
-    pinned: bool = False
+Texts = Mapping[str, Encoded]  # the encoded prompt of each condition
+Known = tuple[
+    Tensor, Tensor | None
+]  # first and last frames of a pass (1, 3, K, H, W) in [-1, 1]; None: the last are new
 
 
 class Avatar:
-    """A video of a talking avatar."""
+    """A video of a talking avatar.
+
+    Attributes:
+        portrait: (1, 3, 1, H, W) in [-1, 1] on the device; the video takes its colors.
+        speaker_masks: (3, H/8, W/8) first speaker, second speaker, background; None for one speaker.
+        features: (P, F, layers, D) wav2vec2 features of P speakers, F frames with the padding.
+        generator: the source of all noise, in the order of the passes.
+    """
+
+    features: Tensor
 
     def __init__(self, stages: Stages, guidance: Guidance) -> None:
         self.stages = stages
         self.runtime, self.components = stages.runtime, stages.components
         self.request, self.inputs = stages.request, stages.inputs
         self.guidance = guidance
+        self.portrait = self.read_portrait()
+        self.speaker_masks = self.make_speaker_masks()
+        self.generator = self.runtime.generator(self.request.seed)
 
     def run(self) -> Iterator[Event]:
-        """The key-frame pass, and a pass for each window of a longer video."""
+        """The key-frame pass, and a pass for each window of a longer video; for a dubbed clip windows only."""
         request, inputs = self.request, self.inputs
         if inputs.clip is not None or len(inputs.audio) > 1:
             logger.warning("experimental: the published weights are said to be trained on one speaker and a portrait")
         features = self.encode_audio()
         plan = plan_windows(features.shape[1])
+        padding = features[:, 2 * plan.audio_frames - plan.padded_frames :].flip(1)
+        self.features = torch.cat((features, padding), dim=1) if plan.windows else features
         window_prompt = request.window_prompt if plan.windows else request.prompt
         texts, window_texts = self.stages.encode_prompts(self.guidance, request.prompt, window_prompt)
-        padding = features[:, 2 * plan.audio_frames - plan.padded_frames :].flip(1)
-        scene = Scene(
-            portrait=self.portrait(),
-            features=torch.cat((features, padding), dim=1) if plan.windows else features,
-            speaker_masks=self.speaker_masks(),
-            generator=self.runtime.generator(request.seed),
-        )
         if inputs.clip is not None:
-            yield from self.dub(scene, plan, texts)
+            windows = plan.windows or (Window(0, 0, 0, plan.audio_frames),)
+            yield from self.make_windows(windows, self.clip_frames(windows), texts, done=0)
             return
         name = f"denoising 1/{len(plan.windows) + 1}"
-        latents = yield from self.make_window(scene, texts, Given(scene.portrait), 0, name)
-        decoded = self.decode_matched(latents, scene, None if plan.windows else plan.audio_frames)
+        latents = yield from self.make_window(texts, (self.portrait, None), 0, name)
+        decoded = self.decode_matched(latents, None if plan.windows else plan.audio_frames)
         if not plan.windows:
             yield Pass(latents.cpu(), self.stages.frames_of(decoded, rounding=False))
             return
         keys = self.key_frames(plan, decoded)
         yield Pass(latents.cpu(), iter(()))
-        yield from self.make_windows(scene, plan, window_texts, keys)
+        yield from self.make_windows(plan.windows, self.chained_frames(plan.windows, keys), window_texts, done=1)
 
     def make_windows(
-        self, scene: Scene, plan: WindowPlan, texts: Mapping[str, Encoded], keys: Mapping[int, Tensor]
+        self, windows: Sequence[Window], known: Iterator[Known], texts: Texts, done: int
     ) -> Iterator[Event]:
-        """A pass for each window; `keys` are the key frames (1, 3, 1, H, W) by the windows' starts."""
-        given = scene.portrait
-        total = len(plan.windows) + 1
+        """A pass for each window, after `done` passes; the next known frames are asked for when a window is written."""
+        total = done + len(windows)
         with self.runtime.bar("windows", total) as bar:
-            bar.update()  # the key-frame pass
-            for number, window in enumerate(plan.windows, start=2):
-                key = keys[window.start].expand(-1, -1, MOTION_FRAMES, -1, -1)
-                known = Given(given, key, pinned=window.start > 0)
-                latents = yield from self.make_window(scene, texts, known, window.start, f"denoising {number}/{total}")
-                tail: deque[Tensor] = deque(maxlen=MOTION_FRAMES)
-                yield Pass(latents.cpu(), self.new_frames(latents, scene, window, tail))
-                given = torch.cat(list(tail), dim=2)
+            bar.update(done)
+            for number, (window, frames) in enumerate(zip(windows, known, strict=False), start=done + 1):
+                name = f"denoising {number}/{total}"
+                latents = yield from self.make_window(texts, frames, window.start, name)
+                self.tail: deque[Tensor] = deque(maxlen=MOTION_FRAMES)
+                yield Pass(latents.cpu(), self.new_frames(latents, window))
                 bar.update()
 
-    def dub(self, scene: Scene, plan: WindowPlan, texts: Mapping[str, Encoded]) -> Iterator[Event]:
-        """Passes over an existing clip: each begins and ends in the clip's own frames at that time."""
-        windows = plan.windows or (Window(0, 0, 0, plan.audio_frames),)
-        starts = [window.start for window in windows]
-        clip = self.clip_frames(starts)
-        with self.runtime.bar("windows", len(windows)) as bar:
-            for number, window in enumerate(windows, start=1):
-                known = Given(*next(clip), pinned=window.start > 0)
-                name = f"denoising {number}/{len(windows)}"
-                latents = yield from self.make_window(scene, texts, known, window.start, name)
-                yield Pass(latents.cpu(), self.new_frames(latents, scene, window, deque(maxlen=1)))
-                bar.update()
+    def chained_frames(self, windows: Sequence[Window], keys: Mapping[int, Tensor]) -> Iterator[Known]:
+        """Each window goes on from the last frames of the one before, and ends in its key frame."""
+        first = self.portrait
+        for window in windows:
+            yield first, keys[window.start].expand(-1, -1, MOTION_FRAMES, -1, -1)
+            first = torch.cat(list(self.tail), dim=2)
 
-    def clip_frames(self, starts: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The first and last known frames of each window, read in one go; the clip's last frame goes on for ever."""
+    def clip_frames(self, windows: Sequence[Window]) -> Iterator[Known]:
+        """Each window begins and ends in the clip's own frames at that time; its last frame goes on for ever."""
         request, clip = self.request, self.inputs.clip
         assert clip is not None
         frames = resize_frames(read_frames(clip.path, request.task.fps), request.height, request.width)
         held: deque[Frame] = deque(maxlen=WINDOW_FRAMES)
         read = 0
-        for start in starts:
-            while read < start + WINDOW_FRAMES:
+        for window in windows:
+            while read < window.start + WINDOW_FRAMES:
                 held.append(next(frames, held[-1]) if held else next(frames))
                 read += 1
-            window = list(held)
-            first, last = (
-                frames_to_video(part).to(self.runtime.device)
-                for part in (window[:MOTION_FRAMES], window[-MOTION_FRAMES:])
-            )
-            yield first, last
+            first, last = ([*held][:MOTION_FRAMES], [*held][-MOTION_FRAMES:])
+            yield frames_to_video(first).to(self.runtime.device), frames_to_video(last).to(self.runtime.device)
 
     def key_frames(self, plan: WindowPlan, decoded: Iterator[Tensor]) -> dict[int, Tensor]:
-        """The frame (1, 3, 1, H, W) that each window ends in, by the windows' starts; the user's before made ones."""
+        """The frame (1, 3, 1, H, W) that each window ends in, by the window's start: the user's, or one of the pass."""
         wanted = {window.key_frame for window in plan.windows}
         # on the host: there may be as many as the pass has frames
         frames = (frame for piece in decoded for frame in piece.split(1, dim=2))
@@ -164,9 +131,7 @@ class Avatar:
             time = seconds * self.request.task.fps
             nearest = min(keys, key=lambda start: abs(start + WINDOW_FRAMES - time))
             if nearest in replaced:
-                logger.warning(
-                    "two --keyframes are nearest to the end of one window; the one at %g s is taken", seconds
-                )
+                logger.warning("two --keyframes are nearest to one window's end; the one at %g s is taken", seconds)
             replaced.add(nearest)
             keys[nearest] = frames_to_video([self.fitted(picture)])
         return keys
@@ -176,8 +141,8 @@ class Avatar:
         request = self.request
         return np.asarray(cover_crop(picture, request.height, request.width, Image.Resampling.BILINEAR))
 
-    def portrait(self) -> Tensor:
-        """The portrait, or a dubbed clip's first frame, (1, 3, 1, H, W) on the device."""
+    def read_portrait(self) -> Tensor:
+        """The portrait, or the first frame of a dubbed clip."""
         clip = self.inputs.clip
         if clip is not None:
             picture = Image.fromarray(next(read_frames(clip.path, self.request.task.fps)))
@@ -185,8 +150,8 @@ class Avatar:
             picture = self.inputs.images[0]
         return frames_to_video([self.fitted(picture)]).to(self.runtime.device)
 
-    def speaker_masks(self) -> Tensor | None:
-        """Where the two speakers are, in latent pixels; the portrait's halves unless there are boxes."""
+    def make_speaker_masks(self) -> Tensor | None:
+        """Where the two speakers are: the portrait's halves unless there are boxes."""
         request, inputs = self.request, self.inputs
         if len(inputs.audio) < 2:
             return None
@@ -201,13 +166,13 @@ class Avatar:
         return masks.to(self.runtime.device)
 
     def encode_audio(self) -> Tensor:
-        """Features (P, F, layers, D) of each speaker's sound, silent while only the other one speaks."""
+        """Features (P, F, layers, D) of each speaker's audio, silent while only the other one speaks."""
         encoder, request, inputs = self.components.audio_encoder, self.request, self.inputs
 
         def encode() -> dict[str, Tensor]:
             assert encoder is not None
             voices = [normalise_loudness(read_audio(sound.path)) for sound in inputs.audio]
-            with self.runtime.resident(encoder.module, "encoding the sound"):
+            with self.runtime.resident(encoder.module, "encoding the audio"):
                 heard = [
                     encoder(torch.from_numpy(samples).to(self.runtime.device), request.task.fps)
                     for samples in in_turn(voices, request.audio_type == "sequential")
@@ -216,60 +181,50 @@ class Avatar:
 
         return self.runtime.parallel.broadcast_from_main(encode)["features"].to(self.runtime.device)
 
-    def make_window(
-        self, scene: Scene, texts: Mapping[str, Encoded], given: Given, start: int, name: str
-    ) -> Generator[Step, None, Tensor]:
-        """Latents (1, 16, 21, h, w) of one pass that begins at frame `start` of the sound.
+    def make_window(self, texts: Texts, known: Known, start: int, name: str) -> Generator[Step, None, Tensor]:
+        """Latents (1, 16, 21, h, w) of the pass that begins at frame `start` of the audio.
 
-        `texts` is the encoded prompt of each condition. Where `given` says so, the first latent frames are held to the
-        given ones, at the noise level of each step.
+        Unless it is the first one, its first latent frames are held to the known ones at the noise level of each step.
         """
-        known: list[Tensor] = []
+        encoded: list[Tensor] = []
 
         def conditions() -> dict[str, Conditioning]:
-            known.append(self.known_frames(given))
-            return self.conditions(scene, texts, known[0], given, start)
+            encoded.append(self.encode_known(*known))
+            image = self.encode_image(known[0][:, :, 0])
+            audio = audio_windows(self.features, start)[None]
+            return {
+                name: Conditioning(
+                    parts["context"],
+                    channels=encoded[0],
+                    image=image,
+                    audio=torch.zeros_like(audio) if name in SILENT else audio,
+                    speaker_masks=self.speaker_masks,
+                )
+                for name, parts in texts.items()
+            }
 
         def hold_motion(latents: Tensor, sigma: float) -> Tensor:
-            motion = known[0][:, VAE_STRIDE[0] :, : latent_frames(MOTION_FRAMES)]
-            fresh = torch.randn(motion.shape, generator=scene.generator).to(latents.device)
+            motion = encoded[0][:, VAE_STRIDE[0] :, : latent_frames(MOTION_FRAMES)]
+            fresh = torch.randn(motion.shape, generator=self.generator).to(latents.device)
             held = (1 - sigma) * motion + sigma * fresh
             return torch.cat((held, latents[:, :, motion.shape[2] :]), dim=2)
 
-        noise = self.stages.noise(latent_frames(WINDOW_FRAMES), scene.generator)
-        constraint = hold_motion if given.pinned else unconstrained
+        noise = self.stages.noise(latent_frames(WINDOW_FRAMES), self.generator)
+        constraint = hold_motion if start > 0 else unconstrained
         scheduler = euler(self.request.num_inference_steps, self.request.shift)
-        return self.stages.denoise(noise, conditions, self.guidance, scene.generator, scheduler, name, constraint)
+        return self.stages.denoise(noise, conditions, self.guidance, self.generator, scheduler, name, constraint)
 
-    def conditions(
-        self, scene: Scene, texts: Mapping[str, Encoded], known: Tensor, given: Given, start: int
-    ) -> dict[str, Conditioning]:
-        """What a pass is conditioned on, for each condition of the guidance."""
-        image = self.encode_image(given.first[:, :, 0])
-        audio = audio_windows(scene.features, start)[None]
-        return {
-            name: Conditioning(
-                parts["context"],
-                channels=known,
-                image=image,
-                audio=torch.zeros_like(audio) if name in SILENT else audio,
-                speaker_masks=scene.speaker_masks,
-            )
-            for name, parts in texts.items()
-        }
-
-    def known_frames(self, given: Given) -> Tensor:
-        """(1, 4 + 16, 21, h, w): which frames of a pass are known, and the latents of those on grey."""
-        first = given.first
+    def encode_known(self, first: Tensor, last: Tensor | None) -> Tensor:
+        """(1, 4 + 16, 21, h, w): which frames of a pass are known, and the latents of those frames on grey."""
         video = first.new_zeros((*first.shape[:2], WINDOW_FRAMES, *first.shape[3:]))
         known = torch.zeros(WINDOW_FRAMES)
         video[:, :, : first.shape[2]] = first
         known[: first.shape[2]] = 1
-        if given.last is not None:
-            video[:, :, -given.last.shape[2] :] = given.last.to(video)
-            known[-given.last.shape[2] :] = 1
+        if last is not None:
+            video[:, :, -last.shape[2] :] = last.to(video)
+            known[-last.shape[2] :] = 1
         latents = self.stages.encode_video(video)
-        # the first frame fills a latent frame alone: it counts for all four
+        # the first frame has a latent frame to itself, and counts for all four
         mask = torch.cat((known[:1].expand(VAE_STRIDE[0]), known[1:])).unflatten(0, (-1, VAE_STRIDE[0])).T  # (4, 21)
         mask = mask[None, :, :, None, None].to(latents).expand(-1, -1, -1, *latents.shape[3:])
         return torch.cat((mask, latents), dim=1)
@@ -285,36 +240,34 @@ class Avatar:
 
         return self.runtime.parallel.broadcast_from_main(encode)["image"].to(self.runtime.device)
 
-    def decode_matched(self, latents: Tensor, scene: Scene, frames: int | None = None) -> Iterator[Tensor]:
-        """Video (1, 3, f, H, W) of latents in the portrait's colours, piece by piece; see `Stages.decode_video`."""
+    def decode_matched(self, latents: Tensor, frames: int | None = None) -> Iterator[Tensor]:
+        """Video (1, 3, f, H, W) of latents in the portrait's colors, piece by piece; see `Stages.decode_video`."""
         for piece in self.stages.decode_video(latents, frames):
-            yield match_color(piece, scene.portrait, self.request.color_correction_strength)
+            yield match_color(piece, self.portrait, self.request.color_correction_strength)
 
-    def new_frames(self, latents: Tensor, scene: Scene, window: Window, tail: deque[Tensor]) -> Iterator[Frame]:
+    def new_frames(self, latents: Tensor, window: Window) -> Iterator[Frame]:
         """The frames of a window that are written; `tail` ends up with the last of them."""
 
         def pieces() -> Iterator[Tensor]:
-            for piece in self.decode_matched(latents, scene, window.end):
-                tail.extend(piece.split(1, dim=2))
+            for piece in self.decode_matched(latents, window.end):
+                self.tail.extend(piece.split(1, dim=2))
                 yield piece
 
         return islice(self.stages.frames_of(pieces(), rounding=False), window.first, None)
 
 
 def in_turn(voices: list[np.ndarray], sequential: bool) -> list[np.ndarray]:
-    """Speakers' samples brought to one length: one after the other, or all from the start; silence elsewhere."""
-    if not sequential:
-        length = max(map(len, voices))
-        return [np.pad(samples, (0, length - len(samples))) for samples in voices]
-    total = sum(map(len, voices))
-    begins = np.cumsum([0, *map(len, voices[:-1])])
+    """Speakers' samples padded with silence to one length: one after the other, or all from the start."""
+    lengths = [*map(len, voices)]
+    begins = np.cumsum([0, *lengths[:-1]]) if sequential else np.zeros(len(voices), dtype=int)
+    total = sum(lengths) if sequential else max(lengths)
     return [
         np.pad(samples, (begin, total - begin - len(samples))) for begin, samples in zip(begins, voices, strict=True)
     ]
 
 
 def token_span(start: float, end: float, side: int) -> slice:
-    """Latent pixels of the tokens between two places on a side in pixels: at least one token."""
+    """The latent pixels of the tokens between two positions on a side, in pixels: at least one token."""
     first = min(int(start / SIZE_MULTIPLE), side // SIZE_MULTIPLE - 1)
     last = max(round(end / SIZE_MULTIPLE), first + 1)
     return slice(first * PATCH_SIZE[1], last * PATCH_SIZE[1])

@@ -1,5 +1,8 @@
-"""What V3's transformer is conditioned on: its data, and the encoders of text (UMT5), pictures (CLIP) and sound
-(wav2vec2)."""
+"""What V3's transformer is conditioned on.
+
+The encoders, around transformers' models: text (UMT5), images (CLIP) and audio (wav2vec2). And `Conditioning`, which
+calls the transformer with their states and with the segments that stand beside the latents.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,93 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel, Wav2Vec2Model
 
+from skyreels_v3.wan.key_maps import TEXT_TOKENS
 from skyreels_v3.wan.rope import Segment
 from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
 logger = logging.getLogger(__name__)
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, RGB
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+SAMPLE_RATE = 16_000
+VARIANCE_FLOOR = 1e-7  # of audio samples
+
+
+def clean_prompt(prompt: str) -> str:
+    """Fix the encoding, unescape HTML entities (twice: some are doubly escaped), collapse white space."""
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+class TextEncoder:
+    """UMT5 with its tokenizer."""
+
+    def __init__(self, module: UMT5EncoderModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.module = module
+        self.tokenizer = tokenizer
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The layers, for streaming."""
+        return cast(Sequence[nn.Module], self.module.encoder.block)
+
+    def tokenize(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """Token ids and mask (1, L) of the cleaned prompt, L <= 512."""
+        text = clean_prompt(prompt)
+        length = len(self.tokenizer(text, verbose=False).input_ids)
+        if length > TEXT_TOKENS:
+            logger.warning("the prompt has %d tokens; only the first %d are used", length, TEXT_TOKENS)
+        batch = self.tokenizer([text], truncation=True, max_length=TEXT_TOKENS, return_tensors="pt")
+        return batch.input_ids, batch.attention_mask
+
+    @torch.inference_mode()
+    def encode(self, prompt: str) -> dict[str, Tensor]:
+        """`context` (1, L, D): the states of the prompt's own tokens, without padding; small enough to store."""
+        ids, mask = (tensor.to(self.module.shared.weight.device) for tensor in self.tokenize(prompt))
+        return {"context": self.module(ids, attention_mask=mask).last_hidden_state}
+
+
+class ImageEncoder:
+    """CLIP's hidden states before the last layer, without the final norm: what image attention was trained on."""
+
+    def __init__(self, module: CLIPVisionModel) -> None:
+        self.module = module
+
+    @torch.inference_mode()
+    def __call__(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, 257, D)."""
+        size = cast(int, self.module.config.image_size)
+        pixels = F.interpolate(image.float(), (size, size), mode="bicubic", align_corners=False) / 2 + 0.5
+        mean, std = (pixels.new_tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+        pixels = ((pixels - mean) / std).to(self.module.dtype)
+        return self.module(pixels, output_hidden_states=True).hidden_states[-2]
+
+
+class AudioEncoder:
+    """The outputs of all wav2vec2 layers, with its convolutional features resampled to the video's frame rate."""
+
+    def __init__(self, module: Wav2Vec2Model) -> None:
+        self.module = module
+
+    @torch.inference_mode()
+    def __call__(self, samples: Tensor, fps: int) -> Tensor:
+        """Mono samples (S,) at 16 kHz -> (ceil(seconds * fps), layers, D)."""
+        frames = math.ceil(len(samples) / SAMPLE_RATE * fps)
+        samples = (samples - samples.mean()) / torch.sqrt(samples.var(unbiased=False) + VARIANCE_FLOOR)
+        features = self.module.feature_extractor(samples[None].to(self.module.dtype))  # (1, C, conv frames)
+        features = F.interpolate(features, frames, mode="linear", align_corners=True).transpose(1, 2)
+        hidden, _ = self.module.feature_projection(features)
+        outputs: list[Tensor] = []  # transformers has a switch for them, but not for the encoder alone
+        hooks = [
+            layer.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+            for layer in self.module.encoder.layers
+        ]
+        try:
+            self.module.encoder(hidden)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(outputs, dim=2)[0]  # (frames, layers, D)
 
 
 @dataclass(frozen=True)
@@ -30,7 +116,7 @@ class Conditioning:
     Attributes:
         text: (B, L, text_dim) UMT5 states of the prompt's own tokens.
         start_frame: position of the latents on the time axis.
-        before, after: segments in front of the latents in the sequence, and behind them.
+        before, after: segments that precede and follow the latents in the sequence.
         channels: (B, C', F, H, W) concatenated to the latents' channels, for models with more channels in than out.
         image, audio, speaker_masks: as the transformer takes them.
     """
@@ -45,110 +131,18 @@ class Conditioning:
     speaker_masks: Tensor | None = None
 
     def predict(self, model: SkyReelsTransformer3DModel, latents: Tensor, timestep: Tensor) -> Tensor:
-        """Velocity (B, C, F, H, W) of the latents at `timestep`, one number."""
-        seen = latents if self.channels is None else torch.cat((latents, self.channels), dim=1)
-        segments = (*self.before, Segment(seen, self.start_frame), *self.after)
+        """Velocity (B, C, F, H, W) of the latents at `timestep`, a scalar."""
+        own = latents if self.channels is None else torch.cat((latents, self.channels), dim=1)
+        segments = (*self.before, Segment(own, self.start_frame), *self.after)
         timestep = expand_timestep(timestep, segments)
-        text = pad_context(self.text)
+        # as the models were trained: padding is zeros, not the encoder's states of padding tokens
+        text = F.pad(self.text, (0, 0, 0, TEXT_TOKENS - self.text.shape[1]))
         return model(segments, timestep, text, self.image, self.audio, self.speaker_masks)[len(self.before)]
 
 
 def expand_timestep(timestep: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """The timestep of the sample (1,), or where some segments are clean (1, F): one per latent frame, 0 for those."""
+    """(1,) the sample's timestep; with clean segments (1, F), one per latent frame, 0 for the clean ones."""
     if not any(segment.clean for segment in segments):
         return timestep.reshape(1)
     frames = [(segment.latents.shape[2], 0 if segment.clean else timestep.item()) for segment in segments]
     return torch.cat([timestep.new_full((1, count), value) for count, value in frames], dim=1)
-
-
-MAX_TOKENS = 512
-
-
-def clean_prompt(prompt: str) -> str:
-    """Fix the encoding, unescape HTML entities (twice: they come doubly escaped), collapse white space."""
-    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
-    return re.sub(r"\s+", " ", text).strip()
-
-
-class TextEncoder:
-    """Prompts to context rows, as the transformers were trained: padding rows are zero, not the padding's states."""
-
-    def __init__(self, module: UMT5EncoderModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.module = module
-        self.tokenizer = tokenizer
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        """The layers, which can be streamed."""
-        return cast(Sequence[nn.Module], self.module.encoder.block)
-
-    def tokenize(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """Token ids and mask (1, L) of the cleaned prompt, L <= 512."""
-        text = clean_prompt(prompt)
-        length = len(self.tokenizer(text, verbose=False).input_ids)
-        if length > MAX_TOKENS:
-            logger.warning("the prompt has %d tokens; only the first %d are used", length, MAX_TOKENS)
-        batch = self.tokenizer([text], truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-        return batch.input_ids, batch.attention_mask
-
-    @torch.inference_mode()
-    def encode(self, prompt: str) -> dict[str, Tensor]:
-        """The context (1, L, D) of the prompt's own tokens, without the zeros behind them; small enough to store."""
-        ids, mask = (tensor.to(self.module.shared.weight.device) for tensor in self.tokenize(prompt))
-        return {"context": self.module(ids, attention_mask=mask).last_hidden_state}
-
-
-def pad_context(states: Tensor) -> Tensor:
-    """(B, L, D) -> (B, 512, D), with zeros at the end."""
-    return F.pad(states, (0, 0, 0, MAX_TOKENS - states.shape[1]))
-
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-class ImageEncoder:
-    """Hidden states before the last layer, without the final norm: what Wan's image attention was trained on."""
-
-    def __init__(self, module: CLIPVisionModel) -> None:
-        self.module = module
-
-    @torch.inference_mode()
-    def __call__(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, 257, D)."""
-        size = cast(int, self.module.config.image_size)
-        pixels = F.interpolate(image.float(), (size, size), mode="bicubic", align_corners=False) / 2 + 0.5
-        mean, std = (pixels.new_tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
-        pixels = ((pixels - mean) / std).to(self.module.dtype)
-        return self.module(pixels, output_hidden_states=True).hidden_states[-2]
-
-
-SAMPLE_RATE = 16_000
-VARIANCE_FLOOR = 1e-7
-
-
-class AudioEncoder:
-    """All layers' outputs, with the convolutions' frames stretched to the video's rate before the transformer."""
-
-    def __init__(self, module: Wav2Vec2Model) -> None:
-        self.module = module
-
-    @torch.inference_mode()
-    def __call__(self, samples: Tensor, fps: int) -> Tensor:
-        """Mono samples (S,) at 16 kHz -> (ceil(seconds * fps), layers, D)."""
-        frames = math.ceil(len(samples) / SAMPLE_RATE * fps)
-        samples = (samples - samples.mean()) / torch.sqrt(samples.var(unbiased=False) + VARIANCE_FLOOR)
-        features = self.module.feature_extractor(samples[None].to(self.module.dtype))  # (1, C, conv frames)
-        features = F.interpolate(features, frames, mode="linear", align_corners=True).transpose(1, 2)
-        hidden, _ = self.module.feature_projection(features)
-        outputs: list[Tensor] = []
-        hooks = [
-            layer.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
-            for layer in self.module.encoder.layers
-        ]
-        try:
-            self.module.encoder(hidden)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return torch.stack(outputs, dim=2)[0]  # (frames, layers, D)

@@ -23,6 +23,7 @@ from skyreels_v3.wan.key_maps import (
     NATIVE_TEXT_ENCODER_FILE,
     NATIVE_TOKENIZER,
     NATIVE_VAE_FILE,
+    TEXT_TOKENS,
     config_sizes,
 )
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from skyreels_v3.parallel.usp import UspFn
     from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
-TEXT_TOKENS = 512
 IMAGE_TOKENS = 257
 
 # The published components

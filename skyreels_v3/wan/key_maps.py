@@ -9,6 +9,8 @@ from skyreels_v3.checkpoints.files import read_sizes
 from skyreels_v3.checkpoints.key_maps import IDENTITY, KeyMap, rename_layers
 from skyreels_v3.errors import CheckpointError
 
+TEXT_TOKENS = 512  # of a prompt, with padding
+
 # Files of the native layout
 NATIVE_VAE_FILE = "Wan2.1_VAE.pth"
 NATIVE_TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
@@ -117,7 +119,7 @@ NATIVE_SIZES = {
 }
 # Entries of configs that the models have no arguments for: any other value is refused by name.
 NATIVE_CONSTANTS = {
-    **{"text_len": 512, "patch_size": [1, 2, 2], "window_size": [-1, -1], "vae_scale": 4},
+    **{"text_len": TEXT_TOKENS, "patch_size": [1, 2, 2], "window_size": [-1, -1], "vae_scale": 4},
     **{"qk_norm": True, "cross_attn_norm": True, "norm_input_visual": True, "norm_output_audio": True},
 }
 CONSTANTS = {

@@ -21,6 +21,7 @@ from diffusers.models import attention as diffusers_attention
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
+from diffusers.models.transformers.transformer_wan import WanImageEmbedding
 from torch import Tensor, nn
 
 import skyreels_v3.vector_kernels  # noqa: F401  first of all
@@ -69,20 +70,6 @@ def sinusoid(timestep: Tensor, channels: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
 
 
-class ImageEmbedding(nn.Module):
-    """CLIP tokens (B, 257, image_dim) -> (B, 257, D)."""
-
-    def __init__(self, image_dim: int, dim: int) -> None:
-        super().__init__()
-        self.norm1 = FP32LayerNorm(image_dim)
-        self.ff = diffusers_attention.FeedForward(image_dim, dim, mult=1, activation_fn="gelu")
-        self.norm2 = FP32LayerNorm(dim)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Project the tokens."""
-        return self.norm2(self.ff(self.norm1(image)))
-
-
 class ConditionEmbedding(nn.Module):
     """Timesteps to modulation, text and image tokens to the blocks' width.
 
@@ -95,7 +82,7 @@ class ConditionEmbedding(nn.Module):
         self.time_embedder = TimestepEmbedding(in_channels=freq_dim, time_embed_dim=dim)
         self.time_proj = nn.Linear(dim, 6 * dim)
         self.text_embedder = PixArtAlphaTextProjection(text_dim, dim, act_fn="gelu_tanh")
-        self.image_embedder: Any = None if image_dim is None else ImageEmbedding(image_dim, dim)
+        self.image_embedder: Any = None if image_dim is None else WanImageEmbedding(image_dim, dim)
 
     def forward(
         self, timestep: Tensor, text: Tensor, image: Tensor | None

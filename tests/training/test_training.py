@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from skyreels_v3.wan.conditioning import MAX_TOKENS, Conditioning
+from skyreels_v3.wan.conditioning import Conditioning
+from skyreels_v3.wan.key_maps import TEXT_TOKENS
 from skyreels_v3.wan.vae import VideoVAE
 from training import encoders, networks, tasks, train, unpack
 
@@ -115,7 +116,7 @@ def test_conditioned_as_in_the_pipelines(name, made):
         assert isinstance(condition, Conditioning)
         with torch.no_grad(), networks.quick_tables():
             short = tasks.velocity(model, condition, noisy, torch.tensor([0.75]))
-        text = torch.nn.functional.pad(condition.text, (0, 0, 0, MAX_TOKENS - condition.text.shape[1]))
+        text = torch.nn.functional.pad(condition.text, (0, 0, 0, TEXT_TOKENS - condition.text.shape[1]))
         whole = Conditioning(**{**vars(condition), "text": text})
         with torch.no_grad():
             expected = whole.predict(model, noisy, torch.tensor(750.0))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from peft import LoraConfig
 
 from skyreels_v3 import Segment, SkyReelsTransformer3DModel
@@ -56,6 +57,13 @@ def test_the_same_numbers():
         latents, timestep, text = LATENTS.repeat(2, 1, 1, 1, 1), torch.tensor([731, 3]), TEXT.repeat(2, 1, 1)
         (out,) = ours()([Segment(latents)], timestep, text)
         torch.testing.assert_close(out, wan()(latents, timestep, text).sample, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def backend() -> Iterator[None]:
+    """diffusers' `set_attention_backend` also changes the backend of the whole process: change it back."""
+    with attention_backend(AttentionBackendName.NATIVE):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from skyreels_v3.resume import RunRecord, open_state
 from skyreels_v3.runtime import start
 from skyreels_v3.stages import Pass, Stages, Step, video_to_frames
 from skyreels_v3.tasks import task_spec
-from skyreels_v3.wan.avatar import Avatar, Given, Scene, audio_windows, in_turn, token_span
+from skyreels_v3.wan.avatar import Avatar, Known, audio_windows, in_turn, token_span
 from skyreels_v3.wan.talking_avatar import PIPELINE
 from skyreels_v3.wan.windows import plan_windows
 from tests.planning import planned
@@ -86,16 +86,14 @@ def sound(tmp_path) -> Callable[[float], Path]:
     return write
 
 
-def spy_on_windows(avatar: Avatar, monkeypatch) -> list[tuple[dict[str, Tensor], Given, int]]:
+def spy_on_windows(avatar: Avatar, monkeypatch) -> list[tuple[dict[str, Tensor], Known, int]]:
     """Have passes make nothing, and list what they were given: texts, known frames, start."""
-    calls: list[tuple[dict[str, Tensor], Given, int]] = []
+    calls: list[tuple[dict[str, Tensor], Known, int]] = []
 
-    def make_window(
-        scene: Scene, texts: dict[str, Tensor], given: Given, start: int, name: str
-    ) -> Generator[Step, None, Tensor]:
-        calls.append((texts, given, start))
+    def make_window(texts: dict[str, Tensor], known: Known, start: int, name: str) -> Generator[Step, None, Tensor]:
+        calls.append((texts, known, start))
         yield from ()
-        return torch.zeros(1, 16, 21, *(side // 8 for side in scene.portrait.shape[3:]))
+        return torch.zeros(1, 16, 21, *(side // 8 for side in avatar.portrait.shape[3:]))
 
     monkeypatch.setattr(avatar, "make_window", make_window)
     return calls
@@ -106,20 +104,13 @@ def read_all(avatar: Avatar) -> int:
     return sum(1 for one in avatar.run() if isinstance(one, Pass) for _ in one.frames)
 
 
-def test_two_voices_at_once():
+def test_voices_are_padded_to_one_length():
     long, short = np.arange(1, 6), np.arange(1, 3)
     np.testing.assert_array_equal(in_turn([long, short], False), [[1, 2, 3, 4, 5], [1, 2, 0, 0, 0]])
     np.testing.assert_array_equal(in_turn([short, long], False), [[1, 2, 0, 0, 0], [1, 2, 3, 4, 5]])
-
-
-def test_two_voices_one_after_the_other():
-    voices = in_turn([np.arange(1, 4), np.arange(6, 8)], True)
-    np.testing.assert_array_equal(voices, [[1, 2, 3, 0, 0], [0, 0, 0, 6, 7]])
-
-
-def test_one_voice_is_left_alone():
+    np.testing.assert_array_equal(in_turn([long[:3], short], True), [[1, 2, 3, 0, 0], [0, 0, 0, 1, 2]])
     for sequential in (False, True):
-        np.testing.assert_array_equal(in_turn([np.arange(4)], sequential), [np.arange(4)])
+        np.testing.assert_array_equal(in_turn([long], sequential), [long])
 
 
 @pytest.mark.parametrize(("flags", "seconds"), [((), 1.0), (("--audio_type", "sequential"), 1.5)])
@@ -141,7 +132,7 @@ def test_the_tokens_between_two_places(start, end, expected):
 
 
 def masks(make: Callable[..., Avatar], sounds: str, *flags: object) -> Tensor | None:
-    return make("--input_audio", sounds, *flags).speaker_masks()
+    return make("--input_audio", sounds, *flags).speaker_masks
 
 
 def test_one_speaker_has_no_mask(make, sound):
@@ -208,9 +199,8 @@ def test_windows_begin_and_end_in_what_is_known(make, sound, monkeypatch):
     calls = spy_on_windows(made, monkeypatch)
     assert read_all(made) == 100
     assert [start for *_, start in calls] == [0, 0, 64]
-    assert [given.pinned for _, given, _ in calls] == [False, False, True]
-    assert [given.first.shape[2] for _, given, _ in calls] == [1, 1, 5]
-    assert [given.last is not None and given.last.shape[2] for _, given, _ in calls] == [False, 5, 5]
+    assert [first.shape[2] for _, (first, _), _ in calls] == [1, 1, 5]
+    assert [last is not None and last.shape[2] for _, (_, last), _ in calls] == [False, 5, 5]
 
 
 @pytest.mark.parametrize(
@@ -266,22 +256,22 @@ def test_dubbing_takes_the_clips_frames(make, sound, monkeypatch, write_lossless
     made = make("--input_video", clip, "--input_audio", sound(seconds))
     calls = spy_on_windows(made, monkeypatch)
     assert read_all(made) == 25 * seconds
-    assert [grey_levels(given.first) for _, given, _ in calls] == first
-    assert [grey_levels(given.last) for _, given, _ in calls] == last
-    assert [given.pinned for _, given, _ in calls] == [False, True][: len(first)]
+    assert [[grey_levels(frames) for frames in known] for _, known, _ in calls] == [
+        *map(list, zip(first, last, strict=True))
+    ]
+    assert [start for *_, start in calls] == [0, 64][: len(first)]
 
 
 def test_colours_are_the_portraits_unless_that_is_off(make, sound):
     avatar = make("--input_audio", sound(0.5), "--color_correction_strength", "0")
-    scene = Scene(avatar.portrait(), *(None,) * 3)
     latents = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     plain = torch.cat(list(avatar.stages.decode_video(latents)), dim=2)
     made = []
     for strength in (0.0, 0.5, 1.0):
         avatar.request = replace(avatar.request, color_correction_strength=strength)
-        made.append(torch.cat(list(avatar.decode_matched(latents, scene)), dim=2))
+        made.append(torch.cat(list(avatar.decode_matched(latents)), dim=2))
     off, half, full = made
     torch.testing.assert_close(off, plain, rtol=0, atol=0)
     torch.testing.assert_close(half, (plain + full) / 2)
-    portrait = scene.portrait.mean()
+    portrait = avatar.portrait.mean()
     assert abs(full.mean() - portrait) < 0.1 < abs(plain.mean() - portrait)
