@@ -370,7 +370,7 @@ def tell(args: argparse.Namespace, request: GenerationRequest, record: Record) -
     total = stages.pop("total")["seconds"]
     made, first, later = record.runtime, record.steps[0], record.steps[1:]
     title = f"{args.model_id}, {request.task.name}, {request.frames_out} frames of {request.height} x {request.width}, "
-    title += f"{made.dtype}, {request.quant or 'not quantised'}, memory {made.policy.mode}"
+    title += f"{made.dtype}, {request.quant or 'not quantized'}, memory {made.policy.mode}"
     rows = [row(name, figure) for name, figure in stages.items()]
     step = statistics.median(later or [first])
     named = [("its first step", first), ("a later step", step)]

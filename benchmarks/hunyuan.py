@@ -265,7 +265,7 @@ def tell(args: argparse.Namespace, sizes: dict[str, int], figures: dict[str, dic
     notes = [f"texts of {texts} tokens; {BASELINE} has them padded to {TEXT_TOKENS}, with a mask"]
     notes += [f"{RESIDENT} at least as fast as {BASELINE}: {'yes' if met else 'NO'}"]
     if args.official:
-        notes += [f"published for V1's own quantised, offloaded mode, a whole run of this video: {PUBLISHED_PEAK} GB"]
+        notes += [f"published for V1's own quantized, offloaded mode, a whole run of this video: {PUBLISHED_PEAK} GB"]
     chosen = {key: getattr(args, key) for key in ("official", "dtype", "dim", "layers", "frames", "height", "width")}
     line = {**environment("hunyuan", args.device), **chosen, "tokens": tokens, "rounds": args.rounds}
     line |= {"baseline": BASELINE, "ways": figures, "limit": LIMIT, "met": met}

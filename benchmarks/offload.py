@@ -110,9 +110,9 @@ def build_ways(resident: Model, device: torch.device, stays: ExitStack) -> dict[
     """The same weights for each way; what has been set up runs until `stays` ends."""
     pinned = partial(pin, device) if device.type == "cuda" else None  # as the product has it
     models = {BASELINE: resident}
-    for name, keep in (("stream", 0), ("stream, half kept", len(resident.blocks) // 2)):
+    for name, count in (("stream", 0), ("stream, half kept", len(resident.blocks) // 2)):
         models[name] = model = twin(resident, CPU)
-        stays.enter_context(BlockStream(model, model.blocks, device, keep, pinned).active())
+        stays.enter_context(BlockStream(model, model.blocks, device, count, pinned).active())
     models["group offloading"] = model = twin(resident, CPU)
     apply_group_offloading(model, device, CPU, "block_level", 1, use_stream=device.type != "cpu")
     models["block by block"] = model = twin(resident, CPU)

@@ -139,8 +139,8 @@ def set_up_transformer(transformer: Transformer, request: GenerationRequest, run
         apply_loras(module, request.lora, fuse=request.quant is not None)
     if request.quant is not None:
         quantize_blocks(transformer.blocks, "quantizing the transformer", request.quant, runtime)
-    if transformer.chunks_tokens:
-        cache_dequantized(transformer.blocks)
+        if transformer.chunks_tokens:
+            cache_dequantized(transformer.blocks)
     transformer.set_attention(runtime.attention)
     if runtime.parallel.degrees.sequence > 1:
         usp = choose_usp(runtime.kernel, runtime.attention, runtime.parallel)

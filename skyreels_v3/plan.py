@@ -93,14 +93,14 @@ class Weights:
     def total(self) -> int:
         return self.outside + sum(self.blocks)
 
-    def streamed(self, keep: int) -> list[int]:
-        """Of each streamed block, with `keep` resident ones."""
-        kept = resident_blocks(len(self.blocks), keep)
+    def streamed(self, resident: int) -> list[int]:
+        """Of each streamed block, while `resident` others stay."""
+        kept = resident_blocks(len(self.blocks), resident)
         return [size for index, size in enumerate(self.blocks) if index not in kept]
 
-    def on_device(self, keep: int) -> int:
-        """On the device while all blocks but `keep` are streamed through slots of the largest one's size."""
-        streamed = self.streamed(keep)
+    def on_device(self, resident: int) -> int:
+        """On the device while all but `resident` blocks are streamed through slots of the largest one's size."""
+        streamed = self.streamed(resident)
         return self.total - sum(streamed) + min(STREAM_SLOTS, len(streamed)) * max(streamed, default=0)
 
 

@@ -135,14 +135,14 @@ class Runtime:
             yield
 
     def stream(
-        self, module: nn.Module, blocks: Sequence[nn.Module], keep: int = 0, pinned: bool = False
+        self, module: nn.Module, blocks: Sequence[nn.Module], resident: int = 0, pinned: bool = False
     ) -> BlockStream:
         """The stream of a module's blocks, made once."""
         from skyreels_v3.memory.stream import BlockStream
 
         if module not in self.streams:
             self.streams[module] = BlockStream(
-                module, blocks, self.device, keep, partial(pin, self.device) if pinned else None
+                module, blocks, self.device, resident, partial(pin, self.device) if pinned else None
             )
         return self.streams[module]
 

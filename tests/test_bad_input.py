@@ -442,7 +442,7 @@ MODELS = [
         "{files}/good.lora.safetensors,{files}/nothere.safetensors": ("nothere", "give a"),
         "{files}/good.png": ("is no .safetensors file", "convert it"),
         "{files}/folder": ("no .safetensors file", "give the LoRA's own file"),
-        "{files}/good.safetensors": ("is truncated or no safetensors", "download it again"),
+        "{files}/good.safetensors": ("is truncated or damaged", "download it again"),
         "{files}/cut.lora.safetensors": ("is truncated or damaged", "download it again"),
         "x" * 5000: ("xxx...xxx", LORA),
     }),

@@ -84,9 +84,9 @@ def test_streamed(cache):
     compile_blocks(model)
     for kinds in (1, 2):
         expected = run(model)
-        for keep, pin in ((0, None), (1, lambda room: True)):
+        for resident, pin in ((0, None), (1, lambda room: True)):
             for mode in (torch.inference_mode, contextlib.nullcontext):
-                with mode(), BlockStream(model, model.blocks, CPU, keep, pin).active():
+                with mode(), BlockStream(model, model.blocks, CPU, resident, pin).active():
                     torch.testing.assert_close(run(model), expected, atol=1e-5, rtol=0)
         assert graphs() == 2 * kinds  # none for each block, none for a place
         quantize(model.blocks, CPU)

@@ -59,14 +59,14 @@ def two_files(folder: Path) -> None:
 CONFIG, INDEX = "transformer/config.json", f"transformer/{WEIGHTS}.index.json"
 DAMAGES: list[tuple[str, str, Change, str]] = [
     ("diffusers", "", lambda root: [remove(path) for path in root.iterdir() if path.is_dir()],
-     "missing transformer/config.json, vae/config.json, text_encoder/config.json, tokenizer/tokenizer.json"),
+     "missing transformer/config.json, vae/config.json, text_encoder/config.json, transformer/*.safetensors, "),
     ("diffusers", f"transformer/{WEIGHTS}", remove, "missing transformer/*.safetensors"),
     ("diffusers", "tokenizer", remove, "missing tokenizer/tokenizer.json"),
     ("diffusers", f"vae/{WEIGHTS}", cut(), f"vae/{WEIGHTS} is truncated or damaged"),
     ("diffusers", f"vae/{WEIGHTS}", cut(500), f"vae/{WEIGHTS} is truncated"),
     ("diffusers", f"vae/{WEIGHTS}", cut(0), f"vae/{WEIGHTS} is truncated"),
-    ("diffusers", f"vae/{WEIGHTS}", put("version https://git-lfs"), "is truncated or no safetensors file"),
-    ("diffusers", f"vae/{WEIGHTS}", put(BAD_HEADER), "is truncated or no safetensors file"),
+    ("diffusers", f"vae/{WEIGHTS}", put("version https://git-lfs"), "is truncated or damaged"),
+    ("diffusers", f"vae/{WEIGHTS}", put(BAD_HEADER), "is truncated or damaged"),
     ("diffusers", "vae", two_files, "vae holds 2 safetensors files and no index"),
     ("diffusers", CONFIG, cut(40), f"{CONFIG} cannot be read"),
     ("diffusers", "vae/config.json", put("[]"), "vae/config.json is no JSON object"),

@@ -111,7 +111,7 @@ WRONG = {
     "rows": (
         {"attn1.to_q": (95, 96)},
         "does not fit its model: wrong shapes transformer.blocks.0.attn1.to_q.lora_B.weight "
-        "([95, 4] instead of [96, 4])",
+        "([95, 4] instead of [96, 4]); give a LoRA of this model",
     ),
 }
 
@@ -143,9 +143,7 @@ def test_a_part_of_a_lora(make, tmp_path, caplog):
     tensors = load_file(file)
     save_file({key: torch.from_numpy(tensors[key]) for key in load_file(rest)}, rest)
     made = make("--lora", f"{file}:0.5:partial", "--lora", f"{rest}:0")
-    assert (
-        "2 of 4 entries are left out, the model has nothing for transformer.blocks.0.attn9.to_q.lora_A" in caplog.text
-    )
+    assert "2 entries are left out, the model has nothing for transformer.blocks.0.attn9.to_q.lora_A" in caplog.text
     np.testing.assert_allclose(made, make("--lora", f"{rest}:0.5"), atol=1e-5, rtol=0)
 
 

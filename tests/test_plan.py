@@ -108,11 +108,11 @@ def test_bytes_of_the_transformers(task, dtype):
         whole = bytes_of(model)
         assert whole == spec.transformer_bytes or (dtype, quant) != ("bfloat16", None)
         assert (counted.total, counted.blocks) == (whole, tuple(map(bytes_of, model.blocks)))
-        for keep in (0, 1, 5, 38, 40, 59, 99):
-            streamed = [bytes_of(block) for block in BlockStream(model, model.blocks, CPU, keep).streamed]
-            assert counted.streamed(keep) == streamed
+        for resident in (0, 1, 5, 38, 40, 59, 99):
+            streamed = [bytes_of(block) for block in BlockStream(model, model.blocks, CPU, resident).streamed]
+            assert counted.streamed(resident) == streamed
             room = min(STREAM_SLOTS, len(streamed)) * max(streamed, default=0)
-            assert counted.on_device(keep) == whole - sum(streamed) + room
+            assert counted.on_device(resident) == whole - sum(streamed) + room
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -129,13 +129,13 @@ def test_bytes_of_the_text_encoder(task, build, dtype, quant):
     assert stage.streamed == pytest.approx(bytes_of(model) - sum(map(bytes_of, blocks[STREAM_SLOTS:])), rel=0.02)
 
 
-@pytest.mark.parametrize("keep", [0, 5, 40, 99])
+@pytest.mark.parametrize("resident", [0, 5, 40, 99])
 @pytest.mark.parametrize("quant", [None, "fp8"])
-def test_what_is_streamed_from_the_host(keep, quant):
-    made = plan_of("talking_avatar", quant=quant, stream_blocks=keep, memory="stream", audio_seconds=8.0)
+def test_what_is_streamed_from_the_host(resident, quant):
+    made = plan_of("talking_avatar", quant=quant, stream_blocks=resident, memory="stream", audio_seconds=8.0)
     weights = count_weights("wan", tuple(made.request.task.transformer.items()), "bfloat16", quant)
-    assert made.streamed_from_host == max(0, 40 - keep) * weights.blocks[0]
-    assert made.stages["transformer"].streamed == weights.on_device(keep)
+    assert made.streamed_from_host == max(0, 40 - resident) * weights.blocks[0]
+    assert made.stages["transformer"].streamed == weights.on_device(resident)
 
 
 # Activations of the VAEs; those of the transformers are with their families

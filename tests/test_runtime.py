@@ -66,7 +66,7 @@ def test_a_stream_is_made_once_and_keeps_what_it_was_made_with():
     """As the transformer's is, before it is first needed."""
     run = start(REQUEST, "stream")
     module = nn.ModuleList([nn.Linear(2, 2) for _ in range(5)])
-    made = run.stream(module, module, keep=2, pinned=True)
+    made = run.stream(module, module, resident=2, pinned=True)
     assert len(made.streamed) == 3 and made.pin is not None
     assert run.stream(module, module) is made
     other = nn.ModuleList([nn.Linear(2, 2)])

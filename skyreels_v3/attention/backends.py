@@ -1,4 +1,4 @@
-"""The attention function that models are given, and which kernel computes it.
+"""The attention function that is handed to the models, and the choice of its kernel.
 
 An `AttentionFn` maps q (B, Lq, N, D), k and v (B, Lk, N, D) to (B, Lq, N, D): full softmax attention, scale 1/sqrt(D),
 no mask. Models never look for kernels themselves.
@@ -22,9 +22,9 @@ from skyreels_v3.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-MIN_CUDNN = 91501  # 9.15.1, from which on torch itself prefers cuDNN; older ones access invalid memory
-PROBE_SHAPE = (1, 256, 2, 128)  # (B, L, N, D); D is that of all published checkpoints
-TOLERANCE = 0.1  # values go up to 0.7, and 8-bit kernels are off by 0.02
+MIN_CUDNN = 91501  # 9.15.1, the first that torch itself prefers; older ones access invalid memory
+PROBE_SHAPE = (1, 256, 2, 128)  # (B, L, N, D); D as in all published checkpoints
+TOLERANCE = 0.1  # the values are up to 0.7, and 8-bit kernels are off by 0.02
 MAX_REASON = 300  # characters of a library's own error message
 
 
@@ -35,29 +35,29 @@ class AttentionFn(Protocol):
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """torch's scaled_dot_product_attention, which picks a kernel itself."""
+    """torch's scaled_dot_product_attention, with the kernel that torch picks."""
     out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     return out.transpose(1, 2)
 
 
 def cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """cuDNN's kernel alone, by way of torch; it reads (B, L, N, D) without copies.
+    """torch's scaled_dot_product_attention with cuDNN's kernel only, which reads (B, L, N, D) without copies.
 
     Raises:
-        RuntimeError: cuDNN does not take these tensors.
+        RuntimeError: cuDNN does not support these tensors.
     """
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return sdpa(query, key, value)
 
 
 def dispatched(backend: str) -> AttentionFn:
-    """A kernel of diffusers' attention dispatcher, by its name there.
+    """The kernel that diffusers' attention dispatcher calls `backend`.
 
     Raises:
         ValueError: the installed diffusers does not know it.
         RuntimeError: the package that it needs is missing or too old.
     """
-    # imports every kernel package that there is, which takes seconds
+    # imports every kernel package that is installed, which takes seconds
     from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
 
     chosen = AttentionBackendName(backend)
@@ -66,13 +66,13 @@ def dispatched(backend: str) -> AttentionFn:
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, AttentionFn]:
-    """The kernel `name`, one of `kernels.ATTENTIONS`, after a small call on the device; with "auto", the fastest.
+    """The kernel `name`, one of `kernels.ATTENTIONS`, tried on the device; for "auto" the fastest exact one.
 
     Returns:
-        The kernel's own name and the function.
+        The kernel's name (for "auto", of the one chosen) and its function.
 
     Raises:
-        UserError: an explicit choice does not work here.
+        UserError: an explicit choice does not work on this device.
     """
     chosen, attention = name, sdpa
     if name == "auto":
@@ -91,7 +91,7 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tup
 
 def gpu_facts(device: torch.device) -> tuple[tuple[int, int] | None, int]:
     """An NVIDIA GPU's compute capability and torch's cuDNN version, such as (9, 0) and 92000; elsewhere None and 0."""
-    if device.type != "cuda" or torch.version.hip is not None:  # AMD's devices have numbers of their own for both
+    if device.type != "cuda" or torch.version.hip is not None:  # AMD numbers both in its own way
         return None, 0
     version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     return torch.cuda.get_device_capability(device), version or 0
@@ -100,10 +100,10 @@ def gpu_facts(device: torch.device) -> tuple[tuple[int, int] | None, int]:
 def preferred(
     capability: tuple[int, int] | None, cudnn_version: int, installed: Collection[str], dtype: torch.dtype
 ) -> str:
-    """The name of the fastest kernel that is exact, for a GPU as `gpu_facts` describes it.
+    """The name of the fastest exact kernel, for a GPU as described by `gpu_facts`.
 
-    On data centre GPUs of the Hopper and Blackwell generations cuDNN's kernel, and on Hopper FlashAttention 3, is about
-    twice as fast as torch's own choice. On other GPUs the differences are a few percent either way.
+    On Hopper and Blackwell data center GPUs cuDNN's kernel, and on Hopper FlashAttention 3 too, is about twice as fast
+    as torch's own choice. On other GPUs they differ by a few percent either way.
     """
     if capability is None or dtype not in (torch.bfloat16, torch.float16):
         return "sdpa"
@@ -113,23 +113,23 @@ def preferred(
 
 
 def load_kernel(name: str, device: torch.device, dtype: torch.dtype) -> AttentionFn:
-    """A kernel, whose values on the device were compared with those of `sdpa` in float32.
+    """A kernel, after comparing its values on the device with those of `sdpa` in float32.
 
     Raises:
-        UserError: it is not available, fails, or gives other values.
+        UserError: it is not available, fails, or its values are wrong.
     """
     check_attention(name, device.type, str(dtype).removeprefix("torch."))
     if name == "sdpa":
         return sdpa
     backend = KERNELS[name].backend
-    generator = torch.Generator().manual_seed(0)  # its own, so that the run's random numbers stay the same
+    generator = torch.Generator().manual_seed(0)  # of its own, to leave the run's random numbers alone
     inputs = torch.randn((3, *PROBE_SHAPE), generator=generator).to(device, dtype)
     try:
         attention = cudnn if backend is None else dispatched(backend)
         difference = (attention(*inputs) - sdpa(*inputs.float())).abs().max().item()
-        if not difference < TOLERANCE:  # nor NaN
+        if not difference < TOLERANCE:  # includes NaN
             raise RuntimeError(f"its values are off by up to {difference:.2g}")
-    except Exception as error:  # whatever other people's kernels raise
+    except Exception as error:  # third-party kernels may raise anything
         reason = textwrap.shorten(str(error), MAX_REASON) or type(error).__name__
         raise UserError(FLAG, f"{name}: does not work here ({reason}); use --attention auto") from error
     return attention
@@ -138,7 +138,7 @@ def load_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Attentio
 def attention_map(query: Tensor, key: Tensor) -> Tensor:
     """Softmax weights (B, Lq, Lk), averaged over the heads, in float32.
 
-    One head at a time: the weights of all heads at once would not fit for a video's worth of tokens.
+    One head at a time, since for a video's tokens the weights of all heads would not fit into memory.
     """
     scale = query.shape[-1] ** -0.5
     total = query.new_zeros((query.shape[0], query.shape[1], key.shape[1]), dtype=torch.float32)

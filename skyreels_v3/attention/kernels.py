@@ -1,6 +1,6 @@
-"""The attention kernels that can be asked for, and what each needs. No torch: the command line checks a choice here.
+"""The attention kernels to choose from, and what each needs. No torch, so that the command line can check a choice.
 
-Whether a kernel works on a GPU is tried by `backends.choose_attention`.
+Whether a kernel works on this GPU is found out by `backends.choose_attention`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ class Kernel:
     """What a kernel needs.
 
     Attributes:
-        backend: its name in diffusers' attention dispatcher, None for torch's own kernels.
-        package, install: the package to import and what pip installs it by, None for torch's own kernels.
-        half_only: it does not compute in float32.
+        backend: its name in diffusers' attention dispatcher; None for torch's own kernels.
+        package: the package to import, None for torch's own kernels.
+        install: the arguments of `pip install` for it.
+        devices: the types of device it works on.
+        half_only: it does not support float32.
     """
 
     backend: str | None = None
@@ -35,7 +37,7 @@ KERNELS = {
     "cudnn": Kernel(),
     "flash": Kernel("flash", "flash_attn", "flash-attn --no-build-isolation"),
     "flash3": Kernel("_flash_3", "flash_attn_3", "flash-attn-3 --index-url https://download.pytorch.org/whl/cu130"),
-    # PyPI has version 1 only, which diffusers does not take
+    # PyPI has only version 1, which diffusers does not support
     "sage": Kernel("sage", "sageattention", "git+https://github.com/thu-ml/SageAttention --no-build-isolation"),
     "xformers": Kernel("xformers", "xformers", "xformers", half_only=False),
 }
@@ -43,21 +45,21 @@ ATTENTIONS = ("auto", *KERNELS)
 
 
 def is_installed(name: str) -> bool:
-    """Whether the package that a kernel needs is installed; nothing is imported."""
+    """Whether the package that a kernel needs is installed, without importing it."""
     package = KERNELS[name].package
     return package is None or find_spec(package) is not None
 
 
 def check_attention(name: str, device: str, dtype: str | None = None) -> None:
-    """Check a choice as far as possible without torch.
+    """Check a choice as far as that is possible without torch.
 
     Args:
         name: one of `ATTENTIONS`.
-        device: cuda, cpu or mps, or auto where it is not known yet.
+        device: cuda, cpu or mps, or auto if not known yet.
         dtype: of queries, keys and values, if known.
 
     Raises:
-        UserError: the kernel does not work on the device or in the dtype, or its package is not installed.
+        UserError: the kernel does not support the device or the dtype, or its package is not installed.
     """
     if name == "auto":
         return

@@ -1,8 +1,8 @@
 """Key maps: what a checkpoint file calls a weight, and what our models and the libraries call it.
 
-A map is a tuple of (pattern, target) pairs. A key belongs to the first pattern that matches all of it; the target may
-use the pattern's groups. A tuple of targets means that the tensor holds several weights, stacked in equal parts along
-its first axis. Target None drops the key: it is known, and not part of the model that is loaded.
+A map is a tuple of (pattern, target) pairs. The first pattern that matches a whole key applies, and its groups may be
+used in the target. A tuple of targets is for a tensor of several weights, stacked in equal parts along its first axis.
+Target None drops a key that is known but not part of the model.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ IDENTITY: KeyMap = ((r"(.+)", r"\1"),)
 
 
 def rename_layers(pattern: str, target: str, names: Mapping[str, str | Sequence[str]]) -> KeyMap:
-    """Entries for the layers under a prefix, all of their parameters included.
+    """Entries for the layers under a prefix, with all of their parameters.
 
     Args:
-        pattern: the prefix in the file; `#` stands for the number of a block.
+        pattern: the prefix in the file; `#` stands for a block's number.
         target: the prefix in the model.
-        names: of each layer, as a pattern without groups, its name in the model; a tuple where it is a stack of them.
+        names: for each layer, a pattern without groups, its name in the model; or several, if they are stacked.
     """
-    number = target.count("#") + 1  # of the group that holds the parameter's name
+    number = target.count("#") + 1  # of the group that matches the parameter's name
     pattern, target = pattern.replace(".", r"\.").replace("#", r"(\d+)"), target.replace("#", r"\1")
     pairs: list[tuple[str, Target]] = []
     for name, new in names.items():
@@ -34,7 +34,7 @@ def rename_layers(pattern: str, target: str, names: Mapping[str, str | Sequence[
 
 
 def translate(key: str, key_map: KeyMap) -> Target:
-    """The target of `key`, groups filled in; raises KeyError when no pattern matches."""
+    """The target of `key`, with groups filled in; raises KeyError if no pattern matches."""
     for pattern, target in key_map:
         if match := re.fullmatch(pattern, key):
             if isinstance(target, tuple):
@@ -44,12 +44,12 @@ def translate(key: str, key_map: KeyMap) -> Target:
 
 
 def invert(key_map: KeyMap) -> KeyMap:
-    """The map from the model's names back to the file's; stacked weights and dropped keys have no way back.
+    """The map from the model's names back to the file's, without stacked weights and dropped keys.
 
-    Each pattern's groups become references in the new target, each target's references the groups they stand for.
+    The groups of a pattern become references in the new target, and the references of a target become groups.
     """
     inverse: list[tuple[str, Target]] = []
-    for pattern, target in reversed(key_map):  # plain names after spellings that are also known
+    for pattern, target in reversed(key_map):  # plain names come after other spellings
         if not isinstance(target, str):
             continue
         groups = re.findall(r"\((?!\?:)(?:[^()]|\([^()]*\))*\)", pattern)
@@ -62,7 +62,7 @@ def invert(key_map: KeyMap) -> KeyMap:
 
 
 def restore(key: str, inverse: KeyMap) -> str:
-    """A model's key as its checkpoint calls it; a key that `inverse` has no way back for stays as it is."""
+    """A model's key as the checkpoint spells it; unchanged if `inverse` does not know it."""
     try:
         return str(translate(key, inverse))
     except KeyError:

@@ -1,7 +1,7 @@
-"""One way from checkpoint files to a model: build on meta, map the files into memory, assign strictly.
+"""From checkpoint files to a model: build it on meta, map the files into memory, assign strictly.
 
-No weight is ever initialised and none is copied unless its dtype changes: parameters are views of the mapped files,
-read from disk when they are first needed. Every key and every entry of a config must be accounted for; what is not
+No weight is initialized, and none is copied unless its dtype changes: parameters are views of the mapped files, read
+from disk when first used. Every key of a file and every entry of a config must have its place in the model; any other
 raises a `CheckpointError` that names file and key.
 """
 
@@ -19,21 +19,20 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from skyreels_v3.checkpoints.files import read_json, weight_files
+from skyreels_v3.checkpoints.files import open_safetensors, read_json, weight_files
 from skyreels_v3.checkpoints.key_maps import IDENTITY, KeyMap, invert, restore, translate
 from skyreels_v3.errors import CheckpointError, format_value
 from skyreels_v3.memory.offload import replace_tensors
 from skyreels_v3.memory.policy import SCALE
-from skyreels_v3.memory.quantize import with_fp8_layers
+from skyreels_v3.memory.quantize import set_fp8_layers
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 WEIGHTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8)  # dtypes of weights
 REMEDY = "give weights in float32, float16 or bfloat16, and --quant fp8 to have them in FP8"
 OWN_CONFIG = "give the model's own config"
-# Keys that only quantized weights have, and whose format it is. Ours has a `weight_scale` for each row.
+# Keys of quantized formats that are not ours, and their names. Ours has a `weight_scale` for each row.
 QUANTIZED = (
     (r"(?:.+\.)?scaled_fp8|.+\.(?:scale_weight|scale_input)", "ComfyUI's scaled FP8"),
     (r".+\.comfy_quant", "ComfyUI's mixed precision"),
@@ -42,9 +41,9 @@ QUANTIZED = (
     (r".+\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+|SCB)", "bitsandbytes' format"),
     (r".+\.(?:qweight|qzeros|g_idx|wscales|smooth_factor)", "4-bit integers"),
 )
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of all names in repackaged transformers
-# Entries of configs that say how large a model is: at most the number of tensors, or the longest axis of one.
-COUNT = re.compile(r"num_(?:\w+_)?layers|num_layers|layers_per_block|num_res_blocks")
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of all keys in repackaged transformers
+# Entries of configs that are sizes: at most the number of tensors, or the length of the longest axis of one.
+COUNT = re.compile(r"num_(?:\w+_)?layers|layers_per_block|num_res_blocks")
 WIDTH = re.compile(
     r"num_(?:\w+_)?heads|(?:attention_)?head_dim|(?:hidden|intermediate|vocab)_size|d_model|d_kv|d_ff|dim_mult|"
     r"(?:(?:text|freq|ffn|image|in|out|intermediate|output|base|decoder_base|z|text_embed|pooled_projection|conv)_)?dim|"
@@ -52,7 +51,7 @@ WIDTH = re.compile(
     r"relative_attention_num_buckets"
 )
 POSITIVE = re.compile(r"(?:\w+_)?eps(?:ilon)?|rope_theta|scaling_factor")
-NAMED_KEYS = 5  # spelled out in an error message
+NAMED_KEYS = 5  # in an error message
 
 Tensors = dict[str, Tensor]
 
@@ -60,11 +59,12 @@ Tensors = dict[str, Tensor]
 def read_tensors(path: Path, values: bool = True) -> Tensors:
     """All tensors of a weight file, or of a folder with one file or an index of shards; memory-mapped.
 
-    Without `values` they are on meta, and nothing but headers is read.
+    Args:
+        values: False for tensors on meta, for which only the files' headers are read.
 
     Raises:
-        CheckpointError: a file that is missing, truncated or no checkpoint, or holds something other than tensors, or
-            weights that are quantized in a way that is not ours.
+        CheckpointError: a file is missing, damaged, or holds something other than tensors, or weights that are
+            quantized in a format other than ours.
     """
     tensors: Tensors = {}
     for file in weight_files(path):
@@ -73,16 +73,16 @@ def read_tensors(path: Path, values: bool = True) -> Tensors:
         for pattern, name in QUANTIZED:
             if re.fullmatch(pattern, key):
                 raise CheckpointError(f"{path} holds weights in {name} ({format_value(key)}), not supported; {REMEDY}")
+    for prefix in PREFIXES:
+        if tensors and all(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     return tensors if values else {key: tensor.to("meta") for key, tensor in tensors.items()}
 
 
 def read_safetensors(file: Path) -> Tensors:
     """The tensors of one safetensors file, memory-mapped."""
-    try:
-        with safe_open(file, framework="pt") as handle:
-            return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118  not a mapping
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); download it again") from error
+    with open_safetensors(file, "pt") as handle:
+        return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118  not a mapping
 
 
 def read_pickle(file: Path) -> Tensors:
@@ -98,7 +98,7 @@ def read_pickle(file: Path) -> Tensors:
 
 
 def read_ahead(files: Sequence[Path]) -> None:
-    """Have the system read files into free memory in the background, so that mapped weights are there when needed."""
+    """Have the system read files into free memory in the background, before their mapped weights are used."""
     size = sum(file.stat().st_size for file in files)
     if not hasattr(os, "posix_fadvise") or size > psutil.virtual_memory().available:
         return
@@ -111,37 +111,28 @@ def read_ahead(files: Sequence[Path]) -> None:
     Thread(target=read, daemon=True).start()
 
 
-def without_prefix(tensors: Tensors) -> Tensors:
-    """A transformer's tensors without what repackaged files put before all of its names."""
-    for prefix in PREFIXES:
-        if tensors and all(key.startswith(prefix) for key in tensors):
-            return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-    return tensors
-
-
 # Configs
 
 
 def read_config(
     folder: Path, tensors: Tensors, constants: Mapping[str, object], names: Collection[str] | None = None
 ) -> dict[str, Any]:
-    """The entries of config.json in `folder` that are a model's arguments, held against the tensors beside it.
+    """The arguments of a model in the config.json of `folder`, checked against the tensors beside it.
 
     Args:
-        constants: the only values that some entries may have; they are no arguments.
-        names: all arguments that there are; None where the model's class takes any.
+        constants: entries that must have these values, if they are there; they are not arguments.
+        names: of all arguments; None if the model's class takes any.
 
     Raises:
-        CheckpointError: a knob that is not supported, an unknown entry, or a size larger than the tensors have.
+        CheckpointError: a value that is not supported, an unknown entry, or a size larger than the tensors have.
     """
     source = folder / "config.json"
     config = {key: value for key, value in read_json(source).items() if not key.startswith("_")}
     check_sizes(config, tensors, source)
     for key in config.keys() & constants.keys():
         if config[key] != constants[key]:
-            raise CheckpointError(
-                f"{source}: {key} = {format_value(config[key])} is not supported, only {constants[key]}"
-            )
+            value = format_value(config[key])
+            raise CheckpointError(f"{source}: {key} = {value} is not supported, only {constants[key]}")
     arguments = {key: value for key, value in config.items() if key not in constants}
     if names is not None and (unknown := arguments.keys() - set(names)):
         raise CheckpointError(f"{source}: unknown entries {', '.join(map(format_value, sorted(unknown)))}")
@@ -149,34 +140,35 @@ def read_config(
 
 
 def check_sizes(config: Mapping[str, Any], tensors: Tensors, source: Path) -> None:
-    """Raise CheckpointError for numbers in a config that are none, and for sizes larger than the tensors there."""
+    """Raise CheckpointError for entries of a config that are no valid numbers, or larger than the tensors allow."""
     longest = max((axis for tensor in tensors.values() for axis in tensor.shape), default=0)
+    if config.get("quantization_config"):
+        raise CheckpointError(f"{source}: quantization_config is not supported; {REMEDY}")
     for key, value in config.items():
+        entry = f"{source}: {key} ="
         if POSITIVE.fullmatch(key) and not (isinstance(value, int | float) and 0 < value < math.inf):
-            raise CheckpointError(f"{source}: {key} = {format_value(value)} is no positive number; {OWN_CONFIG}")
+            raise CheckpointError(f"{entry} {format_value(value)} is no positive number; {OWN_CONFIG}")
         limit = len(tensors) if COUNT.fullmatch(key) else longest if WIDTH.fullmatch(key) else None
         if limit is None or value is None:
             continue
         for size in value if isinstance(value, list) else [value]:
             if type(size) is not int or size < 1:
-                raise CheckpointError(f"{source}: {key} = {format_value(size)} is no size; {OWN_CONFIG}")
+                raise CheckpointError(f"{entry} {format_value(size)} is no size; {OWN_CONFIG}")
             if size > limit:
-                reason = f"{source}: {key} = {format_value(size)} is more than the weights beside it have"
+                reason = f"{entry} {format_value(size)} is more than the weights beside it have"
                 raise CheckpointError(f"{reason} ({limit} at most); {OWN_CONFIG}")
-    if config.get("quantization_config"):
-        raise CheckpointError(f"{source}: quantization_config is not supported; {REMEDY}")
 
 
 def load_tokenizer(folder: Path, kind: Any) -> Any:
-    """The tokenizer in `folder`; `kind` is a class of transformers'."""
+    """The tokenizer in `folder`, of a class of transformers'; no code of the checkpoint is run."""
     try:
         return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises nothing more special
+    except Exception as error:  # the tokenizers library raises no narrower class
         raise CheckpointError(f"the tokenizer in {folder} cannot be read ({error}); download it again") from error
 
 
 def shape_of(key: str, axes: int, tensors: Tensors, source: Path) -> tuple[int, ...]:
-    """The shape of a tensor that a model's sizes are read from."""
+    """The shape of the tensor `key`, from which a model's sizes are derived; it must have so many axes."""
     if key not in tensors:
         raise CheckpointError(f"{source} lacks {key}, which the model's sizes are read from; give the model's own file")
     shape = tuple(tensors[key].shape)
@@ -202,31 +194,34 @@ def load_model(
     Args:
         build: makes the model; called with meta as the default device.
         tensors: all weights of a checkpoint, under its own names.
-        source: what the tensors were read from, for error messages.
+        source: where the tensors are from, for error messages.
         dtype: of the weights.
         key_map: from the checkpoint's names to the model's.
-        float32_names: parts of names; weights with one of them in theirs are float32, whatever `dtype` is.
+        float32_names: weights with one of these in their name are float32, whatever `dtype` is.
         buffers: values of the model's buffers, by name.
 
     Returns:
-        The model in eval mode, no parameter requiring gradients. Matrices with a scale beside them are FP8 layers.
+        The model in eval mode, without gradients. Matrices with scales beside them become FP8 layers.
 
     Raises:
-        CheckpointError: missing, unexpected or misshapen keys, by name; dtypes that hold no weights; or no model has
-            these sizes.
+        CheckpointError: missing, unexpected or misshapen keys, by name; dtypes that hold no weights; or sizes that no
+            model can have.
     """
     tensors = rename(tensors, key_map, source)
-    check_scales(tensors, source)
+    scales = scales_of(tensors, source)
     with config_errors(source), torch.device("meta"):
-        model = with_fp8_layers(build(), tensors)
+        model = build()
+        if scales:
+            set_fp8_layers(model, scales)
     parameters = dict(model.named_parameters())  # tied weights once, under their first name
     check_keys(parameters, tensors, source, key_map)
-    check_dtypes(parameters, tensors, source)
+    check_dtypes(tensors, source)
+    check_fp8(parameters, tensors, source)
     loaded: dict[int, Tensor] = {id(buffer): (buffers or {})[name] for name, buffer in model.named_buffers()}
     for name, parameter in parameters.items():
-        target = torch.float32 if any(part in name for part in (*float32_names, SCALE)) else dtype
-        if parameter.dtype in FP8:
-            target = parameter.dtype
+        target = parameter.dtype if parameter.dtype in FP8 else dtype
+        if any(part in name for part in (*float32_names, SCALE)):
+            target = torch.float32
         loaded[id(parameter)] = nn.Parameter(tensors[name].to(target), requires_grad=False)
     replace_tensors(model, lambda tensor: loaded[id(tensor)])
     return model.eval()
@@ -234,7 +229,7 @@ def load_model(
 
 @contextmanager
 def config_errors(source: Path) -> Iterator[None]:
-    """Turn what the libraries' classes raise for a strange size or name into a CheckpointError."""
+    """Turn whatever the libraries' classes raise for strange sizes or names into a CheckpointError."""
     try:
         yield
     except Exception as error:
@@ -242,7 +237,7 @@ def config_errors(source: Path) -> Iterator[None]:
 
 
 def rename(tensors: Tensors, key_map: KeyMap, source: Path) -> Tensors:
-    """Tensors under their model's names; stacked ones are split (views, not copies)."""
+    """Tensors under their model's names; stacked ones are split into views, whose shapes are checked later."""
     renamed: Tensors = {}
     unknown = []
     for key, tensor in tensors.items():
@@ -252,10 +247,7 @@ def rename(tensors: Tensors, key_map: KeyMap, source: Path) -> Tensors:
             unknown.append(key)
             continue
         if isinstance(target, tuple):
-            if not tensor.shape or tensor.shape[0] % len(target):
-                reason = f"{source}: wrong shape {key} ({list(tensor.shape)}), which is to be {len(target)} weights"
-                raise CheckpointError(f"{reason}; give the model's own file")
-            renamed.update(zip(target, tensor.chunk(len(target)), strict=True))
+            renamed.update(zip(target, torch.atleast_1d(tensor).tensor_split(len(target)), strict=True))
         elif target is not None:
             renamed[target] = tensor
     if unknown:
@@ -263,64 +255,63 @@ def rename(tensors: Tensors, key_map: KeyMap, source: Path) -> Tensors:
     return renamed
 
 
-def check_scales(tensors: Tensors, source: Path) -> None:
-    """Raise CheckpointError unless each scale is a row's of a matrix beside it."""
-    for key, scale in tensors.items():
-        weight = tensors.get(f"{key.removesuffix(SCALE)}weight")
-        if key.endswith(f".{SCALE}") and (weight is None or weight.ndim != 2 or scale.shape != weight.shape[:1]):
+def scales_of(tensors: Tensors, source: Path) -> list[str]:
+    """The keys of FP8 scales; raises CheckpointError unless each has an entry for every row of the matrix beside it."""
+    keys = [key for key in tensors if key.endswith(f".{SCALE}")]
+    for key in keys:
+        scale, weight = tensors[key], tensors.get(f"{key.removesuffix(SCALE)}weight")
+        if weight is None or weight.ndim != 2 or scale.shape != weight.shape[:1]:
             reason = f"{source} holds weights in FP8 that is scaled otherwise than by rows"
             raise CheckpointError(f"{reason} ({format_value(key)} {list(scale.shape)}), not supported; {REMEDY}")
+    return keys
 
 
 def check_keys(expected: Mapping[str, Tensor], found: Tensors, source: Path, key_map: KeyMap) -> None:
     """Raise CheckpointError, in the checkpoint's own names, unless `found` has the keys and shapes of `expected`."""
     inverse = invert(key_map)
-    misshapen = [
-        f"{restore(key, inverse)} ({list(found[key].shape)} instead of {list(expected[key].shape)})"
-        for key in expected.keys() & found.keys()
-        if found[key].shape != expected[key].shape
-    ]
     problems = {
         "missing keys": [restore(key, inverse) for key in expected.keys() - found.keys()],
         "unexpected keys": [restore(key, inverse) for key in found.keys() - expected.keys()],
-        "wrong shapes": misshapen,
+        "wrong shapes": [
+            f"{restore(key, inverse)} ({list(found[key].shape)} instead of {list(expected[key].shape)})"
+            for key in expected.keys() & found.keys()
+            if found[key].shape != expected[key].shape
+        ],
     }
-    if any(problems.values()):
-        named = "; ".join(f"{problem} {name_some(keys)}" for problem, keys in problems.items() if keys)
+    named = "; ".join(f"{problem} {name_some(keys)}" for problem, keys in problems.items() if keys)
+    if named:
         raise CheckpointError(f"{source} does not fit its model: {named}")
 
 
-def check_dtypes(parameters: Mapping[str, Tensor], tensors: Tensors, source: Path) -> None:
-    """Raise CheckpointError for tensors that are no weights as they stand: integers, or FP8 whose scale is missing.
+def check_fp8(parameters: Mapping[str, Tensor], tensors: Tensors, source: Path) -> None:
+    """Raise CheckpointError for FP8 layers without FP8 weights, and for FP8 weights that lost their scale.
 
-    A plain cast to FP8 is taken: published weights stay far from the end of its range, while those that were divided by
-    a scale fill it. One matrix tells.
+    Weights that were merely cast to FP8 are accepted: published ones stay far below the end of its range, while those
+    that were divided by a scale fill it. The first matrix tells.
     """
-    refuse_dtypes({k: t for k, t in tensors.items() if parameters[k].dtype in FP8 and t.dtype not in FP8}, source)
-    refuse_dtypes({key: tensor for key, tensor in tensors.items() if tensor.dtype not in WEIGHTS}, source)
-    casts = (name for name, tensor in tensors.items() if tensor.dtype in FP8 and parameters[name].dtype not in FP8)
-    name = next((name for name in casts if tensors[name].ndim == 2 and not tensors[name].is_meta), None)
-    if name is not None and tensors[name].float().abs().max() > torch.finfo(tensors[name].dtype).max / 2:
-        raise CheckpointError(
-            f"{source}: {name} is FP8 that was divided by a scale, and there is none; give the scaled "
-            "weights in bfloat16, and --quant fp8 to have them in FP8"
-        )
+    check_dtypes({key: tensor for key, tensor in tensors.items() if parameters[key].dtype in FP8}, source, FP8)
+    for name, tensor in tensors.items():
+        if tensor.dtype in FP8 and parameters[name].dtype not in FP8 and tensor.ndim == 2 and not tensor.is_meta:
+            if tensor.float().abs().max() > torch.finfo(tensor.dtype).max / 2:
+                reason = f"{source}: {name} is FP8 that was divided by a scale, and there is none"
+                raise CheckpointError(f"{reason}; give it in bfloat16, and --quant fp8 to have it in FP8")
+            return
 
 
-def refuse_dtypes(tensors: Tensors, source: Path) -> None:
-    """Raise CheckpointError for tensors, if there are any, whose dtypes hold no weights."""
-    if tensors:
-        named = name_some(f"{key} ({str(tensor.dtype).removeprefix('torch.')})" for key, tensor in tensors.items())
+def check_dtypes(tensors: Tensors, source: Path, allowed: Collection[torch.dtype] = WEIGHTS) -> None:
+    """Raise CheckpointError for tensors whose dtype does not hold weights."""
+    wrong = {key: tensor.dtype for key, tensor in tensors.items() if tensor.dtype not in allowed}
+    if wrong:
+        named = name_some(f"{key} ({str(dtype).removeprefix('torch.')})" for key, dtype in wrong.items())
         raise CheckpointError(f"{source}: numbers of this kind are no weights: {named}; {REMEDY}")
 
 
 def check_finite(model: nn.Module, name: str) -> None:
-    """Raise CheckpointError for a model's weights that hold infinity or NaN."""
+    """Raise CheckpointError for weights of a model that are infinite or NaN."""
     wrong = [key for key, weight in model.named_parameters() if not weight.float().isfinite().all()]
     if wrong:
-        raise CheckpointError(
-            f"the {name}'s {name_some(wrong)}: numbers that are not finite; give a checkpoint without"
-        )
+        reason = f"the {name}'s {name_some(wrong)}: numbers that are not finite"
+        raise CheckpointError(f"{reason}; give a checkpoint without")
 
 
 def name_some(names: Iterable[str]) -> str:

@@ -1,13 +1,13 @@
-"""LoRA files, in the spellings that trainers use, and their two ways into the transformer: fused or live.
+"""LoRA files, under the names that different trainers use, and the two ways to apply them: fused or live.
 
 A LoRA adds scale * (alpha / rank) * B @ A to a weight: a low-rank pair. Files that were extracted from a trained model
-hold differences beside the pairs, which are added times the scale: of a whole weight (`diff`; of a norm, mostly), of a
-bias (`diff_b`) and of the modulation (`diff_m`). What the model has nothing for is refused, or left out on demand; what
-a file means otherwise is refused by name.
+hold differences beside the pairs, which are added times the scale: of whole weights (`diff`; of norms, mostly), biases
+(`diff_b`) and modulation (`diff_m`). Entries for weights that the model does not have are refused, or left out on
+request; any other kind of entry is refused.
 
-Fused, what a LoRA adds becomes part of the weights: inference costs what it did without. Live, PEFT computes the two
-thin products of a low-rank pair beside its linear layer: the memory-mapped weights stay what they are. All else that a
-file may add, to biases, norms, modulation and convolutions, is small and always fused.
+Fused, the LoRA becomes part of the weights, and inference costs no more than without it. Live, PEFT computes the two
+thin products of each low-rank pair beside its linear layer, and the memory-mapped weights stay as they are. The rest,
+changes to biases, norms, modulation and convolutions, is small and always fused.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import logging
 import math
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -26,10 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skyreels_v3.checkpoints.files import errors_about, read_header, read_json
-from skyreels_v3.checkpoints.hub import LORA_CONFIG, check_lora_file
+from skyreels_v3.checkpoints.files import errors_about, open_safetensors, read_json
+from skyreels_v3.checkpoints.hub import LORA_CONFIG
 from skyreels_v3.checkpoints.key_maps import KeyMap, translate
-from skyreels_v3.checkpoints.load import WEIGHTS, Tensors, name_some, read_safetensors, refuse_dtypes
+from skyreels_v3.checkpoints.load import Tensors, check_dtypes, name_some, read_safetensors
 from skyreels_v3.errors import UserError
 from skyreels_v3.request import Lora
 
@@ -37,45 +38,46 @@ logger = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
-Parts = dict[str, str]  # what a file has for a layer: the key of each part
+Parts = dict[str, str]  # of a layer in a file: the key of each part
 
 PEFT_PREFIX = "base_model.model."
-FLAT_PREFIX = re.compile(r"lora_unet__?")  # kohya and musubi: dots of the native names are underscores
+FLAT_PREFIX = re.compile(r"lora_unet__?")  # of kohya's and musubi's names, which have underscores for dots
 ENTRY = re.compile(
     r"(?:(?:base_model\.model|transformer|(?:model\.)?diffusion_model)\.)*(?P<layer>.+?)"
     r"\.(?:(?:(?P<A>lora_A|lora_down|lora\.down)|(?P<B>lora_B|lora_up|lora\.up))(?:\.\w+)?\.weight"
     r"|(?P<alpha>alpha)|(?P<weight>diff|w_norm)|(?P<bias>diff_b|b_norm)|(?P<modulation>diff_m))"
 )
 TEXT_ENCODER = re.compile(r"(?:base_model\.model\.)?(?:text_encoder|lora_te)\w*(?:\..+)?")
+# What may be wrong with the entries of a file, in the order of reporting: what is said, and the way out
+PROBLEMS = {
+    "unsupported": (": not supported: ", "give a LoRA of low-rank pairs and differences alone"),
+    "incomplete": (": incomplete, A or B is missing of ", "download it again"),
+    "misshapen": (" does not fit its model: wrong shapes ", "give a LoRA of this model"),
+    "repeated": (" holds more than one LoRA of ", "give a file with one"),
+    "damaged": (" holds numbers that are not finite: ", "the LoRA is damaged, give another"),
+    "foreign": (" does not fit its model, which has nothing for ", "give a LoRA of this model"),
+}
 
-HEADER_ENTRY = "lora_adapter_metadata"  # diffusers' place for PEFT's settings
-UNSUPPORTED_SETTINGS = ("use_dora", "use_rslora", "use_qalora", "alora_invocation_tokens")
-PLAIN_INITIALISATIONS = ("gaussian", "eva", "orthogonal")  # the others take something out of the base weights
+HEADER_ENTRY = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings
+# PEFT's settings that must have one of these values, or the file means something other than B @ A times alpha / rank
+PLAIN_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "peft_type": (None, "LORA"),
+    **dict.fromkeys(("use_dora", "use_rslora", "use_qalora", "alora_invocation_tokens"), (None, False, [])),
+    # the other ways change the base weights
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
+}
 
 
 @dataclass(frozen=True)
 class Change:
-    """What is added to a weight as a matrix, times a scale: `up @ down`, or `up` alone where `down` is None.
-
-    `keys` are those of the file's tensors, down before up.
-    """
+    """What is added to a weight as a matrix, times a scale: `up @ down`, or `up` alone if `down` is None."""
 
     up: Tensor
     down: Tensor | None
     scale: float
-    keys: tuple[str, ...]
 
 
 Changes = dict[str, list[Change]]  # by the weight's name
-
-
-@dataclass(frozen=True)
-class LoraFile:
-    """What a file adds to a model, mapped into memory, and the keys of what the model has nothing for."""
-
-    source: Path
-    changes: Changes
-    left_out: tuple[str, ...]
 
 
 def lora_error(message: str) -> UserError:
@@ -90,188 +92,156 @@ def shapes_of(model: nn.Module) -> Shapes:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def read_lora(source: Path, shapes: Shapes, native: KeyMap, partial: bool = False) -> LoraFile:
-    """What a file adds to a model.
+def read_lora(source: Path, shapes: Shapes, native: KeyMap, partial: bool = False) -> tuple[Changes, list[str]]:
+    """What a file adds to a model, memory-mapped, and the keys that are left out.
 
     Args:
         shapes: of all weights of the model, by name.
-        native: from the names of the official code's transformer, which are taken as well.
-        partial: leave out what the model has nothing for.
+        native: the key map from the official code's names, which files may use as well.
+        partial: leave out entries that the model has no weights for.
 
     Raises:
-        UserError: not a whole safetensors file, or not only what fits the model; names the file and its keys.
+        UserError: no complete safetensors file, or not a LoRA that fits the model; names the file and its keys.
     """
-    check_lora_file(source)
+    changes: Changes = {}
+    problems: defaultdict[str, list[str]] = defaultdict(list)
     with errors_about("--lora"):
         tensors = read_safetensors(source)
-        layers, others = group_entries(tensors, source)
         settings = read_settings(source, any(key.startswith(PEFT_PREFIX) for key in tensors))
-        changes: Changes = {}
-        twice: list[str] = []
-        misshapen = [
-            f"{key} ({list(tensors[key].shape)} instead of [])"
-            for key in (parts["alpha"] for parts in layers.values() if "alpha" in parts)
-            if tensors[key].numel() != 1
-        ]
-        for layer, parts in layers.items():
+        for layer, parts in group_entries(tensors, problems).items():
+            if ("A" in parts) != ("B" in parts) or parts.keys() == {"alpha"}:
+                problems["incomplete"].append(layer)
+                continue
             for parameter, keys in changes_of(parts):
                 names = model_names(layer, parameter, native)
-                if not all(name in shapes for name in names):
-                    others += keys
+                if not shapes.keys() >= {*names}:
+                    problems["foreign"] += keys
                     continue
-                refuse_dtypes({key: tensors[key] for key in keys if tensors[key].dtype not in WEIGHTS}, source)
+                check_dtypes({key: tensors[key] for key in keys[:2]}, source)
                 rows = [shapes[name][0] for name in names]
-                wrong = wrong_shapes(keys, tensors, (sum(rows), *shapes[names[0]][1:]))
-                misshapen += wrong
-                if wrong or misshapen:
+                if wrong := wrong_shapes(keys, tensors, (sum(rows), *shapes[names[0]][1:])):
+                    problems["misshapen"] += wrong
                     continue
-                *downs, up = (tensors[key] for key in keys)
-                down = downs[0].flatten(1) if downs else None
-                scale = (
-                    1.0 if down is None else alpha_of(layer, parts, tensors, settings, source, len(down)) / len(down)
-                )
+                problems["damaged"] += [key for key in keys if not tensors[key].float().isfinite().all()]
+                up, down, scale = tensors[keys[-1]], None, 1.0
+                if len(keys) > 1:
+                    down, up = tensors[keys[0]], tensors[keys[1]]
+                    down = down.reshape(len(down), -1)
+                    alpha = tensors[keys[2]].item() if len(keys) > 2 else alpha_of(layer, settings, source, len(down))
+                    scale = alpha / len(down)
                 for name, part in zip(names, up.reshape(sum(rows), -1).split(rows), strict=True):
                     known = changes.setdefault(name, [])
                     if any((change.down is None) == (down is None) for change in known):
-                        twice += keys
-                    known.append(Change(part, down, scale, keys))
-    if misshapen:
-        raise lora_error(f"{source} does not fit its model: wrong shapes {name_some(misshapen)}")
-    if twice:
-        raise lora_error(f"{source} holds more than one LoRA of {name_some(twice)}; give a file with one")
-    if others and not (partial and changes):
-        rest = f"{source.name}:1:partial applies the rest" if changes else "give a LoRA of this model"
-        raise lora_error(f"{source} does not fit its model, which has nothing for {name_some(others)}; {rest}")
-    return LoraFile(source, changes, tuple(others))
+                        problems["repeated"] += keys
+                    known.append(Change(part, down, scale))
+    if not tensors:
+        raise lora_error(f"{source}: no entries; {PROBLEMS['unsupported'][1]}")
+    for kind, (reason, remedy) in PROBLEMS.items():
+        if kind == "foreign" and changes:
+            remedy = f"{source.name}:1:partial applies the rest"
+        if problems[kind] and not (kind == "foreign" and changes and partial):
+            raise lora_error(f"{source}{reason}{name_some(problems[kind])}; {remedy}")
+    return changes, problems["foreign"]
 
 
-def group_entries(tensors: Tensors, source: Path) -> tuple[dict[str, Parts], list[str]]:
-    """A file's parts by layer, as it calls them, and what is no transformer's.
-
-    Raises UserError for entries that are neither of low-rank pairs nor differences.
-    """
+def group_entries(tensors: Tensors, problems: Mapping[str, list[str]]) -> dict[str, Parts]:
+    """The parts of each layer, under the file's names; other entries are added to `problems`."""
     layers: dict[str, Parts] = {}
-    refused, twice, others = [], [], []
     for key in tensors:
         match = ENTRY.fullmatch(key)
         if TEXT_ENCODER.fullmatch(key):
-            others.append(key)
+            problems["foreign"].append(key)
         elif match is None:
-            refused.append(key)
+            problems["unsupported"].append(key)
         else:
-            (part,) = (name for name, text in match.groupdict().items() if name != "layer" and text)
-            parts = layers.setdefault(match["layer"], {})
+            parts, part = layers.setdefault(match["layer"], {}), str(match.lastgroup)
             if part in parts:
-                twice.append(key)
+                problems["repeated"].append(key)
             parts[part] = key
-    if refused or not tensors:
-        reason = f"not supported: {name_some(refused)}" if refused else "no entries"
-        raise lora_error(f"{source}: {reason}; give a LoRA of low-rank pairs and differences alone")
-    if twice:
-        raise lora_error(f"{source} holds more than one LoRA of {name_some(twice)}; give a file with one")
-    incomplete = [layer for layer, p in layers.items() if ("A" in p) != ("B" in p) or p.keys() == {"alpha"}]
-    if incomplete:
-        raise lora_error(f"{source}: incomplete, A or B is missing of {name_some(incomplete)}; download it again")
-    return layers, others
+    return layers
 
 
 def changes_of(parts: Parts) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """A layer's parameters that a file changes, with the keys of what it adds."""
+    """The parameters of a layer that a file changes, with the keys of A, B and any alpha, or of a difference."""
     if "A" in parts:
-        yield "weight", (parts["A"], parts["B"])
+        yield "weight", tuple(parts[part] for part in ("A", "B", "alpha") if part in parts)
     for parameter in ("weight", "bias", "modulation"):
         if parameter in parts:
             yield parameter, (parts[parameter],)
 
 
-def wrong_shapes(keys: tuple[str, ...], tensors: Tensors, wanted: Shape) -> list[str]:
+def wrong_shapes(keys: Sequence[str], tensors: Tensors, wanted: Shape) -> list[str]:
     """The tensors of a change to a weight of shape `wanted` that do not fit it, with both shapes.
 
-    A convolution's pair has its kernel's axes in A, or one axis in the place of all of A's but the first; axes of one
-    entry count for nothing.
+    A has the axes of a convolution's kernel, or one for all of them. Axes of one entry count for nothing.
     """
-    found = [tuple(tensors[key].shape) for key in keys]
-    rank = found[0][0] if found[0] else 0
-    needed = [wanted] if len(keys) == 1 else [(rank, *wanted[1:]), (wanted[0], rank)]
+    rank = (*tensors[keys[0]].shape, 1)[0] or 1
+    needed: list[Shape] = [wanted] if len(keys) == 1 else [(rank, *wanted[1:]), (wanted[0], rank), ()]
 
-    def fits(shape: Shape, needed: Shape) -> bool:
-        if len(keys) == 1:
-            return [axis for axis in shape if axis != 1] == [axis for axis in needed if axis != 1]
-        return len(shape) > 1 and shape[0] == needed[0] and 0 < math.prod(shape) == math.prod(needed)
+    def plain(shape: Shape) -> Shape:
+        return tuple(axis for axis in shape if axis != 1)
 
     return [
-        f"{key} ({list(shape)} instead of {list(right)})"
-        for key, shape, right in zip(keys, found, needed, strict=True)
-        if not fits(shape, right)
+        f"{key} ({list(tensors[key].shape)} instead of {list(right)})"
+        for key, right in zip(keys, needed, strict=False)
+        if plain(tensors[key].shape) not in (plain(right), plain((*right[:1], math.prod(right[1:]))))
     ]
 
 
 def model_names(layer: str, parameter: str, native: KeyMap) -> tuple[str, ...]:
-    """Our names of a layer's parameter: of a native one from the key map, flat or not; any other is taken for ours."""
+    """Our names of a layer's parameter: native names, dotted or flat, by the key map; others are taken as ours."""
     prefix = FLAT_PREFIX.match(layer)
+    name, key_map = f"{layer}.{parameter}", native
+    if prefix is not None:
+        name, key_map = f"{layer[prefix.end() :]}_{parameter}", flat(native)
     try:
-        if prefix is not None:
-            target = translate(f"{layer[prefix.end() :]}_{parameter}", flat(native))
-        else:
-            target = translate(f"{layer}.{parameter}", native)
+        target = translate(name, key_map)
     except KeyError:
         return (f"{layer}.{parameter}",)
-    assert target is not None, "every weight of a native transformer is one of ours"
-    return (target,) if isinstance(target, str) else target
+    return (target,) if isinstance(target, str) else target or ()
 
 
 @cache
 def flat(native: KeyMap) -> KeyMap:
-    """The key map of the same names with underscores for their dots."""
-    # The groups that stand for a parameter's name can only be this one, or k would match k_img.
+    """The key map of the same names with underscores for dots."""
+    # a group that matches any parameter can only match these two, or k would match k_img
     return tuple((pattern.replace("(.+)", "(weight|bias)").replace(r"\.", "_"), target) for pattern, target in native)
 
 
-def alpha_of(layer: str, parts: Parts, tensors: Tensors, settings: Mapping[str, Any], source: Path, rank: int) -> float:
-    """A layer's alpha: the file's own, else that of its settings; the rank where B is meant as it stands."""
-    if "alpha" in parts:
-        alpha = float(tensors[parts["alpha"]])
-        if not math.isfinite(alpha):
-            raise lora_error(f"{source}: {parts['alpha']} holds numbers that are not finite; give another LoRA")
-        return alpha
-    if not settings:
-        return rank
-    patterns = settings.get("alpha_pattern") or {}  # PEFT: a name, or a regular expression, that ends the layer's name
+def alpha_of(layer: str, settings: Mapping[str, Any], source: Path, rank: int) -> float:
+    """The alpha of a layer in a file's settings; the rank if it has none."""
+    patterns = settings.get("alpha_pattern") or {}  # PEFT: a name, or regular expression, that ends the layer's name
     try:
         own = [value for pattern, value in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", layer)]
     except (AttributeError, re.error) as error:
-        raise lora_error(f"{source}: its settings give an alpha_pattern that cannot be read ({error})") from error
-    given = own[0] if own else settings.get("lora_alpha")
-    if not isinstance(given, int | float) or not math.isfinite(given):
-        raise lora_error(f"{source}: its settings give {given} for the lora_alpha of {layer}, which is no number")
-    return given
+        raise lora_error(f"{source}: its settings have an alpha_pattern that cannot be read ({error})") from error
+    alpha = own[0] if own else settings.get("lora_alpha") if settings else rank
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise lora_error(f"{source}: its settings give {alpha} for the lora_alpha of {layer}, which is no number")
+    return alpha
 
 
 def read_settings(source: Path, peft_names: bool) -> dict[str, Any]:
-    """PEFT's settings of a file: in its header, or in the file beside it where its names are PEFT's; else empty.
+    """PEFT's settings of a file: from its header, or for PEFT's own names from the file beside it; else empty.
 
     Raises:
-        UserError: they mean more than B @ A times alpha / rank.
+        UserError: they mean something other than B @ A times alpha / rank.
     """
-    header = (read_header(source)[0].get("__metadata__") or {}).get(HEADER_ENTRY)
+    with open_safetensors(source) as handle:
+        header = (handle.metadata() or {}).get(HEADER_ENTRY)
     beside = source.parent / LORA_CONFIG
     if header is not None:
         try:
             settings = {key.removeprefix("transformer."): value for key, value in json.loads(header).items()}
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise lora_error(f"{source}: {HEADER_ENTRY} in its header is no JSON object ({error})") from error
     elif peft_names and beside.is_file():
         settings, source = read_json(beside), beside
     else:
         return {}
-    unsupported = [f"{key} = {settings[key]}" for key in UNSUPPORTED_SETTINGS if settings.get(key)]
-    if (kind := settings.get("peft_type") or "LORA") != "LORA":
-        unsupported.append(f"peft_type = {kind}")
-    start = settings.get("init_lora_weights")
-    if isinstance(start, str) and start not in PLAIN_INITIALISATIONS:
-        unsupported.append(f"init_lora_weights = {start}")
-    if unsupported:
-        raise lora_error(f"{source}: {', '.join(unsupported)} not supported; give a plain LoRA")
+    wrong = [f"{key} = {settings[key]}" for key, plain in PLAIN_SETTINGS.items() if settings.get(key) not in plain]
+    if wrong:
+        raise lora_error(f"{source}: {', '.join(wrong)} not supported; give a plain LoRA")
     return settings
 
 
@@ -280,88 +250,66 @@ def read_settings(source: Path, peft_names: bool) -> dict[str, Any]:
 
 @torch.no_grad()
 def apply_loras(model: Any, loras: Sequence[Lora], fuse: bool) -> None:
-    """Add LoRAs to a model; several on one layer add up. All at once: a model takes them one time.
+    """Add LoRAs to a model; those that change the same weight add up. To be called once, with all of them.
 
-    The model's tensors are neither written to nor copied, but for the weights that fusing replaces.
+    Fusing replaces weights by new ones; no tensor of the model is written to.
 
     Args:
         model: an `nn.Module` with PEFT's methods and `native_names`, see `families.Transformer`.
-        loras: safetensors files, and what their changes are multiplied by.
-        fuse: make new weights, rounded once; otherwise keep low-rank pairs beside the weights, as PEFT's layers.
+        loras: safetensors files, and the scales of their changes.
+        fuse: add everything to the weights, rounded once; otherwise low-rank pairs become PEFT's layers.
 
     Raises:
-        UserError: a file that cannot be read, or with what the model does not have, or of another shape.
+        UserError: a file cannot be read or does not fit the model.
     """
     assert not getattr(model, "peft_config", None), "all LoRAs of a model are applied in one call"
     shapes = shapes_of(model)
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     fused: Changes = {}
-    live: list[tuple[Changes, float]] = []
+    live: list[tuple[dict[str, Change], float]] = []
     for lora in loras:
-        file = read_lora(Path(lora.source), shapes, model.native_names, lora.partial)
-        check_finite(file)
-        report(file, lora.scale, fuse)
-        kept = {} if fuse else {name: made for name, made in file.changes.items() if is_live(model, name, made)}
-        if kept:
-            live.append((kept, lora.scale))
-        for name, made in file.changes.items():
-            if name not in kept:
+        changes, left_out = read_lora(Path(lora.source), shapes, model.native_names, lora.partial)
+        way = "fused" if fuse else "live"
+        logger.info("LoRA %s: %d weights, scale %g, %s", lora.source, len(changes), lora.scale, way)
+        if left_out:
+            message = "LoRA %s: %d entries are left out, the model has nothing for %s"
+            logger.warning(message, lora.source, len(left_out), name_some(left_out))
+        pairs: dict[str, Change] = {}
+        for name, made in changes.items():
+            if not fuse and name in linear and len(made) == 1 and made[0].down is not None:
+                pairs[name] = made[0]
+            else:
                 scaled = [replace(change, scale=change.scale * lora.scale) for change in made]
                 fused.setdefault(name, []).extend(scaled)
+        if pairs:
+            live.append((pairs, lora.scale))
     for name, made in fused.items():
         place, _, parameter = name.rpartition(".")
-        module = model.get_submodule(place)
-        setattr(module, parameter, nn.Parameter(updated(getattr(module, parameter), made), requires_grad=False))
+        weight = nn.Parameter(updated(model.get_parameter(name), made), requires_grad=False)
+        setattr(model.get_submodule(place), parameter, weight)
     if live:
         attach(model, live)
 
 
-def check_finite(file: LoraFile) -> None:
-    """Raise UserError for values that are no numbers."""
-    for changes in file.changes.values():
-        for change in changes:
-            for key, tensor in zip(reversed(change.keys), (change.up, change.down), strict=False):
-                if tensor is not None and not tensor.float().isfinite().all():
-                    reason = f"{file.source}: {key} holds numbers that are not finite"
-                    raise lora_error(f"{reason}; the LoRA is damaged, give another")
-
-
-def report(file: LoraFile, scale: float, fuse: bool) -> None:
-    """Log what becomes of a file."""
-    way = "fused" if fuse else "live"
-    logger.info("LoRA %s: %d weights, scale %g, %s", file.source, len(file.changes), scale, way)
-    if file.left_out:
-        used = {key for changes in file.changes.values() for change in changes for key in change.keys}
-        message = "LoRA %s: %d of %d entries are left out, the model has nothing for %s"
-        entries = len(used) + len(file.left_out)
-        logger.warning(message, file.source, len(file.left_out), entries, name_some(file.left_out))
-
-
-def is_live(model: nn.Module, name: str, changes: Sequence[Change]) -> bool:
-    """Whether PEFT can have what is added to a weight beside it: one pair of a linear layer."""
-    layer, _, parameter = name.rpartition(".")
-    linear = parameter == "weight" and isinstance(model.get_submodule(layer), nn.Linear)
-    return linear and len(changes) == 1 and changes[0].down is not None
-
-
-def attach(model: Any, loras: Sequence[tuple[Changes, float]]) -> None:
-    """Put PEFT's layers around the model's; A and B get the dtype of the layer that they belong to."""
+def attach(model: Any, loras: Sequence[tuple[Mapping[str, Change], float]]) -> None:
+    """Wrap the model's layers in PEFT's; A and B get the dtype of their layer."""
     names = [f"adapter_{number}" for number in range(len(loras))]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs are what is wanted
-        for adapter, (changes, _) in zip(names, loras, strict=True):
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs are meant
+        for adapter, (pairs, _) in zip(names, loras, strict=True):
             state: Tensors = {}
-            for name, (change,) in changes.items():
-                assert change.down is not None
+            for name, pair in pairs.items():
+                assert pair.down is not None
                 layer = name.removesuffix(".weight")
-                up = change.up if change.scale == 1 else change.up.float() * change.scale
-                state |= {f"{layer}.lora_A.weight": change.down, f"{layer}.lora_B.weight": up}
+                up = pair.up if pair.scale == 1 else pair.up.float() * pair.scale
+                state |= {f"{layer}.lora_A.weight": pair.down, f"{layer}.lora_B.weight": up}
             model.load_lora_adapter(state, prefix=None, adapter_name=adapter, low_cpu_mem_usage=True)
     model.set_adapters(names, [scale for _, scale in loras])
-    model.requires_grad_(False).eval()  # PEFT makes layers to be trained
+    model.requires_grad_(False).eval()  # PEFT's new layers are set up for training
 
 
 def updated(weight: Tensor, changes: Sequence[Change]) -> Tensor:
-    """A weight with all that is added to it, in float32 and rounded once, as a new tensor."""
+    """A weight plus all changes, summed in float32 and rounded once, as a new tensor."""
     total = weight.float().reshape(len(weight), -1)
     for change in changes:
         up = change.up.to(total)

@@ -26,17 +26,17 @@ TRANSFORMER_FILES = ("config.json", "*.safetensors", "*.safetensors.index*.json"
 def save_quantized(
     transformer: ModelMixin, sources: Sequence[tuple[Path, Repository]], folder: Path, workspace: Path | None = None
 ) -> Path:
-    """Write `transformer`, and whatever else its task needs, to a new folder for --model_id.
+    """Write `transformer`, and everything else that its task needs, to a new folder for --model_id.
 
-    The transformer is written under our own names, which the loaders read in every layout. The other files are linked
-    where the file system can, else copied.
+    The transformer is written under our own names, which the loaders accept in every layout. The other files are
+    hard-linked if the file system allows, else copied.
 
     Args:
-        sources: the checkpoint's folder and those of other components, with what the task needs of each.
-        workspace: a folder for what is unfinished; not used where it is on another file system.
+        sources: the checkpoint's folder, and those of other components, with what the task needs of each.
+        workspace: where to write until it is complete, if that is on the same file system.
 
     Returns:
-        The folder that it became, `folder` unless that was taken meanwhile.
+        The new folder: `folder`, unless that was created meanwhile.
     """
     if workspace is None or workspace.stat().st_dev != existing_folder(folder).stat().st_dev:
         workspace = folder.parent
@@ -65,21 +65,21 @@ def save_quantized(
 
 
 def standing_alone(tensor: Tensor) -> Tensor:
-    """`tensor`, copied where it is a view of a larger one: stacked weights are split without copying."""
+    """`tensor`, copied if it is a view of a larger one, as stacked weights are when they have been split."""
     alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def needed_files(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
-    """The files of a checkpoint's folder that have one of those patterns, by their names in it."""
+    """The files of a checkpoint's folder that match one of the patterns, by their names in it."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     return {name: path for name, path in files.items() if any(fnmatch(name, pattern) for pattern in patterns)}
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Have a file's content at `target` too."""
+    """Hard-link a file to `target`, or copy it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source.resolve(), target)
-    except OSError:  # another file system, or one without links
+    except OSError:  # another file system, or one without hard links
         shutil.copyfile(source, target)

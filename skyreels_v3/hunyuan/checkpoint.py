@@ -10,14 +10,7 @@ from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from skyreels_v3.checkpoints.load import (
-    config_errors,
-    load_model,
-    load_tokenizer,
-    read_config,
-    read_tensors,
-    without_prefix,
-)
+from skyreels_v3.checkpoints.load import config_errors, load_model, load_tokenizer, read_config, read_tensors
 from skyreels_v3.errors import CheckpointError
 from skyreels_v3.hunyuan import key_maps
 from skyreels_v3.hunyuan.conditioning import HunyuanTextEncoder
@@ -28,7 +21,7 @@ from skyreels_v3.hunyuan.vae import HunyuanVAE
 def load_transformer(folder: Path, dtype: torch.dtype, values: bool = True) -> HunyuanTransformer3DModel:
     """The transformer in `folder` (config.json and safetensors)."""
     model = HunyuanTransformer3DModel
-    tensors = without_prefix(read_tensors(folder, values))
+    tensors = read_tensors(folder, values)
     if any(key.startswith("double_blocks.0.") for key in tensors):
         reason = f"{folder} holds the transformer under HunyuanVideo's own names (double_blocks.0...), not supported"
         raise CheckpointError(f"{reason}; give one under diffusers' names, as the published one is")

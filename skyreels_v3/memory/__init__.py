@@ -1,1 +1,1 @@
-"""Where weights live, and how much room a run needs."""
+"""Where weights live during a run: memory modes, offloading, block streaming and FP8."""

@@ -1,4 +1,4 @@
-"""A component on the device only while it works."""
+"""Offloading: a component is on the device only while it works. And how the tensors of a module are replaced."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 def on_device(
     module: nn.Module, device: torch.device, selected: Callable[[Tensor], bool] = lambda _: True
 ) -> Iterator[None]:
-    """Hold the `selected` tensors of `module` on `device` for the length of a `with` block.
+    """Hold the `selected` tensors of `module` on `device` within a `with` block.
 
-    The host's tensors, memory-mapped or not, stay as they are and are put back at the end. Nothing is copied back:
-    inference changes no weight.
+    At the end the module gets its original tensors again, memory-mapped or not. Nothing is copied back, since inference
+    changes no weight.
     """
     host: dict[int, Tensor] = {}
 
-    @torch.inference_mode(False)  # the same kind of tensor for every caller: compiled code is specialized to it
+    @torch.inference_mode(False)  # never inference tensors: compiled code is specialized to the kind
     def move(tensor: Tensor) -> Tensor:
         if not selected(tensor):
             return tensor
@@ -38,10 +38,10 @@ def on_device(
 
 
 def replace_tensors(model: nn.Module, new: Callable[[Tensor], Tensor]) -> None:
-    """Replace each parameter and buffer by `new(tensor)`; a tensor that is used in several places is replaced once.
+    """Replace each parameter and buffer by `new(tensor)`, called once for a tensor that is used in several places.
 
-    The tensor objects are replaced, not their data: the new ones may have any dtype and device, and whoever holds the
-    old ones can still use them.
+    The tensor objects are replaced, not their data: the new ones may have any dtype and device, and the old ones remain
+    valid for whoever holds them.
     """
     old = list(model.parameters()) + list(model.buffers())  # kept alive, so that ids stay unique
     made = {id(tensor): new(tensor) for tensor in old}

@@ -1,8 +1,11 @@
-"""Where the components live during a run: decided once, from what the plan needs and what the machine has. No torch.
+"""Where the weights live during a run, decided once, and what to advise when memory runs out. No torch.
 
-- resident: each component moves to the device when it is first used, and stays.
+- resident: each component moves to the device when it is first used, and stays there.
 - offload: a component is on the device only while it works.
-- stream: as offload, with only the working blocks of the transformer and the text encoder on the device.
+- stream: like offload, but of the transformer and the text encoder only the working blocks are on the device.
+
+The decision (`choose_policy`) follows from the plan's estimates and the machine's free memory. If an estimate was too
+low after all, `explained` turns the error into one that names the flags that need less.
 """
 
 from __future__ import annotations
@@ -19,14 +22,19 @@ from skyreels_v3.request import GenerationRequest
 from skyreels_v3.tasks import MEMORY_MODES, RESOLUTIONS
 
 BYTES = {"bfloat16": 2, "float32": 4}
-SCALE = "weight_scale"  # name of the scales beside FP8 weights; a checkpoint that has them is quantized
+SCALE = "weight_scale"  # of the rows of an FP8 weight, beside it; a checkpoint with such keys is quantized
 STREAM_SLOTS = 2  # blocks on the device at a time while a model streams: the working one and the next
 Tiles = tuple[int, int]  # rows and columns of the VAE's tiles
-TILINGS: tuple[Tiles, ...] = ((1, 1), (1, 2), (2, 2), (2, 3))  # with more, the halos cost more than is saved
+TILINGS: tuple[Tiles, ...] = ((1, 1), (1, 2), (2, 2), (2, 3))  # more tiles would cost more in halos than they save
 Peak = Callable[[str, Tiles], int]  # bytes on the device in a memory mode, with a tiling of the VAE
 MARGIN = 1.1  # for the kernels' workspaces and for fragmentation
-RESERVE = 500_000_000  # bytes of the driver
-PINNED_SHARE = 0.7  # of the host's free memory at most
+RESERVE = 500_000_000  # bytes that the driver takes
+PINNED_SHARE = 0.7  # of the host's free memory, at most
+# torch has an error class for allocations on a device only. Host allocations, drivers and libraries beside torch raise
+# plain RuntimeErrors, told apart by their messages, such as CUBLAS_STATUS_ALLOC_FAILED.
+HOST_ERROR = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
+DEVICE_ERROR = re.compile(r"out ?of ?memory|ALLOC(ATION)?_?FAILED", re.IGNORECASE)
+REQUESTED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,8 @@ class Policy:
     Attributes:
         mode: one of `tasks.MEMORY_MODES`.
         reason: for the log.
-        resident_blocks: blocks of a streamed transformer that stay on the device.
-        pinned: whether the streamed blocks are held in pinned memory.
+        resident_blocks: how many blocks of a streamed transformer stay on the device.
+        pinned: hold the streamed blocks in pinned memory.
         tiles: of the VAE.
     """
 
@@ -60,16 +68,16 @@ def choose_policy(
     free_device: int | None,
     free_host: int,
 ) -> Policy:
-    """The fastest mode and the fewest tiles that fit, or the smallest there are.
+    """The fastest mode and the fewest tiles that fit; where none fit, the ones that need least.
 
     Args:
         wanted: a memory mode, or "auto".
         peak: bytes on the device in a mode, with a tiling.
         streamed: bytes of the blocks that stay in host memory in mode "stream".
         stream_blocks: resident blocks in mode "stream".
-        pin_all: pin what is streamed, however much of the host's memory that is.
-        free_device: free bytes of a device with its own memory, None if it has none.
-        free_host: free bytes of the host's memory.
+        pin_all: pin what is streamed, whatever its share of the host's memory.
+        free_device: free bytes on the device, None if it has no memory of its own.
+        free_host: free bytes of host memory.
     """
     mode, reason = wanted, "asked for"
     if free_device is None:
@@ -87,20 +95,13 @@ def choose_policy(
 
 
 def resident_blocks(blocks: int, count: int) -> set[int]:
-    """Which of so many blocks stay on the device: evenly spaced, which gives the others more time to arrive."""
+    """Which `count` of a model's blocks stay on the device: evenly spaced, to give the others more time to arrive."""
     count = min(count, blocks)
     return {index * blocks // count for index in range(count)}
 
 
-# torch.OutOfMemoryError, of a device, is a RuntimeError. For the host's memory torch has only this message, and
-# drivers and libraries that allocate beside torch raise RuntimeError, such as CUBLAS_STATUS_ALLOC_FAILED.
-HOST = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
-DEVICE = re.compile(r"out of memory|tried to allocate|allocation on device|ALLOC(ATION)?_?FAILED", re.IGNORECASE)
-REQUESTED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
-
-
 class MemoryPlan(Protocol):
-    """What a plan knows about memory."""
+    """What advice about memory needs to know of a plan."""
 
     @property
     def request(self) -> GenerationRequest: ...
@@ -112,24 +113,22 @@ class MemoryPlan(Protocol):
     def passes(self) -> Sized: ...
 
     def peak(self, mode: str, tiles: Tiles) -> int:
-        """The most bytes in use on the device at a time."""
+        """Bytes in use on the device at the peak."""
 
 
 @contextmanager
 def explained(stage: str, plan: MemoryPlan, free: Callable[[], int | None]) -> Iterator[None]:
-    """Raise OutOfMemory in place of torch's own errors.
+    """Turn out-of-memory errors within a `with` block into `OutOfMemory` errors that say what to change.
 
     Args:
-        stage: what the `with` block does.
-        free: called for the free bytes of the device; None where it has no memory of its own.
+        stage: what the block does.
+        free: gives the free bytes on the device, None where it has no memory of its own.
     """
     try:
         yield
-    except OutOfMemory:
-        raise  # of a stage inside this one
     except (MemoryError, RuntimeError) as error:
         requested = requested_size(error)
-        if requested is None:
+        if requested is None or isinstance(error, OutOfMemory):  # the latter of a stage within this one
             raise
         available = free()
         left = "" if available is None else f", {giga(available)} are free"
@@ -138,19 +137,18 @@ def explained(stage: str, plan: MemoryPlan, free: Callable[[], int | None]) -> I
 
 
 def requested_size(error: Exception) -> str | None:
-    """The size in an error that is about memory; None for any other error."""
-    if host := HOST.search(str(error)):
+    """How much memory an out-of-memory error is about; None for any other error."""
+    text = f"{type(error).__name__}: {error}"  # the name, since the message of an OutOfMemoryError may say anything
+    if host := HOST_ERROR.search(text):
         return f"{giga(int(host[1]))} of host memory"
     if isinstance(error, MemoryError):
         return "some host memory"
-    if DEVICE.search(str(error)):
-        found = REQUESTED.search(str(error))
-        return found[1] if found else "some memory"
-    return None
+    found = REQUESTED.search(text)
+    return None if not DEVICE_ERROR.search(text) else found[1] if found else "some memory"
 
 
 def advice(plan: MemoryPlan, device_memory: bool) -> str:
-    """What needs less memory than the plan. Moving weights helps only a device with memory of its own."""
+    """The flags that need less memory than the plan. Moving weights helps only a device with memory of its own."""
     request = plan.request
     smaller = MEMORY_MODES[MEMORY_MODES.index(plan.policy.mode) + 1 :] if device_memory else ()
     size = "--resolution" if request.task.size is None else "--height and --width"
@@ -160,7 +158,7 @@ def advice(plan: MemoryPlan, device_memory: bool) -> str:
         "--low_vram (streamed, in FP8)": request.quant is None,
         "--vae_dtype bfloat16": request.vae_dtype == "float32",
         f"a smaller {size}": request.task.size is not None or request.resolution != RESOLUTIONS[0],
-        # with several passes a shorter video has fewer of them, which need as much
+        # with several passes, a shorter video has fewer of them, each as large
         f"a smaller {length}": request.duration > request.task.min_duration > 0 and len(plan.passes) == 1,
     }
     useful = ", ".join(way for way, helps in ways.items() if helps)

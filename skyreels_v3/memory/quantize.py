@@ -1,16 +1,16 @@
-"""FP8 weights: half the bytes of bfloat16, as plain tensors that stream and save like any others.
+"""FP8 weights: half the bytes of bfloat16, in plain tensors that stream and save like any others.
 
-A row of a weight matrix is stored as float8 (e4m3: 3 bits of mantissa) times a power of two. Such a scale costs no
-accuracy, since float8 is a floating-point format, and is exact in bfloat16: the products are those of a bfloat16 model
-whose weights were rounded to 4 significant bits, nothing else.
+Each row of a weight matrix is stored as float8 (e4m3, with 3 bits of mantissa) times a power of two. Such a scale costs
+no accuracy, since float8 is a floating-point format, and it is exact in bfloat16: the result is that of a bfloat16
+model whose weights were rounded to 4 significant bits.
 
-`fp8` computes with those weights in the activations' dtype, on any device. `fp8_dynamic` rounds the activations as
-well, each token by its own scale, for the FP8 matrix units of newer GPUs. Neither repeats work: an input that several
-layers share (queries, keys and values) is rounded once, and `cache_dequantized` keeps a block's dequantized weights
-while it works on its tokens in chunks.
+`fp8` multiplies in the activations' dtype, on any device. `fp8_dynamic` rounds the activations too, with a scale for
+each token, for the FP8 matrix units of recent GPUs. No work is repeated: an input that several layers share (queries,
+keys and values) is rounded once, and `cache_dequantized` keeps a block's dequantized weights while it works on its
+tokens in chunks.
 
-Only matrices inside the repeated blocks are quantized, except `SKIP_MODULES`. Norms, modulation, embeddings and the
-output head, which are small and affect everything, stay as they are.
+Only matrices in the repeated blocks are quantized, except `SKIP_MODULES`. Norms, modulation, embeddings and the output
+head, which are small and affect everything, keep their dtype.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from skyreels_v3.memory.policy import SCALE
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
-MIN_EXPONENT = -126  # of a scale: not every device computes with smaller numbers
-MULTIPLE = 16  # of the sizes that FP8 matrix units take
-# Attention to the conditions, whose result reaches the tokens without a gate, so that its error shows most; `wo` of
-# UMT5, since transformers casts the input of that layer to the dtype of its weight; and the norms of HunyuanVideo's
-# blocks, which compute the modulation from the timestep by large matrices.
+MIN_EXPONENT = -126  # of a scale: smaller numbers are subnormal, which not every device computes with
+MULTIPLE = 16  # FP8 matrix units take multiples of it
+# Cross-attention, whose output is added without a gate, so that its error shows most; `wo` of UMT5, since transformers
+# casts the input of that layer to the dtype of its weight; and the norms of HunyuanVideo's blocks, large matrices that
+# compute the modulation from the timestep.
 SKIP_MODULES = ("attn2", "attn_audio", "wo", "norm1", "norm1_context", "norm")
 
 
@@ -45,7 +45,7 @@ class Fp8Linear(nn.Module):
         weight_scale: (out,) float32, powers of two.
         bias: (out,) in the dtype of the activations, or None.
         dynamic: multiply in FP8, with activations rounded token by token.
-        cached: the dequantized weight, or None; kept from one forward to the next while `caching`.
+        caching: keep the dequantized weight in `cached` from one forward to the next.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dynamic: bool = False) -> None:
@@ -72,25 +72,24 @@ class Fp8Linear(nn.Module):
         return self.weight.to(dtype).mul_(self.weight_scale.to(dtype)[:, None])
 
     def fp8_product(self, x: Tensor) -> Tensor:
-        """(..., in) -> (L, out): both factors float8, both scales applied to the sums.
+        """(..., in) -> (L, out): float8 factors, both scales applied to the sums.
 
-        The FP8 units add up about 14 significant bits: as accurate as the rounded factors, and twice as fast as
-        accumulating in float32.
+        Fast accumulation keeps about 14 significant bits: enough for the rounded factors, and twice as fast as float32.
         """
         rounded, scale = rounded_once(x)
         bias = None if self.bias is None else self.bias.to(torch.bfloat16)
         options: dict[str, Any] = {"bias": bias, "out_dtype": torch.bfloat16, "use_fast_accum": True}
-        # with a scale per row: the one form of the product without a public name
+        # torch has no public name for the product with a scale per row
         return torch._scaled_mm(rounded, self.weight.t(), scale, self.weight_scale[None], **options).to(x.dtype)
 
 
 Rounded = tuple[Tensor, Tensor]  # see `round_tokens`
-_ROUNDED = WeakTensorKeyDictionary()  # for inputs that are alive: their version and what they became
+_ROUNDED = WeakTensorKeyDictionary()  # of live inputs: their version and the result
 
 
 def rounded_once(x: Tensor) -> Rounded:
     """`round_tokens`, remembered for the next layers with the same input."""
-    if torch.compiler.is_compiling():  # which sees that it is the same, and cannot look into a dictionary
+    if torch.compiler.is_compiling():  # the compiler removes repeated work itself, and cannot trace the dictionary
         return round_tokens(x)
     version = None if x.is_inference() else x._version
     known = _ROUNDED.get(x)
@@ -108,9 +107,9 @@ def round_tokens(x: Tensor) -> Rounded:
 
 
 def cache_dequantized(blocks: Iterable[nn.Module]) -> None:
-    """Have FP8 layers dequantize once per forward of their block, however many chunks it works in.
+    """Have FP8 layers dequantize once per forward of their block, however many chunks the block works in.
 
-    The block's dequantized matrices take memory while it works.
+    While a block works, its dequantized matrices take memory.
     """
     for block in blocks:
         layers = [layer for layer in block.modules() if isinstance(layer, Fp8Linear) and not layer.dynamic]
@@ -127,20 +126,16 @@ def _set_caching(layers: Sequence[Fp8Linear], caching: bool, *_: object) -> None
 def quantize(blocks: Iterable[nn.Module], device: torch.device, dynamic: bool = False) -> None:
     """Replace the linear layers in `blocks` by FP8 ones, computed on `device` and stored where the weights were.
 
-    FP8 layers, such as those of a quantized checkpoint, stay and take on `dynamic`. With `dynamic`, layers of sizes
-    that FP8 matrix units do not take keep their dtype.
+    Layers that are FP8 already, as in a quantized checkpoint, only take on `dynamic`. With `dynamic`, layers whose
+    sizes FP8 matrix units do not take keep their dtype.
     """
+    skipped = {*SKIP_MODULES}
     for block in blocks:
         for path, layer in [*block.named_modules()]:
             if isinstance(layer, Fp8Linear):
                 layer.dynamic = dynamic and fits(layer)
-            elif type(layer) is nn.Linear and not is_skipped(path) and (fits(layer) or not dynamic):
+            elif type(layer) is nn.Linear and skipped.isdisjoint(path.split(".")) and (fits(layer) or not dynamic):
                 block.set_submodule(path, quantized(layer, device, dynamic))
-
-
-def is_skipped(path: str) -> bool:
-    """Whether a layer, by its path in a block, is one of `SKIP_MODULES` or in one."""
-    return not {*SKIP_MODULES}.isdisjoint(path.split("."))
 
 
 def fits(layer: nn.Linear | Fp8Linear) -> bool:
@@ -164,7 +159,7 @@ def empty_like(layer: nn.Linear, dynamic: bool = False) -> Fp8Linear:
 
 
 def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, in) -> float8 of that shape and scales (out,): the smallest powers of two that keep each row in range."""
+    """(out, in) -> float8 (out, in) and scales (out,), the smallest powers of two that keep each row in range."""
     largest = weight.abs().amax(dim=1).float()
     mantissa, exponent = torch.frexp(largest)  # exact, as a logarithm would not be
     limit, highest = math.frexp(LARGEST)
@@ -173,10 +168,8 @@ def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight.float() / scale[:, None]).to(FP8), scale
 
 
-def with_fp8_layers(model: nn.Module, keys: Iterable[str]) -> nn.Module:
-    """`model`, on meta, with FP8 layers where the `keys` of a checkpoint have scales."""
-    for key in keys:
-        path, _, name = key.rpartition(".")
-        if name == SCALE:
-            model.set_submodule(path, empty_like(cast(nn.Linear, model.get_submodule(path))))
-    return model
+def set_fp8_layers(model: nn.Module, scales: Iterable[str]) -> None:
+    """Replace linear layers of `model`, on meta, by FP8 ones: those whose scales are the `scales` of a checkpoint."""
+    for key in scales:
+        path = key.removesuffix(f".{SCALE}")
+        model.set_submodule(path, empty_like(cast(nn.Linear, model.get_submodule(path))))

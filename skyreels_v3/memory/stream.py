@@ -1,11 +1,11 @@
-"""Block streaming: a model's blocks are on the device only while they work, the next one being prefetched meanwhile.
+"""Block streaming: a model's blocks are on the device only while they work; meanwhile the next one is prefetched.
 
 The device has two slots of one block each. While the block in one works, the next is copied into the other on a side
-stream. Blocks are never copied back: inference changes no weight. In pinned host memory a block is one buffer, copied
-at the bus's full speed in one transfer; otherwise its tensors are copied from where they are, such as a mapped file.
+stream. Nothing is copied back, since inference changes no weight. In pinned host memory a block is one buffer, copied
+in one transfer at the bus's full speed; otherwise its tensors are copied from where they are, such as a mapped file.
 
-Hooks around the blocks trigger the copies. Blocks may differ (adapters may be on some only) and run in any order, but
-prefetching follows their order in the model.
+Hooks around the blocks trigger the copies. Blocks may differ (only some may have adapters) and run in any order, but
+they are prefetched in the order of the model.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ def buffer_bytes(tensors: Sequence[Tensor]) -> int:
     return sum(math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT for tensor in tensors)
 
 
-@torch.inference_mode(False)  # always the same kind of tensor: compiled code is specialized to it
+@torch.inference_mode(False)  # never inference tensors: compiled code is specialized to the kind
 def views(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Views of `buffer` (bytes), one after the other, with the shapes and dtypes of `tensors`."""
-    made, start = [], 0
-    for tensor in tensors:
-        view = buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        made.append(nn.Parameter(view, requires_grad=False) if isinstance(tensor, nn.Parameter) else view)
-        start += buffer_bytes([tensor])
-    return made
+    sizes = [buffer_bytes([tensor]) for tensor in tensors]
+    parts = zip(buffer[: sum(sizes)].split(sizes), tensors, strict=True)
+    made = [part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape) for part, tensor in parts]
+    parameters = (isinstance(tensor, nn.Parameter) for tensor in tensors)
+    return [
+        nn.Parameter(view, requires_grad=False) if wrap else view for view, wrap in zip(made, parameters, strict=True)
+    ]
 
 
 def assign(module: nn.Module, tensors: Sequence[Tensor]) -> None:
@@ -58,7 +59,7 @@ def assign(module: nn.Module, tensors: Sequence[Tensor]) -> None:
 
 @dataclass
 class Slot:
-    """Memory for one block on the device."""
+    """Memory for one block on the device, and which block is in it."""
 
     buffer: Tensor  # bytes
     arrived: Any  # event: the block has been copied
@@ -71,7 +72,7 @@ class BlockStream:
 
     Args:
         resident: how many of the blocks stay on the device.
-        pin: registers a buffer in host memory as pinned and returns whether it could; None: use no pinned memory.
+        pin: registers a buffer in host memory as pinned and returns whether that worked; None: use no pinned memory.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class BlockStream:
         self._backend = torch.get_device_module(device)
         self._side = self._backend.Stream(device)
         self._host: list[tuple[list[Tensor], Tensor | None]] = []  # each block's weights, and their buffer if pinned
-        self._slots: list[Slot] | None = None  # while active
+        self._slots: list[Slot] = []  # while active
         self._prepared: Future[None] | None = None
 
     def begin(self) -> None:
@@ -100,7 +101,7 @@ class BlockStream:
         pool.shutdown(wait=False)
 
     def prepare(self) -> None:
-        """Collect the blocks' weights; to pin them, copy all of them. Continues where an earlier call failed."""
+        """Collect the blocks' weights, in pinned memory if asked. Continues where an earlier call failed."""
         for block in self.streamed[len(self._host) :]:
             buffer = self._pack(block) if self.pin is not None else None
             self._host.append((tensors_of(block), buffer))
@@ -112,7 +113,7 @@ class BlockStream:
         buffer = torch.empty(buffer_bytes(tensors), dtype=torch.uint8)
         packed = views(buffer, tensors)
         for view, tensor in zip(packed, tensors, strict=True):
-            view.copy_(tensor.detach())  # before pinning: all threads copy, and so the pages are allocated
+            view.copy_(tensor.detach())  # before pinning: several threads copy, and so allocate the pages
         if not self.pin(buffer):
             left = len(self.streamed) - len(self._host)
             logger.warning("no more host memory can be pinned; %d blocks stream unpinned", left)
@@ -123,8 +124,8 @@ class BlockStream:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Stream for the length of a `with` block; one inside another changes nothing."""
-        if self._slots is not None:
+        """Stream within a `with` block; one inside another changes nothing."""
+        if self._slots:
             yield
             return
         prepared, self._prepared = self._prepared, None
@@ -154,38 +155,34 @@ class BlockStream:
         self._backend.current_stream(self.device).wait_stream(self._side)  # before the memory is reused
         for block, (tensors, _) in zip(self.streamed, self._host, strict=True):
             assign(block, tensors)
-        self._slots = None
+        self._slots = []
 
     def _tensors_outside(self) -> set[int]:
-        """Ids of the tensors outside the streamed blocks, whether or not one of these shares them."""
+        """Ids of the tensors outside the streamed blocks, even if one of these shares them."""
         inside = {part for block in self.streamed for part in block.modules()}
         outside = (module for module in self.module.modules() if module not in inside)
         own = ((*module.parameters(recurse=False), *module.buffers(recurse=False)) for module in outside)
         return {id(tensor) for tensors in own for tensor in tensors}
 
     def _before(self, index: int) -> None:
-        """Have block `index` on the device."""
-        assert self._slots is not None
-        slot = self._slot_of(index)
-        if slot is None:
-            slot = self._slots[0]
-            self._fetch(index, slot)
+        """Block `index` is about to work: have it on the device."""
+        slot = self._slot_of(index) or self._fetch(index, self._slots[0])
         self._backend.current_stream(self.device).wait_event(slot.arrived)
 
     def _after(self, index: int) -> None:
-        """Block `index` has been launched: the other block has worked, and the next can take its slot."""
+        """Block `index` has been launched, and the one before it has worked: fetch the next into that one's slot."""
         slot = self._slot_of(index)
-        assert self._slots is not None and slot is not None
+        assert slot is not None
         slot.done.record(self._backend.current_stream(self.device))
         following = (index + 1) % len(self.streamed)
         if self._slot_of(following) is None:
             self._fetch(following, next(other for other in self._slots if other is not slot))
 
     def _slot_of(self, index: int) -> Slot | None:
-        return next((slot for slot in self._slots or () if slot.block == index), None)
+        return next((slot for slot in self._slots if slot.block == index), None)
 
-    def _fetch(self, index: int, slot: Slot) -> None:
-        """Copy block `index` into a slot, once the block there has worked."""
+    def _fetch(self, index: int, slot: Slot) -> Slot:
+        """Copy block `index` into a slot as soon as the block there has worked."""
         if slot.block is not None:
             assign(self.streamed[slot.block], self._host[slot.block][0])
         tensors, buffer = self._host[index]
@@ -200,3 +197,4 @@ class BlockStream:
             slot.arrived.record(self._side)
         assign(self.streamed[index], copies)
         slot.block = index
+        return slot

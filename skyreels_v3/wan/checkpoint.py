@@ -24,7 +24,7 @@ CLIP_HEADS = 16  # ViT-H/14
 def load_transformer(folder: Path, dtype: torch.dtype, values: bool = True) -> SkyReelsTransformer3DModel:
     """The transformer in `folder` (config.json and safetensors), under diffusers' names or Wan-native ones."""
     model = SkyReelsTransformer3DModel
-    tensors = load.without_prefix(read_tensors(folder, values))
+    tensors = read_tensors(folder, values)
     native = "head.modulation" in tensors
     names = model._get_init_keys(model)
     arguments = native_arguments(folder, tensors) if native else read_config(folder, tensors, key_maps.CONSTANTS, names)

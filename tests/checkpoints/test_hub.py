@@ -286,7 +286,9 @@ def test_the_folder_of_a_model_in_the_hubs_cache(tmp_path):
     snapshot = tmp_path / "models--some--model" / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
     request = parse_request([*REFERENCE, "--model_id", str(snapshot.parent.parent)])
-    with pytest.raises(UserError, match=f"--model_id: .*/models--some--model is .*; give the folder .*/{COMMIT} in it"):
+    with pytest.raises(
+        UserError, match=r"--model_id: .*/models--some--model is .*; give a folder in .*/snapshots, or its id"
+    ):
         locate(request)
 
 
@@ -478,9 +480,9 @@ def test_loras_that_are_nowhere(name, message, tmp_path, monkeypatch):
 def test_a_lora_that_may_not_be_read(tmp_path, monkeypatch):
     (tmp_path / "a.safetensors").write_bytes(tensor_file())
 
-    def refuse(*_: object) -> None:
-        raise PermissionError(13, "Permission denied", str(tmp_path / "a.safetensors"))
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr("skyreels_v3.checkpoints.files.safe_open", refuse)
     with pytest.raises(UserError, match=r"--lora: .*a\.safetensors cannot be read \(Permission denied\)"):
         hub.locate_lora(str(tmp_path / "a.safetensors"))

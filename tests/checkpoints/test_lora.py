@@ -19,7 +19,7 @@ from skyreels_v3.attention.backends import sdpa
 from skyreels_v3.checkpoints import lora
 from skyreels_v3.checkpoints.key_maps import KeyMap, invert, restore
 from skyreels_v3.checkpoints.load import read_tensors
-from skyreels_v3.checkpoints.lora import LoraFile, Shapes, model_names
+from skyreels_v3.checkpoints.lora import Changes, Shapes, model_names, shapes_of
 from skyreels_v3.errors import UserError
 from skyreels_v3.hunyuan.checkpoint import load_transformer as load_hunyuan_transformer
 from skyreels_v3.hunyuan.key_maps import NATIVE_TRANSFORMER as NATIVE_HUNYUAN
@@ -84,12 +84,8 @@ def apply_loras(model: nn.Module, loras: list[tuple[Path, float]], fuse: bool, p
     lora.apply_loras(model, [Lora(str(file), scale, partial) for file, scale in loras], fuse)
 
 
-def read_lora(file: Path, shapes: Shapes, native: KeyMap = NATIVE_TRANSFORMER) -> LoraFile:
-    return lora.read_lora(file, shapes, native)
-
-
-def shapes_of(model: nn.Module) -> Shapes:
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+def read_lora(file: Path, shapes: Shapes, native: KeyMap = NATIVE_TRANSFORMER) -> Changes:
+    return lora.read_lora(file, shapes, native)[0]
 
 
 def random_pairs(seed: int = 0, native: bool = False) -> Pairs:
@@ -322,7 +318,7 @@ def test_settings_beside_are_of_files_with_pefts_names_and_no_alpha(tmp_path, fo
         ("transformer.{}.lora_{}.weight", None, 1),
     ):
         file = read_lora(write(tmp_path / "a.safetensors", pairs, template, alpha), shapes_of(mapped(folder)))
-        (change,) = file.changes[f"{LAYERS[0][0]}.weight"]
+        (change,) = file[f"{LAYERS[0][0]}.weight"]
         assert change.scale == factor
 
 
@@ -411,10 +407,13 @@ REFUSED = {
         pair(QUERY) | {"blocks.0.norm3.diff": torch.ones(32, dtype=torch.int8)},
         "numbers of this kind are no weights: blocks.0.norm3.diff (int8)",
     ),
-    "no numbers": (pair(QUERY) | {"blocks.0.norm3.diff": torch.full([32], torch.nan)}, "blocks.0.norm3.diff holds num"),
+    "no numbers": (
+        pair(QUERY) | {"blocks.0.norm3.diff": torch.full([32], torch.nan)},
+        "holds numbers that are not finite: blocks.0.norm3.diff;",
+    ),
     "infinite": (
         pair(QUERY) | {"head.diff_m": torch.full([1, 2, 32], torch.inf)},
-        "head.diff_m holds numbers that are",
+        "holds numbers that are not finite: head.diff_m;",
     ),
 }
 
@@ -443,9 +442,6 @@ def test_files_that_are_none(tmp_path):
     save_file(pair(QUERY), file, metadata={"lora_adapter_metadata": "[" * 100_000})
     with pytest.raises(UserError, match="in its header is no JSON"):
         read_lora(file, {})
-    torch.save(random_pairs(), tmp_path / "a.pt")
-    with pytest.raises(UserError, match=r"--lora: .*a\.pt is no \.safetensors file"):
-        read_lora(tmp_path / "a.pt", {})
     with pytest.raises(UserError, match=r"--lora: .*none\.safetensors cannot be read"):
         read_lora(tmp_path / "none.safetensors", {})
 
@@ -527,7 +523,7 @@ def test_differences_are_added_beside_the_pairs(tmp_path, folder, fuse):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_in_fp8_what_is_not_quantised_is_exact(tmp_path, folder):
+def test_in_fp8_what_is_not_quantized_is_exact(tmp_path, folder):
     """Fused first and rounded after: layers that stay in bfloat16 are the sum rounded once, or untouched."""
     file, added = differences(0)
     save_file(file, tmp_path / "a.safetensors")
@@ -561,9 +557,7 @@ def test_a_part_of_a_lora_of_another_model(tmp_path, folder, fuse, caplog):
     apply_loras(model, [(tmp_path / "a.safetensors", 0.5)], fuse, partial=True)
     layers = {QUERY: (torch.ones(2, 32), torch.ones(32, 2))}
     check_layers(model, mapped(folder), [(layers, 0.5, None)])
-    assert (
-        "6 of 8 entries are left out, the model has nothing for blocks.1.self_attn.k_img.lora_A.weight" in caplog.text
-    )
+    assert "6 entries are left out, the model has nothing for blocks.1.self_attn.k_img.lora_A.weight" in caplog.text
     for wrong, says in (
         ({"blocks.0.norm3.diff": torch.ones(33)}, "wrong shapes"),
         (pair("blocks.7.ffn.0"), "which has"),
@@ -695,7 +689,7 @@ def test_hunyuans_own_names_as_the_library_converts_them(tmp_path, prefix):
     }
     file = read_lora(write(tmp_path / "a.safetensors", pairs, prefix + "{}.lora_{}.weight"), shapes, NATIVE_HUNYUAN)
     made = {}
-    for name, (change,) in file.changes.items():
+    for name, (change,) in file.items():
         layer = f"transformer.{name.removesuffix('.weight')}"
         made |= {f"{layer}.lora_A.weight": change.down, f"{layer}.lora_B.weight": change.up}
     assert made.keys() == converted.keys()

@@ -95,7 +95,7 @@ def test_dtypes(toy):
     assert {buffer.dtype for buffer in llama.buffers()} == {torch.float32}
 
 
-def test_quantised_transformers(root):
+def test_quantized_transformers(root):
     model = load_transformer(root, torch.float32)
     quantize(model.single_transformer_blocks, torch.device("cpu"))
     save_file({name: weight.detach() for name, weight in model.named_parameters()}, root / TRANSFORMER)

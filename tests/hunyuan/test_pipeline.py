@@ -209,7 +209,7 @@ def test_several_videos(main, tmp_path):
     assert names[1].stat().st_mtime_ns == made_at and len([*names[0].parent.iterdir()]) == 4
 
 
-def test_a_quantised_checkpoint_stands_alone(main, tmp_path):
+def test_a_quantized_checkpoint_stands_alone(main, tmp_path):
     """Saved with all that V1 takes from elsewhere, and the same video comes of it."""
     flags = ["--num_frames", 5, "--quant"]
     first = made(main, "t2v", *flags, "--save_quantized", "saved")

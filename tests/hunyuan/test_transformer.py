@@ -174,8 +174,8 @@ def test_compiled_and_streamed(traced_only):
         for mode in (torch.inference_mode, contextlib.nullcontext):
             with mode():
                 torch.testing.assert_close(predict(model, inputs()), expected, atol=1e-5, rtol=0)
-                for keep, pin in ((0, None), (1, lambda room: True)):
-                    with BlockStream(model, model.blocks, CPU, keep, pin).active():
+                for resident, pin in ((0, None), (1, lambda room: True)):
+                    with BlockStream(model, model.blocks, CPU, resident, pin).active():
                         torch.testing.assert_close(predict(model, inputs()), expected, atol=1e-5, rtol=0)
         assert counters["stats"]["unique_graphs"] == kinds
         quantize(model.blocks, CPU)
