@@ -59,7 +59,7 @@ from skyreels_v3.families import family_of
 from skyreels_v3.parallel.ranks import SINGLE
 from skyreels_v3.plan import Plan, plan, vae_bytes
 from skyreels_v3.request import GenerationRequest
-from skyreels_v3.resolve import fetch, preflight
+from skyreels_v3.resolve import AssetResolver, preflight
 from skyreels_v3.runtime import Runtime
 from skyreels_v3.tasks import TASK_NAMES, task_spec
 from skyreels_v3.wan.checkpoint import load_text_encoder
@@ -236,7 +236,7 @@ def watched_run(args: argparse.Namespace, rest: list[str], folder: Path, record:
         sizes = sizes[4:]
     checked = preflight(parse_request([*flags, *sizes, *rest]), folder)
     request = checked.request
-    toy = fetch(request)
+    _, toy = AssetResolver().resolve(request, None)
     loading = components.load_components
     if args.model_id != TINY:  # without a checkpoint the plan takes the published sizes, of the toy its own
         loading = partial(random_components, toy)
@@ -256,7 +256,7 @@ def watched_run(args: argparse.Namespace, rest: list[str], folder: Path, record:
             stack.enter_context(patch.object(module, name, watcher))
         with record.stage("total"):
             made = plan(checked, runtime.find_machine(request))
-            session.load(made).write(made)
+            session.Generator(made).write(made)
     record.seconds["write"] -= record.seconds.pop("frames")
     return request
 
