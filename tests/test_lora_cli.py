@@ -84,6 +84,7 @@ def test_scales_and_several(make, lora, tmp_path):
     np.testing.assert_allclose(make("--lora", f"{lora}:0.5,{lora}:0.5"), one, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_lora_with_the_memory_flags(make, lora):
     one = make("--lora", lora)
     for flags in (("--memory", "stream"), ("--memory", "stream", "--stream_blocks", 1), ("--offload",)):

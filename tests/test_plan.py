@@ -90,6 +90,7 @@ def test_parameters_of_the_components(task, component):
     assert family_of(spec).component_parameters(spec)[component] == sum(part.numel() for part in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASK_NAMES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_bytes_of_the_transformers(task, dtype):

@@ -214,6 +214,7 @@ def test_latents_that_could_not_be_saved_are_saved_later(main, small, monkeypatc
     assert torch.equal(first, second)
 
 
+@pytest.mark.slow
 def test_a_full_disk(main, small, small_disk, caplog):
     """What cannot fit is refused before anything is made; copies that do not fit cost nothing but a warning."""
     disk = small_disk(40)

@@ -188,6 +188,7 @@ def test_only_what_the_task_needs_is_fetched_and_found_again_offline(served, fet
     assert offline.stdout == run.stdout
 
 
+@pytest.mark.slow
 def test_the_extension_needs_one_of_two_transformers(served, fetch):
     server = served("video_extension")
     run = fetch(server.url, *EXTENSION, "--quiet")
@@ -198,6 +199,7 @@ def test_the_extension_needs_one_of_two_transformers(served, fetch):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_incomplete_model_on_the_hub(served, fetch):
     server = served("reference_to_video")
     del server.files["vae/config.json"]
@@ -219,6 +221,7 @@ def test_a_snapshot_that_is_only_partly_cached(served, fetch, tmp_path):
     assert again.stdout.strip() == str(folder)
 
 
+@pytest.mark.slow
 def test_offline_without_a_cache_says_what_to_do(fetch):
     for more in ({}, {"HF_HUB_OFFLINE": "1"}):
         run = fetch(NOWHERE, *REFERENCE, **more)
@@ -253,6 +256,7 @@ def test_an_interrupted_download_ends_at_once_and_goes_on(served, fetch, tmp_pat
     assert server.asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_model_that_not_everybody_gets(served, fetch, status):
     server = served("reference_to_video")
@@ -292,6 +296,7 @@ def test_the_folder_of_a_model_in_the_hubs_cache(tmp_path):
         locate(request)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_on_the_hub(served, fetch):
     run = fetch(served("reference_to_video").url, *REFERENCE, "--model_id", "some/other", "--quiet")
     assert run.returncode == 1
@@ -380,6 +385,7 @@ def test_a_lora_is_fetched_alone_and_found_again_offline(lora_hub, fetch_lora, f
     assert fetch_lora(NOWHERE, name, HF_HUB_OFFLINE="1").stdout == run.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("files", "name", "message"),
     [

@@ -123,6 +123,7 @@ def test_a_recorded_checkpoint_behind_links(make, reference, task, tmp_path):
     assert not any(path.is_symlink() for path in saved.rglob("*"))
 
 
+@pytest.mark.slow
 def test_another_file_system_gets_copies(make, tmp_path, monkeypatch):
     def refuse(*_: object) -> None:
         raise OSError(18, "Invalid cross-device link")

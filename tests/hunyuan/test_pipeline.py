@@ -93,6 +93,7 @@ def made(main, task: str, *flags: object) -> torch.Tensor:
     return load_file("made.safetensors")["latents.0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("guidance", "way"), [(1.0, "plain"), *((6.0, way) for way in FLAGS)])
 def test_text_to_video(main, stock, way, guidance):
     negative = ["--negative_prompt", NEGATIVE] if guidance > 1 else []

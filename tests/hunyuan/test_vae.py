@@ -54,6 +54,7 @@ def test_it_is_the_librarys_decode(ours, stock, frames):
     torch.testing.assert_close(torch.cat(chunks, dim=2), decoded_at_once(stock, latents), atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(33, 3), (3, 40)])
 def test_tiles_are_the_librarys(ours, stock, size):
     """Larger than a tile of 32 x 32, one way or the other; what the planner asks for changes nothing."""

@@ -48,6 +48,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 # reading
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECORDINGS)
 def test_recordings_are_read_as_librosa_reads_them(name: str) -> None:
     samples = read_audio(REFERENCE / f"{name}.wav")
@@ -75,6 +76,7 @@ def test_lossless_formats(tmp_path: Path, name: str, codec: str) -> None:
     assert probe_audio(tmp_path / name).seconds == 2.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate, channels", [(16_000, 1), (48_000, 2)])
 @pytest.mark.parametrize("name", ["a.mp3", "a.m4a", "a.ogg", "a.opus", "a.mka", "a.mp4", "a.mkv", "a.webm", "a.mov"])
 def test_lossy_formats_and_sound_tracks(tmp_path: Path, name: str, rate: int, channels: int) -> None:
@@ -245,6 +247,7 @@ def test_zero_length(tmp_path: Path, name: str) -> None:
     check_refused(read_audio, tmp_path / name, "give a")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [0.3, 0.6, 0.95])
 @pytest.mark.parametrize(
     "name, options",
@@ -286,6 +289,7 @@ def test_limits(tmp_path: Path) -> None:
     refused(tmp_path / "long.mp3", "has 300.", "cut it")
 
 
+@pytest.mark.slow
 def test_probe_is_fast(tmp_path: Path) -> None:
     ffmpeg("-f", "lavfi", "-i", "sine=r=44100:d=200", "-ac", 2, "-q:a", 6, tmp_path / "a.mp3")
     begin = sum(os.times()[:4])  # of processors: the machine may be busy

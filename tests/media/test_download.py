@@ -179,6 +179,7 @@ def test_server_that_does_not_answer(tmp_path: Path, server: str, case: str) -> 
     assert 0.4 < time.monotonic() - begin < 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["trickle", "headers", "slowhops"])
 def test_server_that_takes_its_time(tmp_path: Path, server: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "MAX_SECONDS", 0.5)  # less than the timeout between two bytes

@@ -25,6 +25,7 @@ def test_recorded_clip() -> None:
     assert not info.has_sound and not info.notes
 
 
+@pytest.mark.slow
 def test_probe_is_fast(tmp_path: Path) -> None:
     clip = encode(np.repeat(smooth(1, 360, 640), 240, 0), tmp_path / "a.mp4", 24, "-preset", "ultrafast")
     begin = sum(os.times()[:4])  # of processors: the machine may be busy
@@ -32,6 +33,7 @@ def test_probe_is_fast(tmp_path: Path) -> None:
     assert sum(os.times()[:4]) - begin < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [0.3, 0.6, 0.97])
 @pytest.mark.parametrize(
     "name, options",

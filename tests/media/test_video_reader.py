@@ -53,6 +53,7 @@ def test_last_frames_of_the_recorded_clip() -> None:
 # Times
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", ["30", "12", "24", "25", "60", "24000/1001", "7"])
 @pytest.mark.parametrize("fps", [24, 25])
 def test_other_rates_are_resampled_by_timestamps(tmp_path: Path, rate: str, fps: int) -> None:

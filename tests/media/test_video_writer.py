@@ -290,6 +290,7 @@ def interrupt(frames: Producer, made: int, then: Callable[[], object]) -> None:
     threading.Thread(target=work).start()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [FRAMES_AHEAD - 6, 3 * FRAMES_AHEAD])
 def test_ctrl_c_while_waiting_for_the_encoder(tmp_path: Path, gate: Path, count: int) -> None:
     """For its end, and for room: every frame that was made is kept."""
@@ -326,6 +327,7 @@ def write_with(audio: object, count: int, path: Path, fps: int = 25, **options) 
     return write(smooth(count), path, fps, audio=audio, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rate, channels, layout",
     [
@@ -343,6 +345,7 @@ def test_sound_is_heard_in_time_at_its_own_quality(tmp_path: Path, rate: int, ch
     assert f"Audio: aac (LC) (mp4a / 0x6134706D), {layout}" in description(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "seconds, rate", [(0.4, 44_100), (1.97, 44_100), (1.999, 44_100), (2.001, 44_100), (9.0, 44_100), (2.04, 16_000)]
 )
@@ -405,6 +408,7 @@ def test_ctrl_c_while_the_sound_is_added(tmp_path: Path, monkeypatch: pytest.Mon
 # The sound of a clip that comes first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, options, heard_at",
     [

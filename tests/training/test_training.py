@@ -98,6 +98,7 @@ def made(tmp_path_factory):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reference_to_video", slow("video_extension"), "talking_avatar"])
 def test_conditioned_as_in_the_pipelines(name, made):
     """One sample at one noise level: training's shorter way gives what `Conditioning.predict` gives."""

@@ -138,6 +138,7 @@ def test_accelerate_cpu_offload(build, exact):
     torch.testing.assert_close(predict(model), exact, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [ours, wan])
 @pytest.mark.parametrize("backend", [None, "native"])
 @torch.no_grad()

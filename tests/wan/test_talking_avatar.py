@@ -194,6 +194,7 @@ def test_key_frames_of_the_user(make, sound, tmp_path):
     assert len(keys[0].unique()) == len(keys[64].unique()) == 1
 
 
+@pytest.mark.slow
 def test_windows_begin_and_end_in_what_is_known(make, sound, monkeypatch):
     made = make("--input_audio", sound(4.0))
     calls = spy_on_windows(made, monkeypatch)
@@ -203,6 +204,7 @@ def test_windows_begin_and_end_in_what_is_known(make, sound, monkeypatch):
     assert [last is not None and last.shape[2] for _, (_, last), _ in calls] == [False, 5, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "windows"),
     [
@@ -244,6 +246,7 @@ def grey_levels(video: Tensor) -> list[int]:
     return frames[:, 0, 0, 0].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seconds", "first", "last"),
     [

@@ -113,6 +113,7 @@ def encode_and_decode(model: VideoVAE, tiles: tuple[int, int]) -> tuple[torch.Te
     return latents, video
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiles", [(2, 3), (50, 1)])
 @pytest.mark.parametrize("name", ["native", "random_vae"])
 def test_tiles_do_not_show(name, tiles, request):
@@ -176,6 +177,7 @@ class ThreadGroup:
         return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiles", [(1, 1), (2, 1)])
 @pytest.mark.parametrize("size", [2, 5, 8])
 def test_a_group_makes_the_same(random_vae, size, tiles):
