@@ -69,6 +69,7 @@ def test_two_speakers_are_experimental(main, tmp_path, caplog, audio_type, frame
     assert late is None or late[600] > 100 > late[132]
 
 
+@pytest.mark.slow
 def test_a_folder_of_pictures(main, tmp_path):
     sound = write_tone(tmp_path / "sound.wav", 0.5, 16000)
     code, stdout, stderr = main(*AVATAR, "--input_audio", sound, "--output", "frames/", "--quiet")

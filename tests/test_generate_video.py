@@ -243,6 +243,7 @@ def test_a_dry_run_leaves_nothing(main, reference, picture, tmp_path, monkeypatc
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["a.mp4", "frames/"])
 def test_a_video_is_made_again_from_what_it_says(main, toy, tmp_path, output):
     flags = ("--prompt", "a=fox; #1 \\ \u00fcber\nlines", "--seed", -1, "--output", output, "--quiet")

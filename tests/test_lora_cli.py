@@ -95,6 +95,7 @@ def test_a_lora_with_the_memory_flags(make, lora):
     np.testing.assert_array_equal(make("--lora", lora, "--low_vram"), fused)
 
 
+@pytest.mark.slow
 def test_a_saved_checkpoint_holds_the_lora(make, main, lora, tmp_path):
     fused = make("--lora", lora, "--quant", "fp8", "--save_quantized", tmp_path / "saved")
     np.testing.assert_allclose(make("--model_id", tmp_path / "saved"), fused, atol=1e-5, rtol=0)

@@ -116,6 +116,7 @@ def test_bytes_of_the_transformers(task, dtype):
             assert counted.on_device(resident) == whole - sum(streamed) + room
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("quant", [None, "fp8"])
 @pytest.mark.parametrize(("task", "build"), [("reference_to_video", umt5), ("t2v", llama_and_clip)])

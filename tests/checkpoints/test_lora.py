@@ -656,6 +656,7 @@ def stock_hunyuan(folder: Path, files: list[tuple[Path, float]], prefix: str | N
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
 @pytest.mark.parametrize("prefix", ["transformer", None, "base_model.model"])
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")

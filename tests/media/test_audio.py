@@ -58,6 +58,7 @@ def test_recordings_are_read_as_librosa_reads_them(name: str) -> None:
     assert np.abs(samples - expected).max() <= 1e-7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
 @pytest.mark.parametrize("rate, channels", [(16_000, 1), (48_000, 2)])
 def test_wav_files_are_read_as_librosa_reads_them(tmp_path: Path, subtype: str, rate: int, channels: int) -> None:
@@ -152,6 +153,7 @@ def loudness(path: Path) -> float:
     return float(re.findall(r"I: +(-?[\d.]+) LUFS", log)[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channel", ["FL", "FC"])
 def test_surround_keeps_its_loudness(tmp_path: Path, channel: str) -> None:
     path = save(tmp_path / "a.wav", in_5_1(**{channel: tone(2.0, 48_000, level=0.3)}), 48_000)

@@ -172,6 +172,7 @@ def test_oversize(tmp_path: Path, server: str) -> None:
     assert fetch(f"{server}/endless/a.png", tmp_path / "ok", max_bytes=200_000).stat().st_size == 200_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["silent", "stalls"])
 def test_server_that_does_not_answer(tmp_path: Path, server: str, case: str) -> None:
     begin = time.monotonic()

@@ -244,6 +244,7 @@ INTERLACED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INTERLACED)
 def test_interlaced_fields_become_frames(tmp_path: Path, name: str) -> None:
     """A bar that moves by 8 pixels a field is straight in every frame."""

@@ -192,6 +192,7 @@ write_video(frames(), Path(sys.argv[1]), height=480, width=640, fps=24, comment=
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_frames(tmp_path: Path) -> None:
     """As in a terminal: the signal goes to the whole process group, mostly while a frame is being handed over."""
     run = subprocess.Popen(
@@ -303,6 +304,7 @@ def test_ctrl_c_while_waiting_for_the_encoder(tmp_path: Path, gate: Path, count:
     assert written(tmp_path / "a.partial.mp4") == list(range(made))
 
 
+@pytest.mark.slow
 def test_second_ctrl_c_does_not_wait_for_the_encoder(tmp_path: Path, gate: Path) -> None:
     """The encoder hangs for good; it is ended, and nothing is left."""
     frames = Producer(3 * FRAMES_AHEAD)

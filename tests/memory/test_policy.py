@@ -85,6 +85,7 @@ def test_pinned_if_the_host_has_room(host, pinned):
     assert not choose(40 * GB).pinned  # nothing is streamed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quant", "vae_dtype"), [(None, "float32"), ("fp8", "bfloat16")])
 @pytest.mark.parametrize("resolution", SIZES)
 @pytest.mark.parametrize("task", TASK_NAMES)

@@ -124,6 +124,7 @@ def test_conditioned_as_in_the_pipelines(name, made):
         torch.testing.assert_close(short, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [slow("talking_avatar"), "t2v", slow("reference_to_video")])
 def test_it_learns(name, made):
     task, _ = made(name)
