@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -41,22 +41,18 @@ def write_lora(path: Path, seed: int = 0, rank: int = 4, **layers: tuple[int, in
     return path
 
 
-def maker(main, folder: Path, base: Sequence[object]) -> Make:
-    """Runs a command with more flags, and gives its latents."""
+@pytest.fixture
+def make(main, tmp_path) -> Make:
+    """Runs the command with more flags, and gives its latents."""
     runs = iter(range(100))
 
     def make(*flags: object) -> np.ndarray:
-        name = folder / f"{next(runs)}.safetensors"
-        code, _, stderr = main(*base, "--save_latents", name, "--output", name.with_suffix(".mp4"), *flags)
+        name = tmp_path / f"{next(runs)}.safetensors"
+        code, _, stderr = main(*BASE, "--save_latents", name, "--output", name.with_suffix(".mp4"), *flags)
         assert code == 0, stderr
         return load_file(name)["latents.0"]
 
     return make
-
-
-@pytest.fixture
-def make(main, tmp_path) -> Make:
-    return maker(main, tmp_path, BASE)
 
 
 @pytest.fixture
@@ -71,15 +67,9 @@ def relative(made: np.ndarray, expected: np.ndarray) -> float:
 @pytest.mark.slow
 def test_scales_and_several(make, lora, tmp_path):
     other = write_lora(tmp_path / "other.safetensors", seed=1, rank=2)
-    plain, one = make(), make("--lora", lora)
-    assert relative(one, plain) > 1e-2
-    np.testing.assert_array_equal(make("--lora", f"{lora}:1"), one)
+    plain, one, both = make(), make("--lora", lora), make("--lora", f"{lora},{other}")
+    assert relative(one, plain) > 1e-2 and relative(both, one) > 1e-2
     np.testing.assert_allclose(make("--lora", f"{lora}:0"), plain, atol=1e-5, rtol=0)
-    half = make("--lora", f"{lora}:0.5")
-    assert 0 < relative(half, plain) < relative(one, plain)
-    assert relative(make("--lora", f"{lora}:-1"), one) > relative(one, plain)
-    both = make("--lora", f"{lora},{other}")
-    assert relative(both, one) > 1e-2 and relative(both, make("--lora", other)) > 1e-2
     np.testing.assert_allclose(make("--lora", f"{other},{lora}"), both, atol=1e-4, rtol=0)
     np.testing.assert_allclose(make("--lora", f"{lora}:0.5,{lora}:0.5"), one, atol=1e-4, rtol=0)
 
@@ -142,19 +132,10 @@ def test_a_part_of_a_lora(make, tmp_path, caplog):
     layers, _ = WRONG["layer"]
     file = write_lora(tmp_path / "one, or more.safetensors", **layers)
     rest = write_lora(tmp_path / "rest.safetensors", **dict(list(layers.items())[1:]))
-    tensors = load_file(file)
-    save_file({key: torch.from_numpy(tensors[key]) for key in load_file(rest)}, rest)
+    save_file({key: torch.from_numpy(load_file(file)[key]) for key in load_file(rest)}, rest)
     made = make("--lora", f"{file}:0.5:partial", "--lora", f"{rest}:0")
     assert "2 entries are left out, the model has nothing for transformer.blocks.0.attn9.to_q.lora_A" in caplog.text
     np.testing.assert_allclose(made, make("--lora", f"{rest}:0.5"), atol=1e-5, rtol=0)
-
-
-def test_a_file_that_is_no_lora(main, tmp_path):
-    save_file({"blocks.0.attn1.to_q.weight": torch.zeros(96, 96)}, tmp_path / "weights.safetensors")
-    code, stdout, stderr = main(*BASE, "--lora", tmp_path / "weights.safetensors", "--output", "out/a.mp4")
-    assert (code, stdout) == (2, "")
-    assert stderr.splitlines()[-1].startswith(f"error: --lora: {tmp_path}/weights.safetensors: not supported: blocks.0")
-    assert not (tmp_path / "out").exists()
 
 
 def test_loras_of_another_model(main, lora, tmp_path):

@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from skyreels_v3.attention import kernels as available
-from skyreels_v3.attention.kernels import ATTENTIONS, KERNELS, check_attention
+from skyreels_v3.attention.kernels import KERNELS, check_attention
 from skyreels_v3.errors import UserError
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 GPU_ONLY = [name for name in KERNELS if name != "sdpa"]
 PACKAGES = [name for name in KERNELS if KERNELS[name].package]
 
@@ -24,11 +23,6 @@ def packages(monkeypatch):
     there: set[str] = set()
     monkeypatch.setattr(available, "find_spec", lambda name: object() if name in there else None)
     return there
-
-
-def test_the_choices():
-    assert ATTENTIONS[:5] == ("auto", "sdpa", "cudnn", "flash", "flash3")
-    assert "sage" in ATTENTIONS
 
 
 def test_checks_do_not_import_torch():

@@ -35,23 +35,23 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NOWHERE = "http://127.0.0.1:9"
 DRIVER = """
-import os
 import sys
 from skyreels_v3.main import set_up_logging
-from skyreels_v3.checkpoints.hub import download
+from skyreels_v3.checkpoints.hub import download, download_lora
 from skyreels_v3.cli import parse_request
 from skyreels_v3.errors import UserError
 from skyreels_v3.families import family_of
 request = parse_request(sys.argv[1:])
 set_up_logging(request.verbosity)
 try:
-    print(download(request, family_of(request.task).repositories(request.task)[0]))
+    if request.lora:
+        print(download_lora(request.lora[0].source, request))
+    else:
+        print(download(request, family_of(request.task).repositories(request.task)[0]))
 except UserError as error:
     sys.exit(str(error))
 assert "torch" not in sys.modules
 """
-LORA_DRIVER = DRIVER.replace("import download", "import download_lora")
-LORA_DRIVER = re.sub(r"print\(.*\)", "print(download_lora(os.environ['LORA'], request))", LORA_DRIVER)
 REFERENCE = ["--task_type", "reference_to_video", "--prompt", "a", "--ref_imgs", "a.png", "--model_id", "some/model"]
 EXTENSION = ["--task_type", "single_shot_extension", "--prompt", "a", "--input_video", "a", "--model_id", "some/model"]
 UNNEEDED = (
@@ -137,13 +137,17 @@ def read_all(root: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def served(reference) -> Iterator[Callable[[str], Hub]]:
-    """Serve a small checkpoint with files beside it that no task needs."""
+def serve(reference) -> Iterator[Callable[..., Hub]]:
+    """Serve a small checkpoint with files beside it that no task needs, or a model of files of these names."""
     hubs = []
 
-    def serve(name: str) -> Hub:
-        files = read_all(reference / "pipelines" / "checkpoints" / name)
-        hubs.append(Hub(files | dict.fromkeys(UNNEEDED, b"x" * 1_000_000)))
+    def serve(*names: str) -> Hub:
+        if names[0] in ("reference_to_video", "video_extension"):
+            files = read_all(reference / "pipelines" / "checkpoints" / names[0])
+            files |= dict.fromkeys(UNNEEDED, b"x" * 1_000_000)
+        else:
+            files = {name: tensor_file(name) if name.endswith(".safetensors") else b"{}" for name in names}
+        hubs.append(Hub(files))
         return hubs[-1]
 
     yield serve
@@ -151,24 +155,28 @@ def served(reference) -> Iterator[Callable[[str], Hub]]:
         server.close()
 
 
+def environment(url: str, home: Path) -> dict[str, str]:
+    """This process's, with a hub's address and an empty cache."""
+    kept = {key: v for key, v in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()}
+    return kept | {"HF_ENDPOINT": url, "HF_HOME": str(home), "PYTHONPATH": str(ROOT)}
+
+
 @pytest.fixture
 def fetch(tmp_path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Fetch in a process of its own, from `url`, into this test's cache."""
 
     def fetch(url: str, *argv: str, driver: str = DRIVER, **more: str) -> subprocess.CompletedProcess[str]:
-        kept = {key: v for key, v in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()}
-        places = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", driver, *argv]
         return subprocess.run(
-            command, env=kept | places | more, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
-        )
+            [sys.executable, "-c", driver, *argv], env=environment(url, tmp_path / "home") | more, cwd=tmp_path,
+            capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
 
     return fetch
 
 
 @pytest.mark.slow
-def test_only_what_the_task_needs_is_fetched_and_found_again_offline(served, fetch):
-    server = served("reference_to_video")
+def test_only_what_the_task_needs_is_fetched_and_found_again_offline(serve, fetch):
+    server = serve("reference_to_video")
     run = fetch(server.url, *REFERENCE)
     assert run.returncode == 0, run.stderr
     folder = Path(run.stdout.strip())
@@ -189,8 +197,8 @@ def test_only_what_the_task_needs_is_fetched_and_found_again_offline(served, fet
 
 
 @pytest.mark.slow
-def test_the_extension_needs_one_of_two_transformers(served, fetch):
-    server = served("video_extension")
+def test_the_extension_needs_one_of_two_transformers(serve, fetch):
+    server = serve("video_extension")
     run = fetch(server.url, *EXTENSION, "--quiet")
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""
@@ -200,8 +208,8 @@ def test_the_extension_needs_one_of_two_transformers(served, fetch):
 
 
 @pytest.mark.slow
-def test_an_incomplete_model_on_the_hub(served, fetch):
-    server = served("reference_to_video")
+def test_an_incomplete_model_on_the_hub(serve, fetch):
+    server = serve("reference_to_video")
     del server.files["vae/config.json"]
     run = fetch(server.url, *REFERENCE, "--quiet")
     assert run.returncode == 1
@@ -209,8 +217,8 @@ def test_an_incomplete_model_on_the_hub(served, fetch):
 
 
 @pytest.mark.slow
-def test_a_snapshot_that_is_only_partly_cached(served, fetch, tmp_path):
-    server = served("reference_to_video")
+def test_a_snapshot_that_is_only_partly_cached(serve, fetch, tmp_path):
+    server = serve("reference_to_video")
     folder = Path(fetch(server.url, *REFERENCE, "--quiet").stdout.strip())
     (folder / "vae" / "config.json").unlink()
     run = fetch(NOWHERE, *REFERENCE, "--quiet")
@@ -233,14 +241,13 @@ def test_offline_without_a_cache_says_what_to_do(fetch):
 
 
 @pytest.mark.slow
-def test_an_interrupted_download_ends_at_once_and_goes_on(served, fetch, tmp_path):
-    server = served("reference_to_video")
+def test_an_interrupted_download_ends_at_once_and_goes_on(serve, fetch, tmp_path):
+    server = serve("reference_to_video")
     server.slow = max(server.files.keys() - set(UNNEEDED), key=lambda name: len(server.files[name]))
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-    kept = {key: v for key, v in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()}
     run = subprocess.Popen(
         [sys.executable, str(ROOT / "generate_video.py"), *REFERENCE, "--height", "32", "--width", "32"],
-        env=kept | {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}, cwd=tmp_path,
+        env=environment(server.url, tmp_path / "home"), cwd=tmp_path,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
@@ -257,32 +264,44 @@ def test_an_interrupted_download_ends_at_once_and_goes_on(served, fetch, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("status", [401, 403])
-def test_a_model_that_not_everybody_gets(served, fetch, status):
-    server = served("reference_to_video")
+@pytest.mark.parametrize(
+    ("status", "ways"),
+    [
+        (401, ("licence accepted on its page", "`hf auth login`", "HF_TOKEN")),
+        (403, ("licence accepted on its page", "`hf auth login`", "HF_TOKEN")),
+        (404, ("check the id and the connection",)),
+    ],
+)
+def test_a_model_that_the_hub_does_not_give(serve, fetch, status, ways):
+    server = serve("reference_to_video")
     server.status = status
     run = fetch(server.url, *REFERENCE, "--quiet")
     assert run.returncode == 1
+    assert len(run.stderr.splitlines()) == 1
     assert run.stderr.startswith("--model_id: some/model could not be fetched from huggingface (")
-    for way_out in ("licence accepted on its page", "`hf auth login`", "HF_TOKEN"):
-        assert way_out in run.stderr
+    assert all(way in run.stderr for way in ways)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("files", "name", "message"),
     [
-        (["--lora", "some/typo"], "--lora: some/typo could not be fetched from huggingface ("),
-        (["--lora", "some/model/b.safetensors"], "--lora: some/model on huggingface has no b.safetensors"),
-        (["--lora", "some/model"], "--lora: some/model holds 2 .safetensors files (a.safetensors, c.safetensors)"),
+        (["a.safetensors"], "some/typo", "some/typo could not be fetched from huggingface ("),
+        (["a.safetensors"], "some/model/b.safetensors", "some/model on huggingface has no b.safetensors; check the"),
+        (["a.safetensors", "c.safetensors"], "some/model",
+         "some/model holds 2 .safetensors files (a.safetensors, c.safetensors); give the LoRA's own file, "
+         "some/model/FILE.safetensors"),
+        (["a.bin"], "some/model", "some/model holds no .safetensors file"),
     ],
-)
-def test_what_is_not_on_the_hub_is_found_before_anything_is_fetched(lora_hub, fetch, flags, message):
-    server = lora_hub("a.safetensors", "c.safetensors")
-    argv = [*REFERENCE, "--dry_run", *flags]
-    run = fetch(server.url, *argv, driver="import sys; from skyreels_v3.main import main; sys.exit(main(sys.argv[1:]))")
+)  # fmt: skip
+def test_a_lora_that_is_not_on_the_hub(serve, fetch, files, name, message):
+    """It is found out before anything is fetched."""
+    server = serve(*files)
+    main = "import sys; from skyreels_v3.main import main; sys.exit(main(sys.argv[1:]))"
+    run = fetch(server.url, *REFERENCE, "--dry_run", "--lora", name, driver=main)
     assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr.startswith(f"error: {message}")
+    assert run.stderr.startswith(f"error: --lora: {message}")
+    assert len(run.stderr.splitlines()) == 1
     assert server.asked == []
 
 
@@ -296,14 +315,6 @@ def test_the_folder_of_a_model_in_the_hubs_cache(tmp_path):
         locate(request)
 
 
-@pytest.mark.slow
-def test_a_model_that_is_not_on_the_hub(served, fetch):
-    run = fetch(served("reference_to_video").url, *REFERENCE, "--model_id", "some/other", "--quiet")
-    assert run.returncode == 1
-    assert len(run.stderr.splitlines()) == 1
-    assert "some/other could not be fetched from huggingface (" in run.stderr
-
-
 @pytest.mark.parametrize("name", TASK_NAMES)
 def test_published_ids_are_hub_ids(name):
     spec = task_spec(name)
@@ -313,18 +324,27 @@ def test_published_ids_are_hub_ids(name):
         assert locate(request) is None
 
 
-def test_modelscope_gets_the_same_patterns(monkeypatch, reference):
-    """The package is not installed here: what is tested is the call."""
+def test_modelscope_gets_the_same_patterns(monkeypatch, reference, tmp_path):
+    """The package is not installed here: what is tested are the calls."""
     root = reference / "pipelines" / "checkpoints" / "reference_to_video"
+    (tmp_path / "style.safetensors").write_bytes(tensor_file())
     calls = []
     package = type(sys)("modelscope")
-    package.snapshot_download = lambda *args, **options: calls.append((args, options)) or str(root)
+    folders = {"some/model": str(root), "a/b": str(tmp_path)}
+    package.snapshot_download = lambda name, **options: calls.append((name, options)) or folders[name]
     monkeypatch.setitem(sys.modules, "modelscope", package)
     request = parse_request([*REFERENCE, "--model_source", "modelscope"])
     (repository,) = family_of(request.task).repositories(request.task)
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: object())
     assert hub.download(request, repository) == root
-    patterns = ["transformer/*", "vae/*", "text_encoder/*", "tokenizer/*"]
-    assert calls == [(("some/model",), {"allow_patterns": patterns})]
+    assert hub.download_lora("a/b/style.safetensors", request) == tmp_path / "style.safetensors"
+    assert calls == [
+        ("some/model", {"allow_patterns": ["transformer/*", "vae/*", "text_encoder/*", "tokenizer/*"]}),
+        ("a/b", {"allow_patterns": ["style.safetensors", "adapter_config.json"]}),
+    ]
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--model_source: modelscope needs its package"):
+        hub.download_lora("a/style", request)
 
 
 def tensor_file(*names: str) -> bytes:
@@ -339,25 +359,9 @@ def fetch_lora(fetch) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Fetch a LoRA, for a request whose model is another one."""
 
     def fetch_lora(url: str, name: str, **more: str) -> subprocess.CompletedProcess[str]:
-        argv = [*REFERENCE, "--model_id", "other/model", "--quiet"]
-        return fetch(url, *argv, driver=LORA_DRIVER, LORA=name, **more)
+        return fetch(url, *REFERENCE, "--model_id", "other/model", "--quiet", "--lora", name, **more)
 
     return fetch_lora
-
-
-@pytest.fixture
-def lora_hub() -> Iterator[Callable[..., Hub]]:
-    """Serve a model of these files."""
-    hubs = []
-
-    def serve(*names: str) -> Hub:
-        files = {name: tensor_file(name) if name.endswith(".safetensors") else b"{}" for name in names}
-        hubs.append(Hub(files))
-        return hubs[-1]
-
-    yield serve
-    for server in hubs:
-        server.close()
 
 
 @pytest.mark.slow
@@ -373,8 +377,8 @@ def lora_hub() -> Iterator[Callable[..., Hub]]:
          ["one/a.safetensors", "one/adapter_config.json"]),
     ],
 )  # fmt: skip
-def test_a_lora_is_fetched_alone_and_found_again_offline(lora_hub, fetch_lora, files, name, asked):
-    server = lora_hub(*files)
+def test_a_lora_is_fetched_alone_and_found_again_offline(serve, fetch_lora, files, name, asked):
+    server = serve(*files)
     run = fetch_lora(server.url, name)
     assert run.returncode == 0, run.stderr
     file = Path(run.stdout.strip())
@@ -383,43 +387,6 @@ def test_a_lora_is_fetched_alone_and_found_again_offline(lora_hub, fetch_lora, f
     again = fetch_lora(NOWHERE, name)
     assert (again.stdout, again.stderr) == (run.stdout, "")
     assert fetch_lora(NOWHERE, name, HF_HUB_OFFLINE="1").stdout == run.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("files", "name", "message"),
-    [
-        (["a.safetensors", "b.safetensors"], "some/model",
-         "some/model holds 2 .safetensors files (a.safetensors, b.safetensors); give the LoRA's own file, "
-         "some/model/FILE.safetensors"),
-        (["a.bin"], "some/model", "some/model holds no .safetensors file"),
-        (["a.safetensors"], "some/model/b.safetensors", "some/model on huggingface has no b.safetensors"),
-        (["a.safetensors"], "some/other", "some/other could not be fetched from huggingface ("),
-    ],
-)  # fmt: skip
-def test_a_lora_that_is_not_on_the_hub(lora_hub, fetch_lora, files, name, message):
-    server = lora_hub(*files)
-    run = fetch_lora(server.url, name)
-    assert run.returncode == 1
-    assert run.stderr.startswith(f"--lora: {message}")
-    assert len(run.stderr.splitlines()) == 1
-    assert not [name for name in server.asked if name.endswith(".safetensors")]
-
-
-def test_a_lora_from_modelscope(monkeypatch, tmp_path):
-    """The package is not installed here: what is tested is the call."""
-    (tmp_path / "style.safetensors").write_bytes(tensor_file())
-    calls = []
-    package = type(sys)("modelscope")
-    package.snapshot_download = lambda *args, **options: calls.append((args, options)) or str(tmp_path)
-    monkeypatch.setitem(sys.modules, "modelscope", package)
-    request = parse_request([*REFERENCE, "--model_source", "modelscope"])
-    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: object())
-    assert hub.download_lora("a/b/style.safetensors", request) == tmp_path / "style.safetensors"
-    assert calls == [(("a/b",), {"allow_patterns": ["style.safetensors", "adapter_config.json"]})]
-    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="--model_source: modelscope needs its package"):
-        hub.download_lora("a/style", request)
 
 
 def test_loras_on_this_machine(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""LoRAs in every spelling, against W x + scale * (alpha / rank) * B A x in float64; files of PEFT's and diffusers'."""
+"""LoRAs in every spelling, against W + scale * (alpha / rank) * B A in float64; files of PEFT's and diffusers'."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from skyreels_v3.errors import UserError
 from skyreels_v3.hunyuan.checkpoint import load_transformer as load_hunyuan_transformer
 from skyreels_v3.hunyuan.key_maps import NATIVE_TRANSFORMER as NATIVE_HUNYUAN
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
-from skyreels_v3.memory.quantize import Fp8Linear, quantize
 from skyreels_v3.request import Lora
 from skyreels_v3.wan.checkpoint import load_transformer
 from skyreels_v3.wan.key_maps import NATIVE_TRANSFORMER
@@ -60,18 +59,16 @@ LAYERS = (
 )
 STACKED = "blocks.0.audio_cross_attn.kv_linear"
 Pairs = dict[str, tuple[Tensor, Tensor]]  # A and B of a layer
-
-
-def build(**more: object) -> SkyReelsTransformer3DModel:
-    torch.manual_seed(0)
-    return SkyReelsTransformer3DModel(**SMALL | more).eval()
+Added = dict[str, Tensor]  # to the weights of a model, by name, in float64
+FUSE = pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A checkpoint in bfloat16, but for the weights that are always float32: mapped as it is, with no cast."""
     path = tmp_path_factory.mktemp("model")
-    build().save_pretrained(path / "float32")
+    torch.manual_seed(0)
+    SkyReelsTransformer3DModel(**SMALL).save_pretrained(path / "float32")
     load_transformer(path / "float32", torch.bfloat16).save_pretrained(path / "bfloat16")
     return path
 
@@ -100,79 +97,81 @@ def random_pairs(seed: int = 0, native: bool = False) -> Pairs:
 
 
 def write(
-    path: Path,
-    pairs: Pairs,
-    template: str = "{}.lora_{}.weight",
-    alpha: float | None = None,
-    parts: tuple[str, str] = ("A", "B"),
+    path: Path, pairs: Pairs, template: str = "{}.lora_{}.weight", alpha: float | None = None, parts: str = "A B"
 ) -> Path:
     """Write A and B, called as in `parts`, under the names that `template` makes, and an alpha for each layer."""
-    tensors = {template.format(name, part): t for name, p in pairs.items() for part, t in zip(parts, p, strict=True)}
+    named = {name: zip(parts.split(), pair, strict=True) for name, pair in pairs.items()}
+    tensors = {template.format(name, part): tensor for name, pair in named.items() for part, tensor in pair}
     if alpha is not None:
         tensors |= {f"{template.partition('{}')[0]}{name}.alpha": torch.tensor(alpha) for name in pairs}
     save_file(tensors, path)
     return path
 
 
-def expected(layer: nn.Linear, updates: list[tuple[tuple[Tensor, Tensor], float]], x: Tensor) -> Tensor:
-    """W x + b + the sum of factor * B A x, in float64."""
-    out = x.double() @ layer.weight.double().T + layer.bias.double()
-    for (down, up), factor in updates:
-        out = out + factor * (x.double() @ down.double().T @ up.double().T)
-    return out
+def add(*loras: tuple[Pairs, float, float | None]) -> Added:
+    """What LoRAs add, each with its scale and alpha (None: the rank)."""
+    added: Added = {}
+    for pairs, scale, alpha in loras:
+        for layer, (down, up) in pairs.items():
+            factor = scale * (alpha or len(down)) / len(down)
+            added[f"{layer}.weight"] = added.get(f"{layer}.weight", 0) + factor * up.double() @ down.double()
+    return added
 
 
-def check_layers(model: nn.Module, base: nn.Module, loras: list[tuple[Pairs, float, float | None]]) -> None:
-    """Every linear layer of `model` is `base`'s plus the LoRAs, each with its scale and alpha (None: the rank)."""
-    changed = 0
-    for name, layer in base.named_modules():
-        if not isinstance(layer, nn.Linear):
-            continue
-        found = [(pairs[name], scale, alpha) for pairs, scale, alpha in loras if name in pairs]
-        updates = [(pair, scale * (alpha or len(pair[0])) / len(pair[0])) for pair, scale, alpha in found]
-        x = torch.randn(5, layer.in_features)
-        want = expected(layer, updates, x)
-        torch.testing.assert_close(model.get_submodule(name)(x).double(), want, atol=1e-5, rtol=1e-5)
-        if updates:
-            assert (want - expected(layer, [], x)).abs().max() > 1e-2, name
-            changed += 1
-    assert changed == len(set().union(*(pairs for pairs, _, _ in loras)))
+def merged(model: nn.Module) -> Added:
+    """A model's weights by their own names, PEFT's layers taken into them."""
+    made = {}
+    for name, weight in model.named_parameters():
+        plain = name.replace("base_layer.", "")
+        layer = model.get_submodule(plain.rpartition(".")[0])
+        if "lora_" not in name:
+            made[plain] = weight.double()
+        if hasattr(layer, "base_layer") and plain.endswith(".weight"):
+            for adapter in layer.active_adapters:
+                if adapter in layer.lora_A:
+                    made[plain] = made[plain] + layer.get_delta_weight(adapter).double()
+    return made
 
 
-AB, DOWN_UP = ("A", "B"), ("down", "up")
+def check_weights(model: nn.Module, folder: Path, added: Added) -> None:
+    """The weights of `model` are those in `folder` plus what was added; the very same where that is nothing."""
+    found, base = merged(model), dict(mapped(folder).named_parameters())
+    assert found.keys() == base.keys() and added.keys() < base.keys()
+    for name, weight in base.items():
+        if name in added:
+            torch.testing.assert_close(found[name], weight.double() + added[name], atol=1e-5, rtol=1e-5)
+            assert added[name].abs().max() > 1e-2, name
+        else:
+            assert torch.equal(found[name], weight.double()), name
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 FORMATS = {
-    "diffusers": ("transformer.{}.lora_{}.weight", AB, False),
-    "diffusers, older": ("transformer.{}.lora.{}.weight", DOWN_UP, False),
-    "plain": ("{}.lora_{}.weight", AB, False),
-    "PEFT": ("base_model.model.{}.lora_{}.weight", AB, False),
-    "PEFT, not saved by it": ("base_model.model.{}.lora_{}.default.weight", AB, False),
-    "native": ("{}.lora_{}.weight", AB, True),
-    "native, ComfyUI": ("diffusion_model.{}.lora_{}.weight", AB, True),
-    "native, down and up": ("diffusion_model.{}.lora_{}.weight", DOWN_UP, True),
-    "native, an adapter's name": ("{}.lora_{}.other_1.weight", AB, True),
+    "diffusers": ("transformer.{}.lora_{}.weight", "A B", False),
+    "diffusers, older": ("transformer.{}.lora.{}.weight", "down up", False),
+    "plain": ("{}.lora_{}.weight", "A B", False),
+    "PEFT": ("base_model.model.{}.lora_{}.weight", "A B", False),
+    "PEFT, not saved by it": ("base_model.model.{}.lora_{}.default.weight", "A B", False),
+    "native": ("{}.lora_{}.weight", "A B", True),
+    "native, ComfyUI": ("diffusion_model.{}.lora_{}.weight", "A B", True),
+    "native, down and up": ("diffusion_model.{}.lora_{}.weight", "down up", True),
+    "native, an adapter's name": ("{}.lora_{}.other_1.weight", "A B", True),
+    "kohya": ("lora_unet_{}.lora_{}.weight", "down up", True),
+    "musubi": ("lora_unet__{}.lora_{}.weight", "down up", True),
 }
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
+@FUSE
 @pytest.mark.parametrize("alpha", [None, 1.5], ids=["no alpha", "alpha"])
 @pytest.mark.parametrize("spelling", FORMATS)
 def test_spellings(tmp_path, folder, spelling, alpha, fuse):
     template, parts, native = FORMATS[spelling]
-    file = write(tmp_path / "a.safetensors", random_pairs(native=native), template, alpha, parts)
+    pairs = random_pairs(native=native)
+    if "lora_unet" in template:  # underscores for dots: the native names tell which is which
+        pairs = {name.replace(".", "_"): pair for name, pair in pairs.items()}
     model = mapped(folder)
-    apply_loras(model, [(file, 0.7)], fuse)
-    check_layers(model, mapped(folder), [(random_pairs(), 0.7, alpha)])
-
-
-@pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
-def test_kohya_names(tmp_path, folder, fuse):
-    """Underscores for dots: which is which, the native names tell."""
-    flat = {name.replace(".", "_"): pair for name, pair in random_pairs(native=True).items()}
-    file = write(tmp_path / "a.safetensors", flat, "lora_unet_{}.lora_{}.weight", 2.0, DOWN_UP)
-    assert "lora_unet_blocks_0_cross_attn_k_img.lora_down.weight" in read_tensors(file)
-    model = mapped(folder)
-    apply_loras(model, [(file, -1.5)], fuse)
-    check_layers(model, mapped(folder), [(random_pairs(), -1.5, 2.0)])
+    apply_loras(model, [(write(tmp_path / "a.safetensors", pairs, template, alpha, parts), 0.7)], fuse)
+    check_weights(model, folder, add((random_pairs(), 0.7, alpha)))
 
 
 def test_every_native_linear_layer_has_its_flat_name(folder):
@@ -185,40 +184,35 @@ def test_every_native_linear_layer_has_its_flat_name(folder):
         native = re.sub(r"attn_audio\.to_[kv]", "audio_cross_attn.kv_linear", native)  # no way back: two in one
         assert native != name
         dotted = model_names(native, "weight", NATIVE_TRANSFORMER)
-        for prefix in ("lora_unet_", "lora_unet__"):
-            flat = prefix + native.replace(".", "_")
-            assert model_names(flat, "weight", NATIVE_TRANSFORMER) == dotted
+        assert model_names(f"lora_unet_{native.replace('.', '_')}", "weight", NATIVE_TRANSFORMER) == dotted
         assert f"{name}.weight" in dotted
         found.update(dotted)
     assert found == {f"{name}.weight" for name in layers}
 
 
+@FUSE
 @pytest.mark.parametrize("name", [STACKED, f"lora_unet_{STACKED.replace('.', '_')}"])
-@pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
 def test_a_stacked_layer_becomes_two(tmp_path, folder, name, fuse):
     down, up = torch.randn(3, 12), torch.randn(64, 3)
-    file = write(tmp_path / "a.safetensors", {name: (down, up)}, alpha=6.0)
-    model = mapped(folder)
-    apply_loras(model, [(file, 1.0)], fuse)
-    layer = "blocks.0.attn_audio.to_"
-    check_layers(model, mapped(folder), [({layer + "k": (down, up[:32]), layer + "v": (down, up[32:])}, 1.0, 6.0)])
+    model, layer = mapped(folder), "blocks.0.attn_audio.to_"
+    apply_loras(model, [(write(tmp_path / "a.safetensors", {name: (down, up)}, alpha=6.0), 1.0)], fuse)
+    check_weights(model, folder, add(({layer + "k": (down, up[:32]), layer + "v": (down, up[32:])}, 1.0, 6.0)))
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
+@FUSE
 def test_several_loras_add_up(tmp_path, folder, fuse, recwarn):
-    """Different layers, ranks, formats and scales; one of them twice."""
+    """Different layers, ranks, formats and scales; one of them several times."""
     first = dict(list(random_pairs(1).items())[:6])
-    second = random_pairs(2, native=True)
-    files = [write(tmp_path / "1.safetensors", first), write(tmp_path / "2.safetensors", second, alpha=1.0)]
+    one = write(tmp_path / "1.safetensors", first)
+    two = write(tmp_path / "2.safetensors", random_pairs(2, native=True), alpha=1.0)
     model = mapped(folder)
-    apply_loras(model, [(files[0], 0.5), (files[1], -2.0), (files[0], 1.0), (files[0], 0.0)], fuse)
-    loras = [(first, 0.5, None), (random_pairs(2), -2.0, 1.0), (first, 1.0, None)]
-    check_layers(model, mapped(folder), loras)
+    apply_loras(model, [(one, 0.5), (two, -2.0), (one, 1.0), (one, 0.0)], fuse)
+    check_weights(model, folder, add((first, 1.5, None), (random_pairs(2), -2.0, 1.0)))
     assert not recwarn.list
 
 
 def test_live_keeps_the_mapped_weights(tmp_path, folder):
-    """The same memory with the same bits, and LoRA weights of each layer's dtype that need no gradient."""
+    """The same memory with the same bits, and LoRA weights of each layer's dtype."""
     model = mapped(folder, torch.bfloat16)
     before = dict(model.named_parameters())
     copies = {name: tensor.clone() for name, tensor in before.items()}
@@ -234,7 +228,6 @@ def test_live_keeps_the_mapped_weights(tmp_path, folder):
             assert pair.weight.dtype == wrapped.weight.dtype
     assert model.proj_out.weight.dtype == torch.float32
     assert not any(module.training for module in model.modules())
-    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_fused_weights_are_new_and_rounded_once(tmp_path, folder):
@@ -243,70 +236,45 @@ def test_fused_weights_are_new_and_rounded_once(tmp_path, folder):
     before = dict(model.named_parameters())
     copies = {name: tensor.clone() for name, tensor in before.items()}
     loras = [(random_pairs(1), 0.3), (random_pairs(2), 1.7)]
-    files = [(write(tmp_path / f"{scale}.safetensors", pairs), scale) for pairs, scale in loras]
-    apply_loras(model, files, fuse=True)
+    apply_loras(model, [(write(tmp_path / f"{scale}.safetensors", pairs), scale) for pairs, scale in loras], fuse=True)
     assert all(torch.equal(tensor, copies[name]) for name, tensor in before.items())
-    after = dict(model.named_parameters())
+    after, added = dict(model.named_parameters()), add(*((pairs, scale, None) for pairs, scale in loras))
     assert list(after) == list(before)
     assert not hasattr(model, "peft_config")
-    fused = {f"{layer}.weight" for layer, _, _, _ in LAYERS}
     for name, tensor in after.items():
-        assert (tensor is before[name]) == (name not in fused)
+        assert (tensor is before[name]) == (name not in added)
         assert tensor.dtype == before[name].dtype
-        assert not tensor.requires_grad
-        if name in fused:
-            layer = name.removesuffix(".weight")
-            exact = copies[name].double()
-            for pairs, scale in loras:
-                exact = exact + scale * pairs[layer][1].double() @ pairs[layer][0].double()
-            if tensor.dtype == torch.float32:
-                torch.testing.assert_close(tensor.double(), exact, atol=1e-6, rtol=1e-6)
-            else:
-                assert (tensor == exact.to(tensor.dtype)).double().mean() > 0.99
+        exact = copies[name].double() + added.get(name, 0)
+        if tensor.dtype == torch.float32:
+            torch.testing.assert_close(tensor.double(), exact, atol=1e-6, rtol=1e-6)
+        else:
+            assert (tensor == exact.to(tensor.dtype)).double().mean() > 0.99
 
 
-def uneven() -> LoraConfig:
-    """Random A and B, with ranks and alphas of their own for some layers."""
-    return LoraConfig(
-        r=4,
-        lora_alpha=6,
-        target_modules=["to_q", "to_k", "net.0.proj", "net.2", "proj_out"],
+@FUSE
+@pytest.mark.parametrize("writer", ["PEFT", "diffusers"])
+def test_what_the_libraries_save(tmp_path, folder, writer, fuse):
+    """Ranks and alphas of their own for some layers: in settings beside the file, or in its header."""
+    config = LoraConfig(
+        r=4, lora_alpha=6, target_modules=["to_q", "to_k", "net.0.proj", "net.2", "proj_out"],
         rank_pattern={"attn1.to_q": 2, r"blocks\.1\.ffn\.net\.2": 3},
-        alpha_pattern={"attn2.to_k": 10, "^blocks.0.ffn.net.0.proj": 1},
-        init_lora_weights=False,
-    )
-
-
-@pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
-def test_what_peft_saves(tmp_path, folder, fuse):
-    """A folder of PEFT's own making, alphas in its settings beside the file."""
-    theirs = get_peft_model(mapped(folder), uneven())
-    theirs.save_pretrained(tmp_path)
-    model = mapped(folder)
-    apply_loras(model, [(tmp_path / "adapter_model.safetensors", 1.0)], fuse)
-    compare_layers(model, theirs.base_model.model, folder)
-
-
-@pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
-def test_what_diffusers_saves(tmp_path, folder, fuse):
-    """A file of diffusers' own making, alphas in its header."""
+        alpha_pattern={"attn2.to_k": 10, "^blocks.0.ffn.net.0.proj": 1}, init_lora_weights=False,
+    )  # fmt: skip
     theirs = mapped(folder)
-    theirs.add_adapter(uneven())
-    theirs.save_lora_adapter(tmp_path)
-    model = mapped(folder)
-    apply_loras(model, [(tmp_path / "pytorch_lora_weights.safetensors", 1.0)], fuse)
-    compare_layers(model, theirs, folder)
-
-
-def compare_layers(ours: nn.Module, theirs: nn.Module, folder: Path) -> None:
-    changed = 0
-    for name, layer in mapped(folder).named_modules():
-        if isinstance(layer, nn.Linear):
-            x = torch.randn(5, layer.in_features)
-            want = theirs.get_submodule(name)(x)
-            torch.testing.assert_close(ours.get_submodule(name)(x), want, atol=1e-5, rtol=1e-5)
-            changed += not torch.allclose(want, layer(x), atol=1e-3)
-    assert changed == 2 * 8 + 2 + 1  # of two blocks, the image embedding and the head
+    if writer == "PEFT":
+        adapted = get_peft_model(theirs, config)
+        adapted.save_pretrained(tmp_path)
+        theirs = adapted.base_model.model
+    else:
+        theirs.add_adapter(config)
+        theirs.save_lora_adapter(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    model, base, wanted = mapped(folder), dict(mapped(folder).named_parameters()), merged(theirs)
+    apply_loras(model, [(file, 1.0)], fuse)
+    added = {name: wanted[name] - weight.double() for name, weight in base.items()}
+    added = {name: difference for name, difference in added.items() if difference.any()}
+    assert len(added) == 2 * 8 + 2 + 1  # of two blocks, the image embedding and the head
+    check_weights(model, folder, added)
 
 
 def test_settings_beside_are_of_files_with_pefts_names_and_no_alpha(tmp_path, folder):
@@ -418,7 +386,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
+@FUSE
 @pytest.mark.parametrize("case", REFUSED)
 def test_files_that_do_not_fit(tmp_path, folder, case, fuse):
     tensors, message = REFUSED[case]
@@ -431,7 +399,7 @@ def test_files_that_do_not_fit(tmp_path, folder, case, fuse):
     assert str(caught.value).startswith(f"--lora: {bad}")
     assert "\n" not in str(caught.value)
     assert model.state_dict().keys() == mapped(folder).state_dict().keys()  # none is applied unless all are good
-    check_layers(model, mapped(folder), [({}, 1.0, None)])
+    check_weights(model, folder, {})
 
 
 def test_files_that_are_none(tmp_path):
@@ -486,60 +454,19 @@ def differences(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return file, added
 
 
-def merged(model: nn.Module) -> dict[str, Tensor]:
-    """A model's weights by their own names, PEFT's layers taken into them."""
-    made = {}
-    for name, weight in model.named_parameters():
-        plain = name.replace("base_layer.", "")
-        layer = model.get_submodule(plain.rpartition(".")[0])
-        if "lora_" not in name:
-            made[plain] = weight.double()
-        if hasattr(layer, "base_layer") and plain.endswith(".weight"):
-            for adapter in layer.active_adapters:
-                if adapter in layer.lora_A:
-                    made[plain] = made[plain] + layer.get_delta_weight(adapter).double()
-    return made
-
-
-@pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
+@FUSE
 def test_differences_are_added_beside_the_pairs(tmp_path, folder, fuse):
     """To biases, norms, modulation, convolutions and whole weights, of two files, each times its scale."""
     scales = (0.5, -2.0)
-    added: dict[str, Tensor] = {}
+    added: Added = {}
     for number, scale in enumerate(scales):
         file, changes = differences(number)
         save_file(file, tmp_path / f"{number}.safetensors")
         for name, change in changes.items():
             added[name] = added.get(name, 0) + scale * change
-    model, base = mapped(folder), dict(mapped(folder).named_parameters())
+    model = mapped(folder)
     apply_loras(model, [(tmp_path / f"{number}.safetensors", scale) for number, scale in enumerate(scales)], fuse)
-    found = merged(model)
-    assert found.keys() == base.keys() and added.keys() < base.keys()
-    for name, weight in base.items():
-        if name in added:
-            torch.testing.assert_close(found[name], weight.double() + added[name], atol=1e-5, rtol=1e-5)
-        else:
-            assert torch.equal(found[name], weight.double())
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_in_fp8_what_is_not_quantized_is_exact(tmp_path, folder):
-    """Fused first and rounded after: layers that stay in bfloat16 are the sum rounded once, or untouched."""
-    file, added = differences(0)
-    save_file(file, tmp_path / "a.safetensors")
-    model, base = mapped(folder, torch.bfloat16), dict(mapped(folder, torch.bfloat16).named_parameters())
-    apply_loras(model, [(tmp_path / "a.safetensors", 1.0)], fuse=True)
-    quantize(model.blocks, torch.device("cpu"))
-    changed = 0
-    for name, weight in model.named_parameters():
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), Fp8Linear) and not name.endswith("bias"):
-            continue
-        exact = base[name].double() + added.get(name, 0)
-        changed += name in added
-        off = (weight.double() - exact).abs() / exact.abs().clamp(min=1e-6)
-        assert off.max() <= (2**-8 if weight.dtype == torch.bfloat16 else 1e-5), name  # half a step
-        assert name in added or torch.equal(weight, base[name])
-    assert changed == len(added) - 1  # but attn1.to_k
+    check_weights(model, folder, added)
 
 
 SIBLING = (
@@ -547,7 +474,7 @@ SIBLING = (
 )
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
+@FUSE
 def test_a_part_of_a_lora_of_another_model(tmp_path, folder, fuse, caplog):
     """What the model has nothing for is left out and counted; what does not fit is refused all the same."""
     save_file(SIBLING, tmp_path / "a.safetensors")
@@ -555,8 +482,7 @@ def test_a_part_of_a_lora_of_another_model(tmp_path, folder, fuse, caplog):
     with pytest.raises(UserError, match=r"has nothing for .* and 1 more; a\.safetensors:1:partial applies the rest"):
         apply_loras(model, [(tmp_path / "a.safetensors", 1.0)], fuse)
     apply_loras(model, [(tmp_path / "a.safetensors", 0.5)], fuse, partial=True)
-    layers = {QUERY: (torch.ones(2, 32), torch.ones(32, 2))}
-    check_layers(model, mapped(folder), [(layers, 0.5, None)])
+    check_weights(model, folder, add(({QUERY: (torch.ones(2, 32), torch.ones(32, 2))}, 0.5, None)))
     assert "6 entries are left out, the model has nothing for blocks.1.self_attn.k_img.lora_A.weight" in caplog.text
     for wrong, says in (
         ({"blocks.0.norm3.diff": torch.ones(33)}, "wrong shapes"),
@@ -657,7 +583,7 @@ def stock_hunyuan(folder: Path, files: list[tuple[Path, float]], prefix: str | N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
+@FUSE
 @pytest.mark.parametrize("prefix", ["transformer", None, "base_model.model"])
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_hunyuans_loras_are_the_librarys(tmp_path, hunyuan, prefix, fuse):
@@ -733,7 +659,7 @@ def comfyui(name: str) -> str:
     return name
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
+@FUSE
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [

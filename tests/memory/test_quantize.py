@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -22,7 +21,6 @@ from skyreels_v3.memory.quantize import (
     quantize,
     quantized,
     round_rows,
-    set_fp8_layers,
 )
 from skyreels_v3.wan import transformer as block_module
 from skyreels_v3.wan.rope import Segment
@@ -74,7 +72,7 @@ def test_the_numbers_are_those_of_torch():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_are_rounded_to_the_nearest(dtype):
+def test_rows_are_rounded_to_the_nearest_times_the_smallest_power_of_two(dtype):
     rows = odd_rows().to(dtype)
     weight, scale = round_rows(rows)
     assert weight.dtype == FP8 and scale.dtype == torch.float32
@@ -82,25 +80,10 @@ def test_rows_are_rounded_to_the_nearest(dtype):
     for row, rounded, factor in zip(rows.double().numpy(), weight.double().numpy(), scale.tolist(), strict=True):
         least = np.abs(numbers[:, None] - row / factor).min(axis=0)
         assert np.array_equal(np.abs(rounded - row / factor), least)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scales_are_the_smallest_powers_of_two(dtype):
-    rows = odd_rows().to(dtype)
-    _, scale = round_rows(rows)
-    for largest, factor in zip(rows.abs().amax(dim=1).tolist(), scale.tolist(), strict=True):
+        largest = np.abs(row).max()
         assert math.frexp(factor)[0] == 0.5 and factor >= SMALLEST_NORMAL
         assert largest <= 448 * factor
         assert largest == 0 or largest > 448 * factor / 2 or factor == SMALLEST_NORMAL
-
-
-def test_rows_that_are_representable_stay():
-    """Every float8 number times every scale that leaves it a float32."""
-    numbers = torch.from_numpy(float8_numbers())
-    rows = torch.stack([numbers * 2.0**exponent for exponent in range(-117, 119)]).float()
-    weight, scale = round_rows(rows)
-    assert torch.equal(weight.double() * scale.double()[:, None], rows.double())
-    assert torch.equal(scale.log2(), torch.arange(-117, 119).float())
 
 
 def test_not_a_number_is_not_hidden():
@@ -118,18 +101,6 @@ def test_forward(dtype, tolerance, bias):
     assert made(x).dtype == dtype
     torch.testing.assert_close(made(x).double(), exact, atol=tolerance, rtol=tolerance)
     assert (dequantized(made) - layer.weight.double()).abs().max() > 0.1 * 2**-4 * layer.weight.abs().max()  # rounded
-
-
-def test_dequantized_weights_are_exact_in_bfloat16(monkeypatch):
-    """Ordinary rows: a factor of 2 ** 240 apart."""
-    made = quantized(random_layer(dtype=torch.bfloat16), CPU, dynamic=False)
-    made.weight_scale.mul_(2.0 ** torch.arange(-110, 110).float()[:: 220 // 48][:48])
-    seen = []
-    monkeypatch.setattr(module.F, "linear", lambda x, weight, bias: seen.append(weight) or x)
-    made(torch.zeros(1, 64, dtype=torch.bfloat16))
-    (weight,) = seen
-    assert weight.dtype == torch.bfloat16
-    assert torch.equal(weight.double(), dequantized(made))
 
 
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -281,12 +252,9 @@ def test_weights_are_dequantized_once_a_block(monkeypatch, pieces):
         assert torch.equal(forward(), out)
         assert len(calls) == len({id(layer) for layer in calls}) == 2 * 6
     layers = [layer for layer in model.modules() if isinstance(layer, Fp8Linear)]
-    held = []
-    model.blocks[1].ffn.register_forward_pre_hook(lambda *_: held.append([layer.cached is None for layer in layers]))
     model.blocks[1].ffn.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         forward()
-    assert held[0][:6] == [True] * 6 and False in held[0][6:]  # those of one block at a time
     assert all(layer.cached is None for layer in layers)
 
 
@@ -302,28 +270,3 @@ def test_what_is_quantized_stays_so():
         for name, (layer, weight, scale) in layers.items():
             assert block[name] is layer and layer.weight is weight and layer.weight_scale is scale
             assert layer.dynamic == (dynamic and name == "a")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_file_of_fp8_weights(tmp_path, dtype):
-    """Through safetensors and a model built on meta, as `load_transformer` does it."""
-    model = SkyReelsTransformer3DModel(**AVATAR).to(dtype).eval()
-    quantize(model.blocks, CPU)
-    save_file(dict(model.named_parameters()), tmp_path / "a.safetensors")
-    stored = load_file(tmp_path / "a.safetensors")
-    with torch.device("meta"):
-        again = SkyReelsTransformer3DModel(**AVATAR).eval()
-        set_fp8_layers(again, [name for name in stored if name.endswith(SCALE)])
-    assert layers_of(again, Fp8Linear) == layers_of(model, Fp8Linear)
-    assert {parameter.device.type for parameter in again.parameters()} == {"meta"}
-    again.load_state_dict(stored, strict=True, assign=True)
-    for name, parameter in again.named_parameters():
-        expected = model.get_parameter(name)
-        assert parameter.dtype == expected.dtype
-        assert torch.equal(bits(parameter), bits(expected))
-    x = torch.randn(1, 7, 48).to(dtype)
-    assert torch.equal(again.blocks[1].ffn(x), model.blocks[1].ffn(x))
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().view(torch.uint8) if tensor.dtype == FP8 else tensor.detach()

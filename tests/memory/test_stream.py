@@ -13,7 +13,7 @@ from torch import nn
 
 from skyreels_v3.attention.backends import sdpa
 from skyreels_v3.memory.quantize import quantize
-from skyreels_v3.memory.stream import STREAM_SLOTS, BlockStream, buffer_bytes, tensors_of, views
+from skyreels_v3.memory.stream import STREAM_SLOTS, BlockStream, buffer_bytes, tensors_of
 from skyreels_v3.wan.rope import Segment
 from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
@@ -73,20 +73,45 @@ def no_hooks(blocks) -> bool:
     return not any(block._forward_pre_hooks or block._forward_hooks for block in blocks)
 
 
-@PINS
-@pytest.mark.parametrize(("layers", "resident"), [(5, 0), (5, 2), (5, 4), (4, 9), (2, 0), (1, 0), (1, 1)])
-def test_the_same_results(layers, resident, pin):
-    model, forward = transformer(layers)
+def check_stream(model: nn.Module, forward: Forward, pin: Callable | None = None, resident: int = 0) -> BlockStream:
+    """Streamed, the model gives the same results, time and again, and afterwards is what it was."""
     expected = forward()
     stream = BlockStream(model, model.blocks, CPU, resident, pin)
-    assert len(stream.streamed) == max(0, layers - resident)
     stream.prepare()
     watch = Watch(model)
     for _ in range(2):
         with stream.active():
             assert torch.equal(forward(), expected)
+            assert torch.equal(forward(), expected)
         watch.check()
     assert no_hooks(model.blocks)
+    return stream
+
+
+@PINS
+@pytest.mark.parametrize(("layers", "resident"), [(5, 0), (5, 2), (5, 4), (4, 9), (2, 0), (1, 0), (1, 1)])
+def test_the_same_results(layers, resident, pin):
+    assert len(check_stream(*transformer(layers), pin, resident).streamed) == max(0, layers - resident)
+
+
+@PINS
+def test_fp8_blocks(pin):
+    model, forward = transformer(4)
+    quantize(model.blocks, CPU)
+    check_stream(model, forward, pin)
+
+
+@PINS
+def test_live_adapters_on_some_blocks(pin):
+    model, forward = transformer()
+    torch.manual_seed(0)
+    plain = forward()
+    model.add_adapter(LoraConfig(r=2, target_modules=r"blocks\.[13]\..*to_[qv]", init_lora_weights=False))
+    assert not torch.equal(plain, forward())
+    stream = check_stream(model, forward, pin, resident=1)
+    with stream.active():
+        model.disable_adapters()
+        assert torch.equal(forward(), plain)
 
 
 @PINS
@@ -228,16 +253,9 @@ class Chain(nn.Module):
 @pytest.mark.parametrize("resident", [0, 2])
 def test_out_of_order(order, resident):
     torch.manual_seed(0)
-    chain = Chain([nn.Linear(8, 8) for _ in range(5)])
+    chain, x = Chain([nn.Linear(8, 8) for _ in range(5)]), torch.randn(3, 8)
     chain.order = order
-    x = torch.randn(3, 8)
-    expected = chain(x)
-    watch = Watch(chain)
-    stream = BlockStream(chain, chain.blocks, CPU, resident)
-    with stream.active():
-        assert torch.equal(chain(x), expected)
-        assert torch.equal(chain(x), expected)
-    watch.check()
+    check_stream(chain, lambda: chain(x), resident=resident)
 
 
 @PINS
@@ -264,37 +282,6 @@ def test_blocks_that_are_not_alike(pin):
 
 
 @PINS
-def test_live_adapters_on_some_blocks(pin):
-    model, forward = transformer()
-    torch.manual_seed(0)
-    plain = forward()
-    model.add_adapter(LoraConfig(r=2, target_modules=r"blocks\.[13]\..*to_[qv]", init_lora_weights=False))
-    expected = forward()
-    assert not torch.equal(plain, expected)
-    stream = BlockStream(model, model.blocks, CPU, resident=1, pin=pin)
-    stream.prepare()
-    watch = Watch(model)
-    with stream.active():
-        assert torch.equal(forward(), expected)
-        model.disable_adapters()
-        assert torch.equal(forward(), plain)
-    watch.check()
-
-
-@PINS
-def test_fp8_blocks(pin):
-    model, forward = transformer(4)
-    quantize(model.blocks, CPU)
-    expected = forward()
-    stream = BlockStream(model, model.blocks, CPU, pin=pin)
-    stream.prepare()
-    watch = Watch(model)
-    with stream.active():
-        assert torch.equal(forward(), expected)
-    watch.check()
-
-
-@PINS
 def test_tied_tensors(pin):
     """Within a block, between blocks, and between a block and what is not streamed."""
     torch.manual_seed(0)
@@ -304,14 +291,8 @@ def test_tied_tensors(pin):
     chain.blocks[2].weight = chain.blocks[1].weight
     chain.first.weight = chain.blocks[3].weight
     x = torch.randn(3, 8)
-    expected = chain(x)
-    stream = BlockStream(chain, chain.blocks, CPU, pin=pin)
-    stream.prepare()
-    watch = Watch(chain)
-    with stream.active():
-        assert torch.equal(chain(x), expected)
+    with check_stream(chain, lambda: chain(x), pin).active():
         assert pair[0].weight is pair[1].weight
-    watch.check()
 
 
 def test_weights_mapped_from_a_file(tmp_path):
@@ -327,17 +308,3 @@ def test_weights_mapped_from_a_file(tmp_path):
             torch.testing.assert_close(forward(), expected)  # aligned in another way
         watch.check()
     assert file.read_bytes() == content
-
-
-def test_one_buffer_holds_all_tensors():
-    """Each aligned, and none over another."""
-    tensors = [torch.randn(3, 5), torch.arange(7, dtype=torch.uint8), torch.tensor(2.0), torch.randn(70).bfloat16()]
-    tensors += [torch.empty(0), nn.Parameter(torch.randn(300))]
-    buffer = torch.empty(buffer_bytes(tensors), dtype=torch.uint8)
-    packed = views(buffer, tensors)
-    for view, tensor in zip(packed, tensors, strict=True):
-        view.data.copy_(tensor)
-    for view, tensor in zip(packed, tensors, strict=True):
-        assert torch.equal(view, tensor) and view.dtype == tensor.dtype and type(view) is type(tensor)
-        assert (view.data_ptr() - buffer.data_ptr()) % 256 == 0 or not view.numel()
-    assert buffer_bytes(tensors) == (1 + 1 + 1 + 1 + 0 + 5) * 256
