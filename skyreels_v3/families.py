@@ -1,7 +1,8 @@
-"""The model families: V3's (`wan`) and V1's (`hunyuan`), each behind the same door, `family.py` in its folder.
+"""The model families, V3 (`wan`) and V1 (`hunyuan`), and the interfaces that the rest of the toolkit knows them by.
 
-A family owns its facts: the files of its checkpoints, how they are read, what its toy model is. The
-rest of the toolkit asks `family_of(task)` and names none. Importing a family costs no torch; what needs it, imports it.
+Each folder has a `family.py`, which answers for the family (`Family`): files of its checkpoints, how they are loaded,
+what a forward takes, its toy model; and a file per task with a `Pipeline`. `family_of(task)` and `pipeline_of(task)`
+find them, and nothing else names a family. Importing a family imports no torch.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TextEncoderSizes:
-    """Parameters of a published text encoder, in blocks, in one of those, and how many of a block's are quantized."""
+    """A published text encoder: parameters, blocks, parameters of a block, and how many of these are quantized."""
 
     parameters: int
     blocks: int
@@ -50,10 +51,10 @@ class TextEncoder(Protocol):
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """The layers, which can be streamed."""
+        """The layers, for streaming."""
 
     def encode(self, prompt: str) -> dict[str, Tensor]:
-        """What the transformer's conditioning takes of a prompt, by name."""
+        """The states that the transformer is conditioned on, by name."""
 
 
 class Family(Protocol):
@@ -144,7 +145,7 @@ def family_named(name: str) -> Family:
 
 
 def make_tiny(task: TaskSpec) -> Path:
-    """The folder of the toy checkpoint that `task` needs, made if it is not there yet."""
+    """The folder of the toy checkpoint for `task`, made if it does not exist yet."""
     from skyreels_v3.checkpoints.tiny import make
 
     logger.warning("tiny is a toy with random weights: it shows that everything runs, its pictures are noise")
@@ -152,17 +153,17 @@ def make_tiny(task: TaskSpec) -> Path:
 
 
 class Pipeline:
-    """The base of all tasks."""
+    """The base of all tasks' pipelines."""
 
     def guidance(self, request: GenerationRequest) -> Guidance:
         """The guidance of every pass."""
         return text_guidance(request.guidance_scale)
 
     def check_inputs(self, request: ResolvedRequest, inputs: Inputs) -> None:
-        """Raise UserError for inputs that do not go together, after each has been checked by itself."""
+        """Raise UserError for inputs that do not go together; each has been checked on its own."""
 
     def passes(self, request: ResolvedRequest) -> Iterator[tuple[int, int]]:
-        """Generated and condition latent frames of each pass; the request has its size and length of sound."""
+        """New and condition latent frames of each pass of a request with its size and length of audio."""
         raise NotImplementedError
 
     def run(self, stages: Any) -> Iterator[Any]:
@@ -179,8 +180,8 @@ class Transformer(Protocol):
     """A transformer that can be streamed, sharded, quantized, compiled, cached and adapted from outside.
 
     Attributes:
-        chunks_tokens: blocks work on a part of their tokens at a time, so that an FP8 weight is used several times.
-        native_names: from the names of the official code's weights, which LoRA files use as well.
+        chunks_tokens: blocks work on a chunk of their tokens at a time, and so use an FP8 weight several times.
+        native_names: from the official code's names of weights, which LoRA files use as well.
     """
 
     chunks_tokens: ClassVar[bool]
@@ -191,7 +192,7 @@ class Transformer(Protocol):
         """The repeated blocks, in the order in which they run."""
 
     def set_attention(self, attention: AttentionFn) -> None:
-        """Set the attention kernel of all blocks."""
+        """Set the attention function of all blocks."""
 
     def compilable(self) -> Iterator[tuple[object, str]]:
-        """Objects and names of their methods that are worth compiling."""
+        """Objects, and the names of their methods that are worth compiling."""

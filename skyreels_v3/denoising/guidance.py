@@ -1,6 +1,6 @@
 """Classifier-free guidance as a weighted sum of predictions under different conditions.
 
-Every published form is such a sum: v_weak + g * (v - v_weak) = g * v + (1 - g) * v_weak, and so on for three terms.
+Every published form is such a sum: v_weak + g * (v - v_weak) = g * v + (1 - g) * v_weak, likewise with three terms.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 FULL = "full"  # all conditions
 NO_TEXT = "no_text"  # the negative prompt in place of the prompt
 NO_TEXT_NO_IMAGE = "no_text_no_image"  # nor the reference images
-NO_AUDIO = "no_audio"  # silence in place of the sound
+NO_AUDIO = "no_audio"  # silence in place of the audio
 NO_TEXT_NO_AUDIO = "no_text_no_audio"
-NEGATIVE_PROMPT = (NO_TEXT, NO_TEXT_NO_IMAGE, NO_TEXT_NO_AUDIO)  # conditions that have it in place of the prompt
+NEGATIVE_PROMPT = (NO_TEXT, NO_TEXT_NO_IMAGE, NO_TEXT_NO_AUDIO)  # conditions with it in place of the prompt
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Guidance:
         return tuple(name for name, _ in self.terms)
 
     def __call__(self, predict: Callable[[str], Tensor]) -> Tensor:
-        """The guided prediction; `predict` gives the prediction under a named condition."""
+        """The guided prediction; `predict` returns the prediction under a named condition."""
         first, *others = (weight * predict(name) for name, weight in self.terms)
         return sum(others, first)
 
 
 def one_condition(scale: float, weaker: str) -> Guidance:
-    """weaker + scale * (full - weaker); scale <= 1 means none."""
+    """weaker + scale * (full - weaker); no guidance with scale <= 1."""
     if scale <= 1.0:
         return Guidance(((FULL, 1.0),))
     return Guidance(((FULL, scale), (weaker, 1.0 - scale)))
@@ -50,19 +50,19 @@ def two_conditions(text_scale: float, other_scale: float, weakest: str) -> Guida
 
 
 def text_guidance(scale: float) -> Guidance:
-    """By the text alone."""
+    """By text alone."""
     return one_condition(scale, NO_TEXT)
 
 
 def text_image_guidance(text_scale: float, image_scale: float) -> Guidance:
-    """By text and reference images; text_scale <= 1 means no guidance at all, as in the published model."""
+    """By text and reference images; no guidance at all with text_scale <= 1, as in the published model."""
     if text_scale <= 1.0:
         return text_guidance(text_scale)
     return two_conditions(text_scale, image_scale, NO_TEXT_NO_IMAGE)
 
 
 def text_audio_guidance(text_scale: float, audio_scale: float) -> Guidance:
-    """By text and sound; one scale alone above 1 guides by that condition only."""
+    """By text and audio; if only one scale is above 1, by that condition alone."""
     if text_scale > 1.0 and audio_scale > 1.0:
         return two_conditions(text_scale, audio_scale, NO_TEXT_NO_AUDIO)
     return one_condition(audio_scale, NO_AUDIO) if audio_scale > 1.0 else text_guidance(text_scale)

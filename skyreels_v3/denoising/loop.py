@@ -1,10 +1,14 @@
-"""The denoising loop of all tasks."""
+"""The denoising loop of all tasks, its schedulers, and their state for a run that is interrupted.
+
+Schedulers are diffusers', set to their first step, with the sigmas that the models were made for: shifted by
+s * x / (1 + (s - 1) * x), and ending in 0.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -14,15 +18,20 @@ from torch import Tensor, nn
 from skyreels_v3.denoising.guidance import Guidance
 from skyreels_v3.errors import UserError
 
+FIRST_UNIPC_SIGMA = 0.999
+LAST_EULER_SIGMA = 0.001
+CONFIG = "_internal_dict"  # the attribute of diffusers' schedulers with their config
+ATTRIBUTES = "attributes"  # the tensor of a saved state that says which attributes the others are
+
 
 class Condition(Protocol):
     """What a model is conditioned on."""
 
     def predict(self, model: Any, latents: Tensor, timestep: Tensor) -> Tensor:
-        """Velocity (B, C, F, H, W) of the latents at `timestep`, one number."""
+        """Velocity (B, C, F, H, W) of the latents at `timestep`, a scalar."""
 
 
-LatentConstraint = Callable[[Tensor, float], Tensor]  # of latents and their noise level, to the latents to go on with
+LatentConstraint = Callable[[Tensor, float], Tensor]  # latents and their noise level -> the latents to go on with
 Predictions = Callable[[Sequence[str], Callable[[str], Tensor]], Mapping[str, Tensor]]
 
 
@@ -46,16 +55,16 @@ def denoise(
     predictions: Predictions = predict_each,
     done: int = 0,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Turn noise (B, C, F, H, W) into latents, step by step: the number of each step, from 1, and its latents.
+    """Turn noise (B, C, F, H, W) into latents, yielding the number of each step, from 1, and its latents.
 
     Args:
         model: predicts velocities.
-        scheduler: of diffusers, set to its next step.
+        scheduler: a diffusers one, set to its next step.
         latents: noise, float32, on the model's device; or the latents after the first `done` steps.
-        conditions: by the names that `guidance` uses.
-        constraint: applied before the first step and after each, to keep frames that are known.
+        conditions: by their names in `guidance`.
+        constraint: applied before the first step and after each, to keep known frames.
         predictions: computes the predictions under several conditions.
-        done: steps that an interrupted loop has made.
+        done: number of steps that an interrupted loop has made.
 
     Raises:
         FloatingPointError: latents became infinite or not a number.
@@ -78,15 +87,20 @@ def denoise(
         yield step, latents
 
 
-FIRST_SIGMA = 0.999
-LAST_EULER_SIGMA = 0.001
+Scheduler = TypeVar("Scheduler", UniPCMultistepScheduler, FlowMatchEulerDiscreteScheduler)
 
 
-def unipc(num_inference_steps: int, shift: float | None) -> UniPCMultistepScheduler:
-    """UniPC (arXiv:2302.04867) of order 2 for a flow model, ready for its first step.
+def started(scheduler: Scheduler, sigmas: Any) -> Scheduler:
+    """A scheduler, set to the first of its steps."""
+    scheduler.set_timesteps(sigmas=sigmas)
+    scheduler.set_begin_index(0)  # steps can have the same timestep, which then does not tell the index
+    return scheduler
 
-    Sigmas fall evenly from 0.999 to 0 and are shifted by s*x / (1 + (s-1)*x); timesteps are 1000 * sigma, cut to
-    integers. The library's own sigmas start at 1.0, which the models were not made for, so they are given.
+
+def unipc(steps: int, shift: float | None) -> UniPCMultistepScheduler:
+    """UniPC (arXiv:2302.04867) of order 2 for a flow model; timesteps are 1000 * sigma, cut to integers.
+
+    Sigmas fall evenly from 0.999 before they are shifted, while the library's own start at 1.
     """
     assert shift is not None, "only V1's presets leave it to the checkpoint"
     scheduler = UniPCMultistepScheduler(
@@ -98,52 +112,33 @@ def unipc(num_inference_steps: int, shift: float | None) -> UniPCMultistepSchedu
         use_flow_sigmas=True,
         flow_shift=shift,
     )
-    scheduler.set_timesteps(sigmas=np.linspace(FIRST_SIGMA, 0.0, num_inference_steps + 1)[:-1])
-    scheduler.set_begin_index(0)  # many steps repeat a timestep, and a timestep could then not tell its own index
-    return scheduler
+    return started(scheduler, np.linspace(FIRST_UNIPC_SIGMA, 0.0, steps + 1)[:-1])
 
 
-def euler(num_inference_steps: int, shift: float | None) -> FlowMatchEulerDiscreteScheduler:
-    """Euler steps of a flow model, ready for the first one.
-
-    Sigmas fall evenly from 1 to 0.001, are shifted as above, and end in 0; timesteps are 1000 * sigma, not integers.
-    """
+def euler(steps: int, shift: float | None) -> FlowMatchEulerDiscreteScheduler:
+    """Euler steps of a flow model. Sigmas fall evenly from 1 to 0.001 before they are shifted."""
     assert shift is not None, "only V1's presets leave it to the checkpoint"
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, LAST_EULER_SIGMA, num_inference_steps))
-    scheduler.set_begin_index(0)
-    return scheduler
+    return started(FlowMatchEulerDiscreteScheduler(shift=shift), np.linspace(1.0, LAST_EULER_SIGMA, steps))
 
 
-def euler_of(
-    config: Mapping[str, Any], num_inference_steps: int, shift: float | None
-) -> FlowMatchEulerDiscreteScheduler:
-    """Euler steps as a checkpoint's scheduler config says, ready for the first one.
-
-    Sigmas fall evenly from 1 to 1 / steps, are shifted, and end in 0.
+def euler_of(config: Mapping[str, Any], steps: int, shift: float | None) -> FlowMatchEulerDiscreteScheduler:
+    """Euler steps with a checkpoint's scheduler config. Sigmas fall evenly from 1 to 1 / steps before they are shifted.
 
     Args:
-        shift: another one than the config's.
+        shift: instead of the config's, unless None.
     """
-    if (name := config.get("_class_name")) != FlowMatchEulerDiscreteScheduler.__name__:
-        only = FlowMatchEulerDiscreteScheduler.__name__
+    if (name := config.get("_class_name")) != (only := FlowMatchEulerDiscreteScheduler.__name__):
         raise UserError("--base_model_id", f"scheduler_config.json: {name} is not supported, only {only}; give another")
     changes = {} if shift is None else {"shift": shift}
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(config), **changes)
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1])
-    scheduler.set_begin_index(0)
-    return scheduler
-
-
-CONFIG = "_internal_dict"  # where diffusers' schedulers keep theirs
-ATTRIBUTES = "attributes"  # the name of the tensor that says which attributes the others are
+    return started(scheduler, np.linspace(1.0, 0.0, steps + 1)[:-1])
 
 
 def scheduler_state(scheduler: Any) -> dict[str, Tensor]:
-    """All that a scheduler knows besides its config, between two steps, as tensors for a file.
+    """All that a scheduler knows between two steps, besides its config, as tensors for a file.
 
-    Multistep schedulers go on from what earlier steps predicted. What is no tensor, and which tensor is what, is JSON
-    in one more.
+    Multistep schedulers use the predictions of earlier steps. Other attributes, and which tensor is which, are JSON in
+    one more tensor.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -160,7 +155,7 @@ def scheduler_state(scheduler: Any) -> dict[str, Tensor]:
 
 
 def restore_scheduler(scheduler: Any, state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Have a scheduler made for the same steps know what `scheduler_state` says; tensors go back to `device`."""
+    """Give a scheduler for the same steps the state of another, see `scheduler_state`; tensors go to `device`."""
 
     def unpacked(value: Any) -> Any:
         if isinstance(value, list):

@@ -1,11 +1,10 @@
-"""First-Block Cache: a denoising step may reuse what the transformer's blocks added to its tokens in an earlier step.
+"""First-Block Cache: a denoising step may reuse the residual that the transformer's blocks computed in an earlier step.
 
-The first block always runs. Where what it adds has hardly changed since all blocks last ran, the others are skipped and
-what they added then is added again. Each condition (with the prompt, without) decides for itself.
+The first block always runs. If its residual has hardly changed since all blocks last ran, the others are skipped and
+their residual of that time is added again. Each condition (with the prompt, without) decides for itself.
 
-diffusers' hooks of the same name do not fit: they need blocks that leave their input alone, where ours overwrite it;
-they call every skipped block, whose weights would be streamed in for nothing; and each process that shares a video
-would decide from its own tokens.
+diffusers' hooks of the same name do not fit: they need blocks that leave their input alone, and ours overwrite it; they
+call every skipped block, whose weights would be streamed in for nothing; and each rank would decide by its own tokens.
 """
 
 from __future__ import annotations
@@ -19,23 +18,23 @@ from torch import Tensor, nn
 
 from skyreels_v3.parallel.groups import Group
 
-CHUNK = 8192  # tokens that are compared at a time, since float32 copies of all would be large
+CHUNK = 8192  # tokens compared at a time: float32 copies of all would be large
 TINY = 1e-30
 
-Streams = tuple[Tensor, ...]  # what blocks pass on: the video's tokens (B, L, D), or the video's and the text's
+Streams = tuple[Tensor, ...]  # what blocks pass on: tokens (B, L, D) of the video, or of the video and the text
 
 
 class StepCache(nn.Module):
-    """Stands in for the blocks of a model during one denoising loop without gradients.
+    """Takes the place of a model's blocks during one denoising loop, without gradients.
 
     It keeps two tensors as large as the video's tokens for each condition.
 
     Args:
-        threshold: relative change of what the first block adds, up to which the other blocks are skipped.
-        group: ranks that divide the tokens, and so have to decide alike.
+        threshold: relative change of the first block's residual up to which the other blocks are skipped.
+        group: ranks that divide the tokens, and have to decide alike.
 
     Attributes:
-        computed, skipped: numbers of blocks so far, under all conditions.
+        computed, skipped: number of blocks so far, under all conditions.
     """
 
     def __init__(self, threshold: float, group: Group | None = None) -> None:
@@ -44,12 +43,12 @@ class StepCache(nn.Module):
         self.threshold = threshold
         self.group = group or Group()
         self.computed = self.skipped = 0
-        self._kept: dict[str, Streams] = {}  # by condition: what the first block added, and the others to each stream
+        self._kept: dict[str, Streams] = {}  # residuals of the first block, and of the others per stream
         self._condition = ""
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
-        """Have the blocks of `model`, its `ModuleList` children, called through the cache within a `with` block."""
+        """Call the blocks of `model`, its `ModuleList` children, through the cache within a `with` block."""
         lists = {name: child for name, child in model.named_children() if isinstance(child, nn.ModuleList)}
         self.blocks = nn.ModuleList(block for blocks in lists.values() for block in blocks)
         try:
@@ -62,12 +61,12 @@ class StepCache(nn.Module):
             self._kept.clear()
 
     def under(self, condition: str, predict: Callable[[str], Tensor]) -> Tensor:
-        """`predict(condition)`, the condition's next step."""
+        """`predict(condition)`: the next step under that condition."""
         self._condition = condition
         return predict(condition)
 
     def forward(self, *arguments: Any) -> Tensor | Streams:
-        """What the last block returns, given the arguments of the first; blocks return their first arguments anew."""
+        """The last block's output for the first block's arguments; blocks return what replaces their first ones."""
         first, *others = self.blocks
         before = arguments[0].clone()  # a block may overwrite its input
         streams = run([first], arguments)
@@ -87,7 +86,7 @@ class StepCache(nn.Module):
         return streams if len(streams) > 1 else streams[0]
 
     def _change(self, new: Tensor, old: Tensor) -> float:
-        """Mean of |new - old| over that of |old|, of the tokens on all ranks."""
+        """Mean of |new - old| over mean of |old|, of the tokens on all ranks."""
         parts = zip(new.split(CHUNK, dim=1), old.split(CHUNK, dim=1), strict=True)
         pairs = [((a.float() - b.float()).abs().sum(), b.float().abs().sum()) for a, b in parts]
         sums = torch.stack([torch.stack(pair) for pair in pairs]).sum(0)
@@ -96,7 +95,7 @@ class StepCache(nn.Module):
 
 
 def run(blocks: Iterable[nn.Module], arguments: Sequence[Any], streams: Streams = ()) -> Streams:
-    """What the last block returns; each takes what the one before it returned in place of its first arguments."""
+    """The last block's output; each block takes the previous one's output in place of its first arguments."""
     for block in blocks:
         out = block(*streams, *arguments[len(streams) :])
         streams = out if isinstance(out, tuple) else (out,)

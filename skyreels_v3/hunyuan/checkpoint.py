@@ -45,10 +45,10 @@ def load_text_encoder(base: Path, dtype: torch.dtype, values: bool = True) -> Hu
 
 
 def load_llama(folder: Path, dtype: torch.dtype, values: bool = True) -> transformers.LlamaModel:
-    """The Llama in `folder`, without what would predict the next token.
+    """The Llama in `folder`, without its head.
 
-    Weights that are stored in float16 stay so where bfloat16 is asked for: they are then views of the file. Converted,
-    the published 15 GB would be read and copied even where the prompt has been encoded by an earlier run.
+    Float16 weights stay so if bfloat16 is asked for, as views of the file: a conversion would read and copy the
+    published 15 GB even when the prompt was encoded by an earlier run.
     """
     tensors = read_tensors(folder, values)
     sizes = read_config(folder, tensors, {"model_type": "llama"}) | {"use_cache": False}
@@ -74,9 +74,9 @@ def load_clip(folder: Path, dtype: torch.dtype, values: bool = True) -> transfor
 
 
 def load_llama_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
-    """The Llama's tokenizer in `folder`, as its file says it is.
+    """The Llama's tokenizer in `folder`, exactly as its file defines it.
 
-    It is a Llama 3's, of bytes, while its config names the class of Llama 2's. transformers 5 believes the name and
-    puts that one's rules in the place of the file's: most prompts would get other tokens.
+    It is Llama 3's byte-level tokenizer, but its config names the class of Llama 2's. transformers 5 would follow the
+    name and replace the file's rules: most prompts would get other tokens.
     """
     return load_tokenizer(folder, transformers.PreTrainedTokenizerFast)

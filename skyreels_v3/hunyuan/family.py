@@ -1,6 +1,6 @@
-"""The V1 family: what the rest of the toolkit asks of it, see `skyreels_v3.families.Family`.
+"""The V1 family's answers to the rest of the toolkit, see `skyreels_v3.families.Family`.
 
-The transformer has a repository of its own. The other components are HunyuanVideo's: `text_encoder` and `tokenizer`
+The transformer has its own repository. The other components are HunyuanVideo's: `text_encoder` and `tokenizer`
 (Llama), `text_encoder_2` and `tokenizer_2` (CLIP), `vae`, and the scheduler's config.
 """
 
@@ -56,7 +56,7 @@ VAE_DECODE = {"float32": 580, "bfloat16": 340}
 
 
 def repositories(task: TaskSpec) -> tuple[Repository, ...]:
-    """That of the transformer, and HunyuanVideo's."""
+    """The transformer's, and HunyuanVideo's."""
     transformer = {"transformer": (task.transformer_folder,)}
     others = {"text encoder": ("text_encoder", "text_encoder_2"), "VAE": ("vae",)}
     return (
@@ -68,7 +68,7 @@ def repositories(task: TaskSpec) -> tuple[Repository, ...]:
 
 
 def check_configs(task: TaskSpec, checkpoint: Path | None, base: Path | None) -> None:
-    """Raise UserError for configs that cannot work: another task's, or parts that do not fit each other."""
+    """Raise UserError for a transformer of another task, or components that do not fit each other."""
     if checkpoint is None:
         return
     sizes, wanted = transformer_sizes(checkpoint, task), task.transformer["in_channels"]
@@ -136,7 +136,7 @@ def vae_bytes(size: tuple[int, int], dtype: str, part: str, tiles: Tiles) -> int
 
 
 def build_transformer(sizes: dict[str, Any]) -> HunyuanTransformer3DModel:
-    """The transformer of these sizes, without weights worth having."""
+    """The transformer of these sizes."""
     from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 
     return HunyuanTransformer3DModel(**sizes)
@@ -170,7 +170,7 @@ def tiny_sizes(task: TaskSpec) -> dict[str, int]:
 
 
 def write_tiny(root: Path, task: TaskSpec) -> None:
-    """Write the built-in toy checkpoint of a task to an empty folder, HunyuanVideo's parts in it too."""
+    """Write the built-in toy checkpoint of a task to an empty folder, with HunyuanVideo's components."""
     from skyreels_v3.hunyuan.tiny import write
 
     write(root, task)

@@ -1,4 +1,4 @@
-"""i2v: the video begins with a picture."""
+"""i2v: a video that begins with an image."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class ImageToVideo(TextToVideo):
-    """The picture's latents stand beside the noise, as more channels of the first latent frame."""
+    """The image's latents are concatenated to the channels of the first latent frame."""
 
     def channels(self, stages: Stages, generator: torch.Generator) -> Tensor:
-        """The picture's latents (1, 16, F, H, W): a sample of them, and zeros for all later frames."""
+        """A sample of the image's latents, and zeros for all later frames: (1, 16, F, H, W)."""
         request = stages.request
         picture = np.asarray(crop_resize(stages.inputs.images[0], request.height, request.width))
         first = stages.encode_frames(picture[None], generator)

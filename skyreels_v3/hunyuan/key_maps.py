@@ -1,4 +1,4 @@
-"""The names in V1's checkpoints and in LoRAs for them, and what configs may say."""
+"""V1's checkpoints: the names of tensors in them and in LoRAs, and what configs may say."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from skyreels_v3.checkpoints.key_maps import IDENTITY, KeyMap, rename_layers
 
 TEXT_TOKENS = 256  # of a prompt, at most
 
-# HunyuanVideo's own names and ComfyUI's -> HunyuanTransformer3DModel. `final_layer.adaLN_modulation.1` is not among
-# them: its halves, shift and scale, come in the other order there.
+# HunyuanVideo's own names and ComfyUI's -> HunyuanTransformer3DModel. `final_layer.adaLN_modulation.1` is missing: its
+# halves, shift and scale, are swapped there.
 _EMBEDDING = {r"(?:mlp\.0|in_layer|linear_1)": "linear_1", r"(?:mlp\.2|out_layer|linear_2)": "linear_2"}
 _REFINER_LAYERS = {
     r"self_attn[_.]qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -22,7 +22,7 @@ _SINGLE_LAYERS = {
 
 
 def _stream(name: str, projections: tuple[str, ...], norms: str, output: str, suffix: str = "") -> KeyMap:
-    """One stream of the double blocks: the layers of the video's tokens, or of the text's."""
+    """One stream of the double blocks: the layers for the video's tokens, or those for the text's."""
     layers = {
         r"attn[_.]qkv": tuple(f"attn.{projection}" for projection in projections),
         r"attn[_.]proj": f"attn.{output}",
@@ -53,7 +53,7 @@ NATIVE_TRANSFORMER: KeyMap = (
     *rename_layers("single_blocks.#.", "single_transformer_blocks.#.", _SINGLE_LAYERS),
 )
 
-# A Llama or a CLIP may be stored alone, or as a part of the model that it was trained in, with that one's head.
+# Llama and CLIP may be stored alone, or as part of the model that they were trained in, with its head
 LLAMA: KeyMap = (
     (r"lm_head\..+|(?:.+\.)?rotary_emb\.inv_freq", None),
     (r"model\.(.+)", r"\1"),
@@ -65,7 +65,7 @@ CLIP: KeyMap = (
     *IDENTITY,
 )
 
-# Entries of configs that the models have no arguments for: any other value is refused by name.
+# Entries of configs that are no arguments of the models: any other value is refused by name
 TRANSFORMER_CONSTANTS = {"image_condition_type": None, "patch_size": 2, "patch_size_t": 1, "qk_norm": "rms_norm"}
 VAE_CONSTANTS = {
     **{"in_channels": 3, "out_channels": 3, "latent_channels": 16},

@@ -1,9 +1,9 @@
-"""RIFLEx (arXiv:2502.15894): videos longer than those the model was trained on, without repetition.
+"""RIFLEx (arXiv:2502.15894): videos longer than the model was trained on, without repetition.
 
-A rotary embedding rotates each channel pair by an angle that grows with the frame, at the pair's own frequency. One of
-the temporal pairs has a period close to the length after which the model's videos start again: beyond it, its angles
-recur, and so does the content. That pair is slowed down until its period is longer than the video. Higher frequencies,
-which tell neighboring frames apart and make motion, and lower ones are unchanged.
+A rotary embedding rotates each channel pair by an angle that grows with the frame, at the pair's own frequency. One
+temporal pair has a period close to the length after which the model's videos repeat: beyond it the angles recur, and so
+does the content. That pair is slowed down until its period is longer than the video. Higher frequencies, which tell
+neighboring frames apart and make motion, and lower ones stay.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 
-REPEATS_AFTER = 48  # latent frames, of HunyuanVideo: 192 frames
-SAFETY = 0.9  # of the frequency that the video's length allows; the authors' choice
+REPEATS_AFTER = 48  # latent frames, for HunyuanVideo: 192 frames
+SAFETY = 0.9  # share of the frequency that the video's length allows; the authors' choice
 
 Tables = tuple[Tensor, Tensor]  # cosine and sine (L, D) of all tokens, temporal channels first
 
@@ -35,7 +35,7 @@ def intrinsic_component(channels: int, theta: float, repeats_after: float = REPE
 
 
 def riflex_frequencies(channels: int, theta: float, frames: int) -> Tensor:
-    """`frequencies` for a video of so many latent frames: the intrinsic pair's is lowered if it is too high."""
+    """`frequencies` for a video of so many latent frames: the intrinsic pair's is lowered if too high."""
     changed = frequencies(channels, theta)
     changed[intrinsic_component(channels, theta)].clamp_(max=SAFETY * 2 * math.pi / frames)
     return changed
@@ -43,7 +43,7 @@ def riflex_frequencies(channels: int, theta: float, frames: int) -> Tensor:
 
 @contextmanager
 def riflex(model: HunyuanTransformer3DModel, frames: int | None) -> Iterator[None]:
-    """Let `model` make a video of so many latent frames for the length of a `with` block; None changes nothing."""
+    """Let `model` make videos of so many latent frames within a `with` block; None changes nothing."""
     if frames is None:
         yield
         return
@@ -59,7 +59,7 @@ def riflex(model: HunyuanTransformer3DModel, frames: int | None) -> Iterator[Non
             table.unflatten(0, (count, -1))[..., 2 * pair : 2 * pair + 2] = values.to(table)[:, None, None]
         return cos, sin
 
-    # ahead of existing hooks: those of sequence parallelism take a part of the tables
+    # before existing hooks: those of sequence parallelism take a part of the tables
     handle = model.rope.register_forward_hook(slow_down, prepend=True)
     try:
         yield

@@ -1,14 +1,13 @@
 """Sequence parallelism: the tokens of a HunyuanVideo forward divided among ranks.
 
-Video and text attend to each other as one sequence, video first, which is cut into equal parts: most ranks have video
-tokens only, the last ones the rest of them and the text. Attention alone needs the tokens of the other ranks (see
-parallel/usp.py).
+Video and text are one sequence, video first, which is cut into equal parts: most ranks have video tokens only, the last
+ones the rest of the video and the text. Only attention needs the tokens of the other ranks (see parallel/usp.py).
 
-The model itself is unchanged: hooks keep this rank's part of what goes into the blocks and gather what comes out of the
-head. What runs before the blocks, the patch embedding and the small text refiner, runs on every rank for all tokens.
+The model itself is unchanged: hooks keep this rank's part of the blocks' inputs and gather the head's outputs. The
+patch embedding and the small text refiner run on every rank for all tokens.
 
-The library's blocks cannot do without video or without text. A rank that has none of one gets a dummy token of zeros,
-which the other ranks never see.
+diffusers' blocks need video and text. A rank without one of them gets a dummy token of zeros, which the other ranks
+never see.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def lay_out(video: int, text: int, rank: int, size: int) -> Layout:
 
 
 class SequenceParallel:
-    """Divides the tokens of every forward of a model, called with keyword arguments, among the ranks of a group.
+    """Divides the tokens of every forward of a model among the ranks of a group; call the model with keywords only.
 
     Args:
         usp: attention among the tokens of all ranks.
@@ -72,7 +71,7 @@ class SequenceParallel:
         self.layout = lay_out(0, 0, 0, 1)  # of the current forward
 
     def attach(self, model: HunyuanTransformer3DModel) -> None:
-        """Have every forward of `model` divided."""
+        """Divide every forward of `model`."""
         patch = (model.config["patch_size_t"], model.config["patch_size"], model.config["patch_size"])
         model.set_attention(self.attention)
         model.register_forward_pre_hook(lambda _, __, given: self.begin(given, patch), with_kwargs=True)
@@ -84,7 +83,7 @@ class SequenceParallel:
         model.proj_out.register_forward_hook(lambda _, __, tokens: self.gather(tokens))
 
     def begin(self, given: Mapping[str, Any], patch: tuple[int, int, int]) -> None:
-        """Lay out a forward from its arguments, before any token exists."""
+        """Lay out a forward, from its arguments."""
         video = math.prod(size // step for size, step in zip(given["hidden_states"].shape[2:], patch, strict=True))
         self.layout = lay_out(video, given["encoder_hidden_states"].shape[1], self.group.rank, self.group.size)
 
@@ -107,5 +106,5 @@ class SequenceParallel:
 
 def own_part(x: Tensor, dim: int, part: range) -> Tensor:
     """A part of `x` along a dimension, or a dummy of zeros if the part is empty."""
-    own = x.narrow(dim, part.start, len(part)).clone()  # so that the whole can be freed
+    own = x.narrow(dim, part.start, len(part)).clone()  # a copy, so that the whole can be freed
     return pad_end(own, dim, max(1, len(part)))

@@ -1,4 +1,4 @@
-"""t2v: a prompt becomes a video."""
+"""t2v: a video from a prompt."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class TextToVideo(Pipeline):
-    """Guided by the negative prompt, besides the guidance scale that the model takes as an input."""
+    """With classifier-free guidance, besides the guidance scale that the model takes as an input."""
 
     def passes(self, request: GenerationRequest) -> Iterator[tuple[int, int]]:
         yield latent_frames(request.frames_out), 0
@@ -31,7 +31,7 @@ class TextToVideo(Pipeline):
         request, guidance = stages.request, self.guidance(stages.request)
         (encoded,) = stages.encode_prompts(guidance, request.prompt)
         generator = stages.runtime.generator(request.seed)
-        channels = self.channels(stages, generator)  # drawn from before the noise is
+        channels = self.channels(stages, generator)  # draws from the generator before the noise does
         frames = latent_frames(request.frames_out)
         noise = stages.noise(frames, generator)
         conditions = {
@@ -46,7 +46,7 @@ class TextToVideo(Pipeline):
         yield Pass(latents.cpu(), stages.decode(latents, rounding=True))
 
     def channels(self, stages: Stages, generator: torch.Generator) -> Tensor | None:
-        """What is joined to the latents' channels."""
+        """What is concatenated to the latents' channels."""
         return None
 
 

@@ -1,7 +1,7 @@
-"""V1's toy checkpoint, HunyuanVideo's parts in the transformer's folder.
+"""V1's toy checkpoint, with HunyuanVideo's parts in the transformer's folder.
 
-Its Llama tokenizer is of the published kind: bytes, and whole words where the library's request to describe a video has
-them. So the request has as many tokens as with the published one, which the library counts on.
+Its Llama tokenizer is of the published kind: bytes, and whole words for diffusers' prompt template. So the template has
+as many tokens as with the published tokenizer, a number that diffusers relies on.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from skyreels_v3.checkpoints.tiny import SIZES, random_model, save
 from skyreels_v3.tasks import TaskSpec
 
 TINY = SIZES["hunyuan"]
-PIECES = r" ?[A-Za-z]+|\n+|."  # of a text: words with the space before them, line ends, single characters
-MARK = r"<\|\w+\|>"  # of a chat's parts
+PIECES = r" ?[A-Za-z]+|\n+|."  # words with the space before them, line ends, single characters
+MARK = r"<\|\w+\|>"  # special tokens of the chat format
 BEGIN, END, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<pad>"
 CLIP_BEGIN, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_TOKENS = 77
-GAIN = 1.5  # of the transformer's random matrices: as they are made, a prompt hardly reaches the picture
+GAIN = 1.5  # of the transformer's random matrices: as initialized, the prompt hardly changes the video
 
 
 def write(root: Path, task: TaskSpec) -> None:
@@ -61,7 +61,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_llama_tokenizer(folder: Path) -> None:
-    """A tokenizer in the format of Llama 3's."""
+    """A tokenizer in Llama 3's format."""
     template = str(DEFAULT_PROMPT_TEMPLATE["template"])
     marks = [BEGIN, END, PAD, *sorted(set(re.findall(MARK, template)))]
     tokenizer = Tokenizer(BPE(llama_vocabulary(re.sub(MARK, "", template)), [], ignore_merges=True))
@@ -82,21 +82,21 @@ BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
 def llama_vocabulary(text: str) -> dict[str, int]:
-    """All bytes, in the letters that stand for them, and the pieces of a text."""
+    """All bytes, as the letters that stand for them, and the pieces of a text."""
     pieces = [BYTES.pre_tokenize_str(piece)[0][0] for piece in re.findall(PIECES, text)]
     known = dict.fromkeys([*sorted(pre_tokenizers.ByteLevel.alphabet()), *pieces])
     return {piece: number for number, piece in enumerate(known)}
 
 
 def clip_vocabulary() -> dict[str, int]:
-    """All bytes, in the letters that stand for them, within a word and at its end."""
+    """All bytes, as the letters that stand for them, inside a word and at its end."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = [*alphabet, *(f"{letter}</w>" for letter in alphabet), CLIP_BEGIN, CLIP_END]
     return {piece: number for number, piece in enumerate(pieces)}
 
 
 def write_clip_tokenizer(folder: Path) -> None:
-    """A tokenizer of single characters in the format of CLIP's."""
+    """A tokenizer of single characters in CLIP's format."""
     folder.mkdir()
     write_json(folder / "vocab.json", clip_vocabulary())
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")

@@ -1,11 +1,11 @@
 """`HunyuanTransformer3DModel`: the transformer of SkyReels V1, a HunyuanVideo model.
 
 The network is diffusers' own, with an attention function set from outside and its blocks in one list: double blocks,
-with layers of their own for the text tokens, then single blocks, which treat text and video alike. In all of them both
-attend to both: video tokens, then text tokens, as one sequence.
+with separate layers for text tokens, then single blocks, which treat text and video alike. Attention is joint: one
+sequence of video tokens, then text tokens.
 
-The text is cropped to its real tokens before it gets here, and a batch has one sample. So no token is padding, and
-attention takes no mask.
+The text is cropped to its real tokens beforehand, and a batch has one sample. So there is no padding, and attention
+takes no mask.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class JointAttention:
         attended = self.attention(query, key, value).flatten(2)
         del query, key, value
         video, text = attended.tensor_split((hidden_states.shape[1],), dim=1)
-        # single blocks have neither layer: they multiply by one matrix of theirs at the end
+        # single blocks have neither layer, but one matrix of their own at the end
         video = video if attn.to_out is None else attn.to_out[0](video)
         return video, text if attn.to_add_out is None else attn.to_add_out(text)
 
@@ -55,9 +55,9 @@ class JointAttention:
         """Queries, keys and values (B, Lv + Lt, N, D); cos and sin (Lv, D) rotate those of the video."""
         of_video = (attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k), (attn.to_v, None)
         of_text = (attn.add_q_proj, attn.norm_added_q), (attn.add_k_proj, attn.norm_added_k), (attn.add_v_proj, None)
-        if attn.add_q_proj is None:  # one set of layers for both
+        if attn.add_q_proj is None:  # the same layers for both
             of_text = of_video
-        rotary = torch.stack((cos[:, ::2], sin[:, ::2]), dim=-1).unsqueeze(1)  # the tables have each pair's value twice
+        rotary = torch.stack((cos[:, ::2], sin[:, ::2]), dim=-1).unsqueeze(1)  # the tables hold each pair's value twice
         query, key, value = (
             torch.cat((heads(video, *first, attn.heads, turn), heads(text, *second, attn.heads)), dim=1)
             for first, second, turn in zip(of_video, of_text, (rotary, rotary, None), strict=True)
@@ -66,7 +66,7 @@ class JointAttention:
 
 
 def heads(x: Tensor, layer: nn.Module, norm: nn.Module | None, number: int, rotary: Rotary | None = None) -> Tensor:
-    """`layer` of tokens x (B, L, N * D) as (B, L, N, D), normalized and rotated if asked for."""
+    """`layer` of tokens x (B, L, N * D) as (B, L, N, D), then normalized and rotated unless None."""
     out = layer(x).unflatten(-1, (number, -1))
     out = out if norm is None else norm(out)
     return out if rotary is None else apply_rotary(out, rotary).type_as(out)
@@ -84,18 +84,18 @@ class HunyuanTransformer3DModel(HunyuanVideoTransformer3DModel):
         return [*self.transformer_blocks, *self.single_transformer_blocks]
 
     def set_attention(self, attention: AttentionFn) -> None:
-        """Set the attention kernel of all blocks; the small text refiner keeps its own."""
+        """Set the attention function of all blocks; the small text refiner keeps its own."""
         joint = JointAttention(attention)
         for block in self.blocks:
             cast(Any, block).attn.set_processor(joint)
 
     def compilable(self) -> Iterator[tuple[object, str]]:
-        """What runs before attention, see `families.Transformer`."""
+        """Everything before attention, see `families.Transformer`."""
         for joint in {cast(Any, block).attn.processor for block in self.blocks}:
             yield joint, "project"
 
     def to_json_string(self) -> str:
-        """The config under the name that the library knows, so that it loads what is saved here."""
+        """The config with diffusers' class name, so that diffusers loads what is saved here."""
         config = json.loads(super().to_json_string())
         config["_class_name"] = HunyuanVideoTransformer3DModel.__name__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"

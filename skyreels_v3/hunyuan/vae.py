@@ -1,13 +1,13 @@
-"""The HunyuanVideo VAE: diffusers' AutoencoderKLHunyuanVideo with scaled latents, as a stream of finished frames.
+"""The HunyuanVideo VAE: diffusers' AutoencoderKLHunyuanVideo with scaled latents, streaming finished frames.
 
 4k+1 frames <-> k+1 latent frames, height and width divided by 8, 16 channels. Latents outside this file are multiplied
 by the scaling factor of the VAE's config.
 
-Unlike Wan's, this decoder has no state between latent frames: its attention and norms see all the frames they are
-given. So a long video is decoded in overlapping pieces, each blended into the next: in time 5 latent frames of which 3
-are new, in space 256 pixels of which 192 are new. The library holds all pieces until the last one is done; here pieces
-in time are made one after the other, and finished frames are yielded. An image is encoded in the same tiles. The
-content of a piece depends on its size, so the sizes belong to the model: always those of the published code.
+Unlike Wan's, this decoder has no state between latent frames: its attention and norms see all frames of a call. So a
+long video is decoded in overlapping pieces that are blended: in time 5 latent frames, 3 of them new; in space tiles of
+256 pixels, 192 of them new. diffusers holds all pieces until the last one is done; here they are decoded one after
+another in time, and finished frames are yielded. An image is encoded in the same tiles. The content of a piece depends
+on its size, so the sizes belong to the model and are always those of the published code.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class HunyuanVAE:
     """Encodes video (B, 3, F, H, W) in [-1, 1] to latents (B, 16, (F-1)/4+1, H/8, W/8) and back.
 
     Attributes:
-        tiles: without effect: blended tiles show, so they are always the published code's.
-        group: ranks that share the pieces in time of a decode, or None.
+        tiles: no effect: blended tiles are visible, so they are always the published code's.
+        group: ranks that share a decode's pieces in time, or None.
     """
 
     def __init__(self, module: AutoencoderKLHunyuanVideo) -> None:
@@ -47,7 +47,7 @@ class HunyuanVAE:
 
     @torch.inference_mode()
     def encode(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Scaled latents, float32: the posterior's mode, or with a CPU `generator` a sample of it.
+        """Scaled latents, float32: the posterior's mode or, with a CPU `generator`, a sample.
 
         The noise of a sample is drawn in the VAE's dtype, as in the published code.
         """
@@ -57,7 +57,7 @@ class HunyuanVAE:
 
     @torch.inference_mode()
     def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
-        """Decode latents (B, 16, F, h, w) piece by piece, with the result of the library's decode of them all.
+        """Decode latents (B, 16, F, h, w) piece by piece; the result is that of diffusers' tiled decode.
 
         Only the end of the previous piece is held, to be blended into the next.
 
@@ -65,7 +65,7 @@ class HunyuanVAE:
             (B, 3, f, 8h, 8w) in [-1, 1], float32: f = 1 for the first latent frame, then 4 each.
 
         Raises:
-            FloatingPointError: the video has NaN or infinite values, which would be written as black frames.
+            FloatingPointError: the video has NaN or infinite values, which would show as black frames.
         """
         raw = (latents.float() / self.module.config["scaling_factor"]).to(self.dtype)
         step = self.module.temporal_compression_ratio
@@ -73,7 +73,7 @@ class HunyuanVAE:
             size // step for size in (self.module.tile_sample_min_num_frames, self.module.tile_sample_stride_num_frames)
         )
         overlap = (length - stride) * step
-        starts = range(0, max(raw.shape[2] - 1, 1), stride)  # of a piece's first frame nothing is used but its context
+        starts = range(0, max(raw.shape[2] - 1, 1), stride)  # a piece's first frame is context only
         end, number = None, 0
         for start, piece in zip(starts, self.decoded([raw[:, :, s : s + length + 1] for s in starts]), strict=True):
             if end is not None:
@@ -92,12 +92,12 @@ class HunyuanVAE:
         for start in range(0, len(pieces), self.group.size):
             some = pieces[start : start + self.group.size]
             lengths = [(piece.shape[2] - 1) * self.module.temporal_compression_ratio + 1 for piece in some]
-            # ranks without a piece repeat the last one: an all-gather needs all ranks, and equal lengths
+            # ranks without a piece repeat the last one: an all-gather needs all ranks and equal lengths
             own = self.decode_piece(some[min(self.group.rank, len(some) - 1)])
             padded = F.pad(own, (0, 0, 0, 0, 0, max(lengths) - own.shape[2]))
             for frames, length in zip(self.group.all_gather(padded), lengths, strict=False):
                 yield frames[:, :, :length]
 
     def decode_piece(self, latents: Tensor) -> Tensor:
-        """(B, 16, f, h, w) -> (B, 3, 4f-3, 8h, 8w), in tiles if it is larger than one."""
+        """(B, 16, f, h, w) -> (B, 3, 4f-3, 8h, 8w), in tiles if larger than one tile."""
         return self.module.decode(latents).sample

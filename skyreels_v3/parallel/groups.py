@@ -1,10 +1,9 @@
-"""Groups of ranks that work on one video together.
+"""Groups of ranks that work on one video, and weights that are broadcast or sharded among them.
 
-Three things are divided. The terms of the guidance: each rank predicts under its own conditions and all gather the
-predictions (`Parallel.predictions`). The tokens of the video, see the sequence_parallel module of each model. The VAE's
-tiles. What is needed once, such as an encoded prompt, is computed by the main process and broadcast
-(`Parallel.broadcast_from_main`). Random numbers are drawn alike on all ranks, on the CPU, so that all have the same
-latents at every step.
+Ranks divide the terms of the guidance (`Parallel.predictions`: each predicts under its own conditions, and all gather
+the predictions), the tokens of the video (the family's sequence_parallel.py) and the VAE's tiles. What is needed once,
+such as an encoded prompt, the main process computes and broadcasts (`Parallel.broadcast_from_main`). All ranks draw the
+same random numbers, on the CPU, so that they have the same latents at every step.
 
 A group of one rank returns what it is given: a single process runs the same code without communication.
 """
@@ -30,7 +29,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 
 
 class Group:
-    """Ranks, in an order of their own; by default this one alone."""
+    """Some ranks, in their own order; by default this one alone."""
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
         self.process_group = process_group
@@ -51,7 +50,7 @@ class Group:
         return self.all_gather(x).movedim(0, 1).flatten(1, 2)
 
     def all_to_all(self, x: Tensor) -> Tensor:
-        """Sends part n of x (N, ...) to rank n; returns what all ranks sent here, in their order."""
+        """Send part n of x (N, ...) to rank n; returns what all ranks have sent here, in order."""
         if self.size == 1:
             return x
         x = x.contiguous()
@@ -70,8 +69,8 @@ class Parallel:
     """The ranks that make a video together.
 
     Args:
-        ranks: this process among all of the run.
-        degrees: how they divide the work; a single process where each makes videos of its own.
+        ranks: this process among all processes of the run.
+        degrees: how they divide the work; `UNDIVIDED` where each makes videos of its own.
     """
 
     _groups: ClassVar[dict[tuple[ParallelConfig, str], dict[str, Group]]] = {}
@@ -98,7 +97,7 @@ class Parallel:
         return self._groups[key][name]
 
     def broadcast_from_main(self, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """What `make` returns on the main process, where alone it is called; elsewhere on the CPU."""
+        """What `make` returns on the main process, which alone calls it; on the other ranks, on the CPU."""
         if self.is_single:
             return dict(make())
         # as a safetensors file: nothing is unpickled
@@ -114,7 +113,7 @@ class Parallel:
         return load(content.numpy().tobytes())
 
     def predictions(self, names: Sequence[str], predict: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """`predict` of each condition's name, each computed by one of the ranks that divide the guidance."""
+        """`predict(name)` for each name, divided among the ranks of the "cfg" group."""
         group = self.group("cfg")
         made: dict[str, Tensor] = {}
         for start in range(0, len(names), group.size):
@@ -126,13 +125,13 @@ class Parallel:
 
 
 def pad_end(x: Tensor, dim: int, size: int) -> Tensor:
-    """`x` with zeros at the end of a dimension, up to `size`."""
-    after = x.dim() - 1 - dim % x.dim()  # dimensions, which F.pad counts from the last one
+    """`x` padded with zeros at the end of a dimension, to `size`."""
+    after = x.dim() - 1 - dim % x.dim()  # F.pad counts dimensions from the last one
     return x if x.shape[dim] == size else F.pad(x, (0, 0) * after + (0, size - x.shape[dim]))
 
 
 def broadcast_weights(module: nn.Module, device: torch.device) -> None:
-    """Give `module` the main process's weights, on `device`; those of the other ranks may be on meta."""
+    """Give `module` the main process's weights, on `device`; on the other ranks it may be on meta."""
 
     def received(tensor: Tensor) -> Tensor:
         if dist.get_rank() == 0:
@@ -154,5 +153,5 @@ def shard_weights(model: nn.Module, blocks: Iterable[nn.Module], device: torch.d
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether other ranks have a part of the weights."""
+    """Whether the weights are sharded."""
     return isinstance(module, FSDPModule)

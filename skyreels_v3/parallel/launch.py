@@ -1,6 +1,6 @@
-"""Starts the processes of a run on this machine, by torchrun's own launcher.
+"""Starts the processes of a run on this machine with torchrun's own launcher, which ends all when one fails.
 
-It watches them and ends all when one fails. Each finds its rank in its environment, see `ranks.ranks_of`.
+Each process finds its rank in its environment, see `ranks.ranks_of`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def launch(command: Sequence[str], processes: int) -> int:
     """Run a Python script with its arguments in several processes.
 
     Returns:
-        The exit code of the first that failed.
+        The exit code of the first one that failed, or 0.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ[LAUNCHER] = str(os.getpid())
@@ -66,14 +66,14 @@ def launch(command: Sequence[str], processes: int) -> int:
 
 
 def is_handled(name: str) -> bool:
-    """Whether the system has a signal, and it is not ignored, as SIGHUP is under nohup."""
+    """Whether the system has this signal and does not ignore it, as SIGHUP under nohup."""
     return hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN
 
 
 def outcome(failures: Mapping[int, ProcessFailure]) -> tuple[int, str]:
-    """The exit code for processes that have failed, by their ranks, and what none of them could report.
+    """The exit code for failed processes, by rank, and a message that none of them could write itself.
 
-    A process that was killed comes first: others may have failed because of it, or were ended by the launcher.
+    A killed process counts first: others may have failed because of it, or were ended by the launcher.
     """
     killed = {rank: failure for rank, failure in failures.items() if failure.exitcode < 0}
     causes = {rank: failure for rank, failure in killed.items() if failure.exitcode != -signal.SIGTERM}

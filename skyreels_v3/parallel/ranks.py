@@ -1,7 +1,7 @@
-"""The ranks of a run: what their launcher says of them, and how they divide the work. No torch.
+"""The ranks of a run: what their launcher says about them, and how they divide the work. No torch.
 
-`torchrun` starts one process for each GPU, and tells each its rank in environment variables. All run the same program
-on the same request. Rank 0, the main process, alone reads what has to be read once, logs and writes.
+`torchrun` starts one process per GPU and gives each its rank in environment variables. All run the same program on the
+same request. Rank 0, the main process, alone logs and writes, and reads what has to be read once.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from skyreels_v3.errors import UserError
 from skyreels_v3.request import GenerationRequest
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-ADDRESS = ("MASTER_ADDR", "MASTER_PORT")  # where the processes meet
+ADDRESS = ("MASTER_ADDR", "MASTER_PORT")  # of the main process
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of a run, and among those of its machine (local)."""
+    """This process among all processes of a run and, local, among those of its machine."""
 
     rank: int = 0
     world_size: int = 1
@@ -28,17 +28,17 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that logs and writes."""
+        """Whether this process logs and writes."""
         return self.rank == 0
 
     @property
     def is_local_main(self) -> bool:
-        """Whether this is the process that fetches what its machine needs."""
+        """Whether this process downloads what its machine needs."""
         return self.local_rank == 0
 
     @property
     def node(self) -> int:
-        """Number of this process's machine; all have equally many processes."""
+        """Index of this process's machine; all machines have equally many processes."""
         return self.rank // self.local_world_size
 
 
@@ -46,10 +46,10 @@ SINGLE = Ranks()
 
 
 def ranks_of(environment: Mapping[str, str]) -> Ranks:
-    """What a launcher such as torchrun says in its environment variables; a single process where it says nothing.
+    """The ranks in the environment variables of a launcher such as torchrun; a single process without these.
 
     Raises:
-        UserError: the variables are not numbers, contradict each other, or lack the address where the processes meet.
+        UserError: the variables are not numbers, contradict each other, or lack the main process's address.
     """
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
         return SINGLE
@@ -72,9 +72,9 @@ def ranks_of(environment: Mapping[str, str]) -> Ranks:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Degrees of parallelism: ranks that divide the terms of the guidance, and by ring and Ulysses the video's tokens.
+    """Degrees of parallelism: `cfg` ranks divide the terms of the guidance, `ring` and `ulysses` the video's tokens.
 
-    Ranks are numbered with `ulysses` changing fastest and `cfg` slowest: those that communicate most are neighbours.
+    Ranks are numbered with `ulysses` changing fastest and `cfg` slowest: those that communicate most are neighbors.
     """
 
     cfg: int = 1
@@ -83,7 +83,7 @@ class ParallelConfig:
 
     @property
     def sequence(self) -> int:
-        """Ranks that a video's tokens are divided among."""
+        """Number of ranks that divide the tokens."""
         return self.ring * self.ulysses
 
     @property
@@ -98,7 +98,7 @@ UNDIVIDED = ParallelConfig()
 
 
 def check_ranks(request: GenerationRequest, ranks: Ranks) -> None:
-    """Raise UserError for several processes without a flag that says what they do together."""
+    """Raise UserError for several processes without a flag that says what they are for."""
     if ranks.world_size > 1 and not request.use_usp:
         reason = f"missing; {ranks.world_size} processes were started"
         raise UserError("--use_usp", f"{reason}; add it to share one video, or --jobs to make several")
@@ -107,8 +107,8 @@ def check_ranks(request: GenerationRequest, ranks: Ranks) -> None:
 def choose_degrees(request: GenerationRequest, world_size: int, heads: int, terms: int) -> ParallelConfig:
     """How `world_size` ranks divide the work on `request`.
 
-    The guidance comes first, as its terms need nothing of each other, where that leaves no rank idle. Then Ulysses,
-    which communicates less than a ring but needs a whole number of attention heads on each rank.
+    The guidance comes first, unless that leaves ranks idle: its terms are independent. Then Ulysses, which communicates
+    less than a ring but needs a whole number of attention heads on each rank.
 
     Args:
         heads: of the transformer's attention.

@@ -1,14 +1,13 @@
 """Attention among the tokens of several ranks: unified sequence parallelism (USP, arXiv:2405.07719).
 
-A `UspFn` is attention of one rank's tokens to those of all ranks. All ranks have equally many; what is beyond `tokens`,
-their number without padding, is padding at the end of the last ranks' parts.
+A `UspFn` is attention of one rank's tokens to those of all ranks. All ranks hold equally many; of all tokens, the first
+`tokens` are real and the rest is padding at the end of the last ranks' parts.
 
-Ulysses (arXiv:2309.14509) is an all-to-all that trades tokens for heads: a rank then has all tokens of some heads.
-Where there are too few heads, a ring (arXiv:2310.01889) of such groups has a part of the tokens each and passes keys
-and values around.
+Ulysses (arXiv:2309.14509) is an all-to-all that trades tokens for heads: each rank then has all tokens of some heads.
+Where there are too few heads, a ring (arXiv:2310.01889) of such groups passes keys and values around.
 
 On GPUs this is xDiT's USP. `torch_usp` works everywhere else, with any kernel and with the padding that xDiT's ring
-does not take; instead of a ring it has an all-gather.
+does not take; it uses an all-gather instead of a ring.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ XDIT_KERNELS = {"sdpa": "SDPA_FLASH", "cudnn": "CUDNN", "flash": "FLASH", "flash
 
 
 class UspFn(Protocol):
-    """Attention of tokens (B, L, N, D) to those of all ranks, of which the first `tokens` are no padding."""
+    """Attention of this rank's tokens (B, L, N, D) to those of all ranks, the first `tokens` of which are real."""
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, tokens: int) -> Tensor: ...
 
@@ -40,7 +39,7 @@ def choose_usp(kernel: str, attention: AttentionFn, parallel: Parallel) -> UspFn
     """xDiT's USP where it works, else `torch_usp`.
 
     Args:
-        kernel, attention: name and function of the kernel of one rank.
+        kernel, attention: name and function of the attention kernel.
     """
     plain = torch_usp(attention, parallel.group("ulysses"), parallel.group("ring"))
     if not has_xdit(kernel, parallel.device):
@@ -58,7 +57,7 @@ def choose_usp(kernel: str, attention: AttentionFn, parallel: Parallel) -> UspFn
 
 
 def torch_usp(kernel: AttentionFn, ulysses: Group, ring: Group) -> UspFn:
-    """USP by torch's collectives around any kernel; the size of `ulysses` must divide the number of heads."""
+    """USP with torch's collectives, around any kernel; the size of `ulysses` must divide the number of heads."""
 
     def to_heads(x: Tensor) -> Tensor:
         """Some tokens and all heads (B, L, N, D) -> all tokens of the group and some heads (B, P * L, N / P, D)."""
@@ -79,18 +78,18 @@ def torch_usp(kernel: AttentionFn, ulysses: Group, ring: Group) -> UspFn:
 
 
 def has_xdit(kernel: str, device: torch.device) -> bool:
-    """Whether xDiT works here: it needs a GPU, its package, and a kernel that it knows."""
+    """Whether xDiT works here: it needs a GPU, the package xfuser, and a kernel that it knows."""
     if device.type != "cuda":
         return False
     if kernel not in XDIT_KERNELS:
-        logger.info("xDiT has no %s attention; torch's collectives are used", kernel)
+        logger.info("xDiT has no %s attention; using torch's collectives", kernel)
     elif find_spec("xfuser") is None:
-        logger.warning("the package xfuser is not installed; torch's collectives are used, pip install xfuser")
+        logger.warning("the package xfuser is not installed: using torch's collectives; pip install xfuser")
     return kernel in XDIT_KERNELS and find_spec("xfuser") is not None
 
 
 def xdit_usp(kernel: str, degrees: ParallelConfig, backend: str | None = None) -> UspFn:
-    """xDiT's USP, with its groups initialised; takes no padding where the ring degree is above 1.
+    """xDiT's USP, with its groups initialized; takes no padding with a ring degree above 1.
 
     Args:
         kernel: a name of `attention.kernels.KERNELS`; xDiT calls kernels itself.
@@ -103,7 +102,7 @@ def xdit_usp(kernel: str, degrees: ParallelConfig, backend: str | None = None) -
     from xfuser.model_executor.layers.usp import USP
 
     class State(runtime_state.ExternalRuntimeState):
-        """What USP asks for; xDiT's own way to a state without a pipeline is for one process only."""
+        """The state that USP asks for; xDiT makes one without a pipeline for a single process only."""
 
         def __init__(self) -> None:
             arguments = xFuserArgs(
@@ -115,14 +114,14 @@ def xdit_usp(kernel: str, degrees: ParallelConfig, backend: str | None = None) -
         destroy_model_parallel()
     init_distributed_environment(rank=dist.get_rank(), world_size=dist.get_world_size(), backend=backend)
     initialize_model_parallel(
-        data_parallel_degree=degrees.cfg,  # numbers the ranks as for guidance, and takes any number
+        data_parallel_degree=degrees.cfg,  # takes any number, and numbers the ranks as ours for the guidance
         sequence_parallel_degree=degrees.sequence,
         ring_degree=degrees.ring,
         ulysses_degree=degrees.ulysses,
         backend=backend,
     )
     runtime_state._RUNTIME = State()
-    # SDPA takes the best kernel there is, but does not return the sums that a ring needs
+    # SDPA picks the best kernel, but does not return the log-sum-exp that a ring needs
     chosen = AttentionBackendType["SDPA" if kernel == "sdpa" and degrees.ring == 1 else XDIT_KERNELS[kernel]]
     logger.info("xDiT: %s attention", chosen.name)
 

@@ -34,7 +34,7 @@ def load_transformer(folder: Path, dtype: torch.dtype, values: bool = True) -> S
 
 
 def native_arguments(folder: Path, tensors: Tensors) -> dict[str, float]:
-    """Arguments of the transformer from a Wan-native config, and from the tensors what it leaves out."""
+    """Arguments of the transformer, from a Wan-native config and, where that lacks them, from the tensors."""
     names = {*key_maps.NATIVE_SIZES, "eps", "text_dim", "model_type"}
     config = read_config(folder, tensors, key_maps.NATIVE_CONSTANTS, names)
     arguments = key_maps.config_sizes(folder) | {"eps": config.get("eps", 1e-6)}
@@ -83,7 +83,7 @@ def load_text_encoder(root: Path, dtype: torch.dtype, values: bool = True) -> Te
 
 
 def native_text_sizes(tensors: Tensors, source: Path) -> dict[str, int | str | bool]:
-    """The config of a UMT5 encoder from its tensors; the heads from its position table."""
+    """The config of a UMT5 encoder, from its tensors."""
     vocabulary, width = shape_of("token_embedding.weight", 2, tensors, source)
     buckets, heads = shape_of("blocks.0.pos_embedding.embedding.weight", 2, tensors, source)
     return {
@@ -101,7 +101,7 @@ def native_text_sizes(tensors: Tensors, source: Path) -> dict[str, int | str | b
 
 
 def load_image_encoder(root: Path, dtype: torch.dtype, values: bool = True, heads: int = CLIP_HEADS) -> ImageEncoder:
-    """The CLIP image encoder of the checkpoint at `root`; nothing in the file tells its heads."""
+    """The CLIP image encoder of the checkpoint at `root`; the number of heads is not in its file."""
     source = root / key_maps.NATIVE_IMAGE_ENCODER_FILE
     tensors = read_tensors(source, values)
     patch = shape_of("visual.patch_embedding.weight", 4, tensors, source)[-1]
@@ -116,7 +116,7 @@ def load_image_encoder(root: Path, dtype: torch.dtype, values: bool = True, head
         hidden_act="gelu",
         layer_norm_eps=1e-5,
     )
-    # class and position embedding have leading axes of size one there
+    # class and position embeddings have leading axes of size 1 in the file
     for key, axes in (("visual.cls_embedding", 1), ("visual.pos_embedding", 2)):
         tensors[key] = tensors[key].reshape(tensors[key].shape[-axes:])
     buffers = {"embeddings.position_ids": torch.arange(positions)[None]}

@@ -1,8 +1,8 @@
-"""The V3 family: what the rest of the toolkit asks of it, see `skyreels_v3.families.Family`.
+"""The V3 family's answers to the rest of the toolkit, see `skyreels_v3.families.Family`.
 
-Two layouts are published. `diffusers` (reference to video) has a folder for each component, with its sizes in a
-config.json. `native` (extension and avatar) has the transformer under Wan's own names, and .pth files for the others,
-whose sizes only their tensors tell.
+Two layouts are published. `diffusers` (reference to video) has a folder with a config.json for each component. `native`
+(extension and avatar) has the transformer under Wan's own names and .pth files for the other components, whose sizes
+only their tensors tell.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ VAE_HALO = {"encode": 16, "decode": 8}  # pixels that a tile sees beyond its own
 
 
 def repositories(task: TaskSpec) -> tuple[Repository, ...]:
-    """One, with everything in it."""
+    """One with all components."""
     components = {"transformer": (task.transformer_folder,), "VAE": ("vae",), "text encoder": ("text_encoder",)}
     if task.layout == "native":
         components |= {"VAE": (NATIVE_VAE_FILE,), "text encoder": (NATIVE_TEXT_ENCODER_FILE,)}
@@ -152,7 +152,7 @@ def vae_bytes(size: tuple[int, int], dtype: str, part: str, tiles: Tiles) -> int
 
 
 def build_transformer(sizes: dict[str, Any]) -> SkyReelsTransformer3DModel:
-    """The transformer of these sizes, without weights worth having."""
+    """The transformer of these sizes."""
     from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
     return SkyReelsTransformer3DModel(**sizes)

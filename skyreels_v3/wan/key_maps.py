@@ -1,4 +1,4 @@
-"""The names in V3's checkpoints: in Wan's own (native) files and in those of transformers, and what configs may say."""
+"""V3's checkpoints: their files, the names of their tensors (Wan-native or transformers'), and what configs may say."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ NATIVE_TEXT_ENCODER: KeyMap = (
     *rename_layers("blocks.#.", "encoder.block.#.layer.", _TEXT_LAYERS),
 )
 
-# transformers' own files may hold the tied token embedding once or twice.
+# transformers' own files may hold the tied token embedding once or twice
 TRANSFORMERS_TEXT_ENCODER: KeyMap = ((r"encoder\.embed_tokens\.weight", r"shared.weight"), *IDENTITY)
 
-# Wan-native CLIP -> transformers' CLIPVisionModel. The file holds the text tower as well, which no task uses.
+# Wan-native CLIP -> transformers' CLIPVisionModel; no task uses the text tower in the same file
 _VISION_ATTENTION = {
     r"attn\.to_qkv": tuple(f"self_attn.{part}_proj" for part in "qkv"),
     r"attn\.proj": "self_attn.out_proj",
@@ -73,7 +73,7 @@ NATIVE_IMAGE_ENCODER: KeyMap = (
     (r"visual\.head|textual\..+|log_scale", None),
 )
 
-# transformers' wav2vec2 files: older ones spell the weight norm differently, and may have heads of the pre-training.
+# transformers' wav2vec2 files: older ones spell the weight norm differently and may have heads of the pretraining
 _WEIGHT_NORM = "encoder.pos_conv_embed.conv.parametrizations.weight.original"
 TRANSFORMERS_AUDIO_ENCODER: KeyMap = (
     (r"encoder\.pos_conv_embed\.conv\.weight_g", f"{_WEIGHT_NORM}0"),
@@ -84,14 +84,14 @@ TRANSFORMERS_AUDIO_ENCODER: KeyMap = (
 
 
 def _native_vae() -> KeyMap:
-    """Wan-native VAE -> diffusers' AutoencoderKLWan. The native file numbers the decoder's stages through."""
+    """Wan-native VAE -> diffusers' AutoencoderKLWan; the native file numbers layers across stages."""
     convolutions = {r"residual\.2": "conv1", r"residual\.6": "conv2", "shortcut": "conv_shortcut"}
     convolutions |= {r"resample\.1": "resample.1", "time_conv": "time_conv"}
     norms = {r"residual\.0": "norm1", r"residual\.3": "norm2"}
     ends = {"conv1": "conv_in", r"head\.0": "norm_out", r"head\.2": "conv_out", r"middle\.1": "mid_block.attentions.0"}
     blocks = {"middle.0.": "mid_block.resnets.0.", "middle.2.": "mid_block.resnets.1."}
     down = {f"downsamples.{number}.": f"down_blocks.{number}." for number in range(11)}
-    # three residual blocks and an upsampler make a stage
+    # a stage is three residual blocks and an upsampler
     up = {}
     for number in range(15):
         stage, place = divmod(number, 4)
@@ -106,7 +106,7 @@ def _native_vae() -> KeyMap:
 
 NATIVE_VAE: KeyMap = _native_vae()
 
-# Names in a Wan-native config.json -> arguments of SkyReelsTransformer3DModel; `dim` is heads times channels of a head
+# Wan-native config.json -> arguments of SkyReelsTransformer3DModel; `dim` is heads times head dim
 NATIVE_SIZES = {
     **{
         "num_heads": "num_attention_heads",
@@ -117,7 +117,7 @@ NATIVE_SIZES = {
     **{"freq_dim": "freq_dim", "ffn_dim": "ffn_dim", "dim": "dim", "audio_window": "audio_window"},
     **{"intermediate_dim": "audio_hidden_dim", "output_dim": "audio_dim", "context_tokens": "audio_tokens"},
 }
-# Entries of configs that the models have no arguments for: any other value is refused by name.
+# Entries of configs that are no arguments of the models: any other value is refused by name
 NATIVE_CONSTANTS = {
     **{"text_len": TEXT_TOKENS, "patch_size": [1, 2, 2], "window_size": [-1, -1], "vae_scale": 4},
     **{"qk_norm": True, "cross_attn_norm": True, "norm_input_visual": True, "norm_output_audio": True},
@@ -134,7 +134,7 @@ VAE_CONSTANTS = {
 
 
 def config_sizes(folder: Path, names: Collection[str] = ()) -> dict[str, int]:
-    """The sizes in a config.json that are in `names` or Wan-native, by the names of the model's arguments."""
+    """The sizes in a config.json under Wan-native names or one of `names`, by the names of the model's arguments."""
     sizes = {NATIVE_SIZES.get(name, name): size for name, size in read_sizes(folder, {*names, *NATIVE_SIZES}).items()}
     if "dim" in sizes:
         if "num_attention_heads" not in sizes:

@@ -1,4 +1,4 @@
-"""reference_to_video: the subjects of 1-4 pictures, in a scene that the prompt describes."""
+"""reference_to_video: the subjects of 1-4 images in a scene that the prompt describes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ReferenceToVideo(Pipeline):
-    """The pictures stand behind the video in the sequence, as single latent frames; empty slots are zeros."""
+    """The images follow the video in the sequence, as single latent frames; empty slots are zeros."""
 
     def guidance(self, request: GenerationRequest) -> Guidance:
         return text_image_guidance(request.guidance_scale, request.image_guidance_scale)

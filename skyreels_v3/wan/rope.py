@@ -1,8 +1,8 @@
 """Rotary positions from a list of segments.
 
-A sequence is one or more segments laid end to end. Each has its own position on the time axis; height and width start
-at 0 in each. So the layout of every task is data: a plain video is one segment at 0; condition frames are a segment at
-0 in front of one at P; the cut of a shot switch is a segment at 1024; reference images follow the video.
+A sequence is one or more segments in a row. Each has its own position on the time axis; rows and columns start at 0 in
+each. So the layout of a task is data: a plain video is one segment at 0; condition frames are a segment at 0 before one
+at P; a shot switch puts the earlier shot at 1024; reference images follow the video.
 
 Rotary embedding (Su et al., arXiv:2104.09864) in its 3D form: of the D/2 channel pairs of a head, D/6 rotate with the
 row, D/6 with the column and the rest with the frame. A pair is two adjacent channels. Angles are float64; see Wan 2.1.
@@ -26,7 +26,7 @@ class Segment(NamedTuple):
         latents: (B, C, F, H, W).
         start_frame: position of the first latent frame on the time axis.
         clean: condition frames without noise; models with one timestep per frame see timestep 0 for them.
-        position_ids: (S, 2), row and column of each of a frame's S tokens; None for the full grid, row by row.
+        position_ids: (S, 2) row and column of each of a frame's S tokens; None for the full grid, row by row.
     """
 
     latents: Tensor
@@ -77,8 +77,8 @@ def rotations(angle: Tensor) -> Rotary:
 def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotate each adjacent channel pair of x (B, L, N, D) by its token's angle; computed and returned in float32."""
     pairs = x.float().unflatten(-1, (-1, 2))  # (B, L, N, D/2, 2)
-    if torch.compiler.is_compiling():  # which fuses real arithmetic only
+    if torch.compiler.is_compiling():  # the compiler fuses real arithmetic only
         (even, odd), (cos, sin) = pairs.unbind(-1), rotary.unbind(-1)
         return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
-    # one pass over x, where the same in real arithmetic takes seven
+    # one pass over x; in real arithmetic it would take seven
     return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotary)).flatten(-2)

@@ -1,10 +1,10 @@
 """Sequence parallelism: the tokens of a `SkyReelsTransformer3DModel` forward divided among ranks.
 
-Each rank has the same part of the space of every latent frame, so that what belongs to a frame, such as its timestep
-and its sound, needs no communication. Self-attention alone needs the tokens of the other ranks (see parallel/usp.py).
+Each rank has the same spatial part of every latent frame, so that what belongs to a frame, such as its timestep and its
+audio, needs no communication. Only self-attention needs the tokens of the other ranks (see parallel/usp.py).
 
-The model itself is unchanged: hooks give it a part of each frame, laid out as one row of patches with explicit
-positions, and gather the velocities that it returns.
+The model itself is unchanged: hooks give it a part of each frame, laid out as one row of patches with explicit position
+ids, and gather the velocities that it returns.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Layout:
         segments: latent frames of each segment.
         grid: rows and columns of a frame's tokens.
         share: tokens of a frame on each rank, padding included.
-        own: those of this rank that are no padding.
+        own: tokens of a frame on this rank, without padding.
     """
 
     segments: tuple[int, ...]
@@ -62,7 +62,7 @@ class SequenceParallel:
         self.layout = Layout((), (0, 0), 0, 0)  # of the current forward
 
     def attach(self, model: SkyReelsTransformer3DModel) -> None:
-        """Have every forward of `model` divided; attention to the conditions stays as it is."""
+        """Divide every forward of `model`; attention to the conditions stays local."""
         patch = model.config["patch_size"]
         for block in cast(Iterable[Any], model.blocks):
             block.attn1.attention = self.attention
@@ -97,7 +97,7 @@ class SequenceParallel:
         layout = self.layout
         if layout.own == layout.share:
             return self.usp(query, key, value, layout.tokens)
-        # the last ranks have padding in every frame: move it to the end of the sequence, where it can be cut off
+        # the last ranks have padding in every frame: move it to the end of the sequence, where it is ignored
         padded = layout.frames * layout.share
         query, key, value = (pad_end(self.unpadded(part), 1, padded) for part in (query, key, value))
         out = self.usp(query, key, value, layout.tokens)[:, : layout.frames * layout.own]
@@ -108,18 +108,18 @@ class SequenceParallel:
         return x.unflatten(1, (self.layout.frames, self.layout.share))[:, :, : self.layout.own].flatten(1, 2)
 
     def speaker_positions(self, query: Tensor, key: Tensor, masks: Tensor) -> Tensor:
-        """As `attention.speaker_positions`, with the first frame's keys and the extremes of all ranks."""
+        """As `transformer.speaker_positions`, with the first frame's keys and the extremes of all ranks."""
         first_frame = self.group.all_gather_tokens(key[:, : self.layout.share])
         weights = region_weights(query, first_frame[:, : masks.shape[1]], masks)
         real = self.unpadded(weights.transpose(1, 2))  # (B, L', 3)
-        infinite = real.new_full((real.shape[0], 1, 3), torch.inf)  # a rank may have padding only
+        infinite = real.new_full((real.shape[0], 1, 3), torch.inf)  # a rank may have nothing but padding
         low = self.group.all_reduce(torch.cat((real, infinite), dim=1).amin(dim=1), dist.ReduceOp.MIN)
         high = self.group.all_reduce(torch.cat((real, -infinite), dim=1).amax(dim=1), dist.ReduceOp.MAX)
         return positions_between(weights, low[..., None], high[..., None])
 
 
 def to_row(latents: Tensor, patch: Sequence[int]) -> Tensor:
-    """(B, C, F, H, W) -> (B, C, F, p, S * q): a frame's S patches of p x q pixels side by side, row after row."""
+    """(B, C, F, H, W) -> (B, C, F, p, S * q): a frame's S patches of p x q pixels in one row."""
     grid = latents.unflatten(4, (-1, patch[2])).unflatten(3, (-1, patch[1]))  # (B, C, F, rows, p, columns, q)
     return grid.movedim(4, 3).flatten(4)
 

@@ -1,4 +1,4 @@
-"""shot_switching_extension: the input clip goes on after a cut."""
+"""shot_switching_extension: a new shot after the input clip."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from skyreels_v3.tasks import latent_frames
 if TYPE_CHECKING:
     from skyreels_v3.stages import Event, Stages
 
-CUT_POSITION = 1024  # start frame of the clip before the cut: far from the new frames
+CUT_POSITION = 1024  # start frame of the clip before the cut, far from the new frames
 
 
 class ShotSwitchingExtension(Pipeline):
-    """The clip's last frames stand clean behind the new ones, at a distance that says: another shot."""
+    """The clip's last frames follow the new ones as clean frames, at a distance that means: another shot."""
 
     def passes(self, request: GenerationRequest) -> Iterator[tuple[int, int]]:
-        # latent frames hold 4k+1 frames; the last one is not written
+        # latent frames hold 4k+1 frames; the last frame is not written
         yield latent_frames(request.frames_out + 1), latent_frames(request.condition_frames)
 
     def run(self, stages: Stages) -> Iterator[Event]:

@@ -1,4 +1,4 @@
-"""single_shot_extension: the input clip goes on in the same shot, rolled out 5 seconds at a time."""
+"""single_shot_extension: the same shot goes on after the input clip, rolled out 5 seconds at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class SingleShotExtension(Pipeline):
-    """The last frames of the clip stand clean in front of the new ones; each roll-out goes on from the one before."""
+    """The clip's last frames precede the new ones as clean frames; each roll-out continues the one before."""
 
     def passes(self, request: GenerationRequest) -> Iterator[tuple[int, int]]:
         for new in plan_roll_outs(request.duration):
@@ -55,14 +55,14 @@ class SingleShotExtension(Pipeline):
             yield Pass(latents.cpu(), new if last else islice(new, wanted))
             missing -= 4 * frames
             if not last:
-                deque(new, maxlen=0)  # roll-outs can make too much before the last one; it conditions that all the same
+                deque(new, maxlen=0)  # frames beyond the wanted ones are not written, but condition the next roll-out
                 clip = np.stack(tail)
 
 
 def new_frames(
     stages: Stages, prefix: Tensor, latents: Tensor, tail: deque[Frame], wanted: int | None
 ) -> Iterator[Frame]:
-    """Decode condition and new frames together and give the new ones; `tail` ends up with the last of them.
+    """Decode condition and new frames together and yield the new ones; `tail` ends up with the last of them.
 
     Args:
         wanted: how many new frames, None for all.

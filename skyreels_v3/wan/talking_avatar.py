@@ -1,6 +1,6 @@
-"""talking_avatar: the person in a portrait speaks what is in a sound file, window by window.
+"""talking_avatar: the person in a portrait speaks the words of an audio file, window by window.
 
-`windows.plan_windows` says which passes there are, `avatar.Avatar` makes them.
+`windows.plan_windows` plans the passes, `avatar.Avatar` makes them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class TalkingAvatar(Pipeline):
-    """A key-frame pass over the first frames; then windows from the last frames of one to the key frame of the next."""
+    """A key-frame pass, then windows, each from the last frames of the one before to its own key frame."""
 
     def guidance(self, request: GenerationRequest) -> Guidance:
         return text_audio_guidance(request.text_guidance_scale, request.audio_guidance_scale)
@@ -47,7 +47,7 @@ class TalkingAvatar(Pipeline):
 
 
 def check_times(request: ResolvedRequest, clip: ClipInfo | None) -> None:
-    """Raise UserError if the lengths of sound, key frames and a dubbed clip do not fit together."""
+    """Raise UserError if audio, key frames and a dubbed clip do not fit each other in time."""
     seconds = request.audio_seconds or 0.0
     if seconds > MAX_SECONDS:
         reason = f"{seconds:.2f} s one after the other are too long"
@@ -63,7 +63,7 @@ def check_times(request: ResolvedRequest, clip: ClipInfo | None) -> None:
 
 
 def check_boxes(request: ResolvedRequest, images: Sequence[Image.Image]) -> None:
-    """Raise UserError for a speaker's box that is not inside the portrait, or is cropped away."""
+    """Raise UserError for a speaker's box outside the portrait, or cropped away."""
     for x0, y0, x1, y1 in request.speaker_boxes:
         width, height = size = full_size(images[0])
         if x1 > width or y1 > height:

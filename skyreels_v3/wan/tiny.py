@@ -38,7 +38,7 @@ def write(root: Path, task: TaskSpec, sizes: dict[str, int]) -> None:
         save(text_encoder, root / "text_encoder")
         write_tokenizer(root / "tokenizer", umt5.vocab_size)
         return
-    # the checkpoint of video extension has a transformer for each of two tasks; here they are alike
+    # the checkpoint of video extension has a transformer for each of its two tasks; here they are equal
     for folder in ["."] if "input_audio" in task.inputs else ["transformer", "shot_transformer"]:
         write_native_transformer(root / folder, transformer)
     torch.save(native(weights(vae), key_maps.NATIVE_VAE), root / key_maps.NATIVE_VAE_FILE)
@@ -63,7 +63,7 @@ def write_native_transformer(folder: Path, transformer: SkyReelsTransformer3DMod
 
 
 def write_image_encoder(file: Path) -> None:
-    """CLIP's image encoder under its native names; two embeddings have leading axes of size one there."""
+    """CLIP's image encoder under its native names; two embeddings have leading axes of size 1 there."""
     model = random_model(lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SIZES["image_encoder"])))
     tensors = native(weights(model), key_maps.NATIVE_IMAGE_ENCODER)
     tensors["visual.cls_embedding"] = tensors["visual.cls_embedding"][None, None]
@@ -84,7 +84,7 @@ def native(tensors: Mapping[str, Tensor], key_map: KeyMap) -> dict[str, Tensor]:
 
 
 def write_tokenizer(folder: Path, vocabulary: int) -> None:
-    """A tokenizer of single ASCII characters, in the format of UMT5's."""
+    """A tokenizer of single ASCII characters in UMT5's format."""
     pieces = ["<pad>", "</s>", "<unk>", "\u2581", *(c for c in string.printable if c.isprintable() and c != " ")]
     assert len(pieces) <= vocabulary
     tokenizer = Tokenizer(Unigram([(piece, 0.0) for piece in pieces], unk_id=2, byte_fallback=False))

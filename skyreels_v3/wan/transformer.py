@@ -1,10 +1,10 @@
 """`SkyReelsTransformer3DModel`: the one transformer behind all SkyReels V3 tasks.
 
-It is a Wan 2.1 DiT under diffusers' parameter names. What differs between the tasks is data: where the segments are on
-the time axis, whether a timestep is given per sample or per latent frame, which conditions are given.
+It is a Wan 2.1 DiT under diffusers' parameter names. The tasks differ only in data: where the segments are on the time
+axis, whether timesteps are per sample or per latent frame, and which conditions there are.
 
-Dtypes: matrix products in the dtype of the weights (bfloat16 as a rule); normalization, modulation, the time embedding
-and the output head in float32; rotary angles in float64. Casts are explicit.
+Dtypes: matrix products in the dtype of the weights (normally bfloat16); normalization, modulation, time embedding and
+output head in float32; rotary angles in float64. Casts are explicit.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models import attention as diffusers_attention
-from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
-from diffusers.models.transformers.transformer_wan import WanImageEmbedding
+from diffusers.models.transformers.transformer_wan import WanTimeTextImageEmbedding
 from torch import Tensor, nn
 
 import skyreels_v3.vector_kernels  # noqa: F401  first of all
@@ -30,11 +29,11 @@ from skyreels_v3.checkpoints.key_maps import KeyMap
 from skyreels_v3.wan.key_maps import NATIVE_TRANSFORMER
 from skyreels_v3.wan.rope import THETA, Rotary, Segment, apply_rotary, rotary_tables, rotations
 
-# Normalization and modulation: float32 inside, whatever the dtypes of activations and weights
+# Normalization and modulation: float32 inside, for any dtype of activations and weights
 
 
 class FP32RMSNorm(nn.RMSNorm):
-    """RMSNorm in float32, the result in x's dtype: what diffusers' FP32LayerNorm does for LayerNorm."""
+    """RMSNorm in float32 with the result in x's dtype, the counterpart of diffusers' FP32LayerNorm."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize the last axis."""
@@ -54,7 +53,7 @@ def gated_residual(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     return total.flatten(1, 2).type_as(x)
 
 
-# Conditions, brought to the blocks' width, under diffusers' Wan names
+# Conditions, projected to the blocks' width, under diffusers' names
 
 LATENT_STRIDE = 4  # video frames per latent frame, except for the first
 
@@ -62,7 +61,7 @@ LATENT_STRIDE = 4  # video frames per latent frame, except for the first
 def sinusoid(timestep: Tensor, channels: int) -> Tensor:
     """Sinusoidal embedding (..., channels) of `timestep` in float32 on the CPU, cosines first.
 
-    The angles are float64, which the CPU always has. Keep timesteps on the CPU, so that nothing waits for the device.
+    The angles are float64, which every CPU has. Keep timesteps on the CPU, so that nothing waits for the device.
     """
     half = channels // 2
     frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
@@ -70,21 +69,13 @@ def sinusoid(timestep: Tensor, channels: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
 
 
-class ConditionEmbedding(nn.Module):
-    """Timesteps to modulation, text and image tokens to the blocks' width.
+class ConditionEmbedding(WanTimeTextImageEmbedding):
+    """diffusers' layers that turn timesteps into modulation and bring text and image tokens to the blocks' width.
 
-    The time embedding is computed in float32 unless its weights were cast: it scales every token of every block.
+    The time embedding, which scales every token of every block, is computed in float32 unless its weights were cast.
     """
 
-    def __init__(self, dim: int, freq_dim: int, text_dim: int, image_dim: int | None) -> None:
-        super().__init__()
-        self.freq_dim = freq_dim
-        self.time_embedder = TimestepEmbedding(in_channels=freq_dim, time_embed_dim=dim)
-        self.time_proj = nn.Linear(dim, 6 * dim)
-        self.text_embedder = PixArtAlphaTextProjection(text_dim, dim, act_fn="gelu_tanh")
-        self.image_embedder: Any = None if image_dim is None else WanImageEmbedding(image_dim, dim)
-
-    def forward(
+    def forward(  # type: ignore[override]
         self, timestep: Tensor, text: Tensor, image: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Timesteps (B, F), text (B, 512, text_dim) and image (B, 257, image_dim) tokens.
@@ -92,19 +83,19 @@ class ConditionEmbedding(nn.Module):
         Returns:
             time embedding (B, F, D) and modulation (B, F, 6, D), float32; text (B, 512, D) and image (B, 257, D).
         """
-        weight = self.time_embedder.linear_1.weight
-        time = self.time_embedder(sinusoid(timestep, self.freq_dim).to(text.device, weight.dtype))
+        first = self.time_embedder.linear_1
+        time = self.time_embedder(sinusoid(timestep, first.in_features).to(text.device, first.weight.dtype))
         modulation = self.time_proj(F.silu(time)).unflatten(-1, (6, -1))
-        image = None if image is None else self.image_embedder(image)
+        image = None if image is None else cast(nn.Module, self.image_embedder)(image)
         return time.float(), modulation.float(), self.text_embedder(text), image
 
 
 class AudioProjection(nn.Module):
-    """Windows of audio features to `tokens` audio tokens of width `audio_dim` for each latent frame.
+    """Windows of audio features to `tokens` audio tokens of width `audio_dim` per latent frame.
 
-    The first latent frame is one video frame and sees the whole window of that frame. A later one is four video frames.
-    Of their windows it sees the past half and the center of the first, the centers of the middle two, and the center
-    and the future half of the last.
+    The first latent frame is one video frame and sees that frame's whole window. A later one is four video frames, and
+    sees the past half and center of the first one's window, the centers of the middle two, and the center and future
+    half of the last.
     """
 
     def __init__(self, window: int, features: int, hidden: int, tokens: int, audio_dim: int) -> None:
@@ -131,21 +122,21 @@ class AudioProjection(nn.Module):
         return tokens.unflatten(0, (-1, speakers)).transpose(1, 2).flatten(2, 3)
 
 
-# The three attentions of a block. Each calls an `AttentionFn` that is set from outside; none chooses a kernel itself
+# The three attentions of a block. Each calls an `AttentionFn` that is set from outside
 
-# Positions on the speakers' rotary axis: the ranges of the first and second person's tokens, the background between
-# them, and the position of each person's audio.
+# Positions on the speakers' rotary axis: ranges of the first and second person's tokens, the background between them,
+# and the positions of both persons' audio
 SPEAKER_RANGES = ((0.0, 4.0), (20.0, 24.0))
 BACKGROUND_POSITION = 12.0
 SPEAKER_POSITIONS = (2.0, 22.0)
-MAP_CHUNK = 4096  # tokens whose attention weights exist at a time
+MAP_CHUNK = 4096  # tokens whose attention weights are alive at a time
 
 KeyValue = tuple[Tensor, Tensor]  # (B, T, N, D) each
 SpeakerFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # see `speaker_positions`
 
 
 class Attention(nn.Module):
-    """The layers that all three share: `eps` is that of the norms of queries and keys, None for none."""
+    """The layers that all three share. `eps` is for the norms of queries and keys; None: no norms."""
 
     def __init__(self, dim: int, heads: int, condition_dim: int, eps: float | None = None) -> None:
         super().__init__()
@@ -172,7 +163,7 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
-    """Attention to the text and, where the checkpoint has it, to the image; the two are added."""
+    """Attention to the text and, if the checkpoint has it, to the image; the sum of both."""
 
     def __init__(self, dim: int, heads: int, eps: float, with_image: bool) -> None:
         super().__init__(dim, heads, dim, eps)
@@ -201,8 +192,8 @@ class AudioAttention(Attention):
     def keys_values(self, audio: Tensor, two_people: bool) -> KeyValue:
         """Keys and values (B, F, T, N, D) of audio tokens (B, F, T, A).
 
-        With two people, T is the first one's tokens followed by the second one's, and the keys are rotated to each
-        one's position on the speakers' axis.
+        With two people, the first person's tokens precede the second's, and keys are rotated to the position of their
+        person on the speakers' axis.
         """
         key, value = (layer(audio).unflatten(-1, (self.heads, -1)) for layer in (self.to_k, self.to_v))
         if two_people:
@@ -214,7 +205,7 @@ class AudioAttention(Attention):
     def forward(self, x: Tensor, keys_values: KeyValue, positions: Tensor | None) -> Tensor:
         """The update (B, L, D) of tokens x, L = F * tokens per frame.
 
-        `positions` (B, L, N), given with two people, are those of each token and head on the speakers' axis.
+        `positions` (B, L, N), with two people, are those of each token and head on the speakers' axis.
         """
         key, value = keys_values
         frames = key.shape[1]
@@ -233,10 +224,10 @@ def speaker_rotary(positions: Tensor, head_dim: int) -> Rotary:
 
 
 def head_positions(positions: Tensor, frames: int, heads: int) -> Tensor:
-    """Positions (B, L) of tokens -> (B, L, N): which of them each head rotates its queries by.
+    """Positions (B, L) of tokens -> (B, L, N): the position that each head rotates its queries to.
 
-    The published model pairs them in the order in which frames and heads lie in memory: head n of frame f takes the
-    positions of frame (f * N + n) modulo F. Only the recordings show this; the obvious choice is its own frame.
+    The published model pairs frames and heads by their order in memory: head n of frame f takes the positions of frame
+    (f * N + n) modulo F, not those of its own frame. Only recordings of its outputs show this.
     """
     frame = torch.arange(frames, device=positions.device)[:, None]
     source = (frame * heads + torch.arange(heads, device=positions.device)) % frames  # (F, N)
@@ -246,8 +237,8 @@ def head_positions(positions: Tensor, frames: int, heads: int) -> Tensor:
 def speaker_positions(query: Tensor, key: Tensor, masks: Tensor) -> Tensor:
     """Position (B, L) of every token on the speakers' axis, from queries and keys (B, L, N, D) of all tokens.
 
-    A token belongs to the region of the first frame that it attends to most: `masks` (3, S) are those of person one,
-    person two and the background. A person's tokens are spread over that person's range by how much they attend to it.
+    A token belongs to the region of the first frame that it attends to most; `masks` (3, S) are those of person one,
+    person two and the background. A person's tokens spread over that person's range by how much they attend to it.
     """
     weights = region_weights(query, key[:, : masks.shape[1]], masks)
     return positions_between(weights, weights.amin(dim=-1, keepdim=True), weights.amax(dim=-1, keepdim=True))
@@ -256,13 +247,13 @@ def speaker_positions(query: Tensor, key: Tensor, masks: Tensor) -> Tensor:
 def region_weights(query: Tensor, first_frame_key: Tensor, masks: Tensor) -> Tensor:
     """Mean attention weight (B, 3, L) of each token inside each region of the first frame."""
     regions = masks.float() / masks.sum(dim=1, keepdim=True).clamp(min=1)  # the background may be empty
-    # in chunks: the weights of all tokens at once would be the largest tensor of a forward
+    # in chunks: the weights of all tokens would be the largest tensor of a forward
     chunks = query.split(MAP_CHUNK, dim=1)
     return torch.cat([torch.einsum("bls,ps->bpl", attention_map(q, first_frame_key), regions) for q in chunks], dim=-1)
 
 
 def positions_between(weights: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Positions (B, L) from region weights (B, 3, L) and the lowest and highest (B, 3, 1) among all tokens."""
+    """Positions (B, L) from region weights (B, 3, L) and their extremes (B, 3, 1) among all tokens."""
     spread = (weights - low) / (high - low)
     positions = torch.full_like(spread, BACKGROUND_POSITION)
     for person, (start, end) in enumerate(SPEAKER_RANGES):
@@ -272,16 +263,15 @@ def positions_between(weights: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 # A block: self-attention, text (and image) attention, audio attention, feed-forward.
 #
-# Only self-attention needs all tokens at once (and, with two speakers, what decides which of them a token belongs to).
-# The rest treats each token (for audio: each frame) by itself and runs on a chunk of tokens at a time. That keeps its
-# float32 and feed-forward temporaries small: the peak is the tokens, their queries, keys and values, and the output of
-# attention.
+# Only self-attention (and `speaker_positions`) needs all tokens at once. The rest treats each token, for audio each
+# frame, by itself and runs on a chunk of tokens at a time, so that its float32 and feed-forward temporaries stay small:
+# the peak is the tokens, their queries, keys and values, and the output of attention.
 
-TOKENS_AT_ONCE = 8192  # enough to fill a large GPU with each product
+TOKENS_AT_ONCE = 8192  # enough for each product to fill a large GPU
 
 
 class Context(NamedTuple):
-    """What all blocks attend to, brought to their width.
+    """What all blocks attend to, projected to their width.
 
     Attributes:
         text: (B, 512, D).
@@ -297,7 +287,7 @@ class Context(NamedTuple):
 
 
 class FeedForward(diffusers_attention.FeedForward):
-    """diffusers' layer with an in-place activation: the hidden tokens are the largest tensor there is, held once."""
+    """diffusers' layer with an in-place activation: the hidden tokens, the largest tensor, exist once."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__(dim, inner_dim=hidden_dim, activation_fn="gelu-approximate")
@@ -362,7 +352,7 @@ class TransformerBlock(nn.Module):
         return whole
 
     def project(self, x: Tensor, modulation: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-        """What precedes self-attention, for a chunk of tokens x (B, l, D): queries, keys and values (B, l, N, D)."""
+        """Everything before self-attention: queries, keys and values (B, l, N, D) of a chunk of tokens x (B, l, D)."""
         shift, scale = modulation[:, :, 0], modulation[:, :, 1]
         return self.attn1.project(modulate(self.norm1(x.float()), shift, scale).type_as(x), rotary)
 
@@ -375,7 +365,7 @@ class TransformerBlock(nn.Module):
         audio: KeyValue | None,
         positions: Tensor | None,
     ) -> Tensor:
-        """What follows self-attention: new values for a chunk of tokens x (B, l, D) with attended (B, l, N, D)."""
+        """Everything after self-attention: new values of a chunk of tokens x (B, l, D), given attended (B, l, N, D)."""
         gate1, shift2, scale2, gate2 = modulation[:, :, 2:].unbind(2)
         x = gated_residual(x, gate1, self.attn1.to_out[0](attended.flatten(2)))
         x = x + self.attn2(self.norm2(x), text)
@@ -386,7 +376,7 @@ class TransformerBlock(nn.Module):
 
 
 def token_spans(tokens: int, frames: int) -> Iterator[tuple[slice, slice]]:
-    """Chunks of tokens and the frames they are of; where there are several frames, chunks are of whole ones."""
+    """Chunks of tokens, and the frames that they belong to; with several frames, chunks are whole frames."""
     unit = tokens // frames if frames > 1 else 1
     step = max(1, TOKENS_AT_ONCE // unit)
     for start in range(0, tokens // unit, step):
@@ -395,7 +385,7 @@ def token_spans(tokens: int, frames: int) -> Iterator[tuple[slice, slice]]:
 
 
 def of_frames(modulation: Tensor, frames: slice) -> Tensor:
-    """The modulation (B, F, ..., D) of some frames, or the one that applies to all of them."""
+    """The modulation (B, F, ..., D) of some frames, or the one for all frames."""
     return modulation if modulation.shape[1] == 1 else modulation[:, frames]
 
 
@@ -405,16 +395,16 @@ def of_frames(modulation: Tensor, frames: slice) -> Tensor:
 class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Predicts the velocity (noise minus data) of latent video.
 
-    diffusers' tools for a `WanTransformer3DModel` work here too: `from_pretrained` in any dtype, casts, layerwise
+    diffusers' tools for `WanTransformer3DModel` work here too: `from_pretrained` in any dtype, casts, layerwise
     casting, group offloading, accelerate's hooks, `compile_repeated_blocks`, attention backends, LoRA, gradient
     checkpointing. Refused with NotImplementedError or ValueError:
 
     - `enable_cache`: its hooks compare a block's input with its output, and blocks overwrite their input to save
       memory. `skyreels_v3.denoising.step_cache` caches steps.
-    - context parallelism (there is no `_cp_plan`): a plan splits one sequence evenly, and segments are not one.
+    - context parallelism (there is no `_cp_plan`): such a plan splits one sequence evenly, which segments are not.
       `skyreels_v3.parallel` divides the tokens.
-    - `from_single_file`: diffusers keeps its key maps to itself. `skyreels_v3.wan.checkpoint.load_transformer` reads
-      Wan's native names.
+    - `from_single_file`: diffusers' key maps are private. `skyreels_v3.wan.checkpoint.load_transformer` reads Wan's
+      native names.
 
     Args:
         patch_size: frames, rows and columns of a token.
@@ -430,7 +420,7 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     chunks_tokens: ClassVar[bool] = True
     native_names: ClassVar[KeyMap] = NATIVE_TRANSFORMER
-    # diffusers' defaults have other types
+    # diffusers declares these with other types
     config_name: Any
     _repeated_blocks: Any = ["TransformerBlock"]
     _no_split_modules: Any = ["TransformerBlock"]
@@ -465,7 +455,7 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         dim = num_attention_heads * attention_head_dim
         kernel = cast(tuple[int, int, int], tuple(patch_size))
         self.patch_embedding = nn.Conv3d(in_channels, dim, kernel, kernel)
-        self.condition_embedder = ConditionEmbedding(dim, freq_dim, text_dim, image_dim)
+        self.condition_embedder = ConditionEmbedding(dim, freq_dim, 6 * dim, text_dim, image_dim)
         if audio_dim is not None:
             self.audio_projection = AudioProjection(
                 audio_window, audio_features, audio_hidden_dim, audio_tokens, audio_dim
@@ -491,12 +481,12 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Velocities (B, out_channels, F, H, W) of all segments, float32.
 
         Args:
-            segments: latents (B, in_channels, F, H, W) each, all of one height and width.
-            timestep: (B,) one per sample, or (B, F) one per latent frame of the segments laid end to end.
-            text: (B, 512, text_dim) UMT5 states; padding rows are zero and are attended to.
+            segments: latents (B, in_channels, F, H, W) each, all of the same height and width.
+            timestep: (B,) one per sample, or (B, F) one per latent frame of all segments in order.
+            text: (B, 512, text_dim) UMT5 states; padding is zeros, and is attended to.
             image: (B, 257, image_dim) CLIP states.
             audio: (B, P, F, window, layers, channels) wav2vec2 states of P speakers around each of 4k+1 video frames.
-            speaker_masks: (3, H, W) in latent pixels, for two speakers only: first, second, background.
+            speaker_masks: (3, H, W) in latent pixels, only with two speakers: first, second, background.
         """
         dtype = self.patch_embedding.weight.dtype
         tokens = [self.patch_embedding(part.latents.to(dtype)).flatten(2).transpose(1, 2) for part in segments]
@@ -545,11 +535,11 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         attention: AttentionFn,
         cross_attention: AttentionFn | None = None,
     ) -> None:
-        """Set the functions that see more than one token.
+        """Set the attention functions.
 
         Args:
             attention: among video tokens.
-            cross_attention: to the conditions; the same unless given.
+            cross_attention: to the conditions; `attention` if None.
         """
         for block in cast(Iterable[Any], self.blocks):
             block.attn1.attention = attention
@@ -558,11 +548,11 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                     module.attention = cross_attention or attention
 
     def set_attention_backend(self, backend: str) -> None:
-        """Use an attention backend of diffusers, by its name there.
+        """Use one of diffusers' attention backends.
 
         Raises:
             ValueError: there is no such backend.
-            RuntimeError: the package it needs is missing or too old.
+            RuntimeError: its package is missing or too old.
         """
         self.set_attention(dispatched(backend.lower()))
 
@@ -571,7 +561,7 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.set_attention(sdpa)
 
     def compilable(self) -> Iterator[tuple[object, str]]:
-        """What runs before and after self-attention, see `families.Transformer`."""
+        """Everything before and after self-attention, see `families.Transformer`."""
         for block in self.blocks:
             yield block, "project"
             yield block, "finish"

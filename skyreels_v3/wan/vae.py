@@ -1,14 +1,14 @@
-"""The Wan 2.1 video VAE: diffusers' AutoencoderKLWan with normalized latents, as a stream, in exact tiles.
+"""The Wan 2.1 video VAE: diffusers' AutoencoderKLWan with normalized latents, streaming, in exact tiles.
 
 4k+1 frames <-> k+1 latent frames, height and width divided by 8, 16 channels. Latents outside this file are normalized
 per channel with the constants of the VAE's config.
 
-In time the VAE is causal: it takes one latent frame after another, and its convolutions cache what they need of earlier
-frames. In space only the attention in the middle, at an eighth of the frame's size, sees everything. Most memory goes
-to the stages at the other end, above a quarter of the size: a row of convolutions that reach 24 pixels (decoder) or 16
-(encoder). They can run tile by tile: each stage gets the halo that later stages still need, which shrinks to nothing at
-the end. Nothing is blended. The values are those of the whole frame, except for float32 rounding where another shape
-selects another kernel. The caches, which hold the whole frame, limit the savings: more than 2 x 3 tiles save little.
+In time the VAE is causal: it processes one latent frame after another, and its convolutions cache what they need of
+earlier frames. In space, only the attention in the middle, at an eighth of the frame's size, sees everything. Most
+memory goes to the outer stages, above a quarter of the size: convolutions that together reach 24 pixels (decoder) or 16
+(encoder). These run tile by tile: each stage gets the halo that later stages need, which shrinks to nothing at the end.
+Nothing is blended. The values are those of the whole frame, except for float32 rounding where another shape selects
+another kernel. The caches hold the whole frame and limit the savings: more than 2 x 3 tiles save little.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class VideoVAE:
     """Encodes video (B, 3, F, H, W) in [-1, 1] to latents (B, 16, (F-1)/4+1, H/8, W/8) and back.
 
     Attributes:
-        tiles: rows and columns of tiles: more of them need less memory and a little more work, for the same result.
+        tiles: rows and columns of tiles; more tiles take less memory and a little more work, for the same result.
         group: ranks that share the tiles, or None.
     """
 
@@ -58,7 +58,7 @@ class VideoVAE:
 
     @torch.inference_mode()
     def encode(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Normalized latents, float32: the posterior's mode, or with a CPU `generator` a sample of it."""
+        """Normalized latents, float32: the posterior's mode or, with a CPU `generator`, a sample."""
         stages, cut = encoder_stages(self.module.encoder, self.group is not None)
         fine = TiledStages(stages[:cut], video.shape[-2:], self.tiles, self.group)
         coarse = TiledStages(stages[cut:], fine.size)
@@ -70,20 +70,20 @@ class VideoVAE:
 
     @torch.inference_mode()
     def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
-        """Decode latents (B, 16, F, h, w) one latent frame at a time, with the result of decoding them at once.
+        """Decode latents (B, 16, F, h, w) one latent frame at a time; the result is that of decoding all at once.
 
         Yields:
             (B, 3, f, 8h, 8w) in [-1, 1], float32: f = 1 for the first latent frame, then 4 each.
 
         Raises:
-            FloatingPointError: the video has NaN or infinite values, which would be written as black frames.
+            FloatingPointError: the video has NaN or infinite values, which would show as black frames.
         """
         stages, cut = decoder_stages(self.module.decoder, self.group is not None)
         coarse = TiledStages(stages[:cut], latents.shape[-2:])
         fine = TiledStages(stages[cut:], coarse.size, self.tiles, self.group)
         raw = latents.float() * self.std.to(latents.device) + self.mean.to(latents.device)
         for index, frame in enumerate(raw.to(self.dtype).split(1, dim=2)):
-            # not named, or this generator would hold the chunk while it makes the next one
+            # unnamed: this generator must not hold a chunk while it makes the next one
             yield displayable(fine(coarse(self.module.post_quant_conv(frame))), index)
 
 
@@ -97,8 +97,8 @@ def displayable(chunk: Tensor, index: int) -> Tensor:
 def encoder_stages(encoder: WanEncoder3d, shared: bool = False) -> tuple[list[nn.Module], int]:
     """The encoder as a list of modules, and how many of them run in tiles: those above a quarter of the size.
 
-    `shared`: those before its attention. Tiles of other ranks cost nothing here, so more stages can be tiled; the halos
-    add more to the small stages, which have little work.
+    If the tiles are `shared` by ranks, all stages before the attention: the halos cost relatively more in small stages,
+    but the other ranks' tiles cost nothing here.
     """
     stages = [encoder.conv_in, *encoder.down_blocks, encoder.mid_block]
     stages += [encoder.norm_out, encoder.nonlinearity, encoder.conv_out]
@@ -106,7 +106,7 @@ def encoder_stages(encoder: WanEncoder3d, shared: bool = False) -> tuple[list[nn
 
 
 def decoder_stages(decoder: WanDecoder3d, shared: bool = False) -> tuple[list[nn.Module], int]:
-    """The decoder as a list of modules, and how many of them precede the tiled ones, see `encoder_stages`."""
+    """The decoder as a list of modules, and how many precede the tiled ones, see `encoder_stages`."""
     stages = [decoder.conv_in, decoder.mid_block]
     for block in cast(Iterable[Any], decoder.up_blocks):
         stages += [*block.resnets, *(block.upsamplers or ())]
@@ -120,13 +120,13 @@ def resamplings(stages: Sequence[nn.Module]) -> list[int]:
 
 
 class TiledStages:
-    """A list of stages with its caches: runs on one chunk of a video after another, tile by tile.
+    """A list of stages with their caches, called with one chunk of a video after another; runs tile by tile.
 
     Args:
-        stages: modules from (B, C, F, H, W) to such.
-        size: H and W of the first one's input.
-        tiles: rows and columns of tiles; at most as many as the result has rows and columns.
-        group: ranks that share the tiles, all with the same input; the grid then grows to have some for each.
+        stages: modules that map (B, C, F, H, W) to (B, C, F, H, W).
+        size: H and W of the input.
+        tiles: rows and columns of tiles, at most those of the result.
+        group: ranks that share the tiles, all with the same input; the grid grows until every rank has tiles.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class TiledStages:
         rows, columns = ([*split_evenly(*pair)] for pair in zip(self.size, grid, strict=True))
         self.spans = [(row, column) for row in rows for column in columns]
         own = self.spans
-        if group is not None:  # one of each `group.size`; all ranks need one, so the last tile may be made repeatedly
+        if group is not None:  # every `group.size`-th one; each rank needs as many, so several may make the last tile
             own = [own[min(start + group.rank, len(own) - 1)] for start in range(0, len(own), group.size)]
         self.tiles = [
             Tile(stages, crops_along(stages, size[0], row), crops_along(stages, size[1], column)) for row, column in own
@@ -175,7 +175,7 @@ class TiledStages:
 
 
 def shared_grid(size: Sequence[int], tiles: tuple[int, int], ranks: int) -> tuple[int, int]:
-    """The smallest grid of at least `tiles` that gives every rank the same number, with the shortest borders."""
+    """The smallest grid of at least `tiles` with the same number for every rank, and with the shortest borders."""
     height, width = size
     grids = [
         (rows, columns)
@@ -187,7 +187,7 @@ def shared_grid(size: Sequence[int], tiles: tuple[int, int], ranks: int) -> tupl
 
 
 class Tile:
-    """One tile of a list of stages: what it crops before each of them and at the end, and their caches."""
+    """One tile of a list of stages: the crops before each stage and at the end, and the caches."""
 
     def __init__(self, stages: Sequence[nn.Module], rows: Sequence[slice], columns: Sequence[slice]) -> None:
         self.stages = stages
@@ -196,7 +196,7 @@ class Tile:
         self.caches: list[Any] = [None] * len(convolutions)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The tile's part of the result for the next frames; `x` is of the whole frame."""
+        """The tile's part of the result for the next whole frames `x`."""
         index = [0]
         for stage, crop in zip(self.stages, self.crops, strict=False):
             x = advance(stage, x[crop], self.caches, index)
@@ -217,7 +217,7 @@ def advance(stage: nn.Module, x: Tensor, caches: list[Any], index: list[int]) ->
 
 
 def split_evenly(size: int, parts: int) -> Iterator[Span]:
-    """0 .. size - 1 in `parts` spans that differ by at most 1; fewer where some would be empty."""
+    """0 .. size - 1 in `parts` spans whose lengths differ by at most 1; in fewer rather than empty ones."""
     parts = min(parts, size)
     return pairwise(size * part // parts for part in range(parts + 1))
 
@@ -229,7 +229,7 @@ def mode_of(stage: nn.Module) -> str:
 
 
 def resized(stage: nn.Module, size: int) -> int:
-    """Rows that a stage makes of `size` rows; columns likewise, here and below."""
+    """Rows that a stage makes of `size` rows. Here and below, the same holds for columns."""
     return {"up": 2 * size, "down": size // 2, "": size}[mode_of(stage)]
 
 
@@ -241,8 +241,8 @@ def sizes_along(stages: Sequence[nn.Module], size: int) -> list[int]:
 def needed_by(stage: nn.Module, span: Span) -> Span:
     """Rows of its input that a stage needs for the rows `span` of its output.
 
-    A 3 x 3 convolution reaches one row, the two of a residual block two. An upsampling doubles the rows before its
-    convolution. The convolution of a downsampling makes row i from rows 2i, 2i + 1, 2i + 2: it is padded below only.
+    A 3 x 3 convolution reaches one row, a residual block with two of them two. An upsampler doubles the rows before its
+    convolution. A downsampler's convolution makes row i from rows 2i, 2i + 1, 2i + 2: it is padded below only.
     """
     reach = sum(part.kernel_size[-1] // 2 for part in stage.modules() if isinstance(part, nn.Conv2d | nn.Conv3d))
     first, end = span
@@ -256,11 +256,11 @@ def needed_by(stage: nn.Module, span: Span) -> Span:
 def crops_along(stages: Sequence[nn.Module], size: int, span: Span) -> list[slice]:
     """What to crop before each stage, and at the end, for the rows `span` of the result.
 
-    Needed rows are found from the last stage to the first. Those beyond the frame are the padding that a stage adds
-    without tiles too; rows made from the padding at other borders are never needed.
+    Needed rows are found from the last stage to the first. Rows beyond the frame are padding that a stage adds itself,
+    with or without tiles; rows that padding at other borders affects are never needed.
 
     Returns:
-        one more slice than stages, each counted from the first row that the stage before made.
+        one more slice than stages, each relative to the first row that the previous stage made.
     """
     needed = [span]
     for stage, rows in zip(reversed(stages), reversed(sizes_along(stages, size)[:-1]), strict=True):

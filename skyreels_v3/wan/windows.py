@@ -1,9 +1,9 @@
-"""The pass structure of a talking avatar, as a plan: audio length -> windows. Pure counting, no torch.
+"""The passes of a talking avatar: audio length -> windows. No torch.
 
-A long video is made in windows of 81 frames. A first pass over the first 81 frames of sound gives *key frames*:
-pictures of how the person may look later on. Each window then begins with what the one before it ended with and ends in
-its key frame, so that the video neither jumps nor drifts. Frames just before a key frame are dropped, since the next
-window makes them again.
+A long video is made in windows of 81 frames. A first pass over the first 81 frames of audio makes *key frames*, images
+of how the person may look later on. Each window then begins with the last frames of the one before and ends in its key
+frame, so that the video neither jumps nor drifts. Frames just before a key frame are dropped: the next window makes
+them again.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 WINDOW_FRAMES = 81
-MOTION_FRAMES = 5  # given at the start of a window, from the one before; and the length of a key frame at its end
+MOTION_FRAMES = 5  # from the window before, at the start of a window; also the length of the key frame at its end
 DROPPED_FRAMES = 12  # at the end of every window but the last
 NEW_FRAMES = WINDOW_FRAMES - MOTION_FRAMES - DROPPED_FRAMES
-MAX_FRAMES = 5000  # 200 s at 25 fps; key frames are laid out over no more, also where the padding goes further
+MAX_FRAMES = 5000  # 200 s at 25 fps; key frames are spread over no more, even if the padding is longer
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Window:
     """One window.
 
     Attributes:
-        start: first frame, counted from the start of the sound.
+        start: first frame, counted from the start of the audio.
         key_frame: frame of the key-frame pass that the window ends in.
-        first, end: the frames of the window that are written are [first, end).
+        first, end: frames [first, end) of the window are written.
     """
 
     start: int
@@ -40,9 +40,9 @@ class Window:
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """All windows for `audio_frames` frames of sound; none where the key-frame pass is long enough to be the answer.
+    """All windows for `audio_frames` frames of audio; none if the key-frame pass is the whole video.
 
-    The sound is lengthened to `padded_frames`, with its own end mirrored, so that the last window is full.
+    The audio is padded to `padded_frames` with its own end, mirrored, so that the last window is full.
     """
 
     audio_frames: int
@@ -51,7 +51,7 @@ class WindowPlan:
 
 
 def plan_windows(audio_frames: int) -> WindowPlan:
-    """The windows for so many video frames of sound."""
+    """The windows for so many video frames of audio."""
     if audio_frames < WINDOW_FRAMES:
         return WindowPlan(audio_frames, audio_frames, ())
     padded = audio_frames + (WINDOW_FRAMES - audio_frames) % NEW_FRAMES
@@ -62,7 +62,7 @@ def make_windows(audio_frames: int, padded: int) -> Iterator[Window]:
     last = min(padded, MAX_FRAMES) - 1
     for start in range(0, padded - WINDOW_FRAMES + 1, NEW_FRAMES):
         is_last = start + WINDOW_FRAMES == padded
-        # the end of each window, brought to the length of the key-frame pass; halves go to the even side
+        # the end of each window, scaled to the length of the key-frame pass and rounded half to even
         key_frame = round(min(start + WINDOW_FRAMES - 1, last) * (WINDOW_FRAMES - 1) / last)
         end = min(WINDOW_FRAMES, audio_frames - start) if is_last else WINDOW_FRAMES - DROPPED_FRAMES
         yield Window(start, key_frame, MOTION_FRAMES if start else 0, end)

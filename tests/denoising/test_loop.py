@@ -1,9 +1,10 @@
-"""The loop, with a model whose predictions are known."""
+"""The loop, with a model whose predictions are known; schedulers against official trajectories."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from skyreels_v3.denoising.guidance import FULL, NO_TEXT, text_guidance
@@ -53,3 +54,37 @@ def test_the_constraint_reaches_every_step():
     assert float([*steps][-1][1].max()) == 4
     assert seen == [1, 2, 3]
     assert levels == scheduler.sigmas.tolist()
+
+
+# Schedulers
+
+
+@pytest.mark.parametrize(
+    ("case", "scheduler"),
+    [
+        ("flow_unipc_shift8", unipc(8, 8.0)),
+        ("diffusers_unipc_shift5", unipc(8, 5.0)),
+        ("avatar_euler_shift11", euler(4, 11.0)),
+    ],
+)
+def test_official_trajectories(reference, case, scheduler):
+    recorded = load_file(reference / "schedulers" / "cases.safetensors")
+    steps = len(scheduler.timesteps)
+    torch.testing.assert_close(scheduler.timesteps, recorded[f"{case}.timesteps"][:steps], atol=1e-3, rtol=0)
+    if f"{case}.sigmas" in recorded:
+        torch.testing.assert_close(scheduler.sigmas, recorded[f"{case}.sigmas"], atol=1e-6, rtol=0)
+    sample = recorded[f"{case}.x"]
+    for step, timestep in enumerate(scheduler.timesteps):
+        sample = scheduler.step(recorded[f"{case}.model_outputs"][step], timestep, sample).prev_sample
+        torch.testing.assert_close(sample, recorded[f"{case}.trajectory"][step], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 200])
+def test_any_number_of_steps_ends_without_noise(steps):
+    """For a velocity that points from the data to the noise, the last step gives the data."""
+    data, noise = torch.full((1, 1, 1, 2, 2), 0.5), torch.ones(1, 1, 1, 2, 2)
+    scheduler = unipc(steps, 8.0)
+    sample = scheduler.sigmas[0] * noise + (1 - scheduler.sigmas[0]) * data
+    for timestep in scheduler.timesteps:
+        sample = scheduler.step(noise - data, timestep, sample).prev_sample
+    torch.testing.assert_close(sample, data, atol=1e-4, rtol=0)
