@@ -186,6 +186,11 @@ NOT_TAKEN = "does not take it"
 CONFLICTS = [
     *bad([*REFERENCE, "--num_frames", "5"], "--duration", {"5": f"conflicts with --num_frames; {ONE}"}),
     *bad(EXTENSION, "--num_frames", {"5": "does not take it; give --duration instead"}),
+    *bad(SPEAKER, "--image", {"a.png": "talking_avatar does not take it; give --input_image instead"}),
+    *bad(AVATAR, "--guidance_scale", {"2.0": "talking_avatar does not take it; give --text_guidance_scale instead"}),
+    *bad(AVATAR, "--duration", {"5": "talking_avatar does not take it; leave it out"}),
+    *bad(REFERENCE[:4], "--input_image", {"a.png": "reference_to_video does not take it; give --ref_imgs instead"}),
+    *bad(I2V[:4], "--ref_imgs", {"a.png": "i2v does not take it; give --image instead"}),
     *bad(REFERENCE, "--image_guidance_scale", {("2", "0"): "give --guidance_scale above 1"}),
     *bad(REFERENCE, "--negative_prompt", {"blur": "give --guidance_scale above 1"}),
     *bad([*REFERENCE, "--guidance_scale", "1"], "--negative_prompt", {"blur": "give --guidance_scale above 1"}),
@@ -203,14 +208,12 @@ CONFLICTS = [
     *(
         next(bad(argv, flag, {value: f"{argv[1]} {NOT_TAKEN}"}))
         for flag, value, others in (
-            ("--ref_imgs", "{files}/good.png", (EXTENSION, SHOT, AVATAR, I2V)),
+            ("--ref_imgs", "{files}/good.png", (EXTENSION, SHOT, AVATAR)),
             ("--input_video", "{assets}/boat.mp4", (REFERENCE,)),
             ("--image", "{files}/good.png", (REFERENCE,)),
-            ("--input_image", "{assets}/portrait.png", (REFERENCE, EXTENSION, I2V)),
+            ("--input_image", "{assets}/portrait.png", (EXTENSION, I2V)),
             ("--input_audio", "{files}/1s.wav", (REFERENCE, EXTENSION)),
             ("--image_guidance_scale", "0", (EXTENSION, AVATAR)),
-            ("--guidance_scale", "2.0", (AVATAR,)),
-            ("--duration", "5", (AVATAR,)),
             ("--num_frames", "5", (AVATAR,)),
             ("--text_guidance_scale", "2.0", (REFERENCE, EXTENSION)),
             ("--audio_guidance_scale", "2.0", (REFERENCE, EXTENSION)),

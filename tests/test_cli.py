@@ -239,23 +239,6 @@ def test_another_number_of_processes_than_torchruns(generate):
     assert made.stderr.startswith("error: rank 0: --gpu_num: 4: 2 processes were started already; leave it out")
 
 
-@pytest.mark.parametrize(
-    ("task", "flag", "way_out"),
-    [
-        ("talking_avatar", "image", "give --input_image instead"),
-        ("reference_to_video", "input_image", "give --ref_imgs instead"),
-        ("i2v", "ref_imgs", "give --image instead"),
-        ("talking_avatar", "guidance_scale", "give --text_guidance_scale instead"),
-        ("single_shot_extension", "num_frames", "give --duration instead"),
-        ("talking_avatar", "duration", "leave it out"),
-    ],
-)
-def test_what_another_task_takes(task, flag, way_out):
-    value = "5" if flag in ("duration", "num_frames", "guidance_scale") else "a.png"
-    with pytest.raises(UserError, match=rf"^--{flag}: {value}(\.0)?: {task} does not take it; {way_out}"):
-        parse_request(["--task_type", task, "--prompt", "x", f"--{flag}", value])
-
-
 PICTURE, STYLE, SOUND = "made Apr 2, 2025, 03_04 PM.png", "style, v2.safetensors", "Hello, take 2.wav"
 SCALED = "http://host/fit,w_300,h_200/a.png?x=1,2"
 LISTS = {
