@@ -1,5 +1,5 @@
-# make demo: a video of each task, on any machine. make test: everything that can be tested without a GPU;
-# make test-quick: what takes less than a minute of it.
+# make demo: a video of each task, on any machine. make test: all tests that need no GPU;
+# make test-quick: those that are not marked slow, in less than a minute.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python generate_video.py --model_id tiny

@@ -1,4 +1,4 @@
-"""Videos from Python, beside those that the command makes."""
+"""The Python API makes the same videos as the command."""
 
 from __future__ import annotations
 

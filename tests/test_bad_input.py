@@ -52,15 +52,15 @@ Words = str | tuple[str, ...]
 
 
 def case(argv: Sequence[str], flag: str, *words: str, name: str = "") -> Any:
-    """A command line, the flag that its error begins with, and what it says after that, in this order."""
+    """A command line, the flag that its error starts with, and words that follow in this order."""
     return pytest.param([*argv], flag, words, id=f"{name or ' '.join(argv)[-50:]}")
 
 
 def bad(argv: Sequence[str], flag: str, values: dict[str | tuple[str, ...], Words]) -> Iterator[Any]:
-    """A good command line made bad by a value of one flag; the error shows it, and the remedy.
+    """Good command lines made bad by a value of one flag; the error shows the value and the remedy.
 
     Args:
-        values: the remedy by value, or by several; a tuple where the value is shown in another way.
+        values: bad values, or tuples of them, with the remedy; a tuple where the value is shown in another way.
     """
     start = argv[1].partition("{files}/")[2] or argv[1]
     if flag in argv:  # given twice, some flags add up
@@ -484,7 +484,7 @@ WORKS_HERE = {  # on some machines
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers by the path's first folder."""
+    """Answers according to the first folder of the path."""
 
     release = threading.Event()  # lets waiting handlers end
 
@@ -562,7 +562,7 @@ def files(tmp_path_factory, write_lossless) -> Path:
 
 
 def write_states(folder: Path) -> None:
-    """What interrupted runs leave: one of the command `LEFT`, and one whose portrait was another."""
+    """Write what two interrupted runs leave: one of the command `LEFT`, and one with another portrait."""
     flags = parse_request(filled(LEFT, folder)).flags | {"height": 32, "width": 32, "dtype": "float32"}
     for name, portrait in (("left", ASSETS / "portrait.png"), ("other", ASSETS / "fox.png")):
         (folder / f"{name}.state").mkdir()
@@ -577,7 +577,7 @@ def filled(argv: Sequence[str], files: Path, server: str = "") -> list[str]:
 
 
 def check_words(line: str, words: Sequence[str]) -> None:
-    """All are in the line, in this order; one with dots in its middle may have more there."""
+    """Check that the line has all words in this order; `...` stands for anything."""
     place = 0
     for part in "...".join(words).split("..."):
         place = line.find(part, place)
@@ -613,7 +613,7 @@ def test_flash_attention_as_it_would_be_chosen_here(refuse, files):
 
 
 def test_a_run_that_is_still_going_on_is_not_resumed(refuse, files):
-    """Another process holds the lock on what it has finished."""
+    """A live run holds a lock on its record."""
     fcntl = pytest.importorskip("fcntl")
     with (files / "left.state" / "request.json").open("r+") as request:
         fcntl.flock(request, fcntl.LOCK_EX)
@@ -630,7 +630,7 @@ sys.exit(f"imported {heavy}" if heavy else code)
 
 
 def test_errors_come_without_torch(files):
-    """Even one that is found late."""
+    """Even an error that is found late."""
     argv = filled([*I2V, "--image", "{files}/cut.png"], files)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", WITHOUT_TORCH, *argv]
@@ -640,7 +640,7 @@ def test_errors_come_without_torch(files):
 
 
 def test_what_an_interrupted_run_left_is_found(files):
-    """The state that the refused cases differ from is a good one."""
+    """The refused cases differ from a state that is accepted."""
     request = parse_request(filled(LEFT, files))
     checked = preflight(request, files).request
     assert (checked.resume, checked.output) == (True, request.output)

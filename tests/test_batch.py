@@ -1,4 +1,4 @@
-"""--jobs: many videos in one run, with the built-in toy; alone, on processes that share them out, and together."""
+"""--jobs: many videos in one run, in one process, in several that share the jobs, and in several together."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_defaults_and_what_overrules_them(write):
 
 
 def test_ids(write):
-    """Of the flags, in whatever order and on whatever line; what only says how it is done is left out."""
+    """An id depends on the flags, not on their order or line, nor on flags that only say how to do the job."""
     turned = dict(reversed(FOX.items()))
     first, again, other = read_jobs(str(write("", FOX, turned, FOX | {"seed": 1})), {})
     assert len({first.id, again.id, other.id}) == 3
@@ -168,7 +168,7 @@ def test_many_writers_and_a_line_that_was_cut_off(tmp_path):
 
 
 def test_what_is_left_to_do(write, tmp_path, caplog):
-    """What failed before comes last; what is done is left out, unless its video is gone."""
+    """Jobs that failed before come last; finished ones are left out unless their video is gone."""
     file = write(*(FOX | {"seed": seed} for seed in range(5)))
     lines, results = read_jobs(str(file), {}), Results(results_file(str(file)))
     (tmp_path / "there").mkdir()  # a folder of frames
@@ -192,7 +192,7 @@ input()
 
 @pytest.mark.slow
 def test_a_job_is_one_runs(write, tmp_path):
-    """As long as that lives; then another's, but not that of one that began before it was done."""
+    """One run claims a job until it ends; then another may, unless it started before the job was done."""
     (job, other) = read_jobs(str(write(FOX, BOAT)), {})
     results = Results(tmp_path / "jobs.results.jsonl")
 
@@ -228,7 +228,7 @@ def test_a_disk_without_locks(write, monkeypatch, caplog):
 
 
 def test_results_of_files_elsewhere(tmp_path, monkeypatch):
-    """Videos are named from where the file of results is."""
+    """Paths of videos are relative to the results file."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "jobs").mkdir()
     results = Results(Path("jobs/a.results.jsonl"))
@@ -276,7 +276,7 @@ def test_what_is_fetched_is_fetched_once(monkeypatch, tmp_path):
 
 @pytest.fixture
 def loads(monkeypatch) -> list[str]:
-    """The tasks that networks were loaded for."""
+    """The tasks whose models were loaded."""
     tasks = []
     load = session.load_components
 
@@ -290,7 +290,7 @@ def loads(monkeypatch) -> list[str]:
 
 @pytest.fixture
 def on_make(monkeypatch) -> Callable[[Callable[[Any], object]], None]:
-    """Have something called with the request before each video is made."""
+    """Call something with the request before each video is made."""
 
     def on_make(act: Callable[[Any], object]) -> None:
         generate = Generator.write
@@ -348,7 +348,7 @@ def test_good_and_bad_lines(main, write, loads, on_make, tmp_path, caplog):
     "mode", [(), ("--offload",), ("--low_vram",), ("--memory", "stream", "--stream_blocks", 1)], ids=str
 )
 def test_a_job_makes_what_a_run_makes(main, write, tmp_path, mode):
-    """Whatever was made before it. In bfloat16, whose products do not depend on where in memory the weights are."""
+    """Whatever was made before it. In bfloat16, whose products do not depend on the alignment of weights."""
     mode = (*mode, "--dtype", "bfloat16", "--no_cache")
     write(
         FOX | {"prompt": "before"},
@@ -365,7 +365,7 @@ def test_a_job_makes_what_a_run_makes(main, write, tmp_path, mode):
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("Tried to allocate 9.00 GiB"), ValueError("odd\nvery odd")])
 def test_one_job_fails(main, write, loads, monkeypatch, error):
-    """The next one gets networks of its own: those that were at work may be in disorder."""
+    """The next job loads its models anew: a failure may leave them in any state."""
     file = write(FOX | {"seed": 1}, FOX | {"seed": 2}, FOX | {"seed": 3}, BOAT)
     transformers: list[weakref.ref[Any]] = []
     denoise, start = Stages.denoise, runtime.start
@@ -419,7 +419,7 @@ def test_interrupted(main, write, on_make):
 
 @pytest.mark.slow
 def test_a_job_goes_on_from_its_finished_passes(main, write, monkeypatch, caplog, tmp_path):
-    """One that names no output, whose seed was drawn."""
+    """A job without an output, whose seed was drawn."""
     talk = {"task_type": "talking_avatar", "input_image": str(ASSETS / "portrait.png"), "prompt": "a", "seed": -1}
     small = {"input_audio": str(ASSETS / "speech.mp3"), "height": 32, "width": 32, "num_inference_steps": 1}
     file = write(talk | small)
@@ -539,7 +539,7 @@ sys.exit(skyreels_v3.main.main(sys.argv[1:]))
 
 @pytest.fixture
 def launch(tmp_path, cache) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the command in two processes of torchrun's."""
+    """Run the command in two processes with torchrun."""
     (tmp_path / "noted.py").write_text(NOTED)
 
     def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -554,7 +554,7 @@ def launch(tmp_path, cache) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 def notes(folder: Path) -> dict[int, set[int]]:
-    """Which processes did which job."""
+    """Ranks by job."""
     did: dict[int, set[int]] = {}
     for line in (folder / "notes").read_text().splitlines():
         number, rank = map(int, line.split())
@@ -581,7 +581,7 @@ def test_two_processes_share_them_out(launch, write, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_together(launch, main, write, tmp_path):
-    """Two tasks; a line that is wrong at once and one that turns out to be."""
+    """Two tasks, a line that is wrong at once, and one that turns out to be wrong later."""
     small = {"height": 32, "width": 32}
     fox, boat = FOX | small | {"seed": -1, "num_frames": 9}, BOAT | small
     lines = [

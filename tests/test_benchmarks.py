@@ -1,4 +1,4 @@
-"""Every benchmark runs, at the smallest size there is, and ends in its JSON line. What it measures is not looked at.
+"""Every benchmark runs at its smallest size and ends in its JSON line. What it measures is not checked.
 
 `memory_vs_length.py` is left out: it has no small size, its lengths are what it is about.
 """
@@ -47,7 +47,7 @@ WRONG = (
 
 
 def run(name: str, arguments: tuple[str, ...], cache: Path) -> subprocess.CompletedProcess[str]:
-    """A benchmark in a process of its own."""
+    """Run a benchmark in a new process."""
     return subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *arguments],
         env=os.environ | {"SKYREELS_CACHE": str(cache), "OMP_NUM_THREADS": "1"},  # on a busy machine threads wait
@@ -57,7 +57,7 @@ def run(name: str, arguments: tuple[str, ...], cache: Path) -> subprocess.Comple
 
 @pytest.mark.slow
 def test_the_gpus_set_at_toy_size(tmp_path, cache):
-    """Each by the path that it takes on a GPU, in one run of the set; a line for each as it ends."""
+    """The whole set, each on the path it takes on a GPU; each writes its line when it ends."""
     made = run("run_all", ("gpu", "--toy", "--out", str(tmp_path)), cache)
     assert made.returncode == 0, made.stdout + made.stderr
     records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -83,7 +83,7 @@ def test_one_that_fails_or_hangs_costs_itself_only(tmp_path, call, status, secon
 
 
 def test_what_fits_is_run(tmp_path, monkeypatch):
-    """Those that take longer than what is left are passed over, and lines are there for all."""
+    """Benchmarks that take longer than the time left are skipped, with a line for each."""
     entries = {name: run_all.Entry("common", (name,), seconds) for name, seconds in (("a", 50), ("b", 90), ("c", 5))}
     clock, limits = [0.0], []
 

@@ -1,4 +1,4 @@
-"""The cache folder: what is stored is found again, and whatever happens to it costs only time."""
+"""The cache folder: what is stored is found again, and damage costs only time."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_folder_that_cannot_be_created(tmp_path):
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
-    """No part of a file is left."""
+    """No partial file is left."""
     prompts = TensorCache(tmp_path, "an encoder")
 
     def full(*arguments: object) -> None:
@@ -100,7 +100,7 @@ def test_the_newest_stay(tmp_path, monkeypatch):
 
 
 def test_identity_of_an_encoder(tmp_path):
-    """It changes with a file's path, size or time of change, and with any other argument."""
+    """It depends on each file's path, size and modification time, and on every other argument."""
     one, two = tmp_path / "one", tmp_path / "two"
 
     def write(file: Path, content: bytes, time: int) -> None:

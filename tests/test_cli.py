@@ -1,4 +1,4 @@
-"""Requests that work: flags, presets, config files and which of them wins."""
+"""Requests that work: flags, presets, config files, and their precedence."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_minus_one_draws_a_seed():
 
 
 def test_relative_paths_begin_where_the_config_file_is(config, tmp_path):
-    """As far as they are there; others may be as a run has recorded them, or a hub's ids."""
+    """Only paths that exist there; others may be recorded by a run, or be hub ids."""
     for name in ("here.png", "both.png", "there/both.png", "there/a.safetensors", "there/model/x", "there/tiny/x"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()
@@ -264,7 +264,7 @@ LISTS = {
 
 @pytest.mark.parametrize("case", LISTS)
 def test_what_commas_separate(case, tmp_path, monkeypatch):
-    """Not the parts of a file's name or of an address; flags add up, and a file's lists are taken as they stand."""
+    """Commas in file names and URLs do not separate; repeated flags add up."""
     name, given, expected = LISTS[case]
     for file in (PICTURE, STYLE, SOUND):
         (tmp_path / file).touch()
@@ -278,7 +278,7 @@ def test_what_commas_separate(case, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("entries", [[PICTURE, "b.png"], ["http://host/a.png,b.png", "c, d.png"]])
 def test_lists_of_a_config_file(entries, tmp_path, monkeypatch):
-    """No commas are looked for in them, and the command line puts its own in their place."""
+    """Their entries are not split at commas, and the command line replaces them."""
     monkeypatch.chdir(tmp_path)
     Path("a.yaml").write_text(yaml.safe_dump({"ref_imgs": entries, "lora": [f"{STYLE}:2"]}))
     request = parse_request([*REFERENCE[:-2], "--config", "a.yaml"])

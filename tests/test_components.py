@@ -1,4 +1,4 @@
-"""What is done to networks after they are loaded."""
+"""What is done to models after loading."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VAES = {
 @pytest.mark.parametrize("name", VAES)
 @torch.inference_mode()
 def test_channels_last_changes_the_layout_alone(name):
-    """Both VAEs have weights of other ranks too, which have no such layout."""
+    """Both VAEs also have weights of other ranks, which keep their layout."""
     torch.manual_seed(0)
     plain = VAES[name]().eval()
     laid_out = copy.deepcopy(plain)

@@ -1,4 +1,4 @@
-"""Texts that would grow, nest or contradict themselves. One that was read to its end would take minutes."""
+"""Texts that expand, nest too deeply or repeat a key are refused early; reading them to the end would take minutes."""
 
 from __future__ import annotations
 

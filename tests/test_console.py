@@ -1,4 +1,4 @@
-"""What cannot be printed costs nothing but the print."""
+"""A stream that cannot be written to costs only the message."""
 
 from __future__ import annotations
 

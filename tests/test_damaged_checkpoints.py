@@ -1,4 +1,4 @@
-"""Checkpoints that are incomplete or damaged: an error that names the folder, what is wrong in it, and the way out."""
+"""Incomplete or damaged checkpoints: the error names the folder, what is wrong in it, and the way out."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def toy(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def damaged(reference, toy, tmp_path) -> Callable[[str], tuple[Path, list[str]]]:
-    """Copy a checkpoint of some layout; gives its root and a command line that needs it.
+    """Copy a checkpoint of a layout; returns its root and a command line that needs it.
 
     Layouts: "diffusers" and "native" are those of V3. "whole" is V1's transformer beside the rest of HunyuanVideo;
     "divided" and "base" are HunyuanVideo's own folder, with the transformer in one of its folders.

@@ -1,4 +1,4 @@
-"""Whole runs on a device that is not the CPU, on any machine: its tensors are the CPU's with another device's name.
+"""Whole runs on a device other than the CPU, on any machine: its tensors are CPU tensors under another device's name.
 
 Whatever mixes tensors of the two is an error, as it is on a GPU.
 """
@@ -28,7 +28,7 @@ BETWEEN = {"_to_copy", "to", "copy_", "index", "index_put_", "_index_put_impl_",
 
 
 class GpuTensor(Tensor):
-    """A tensor of the CPU under the name of the GPU."""
+    """A CPU tensor that claims to be on the GPU."""
 
     held: Tensor
 
@@ -45,14 +45,14 @@ class GpuTensor(Tensor):
 
 
 class Gpu(TorchDispatchMode):
-    """Takes what is made on the GPU or brought there."""
+    """Wraps what is created on the GPU or moved there."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return carried_out(func, args, kwargs or {})
 
 
 class Numbers(TorchFunctionMode):
-    """Numbers of the host's go by way of the CPU, as they do on a GPU; on meta torch leaves them out."""
+    """Moves Python numbers by way of the CPU, as on a GPU; on meta torch drops them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -65,7 +65,7 @@ class Numbers(TorchFunctionMode):
 
 
 def carried_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """An operation on what the tensors hold; the result is where PyTorch would put it."""
+    """Run an operation on the wrapped tensors; the result is on the device where PyTorch would put it."""
     name, tensors = func.overloadpacket.__name__, []
     if name == "_has_compatible_shallow_copy_type":
         return False
@@ -92,14 +92,14 @@ def carried_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def of_cpu(argument: Any) -> Any:
-    """What an operation is really given."""
+    """The CPU argument behind a wrapped one."""
     if isinstance(argument, GpuTensor):
         return argument.held
     return torch.device("cpu") if isinstance(argument, torch.device) else argument
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
-    """torch's function without its kernels, (B, N, L, D)."""
+    """scaled_dot_product_attention in plain operations, (B, N, L, D)."""
     if key.shape[1] != query.shape[1]:  # groups of heads share keys and values
         key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
     scores = query @ key.transpose(-1, -2) * (_.get("scale") or query.shape[-1] ** -0.5)

@@ -1,4 +1,4 @@
-"""What --dry_run says, and what is looked at before anything long begins."""
+"""What --dry_run prints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def described(request: GenerationRequest, checkpoint: Path | None = None) -> dic
 
 
 def test_the_download_and_the_room_for_it(monkeypatch, tmp_path):
-    """As the hub says, or as the published sizes are where it cannot be asked."""
+    """From the hub, or from the published sizes where the hub cannot be reached."""
     files = [DryRunFileInfo("c", size, n, "", size < 9e9, size > 9e9) for n, size in (("a", 3e9), ("b", 40e9))]
 
     def snapshot_download(name: str, allow_patterns: list[str], dry_run: bool) -> list[DryRunFileInfo]:

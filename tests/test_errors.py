@@ -1,4 +1,4 @@
-"""What messages keep to themselves."""
+"""Messages keep secrets and control characters to themselves."""
 
 from __future__ import annotations
 

@@ -23,12 +23,12 @@ EXPERIMENTAL = "experimental: the published weights are said to be trained on on
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What the pipeline warned of."""
+    """Warnings of the pipeline."""
     return [record.message for record in caplog.records if record.name.endswith("avatar")]
 
 
 def sound_of(path: Path) -> str:
-    """What ffmpeg says of a file's sound."""
+    """ffmpeg's description of a file's sound."""
     log = subprocess.run([get_ffmpeg_exe(), "-i", path], capture_output=True, text=True, check=False).stderr
     return next(line for line in log.splitlines() if "Audio:" in line)
 

@@ -40,7 +40,7 @@ TOY_WARNING = "WARNING: tiny is a toy with random weights: it shows that everyth
 
 @pytest.fixture
 def toy(picture) -> tuple[object, ...]:
-    """A command line of a second."""
+    """A command line that takes a second."""
     return (*REFERENCE, "--model_id", "tiny", "--ref_imgs", picture, "--num_frames", "5")
 
 
@@ -291,7 +291,7 @@ def test_videos_that_do_not_say_how_they_were_made(main, tmp_path):
 
 @pytest.fixture
 def address(picture) -> Iterator[str]:
-    """The picture on a web server of this machine, signed."""
+    """The picture's signed URL on a local web server."""
 
     class Handler(SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:

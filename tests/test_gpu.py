@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same video there in every memory mode, kernels, FP8, compilation, less memory."""
+"""What only a GPU can show: equal videos in every memory mode, attention kernels, FP8, compilation, peak memory."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ dist.destroy_process_group()
 
 @pytest.mark.skipif(find_spec("xfuser") is None, reason="xfuser is not installed")
 def test_xdit_alone_agrees(tmp_path):
-    """In a process of its own, as xDiT keeps its state in globals."""
+    """In a new process, since xDiT keeps its state in globals."""
     command = [sys.executable, "-c", XDIT_ALONE]
     made = subprocess.run(command, cwd=ASSETS.parent, capture_output=True, text=True, check=False, timeout=300)
     assert made.returncode == 0, made.stderr
@@ -78,7 +78,7 @@ EXACT = ("--device", "cuda", "--dtype", "float32")
 
 @dataclass(frozen=True)
 class Made:
-    """Final latents of the first pass, and the frames that are written."""
+    """Final latents of the first pass, and the written frames."""
 
     latents: np.ndarray
     frames: np.ndarray
@@ -90,7 +90,7 @@ KNOWN: dict[tuple[str, ...], Made] = {}  # what several tests look at is made on
 
 @pytest.fixture
 def run(main, tmp_path) -> Run:
-    """What a task gives with some flags, made in this process."""
+    """Run a task in this process; equal runs are made once."""
 
     def made(task: str, *flags: object) -> Made:
         key = (task, *map(str, flags))
@@ -108,13 +108,13 @@ def run(main, tmp_path) -> Run:
 
 
 def argv(task: str) -> tuple[object, ...]:
-    """A small video of the toy's."""
+    """A small video of the toy model."""
     size = ("--height", 64, "--width", 96)
     return ("--task_type", task, "--model_id", "tiny", "--prompt", "A boat", *size, *TASKS[task])
 
 
 def close(made: Made, expected: Made) -> bool:
-    """Whether latents are as near as another dtype or kernel leaves them."""
+    """Whether latents differ no more than by another dtype or kernel."""
     return np.abs(made.latents - expected.latents).mean() < 0.1 * expected.latents.std()
 
 
@@ -142,7 +142,7 @@ MORE_MODES = {  # of which one task of a kind says it all
 @pytest.mark.parametrize("quant", [(), ("--quant", "fp8")], ids=["bfloat16", "fp8"])
 @pytest.mark.parametrize("task", TASKS)
 def test_memory_modes(run, task, quant):
-    """In bfloat16, bit for bit: nothing is short here, so the VAE has no tiles in any of them."""
+    """Bit for bit: memory is plenty here, so the VAE uses no tiles in any mode."""
     resident = run(task, *RESIDENT, *quant)
     for flags in (MODES | MORE_MODES if task in MODELS else MODES).values():
         made = run(task, *CUDA, *quant, *flags)
@@ -186,7 +186,7 @@ def test_compiled_blocks(run, task):
 
 
 def largest_model(folder: Path, task: str) -> Path:
-    """A toy with blocks large enough to be seen in the device's memory: about 0.9 GB in bfloat16."""
+    """A toy whose blocks are large enough to show in device memory: about 0.9 GB in bfloat16."""
 
     from skyreels_v3.families import family_of, make_tiny
     from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
@@ -207,7 +207,7 @@ def largest_model(folder: Path, task: str) -> Path:
 
 @pytest.mark.parametrize("task", MODELS)
 def test_streaming_is_pinned_and_takes_less_memory(main, monkeypatch, tmp_path, caplog, task):
-    """In this process, whose allocator keeps the peak."""
+    """In this process, since the peak is its allocator's."""
     from skyreels_v3 import runtime
 
     made: list[runtime.Runtime] = []

@@ -1,4 +1,4 @@
-"""What is said to a flag that there is not, and to a value that is none of the choices."""
+"""Suggestions for unknown flags and for values that are none of the choices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Unusual pictures and sounds that are taken, as a plan shows."""
+"""Unusual pictures and sounds are accepted, as the plan shows."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Made:
 
 @pytest.fixture
 def make(main, tmp_path) -> Callable[..., Made]:
-    """Run a task with the toy; prompts are encoded anew unless the flags say otherwise."""
+    """Run a task with the toy model, without the prompt cache unless `cached`."""
     sound = write_tone(tmp_path / "sound.wav", 0.5)
     runs = iter(range(100))
 

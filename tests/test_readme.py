@@ -1,4 +1,4 @@
-"""Every command of the README is accepted and planned as it stands there."""
+"""Every command of the README is accepted and planned as written."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_command(main, monkeypatch, command):
 
 @pytest.mark.parametrize("command", OLD_COMMANDS, ids=["one-gpu", "several-gpus"])
 def test_commands_by_the_old_name(main, monkeypatch, command):
-    """As they stood in the README of V1, the second one without a task, with a plan that says memory and size."""
+    """As in V1's README, the second one without a task."""
     monkeypatch.chdir(ROOT)
     code, stdout, stderr = main(*shlex.split(command), "--dry_run", default_task="t2v")
     assert code == 0, stderr
@@ -52,7 +52,7 @@ def test_commands_by_the_old_name(main, monkeypatch, command):
 
 
 def test_the_options_page_is_current():
-    """Else: python docs/generate_options.py."""
+    """If it fails: python docs/generate_options.py."""
     made = runpy.run_path(str(ROOT / "docs" / "generate_options.py"))["options_table"]()
     assert made in OPTIONS
     assert all(f"`--{flag.name}`" in made for flag in FLAGS)
@@ -66,7 +66,7 @@ def test_the_files_it_names_exist():
 
 @pytest.mark.slow
 def test_the_python_example(monkeypatch, cache, capsys):
-    """With the toy, in small."""
+    """With the toy model, at a small size."""
     monkeypatch.setenv("SKYREELS_CACHE", str(cache))
     monkeypatch.chdir(ROOT)
     (example,) = re.findall(r"^    from skyreels_v3 import load\n(?:(?:    .*)?\n)+", README, re.MULTILINE)

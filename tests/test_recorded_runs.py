@@ -35,7 +35,7 @@ FIRST_PASS, LATER_PASS = 2e-3, 2e-2
 
 @dataclass(frozen=True)
 class Recording:
-    """The flags of a run, and what was recorded of it.
+    """The flags of a run, and its recorded results.
 
     Attributes:
         latents: final latents, pass by pass.
@@ -85,7 +85,7 @@ def recording(reference, write_lossless, tmp_path) -> Callable[[str, Any], Recor
 
 
 def of_references(folder: Path, meta: dict[str, Any], case: Any, common: tuple[object, ...]) -> Recording:
-    """A run with so many reference images, or "guided", with both guidances."""
+    """A run with `case` reference images; "guided" has all images and both guidances."""
     images = ",".join(str(folder / name) for name in meta["refs"][: None if case == "guided" else case])
     model = folder.parent / "checkpoints" / "reference_to_video"
     flags = (*common, *size_of(meta), "--ref_imgs", images, "--model_id", model)
@@ -107,7 +107,7 @@ def size_of(case: dict[str, Any]) -> tuple[object, ...]:
 
 
 def recorded_clip(recordings: Path, write_lossless, path: Path, height: int, width: int) -> Path:
-    """The recorded input clip, in the size of the run: the recordings took the nearest pixel, index floor(i*in/out)."""
+    """The recorded input clip in the size of the run, by nearest pixels at floor(i * in / out) as recorded."""
     stored = np.load(recordings / "video_input" / "input_frames.npz")
     frames = stored[stored.files[0]]
     rows = np.arange(height) * frames.shape[1] // height
@@ -184,7 +184,7 @@ def test_exact_memory_modes(run, recording, task, case):
 
 @pytest.mark.parametrize(("task", "case"), [*SHORT, ("talking_avatar", "5p8s")])
 def test_fp8(run, recording, task, case):
-    """FP8's distance from float32, in units of bfloat16's own, so that both have whatever this CPU rounds."""
+    """FP8's distance from float32 in units of bfloat16's, which has this CPU's rounding too."""
     flags = recording(task, case).flags
     _, exact = run(*flags, "--dtype", "float32")
     _, plain = run(*flags, "--dtype", "bfloat16")

@@ -1,4 +1,4 @@
-"""Interrupted runs: what they leave, and that they go on to the very video of a run that was left alone."""
+"""Interrupted runs: what they leave, and that they resume to the same video as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SECONDS = {"talking_avatar": 5.6, "single_shot_extension": 6}  # of three passes
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch) -> Iterator[None]:
-    """Here and in the processes started: the sums of one are those of the other, and small tensors are quicker."""
+    """Here and in child processes, so that sums agree; small tensors are also faster."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -81,7 +81,7 @@ def frames_of(path: Path, fps: int) -> np.ndarray:
     [("talking_avatar", 3, 25, signal.SIGINT), ("single_shot_extension", 2, 24, signal.SIGKILL)],
 )
 def test_an_ended_run_goes_on_to_the_same_video(start, main, command, tmp_path, caplog, task, passes, fps, stop):
-    """In the middle of a pass, with a folder of weights that it has made, and to the same latents."""
+    """From the middle of a pass, with the weights folder it has written, to the same latents."""
     working, argv = tmp_path / "working", (*command[task], "--save_latents", "o/a.safetensors")
     more = ("--quant", "--save_quantized", "q")
     run = start(*argv, *more, "--checkpoint_every", "0.05")
@@ -125,7 +125,7 @@ def test_an_ended_run_goes_on_to_the_same_video(start, main, command, tmp_path, 
 
 @pytest.fixture
 def small() -> tuple[object, ...]:
-    """A command line of a second."""
+    """A command line that takes a second."""
     task = ("--task_type", "reference_to_video", "--ref_imgs", ASSETS / "fox.png", "--num_frames", 5)
     return (*task, *TINY[:-2], "--num_inference_steps", 4)
 
@@ -178,7 +178,7 @@ def test_a_run_that_was_complete_is_done(main, small, tmp_path, caplog, output):
 
 
 def test_a_job_that_was_complete_is_done(main, small, tmp_path):
-    """By a run that was killed before it could say so, or clear up."""
+    """By a run that was killed before it could report or clean up."""
     names, values = small[::2], small[1::2]
     flags = {name.removeprefix("--"): str(value) for name, value in zip(names, values, strict=True)}
     (tmp_path / "jobs.jsonl").write_text(json.dumps(flags | {"output": "o/a.mp4"}))
@@ -216,7 +216,7 @@ def test_latents_that_could_not_be_saved_are_saved_later(main, small, monkeypatc
 
 @pytest.mark.slow
 def test_a_full_disk(main, small, small_disk, caplog):
-    """What cannot fit is refused before anything is made; copies that do not fit cost nothing but a warning."""
+    """What cannot fit is refused at once; safety copies that do not fit are only a warning."""
     disk = small_disk(40)
     argv = (*small, "--num_frames", 33, "--height", 96, "--width", 96, "--num_inference_steps", 1, "--output")
     code, _, stderr = main(*argv, "o/a.mp4", "--save_latents", disk / "a.safetensors")
@@ -243,7 +243,7 @@ def save_passes(state: RunState, *values: float) -> None:
 
 
 def leave(record: RunRecord, *values: float) -> Path:
-    """Do as a run that is interrupted after some passes; gives the folder that it leaves."""
+    """Save passes and stop, as an interrupted run; returns its state folder."""
     state = open_state(record)
     save_passes(state, *values)
     state.close(completed=False)
@@ -391,7 +391,7 @@ def test_files_have_the_rights_that_the_user_gives(tmp_path):
 )
 @pytest.mark.parametrize("done", [1, 2, 5, 7])
 def test_denoising_goes_on_after_any_step_to_the_same_latents(tmp_path, make_scheduler, done):
-    """With noise that is drawn at every step, and a model whose every step matters to the next."""
+    """With noise drawn at every step, and a model whose steps depend on the previous one."""
 
     def denoised(state: RunState | None, start: int = 0) -> torch.Tensor:
         scheduler, generator = make_scheduler(), torch.Generator().manual_seed(3)
@@ -425,7 +425,7 @@ def test_denoising_goes_on_after_any_step_to_the_same_latents(tmp_path, make_sch
 
 
 class SimpleModel:
-    """In the place of a transformer."""
+    """Stands in for a transformer."""
 
     def __call__(self, segments: Sequence[Segment], timestep: torch.Tensor, *_: object) -> tuple[torch.Tensor, ...]:
         return tuple(torch.sin(segment.latents * 3 + timestep / 500) for segment in segments)

@@ -1,4 +1,4 @@
-"""Device and dtype choices, noise, and who is on the device when."""
+"""Device and dtype choices, noise, and when modules are on the device."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_residence(mode):
 
 
 def test_a_stream_is_made_once_and_keeps_what_it_was_made_with():
-    """As the transformer's is, before it is first needed."""
+    """As the transformer's is, before its first use."""
     run = start(REQUEST, "stream")
     module = nn.ModuleList([nn.Linear(2, 2) for _ in range(5)])
     made = run.stream(module, module, resident=2, pinned=True)
@@ -82,7 +82,7 @@ def test_a_cpu_has_no_memory_of_its_own():
 
 @pytest.mark.parametrize(("code", "pinned"), [(0, True), (2, False)])
 def test_an_error_of_pinning_is_not_left_for_the_next_kernel(monkeypatch, code, pinned):
-    """On a driver that does as CUDA does: a kernel's launch reports what failed before it, once."""
+    """With a driver that behaves like CUDA: the next kernel launch reports an earlier error, once."""
     pending = []
 
     class Driver:

@@ -1,4 +1,4 @@
-"""Frames on their way from the device: how they lie in memory, and that a thread makes the next ones meanwhile."""
+"""Frames from the device: their memory layout, and the thread that prepares the next ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_frames_lie_as_they_are_written():
 
 
 class Source:
-    """Numbers, and what has become of them."""
+    """Numbers, with a record of which were consumed."""
 
     def __init__(self, fails_at: int = 9) -> None:
         self.fails_at = fails_at

@@ -61,7 +61,7 @@ def test_avatar_sizes(tables, resolution):
 
 
 def test_avatar_540p_is_made_like_the_others():
-    """Sides of multiples of 16, within 3 % of 544 x 960 pixels, the ratio as its key says."""
+    """Sides are multiples of 16, areas within 3 % of 544 x 960 pixels, ratios as their keys say."""
     buckets = load_yaml(CONFIG_DIR / "size_buckets.yaml")["talking_avatar"]["540P"]
     assert len(buckets) > 10
     for ratio, (height, width) in buckets.items():

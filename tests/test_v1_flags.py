@@ -1,4 +1,4 @@
-"""SkyReels V1's command line: its flags, what they stand for here, and what cannot work."""
+"""The flags of SkyReels V1's command line, and what they stand for here."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_cache(text, threshold):
     ],
 )  # fmt: skip
 def test_what_v1_does_nothing_with_is_noted(flags, note, same):
-    """And makes the same request as without it; for other tasks it is an error."""
+    """The request is the same as without it; for other tasks it is an error."""
     request, plain = parse_request([*T2V, *flags]), parse_request([*T2V, *same])
     assert request.notes[0].startswith(note) and len(request.notes) == 1
     assert replace(request, notes=()) == plain
@@ -175,7 +175,7 @@ def test_a_seed_that_leaves_no_room_for_the_others(monkeypatch):
 
 @pytest.mark.parametrize("argv", [T2V, I2V], ids=["t2v", "i2v"])
 def test_what_is_recorded_makes_the_same_request(argv, tmp_path, monkeypatch):
-    """What a video's comment says is ready for --config."""
+    """A video's recorded flags work as --config."""
     flags = ["--num_frames", "100", "--quant", "--cache", "fbcache:0.2", "--fps", "30", "--no_riflex", "--seed", "9"]
     request = parse_request([*argv, *flags])
     monkeypatch.chdir(tmp_path)
