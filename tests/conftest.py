@@ -49,17 +49,6 @@ def reference() -> Path:
 
 
 @pytest.fixture(scope="session")
-def generate() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the command in a new process."""
-
-    def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "generate_video.py"), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, **options)
-
-    return run
-
-
-@pytest.fixture(scope="session")
 def write_lossless() -> Callable[[Path, np.ndarray, int], Path]:
     """Write uint8 [F, H, W, 3] frames as an RGB H.264 clip that decodes to the same values."""
 
@@ -127,10 +116,10 @@ def start(tmp_path, cache) -> Callable[..., subprocess.Popen[str]]:
     for name in ("working", "temporary"):
         (tmp_path / name).mkdir()
 
-    def start(*arguments: object) -> subprocess.Popen[str]:
+    def start(*arguments: object, **variables: str) -> subprocess.Popen[str]:
         command = [sys.executable, str(ROOT / "generate_video.py"), *map(str, arguments)]
         return subprocess.Popen(
-            command, cwd=tmp_path / "working", env=environment,
+            command, cwd=tmp_path / "working", env=environment | variables,
             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 from pathlib import Path
@@ -213,30 +212,33 @@ def test_help_has_a_command_for_each_task():
     assert tuple(parse_request(command).task.name for command in commands) == TASK_NAMES
 
 
-@pytest.mark.slow
-def test_help_and_version(generate):
-    made = generate("--help")
-    assert (made.returncode, made.stderr) == (0, "")
-    assert made.stdout.startswith("usage: python3 generate_video.py --task_type TASK")
-    made = generate("--version")
-    assert (made.returncode, made.stdout, made.stderr) == (0, f"skyreels_v3 {__version__}\n", "")
+TWO = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29500"}
 
 
 @pytest.mark.slow
-def test_the_locale_is_at_fault(generate):
-    ascii_only = os.environ | {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    made = generate(*REFERENCE, "--prompt", "caf\u00e9", env=ascii_only)
-    assert made.returncode == 2
-    assert "UTF-8" in made.stderr and "ascii" in made.stderr and "set PYTHONUTF8=1 or LC_ALL" in made.stderr
-
-
-@pytest.mark.slow
-def test_another_number_of_processes_than_torchruns(generate):
-    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    made = generate(*REFERENCE, "--gpu_num", "4", env=os.environ | ranks | where)
-    assert (made.returncode, made.stdout) == (2, "")
-    assert made.stderr.startswith("error: rank 0: --gpu_num: 4: 2 processes were started already; leave it out")
+@pytest.mark.parametrize(
+    ("argv", "variables", "code", "words"),
+    [
+        (["--help"], {}, 0, ["usage: python3 generate_video.py --task_type TASK"]),
+        (["--version"], {}, 0, [f"skyreels_v3 {__version__}\n"]),
+        (
+            [*REFERENCE, "--prompt", "caf\u00e9"], {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+            2, ["error: --prompt: ", "UTF-8", "ascii", "set PYTHONUTF8=1 or LC_ALL"],
+        ),
+        (
+            [*REFERENCE, "--gpu_num", "4"], TWO | {"MASTER_ADDR": "127.0.0.1"},
+            2, ["error: rank 0: --gpu_num: 4: 2 processes were started already; leave it out"],
+        ),
+        ([*REFERENCE, "--shift", "nan"], {}, 2, ["error: --shift: nan", "give a number from 0.01 to 100"]),
+    ],
+    ids=["help", "version", "locale", "torchrun", "usage"],
+)  # fmt: skip
+def test_the_command(start, argv, variables, code, words):
+    run = start(*argv, **variables)
+    stdout, stderr = run.communicate()
+    assert run.returncode == code
+    said, nothing = (stderr, stdout) if code else (stdout, stderr)
+    assert said.startswith(words[0]) and all(word in said for word in words) and nothing == ""
 
 
 PICTURE, STYLE, SOUND = "made Apr 2, 2025, 03_04 PM.png", "style, v2.safetensors", "Hello, take 2.wav"

@@ -23,11 +23,14 @@ def tables(reference):
     return json.loads((reference / "misc" / "tables.json").read_text())
 
 
-@pytest.mark.parametrize("task", [name for name in TASK_NAMES if name not in ("talking_avatar", "t2v", "i2v")])
-@pytest.mark.parametrize("resolution", RESOLUTIONS)
-def test_sizes(tables, task, resolution):
+CHOICES = [(name, size, size) for name in TASK_NAMES if name.endswith(("video", "extension")) for size in RESOLUTIONS]
+CHOICES += [("talking_avatar", size, f"avatar_{size}") for size in ("480P", "720P")]
+
+
+@pytest.mark.parametrize(("task", "resolution", "column"), CHOICES)
+def test_sizes(tables, task, resolution, column):
     for row in tables["size_choice"]:
-        assert choose_size(task_spec(task), resolution, row["height"], row["width"]) == tuple(row[resolution])
+        assert choose_size(task_spec(task), resolution, row["height"], row["width"]) == tuple(row[column])
 
 
 def test_roll_outs(tables):
@@ -51,13 +54,6 @@ def test_condition_frames():
 
 def test_latent_frames():
     assert [latent_frames(frames) for frames in (1, 5, 25, 121)] == [1, 2, 7, 31]
-
-
-@pytest.mark.parametrize("resolution", ["480P", "720P"])
-def test_avatar_sizes(tables, resolution):
-    for row in tables["size_choice"]:
-        expected = tuple(row[f"avatar_{resolution}"])
-        assert choose_size(task_spec("talking_avatar"), resolution, row["height"], row["width"]) == expected
 
 
 def test_avatar_540p_is_made_like_the_others():
