@@ -25,9 +25,19 @@ NOT_IN_THE_WHEEL = ("training", "benchmarks", "tests")
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 
 
-def read_imports() -> dict[tuple[str, str], set[str]]:
-    """Files by (importing room, imported room); imports inside functions and for typing count too."""
-    found: dict[tuple[str, str], set[str]] = defaultdict(set)
+def module_of(name: str) -> str | None:
+    """The longest part of a dotted name in the package that is a module."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        path = PACKAGE.parent.joinpath(*parts[:length])
+        if path.with_suffix(".py").is_file() or (path / "__init__.py").is_file():
+            return ".".join(parts[:length])
+    return None
+
+
+def read_imports() -> dict[str, set[str]]:
+    """The modules that each module imports; imports inside functions and for typing count too."""
+    found: dict[str, set[str]] = defaultdict(set)
     for path in PACKAGE.rglob("*.py"):
         file = path.relative_to(PACKAGE)
         for node in ast.walk(ast.parse(path.read_text())):
@@ -36,11 +46,12 @@ def read_imports() -> dict[tuple[str, str], set[str]]:
                 assert not node.level, f"{file}: relative import"
                 names = [f"{node.module}.{name}" for name in names]
             for name in names:
-                package, _, rest = name.partition(".")
+                package = name.partition(".")[0]
                 assert package not in NOT_IN_THE_WHEEL, f"{file}: imports {package}"
-                if package == PACKAGE.name and (PACKAGE / "__init__.py" != path):
-                    found[file.parts[0].removesuffix(".py"), rest.split(".")[0]].add(str(file))
-    return {(room, other): files for (room, other), files in found.items() if room != other and other in LAYER}
+                module = module_of(name) if package == PACKAGE.name else None
+                if module is not None and PACKAGE / "__init__.py" != path:
+                    found[".".join((PACKAGE.name, *file.with_suffix("").parts))].add(module)
+    return found
 
 
 IMPORTS = read_imports()
@@ -51,15 +62,24 @@ def test_every_room_has_a_layer() -> None:
     assert rooms - {"__init__"} == LAYER.keys()
 
 
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
 def test_nothing_imports_upward() -> None:
-    upward = {pair: files for pair, files in IMPORTS.items() if LAYER[pair[0]] < LAYER[pair[1]]}
+    pairs = {(module, other) for module, others in IMPORTS.items() for other in others if room_of(other) in LAYER}
+    upward = {pair for pair in pairs if LAYER[room_of(pair[0])] < LAYER[room_of(pair[1])]}
     assert not upward
 
 
-def test_no_circles() -> None:
-    below = defaultdict(set)
-    for room, other in IMPORTS:
-        below[room].add(other)
+@pytest.mark.parametrize("what", ["modules", "rooms"])
+def test_no_circles(what: str) -> None:
+    below: dict[str, set[str]] = defaultdict(set)
+    for module, others in IMPORTS.items():
+        for other in others:
+            pair = (module, other) if what == "modules" else (room_of(module), room_of(other))
+            if pair[0] != pair[1]:
+                below[pair[0]].add(pair[1])
     try:
         TopologicalSorter(below).prepare()
     except CycleError as error:

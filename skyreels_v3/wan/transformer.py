@@ -530,11 +530,7 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         grid = tokens.reshape(tokens.shape[0], frames, rows, columns, *patch, -1)
         return grid.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
-    def set_attention(
-        self,
-        attention: AttentionFn,
-        cross_attention: AttentionFn | None = None,
-    ) -> None:
+    def set_attention(self, attention: AttentionFn, cross_attention: AttentionFn | None = None) -> None:
         """Set the attention functions.
 
         Args:

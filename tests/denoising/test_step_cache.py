@@ -193,28 +193,6 @@ def test_the_blocks_come_back(make):
     assert dict(model.named_modules()) == modules
 
 
-def test_after_an_error_a_step_can_be_made_again():
-    """What was kept is gone by then, and must not be missed."""
-    model, cache, calls = wan(), StepCache(0.0), []
-
-    def broken(*_):
-        calls.append(1)
-        if len(calls) == 2:
-            raise MemoryError
-
-    model.blocks[-1].register_forward_pre_hook(broken)
-
-    def under(name, predict):
-        try:
-            return cache.under(name, predict)
-        except MemoryError:
-            return cache.under(name, predict)
-
-    with cache.attached(model):
-        out = walk(model, under)
-    assert torch.equal(out, walk(model, uncached))
-
-
 class Others:
     """A group whose other process has the sums that are given: of changes, and of sizes."""
 

@@ -73,34 +73,20 @@ def locate_base(request: GenerationRequest, checkpoint: Path | None) -> Path | N
 # Folders
 
 
-def test_the_rest_beside_the_transformer(whole):
-    request = request_for("--model_id", whole)
-    assert locate(request) == whole
-    assert locate_base(request, whole) == whole
-
-
-def test_a_folder_of_its_own(divided):
+def test_where_the_other_components_are(divided, toy):
+    """Beside the transformer or in a folder of their own, which goes first; else they must be fetched."""
     transformer, base = divided
-    request = request_for("--model_id", transformer, "--base_model_id", base)
-    assert locate(request) == transformer
-    assert locate_base(request, transformer) == base
+    given = request_for("--model_id", transformer, "--base_model_id", base)
+    assert locate(given) == transformer
+    assert locate_base(given, transformer) == base
     assert locate_base(request_for("--base_model_id", f"{base}/"), None) == base  # the transformer on a hub
-
-
-def test_a_given_folder_goes_before_what_is_beside(divided, toy):
-    _, base = divided
-    assert locate_base(request_for("--base_model_id", base), toy) == base
-
-
-@pytest.mark.parametrize("task", ["t2v", "i2v"])
-def test_what_must_be_fetched(divided, task):
-    """Where the flag names a hub's model, or there is no flag and nothing beside the transformer."""
-    transformer, base = divided
-    assert locate_base(request_for(task=task), None) is None
-    assert locate_base(request_for(task=task), transformer) is None
-    assert locate_base(request_for("--base_model_id", "some/base", task=task), None) is None
-    assert locate_base(request_for("--base_model_id", "some/base", task=task), base) is None
-    assert task_spec(task).base_model_id == BASE_ID
+    assert locate_base(given, toy) == base
+    assert locate_base(request_for("--model_id", toy), toy) == toy
+    for task in ("t2v", "i2v"):
+        assert locate_base(request_for(task=task), None) is None
+        assert locate_base(request_for(task=task), transformer) is None
+        assert locate_base(request_for("--base_model_id", "some/base", task=task), base) is None
+        assert task_spec(task).base_model_id == BASE_ID
 
 
 @pytest.mark.parametrize(
@@ -186,28 +172,20 @@ def test_only_what_is_needed_is_fetched(fetched, toy, flags, name):
     assert taken == set(files) - {*TRANSFORMER, "model_index.json"}
 
 
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (OSError("no route\nto host"), "no route"),
-        (ValueError(), "ValueError"),
-        (RuntimeError("401 Client Error"), "401 Client Error"),
-    ],
-)
-def test_a_download_that_fails(monkeypatch, error, reason):
+@pytest.mark.parametrize(("flags", "name"), [((), BASE_ID), (("--base_model_id", "some/base"), "some/base")])
+def test_a_download_that_fails(monkeypatch, flags, name):
     """One line about the base's flag, whoever named it."""
 
     def fail(*_: object, local_files_only: bool = False, **__: object) -> None:
-        raise LocalEntryNotFoundError("nothing is here yet") if local_files_only else error
+        raise LocalEntryNotFoundError("nothing is here yet") if local_files_only else OSError("no route\nto host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    for flags, name in (((), BASE_ID), (("--base_model_id", "some/base"), "some/base")):
-        with pytest.raises(UserError) as caught:
-            download_base(request_for("--model_id", "some/model", *flags))
-        assert str(caught.value) == (
-            f"--base_model_id: {name} could not be fetched from huggingface ({reason}); check the id and the "
-            "connection, try --model_source modelscope, or download it elsewhere and give its folder"
-        )
+    with pytest.raises(UserError) as caught:
+        download_base(request_for("--model_id", "some/model", *flags))
+    assert str(caught.value) == (
+        f"--base_model_id: {name} could not be fetched from huggingface (no route); check the id and the "
+        "connection, try --model_source modelscope, or download it elsewhere and give its folder"
+    )
 
 
 # Both folders at work

