@@ -201,15 +201,7 @@ def plan(checked: Checked, machine: Machine, ranks: Ranks = SINGLE) -> Plan:
         degrees=degrees,
     )
     result = replace(result, stages=stages(result, weights, math.ceil(terms / degrees.cfg)))
-    policy = choose_policy(
-        request.memory,
-        result.peak,
-        result.streamed_from_host,
-        request.stream_blocks,
-        request.high_cpu_memory,
-        machine.free_device,
-        machine.free_host,
-    )
+    policy = choose_policy(request, result.peak, result.streamed_from_host, machine.free_device, machine.free_host)
     return replace(result, policy=policy)
 
 

@@ -45,18 +45,17 @@ def locate(request: GenerationRequest, repository: Repository, beside: Path | No
     flag = repository.flag
     name = getattr(request, flag.removeprefix("--"))
     if name is None:
-        if beside is None or not all((beside / folder).is_dir() for folder in repository.folders):
-            return None
-        folder, flag = beside, "--model_id"
+        found = beside is not None and all((beside / folder).is_dir() for folder in repository.folders)
+        folder, flag = beside if found else None, "--model_id"
     else:
         example = f"an id such as {repository.model_id}"
         choices = f"a folder, {example}, or {TINY}" if flag == "--model_id" else f"a folder, or {example}"
-        if (named := local_folder(name, flag, f"give {choices}")) is None:
+        folder = local_folder(name, flag, f"give {choices}")
+        if folder is None:
             refuse_other_tasks(request)
             check_client(request)
-            return None
-        folder = named
-    repository.check(folder, flag)
+    if folder is not None:
+        repository.check(folder, flag)
     return folder
 
 
@@ -88,9 +87,8 @@ def refuse_other_tasks(request: GenerationRequest) -> None:
     for other in map(task_spec, TASK_NAMES):
         published = request.model_id in (other.model_id, *other.also_published_as)
         if published and other.model_id != request.task.model_id:
-            reason = f"{request.model_id} is the checkpoint of {other.name}"
-            needs = f"{request.task.name} needs {request.task.model_id}"
-            raise UserError("--model_id", f"{reason}; {needs}, or give --task_type {other.name}")
+            remedy = f"{request.task.name} needs {request.task.model_id}, or give --task_type {other.name}"
+            raise UserError("--model_id", f"{request.model_id} is the checkpoint of {other.name}; {remedy}")
 
 
 def model_id_of(request: GenerationRequest, repository: Repository) -> str:

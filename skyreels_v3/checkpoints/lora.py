@@ -266,7 +266,7 @@ def apply_loras(model: Any, loras: Sequence[Lora], fuse: bool) -> None:
     shapes = shapes_of(model)
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     fused: Changes = {}
-    live: list[tuple[dict[str, Change], float]] = []
+    live: list[tuple[Tensors, float]] = []
     for lora in loras:
         changes, left_out = read_lora(Path(lora.source), shapes, model.native_names, lora.partial)
         way = "fused" if fuse else "live"
@@ -274,15 +274,17 @@ def apply_loras(model: Any, loras: Sequence[Lora], fuse: bool) -> None:
         if left_out:
             message = "LoRA %s: %d entries are left out, the model has nothing for %s"
             logger.warning(message, lora.source, len(left_out), name_some(left_out))
-        pairs: dict[str, Change] = {}
+        state: Tensors = {}
         for name, made in changes.items():
-            if not fuse and name in linear and len(made) == 1 and made[0].down is not None:
-                pairs[name] = made[0]
+            down, layer = made[0].down, name.removesuffix(".weight")
+            if down is not None and not fuse and name in linear and len(made) == 1:
+                state[f"{layer}.lora_A.weight"] = down
+                state[f"{layer}.lora_B.weight"] = made[0].up.float() * made[0].scale
             else:
                 scaled = [replace(change, scale=change.scale * lora.scale) for change in made]
                 fused.setdefault(name, []).extend(scaled)
-        if pairs:
-            live.append((pairs, lora.scale))
+        if state:
+            live.append((state, lora.scale))
     for name, made in fused.items():
         place, _, parameter = name.rpartition(".")
         weight = nn.Parameter(updated(model.get_parameter(name), made), requires_grad=False)
@@ -291,19 +293,13 @@ def apply_loras(model: Any, loras: Sequence[Lora], fuse: bool) -> None:
         attach(model, live)
 
 
-def attach(model: Any, loras: Sequence[tuple[Mapping[str, Change], float]]) -> None:
-    """Wrap the model's layers in PEFT's; A and B get the dtype of their layer."""
+def attach(model: Any, loras: Sequence[tuple[Tensors, float]]) -> None:
+    """Wrap the model's layers in PEFT's, for adapters with their scales; A and B get the dtype of their layer."""
     names = [f"adapter_{number}" for number in range(len(loras))]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs are meant
-        for adapter, (pairs, _) in zip(names, loras, strict=True):
-            state: Tensors = {}
-            for name, pair in pairs.items():
-                assert pair.down is not None
-                layer = name.removesuffix(".weight")
-                up = pair.up if pair.scale == 1 else pair.up.float() * pair.scale
-                state |= {f"{layer}.lora_A.weight": pair.down, f"{layer}.lora_B.weight": up}
-            model.load_lora_adapter(state, prefix=None, adapter_name=adapter, low_cpu_mem_usage=True)
+        for name, (state, _) in zip(names, loras, strict=True):
+            model.load_lora_adapter(state, prefix=None, adapter_name=name, low_cpu_mem_usage=True)
     model.set_adapters(names, [scale for _, scale in loras])
     model.requires_grad_(False).eval()  # PEFT's new layers are set up for training
 

@@ -60,38 +60,30 @@ RESIDENT = Policy("resident", "")
 
 
 def choose_policy(
-    wanted: str,
-    peak: Peak,
-    streamed: int,
-    stream_blocks: int,
-    pin_all: bool,
-    free_device: int | None,
-    free_host: int,
+    request: GenerationRequest, peak: Peak, streamed: int, free_device: int | None, free_host: int
 ) -> Policy:
     """The fastest mode and the fewest tiles that fit; where none fit, the ones that need least.
 
     Args:
-        wanted: a memory mode, or "auto".
+        request: names a memory mode or "auto", the number of resident blocks, and what to pin.
         peak: bytes on the device in a mode, with a tiling.
         streamed: bytes of the blocks that stay in host memory in mode "stream".
-        stream_blocks: resident blocks in mode "stream".
-        pin_all: pin what is streamed, whatever its share of the host's memory.
         free_device: free bytes on the device, None if it has no memory of its own.
         free_host: free bytes of host memory.
     """
-    mode, reason = wanted, "asked for"
+    mode, reason, blocks = request.memory, "asked for", request.stream_blocks
     if free_device is None:
-        if wanted == "auto":
+        if mode == "auto":
             mode, reason = "resident", "the device has no memory of its own"
-        return Policy(mode, reason, stream_blocks)
+        return Policy(mode, reason, blocks)
     usable = int((free_device - RESERVE) / MARGIN)
-    if wanted == "auto":
+    if mode == "auto":
         mode = next((mode for mode in MEMORY_MODES if peak(mode, TILINGS[-1]) <= usable), MEMORY_MODES[-1])
         need = peak(mode, TILINGS[-1])
         reason = f"needs about {giga(need)}" + (", which may be too much" if need > usable else "")
     tiles = next((tiles for tiles in TILINGS if peak(mode, tiles) <= usable), TILINGS[-1])
-    pinned = mode == "stream" and streamed <= (1.0 if pin_all else PINNED_SHARE) * free_host
-    return Policy(mode, f"{reason}; {giga(free_device)} free", stream_blocks, pinned, tiles)
+    pinned = mode == "stream" and streamed <= (1.0 if request.high_cpu_memory else PINNED_SHARE) * free_host
+    return Policy(mode, f"{reason}; {giga(free_device)} free", blocks, pinned, tiles)
 
 
 def resident_blocks(blocks: int, count: int) -> set[int]:

@@ -40,7 +40,8 @@ def test_no_torch():
 def choose(free: int | None, wanted: str = "auto", host: int = 256 * GB, blocks: int = 0) -> Policy:
     """For 45, 35 or 7 GB at the peak, and 28 GB that are streamed from the host."""
     peaks = {"resident": 45, "offload": 35, "stream": 7}
-    return choose_policy(wanted, lambda mode, tiles: peaks[mode] * GB, 28 * GB, blocks, False, free, host)
+    asked = request(memory=wanted, stream_blocks=blocks)
+    return choose_policy(asked, lambda mode, tiles: peaks[mode] * GB, 28 * GB, free, host)
 
 
 def free_for(need: float) -> int:
