@@ -98,113 +98,117 @@ class GenerationRequest:
         group="Input")
     prompt: str = flag("", "what happens in the video")
     negative_prompt: str = flag("", "what to avoid; needs --guidance_scale above 1")
-    image: str | None = some(None, "picture that the video begins with (i2v), path or URL", metavar="IMAGE",
+    image: str | None = some(None, "first frame of the video (i2v), path or URL", metavar="IMAGE",
         path="input")
     ref_imgs: tuple[str, ...] = some((), "1-4 reference images, paths or URLs", metavar="IMAGE[,IMAGE...]",
         path="input", several=True)
     input_video: str | None = some(None, "clip to extend (or, by talking_avatar, to dub), path or URL",
         metavar="CLIP", path="input")
     input_image: str | None = some(None, "portrait of the speaker, path or URL", metavar="IMAGE", path="input")
-    input_audio: tuple[str, ...] = some((), "speech: sound file or video, path or URL; two for two speakers",
-        metavar="SOUND[,SOUND]", path="input", several=True)
-    audio_type: str = some("parallel", "two speakers at once (default) or one after the other",
+    input_audio: tuple[str, ...] = some((), "speech: audio file or video, path or URL; two for two speakers",
+        metavar="AUDIO[,AUDIO]", path="input", several=True)
+    audio_type: str = some("parallel", "two speakers talk at once (default) or one after the other",
         choices=("parallel", "sequential"))
     speaker_boxes: tuple[tuple[int, int, int, int], ...] = some((),
-        "where the two speakers are in the portrait (default: its halves)", metavar="X0,Y0,X1,Y1;...")
-    keyframes: tuple[tuple[str, float], ...] = some((), "pictures that windows end in, instead of generated ones",
+        "where the two speakers are in the portrait, in pixels (default: its halves)", metavar="X0,Y0,X1,Y1;...")
+    keyframes: tuple[tuple[str, float], ...] = some((), "images for windows to end on, instead of generated frames",
         metavar="IMAGE@SECONDS[,...]", path="input", several=True)
-    window_prompt: str = some("", "prompt of the windows after the first pass; 'same' for --prompt")
+    window_prompt: str = some("", "prompt for the windows after the first pass; 'same' for --prompt")
     duration: int = some(5, "whole seconds of new video (default: the task's)", int, group="Size and length")
     num_frames: int | None = some(None,
         "frames of new video, 4k+1, instead of --duration (reference_to_video, t2v, i2v)", int, low=1, high=100000)
     fps: int | None = some(None, "frames per second of the file (t2v, i2v; default: 24)", int, low=1, high=120)
-    resolution: str = some("720P", "size bucket (default: 720P); the sides follow the input's shape",
+    resolution: str = some("720P", "size bucket (default: 720P); height and width follow the input's aspect ratio",
         choices=RESOLUTIONS)
     height: int | None = flag(None, "in pixels, a multiple of 16, instead of --resolution", int, low=SIZE_MULTIPLE,
         high=MAX_SIDE)
     width: int | None = flag(None, "in pixels, a multiple of 16, instead of --resolution", int, low=SIZE_MULTIPLE,
         high=MAX_SIDE)
-    seed: int = flag(42, "same seed, same video; -1 draws one (default: 42)", int, low=-1, high=MAX_SEED,
+    seed: int = flag(42, "same seed, same video; -1 for a random one (default: 42)", int, low=-1, high=MAX_SEED,
         group="Sampling")
     num_inference_steps: int = flag(8, "denoising steps (default: the task's)", int, low=1, high=200)
     shift: float | None = flag(5.0, "shift of the noise schedule (default: the task's)", float, low=0.01, high=100)
     guidance_scale: float = some(1.0, "text guidance; 1 is off (default; t2v and i2v: 6)", float, low=0, high=100)
-    embedded_guidance_scale: float = some(1.0, "guidance that V1's model takes as an input (default: 1)", float, low=0,
-        high=100)
-    image_guidance_scale: float = some(1.0, "guidance by the reference images, on top of text guidance", float, low=0,
+    embedded_guidance_scale: float = some(1.0, "guidance that V1's transformer takes as an input (default: 1)",
+        float, low=0, high=100)
+    image_guidance_scale: float = some(1.0, "guidance from the reference images, on top of text guidance", float, low=0,
         high=100)
     text_guidance_scale: float = some(1.0, "text guidance of talking_avatar; 1 is off (default)", float, low=0,
         high=100)
-    audio_guidance_scale: float = some(1.0, "guidance by the sound of talking_avatar; 1 is off (default)", float,
+    audio_guidance_scale: float = some(1.0, "audio guidance of talking_avatar; 1 is off (default)", float,
         low=0, high=100)
-    color_correction_strength: float = some(1.0, "1 keeps the portrait's colours (default), 0 is off", float, low=0,
+    color_correction_strength: float = some(1.0, "1 keeps the portrait's colors (default), 0 is off", float, low=0,
         high=1)
-    sequence_batch: bool = flag(False, "accepted as in V1, changes nothing: guidance is computed term by term", bool)
-    no_riflex: bool = some(False, "do without RIFLEx: beyond 192 frames the video repeats itself (t2v, i2v)", bool)
-    cache: float | None = flag(None, "skip blocks in steps that change little; off by default",
+    sequence_batch: bool = flag(False, "accepted as in V1, no effect: guidance terms always run one after the other",
+        bool)
+    no_riflex: bool = some(False, "turn RIFLEx off: beyond 192 frames the video repeats itself (t2v, i2v)", bool)
+    cache: float | None = flag(None, "skip blocks in steps that change little (default: off)",
         metavar="fbcache[:THRESHOLD]")
-    model_id: str = flag("", "hub id or folder of the checkpoint (default: the task's own); 'tiny' for a built-in toy",
+    model_id: str = flag("", "hub id or folder of the checkpoint (default: the task's own); 'tiny' for a toy model",
         group="Checkpoint", path="hub")
     base_model_id: str | None = some(None, "hub id or folder of HunyuanVideo, for its encoders and VAE (t2v, i2v)",
         path="hub")
     model_source: str = flag("huggingface", "hub to download from (default: huggingface)",
         choices=("huggingface", "modelscope"))
-    lora: tuple[Lora, ...] = flag((), "LoRAs to add: files, folders or hub ids, each with a scale",
+    lora: tuple[Lora, ...] = flag((), "LoRAs to apply: files, folders or hub ids, each with a scale",
         metavar="LORA[:SCALE[:partial]][,...]", path="hub", several=True)
-    device: str = flag("auto", "where to compute (default: auto)", choices=DEVICES, group="Memory and speed")
-    dtype: str | None = flag(None, "of the matrix products (default: bfloat16 on a GPU, float32 on a CPU)",
+    device: str = flag("auto", "device to compute on (default: auto)", choices=DEVICES, group="Memory and speed")
+    dtype: str | None = flag(None, "dtype of matrix products (default: bfloat16 on a GPU, float32 on a CPU)",
         choices=DTYPES)
-    memory: str = unrecorded("auto", "what stays on the device (default: auto, by what is free)",
+    memory: str = unrecorded("auto", "what stays on the device (default: auto, depending on free memory)",
         choices=("auto", *MEMORY_MODES))
-    offload: bool = flag(False, "only the component at work is on the device: --memory offload", bool)
-    low_vram: bool = flag(False, "stream the transformer's blocks, in FP8: --memory stream --quant fp8", bool)
-    stream_blocks: int = unrecorded(0, "blocks of a streamed transformer that stay on the device", int, low=0, high=999)
-    parameters_level: bool = flag(False, "with --offload: --memory stream", bool)
-    high_cpu_memory: bool = unrecorded(False, "pin all that is streamed, however much host memory that takes", bool)
+    offload: bool = flag(False, "keep only the component at work on the device: same as --memory offload", bool)
+    low_vram: bool = flag(False, "stream the transformer's blocks in FP8: same as --memory stream --quant fp8", bool)
+    stream_blocks: int = unrecorded(0, "number of blocks of a streamed transformer to keep on the device",
+        int, low=0, high=999)
+    parameters_level: bool = flag(False, "with --offload: same as --memory stream", bool)
+    high_cpu_memory: bool = unrecorded(False, "pin everything that is streamed, however much host memory it takes",
+        bool)
     quant: str | None = flag(None,
-        "weights in FP8 (fp8, also without a value); fp8_dynamic computes in FP8 as well (Ada GPUs and later)",
+        "weights in FP8 (fp8, the default value); fp8_dynamic also computes in FP8 (Ada GPUs and later)",
         choices=QUANTIZATIONS, bare="fp8")
-    save_quantized: Path | None = unrecorded(None, "also save the checkpoint in FP8, as a folder for --model_id",
+    save_quantized: Path | None = unrecorded(None, "also save the FP8 checkpoint, as a folder for --model_id",
         metavar="FOLDER", path="output", only_in_line="write it into the lines, a name for each")
-    vae_dtype: str = flag("float32", "of the VAE (default: float32)", choices=DTYPES)
+    vae_dtype: str = flag("float32", "dtype of the VAE (default: float32)", choices=DTYPES)
     attention: str = flag("auto", "attention kernel (default: auto)", choices=ATTENTIONS)
-    compile: bool = flag(False, "compile the transformer's blocks; the first step takes longer", bool)
-    compiler_transformer: bool = flag(False, "the same as --compile", bool)
-    no_cache: bool = unrecorded(False, "neither keep encoded prompts for later runs nor use kept ones", bool)
-    gpu_num: int = run_flag(1, "start this many processes here, one for each GPU, with --use_usp", int, low=1, high=64,
-        group="Several GPUs")
-    use_usp: bool = run_flag(False, "share the work among the processes that torchrun starts, one for each GPU", bool)
-    ulysses_degree: int | None = parallel(None, "processes that exchange tokens for heads (default: as many as can)",
+    compile: bool = flag(False, "compile the transformer's blocks; makes the first step slower", bool)
+    compiler_transformer: bool = flag(False, "same as --compile", bool)
+    no_cache: bool = unrecorded(False, "do not cache encoded prompts or use cached ones", bool)
+    gpu_num: int = run_flag(1, "start this many processes on this machine, one per GPU, with --use_usp",
+        int, low=1, high=64, group="Several GPUs")
+    use_usp: bool = run_flag(False, "make each video on all processes started by torchrun, one per GPU", bool)
+    ulysses_degree: int | None = parallel(None, "Ulysses sequence parallelism degree (default: as large as possible)",
         int, low=1, high=4096)
-    ring_degree: int | None = parallel(None, "processes that pass keys and values around (default: the rest)", int,
+    ring_degree: int | None = parallel(None, "ring attention degree (default: the rest)", int,
         low=1, high=4096)
     cfg_degree: int | None = parallel(None,
-        "processes that share the guidance (default: one per term, if that divides them)", int, low=1, high=3)
-    shard_weights: bool = parallel(False, "divide the transformer's weights among the processes", bool)
-    broadcast_weights: bool = parallel(False, "read the weights in one process and send them to the others", bool)
+        "processes to split the guidance terms over (default: one per term, if that divides the world size)",
+        int, low=1, high=3)
+    shard_weights: bool = parallel(False, "shard the transformer's weights over the processes (FSDP2)", bool)
+    broadcast_weights: bool = parallel(False, "read the weights in one process and broadcast them to the others", bool)
     output: Path | None = unrecorded(None,
         "an .mp4, or a folder ending in / for PNG frames (default: result/TASK/SEED_TIME.mp4)", metavar="PATH",
         group="Output", path="output", only_in_line="write it into the lines, a name for each")
-    outdir: str | None = unrecorded(None, "put the video into results/FOLDER, named by prompt, seed and number",
+    outdir: str | None = unrecorded(None, "put the video into results/FOLDER, named after prompt, seed and number",
         metavar="FOLDER")
-    include_input: bool = some(False, "write the input clip and its extension as one video", bool)
-    no_metadata: bool = unrecorded(False, "leave out of the video what made it", bool)
-    save_latents: Path | None = unrecorded(None, "also write the final latents of each pass",
+    include_input: bool = some(False, "write the input clip and the extension as one video", bool)
+    no_metadata: bool = unrecorded(False, "do not store the flags in the video's metadata", bool)
+    save_latents: Path | None = unrecorded(None, "also save the final latents of each pass",
         metavar="FILE.safetensors", path="output", only_in_line="write it into the lines, a name for each")
-    resume: bool = run_flag(False, "continue the interrupted run of the same command, or start where there is none",
+    resume: bool = run_flag(False, "continue an interrupted run of the same command, or start it",
         bool, only_in_line="leave it out, the same command goes on by itself")
-    checkpoint_every: float = unrecorded(60.0, "seconds between safety copies while denoising (default: 60; 0: none)",
-        float, low=0, high=86400)
+    checkpoint_every: float = unrecorded(60.0,
+        "seconds between saved states while denoising, for resuming (default: 60; 0: none)", float, low=0, high=86400)
     video_num: int = run_flag(1, "make this many videos, with consecutive seeds", int, low=1, high=10000,
         group="Many videos", only_in_line="write a line for each")
-    jobs: str | None = run_flag(None, "make a video for each line: its flags as a JSON object", metavar="FILE.jsonl",
-        path="input")
-    url_timeout: float = flag(1.2, "seconds to wait for a server's answer (default: 1.2)", float, low=0.05, high=600,
+    jobs: str | None = run_flag(None,
+        "make one video per line of the file, a JSON object of flags", metavar="FILE.jsonl", path="input")
+    url_timeout: float = flag(1.2, "seconds to wait for a server to respond (default: 1.2)", float, low=0.05, high=600,
         group="Other")
     allow_private_urls: bool = run_flag(False, "also fetch inputs from this machine and private networks", bool)
-    dry_run: bool = run_flag(False, "check everything and print the plan; load and download no weights", bool)
-    quiet: bool = run_flag(False, "warnings and the result only", bool)
-    verbose: bool = run_flag(False, "more about what is done, and tracebacks of errors", bool)
+    dry_run: bool = run_flag(False, "check everything and print the plan, without loading or downloading weights", bool)
+    quiet: bool = run_flag(False, "print only warnings and the result", bool)
+    verbose: bool = run_flag(False, "log more detail, and tracebacks of errors", bool)
     # fmt: on
     # derived
     audio_seconds: float | None = None  # None until the input has been opened

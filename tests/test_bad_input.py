@@ -86,7 +86,7 @@ COMMAND_LINE = [
     case(["--task_type", "reference_to_video", "--prompt", "a"], "--ref_imgs", "missing", "1-4"),
     case(["--task_type", "single_shot_extension", "--prompt", "a"], "--input_video", "missing", "clip to extend"),
     case(["--task_type", "shot_switching_extension", "--prompt", "a"], "--input_video", "missing", "clip to extend"),
-    case(["--task_type", "i2v", "--prompt", "a"], "--image", "missing", "picture that the video begins with"),
+    case(["--task_type", "i2v", "--prompt", "a"], "--image", "missing", "first frame of the video"),
     case([*SPEAKER, "--input_audio", "{files}/6s.wav"], "--input_image", "missing", "portrait of the speaker"),
     case([*SPEAKER, *PORTRAIT], "--input_audio", "missing", "speech"),
     case(["--task_type", "reference_to_video", "--ref_imgs", "{files}/good.png"], "--prompt", "missing", "say what"),
