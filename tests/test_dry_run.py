@@ -60,15 +60,8 @@ def test_the_toy_downloads_nothing_and_is_told_in_small_units(task):
 
 def test_the_time_is_told_where_it_was_measured(monkeypatch, tmp_path):
     monkeypatch.setenv("SKYREELS_CACHE", str(tmp_path / "cache"))
-    request = GenerationRequest(
-        task=task_spec("talking_avatar"),
-        model_id="a/b",
-        prompt="p",
-        height=480,
-        width=480,
-        audio_seconds=8,
-        device="cpu",
-    )
+    size = {"height": 480, "width": 480, "audio_seconds": 8, "device": "cpu"}
+    request = GenerationRequest(task=task_spec("talking_avatar"), model_id="a/b", prompt="p", **size)
     made = planned(request)
     assert throughput.seconds_of(made) is None
     throughput.store(made, 21, 100.0)
