@@ -13,7 +13,7 @@ from skyreels_v3.parallel.ranks import SINGLE, Ranks
 from skyreels_v3.plan import Checked, Plan, plan
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.resolve import AssetResolver, resolve
-from skyreels_v3.runtime import find_machine, set_environment
+from skyreels_v3.runtime import find_machine, free_memory, set_environment
 
 if TYPE_CHECKING:
     from skyreels_v3.generate import Generator
@@ -44,6 +44,8 @@ class Worker:
         """The plan of a resolved request, and a generator that fits it."""
         from skyreels_v3.generate import Generator
 
+        if self.generator is None:
+            free_memory.cache_clear()  # measured before anything is loaded
         made = plan(checked, find_machine(checked.request, self.ranks), self.ranks)
         if self.generator is not None and not self.generator.fits(made):
             self.unload()
