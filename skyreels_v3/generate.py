@@ -72,7 +72,7 @@ class Generator:
             # closed before the outcome is logged: an open progress bar would write after it
             made_by = "" if request.no_metadata else comment(record)
             frames = all_frames(plan, self.events(plan, state), latents)
-            with closing(frames), naming_room(request.output):
+            with closing(frames), explain_full_disk(request.output):
                 path = write(plan, frames, made_by, state.folder)
             completed = request.save_latents is None or state.failed
             if request.save_latents is not None:
@@ -87,7 +87,7 @@ class Generator:
         assert plan.checkpoint is not None
         repositories = family_of(plan.request.task).repositories(plan.request.task)
         folders = plan.checkpoint, others_of(plan.checkpoint, plan.request)
-        with naming_room(folder):
+        with explain_full_disk(folder):
             save_quantized(self.components.transformer, [*zip(folders, repositories, strict=False)], folder, workspace)
 
 
@@ -127,7 +127,7 @@ def all_frames(plan: Plan, events: Iterable[Event], latents: list[Tensor]) -> ab
 
 
 @contextmanager
-def naming_room(path: Path) -> Iterator[None]:
+def explain_full_disk(path: Path) -> Iterator[None]:
     """Have the error of a full disk say what could not be written, and how much is free."""
     try:
         yield

@@ -46,7 +46,7 @@ def preflight(request: GenerationRequest, downloads: Path, ranks: Ranks = SINGLE
     """
     check_device(request.device)
     check_compute(request)
-    with commas_explained(request):
+    with explain_commas(request):
         request, checkpoint = locate_checkpoint(request)
         if ranks.is_main:
             check_on_hub(request)
@@ -74,7 +74,7 @@ def preflight(request: GenerationRequest, downloads: Path, ranks: Ranks = SINGLE
 
 
 @contextmanager
-def commas_explained(request: GenerationRequest) -> Iterator[None]:
+def explain_commas(request: GenerationRequest) -> Iterator[None]:
     """Have an error about a missing one of several entries say that commas separate them."""
     try:
         yield
