@@ -1,7 +1,9 @@
-"""Files: is an input readable, can an output be written, and under which name does it end up.
+"""Files: inputs from paths and URLs, whether an output can be written, and how it gets its name.
 
-Whatever takes long to make is written under a hidden temporary name and given its final name by `publish` once it is
+What takes long to make is written under a hidden temporary name, and `publish` gives it its final name when it is
 complete. So a file under its final name is always whole, and nothing is ever overwritten.
+
+A folder for downloads belongs to one run, and each download gets a new name in it.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ NAME_RESERVE = 16  # bytes that `publish` may add to a name
 RUN_FOLDER = "skyreels-"  # prefix of a run's temporary folder
 IN_USE = ".in-use"  # a file in that folder, locked while the run lives
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+MAX_IMAGE_BYTES = 64 << 20  # of a download
+MAX_VIDEO_BYTES = 1 << 30
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(data|file|mailto):", re.IGNORECASE)
 
 
 class MediaError(RuntimeError):
@@ -45,11 +50,57 @@ class MediaError(RuntimeError):
         self.reason = reason
 
 
+def local_file(
+    source: str,
+    flag: str,
+    folder: Path,
+    timeout: float,
+    max_bytes: int = MAX_VIDEO_BYTES,
+    progress: bool = True,
+    allow_private: bool = False,
+) -> Path:
+    """A readable, non-empty local file for a path or an http(s) URL.
+
+    Args:
+        folder: where downloads go; the caller removes it. A URL is downloaded into it once.
+        timeout: seconds to wait for the connection and for each answer of the server (--url_timeout).
+        max_bytes: largest download.
+        progress: show a bar on stderr for large downloads.
+        allow_private: also download from this machine and private networks.
+
+    Raises:
+        UserError: there is no such file, the scheme is not http or https, or the download fails.
+    """
+    scheme = SCHEME.match(source)
+    if scheme is None:
+        if not source.strip():
+            raise UserError(flag, "an empty path; give a file or an http(s) address")
+        path = Path(os.path.expanduser(source))
+        check_readable(path, flag)
+        return path
+    if (scheme[1] or scheme[2]).lower() not in ("http", "https"):
+        reason = "only http and https addresses are fetched; download it and give the path"
+        raise UserError(flag, f"{format_value(source)}: {reason}")
+    if source == redact_url(source) and ("://...@" in source or source.endswith("?...")):
+        raise UserError(flag, f"{format_value(source)}: its query or password was not recorded; give the whole address")
+    record = folder / f"{hashlib.sha256(source.encode()).hexdigest()}.path"  # also read by this run's other processes
+    if not record.is_file():
+        from skyreels_v3.media.download import download  # only URLs pay for it
+
+        record.write_text(download(source, flag, folder, timeout, max_bytes, progress, allow_private).name)
+    return folder / record.read_text()
+
+
+def is_url(source: str) -> bool:
+    """Whether a source is a URL, not a path."""
+    return SCHEME.match(source) is not None
+
+
 def check_readable(path: Path, flag: str) -> None:
     """Check that `path` is a readable, non-empty file.
 
     Raises:
-        UserError: it is missing, empty, unreadable, a folder or another thing that is no regular file.
+        UserError: it is missing, empty, unreadable or not a regular file.
     """
     try:
         mode = path.stat().st_mode
@@ -235,54 +286,3 @@ def follow_umask(path: Path) -> None:
         if each.is_dir() or each.stat().st_nlink == 1:
             with suppress(OSError):  # a file system without permissions
                 each.chmod((0o777 if each.is_dir() else 0o666) & ~mask)
-
-
-MAX_IMAGE_BYTES = 64 << 20
-MAX_VIDEO_BYTES = 1 << 30
-SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(data|file|mailto):", re.IGNORECASE)
-
-
-def local_file(
-    source: str,
-    flag: str,
-    folder: Path,
-    timeout: float,
-    max_bytes: int = MAX_VIDEO_BYTES,
-    progress: bool = True,
-    allow_private: bool = False,
-) -> Path:
-    """A readable, non-empty local file for a path or an http(s) URL.
-
-    Args:
-        folder: where downloads go; the caller owns and removes it. A URL that was downloaded there before is not again.
-        timeout: seconds to wait for the connection and for each answer of the server (`--url_timeout`).
-        max_bytes: largest download.
-        progress: show a bar on stderr for large downloads.
-        allow_private: also download from this machine and private networks.
-
-    Raises:
-        UserError: there is no such file, the scheme is another one, or the download fails.
-    """
-    scheme = SCHEME.match(source)
-    if scheme is None:
-        if not source.strip():
-            raise UserError(flag, "an empty path; give a file or an http(s) address")
-        path = Path(os.path.expanduser(source))
-        check_readable(path, flag)
-        return path
-    if (scheme[1] or scheme[2]).lower() not in ("http", "https"):
-        reason = "only http and https addresses are fetched; download it and give the path"
-        raise UserError(flag, f"{format_value(source)}: {reason}")
-    if source == redact_url(source) and ("://...@" in source or source.endswith("?...")):
-        raise UserError(flag, f"{format_value(source)}: its query or password was not recorded; give the whole address")
-    record = folder / f"{hashlib.sha256(source.encode()).hexdigest()}.path"  # also read by this run's other processes
-    if not record.is_file():
-        from skyreels_v3.media.download import download  # only URLs pay for it
-
-        record.write_text(download(source, flag, folder, timeout, max_bytes, progress, allow_private).name)
-    return folder / record.read_text()
-
-
-def is_url(source: str) -> bool:
-    """Whether a source is a URL, not a path."""
-    return SCHEME.match(source) is not None
