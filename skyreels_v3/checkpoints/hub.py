@@ -1,7 +1,7 @@
 """Where a checkpoint or a LoRA is: in a folder on this machine, or on a hub, from which it is fetched. No torch.
 
-Only the files that the task needs are fetched. The hub's client keeps them in its cache, where later runs find them,
-offline too, and resumes interrupted downloads.
+Only the files that the task needs are fetched. The hub's client keeps them in its cache, where later runs find them
+without asking the hub. After an interrupted download, the next one fetches the files that are not complete.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Collection, Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
@@ -122,14 +123,29 @@ def bytes_to_fetch(request: GenerationRequest, repository: Repository) -> tuple[
 
 
 def download(request: GenerationRequest, repository: Repository) -> Path:
-    """Fetch the files of a repository that are not in the cache, and return their folder, checked.
+    """Fetch the files of a repository, unless they are in the cache, and return their folder, checked.
 
     Raises:
         UserError: the hub cannot be reached, or does not have the model or all of its files; says what to do.
     """
-    folder = fetch(request, model_id_of(request, repository), repository.patterns, repository.flag)
-    repository.check(folder, repository.flag)
+    name, flag = model_id_of(request, repository), repository.flag
+    if (folder := cached(request, name)) is not None:
+        with suppress(UserError):  # not complete
+            repository.check(folder, flag)
+            return folder
+    folder = fetch(request, name, repository.patterns, flag)
+    repository.check(folder, flag)
     return folder
+
+
+def cached(request: GenerationRequest, model_id: str) -> Path | None:
+    """The folder of a model in the cache of Hugging Face's client, complete or not; the hub is not asked."""
+    if request.model_source != "modelscope":
+        from huggingface_hub import snapshot_download
+
+        with suppress(OSError, ValueError):
+            return Path(snapshot_download(model_id, local_files_only=True, allow_patterns=[]))
+    return None
 
 
 def fetch(request: GenerationRequest, model_id: str, patterns: Iterable[str], flag: str) -> Path:
@@ -197,7 +213,7 @@ def list_files(request: GenerationRequest, model_id: str, flag: str) -> list[str
     try:
         return [file.rfilename for file in HfApi().model_info(model_id, timeout=LIST_SECONDS).siblings or ()]
     except Exception as error:  # as in `fetch`
-        if status_of(error) in (401, 403, 404):
+        if status_of(error) in (401, 403, 404) and cached(request, model_id) is None:
             raise fetch_error(request, model_id, flag, error) from error
         logger.debug("the files of %s cannot be listed: %s", model_id, error)
         return []
@@ -209,7 +225,7 @@ def check_on_hub(request: GenerationRequest) -> None:
         if locate_lora(lora.source) is None:
             lora_on_hub(lora.source, request)
     base = request.base_model_id
-    if base is not None and not os.path.isdir(os.path.expanduser(base)):
+    if base is not None and not os.path.isdir(os.path.expanduser(base)) and cached(request, base) is None:
         list_files(request, base, "--base_model_id")
 
 
@@ -270,6 +286,8 @@ def lora_on_hub(name: str, request: GenerationRequest) -> tuple[str, str | None]
     match = HUB_LORA.fullmatch(name)
     assert match, f"{name} is no hub id of a LoRA"
     model_id, file = match[1], match[2]
+    if file is not None and (folder := cached(request, model_id)) is not None and (folder / file).is_file():
+        return model_id, file
     listed = list_files(request, model_id, "--lora")
     if listed and file is None:
         file = choose_lora(listed, name)
@@ -288,9 +306,11 @@ def download_lora(name: str, request: GenerationRequest) -> Path:
         UserError: the hub cannot be reached or does not have the file; says what to do.
     """
     model_id, file = lora_on_hub(name, request)
-    settings = (Path(file or LORA_CONFIG).parent / LORA_CONFIG).as_posix()
-    wanted = [*(LORA_FILES if file is None else [file]), settings]
-    folder = fetch(request, model_id, map(glob.escape, wanted), "--lora")
+    folder = cached(request, model_id)
+    if folder is None or file is None or not (folder / file).is_file():
+        settings = (Path(file or LORA_CONFIG).parent / LORA_CONFIG).as_posix()
+        wanted = [*(LORA_FILES if file is None else [file]), settings]
+        folder = fetch(request, model_id, map(glob.escape, wanted), "--lora")
     path = folder / (file or choose_lora(os.listdir(folder), name))
     check_lora_file(path)
     return path
