@@ -1,24 +1,24 @@
 # docker build --tag skyreels .
 # docker run --rm --gpus all --shm-size 8g --user "$(id -u)" --volume skyreels:/cache --volume "$PWD:/work" skyreels \
 #     generate --task_type t2v --prompt "FPS-24, A cat at a pool"
-# Checkpoints and caches are kept in /cache; inputs and outputs are relative to /work.
+# Checkpoints and caches live in /cache; input and output paths are relative to /work.
 ARG TORCH_IMAGE=pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime
 FROM ${TORCH_IMAGE}
 
-# --compile: triton builds its launchers with a C compiler
+# for --compile: triton builds its launchers with a C compiler
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev \
     && rm -rf /var/lib/apt/lists/*
 
-# the image's Python belongs to the system
+# the image's Python is the system's
 ENV PIP_BREAK_SYSTEM_PACKAGES=1 \
     PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 
 WORKDIR /opt/skyreels
 COPY requirements.txt ./
-# without torch, which the image has
+# torch comes with the image
 RUN sed '/^torch==/d' requirements.txt > others.txt \
     && pip install --requirement others.txt
 COPY LICENSE README.md pyproject.toml setup.py ./
@@ -26,7 +26,7 @@ COPY configs configs
 COPY skyreels_v3 skyreels_v3
 RUN pip install --no-deps --no-build-isolation .
 
-# any user id may write there, so that --user can make outputs belong to whoever started the container
+# writable by any user id, so that with --user the outputs belong to whoever started the container
 RUN useradd --no-log-init --create-home --uid 10001 skyreels \
     && install --directory --mode 1777 /cache /work
 ENV HOME=/cache \

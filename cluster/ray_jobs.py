@@ -1,12 +1,11 @@
-"""The jobs of a file on a Ray cluster: an actor for each GPU, or with --device cpu for each CPU, makes one at a time.
+"""Runs a jobs file on a Ray cluster: one actor per GPU (per CPU with --device cpu), each making one video at a time.
 
     pip install ray
     python cluster/ray_jobs.py --jobs jobs.jsonl --low_vram
 
-Flags are those of generate_video.py that can stand beside --jobs, and so is all else: the results go into the same file,
-and a job that is done there is skipped. Ray is started on this machine, unless RAY_ADDRESS names a cluster. On several
-machines the checkout, the inputs and the outputs must be on a disk that all of them see under the same path, since the
-actors work in the folder in which this is called:
+Takes the flags of generate_video.py that --jobs allows, and keeps the same results file: jobs that are done in it are
+skipped. Starts Ray on this machine unless RAY_ADDRESS names a cluster. On several machines the checkout, inputs and
+outputs must be on a shared disk under the same path, because the actors work in the folder you call this from:
 
     ray job submit --address http://HEAD:8265 -- bash -c "cd /shared/checkout && python cluster/ray_jobs.py --jobs jobs.jsonl"
 """  # noqa: E501  a command
@@ -20,54 +19,54 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout, nothing installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installing
 
 import ray
 
-from skyreels_v3.batch import (
-    Job,
-    Results,
-    Studio,
-    carry_out,
-    failure,
-    left_to_do,
-    read_jobs,
-    record,
-    report,
-    results_file,
-)
+from skyreels_v3.batch import Job, Results, choose_jobs, failure, read_jobs, results_file, run_job
 from skyreels_v3.cli import parse_flags, verbosity_of
 from skyreels_v3.console import escape_unknown, say
 from skyreels_v3.errors import UserError
 from skyreels_v3.main import set_up_logging
 from skyreels_v3.parallel.processes import INTERRUPTED, handle_signals
 from skyreels_v3.parallel.ranks import SINGLE
+from skyreels_v3.worker import Worker
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+class LastResult(Results):
+    """Keeps a result for the main process, which has the file."""
+
+    def __init__(self) -> None:
+        self.result: Mapping[str, Any] = {}
+
+    def record(self, result: Mapping[str, Any]) -> None:
+        self.result = result
+
+
 @ray.remote
-class Worker:
-    """Makes videos on its GPU, or its CPU.
+class Actor:
+    """Makes videos on its GPU or CPU.
 
     Args:
-        folder: where relative paths begin.
+        folder: the working directory, which relative paths start from.
     """
 
     def __init__(self, folder: str) -> None:
         os.chdir(folder)
         set_up_logging(-1, SINGLE)
-        self.studio = Studio(SINGLE, SINGLE)
+        self.worker = Worker()
 
-    def carry_out(self, job: Job) -> dict[str, Any]:
-        """Do a job; returns its result."""
-        results: list[dict[str, Any]] = []
-        carry_out(job, self.studio, results.append)
-        return results[0]
+    def run_job(self, job: Job) -> Mapping[str, Any]:
+        """Run a job; returns its result."""
+        last = LastResult()
+        run_job(job, self.worker, last)
+        return last.result
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run a command line; returns the exit code, one of generate_video.py's."""
+    """Run a command line; returns an exit code, the same as generate_video.py."""
     escape_unknown()
     handle_signals(SINGLE)
     try:
@@ -83,23 +82,24 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(flags: Mapping[str, Any]) -> int:
-    """Carry out --jobs; returns the exit code."""
+    """Run the jobs; returns the exit code."""
     for name in ("use_usp", "dry_run"):
         if flags.get(name):
-            raise UserError(f"--{name}", "is not for actors that make a video each; give it to generate_video.py")
+            raise UserError(f"--{name}", "does not work with one video per actor; use generate_video.py")
     if "jobs" not in flags:
-        raise UserError("--jobs", "missing; give a file with a request in each line")
+        raise UserError("--jobs", "missing; give a file with one request per line")
     defaults = {name: value for name, value in flags.items() if name not in ("jobs", "verbose")}
-    jobs = read_jobs(flags["jobs"], defaults | {"quiet": True})  # many progress bars are none
+    jobs = read_jobs(flags["jobs"], defaults | {"quiet": True})  # no progress bars: several would mix
     results = Results(results_file(flags["jobs"]))
-    todo = left_to_do(jobs, results, SINGLE)
-    failed = share_out(todo, results, on_cpu=flags.get("device") == "cpu") if todo else 0
-    report(failed, len(jobs), results.path)
+    todo = choose_jobs(jobs, results, SINGLE)
+    failed = run_on_actors(todo, results, on_cpu=flags.get("device") == "cpu") if todo else 0
+    if failed:
+        say(f"error: {failed} of {len(jobs)} jobs failed; {results.path} says why\n")
     return 1 if failed else 0
 
 
-def share_out(todo: Sequence[Job], results: Results, on_cpu: bool) -> int:
-    """Have actors take the jobs one after the other; returns how many went wrong."""
+def run_on_actors(todo: Sequence[Job], results: Results, on_cpu: bool) -> int:
+    """Hand each job to the next idle actor; returns how many failed."""
     ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}, logging_level="warning")
     kind, options = ("CPU", {"num_cpus": 1}) if on_cpu else ("GPU", {"num_gpus": 1})
     count = int(ray.cluster_resources().get(kind, 0))
@@ -111,27 +111,27 @@ def share_out(todo: Sequence[Job], results: Results, on_cpu: bool) -> int:
     while waiting or running:
         while waiting and idle:
             if results.claim(job := waiting.popleft()):
-                worker = idle.pop()
-                running[worker.carry_out.remote(job)] = worker, job
+                actor = idle.pop()
+                running[actor.run_job.remote(job)] = actor, job
         if not running:
             break
         (ended,), _ = ray.wait([*running])
-        worker, job = running.pop(ended)
+        actor, job = running.pop(ended)
         try:
             result = ray.get(ended)
-        except ray.exceptions.RayError as error:  # the actor is dead, of the host's lack of memory perhaps
+        except ray.exceptions.RayError as error:  # the actor died, perhaps because the host ran out of memory
             result = {"job": job.number, "id": job.id, "status": "error", **failure(error)}
-            worker = start(options)
-        record(results, result)
+            actor = start(options)
+        results.record(result)
         failed += result["status"] != "done"
-        idle.append(worker)
-    ray.shutdown()  # what the actors say comes late, and the last line is ours
+        idle.append(actor)
+    ray.shutdown()  # the actors' output arrives late, and the last line is ours
     return failed
 
 
 def start(options: Mapping[str, int]) -> Any:
-    """A new actor."""
-    return Worker.options(**options).remote(os.getcwd())
+    """Start an actor."""
+    return Actor.options(**options).remote(os.getcwd())
 
 
 if __name__ == "__main__":
