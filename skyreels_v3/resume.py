@@ -24,12 +24,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from skyreels_v3.errors import UserError, format_value
-from skyreels_v3.media.files import reason_of, replace_file
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing keeps a second run from a folder in use
-    fcntl = None  # type: ignore[assignment]
+from skyreels_v3.media.files import lock, reason_of, replace_file
 
 if TYPE_CHECKING:
     import torch
@@ -277,18 +272,6 @@ def claim(folder: Path, record: RunRecord) -> Left:
         request.close()
         raise
     return folder, request, left
-
-
-def lock(request: IO[str]) -> None:
-    """Lock an open file for this process; raises BlockingIOError if another one has it."""
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(request, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if isinstance(error, BlockingIOError):
-            raise
-        logger.debug("%s: this file system has no locks (%s)", request.name, error)
 
 
 def state_folder(output: Path, number: int = 1) -> Path:

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from skyreels_v3.errors import UserError, format_value, redact_url
 
@@ -147,27 +147,32 @@ def check_writable(path: Path, flag: str) -> None:
 def run_folder() -> Iterator[Path]:
     """A temporary folder for the length of a `with` block. Also removes the folders of runs that were killed."""
     for marker in Path(tempfile.gettempdir()).glob(f"{RUN_FOLDER}*/{IN_USE}"):
-        with suppress(OSError, ImportError), marker.open("rb") as file:
-            lock(file)
-            shutil.rmtree(marker.parent)
+        with suppress(OSError), marker.open("rb") as file:
+            if lock(file):
+                shutil.rmtree(marker.parent)
     folder = tempfile.TemporaryDirectory(prefix=RUN_FOLDER, ignore_cleanup_errors=True)
     with folder as name, Path(name, f"{IN_USE}.new").open("xb") as file:
-        with suppress(OSError, ImportError):
-            lock(file)
+        if lock(file):
             os.rename(file.name, Path(name, IN_USE))  # nobody ever sees it unlocked
         yield Path(name)
 
 
-def lock(file: IO[bytes]) -> None:
-    """Lock a file until it is closed, if only by the end of the process.
+def lock(file: IO[Any]) -> bool:
+    """Lock a file until it is closed, if only by the end of the process; False where there are no locks.
 
     Raises:
-        OSError: another process holds the lock, or the file system has none.
-        ImportError: on Windows.
+        BlockingIOError: another process holds the lock.
     """
-    import fcntl
+    try:
+        import fcntl  # not on Windows
 
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except (OSError, ImportError) as error:
+        logger.debug("%s cannot be locked (%s)", file.name, error)
+        return False
+    return True
 
 
 def replace_file(path: Path, content: bytes) -> None:
