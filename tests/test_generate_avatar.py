@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import struct
 import subprocess
 from pathlib import Path
 
@@ -87,16 +86,3 @@ def test_a_dubbed_clip_is_experimental(main, tmp_path, caplog):
     assert code == 0, stderr
     assert warnings_of(caplog) == [EXPERIMENTAL]
     assert probe_video(tmp_path / "a.mp4", 25).frames == 13
-
-
-@pytest.mark.parametrize("sample", [float("nan"), float("inf")])
-def test_samples_that_are_no_numbers(main, tmp_path, sample):
-    samples = np.zeros(16_000, "<f4")
-    samples[5000] = sample
-    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 3, 1, 16_000, 64_000, 4, 32)
-    data = struct.pack("<4sI", b"data", samples.nbytes) + samples.tobytes()
-    (tmp_path / "bad.wav").write_bytes(struct.pack("<4sI4s", b"RIFF", 4 + len(form + data), b"WAVE") + form + data)
-    code, stdout, stderr = main(*AVATAR, "--input_audio", "bad.wav", "--output", "o/a.mp4", "--quiet")
-    assert (code, stdout) == (2, "")
-    assert stderr.splitlines()[-1].startswith("error: --input_audio: bad.wav has samples that are not finite numbers")
-    assert not (tmp_path / "o").exists()
