@@ -46,10 +46,8 @@ class HunyuanTextEncoder:
     @torch.inference_mode()
     def encode(self, prompt: str) -> dict[str, Tensor]:
         """`context` (1, L, D) of the prompt's own tokens and `pooled` (1, P)."""
-        quiet: dict[str, Any] = {
-            "add_special_tokens": False,
-            "verbose": False,
-        }  # the tokenizers warn about other limits
+        # the tokenizers would warn about limits of their own
+        quiet: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
         length, clip_length = (len(t(prompt, **quiet).input_ids) for t in (self.tokenizer, self.clip_tokenizer))
         if length > TEXT_TOKENS:
             logger.warning("the prompt has %d tokens; only the first %d are used", length, TEXT_TOKENS)

@@ -33,9 +33,7 @@ AUDIO_REACH = 2  # a video frame sees the audio of so many frames before and aft
 SILENT = (NO_AUDIO, NO_TEXT_NO_AUDIO)
 
 Texts = Mapping[str, Encoded]  # the encoded prompt of each condition
-Known = tuple[
-    Tensor, Tensor | None
-]  # first and last frames of a pass (1, 3, K, H, W) in [-1, 1]; None: the last are new
+Known = tuple[Tensor, Tensor | None]  # first and last frames of a pass, (1, 3, K, H, W) in [-1, 1]
 
 
 class Avatar:

@@ -87,3 +87,8 @@ def test_every_component_has_published_bytes(task):
     (repository,) = family.repositories(spec)
     assert repository.components.keys() <= family.published_bytes(spec).keys()
     assert repository.components.keys() == {"transformer", *family.component_parameters(spec)}
+
+
+def test_the_published_avatar():
+    """In GB: transformer 38.1, UMT5 11.4, VAE 0.5, wav2vec2 0.4, and 4.8 of CLIP, whose file holds a text tower too."""
+    assert sum(family.published_bytes(task_spec("talking_avatar")).values()) == pytest.approx(55.2e9, abs=0.1e9)
