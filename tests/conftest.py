@@ -34,7 +34,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-LONGEST = ("test_distributed.py", "test_sequence_parallel.py", "test_recorded_runs.py")
+LONGEST = (
+    "test_distributed.py", "test_memory_modes.py", "test_generate_video.py", "test_resume.py", "test_packaging.py",
+    "test_compile.py", "test_recorded_runs.py", "test_launch.py", "test_save.py", "test_devices.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

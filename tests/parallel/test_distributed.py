@@ -289,7 +289,7 @@ def test_interrupted_all_end(number, begin, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--use_usp", "--height", "31", "--width", "64"), "error: rank 0: --height: 31 is not a multiple of 16"),
+        (("--use_usp", "--height", "31", "--width", "64"), "error: rank 0: --height: 31: not a multiple of 16"),
         (("--use_usp", "--ulysses_degree", "3"), "error: rank 0: --ulysses_degree: 3: ring x Ulysses must be 2"),
         ((), "error: rank 0: --use_usp: missing; 2 processes were started"),
     ],
