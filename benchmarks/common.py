@@ -1,4 +1,4 @@
-"""What the benchmarks share: flags, taking time and memory, the table for people and the line at the end."""
+"""Shared by the benchmarks: flags, measuring time and memory, the table and the final JSON line."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ import torch
 from torch import Tensor
 
 Work = Callable[[], Tensor]
-Rounds = list[dict[str, float]]  # seconds of each work, round by round
+Rounds = list[dict[str, float]]  # seconds per work, one dict per round
 
 
 # Flags
 
 
 def parser_of(text: str | None, device: bool = True) -> argparse.ArgumentParser:
-    """A parser with the flags that all have."""
+    """A parser with the common flags."""
     parser = argparse.ArgumentParser(
         description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     if device:
         parser.add_argument("--device", type=torch_device, default="cpu", help="a torch device (default: cpu)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the last line to this file too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the last line to this file")
     return parser
 
 
 def torch_device(text: str) -> torch.device:
-    """A device that is there."""
+    """An available torch device."""
     try:
         torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
         raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from error
     device = torch.device(text)
     return torch.device("cuda", torch.cuda.current_device()) if text == "cuda" else device
 
 
 def at_least(low: int) -> Callable[[str], int]:
-    """A type for whole numbers from `low` on."""
+    """An argparse type: integers of at least `low`."""
 
     def number(text: str) -> int:
         if not text.isascii() or not text.isdigit() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text} is no whole number from {low} on")
+            raise argparse.ArgumentTypeError(f"{text} is not an integer of at least {low}")
         return int(text)
 
     return number
@@ -61,37 +61,37 @@ def at_least(low: int) -> Callable[[str], int]:
 
 
 def seconds(work: Work) -> float:
-    """Wall time, with all that was started on the device."""
+    """Wall time, including work still running on the device."""
     start = time.perf_counter()
     wait_for(work().device)
     return time.perf_counter() - start
 
 
 def wait_for(device: torch.device) -> None:
-    """Until a device has done all that it was given."""
+    """Synchronize with a device."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def time_rounds(works: Mapping[str, Work], rounds: int) -> Rounds:
-    """Seconds of each work, round by round; each begins with another one."""
+    """Seconds of each work, round by round; each round starts with a different one."""
     names = list(works)
     orders = [names[number % len(names) :] + names[: number % len(names)] for number in range(rounds)]
     return [{name: seconds(works[name]) for name in order} for order in orders]
 
 
 def median_of(rounds: Rounds, name: str) -> float:
-    """Seconds of a work."""
+    """Median seconds of a work."""
     return statistics.median(taken[name] for taken in rounds)
 
 
 def ratio_of(rounds: Rounds, name: str, baseline: str) -> dict[str, float]:
-    """Its time over that of another within a round."""
+    """Time of a work over that of `baseline`, within each round."""
     return spread([taken[name] / taken[baseline] for taken in rounds])
 
 
 def measure_peak(work: Work, device: torch.device) -> tuple[Tensor, int | None]:
-    """The result, on the CPU, and the memory that it took on a GPU."""
+    """The result on the CPU, and the peak GPU memory it took; None without a GPU."""
     if device.type != "cuda":
         return work().cpu(), None
     torch.cuda.synchronize(device)
@@ -102,17 +102,17 @@ def measure_peak(work: Work, device: torch.device) -> tuple[Tensor, int | None]:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, quartiles and extremes of at least two values."""
+    """Median, quartiles, minimum and maximum of at least two values."""
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     numbers = {"median": statistics.median(values), "q1": low, "q3": high, "min": min(values), "max": max(values)}
     return {key: round(value, 4) for key, value in numbers.items()}
 
 
-# Telling
+# Reporting
 
 
 def environment(name: str, device: torch.device) -> dict[str, Any]:
-    """What a figure depends on besides the code: the command, versions, device and threads."""
+    """What a result depends on besides the code: command, versions, device and threads."""
     module = torch.get_device_module(device)
     of_gpu = {} if device.type != "cuda" else gpu_facts() | {"reserved_bytes": torch.cuda.max_memory_reserved(device)}
     return {
@@ -129,7 +129,7 @@ def environment(name: str, device: torch.device) -> dict[str, Any]:
 
 
 def gpu_facts() -> dict[str, Any]:
-    """Of the first GPU: the versions of what it works with, and its memory."""
+    """Driver, memory, CUDA and cuDNN of the first GPU."""
     query = ["nvidia-smi", "--query-gpu=driver_version,memory.total", "--format=csv,noheader"]
     try:
         said = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20).stdout
@@ -140,17 +140,17 @@ def gpu_facts() -> dict[str, Any]:
 
 
 def quartiles(ratio: Mapping[str, float], digits: int = 2) -> str:
-    """How far a ratio goes, for people."""
+    """The quartiles of a ratio as text."""
     return f"{ratio['q1']:.{digits}f} to {ratio['q3']:.{digits}f}"
 
 
 def gigabytes(size: float | None) -> str:
-    """A size for people; a dash where there is none."""
+    """A size as text; a dash for None."""
     return "-" if size is None else f"{size / 1e9:.2f}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell: the first to the left, the others to the right."""
+    """Columns padded to their widest cell: the first left-aligned, the others right-aligned."""
     columns = []
     for index, cells in enumerate(zip(header, *rows, strict=True)):
         width = max(map(len, cells))
@@ -166,7 +166,7 @@ def report(
     line: Mapping[str, Any],
     file: Path | None,
 ) -> None:
-    """Tell people, then print all as one JSON line, the table too, and write it to `file`."""
+    """Print the table, then everything as one JSON line, which is also written to `file`."""
     print("\n".join((title, table(header, rows), *notes)))
     text = json.dumps({**line, "title": title, "table": [header, *rows], "notes": notes})
     if file is not None:

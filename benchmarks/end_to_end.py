@@ -1,13 +1,13 @@
-"""A whole run of generate_video.py, stage by stage: time, and on a GPU peak memory beside what the planner says.
+"""A whole run of generate_video.py, stage by stage: time, and on a GPU peak memory against the planner's.
 
-The product's own path runs in this process, and is watched from outside: every stage asks the runtime for its networks
-by name, every step of the denoising moves its progress bar on, and frames are decoded while they are written.
+The normal code runs in this process and is watched from outside: every stage asks the runtime for its models by name,
+every denoising step advances the progress bar, and frames are decoded while they are written.
 
---model_id tiny, the default, is the built-in toy: it shows what the path costs besides the networks. --model_id full
-has the published sizes of V3 with random weights, made on the device, in seconds: nothing is downloaded, and what it
-paints is noise. Weights that are to be on the host are the same ones in each block, so they take little room there
-unless they are pinned. With --layers N the transformer has so many blocks, and a step is scaled to all. --model_id
-small is the same with the toy's sizes. All other flags are generate_video.py's.
+--model_id tiny, the default, is the built-in toy model: it shows the overhead around the models. --model_id full has
+the published sizes of V3 with random weights, created on the device in seconds: nothing is downloaded, and the output
+is noise. On the host all blocks share the same weights, so they take little memory there unless pinned. With --layers N
+the transformer has N blocks, and a step is also scaled to all of them. --model_id small is the same at the toy's sizes.
+All other flags are generate_video.py's.
 
     python benchmarks/end_to_end.py
     python benchmarks/end_to_end.py --model_id full --low_vram --resolution 480P
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout, nothing installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installing
 
 import numpy as np
 import torch
@@ -76,11 +76,12 @@ INPUTS = {
     "t2v": (),
     "i2v": ("--image", str(ASSETS / "fox.png")),
 }
-V3 = (*INPUTS,)[:4]  # of V1's encoders only the toy's are made here
-SECONDS, RATE = 3, 16_000  # of sound: one pass, however long the asset is
+V3 = (*INPUTS,)[:4]  # for V1 only the toy's encoders are made here
+SECONDS, RATE = 3, 16_000  # of audio: one pass, however long the asset is
 FEW = ("--height", "128", "--width", "192", "--num_inference_steps", "4")  # of the toy
 FEW_FULL = ("--height", "720", "--width", "1280", "--num_inference_steps", "2")
-PUBLISHED: dict[str, dict[str, Any]] = {  # besides the transformer's, which the task knows; the toy's are in toy.SIZES
+# apart from the transformer's, which the task knows; the toy's are in tiny.SIZES
+PUBLISHED: dict[str, dict[str, Any]] = {
     "text_encoder": {
         **{"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
     },
@@ -91,8 +92,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # besides the transformer's, which the
     },
     "audio_encoder": {},
 }
-DENOISING, DECODING = "denoising", "decoding with the VAE"  # stages, by the product's names
-PLANNED = {  # the planner's names of the product's stages
+DENOISING, DECODING = "denoising", "decoding with the VAE"  # names of stages
+PLANNED = {  # the planner's names for the stages
     "encoding the prompt": "text encoder",
     "encoding with the VAE": "VAE encode",
     DENOISING: "transformer",
@@ -102,7 +103,7 @@ END = object()
 
 
 def main() -> int:
-    """Run, print; 2 when the request cannot work."""
+    """Run and print; 2 if the request is invalid."""
     args, rest = parse_arguments()
     skyreels_v3.main.set_up_logging(-1, SINGLE)
     record = Record()
@@ -117,10 +118,12 @@ def main() -> int:
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    """The flags that are the benchmark's, and those that are not."""
+    """The benchmark's own flags, and the others."""
     parser = parser_of(__doc__, device=False)
     parser.add_argument("--model_id", choices=(TINY, FULL, SMALL), default=TINY)
-    parser.add_argument("--layers", type=at_least(1), help="blocks of the full model's transformer (default: all)")
+    parser.add_argument(
+        "--layers", type=at_least(1), help="number of transformer blocks of the full model (default: all)"
+    )
     parser.add_argument("--task_type", choices=TASK_NAMES, default="reference_to_video")
     args, rest = parser.parse_known_args()
     if args.model_id != TINY and args.task_type not in V3:
@@ -133,7 +136,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
 
 @dataclass
 class Record:
-    """What was seen: seconds of each stage, of each step, and peak bytes."""
+    """The measurements: seconds of each stage and step, and peak bytes."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     steps: list[float] = field(default_factory=list)
@@ -142,7 +145,7 @@ class Record:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Take the time of a `with` block."""
+        """Time a `with` block."""
         start = time.perf_counter()
         try:
             yield
@@ -153,14 +156,14 @@ class Record:
 
     @contextmanager
     def peak(self, name: str, device: torch.device) -> Iterator[None]:
-        """Take the most memory that was in use at one time in a `with` block."""
+        """Record the peak memory of a `with` block."""
         if device.type != "cuda":
             yield
             return
         torch.cuda.reset_peak_memory_stats(device)
         try:
             yield
-        finally:  # also where frames that nobody wants are left undecoded
+        finally:  # also if remaining frames are never decoded
             self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated(device))
 
     def timed(self, name: str, make: Callable[..., Iterator[Any]]) -> Callable[..., Generator[Any, None, None]]:
@@ -182,13 +185,13 @@ class Record:
 
 
 class Laps:
-    """A progress bar that writes down when it is moved on."""
+    """A progress bar that records when it is updated."""
 
     def __init__(self, bar: Any, steps: list[float]) -> None:
         self.bar, self.steps, self.last = bar, steps, time.perf_counter()
 
     def update(self, count: int = 1) -> None:
-        """One more; a step has ended on the device by then, since its result was looked at."""
+        """Count a step; it has ended on the device by then, because its result was read."""
         if count == 0:  # of an interrupted run's steps, of which there are none
             return
         now = time.perf_counter()
@@ -199,7 +202,7 @@ class Laps:
 
 @dataclass(frozen=True)
 class WatchedRuntime(Runtime):
-    """A runtime that writes down who comes and when."""
+    """A runtime that records which stage runs when."""
 
     record: Record = field(default_factory=Record)
 
@@ -262,14 +265,14 @@ def watched_run(args: argparse.Namespace, rest: list[str], folder: Path, record:
 
 
 def watch(started: Runtime, record: Record) -> Runtime:
-    """The same runtime, watched."""
+    """The same runtime with recording."""
     known = {each.name: getattr(started, each.name) for each in fields(started)}
     record.runtime = WatchedRuntime(**known, record=record)
     return record.runtime
 
 
 def watched_loading(load: Callable[..., components.Components], record: Record, *given: Any) -> components.Components:
-    """The components, with watchers on the VAE."""
+    """The components, with recording on the VAE."""
     with record.stage("load"):
         made = load(*given)
     made.vae.decode_stream = record.timed(DECODING, made.vae.decode_stream)
@@ -287,7 +290,7 @@ def watched_writing(write: Callable[..., Path], record: Record) -> Callable[...,
 
 
 def write_sound(path: Path) -> Path:
-    """A tone that swells and fades."""
+    """A tone that rises and fades."""
     time = np.linspace(0, SECONDS, SECONDS * RATE)
     samples = 0.3 * np.sin(2 * np.pi * 220 * time) * np.sin(2 * np.pi * time) ** 2
     with wave.open(str(path), "wb") as file:
@@ -328,17 +331,17 @@ def random_components(toy: Path, plan: Plan, runtime: Runtime) -> components.Com
 
 
 def fresh(build: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device, home: torch.device) -> Any:
-    """A new model as it is initialised, made on `device` and kept on `home`."""
+    """A newly initialized model, created on `device` and kept on `home`."""
     with device:
         model = build()
     return model.eval().requires_grad_(False).to(home, dtype)
 
 
-# What came out
+# Results
 
 
 def predicted(planned: Plan, made: Runtime, stage: str, before: Sequence[str]) -> int | None:
-    """Bytes that the planner has for a stage, None where it does not know it; `before` are the stages before it."""
+    """The planner's bytes for a stage, None if it has none; `before` are the stages before it."""
     name = PLANNED.get(stage)
     if name is None:
         return None
@@ -352,7 +355,7 @@ def predicted(planned: Plan, made: Runtime, stage: str, before: Sequence[str]) -
 
 
 def summarise(record: Record, full: bool) -> dict[str, Any]:
-    """Each stage's figures, in the order in which they began."""
+    """Results of each stage, in the order they began."""
     assert record.runtime is not None
     planned = record.runtime.plan if full else None
     made: dict[str, Any] = {}
@@ -364,7 +367,7 @@ def summarise(record: Record, full: bool) -> dict[str, Any]:
 
 
 def tell(args: argparse.Namespace, request: GenerationRequest, record: Record) -> None:
-    """A table for people, then one JSON line."""
+    """Print a table, then one JSON line."""
     assert record.runtime is not None
     stages = summarise(record, args.model_id == FULL)
     total = stages.pop("total")["seconds"]
@@ -391,7 +394,7 @@ def tell(args: argparse.Namespace, request: GenerationRequest, record: Record) -
 
 
 def row(name: str, figure: dict[str, Any]) -> tuple[str, ...]:
-    """A line of the table."""
+    """A row of the table."""
     peak, says = figure["peak_bytes"], figure["predicted_bytes"]
     ratio = "-" if peak is None or says is None else f"{peak / says:.2f}"
     return (name, f"{figure['seconds']:.3f}", gigabytes(peak), gigabytes(says), ratio)

@@ -1,18 +1,17 @@
-"""A denoising step of SkyReels V1's transformer: all of it on the device, in the mode for small GPUs, and diffusers'.
+"""A denoising step of SkyReels V1's transformer: resident, in the mode for small GPUs, and in diffusers.
 
-    diffusers       the library's own model, all on the device, called as its pipeline calls it: the text is padded to
-                    256 tokens, and a mask hides the padding from every attention
-    resident        ours, all on the device: the text is cropped to its real tokens, and attention needs no mask
-    fp8, streamed   ours with --quant --offload --parameters_level: FP8 weights, blocks on the device while they work
+    diffusers       diffusers' model, resident, called as its pipeline calls it: the text is padded to 256 tokens, and
+                    a mask hides the padding from every attention
+    resident        ours, resident: the text is cropped to its real tokens, and attention needs no mask
+    fp8, streamed   ours with --quant --offload --parameters_level: FP8 weights, blocks on the device while they run
 
-A step is guided, so it is two forwards: one with the prompt, one with the negative prompt. What guidance makes of the
-two, a weighted sum, is left out, since it would enlarge the roundings' differences. Ours are set up by what sets up a
-run, from the request that the flags would make: the attention kernel, FP8 layers, stream and pinned memory are a run's
-own. The weights are random and the same for all; the velocities are first shown to agree, FP8's but for its rounding.
-Then all take turns, each round beginning with another one, and a ratio is within a round.
+A guided step is two forwards: one with the prompt, one with the negative prompt. Their weighted sum is left out: it
+would amplify rounding differences. Ours are set up by the same code as a run with those flags: attention kernel, FP8
+layers, streaming and pinned memory. All have the same random weights, and their velocities must agree first (FP8 up to
+its rounding). Then all take turns, each round starting with a different one, and ratios are within a round.
 
-On a GPU the peak memory stands beside what the planner says of the same request. It is that of a model alone: what it
-has on the device between steps and what a step adds.
+On a GPU the peak memory is shown next to the planner's for the same request. It is that of one model alone: what it
+keeps on the device between steps plus what a step adds.
 
     python benchmarks/hunyuan.py
     python benchmarks/hunyuan.py --device cuda --official --rounds 3
@@ -29,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout, nothing installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installing
 
 import torch
 import torch.nn.functional as F
@@ -68,10 +67,10 @@ from skyreels_v3.tasks import VAE_STRIDE, latent_frames, task_spec
 TASK = "t2v"
 BASELINE, RESIDENT, SMALL = "diffusers", "resident", "fp8, streamed"
 FLAGS = {RESIDENT: ("--memory", "resident"), SMALL: ("--quant", "--offload", "--parameters_level")}
-TOKENS = (40, 30)  # of a prompt of a few sentences, and of a negative one
-TIMESTEP, GUIDANCE = 500.0, 1.0  # the latter as the model is told of it
-LEAST_LAYERS = 2  # and with them 4 blocks of the second kind; with fewer all fit into the stream's two places
-SINGLE_RATIO = 2  # blocks of the second kind over those of the first
+TOKENS = (40, 30)  # in a prompt of a few sentences, and in a negative prompt
+TIMESTEP, GUIDANCE = 500.0, 1.0  # embedded guidance, an input of the model
+LEAST_LAYERS = 2  # plus 4 single blocks; with fewer, all fit into the stream's two slots
+SINGLE_RATIO = 2  # single blocks per double block
 OFFICIAL_FRAMES = 97
 PUBLISHED_PEAK = 18.5  # GB
 
@@ -80,10 +79,10 @@ Model = HunyuanVideoTransformer3DModel
 
 @dataclass(frozen=True)
 class Padded(HunyuanConditioning):
-    """What the model is conditioned on, as the library's pipeline has it."""
+    """The conditioning as diffusers' pipeline passes it."""
 
     def arguments(self, model: Any) -> dict[str, Tensor]:
-        """The text's states padded, and a mask in the model's dtype that says which of them are real."""
+        """The padded text states, and a mask of the real ones in the model's dtype."""
         context = super().arguments(model)
         padding = TEXT_TOKENS - self.text.shape[1]
         context["encoder_hidden_states"] = F.pad(context["encoder_hidden_states"], (0, 0, 0, padding))
@@ -93,11 +92,11 @@ class Padded(HunyuanConditioning):
 
 @dataclass(frozen=True)
 class Way:
-    """A model that is set up to work.
+    """A model ready to run.
 
     Attributes:
-        held: bytes that it has on a GPU between steps.
-        planned: bytes that the planner says it needs at most, None where it does not know it.
+        held: bytes it keeps on a GPU between steps.
+        planned: peak bytes according to the planner, None if it has none.
     """
 
     model: Any
@@ -107,7 +106,7 @@ class Way:
 
 
 def main() -> int:
-    """Compare, time, print; 1 when a way does not compute the same."""
+    """Compare, time and print; 1 if the outputs disagree."""
     args, sizes = parse_arguments()
     torch.manual_seed(0)
     requests = {name: request_of(args, sizes, flags) for name, flags in FLAGS.items()}
@@ -123,17 +122,19 @@ def main() -> int:
 
 
 def parse_arguments() -> tuple[argparse.Namespace, dict[str, int]]:
-    """The command line, checked, and the sizes that it asks for."""
+    """Parse and check the command line; also returns the sizes it asks for."""
     parser = parser_of(__doc__)
-    parser.add_argument("--official", action="store_true", help="sizes of the published model and its video, 16:9")
+    parser.add_argument("--official", action="store_true", help="sizes of the published model and its 16:9 video")
     parser.add_argument(
-        "--layers", type=at_least(LEAST_LAYERS), help="double blocks, twice as many single; default: 2, official: all"
+        "--layers",
+        type=at_least(LEAST_LAYERS),
+        help="double blocks, with twice as many single blocks (default: 2, official: all)",
     )
     parser.add_argument("--dim", type=at_least(HEAD_DIM), default=512, help=f"model width, a multiple of {HEAD_DIM}")
     parser.add_argument("--frames", type=at_least(1), default=5, help="latent frames")
     parser.add_argument("--height", type=at_least(2), default=40, help="latent rows, even")
     parser.add_argument("--width", type=at_least(2), default=40, help="latent columns, even")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
     parser.add_argument("--rounds", type=at_least(2), default=5, help="timed steps of each; at least 2")
     args = parser.parse_args()
     if args.dim % HEAD_DIM or args.height % 2 or args.width % 2:
@@ -151,7 +152,7 @@ def parse_arguments() -> tuple[argparse.Namespace, dict[str, int]]:
 
 
 def request_of(args: argparse.Namespace, sizes: dict[str, int], flags: tuple[str, ...]) -> GenerationRequest:
-    """What a user would ask for, of a checkpoint of these sizes."""
+    """A user's request for a checkpoint of these sizes."""
     height, width = args.height * VAE_STRIDE[1], args.width * VAE_STRIDE[2]
     frames = (args.frames - 1) * VAE_STRIDE[0] + 1
     video = ("--height", str(height), "--width", str(width), "--num_frames", str(frames))
@@ -160,18 +161,18 @@ def request_of(args: argparse.Namespace, sizes: dict[str, int], flags: tuple[str
     return replace(request, task=replace(request.task, transformer=sizes))
 
 
-# The ways
+# The variants
 
 
 def build_ways(
     args: argparse.Namespace, sizes: dict[str, int], requests: Mapping[str, GenerationRequest], stays: ExitStack
 ) -> dict[str, Way]:
-    """The same weights for each way; what has been set up runs until `stays` ends."""
+    """Every variant with the same weights; their hooks live until `stays` exits."""
     if args.device.type == "cuda":
-        torch.cuda.set_device(args.device)  # a run takes the current one
+        torch.cuda.set_device(args.device)  # a run uses the current device
     build, host = partial(HunyuanTransformer3DModel, **sizes), torch.device("cpu")
     resident = random_model(build, getattr(torch, args.dtype), args.device, host)
-    small = with_weights_of(resident, HunyuanTransformer3DModel)  # before those of the other are on the device
+    small = with_weights_of(resident, HunyuanTransformer3DModel)  # before the other's weights are on the device
     ours = {
         name: set_up(model, requests[name], args.device, stays)
         for name, model in ((SMALL, small), (RESIDENT, resident))
@@ -181,7 +182,7 @@ def build_ways(
 
 
 def with_weights_of(model: Any, kind: Callable[..., Model]) -> Any:
-    """A model of that kind with the very same weights."""
+    """A model of class `kind` that shares the weights."""
     with torch.device("meta"):
         made = kind(**model.config)
     made.load_state_dict(model.state_dict(), assign=True)
@@ -189,7 +190,7 @@ def with_weights_of(model: Any, kind: Callable[..., Model]) -> Any:
 
 
 def set_up(model: Any, request: GenerationRequest, device: torch.device, stays: ExitStack) -> Way:
-    """Ours as a run would have it, until `stays` ends."""
+    """Our model set up as for a run, until `stays` exits."""
     checked = Checked(ResolvedRequest.of(request), Inputs(), None)
     started = runtime.start(plan(checked, runtime.find_machine(request)))
     before = allocated(device)
@@ -201,12 +202,12 @@ def set_up(model: Any, request: GenerationRequest, device: torch.device, stays: 
 
 
 def allocated(device: torch.device) -> int:
-    """Bytes in use on a GPU now."""
+    """Bytes allocated on a GPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def bind_inputs(ways: Mapping[str, Way], args: argparse.Namespace, sizes: dict[str, int]) -> dict[str, Work]:
-    """A step of each on the same noise and the same texts."""
+    """A step of each on the same noise and texts."""
     noise = partial(torch.randn, device=args.device)
     latents = noise(1, sizes["in_channels"], args.frames, args.height, args.width)
     texts = [
@@ -219,13 +220,13 @@ def bind_inputs(ways: Mapping[str, Way], args: argparse.Namespace, sizes: dict[s
 
 
 def step(model: Any, conditions: Sequence[Condition], latents: Tensor) -> Tensor:
-    """The velocity under each condition; all is embedded anew each time, which for this model is next to nothing."""
+    """The velocity under each condition; embeddings are recomputed each time, at next to no cost."""
     timestep = torch.tensor(TIMESTEP)
     return torch.cat([made.predict(model, latents, timestep) for made in conditions])
 
 
 def compare(works: Mapping[str, Work], ways: Mapping[str, Way], device: torch.device) -> dict[str, Result]:
-    """Everyone's velocity beside that of the first, and the peak, after a first, slower step."""
+    """Compare every velocity with the first and measure the peak, after a first, slower step."""
     expected, results = None, {}
     for name, work in works.items():
         work()
@@ -236,11 +237,11 @@ def compare(works: Mapping[str, Work], ways: Mapping[str, Way], device: torch.de
     return results
 
 
-# What came out
+# Results
 
 
 def summarise(ways: Mapping[str, Way], results: Mapping[str, Result], rounds: Rounds) -> dict[str, dict[str, Any]]:
-    """Each way's figures."""
+    """Results of each variant."""
     return {
         name: {
             "seconds": round(median_of(rounds, name), 4),
@@ -254,7 +255,7 @@ def summarise(ways: Mapping[str, Way], results: Mapping[str, Result], rounds: Ro
 
 
 def tell(args: argparse.Namespace, sizes: dict[str, int], figures: dict[str, dict[str, Any]]) -> None:
-    """A table for people, then one JSON line."""
+    """Print a table, then one JSON line."""
     met = figures[RESIDENT]["ratio"]["median"] <= LIMIT
     tokens = args.frames * args.height * args.width // 4
     shape = f"{args.frames} x {args.height} x {args.width}"
@@ -273,7 +274,7 @@ def tell(args: argparse.Namespace, sizes: dict[str, int], figures: dict[str, dic
 
 
 def row(name: str, figure: dict[str, Any]) -> tuple[str, ...]:
-    """A line of the table."""
+    """A row of the table."""
     peak, says = figure["peak_bytes"], figure["predicted_bytes"]
     return (
         name,

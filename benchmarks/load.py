@@ -1,20 +1,20 @@
-"""Loading a transformer: memory and time beside a plain memory-mapped read, and beside diffusers' `from_pretrained`.
+"""Loading a transformer: memory and time against a plain memory-mapped read and diffusers' `from_pretrained`.
 
-A random checkpoint is written in both published layouts (same shapes; Wan-native has its own names). Three loads
+A random checkpoint is written in both published layouts (same shapes; Wan-native has its own key names). Three loads
 take turns, each in a fresh process:
 
     ours, native       our loader on the Wan-native files
     ours, diffusers    our loader on the diffusers files
     diffusers          `WanTransformer3DModel.from_pretrained` on the diffusers files
 
-In the same process the same files are read plainly: mapped and nothing built, the least that a load can take. Plain
-reads and loads come as A B B A or B A A B in turn: what else the machine does falls on both alike, and the ratio within
-a process says more than two medians do.
+The same process also does a plain read of the same files: mapped, nothing built, the minimum for a load. Reads and
+loads alternate as A B B A or B A A B: other load on the machine affects both alike, and the ratio within a process says
+more than two medians.
 
-Loads and plain reads end with reading all bytes of all weights, or mapped weights would seem to cost nothing. The clock
-starts, and memory counts, from after the imports. Memory is the peak resident size (VmHWM, reset before each): mapped
-pages count as well as allocated ones. The files are brought into the page cache before each read, or dropped from it
-with `--cold`. Linux only.
+Loads and plain reads include reading every byte of every weight; otherwise mapped weights would seem free. Time and
+memory are measured from after the imports. Memory is the peak resident size (VmHWM, reset before each), mapped and
+allocated pages alike. The files are brought into the page cache before each read, or dropped from it with `--cold`.
+Linux only.
 
     python benchmarks/load.py
     python benchmarks/load.py --blocks 1.3B
@@ -40,9 +40,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout, nothing installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installing
 
-import accelerate  # noqa: F401  from_pretrained imports it; not part of what is timed
+import accelerate  # noqa: F401  from_pretrained imports it, and that is not timed
 import diffusers
 import torch
 from diffusers import WanTransformer3DModel
@@ -67,19 +67,19 @@ TEXT_DIM = 4096
 
 @dataclass(frozen=True)
 class Blocks:
-    """WanSizes of a transformer's blocks."""
+    """Sizes of a transformer's blocks."""
 
     dim: int
     heads: int
     ffn_dim: int
 
 
-# Of Wan 2.1; the checkpoints' are the larger ones. What a load costs besides reading goes with the number of tensors.
+# Of Wan 2.1; the checkpoints have the larger ones. The cost of a load besides reading grows with the number of tensors.
 BLOCKS = {"14B": Blocks(5120, 40, 13824), "1.3B": Blocks(1536, 12, 8960)}
 
 
 def main() -> None:
-    """Make the files, take turns, print."""
+    """Write the files, run all loads in turns, print."""
     args = parse_arguments()
     with tempfile.TemporaryDirectory(prefix="load-benchmark-") as temporary:
         folder = args.keep or Path(temporary)
@@ -90,20 +90,22 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line, checked."""
+    """Parse and check the command line."""
     parser = parser_of(__doc__, device=False)
-    parser.add_argument("--size-gb", type=float, default=1.6, help="least size of the weights; twice that on disk")
-    parser.add_argument("--blocks", default="14B", choices=BLOCKS, help="whose; as many as the size takes")
+    parser.add_argument("--size-gb", type=float, default=1.6, help="minimum size of the weights; twice that on disk")
+    parser.add_argument(
+        "--blocks", default="14B", choices=BLOCKS, help="block sizes; as many blocks as --size-gb needs"
+    )
     parser.add_argument("--runs", type=at_least(2), default=10, help="processes for each load; at least 2")
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each read")
-    parser.add_argument("--keep", type=Path, help="folder to leave the checkpoints in, or to find them in")
+    parser.add_argument("--keep", type=Path, help="folder to keep the checkpoints in, or to reuse them from")
     args = parser.parse_args()
     if not 0 < args.size_gb < math.inf:
         parser.error("--size-gb must be above 0")
     return args
 
 
-# Making the checkpoints
+# Writing the checkpoints
 
 
 def write_checkpoints(folder: Path, size: float, blocks: Blocks) -> None:
@@ -117,7 +119,7 @@ def write_checkpoints(folder: Path, size: float, blocks: Blocks) -> None:
         write_shards(folder / layout, {str(translate(name, key_map)): shape for name, shape in shapes.items()})
     model.save_config(folder / "diffusers")
     (folder / "native" / "config.json").write_text(json.dumps(native_config(layers, blocks)), encoding="utf-8")
-    os.sync()  # what is not on disk yet cannot be dropped from the cache, and would be written while the clock runs
+    os.sync()  # unwritten pages cannot be dropped from the cache, and would be written while the clock runs
 
 
 def meta_model(layers: int, blocks: Blocks) -> WanTransformer3DModel:
@@ -133,7 +135,7 @@ def meta_model(layers: int, blocks: Blocks) -> WanTransformer3DModel:
 
 
 def native_config(layers: int, blocks: Blocks) -> dict[str, Any]:
-    """What a Wan-native config.json says of the same model."""
+    """The Wan-native config.json of the same model."""
     return {
         "_class_name": "WanModel",
         "model_type": "t2v",
@@ -155,7 +157,7 @@ def model_bytes(model: torch.nn.Module) -> int:
 
 
 def write_shards(folder: Path, shapes: dict[str, torch.Size]) -> None:
-    """Random float32 tensors in files of about equal size, and their index."""
+    """Write random float32 tensors to files of about equal size, and their index."""
     total = sum(4 * shape.numel() for shape in shapes.values())
     shards: list[dict[str, torch.Size]] = [{} for _ in range(SHARDS)]
     written = 0
@@ -172,7 +174,7 @@ def write_shards(folder: Path, shapes: dict[str, torch.Size]) -> None:
 
 
 def describe(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """What was loaded, and how: read from the files, which may have been kept from another run."""
+    """What was loaded, read from the files, which may be from an earlier run."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
     return {
@@ -250,7 +252,7 @@ def compare(name: str, folder: Path, plain_first: bool, cold: bool) -> Compariso
 
 
 def measure(read: Read, folder: Path, cold: bool) -> Cost:
-    """Do it once; what it made is gone on return."""
+    """Measure one read; its result is freed on return."""
     for file in folder.glob("*.safetensors"):
         drop_from_cache(file) if cold else bring_into_cache(file)
     before = reset_peak_memory()
@@ -258,24 +260,24 @@ def measure(read: Read, folder: Path, cold: bool) -> Cost:
     read_all(read(folder))
     seconds = time.perf_counter() - start
     growth = peak_memory() - before
-    gc.collect()  # models hold cycles
+    gc.collect()  # models have reference cycles
     return Cost(seconds, growth)
 
 
 def read_all(tensors: Iterable[Tensor]) -> float:
     """Read every byte."""
-    tensors = list(tensors)  # held until the last is read, as a model's weights are
+    tensors = list(tensors)  # held until the last is read, like a model's weights
     return sum(tensor.sum().item() for tensor in tensors)
 
 
 def drop_from_cache(file: Path) -> None:
-    """Have the next read of `file` come from the disk."""
+    """Make the next read of `file` come from disk."""
     with file.open("rb") as handle:
         os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def bring_into_cache(file: Path) -> None:
-    """Have the next read of `file` come from memory; without mapping it here."""
+    """Make the next read of `file` come from memory, without mapping it here."""
     buffer = bytearray(1 << 20)
     with file.open("rb", buffering=0) as handle:
         while handle.readinto(buffer):
@@ -283,7 +285,7 @@ def bring_into_cache(file: Path) -> None:
 
 
 def reset_peak_memory() -> int:
-    """Bring the process's peak resident size down to its present one, and return it in bytes."""
+    """Reset the process's peak resident size to the current size, and return that in bytes."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return peak_memory()
 
@@ -298,7 +300,7 @@ def peak_memory() -> int:
 
 
 def take_turns(folder: Path, count: int, cold: bool) -> dict[str, list[Comparison]]:
-    """`count` comparisons of each loader, one of every loader before the next."""
+    """`count` comparisons of each loader, round-robin."""
     runs: dict[str, list[Comparison]] = {name: [] for name in LOADS}
     for index in range(count):
         for name in LOADS:
@@ -307,14 +309,14 @@ def take_turns(folder: Path, count: int, cold: bool) -> dict[str, list[Compariso
 
 
 def run_fresh(name: str, folder: Path, plain_first: bool, cold: bool) -> Comparison:
-    """`compare` in a new process, which takes a while to import everything."""
+    """Run `compare` in a new process, which takes a while to import everything."""
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as fresh:
         return fresh.submit(compare, name, folder, plain_first, cold).result()
 
 
 def tell(runs: dict[str, list[Comparison]], sizes: dict[str, Any], file: Path | None) -> None:
-    """A table for people, then one JSON line."""
+    """Print a table, then one JSON line."""
     figures = {name: summarise(taken, sizes["bytes"]) for name, taken in runs.items()}
     met = all(
         figure["time_over_plain"]["median"] <= TIME_LIMIT and figure["peak_growth_over_size"] <= MEMORY_LIMIT
@@ -331,7 +333,7 @@ def tell(runs: dict[str, list[Comparison]], sizes: dict[str, Any], file: Path | 
 
 
 def row(name: str, figure: dict[str, Any]) -> tuple[str, ...]:
-    """A line of the table."""
+    """A row of the table."""
     ratio = figure["time_over_plain"]
     return (
         name,
@@ -344,7 +346,7 @@ def row(name: str, figure: dict[str, Any]) -> tuple[str, ...]:
 
 
 def summarise(runs: Sequence[Comparison], size: int) -> dict[str, Any]:
-    """Medians of the times, of their ratios within a process, and the largest memory."""
+    """Median times, median ratios within a process, and the largest memory."""
     loads = [cost for run in runs for cost in run.loads]
     plains = [cost for run in runs for cost in run.plains]
     return {

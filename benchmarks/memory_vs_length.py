@@ -1,8 +1,8 @@
 """Peak memory of long videos against short ones.
 
-Frames go to the writer as they are made and only the last ones are kept, so a video of five times the length must not
-take more memory. Each length is made by `generate_video.py` with the built-in toy model, in a process of its own whose
-peak resident size (ru_maxrss) is read at its end: imports, weights, inputs and ffmpeg are in it, as a user meets them.
+Frames are written as they are made and only the last ones are kept, so a video five times as long must not take more
+memory. Each length is made by `generate_video.py` with the built-in toy model in a new process, whose peak resident
+size (ru_maxrss) is read at the end: it includes imports, weights, inputs and ffmpeg, as in normal use.
 
     python benchmarks/memory_vs_length.py
     python benchmarks/memory_vs_length.py --side 48 --steps 2
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout, nothing installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installing
 
 import torch
 from imageio_ffmpeg import get_ffmpeg_exe
@@ -37,14 +37,14 @@ ASSETS = ROOT / "assets"
 
 @dataclass(frozen=True)
 class Cost:
-    """What one run took."""
+    """Cost of one run."""
 
     peak: int  # bytes
     seconds: float
 
 
 def main() -> None:
-    """Make all videos, print."""
+    """Make all videos and print the result."""
     args = parse_arguments()
     with tempfile.TemporaryDirectory(prefix="memory-benchmark-") as folder:
         costs = {
@@ -55,10 +55,10 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = parser_of(__doc__, device=False)
-    parser.add_argument("--side", type=at_least(16), default=32, help="of the square pictures, a multiple of 16")
-    parser.add_argument("--steps", type=at_least(1), default=1, help="of the denoising")
+    parser.add_argument("--side", type=at_least(16), default=32, help="side of the square frames, a multiple of 16")
+    parser.add_argument("--steps", type=at_least(1), default=1, help="denoising steps")
     args = parser.parse_args()
     if args.side % 16:
         parser.error("--side must be a multiple of 16")
@@ -79,13 +79,13 @@ def measure(task: str, seconds: int, args: argparse.Namespace, folder: Path) -> 
     if status:
         raise SystemExit(f"{task}, {seconds} s: generate_video.py failed")
     peak = usage.ru_maxrss
-    # a process begins with the peak of the one that started it
+    # a process inherits the peak of its parent
     assert peak > resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return Cost(peak * 1024, time.perf_counter() - start)
 
 
 def make_inputs(task: str, seconds: int, folder: Path) -> list[str]:
-    """The flags of what a video is made from, and of its length."""
+    """The flags for a video's inputs and length."""
     if task != "talking_avatar":
         return ["--input_video", str(ASSETS / "boat.mp4"), "--duration", str(seconds)]
     sound = folder / f"{seconds}.wav"
@@ -95,7 +95,7 @@ def make_inputs(task: str, seconds: int, folder: Path) -> list[str]:
 
 
 def tell(costs: dict[str, list[Cost]], args: argparse.Namespace) -> None:
-    """A table for people, then one JSON line."""
+    """Print a table, then one JSON line."""
     figures = {task: summarise(task, short, long) for task, (short, long) in costs.items()}
     met = all(figure["ratio"] <= LIMIT for figure in figures.values())
     title = f"peak resident memory, tiny, {args.side} x {args.side}, {args.steps} step(s)"
@@ -107,7 +107,7 @@ def tell(costs: dict[str, list[Cost]], args: argparse.Namespace) -> None:
 
 
 def summarise(task: str, short: Cost, long: Cost) -> dict[str, Any]:
-    """Both runs of a task, and how their peaks compare."""
+    """Both runs of a task, and the ratio of their peaks."""
     runs = [
         {"video_seconds": seconds, "peak_mb": round(cost.peak / MB, 1), "seconds": round(cost.seconds, 1)}
         for seconds, cost in zip(LENGTHS[task], (short, long), strict=True)
@@ -116,7 +116,7 @@ def summarise(task: str, short: Cost, long: Cost) -> dict[str, Any]:
 
 
 def row(task: str, figure: dict[str, Any]) -> tuple[str, ...]:
-    """A line of the table."""
+    """A row of the table."""
     cells = [
         text
         for run in (figure["short"], figure["long"])

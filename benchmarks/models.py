@@ -1,4 +1,4 @@
-"""Transformers with random weights for the benchmarks, of any size or as published, and what they are run on."""
+"""Transformers with random weights for the benchmarks, of any or the published sizes, and their inputs."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ OFFICIAL = {
     "extension-720p": ("single_shot_extension", "720P"),
     "avatar-720p": ("talking_avatar", "720P"),
 }
-SECONDS = 5  # of video, or of sound
+SECONDS = 5  # of video or audio
 LANDSCAPE = (720, 1280)
 DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A transformer's sizes and those of the video that it is run on.
+    """Sizes of a transformer and of the video it runs on.
 
     Attributes:
         sizes: the transformer's config.
         latents: latent frames, rows and columns.
-        clean: how many of the frames, the first ones, stand at timestep 0, as condition frames do.
-        full_layers: of the published model; None where it is none.
+        clean: how many of the first frames are at timestep 0, like condition frames.
+        full_layers: layers of the published model; None for other sizes.
     """
 
     sizes: Any
@@ -65,35 +65,35 @@ class Case:
 
     @property
     def scale(self) -> float | None:
-        """Layers of the published model over those there are; None where there are all, or there is no such model."""
+        """Layers of the published model over those used; None if all are used, or for other sizes."""
         if self.full_layers in (None, self.sizes.num_layers):
             return None
         return self.full_layers / self.sizes.num_layers
 
     def described(self) -> str:
-        """For people."""
+        """The case as text."""
         layers = f"{self.sizes.num_layers} layers of width {width_of(self.sizes)}"
         return f"{layers}, {self.tokens} tokens (latents {' x '.join(map(str, self.latents))})"
 
     def recorded(self) -> dict[str, Any]:
-        """For the JSON line."""
+        """The case for the JSON line."""
         sizes = {"dim": width_of(self.sizes), "ffn_dim": self.sizes.ffn_dim, "layers": self.sizes.num_layers}
         return {**sizes, "full_layers": self.full_layers, "latents": self.latents, "tokens": self.tokens}
 
 
 def add_case_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `case_of`."""
-    parser.add_argument("--official", choices=OFFICIAL, help="sizes of a published model and a 5 s video, 16:9")
-    parser.add_argument("--layers", type=at_least(1), help="default: 4; with --official all there are")
+    """Add the flags that `case_of` reads."""
+    parser.add_argument("--official", choices=OFFICIAL, help="sizes of a published model and a 5 s 16:9 video")
+    parser.add_argument("--layers", type=at_least(1), help="default: 4; with --official, all")
     parser.add_argument("--dim", type=at_least(HEAD_DIM), default=1280, help=f"model width, a multiple of {HEAD_DIM}")
     parser.add_argument("--frames", type=at_least(1), default=5, help="latent frames")
     parser.add_argument("--height", type=at_least(2), default=40, help="latent rows, even")
     parser.add_argument("--width", type=at_least(2), default=40, help="latent columns, even")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
 
 
 def case_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Case:
-    """The case that the flags ask for; fills in the dtype."""
+    """The case the flags ask for; sets the default dtype."""
     if args.dim % HEAD_DIM or args.height % 2 or args.width % 2:
         parser.error(f"--dim must be a multiple of {HEAD_DIM}, --height and --width even")
     args.dtype = args.dtype or DTYPES[args.device.type != "cpu"]
@@ -108,12 +108,12 @@ def case_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Case:
 
 
 def config_of(sizes: Mapping[str, Any]) -> Any:
-    """The complete config of a transformer."""
+    """The full config of a transformer."""
     return build_on_meta("wan", sizes).config
 
 
 def official_case(task: str, resolution: str) -> Case:
-    """The first pass of a task, as the planner has it."""
+    """The first pass of a task, according to the planner."""
     spec = task_spec(task)
     height, width = choose_size(spec, resolution, *LANDSCAPE)
     sound = SECONDS if "input_audio" in spec.inputs else None
@@ -137,10 +137,10 @@ def random_model(
     home: torch.device | None = None,
     float32_names: Sequence[str] = (),
 ) -> Any:
-    """A model with random weights of a new model's size, made on `device` one after the other and kept on `home`.
+    """A model with random weights of typical initial scale, created on `device` one by one and kept on `home`.
 
-    At home all blocks have the same weights, held once: 28 GB would take as long to come there as a whole benchmark. A
-    device that they go to, or a form that they are brought into, has those of each block.
+    On `home` all blocks share the same weights: moving 28 GB there would take as long as a whole benchmark. On another
+    device, or after a conversion, each block has its own.
     """
     with torch.device("meta"):
         model = build()
@@ -169,13 +169,13 @@ def random_model(
 def random_transformer(
     sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device, home: torch.device | None = None
 ) -> SkyReelsTransformer3DModel:
-    """Ours, in the dtypes that its loader gives it."""
+    """Our model, in the dtypes its loader uses."""
     float32_names = SkyReelsTransformer3DModel._keep_in_fp32_modules
     return random_model(lambda: SkyReelsTransformer3DModel(**sizes), dtype, device, home, float32_names)
 
 
 def twin(model: SkyReelsTransformer3DModel, home: torch.device | None = None) -> SkyReelsTransformer3DModel:
-    """A second model, FP8 layers too, with the very same weights where they are on `home` already."""
+    """A second model, FP8 layers included, that shares the weights already on `home`."""
     weights = {name: tensor.to(home or tensor.device) for name, tensor in model.state_dict().items()}
     with torch.device("meta"):
         made = SkyReelsTransformer3DModel.from_config(model.config)
@@ -185,7 +185,7 @@ def twin(model: SkyReelsTransformer3DModel, home: torch.device | None = None) ->
 
 
 def diffusers_twin(model: SkyReelsTransformer3DModel) -> WanTransformer3DModel:
-    """diffusers' model with the same weights: the very same ones, but for those that it keeps in another dtype."""
+    """diffusers' model with the same weights, shared except for those it keeps in another dtype."""
     arguments = {key: value for key, value in model.config.items() if not key.startswith(("audio", "_"))}
     with init_empty_weights(include_buffers=False):
         made = WanTransformer3DModel(**arguments)
@@ -200,16 +200,16 @@ def diffusers_twin(model: SkyReelsTransformer3DModel) -> WanTransformer3DModel:
 
 
 def bytes_on(model: nn.Module, device: torch.device) -> int:
-    """Of the weights that are there now."""
+    """Bytes of the weights now on a device."""
     return sum(tensor.nbytes for tensor in tensors_of(model) if tensor.device == device)
 
 
-# What they are run on
+# Inputs
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Noise, and all conditions that a model of the sizes takes."""
+    """Noise, and all conditions that a model of these sizes takes."""
 
     latents: Tensor  # (1, C, F, H, W)
     timestep: Tensor  # (1,) or (1, F), on the CPU
@@ -219,7 +219,7 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
-    """Random inputs; a full prompt, a picture and one speaker's sound where the model takes them."""
+    """Random inputs: a full prompt, plus an image and one speaker's audio if the model takes them."""
     sizes, frames = case.sizes, case.latents[0]
 
     def noise(*shape: int) -> Tensor:
@@ -241,16 +241,16 @@ def make_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
 
 
 def forward_of(model: SkyReelsTransformer3DModel, inputs: Inputs) -> Work:
-    """Our forward: the step of one condition."""
+    """Our forward for one condition."""
     return lambda: model([Segment(inputs.latents)], inputs.timestep, inputs.text, inputs.image, inputs.audio)[0]
 
 
 def outputs_of(
     works: Mapping[str, Work], models: Mapping[str, nn.Module], device: torch.device
 ) -> Iterator[tuple[str, Tensor, int | None]]:
-    """Each one's name, output on the CPU and peak memory, after a first, slower run.
+    """Name, output on the CPU and peak memory of each forward, after a first, slower run.
 
-    The peak is that of a model alone: its weights on the device and what a forward adds. None without a GPU.
+    The peak is that of one model alone: its weights on the device plus what a forward adds. None without a GPU.
     """
     for name, work in works.items():
         work()
@@ -260,7 +260,7 @@ def outputs_of(
 
 
 def diffusers_forward_of(model: WanTransformer3DModel, inputs: Inputs, case: Case) -> Work:
-    """The same of diffusers, which takes a timestep for each token where ours takes one for each frame."""
+    """diffusers' forward, with a timestep per token where ours takes one per frame."""
     timestep = inputs.timestep
     if timestep.ndim == 2:
         timestep = timestep.repeat_interleave(case.tokens_per_frame, dim=1)

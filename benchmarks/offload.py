@@ -1,15 +1,14 @@
-"""What it costs that the transformer's blocks are not all on the device: time of a forward over that of a resident one.
+"""The cost of not keeping all blocks on the device: time of a forward relative to a resident model.
 
     resident             all weights on the device
     stream               ours, as with --memory stream: two blocks on the device, pinned host memory on a GPU
     stream, half kept    the same with every other block on the device (--stream_blocks)
     group offloading     diffusers' apply_group_offloading: block_level, one block at a time, with streams on a GPU
-    block by block       each block moved to the device before it works and back after it, what needs no library
+    block by block       each block moved to the device before it runs and back after, which needs no library
 
-Same weights, same inputs, our transformer; the outputs must be the same bit for bit. All take turns, and a ratio is
-within a round. On a CPU there is no other memory: our stream and the moves block by block copy the weights within the
-host's memory, while the compute waits; diffusers' offloading then moves nothing at all. It is timed there for the
-overhead of its hooks only.
+Same weights, same inputs, our transformer; the outputs must be bitwise identical. All take turns, and ratios are within
+a round. A CPU has no separate device memory: our streaming and the block-by-block moves copy the weights within host
+memory while compute waits; diffusers' offloading moves nothing, so only the overhead of its hooks is timed.
 
     python benchmarks/offload.py
     python benchmarks/offload.py --device cuda --official r2v-480p --layers 8 --rounds 3
@@ -25,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout, nothing installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installing
 
 import torch
 from diffusers.hooks import apply_group_offloading
@@ -61,7 +60,7 @@ from skyreels_v3.runtime import pin
 from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
 BASELINE = "resident"
-LEAST_LAYERS = 3  # with fewer, all fit into the stream's two places
+LEAST_LAYERS = 3  # with fewer, all blocks fit into the stream's two slots
 CPU = torch.device("cpu")
 
 Model = SkyReelsTransformer3DModel
@@ -69,21 +68,21 @@ Model = SkyReelsTransformer3DModel
 
 @dataclass(frozen=True)
 class Result:
-    """What a way's untimed runs gave."""
+    """Result of a variant's untimed runs."""
 
-    same: bool  # bit for bit, as the resident one
+    same: bool  # bitwise identical to resident
     peak_bytes: int | None
 
 
 def main() -> int:
-    """Compare, time, print; 1 when the outputs are not the same."""
+    """Compare, time and print; 1 if the outputs differ."""
     args, case = parse_arguments()
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
     with torch.no_grad(), ExitStack() as stays:
         models = build_ways(random_transformer(case.sizes, dtype, args.device), args.device, stays)
         inputs = make_inputs(case, args.device, dtype)
-        inputs = replace(inputs, timestep=inputs.timestep.to(args.device))  # as diffusers' hooks would have it
+        inputs = replace(inputs, timestep=inputs.timestep.to(args.device))  # as diffusers' hooks expect
         (_, attention), works = choose_attention("auto", args.device, dtype), {}
         for name, model in models.items():
             model.set_attention(attention)
@@ -95,7 +94,7 @@ def main() -> int:
 
 
 def parse_arguments() -> tuple[argparse.Namespace, Case]:
-    """The command line, checked."""
+    """Parse and check the command line."""
     parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=at_least(2), default=7, help="timed forwards of each; at least 2")
     add_case_flags(parser)
@@ -107,8 +106,8 @@ def parse_arguments() -> tuple[argparse.Namespace, Case]:
 
 
 def build_ways(resident: Model, device: torch.device, stays: ExitStack) -> dict[str, Model]:
-    """The same weights for each way; what has been set up runs until `stays` ends."""
-    pinned = partial(pin, device) if device.type == "cuda" else None  # as the product has it
+    """Every variant with the same weights; their hooks live until `stays` exits."""
+    pinned = partial(pin, device) if device.type == "cuda" else None  # as in a run
     models = {BASELINE: resident}
     for name, count in (("stream", 0), ("stream, half kept", len(resident.blocks) // 2)):
         models[name] = model = twin(resident, CPU)
@@ -121,7 +120,7 @@ def build_ways(resident: Model, device: torch.device, stays: ExitStack) -> dict[
 
 
 def move_block_by_block(model: Model, device: torch.device, stays: ExitStack) -> None:
-    """Have each block on the device while it works, the rest of the model always."""
+    """Keep each block on the device only while it runs, and the rest of the model always."""
     of_blocks = {id(tensor) for tensor in tensors_of(model.blocks)}
     stays.enter_context(on_device(model, device, lambda tensor: id(tensor) not in of_blocks))
     for block in model.blocks:
@@ -130,13 +129,13 @@ def move_block_by_block(model: Model, device: torch.device, stays: ExitStack) ->
 
 
 def move(block: nn.Module, device: torch.device) -> None:
-    """As `block.to(device)`, but a copy where that would be nothing to do."""
+    """Like `block.to(device)`, but always a copy."""
     for tensor in tensors_of(block):
         tensor.data = tensor.data.to(device, copy=True)
 
 
 def compare(works: dict[str, Work], models: dict[str, Model], device: torch.device) -> dict[str, Result]:
-    """Everyone's output beside that of the first."""
+    """Compare every output with the first."""
     expected, results = None, {}
     for name, out, peak in outputs_of(works, models, device):
         expected = out if expected is None else expected
@@ -145,7 +144,7 @@ def compare(works: dict[str, Work], models: dict[str, Model], device: torch.devi
 
 
 def summarise(result: Result, rounds: Rounds, name: str) -> dict[str, Any]:
-    """One way's figures."""
+    """Results of one variant."""
     return {
         "seconds": round(median_of(rounds, name), 4),
         "tax": ratio_of(rounds, name, BASELINE),
@@ -155,7 +154,7 @@ def summarise(result: Result, rounds: Rounds, name: str) -> dict[str, Any]:
 
 
 def tell(args: argparse.Namespace, case: Case, figures: dict[str, dict[str, Any]]) -> None:
-    """A table for people, then one JSON line."""
+    """Print a table, then one JSON line."""
     title = f"one forward, {args.dtype}, {case.described()}, {args.rounds} rounds"
     header = ("", "s", f"ratio to {BASELINE}", "quartiles", "peak, GB", "same output")
     rows = [row(name, figure) for name, figure in figures.items()]
@@ -166,7 +165,7 @@ def tell(args: argparse.Namespace, case: Case, figures: dict[str, dict[str, Any]
 
 
 def row(name: str, figure: dict[str, Any]) -> tuple[str, ...]:
-    """A line of the table."""
+    """A row of the table."""
     return (
         name,
         f"{figure['seconds']:.3f}",

@@ -1,15 +1,15 @@
-"""Runs a set of benchmarks, each in a process of its own, and writes what each gave as soon as it is there.
+"""Runs a set of benchmarks, each in its own process, and writes each result as soon as it is available.
 
     python benchmarks/run_all.py cpu                          # about 10 minutes on 2 cores
-    python benchmarks/run_all.py gpu --minutes 6 --out DIR    # of the first GPU: what fits, the most telling first
+    python benchmarks/run_all.py gpu --minutes 6 --out DIR    # on the first GPU: as many as fit
     python benchmarks/run_all.py gpu --toy --out DIR          # the same set at toy size on the CPU, in a minute
     python benchmarks/run_all.py --table DIR/results.jsonl
 
---out (default: benchmarks/results/SET) gets a line of JSON in results.jsonl for each benchmark that has ended: its
-name, how it ended ("done", "failed", "timed out" or "no time left"), seconds, and its own line or the end of what it
-said. NAME.log has all that it said. One that fails, hangs or runs out of memory costs itself only.
+--out (default: benchmarks/results/SET) gets a JSON line in results.jsonl for each benchmark that has ended: its name,
+status ("done", "failed", "timed out" or "no time left"), seconds, and its own JSON line or the end of its output.
+NAME.log has the full output. If one fails, hangs or goes OOM, the others still run.
 
-All modules are imported once, before the processes are made, which saves each of them some 10 s.
+All modules are imported once, before the processes are forked, which saves each of them about 10 s.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout, nothing installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installing
 
 from skyreels_v3.runtime import set_environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PATIENCE = 3  # times the estimate, after which a benchmark is ended
+PATIENCE = 3  # times the estimate, after which a benchmark is stopped
 SLACK = 60  # seconds more
 PROBE = 120  # seconds, for the first use of a GPU
-SAID = 2000  # characters of the end of what a benchmark said
+SAID = 2000  # characters kept from the end of a benchmark's output
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A benchmark with its flags; `seconds`: of an H100, or for the CPU's set of 2 cores, with everything around it."""
+    """A benchmark with its flags; `seconds`: estimated total on an H100, or on 2 cores for the CPU set."""
 
     script: str
     flags: tuple[str, ...]
@@ -107,12 +107,12 @@ SETS: dict[str, dict[str, Entry]] = {
 
 
 def main() -> int:
-    """Run a set, or print a file's tables; 1 when a benchmark failed."""
+    """Run a set, or print a file's tables; 1 if a benchmark failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", nargs="?", choices=SETS)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of what comes out")
-    parser.add_argument("--minutes", type=float, help="begin nothing that would take longer, and end what does")
-    parser.add_argument("--toy", action="store_true", help="of gpu: toy sizes, on the CPU")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="output folder")
+    parser.add_argument("--minutes", type=float, help="time limit: skip what would take longer, and stop what does")
+    parser.add_argument("--toy", action="store_true", help="for gpu: toy sizes, on the CPU")
     parser.add_argument("--only", metavar="NAME,...", help="these benchmarks of the set, in this order")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print this file's tables as Markdown instead")
     args = parser.parse_args()
@@ -137,19 +137,21 @@ def main() -> int:
 
 
 def run_set(entries: dict[str, Entry], folder: Path, minutes: float | None, toy: bool, gpu: bool) -> int:
-    """Run them one after the other, and write what each gave."""
+    """Run them one after the other and write each result."""
     start = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / "results.jsonl"
     results.unlink(missing_ok=True)
-    set_environment()  # as the product does
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else a look for a GPU here would spoil it for forks
+    set_environment()  # as a run does
+    os.environ.setdefault(
+        "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
+    )  # otherwise checking for a GPU here breaks CUDA in forks
     for entry in entries.values():
         importlib.import_module(f"benchmarks.{entry.script}")
     context: Any = multiprocessing.get_context("fork")
     if gpu and run(context, "machine", ["benchmarks.run_all", "probe"], folder, PROBE)[0] != "done":
-        context = multiprocessing.get_context("spawn")  # something that was imported has touched the GPU all the same
+        context = multiprocessing.get_context("spawn")  # an import has initialized CUDA all the same
     statuses = []
     for name, entry in entries.items():
         left = float("inf") if minutes is None else 60 * minutes - (time.monotonic() - start)
@@ -176,7 +178,7 @@ def run_set(entries: dict[str, Entry], folder: Path, minutes: float | None, toy:
 
 
 def run(context: Any, name: str, call: Sequence[str], folder: Path, limit: float) -> tuple[str, str]:
-    """Call a module's function with flags in a process of its own: how it ended, and what it said."""
+    """Call a module's function with flags in its own process; returns status and output."""
     log = folder / f"{name}.log"
     sys.stdout.flush()
     process = context.Process(target=carry_out, args=(call, log))
@@ -184,7 +186,7 @@ def run(context: Any, name: str, call: Sequence[str], folder: Path, limit: float
     status = "done"
     try:
         process.join(limit)
-    finally:  # also when this process is to end
+    finally:  # also if this process is being stopped
         if process.is_alive():
             status = "timed out"
             os.killpg(process.pid, signal.SIGKILL)
@@ -195,8 +197,8 @@ def run(context: Any, name: str, call: Sequence[str], folder: Path, limit: float
 
 
 def carry_out(call: Sequence[str], log: Path) -> None:
-    """In the process: call it, all that it says going to `log`."""
-    os.setsid()  # so that it can be ended with all that it has started
+    """In the new process: call it, with all output going to `log`."""
+    os.setsid()  # own session, so it can be killed with its children
     with log.open("wb") as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
@@ -207,7 +209,7 @@ def carry_out(call: Sequence[str], log: Path) -> None:
 
 
 def probe() -> None:
-    """Use the GPU, and say which it is."""
+    """Use the GPU, and print which it is."""
     import torch
 
     from benchmarks.common import environment
@@ -217,7 +219,7 @@ def probe() -> None:
 
 
 def tell(record: dict[str, Any]) -> None:
-    """What people read of a benchmark."""
+    """Print the outcome of a benchmark."""
     print(f"== {record['name']}: {record['status']}, {record.get('wall_s', 0)} s", flush=True)
     if record["status"] == "done":
         from benchmarks.common import table
@@ -229,7 +231,7 @@ def tell(record: dict[str, Any]) -> None:
 
 
 def markdown(line: dict[str, Any]) -> str:
-    """A line's table."""
+    """A JSON line's table as Markdown."""
     header, *rows = line["table"]
     marks = ["---", *["---:"] * (len(header) - 1)]
     cells = "\n".join(f"| {' | '.join(row)} |" for row in (header, marks, *rows))

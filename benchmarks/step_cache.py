@@ -1,12 +1,12 @@
-"""A denoising loop with First-Block Cache at two thresholds, beside the loop in which every block works.
+"""A denoising loop with First-Block Cache at two thresholds, against the loop that computes every block.
 
-The model is HunyuanVideo's transformer (diffusers'), small and with random weights; all loops have the same weights,
-prompt and noise. The loops take turns, each round beginning with another one, and a ratio is within a round.
+The model is diffusers' HunyuanVideo transformer, small and with random weights; all loops have the same weights, prompt
+and noise. The loops take turns, each round starting with a different one, and ratios are within a round.
 
-What share of the blocks works and what time that saves hold for any model whose blocks take most of the time. Which
-thresholds skip how much, and how far the result then is from the exact one (PSNR of the latents), depends on the
-weights: of random ones it says little about the published checkpoints. The thresholds here are such that random
-weights have something to skip, and no advice.
+The share of blocks computed and the time saved hold for any model whose blocks take most of the time. How much a
+threshold skips, and how far the result then is from the exact one (PSNR of the latents), depends on the weights: random
+ones say little about the published checkpoints. The thresholds are chosen so that random weights have something to
+skip; they are not a recommendation.
 
     python benchmarks/step_cache.py
     python benchmarks/step_cache.py --device cuda --dim 1024 --json step_cache.json
@@ -22,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout, nothing installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installing
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
@@ -48,14 +48,14 @@ HEAD_DIM = 64
 TEXT_TOKENS, TEXT_DIM, POOLED_DIM = 32, 64, 32
 CHANNELS = 16
 GUIDANCE = 6000.0
-SHIFT = 7.0  # of the noise levels, as HunyuanVideo has it
+SHIFT = 7.0  # of the noise levels, as in HunyuanVideo
 
 Model = HunyuanVideoTransformer3DModel
 
 
 @dataclass(frozen=True)
 class Loop:
-    """A model and all that it is called with but the latents and the timestep."""
+    """A model and its inputs, apart from latents and timestep."""
 
     model: Model
     prompt: dict[str, Tensor]
@@ -81,14 +81,14 @@ class Loop:
 
 @dataclass(frozen=True)
 class Result:
-    """What a loop's untimed run gave."""
+    """Result of a loop's untimed run."""
 
     computed: float  # share of the blocks
-    psnr: float | None  # dB, over the span of the exact latents; None where they are equal
+    psnr: float | None  # dB, over the span of the exact latents; None if they are equal
 
 
 def main() -> None:
-    """Compare, time, print."""
+    """Compare, time and print."""
     args = parse_arguments()
     torch.manual_seed(0)
     with torch.inference_mode():
@@ -102,10 +102,10 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line, checked."""
+    """Parse and check the command line."""
     parser = parser_of(__doc__)
     parser.add_argument("--dim", type=at_least(HEAD_DIM), default=256, help=f"width, a multiple of {HEAD_DIM}")
-    parser.add_argument("--layers", type=at_least(1), default=4, help="double blocks; there are twice as many single")
+    parser.add_argument("--layers", type=at_least(1), default=4, help="double blocks; twice as many single blocks")
     parser.add_argument("--frames", type=at_least(1), default=2, help="latent frames")
     parser.add_argument("--height", type=at_least(2), default=16, help="rows of the latents, an even number")
     parser.add_argument("--width", type=at_least(2), default=24, help="columns of the latents, an even number")
@@ -121,7 +121,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def build_loop(args: argparse.Namespace) -> Loop:
-    """A model with random weights, a prompt of noise and HunyuanVideo's noise levels."""
+    """A model with random weights, a random prompt and HunyuanVideo's noise levels."""
     with args.device:
         model = Model(
             num_attention_heads=args.dim // HEAD_DIM,
@@ -148,12 +148,12 @@ def name_of(threshold: float) -> str:
 
 
 def run(loop: Loop, noise: Tensor, threshold: float) -> Tensor:
-    """A loop with a cache of its own."""
+    """Run a loop with a new cache."""
     return loop(noise, StepCache(threshold))
 
 
 def compare(loop: Loop, noise: Tensor) -> dict[str, Result]:
-    """Every loop's first run beside the exact one."""
+    """Compare every loop's first run with the exact one."""
     exact = loop.exact(noise)
     results = {BASELINE: Result(1.0, None)}
     for threshold in THRESHOLDS:
@@ -165,11 +165,11 @@ def compare(loop: Loop, noise: Tensor) -> dict[str, Result]:
     return results
 
 
-# What came out
+# Results
 
 
 def summarise(results: dict[str, Result], rounds: Rounds) -> dict[str, dict[str, Any]]:
-    """Each loop's figures."""
+    """Results of each loop."""
     return {
         name: {
             "seconds": round(median_of(rounds, name), 4),
@@ -182,7 +182,7 @@ def summarise(results: dict[str, Result], rounds: Rounds) -> dict[str, dict[str,
 
 
 def tell(args: argparse.Namespace, figures: dict[str, dict[str, Any]]) -> None:
-    """A table for people, then one JSON line."""
+    """Print a table, then one JSON line."""
     tokens = args.frames * args.height * args.width // 4
     blocks = f"{args.layers} double and {2 * args.layers} single blocks"
     title = f"{args.steps} steps, {blocks}, {args.dim} wide, {tokens} tokens, float32, {args.rounds} rounds"
@@ -195,7 +195,7 @@ def tell(args: argparse.Namespace, figures: dict[str, dict[str, Any]]) -> None:
 
 
 def row(name: str, figure: dict[str, Any]) -> tuple[str, ...]:
-    """A line of the table."""
+    """A row of the table."""
     return (
         name,
         f"{figure['seconds']:.3f}",

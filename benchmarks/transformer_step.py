@@ -1,21 +1,20 @@
-"""One forward of our transformer in each mode beside diffusers' `WanTransformer3DModel`: same weights, same inputs.
+"""One forward of our transformer in each mode against diffusers' `WanTransformer3DModel`: same weights, same inputs.
 
-    exact        as the product runs it, with the attention kernel that it chooses on the device
+    exact        as in a run, with the attention kernel chosen for the device
     compile      as with --compile
     fp8          as with --quant fp8
     fp8_dynamic  as with --quant fp8_dynamic
     stream       as with --memory stream: weights in host memory, pinned on a GPU
 
-All are first shown to compute the same thing as diffusers, FP8 but for its rounding, so that the times compare equal
-work. Then they take turns, each round beginning with another one: what else the machine does meanwhile falls on all
-alike, and the ratio within a round says more than two medians do. The weights are held once; FP8 and streaming have
-copies of their own.
+All outputs must agree with diffusers first (FP8 up to its rounding), so that the times compare equal work. Then they
+take turns, each round starting with a different one: other load on the machine affects all alike, and the ratio within
+a round says more than two medians. The weights are held once; FP8 and streaming have their own copies.
 
-Work is counted by the planner, the same for all. The ceiling is the fastest product of square matrices, in the dtype of
-the run, that was found on the device just before.
+FLOPs are counted by the planner, the same for all. The ceiling is the fastest product of square matrices in the run's
+dtype, found on the device just before.
 
-The defaults are the 14B model's proportions at a quarter of its width. --official has its real sizes; with fewer
---layers than it has, seconds are also shown scaled to all.
+The defaults are the 14B model's proportions at a quarter of its width. --official uses its real sizes; with fewer
+--layers, seconds are also shown scaled to all of them.
 
     python benchmarks/transformer_step.py
     python benchmarks/transformer_step.py --device cuda --official r2v-720p --layers 3 --rounds 3
@@ -33,7 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout, nothing installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installing
 
 import torch
 from torch import Tensor
@@ -73,35 +72,35 @@ from skyreels_v3.wan.family import forward_flop
 from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
 BASELINE = "diffusers"
-EXACT = ("exact", "stream")  # in which the same is computed, and has to be at least as fast
+EXACT = ("exact", "stream")  # exact modes, which have to be at least as fast
 MODES = ("exact", "compile", "fp8", "fp8_dynamic", "stream")
 CPU_MODES = ("exact", "compile", "fp8", "stream")
 LIMIT = 1.0  # a mode / diffusers
-TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}  # root mean square of a difference, over that of the output
+TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}  # RMS of the difference over that of the output
 FP8_TOLERANCE = 0.3
 PRODUCT_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192, 16384)}
-PRODUCT_RUNS = 5  # of each size, the fastest counts
+PRODUCT_RUNS = 5  # per size; the fastest counts
 
 Model = SkyReelsTransformer3DModel
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a mode's untimed runs gave."""
+    """Result of a mode's untimed runs."""
 
-    difference: float  # relative root mean square, from the baseline
+    difference: float  # relative RMS, from the baseline
     peak_bytes: int | None
 
 
 def main() -> int:
-    """Compare, time, print; 1 when a mode does not compute the same."""
+    """Compare, time and print; 1 if the outputs disagree."""
     args, case = parse_arguments()
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
     ceiling = max(product_rate(size, args.device, dtype) for size in PRODUCT_SIZES.get(args.device.type, (4096,)))
     with ExitStack() as stays:
         models = build_models(case, args, stays)
-        with torch.inference_mode():  # the forwards alone, as in the product
+        with torch.inference_mode():  # the forwards alone, as in a run
             works = bind_inputs(models, case, args.device, dtype)
             results = compare(works, models, args.device)
             if not agree(results, args.dtype):
@@ -112,7 +111,7 @@ def main() -> int:
 
 
 def parse_arguments() -> tuple[argparse.Namespace, Case]:
-    """The command line, checked."""
+    """Parse and check the command line."""
     parser = parser_of(__doc__)
     parser.add_argument("--modes", help=f"some of {','.join(MODES)} (default: all; without fp8_dynamic on a CPU)")
     parser.add_argument("--rounds", type=at_least(2), default=7, help="timed forwards of each; at least 2")
@@ -128,7 +127,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Case]:
 
 
 def impossible(modes: list[str], device: torch.device) -> str | None:
-    """Why one of the modes cannot be had here."""
+    """Why one of the modes is unavailable here."""
     if "compile" in modes and device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
         return "compile needs a C++ compiler"
     if "fp8_dynamic" in modes and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
@@ -137,7 +136,7 @@ def impossible(modes: list[str], device: torch.device) -> str | None:
 
 
 def product_rate(size: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a product of square matrices."""
+    """FLOP/s of a product of square matrices."""
     left, right = torch.randn(2, size, size, device=device, dtype=dtype)
     torch.mm(left, right)
     return 2 * size**3 / min(seconds(lambda: torch.mm(left, right)) for _ in range(PRODUCT_RUNS))
@@ -159,14 +158,14 @@ def build_models(case: Case, args: argparse.Namespace, stays: ExitStack) -> dict
 
 
 def compiled(_: Model, exact: Model, device: torch.device, stays: ExitStack) -> Model:
-    """The same weights under compiled blocks."""
+    """The same weights with compiled blocks."""
     model = twin(exact)
     compile_blocks(model)
     return model
 
 
 def in_fp8(_: Model, exact: Model, device: torch.device, stays: ExitStack) -> Model:
-    """Blocks with weights of their own, in FP8."""
+    """Blocks with their own weights in FP8."""
     model = twin(exact)
     quantize(model.blocks, device)
     cache_dequantized(model.blocks)
@@ -181,9 +180,9 @@ def in_fp8_dynamic(fp8: Model, exact: Model, device: torch.device, stays: ExitSt
 
 
 def streamed(_: Model, exact: Model, device: torch.device, stays: ExitStack) -> Model:
-    """Weights in host memory; the stream runs until `stays` ends."""
+    """Weights in host memory; the stream lives until `stays` exits."""
     model = twin(exact, torch.device("cpu"))
-    pinned = partial(pin, device) if device.type == "cuda" else None  # as the product has it
+    pinned = partial(pin, device) if device.type == "cuda" else None  # as in a run
     stays.enter_context(BlockStream(model, model.blocks, device, pin=pinned).active())
     return model
 
@@ -197,7 +196,7 @@ MAKERS: dict[str, Callable[[Model, Model, torch.device, ExitStack], Model]] = {
 
 
 def bind_inputs(models: dict[str, Any], case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Work]:
-    """A forward of each on the same inputs."""
+    """A forward of each model on the same inputs."""
     inputs = make_inputs(case, device, dtype)
     return {
         name: diffusers_forward_of(model, inputs, case) if name == BASELINE else forward_of(model, inputs)
@@ -206,7 +205,7 @@ def bind_inputs(models: dict[str, Any], case: Case, device: torch.device, dtype:
 
 
 def compare(works: dict[str, Work], models: dict[str, Any], device: torch.device) -> dict[str, Result]:
-    """Everyone's output beside that of the first."""
+    """Compare every output with the first."""
     expected, results = None, {}
     for name, out, peak in outputs_of(works, models, device):
         expected = out if expected is None else expected
@@ -215,13 +214,13 @@ def compare(works: dict[str, Work], models: dict[str, Any], device: torch.device
 
 
 def relative_difference(out: Tensor, expected: Tensor) -> float:
-    """Root mean square of the difference over that of what was expected."""
+    """RMS of the difference over that of the expected output."""
     difference = (out.float() - expected.float()).square().mean() / expected.float().square().mean()
     return difference.sqrt().item()
 
 
 def agree(results: dict[str, Result], dtype: str) -> bool:
-    """Whether all computed the same; complains if not."""
+    """Whether all outputs agree; prints those that do not."""
     for name, result in results.items():
         limit = FP8_TOLERANCE if name.startswith("fp8") else TOLERANCES[dtype]
         if not result.difference <= limit:
@@ -230,11 +229,11 @@ def agree(results: dict[str, Result], dtype: str) -> bool:
     return True
 
 
-# What came out
+# Results
 
 
 def summarise(case: Case, results: dict[str, Result], rounds: Rounds, ceiling: float) -> dict[str, dict[str, Any]]:
-    """Each mode's figures."""
+    """Results of each mode."""
     baseline = next(iter(results))
     flop = forward_flop(case.sizes, case.tokens)
     figures = {}
@@ -253,7 +252,7 @@ def summarise(case: Case, results: dict[str, Result], rounds: Rounds, ceiling: f
 
 
 def tell(args: argparse.Namespace, case: Case, ceiling: float, figures: dict[str, dict[str, Any]]) -> None:
-    """A table for people, then one JSON line."""
+    """Print a table, then one JSON line."""
     baseline = next(iter(figures))
     met = baseline != BASELINE or all(
         figure["ratio"]["median"] <= LIMIT for name, figure in figures.items() if name in EXACT
@@ -273,7 +272,7 @@ def tell(args: argparse.Namespace, case: Case, ceiling: float, figures: dict[str
 
 
 def row(name: str, figure: dict[str, Any]) -> tuple[str, ...]:
-    """A line of the table."""
+    """A row of the table."""
     scaled = figure["seconds_scaled"]
     return (
         name,

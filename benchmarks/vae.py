@@ -1,13 +1,14 @@
 """The VAE's encode and decode, whole and in tiles, in bfloat16 and with channels-last weights.
 
-All modes have the same random weights and inputs and run in one process. Each round runs all of them, beginning with
-another one each time, so that what else the machine does meanwhile falls on all alike; a ratio is within a round. The
-first, untimed round shows how far each mode's result is from that of the whole frame in float32, and on a GPU what
-memory it takes over weights and inputs.
+All modes have the same random weights and inputs and run in one process. Each round runs all of them, starting with a
+different one, so that other load on the machine affects all alike; ratios are within a round. A first, untimed round
+compares each mode's result with that of the whole frame in float32, and on a GPU measures the memory it takes on top of
+weights and inputs.
 
-The defaults are for a CPU: a VAE of a third of the width and a small frame, whose halos make a fifth more work (at
-720 x 1280 a twenty-fifth). The frame is high because torch has another, several times slower CPU kernel for float32
-inputs of few channels, frames and rows. Tiles of a lower frame would get it in so narrow a VAE; the real one's do not.
+The defaults are for a CPU: a VAE of a third of the width and a small frame, whose halos add a fifth more work (at
+720 x 1280 a twenty-fifth). The frame is tall because torch has a different, several times slower CPU kernel for float32
+inputs with few channels, frames and rows. In so narrow a VAE, tiles of a shorter frame would hit it; the real VAE's do
+not.
 
     python benchmarks/vae.py
     python benchmarks/vae.py --device cuda --base_dim 96 --frames 17 --height 720 --width 1280 --json vae.json
@@ -24,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout, nothing installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installing
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -53,15 +54,15 @@ CPU_BASE_DIM, FULL_BASE_DIM = 32, 96
 
 @dataclass(frozen=True)
 class Result:
-    """What a mode's untimed run gave."""
+    """Result of a mode's untimed run."""
 
     max_difference: float  # from the baseline's
-    psnr: float | None  # dB, over the span of the baseline's result; None where they are equal
-    peak_bytes: int | None  # over what was there before; None without a GPU
+    psnr: float | None  # dB, over the span of the baseline's result; None if they are equal
+    peak_bytes: int | None  # on top of what was allocated; None without a GPU
 
 
 def main() -> None:
-    """Compare, time, print."""
+    """Compare, time and print."""
     args = parse_arguments()
     torch.manual_seed(0)
     device = args.device
@@ -75,14 +76,14 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line, checked."""
+    """Parse and check the command line."""
     parser = parser_of(__doc__)
     parser.add_argument(
         "--base_dim", type=at_least(1), help=f"width; {FULL_BASE_DIM}, the real one, or {CPU_BASE_DIM} on a CPU"
     )
     parser.add_argument("--frames", type=at_least(1), default=5, help="4k + 1")
-    parser.add_argument("--height", type=at_least(8), default=512, help="of a frame, a multiple of 8")
-    parser.add_argument("--width", type=at_least(8), default=96, help="of a frame, a multiple of 8")
+    parser.add_argument("--height", type=at_least(8), default=512, help="frame height, a multiple of 8")
+    parser.add_argument("--width", type=at_least(8), default=96, help="frame width, a multiple of 8")
     parser.add_argument("--rounds", type=at_least(2), default=5, help="timed runs of each mode; at least 2")
     args = parser.parse_args()
     if args.frames % 4 != 1 or args.height % 8 or args.width % 8:
@@ -92,7 +93,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def build_modes(base_dim: int, device: torch.device) -> dict[str, VideoVAE]:
-    """The same weights in every mode."""
+    """Models with the same weights in every mode."""
     with device:
         module = AutoencoderKLWan(base_dim=base_dim).eval()
     tiled = VideoVAE(module)
@@ -111,10 +112,10 @@ def build_modes(base_dim: int, device: torch.device) -> dict[str, VideoVAE]:
 
 
 def channels_last(module: AutoencoderKLWan) -> AutoencoderKLWan:
-    """A copy whose 3D convolutions have their weights in that order."""
+    """A copy with channels-last 3D convolution weights."""
     module = copy.deepcopy(module)
     for part in module.modules():
-        if isinstance(part, nn.Conv3d):  # the module as a whole cannot be converted: it has 2D convolutions too
+        if isinstance(part, nn.Conv3d):  # not the whole module: it has 2D convolutions too
             part.to(memory_format=torch.channels_last_3d)
     return module
 
@@ -137,7 +138,7 @@ def decode(vae: VideoVAE, latents: Tensor) -> Tensor:
 
 
 def compare(modes: Mapping[str, Work], device: torch.device) -> dict[str, Result]:
-    """Every mode's first, slower run beside the baseline's."""
+    """Compare every mode's first, slower run with the baseline's."""
     expected, results = modes[BASELINE]().cpu(), {}
     for name, work in modes.items():
         out, peak = measure_peak(work, device)
@@ -149,7 +150,7 @@ def compare(modes: Mapping[str, Work], device: torch.device) -> dict[str, Result
 
 
 def summarise(result: Result, rounds: Rounds, mode: str, frames: int) -> dict[str, Any]:
-    """One mode's figures."""
+    """Results of one mode."""
     return {
         "seconds_per_frame": round(median_of(rounds, mode) / frames, 5),
         "ratio": ratio_of(rounds, mode, BASELINE),
@@ -160,7 +161,7 @@ def summarise(result: Result, rounds: Rounds, mode: str, frames: int) -> dict[st
 
 
 def tell(args: argparse.Namespace, device: torch.device, figures: dict[str, dict[str, dict[str, Any]]]) -> None:
-    """A table for people, then one JSON line."""
+    """Print a table, then one JSON line."""
     size = f"{args.frames} frames of {args.height} x {args.width}"
     title = f"{size}, base_dim {args.base_dim}, {args.rounds} rounds; all beside {BASELINE}, in float32"
     header = ("", "ms a frame", "ratio", "quartiles", "max difference", "PSNR, dB", "peak, GB")
@@ -171,7 +172,7 @@ def tell(args: argparse.Namespace, device: torch.device, figures: dict[str, dict
 
 
 def row(name: str, figure: dict[str, Any]) -> tuple[str, ...]:
-    """A line of the table."""
+    """A row of the table."""
     ratio, psnr, peak = figure["ratio"], figure["psnr"], figure["peak_bytes"]
     return (
         name,

@@ -1,4 +1,4 @@
-"""Writes the table of flags in options.md from that in skyreels_v3/request.py: python docs/generate_options.py"""
+"""Generates the flag tables in options.md from skyreels_v3/request.py: python docs/generate_options.py"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MARKS = "<!-- made by docs/generate_options.py -->\n", "<!-- end -->\n"
 
 
 def main() -> None:
-    """Replace what is between the marks."""
+    """Replace the text between the marks."""
     page = PAGE.read_text(encoding="utf-8")
     begin, end = map(re.escape, MARKS)
     table = f"{MARKS[0]}\n{options_table()}\n{MARKS[1]}"
@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def options_table() -> str:
-    """All flags as Markdown, under the headings of --help."""
+    """Markdown tables of all flags, grouped as in --help."""
     lines: list[str] = []
     for flag in FLAGS:
         if flag.group:
@@ -39,7 +39,7 @@ def options_table() -> str:
 
 
 def values_of(flag: Flag) -> str:
-    """What may be given."""
+    """The values a flag accepts."""
     if flag.kind is bool:
         return ""
     if flag.choices and len(flag.choices) < 8 and flag.name != "task_type":
@@ -50,7 +50,7 @@ def values_of(flag: Flag) -> str:
 
 
 def tasks_of(flag: Flag) -> str:
-    """The tasks that take it; nothing where all do."""
+    """The tasks that take a flag; empty if all do."""
     names = [name for name in TASK_NAMES if flag.is_for(task_spec(name))]
     return "" if len(names) == len(TASK_NAMES) else ", ".join(names)
 
