@@ -354,7 +354,7 @@ def predicted(planned: Plan, made: Runtime, stage: str, before: Sequence[str]) -
     return working + sum((there | {name.split()[0]: now.weights}).values())
 
 
-def summarise(record: Record, full: bool) -> dict[str, Any]:
+def summarize(record: Record, full: bool) -> dict[str, Any]:
     """Results of each stage, in the order they began."""
     assert record.runtime is not None
     planned = record.runtime.plan if full else None
@@ -369,7 +369,7 @@ def summarise(record: Record, full: bool) -> dict[str, Any]:
 def tell(args: argparse.Namespace, request: GenerationRequest, record: Record) -> None:
     """Print a table, then one JSON line."""
     assert record.runtime is not None
-    stages = summarise(record, args.model_id == FULL)
+    stages = summarize(record, args.model_id == FULL)
     total = stages.pop("total")["seconds"]
     made, first, later = record.runtime, record.steps[0], record.steps[1:]
     title = f"{args.model_id}, {request.task.name}, {request.frames_out} frames of {request.height} x {request.width}, "

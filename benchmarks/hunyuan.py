@@ -117,7 +117,7 @@ def main() -> int:
         if not agree(results, args.dtype):
             return 1
         rounds = time_rounds(works, args.rounds)
-    tell(args, sizes, summarise(ways, results, rounds))
+    tell(args, sizes, summarize(ways, results, rounds))
     return 0
 
 
@@ -240,7 +240,7 @@ def compare(works: Mapping[str, Work], ways: Mapping[str, Way], device: torch.de
 # Results
 
 
-def summarise(ways: Mapping[str, Way], results: Mapping[str, Result], rounds: Rounds) -> dict[str, dict[str, Any]]:
+def summarize(ways: Mapping[str, Way], results: Mapping[str, Result], rounds: Rounds) -> dict[str, dict[str, Any]]:
     """Results of each variant."""
     return {
         name: {

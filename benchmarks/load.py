@@ -317,7 +317,7 @@ def run_fresh(name: str, folder: Path, plain_first: bool, cold: bool) -> Compari
 
 def tell(runs: dict[str, list[Comparison]], sizes: dict[str, Any], file: Path | None) -> None:
     """Print a table, then one JSON line."""
-    figures = {name: summarise(taken, sizes["bytes"]) for name, taken in runs.items()}
+    figures = {name: summarize(taken, sizes["bytes"]) for name, taken in runs.items()}
     met = all(
         figure["time_over_plain"]["median"] <= TIME_LIMIT and figure["peak_growth_over_size"] <= MEMORY_LIMIT
         for name, figure in figures.items()
@@ -345,7 +345,7 @@ def row(name: str, figure: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def summarise(runs: Sequence[Comparison], size: int) -> dict[str, Any]:
+def summarize(runs: Sequence[Comparison], size: int) -> dict[str, Any]:
     """Median times, median ratios within a process, and the largest memory."""
     loads = [cost for run in runs for cost in run.loads]
     plains = [cost for run in runs for cost in run.plains]

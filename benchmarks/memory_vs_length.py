@@ -96,7 +96,7 @@ def make_inputs(task: str, seconds: int, folder: Path) -> list[str]:
 
 def tell(costs: dict[str, list[Cost]], args: argparse.Namespace) -> None:
     """Print a table, then one JSON line."""
-    figures = {task: summarise(task, short, long) for task, (short, long) in costs.items()}
+    figures = {task: summarize(task, short, long) for task, (short, long) in costs.items()}
     met = all(figure["ratio"] <= LIMIT for figure in figures.values())
     title = f"peak resident memory, tiny, {args.side} x {args.side}, {args.steps} step(s)"
     header = ("", "short", "MB", "s", "long", "MB", "s", "long / short")
@@ -106,7 +106,7 @@ def tell(costs: dict[str, list[Cost]], args: argparse.Namespace) -> None:
     report(title, header, [row(task, figure) for task, figure in figures.items()], notes, line, args.json)
 
 
-def summarise(task: str, short: Cost, long: Cost) -> dict[str, Any]:
+def summarize(task: str, short: Cost, long: Cost) -> dict[str, Any]:
     """Both runs of a task, and the ratio of their peaks."""
     runs = [
         {"video_seconds": seconds, "peak_mb": round(cost.peak / MB, 1), "seconds": round(cost.seconds, 1)}

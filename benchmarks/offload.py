@@ -89,7 +89,7 @@ def main() -> int:
             works[name] = forward_of(model, inputs)
         results = compare(works, models, args.device)
         rounds = time_rounds(works, args.rounds)
-    tell(args, case, {name: summarise(result, rounds, name) for name, result in results.items()})
+    tell(args, case, {name: summarize(result, rounds, name) for name, result in results.items()})
     return 0 if all(result.same for result in results.values()) else 1
 
 
@@ -143,7 +143,7 @@ def compare(works: dict[str, Work], models: dict[str, Model], device: torch.devi
     return results
 
 
-def summarise(result: Result, rounds: Rounds, name: str) -> dict[str, Any]:
+def summarize(result: Result, rounds: Rounds, name: str) -> dict[str, Any]:
     """Results of one variant."""
     return {
         "seconds": round(median_of(rounds, name), 4),

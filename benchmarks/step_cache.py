@@ -98,7 +98,7 @@ def main() -> None:
         works |= {name_of(threshold): partial(run, loop, noise, threshold) for threshold in THRESHOLDS}
         results = compare(loop, noise)
         rounds = time_rounds(works, args.rounds)
-    tell(args, summarise(results, rounds))
+    tell(args, summarize(results, rounds))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -168,7 +168,7 @@ def compare(loop: Loop, noise: Tensor) -> dict[str, Result]:
 # Results
 
 
-def summarise(results: dict[str, Result], rounds: Rounds) -> dict[str, dict[str, Any]]:
+def summarize(results: dict[str, Result], rounds: Rounds) -> dict[str, dict[str, Any]]:
     """Results of each loop."""
     return {
         name: {

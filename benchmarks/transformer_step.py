@@ -106,7 +106,7 @@ def main() -> int:
             if not agree(results, args.dtype):
                 return 1
             rounds = time_rounds(works, args.rounds)
-    tell(args, case, ceiling, summarise(case, results, rounds, ceiling))
+    tell(args, case, ceiling, summarize(case, results, rounds, ceiling))
     return 0
 
 
@@ -232,7 +232,7 @@ def agree(results: dict[str, Result], dtype: str) -> bool:
 # Results
 
 
-def summarise(case: Case, results: dict[str, Result], rounds: Rounds, ceiling: float) -> dict[str, dict[str, Any]]:
+def summarize(case: Case, results: dict[str, Result], rounds: Rounds, ceiling: float) -> dict[str, dict[str, Any]]:
     """Results of each mode."""
     baseline = next(iter(results))
     flop = forward_flop(case.sizes, case.tokens)

@@ -71,7 +71,7 @@ def main() -> None:
     for part, modes in works.items():
         results = compare(modes, device)
         rounds = time_rounds(modes, args.rounds)
-        figures[part] = {mode: summarise(results[mode], rounds, mode, args.frames) for mode in modes}
+        figures[part] = {mode: summarize(results[mode], rounds, mode, args.frames) for mode in modes}
     tell(args, device, figures)
 
 
@@ -149,7 +149,7 @@ def compare(modes: Mapping[str, Work], device: torch.device) -> dict[str, Result
     return results
 
 
-def summarise(result: Result, rounds: Rounds, mode: str, frames: int) -> dict[str, Any]:
+def summarize(result: Result, rounds: Rounds, mode: str, frames: int) -> dict[str, Any]:
     """Results of one mode."""
     return {
         "seconds_per_frame": round(median_of(rounds, mode) / frames, 5),

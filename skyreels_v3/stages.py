@@ -60,7 +60,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Pass:
-    """Normalised latents (B, C, F, H, W) of the generated frames, float32 on the CPU, and the frames to write."""
+    """Normalized latents (B, C, F, H, W) of the generated frames, float32 on the CPU, and the frames to write."""
 
     latents: Tensor
     frames: Iterator[Frame]

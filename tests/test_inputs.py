@@ -14,8 +14,8 @@ from PIL import Image
 from tests.conftest import ASSETS, write_tone
 
 TINY = ("--prompt", "a", "--model_id", "tiny", "--device", "cpu", "--dry_run")
-GREY = np.linspace(0, 255, 64 * 48).reshape(48, 64)
-RGB = Image.fromarray(GREY.astype(np.uint8)).convert("RGB")
+GRAY = np.linspace(0, 255, 64 * 48).reshape(48, 64)
+RGB = Image.fromarray(GRAY.astype(np.uint8)).convert("RGB")
 FRAMES = {"save_all": True, "append_images": [RGB.rotate(180)]}
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # orientation: lies on its side
@@ -25,10 +25,10 @@ PICTURES: dict[str, Callable[[Path], object]] = {
     "animated.png": lambda path: RGB.save(path, **FRAMES),
     "cmyk.jpg": lambda path: RGB.convert("CMYK").save(path),
     "cmyk.tiff": lambda path: RGB.convert("CMYK").save(path),
-    "grey16.png": lambda path: Image.fromarray((GREY * 257).astype(np.uint16)).save(path),
-    "float.tiff": lambda path: Image.fromarray((GREY / 255).astype(np.float32)).save(path),
+    "gray16.png": lambda path: Image.fromarray((GRAY * 257).astype(np.uint16)).save(path),
+    "float.tiff": lambda path: Image.fromarray((GRAY / 255).astype(np.float32)).save(path),
     "alpha.png": lambda path: RGB.convert("RGBA").save(path),
-    "grey-alpha.png": lambda path: RGB.convert("LA").save(path),
+    "gray-alpha.png": lambda path: RGB.convert("LA").save(path),
     "palette.png": lambda path: RGB.quantize(8).save(path, transparency=3),
     "one-bit.png": lambda path: RGB.convert("1").save(path),
     "plain.bmp": lambda path: RGB.save(path),

@@ -185,7 +185,7 @@ def fetch_error(request: GenerationRequest, model_id: str, flag: str, error: Exc
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     remedy = f"check the id and the connection, try --model_source {other}"
     if status_of(error) in (401, 403):
-        remedy = "check the id; a gated or private model needs its licence accepted on its page and `hf auth login`"
+        remedy = "check the id; a gated or private model needs its license accepted on its page and `hf auth login`"
         remedy += f" or HF_TOKEN; or try --model_source {other}"
     message = f"{model_id} could not be fetched from {request.model_source} ({reason}); {remedy}"
     return UserError(flag, f"{message}, or download it elsewhere and give its folder")

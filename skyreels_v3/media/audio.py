@@ -2,7 +2,7 @@
 
 ffmpeg decodes, so anything with a sound track can be read and the model hears what `write_video` puts into the file.
 The rest is done by the libraries that the model was trained with. They take seconds to import, which only `read_audio`
-and `normalise_loudness` pay for.
+and `normalize_loudness` pay for.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LIMITER = "alimiter=limit=0.98:level=0:latency=1"  # no make-up gain, no delay b
 # In floating point, where ffmpeg does not lower the sum to what the loudest possible one would need.
 DOWNMIX = f"aformat=sample_fmts=fltp:channel_layouts=stereo,{LIMITER}"
 MIX_RATE = 48_000  # Hz
-# A lone centre channel becomes left and right at its own level; ffmpeg's default makes it 3 dB quieter.
+# A lone center channel becomes left and right at its own level; ffmpeg's default makes it 3 dB quieter.
 MIX_FORMAT = (
     f"asetpts=N/SR/TB,aresample={MIX_RATE},aformat=sample_fmts=fltp:channel_layouts=mono|stereo,"
     "pan=stereo|FL=FL+FC|FR=FR+FC"
@@ -110,7 +110,7 @@ def read_audio(path: Path) -> np.ndarray:
     return librosa.resample(to_mono(channels)[0], orig_sr=rate, target_sr=SAMPLE_RATE)
 
 
-def normalise_loudness(samples: np.ndarray) -> np.ndarray:
+def normalize_loudness(samples: np.ndarray) -> np.ndarray:
     """Bring mono 16 kHz sound to -23 LUFS, float32 [samples]; short peaks may then leave [-1, 1], as in training.
 
     Sound without a measurable loudness is returned unchanged: silence (below the meter's gate of -70 LUFS) and less

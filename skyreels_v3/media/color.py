@@ -1,7 +1,7 @@
-"""Colour matching: frames take on the colours of a reference picture.
+"""Color matching: frames take on the colors of a reference picture.
 
 Reinhard's transfer (doi:10.1109/38.946629): in CIE Lab, each channel of each frame gets the mean and the standard
-deviation of the reference's channel. Windows of a long video drift in colour; matched to the portrait, they do not.
+deviation of the reference's channel. Windows of a long video drift in color; matched to the portrait, they do not.
 
 The conversions agree with kornia's, but have no tensors of constants: each of those would be copied to the GPU, and the
 copy would wait until the GPU is idle.
@@ -24,10 +24,10 @@ SRGB_KNEE, LINEAR_KNEE, XYZ_KNEE, LAB_KNEE = 0.04045, 0.0031308, 0.008856, 0.206
 
 
 def match_color(video: Tensor, reference: Tensor, strength: float) -> Tensor:
-    """Video (B, 3, F, H, W) in [-1, 1] with the colours of reference (B, 3, 1, H', W').
+    """Video (B, 3, F, H, W) in [-1, 1] with the colors of reference (B, 3, 1, H', W').
 
     Args:
-        strength: 0 leaves the video alone, 1 takes the matched colours, values in between blend them.
+        strength: 0 leaves the video alone, 1 takes the matched colors, values in between blend them.
     """
     if strength == 0:
         return video

@@ -39,14 +39,14 @@ NOTES = "notes"  # what the user should know about the picture, to be said after
 WHITE = (255, 255, 255)
 LANCZOS = Image.Resampling.LANCZOS
 
-# A picture's mode and its profile's colour space -> the mode in which it is converted.
+# A picture's mode and its profile's color space -> the mode in which it is converted.
 PROFILED = {("L", "GRAY"): "L", ("L", "RGB"): "RGB", ("RGB", "RGB"): "RGB", ("CMYK", "CMYK"): "CMYK"}
 
 
 def open_image(path: Path) -> Image.Image:
     """The first picture in a file, upright, 8-bit sRGB and fully decoded.
 
-    Colours are converted from the embedded profile, transparent areas become white, 16-bit values are scaled to 8
+    Colors are converted from the embedded profile, transparent areas become white, 16-bit values are scaled to 8
     bits. Very large JPEGs are reduced, see `full_size`. Notes for the user are in the `info` of the picture.
 
     Raises:
@@ -105,7 +105,7 @@ def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def cover_crop(image: Image.Image, height: int, width: int, resample: Image.Resampling = LANCZOS) -> Image.Image:
-    """The centre of `image`, scaled so that it just covers `height` x `width` pixels; unchanged if it has that size."""
+    """The center of `image`, scaled so that it just covers `height` x `width` pixels; unchanged if it has that size."""
     if image.size == (width, height):
         return image
     size, left, top = cover(image.size, height, width)
@@ -113,7 +113,7 @@ def cover_crop(image: Image.Image, height: int, width: int, resample: Image.Resa
 
 
 def crop_resize(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The centre of `image`, cropped to the shape of `height` x `width` and then resized to it.
+    """The center of `image`, cropped to the shape of `height` x `width` and then resized to it.
 
     The crop keeps one side of the picture. The other is rounded down to whole pixels, and then each edge to the nearest
     pixel, halves to even.
@@ -168,24 +168,24 @@ def to_8_bit(image: Image.Image) -> Image.Image:
 
 
 def to_srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Image.Image:
-    """A picture from `to_8_bit` as RGB or RGBA, its colours converted from an ICC profile."""
+    """A picture from `to_8_bit` as RGB or RGBA, its colors converted from an ICC profile."""
     alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
-    colours = image.convert(image.mode.removesuffix("A")) if alpha is not None else image
+    colors = image.convert(image.mode.removesuffix("A")) if alpha is not None else image
     if profile:
         try:
-            colours = convert_profile(colours, ImageCms.ImageCmsProfile(BytesIO(profile)))
+            colors = convert_profile(colors, ImageCms.ImageCmsProfile(BytesIO(profile)))
         except (ImageCms.PyCMSError, OSError, KeyError, ImportError):
-            notes.append("has a colour profile that cannot be used; it is read as sRGB")
-    colours = colours.convert("RGB")
+            notes.append("has a color profile that cannot be used; it is read as sRGB")
+    colors = colors.convert("RGB")
     if alpha is not None:
-        colours.putalpha(alpha)
-    return colours
+        colors.putalpha(alpha)
+    return colors
 
 
 def convert_profile(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image:
     """An L, RGB or CMYK picture in sRGB.
 
-    By relative colorimetric intent with black point compensation: colours that sRGB has stay the same.
+    By relative colorimetric intent with black point compensation: colors that sRGB has stay the same.
 
     Raises:
         KeyError: the profile is for other pictures.

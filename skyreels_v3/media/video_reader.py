@@ -32,7 +32,7 @@ from skyreels_v3.media.files import MediaError
 from skyreels_v3.media.image import cover_crop
 
 PICTURE = re.compile(r", (\w+)(?:\((.*?)\))?, (\d+)x(\d+)(?:,? \[?SAR (\d+):(\d+))?")  # pixel format, details, size
-COLOURS = re.compile(r"([\w-]+)/([\w-]+)/([\w-]+)")  # matrix, primaries, transfer function
+COLORS = re.compile(r"([\w-]+)/([\w-]+)/([\w-]+)")  # matrix, primaries, transfer function
 
 # Non-square pixels are stretched to square ones. Where they are square, only the pixel format changes.
 SCALE = "scale=w='max(1,round(iw*sar))':h=ih:flags=bicubic+accurate_rnd+full_chroma_int"
@@ -129,7 +129,7 @@ def read_frames(path: Path, fps: int) -> Iterator[np.ndarray]:
     """The frames of a clip at `fps` frames per second, each uint8 [H, W, 3] as displayed.
 
     Output frame n is the last source frame whose timestamp, in units of 1/fps and rounded, is not after n. So a clip
-    of that rate is read frame by frame; others lose or repeat frames and keep their speed. Colours become BT.709,
+    of that rate is read frame by frame; others lose or repeat frames and keep their speed. Colors become BT.709,
     interlaced fields become frames, transparent areas become white.
 
     Raises:
@@ -190,7 +190,7 @@ def rgb_filters(track: Track) -> tuple[str, list[str]]:
         limit = f"{MAX_FRAME_PIXELS // 10**6} million pixels"
         raise MediaError(track.path, f"has frames of more than {limit}; scale it down to 3840 x 2160 at most")
     is_yuv, alpha = pixel_format.startswith("yuv"), WITH_ALPHA.match(pixel_format) is not None
-    found = COLOURS.search(details)
+    found = COLORS.search(details)
     matrix, primaries, transfer = found.groups() if found else (UNKNOWN, UNKNOWN, UNKNOWN)
     filters = TO_RGB_ON_WHITE if alpha else TO_RGB
     notes: list[str] = []

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from skyreels_v3.denoising.guidance import NO_AUDIO, NO_TEXT_NO_AUDIO, Guidance
 from skyreels_v3.denoising.loop import euler, unconstrained
-from skyreels_v3.media.audio import normalise_loudness, read_audio
+from skyreels_v3.media.audio import normalize_loudness, read_audio
 from skyreels_v3.media.color import match_color
 from skyreels_v3.media.image import cover_crop, covered_box, full_size
 from skyreels_v3.media.video_reader import read_frames, resize_frames
@@ -169,7 +169,7 @@ class Avatar:
 
         def encode() -> dict[str, Tensor]:
             assert encoder is not None
-            voices = [normalise_loudness(read_audio(sound.path)) for sound in inputs.audio]
+            voices = [normalize_loudness(read_audio(sound.path)) for sound in inputs.audio]
             with self.runtime.resident(encoder.module, "encoding the audio"):
                 heard = [
                     encoder(torch.from_numpy(samples).to(self.runtime.device), request.task.fps)
@@ -213,7 +213,7 @@ class Avatar:
         return self.stages.denoise(noise, conditions, self.guidance, self.generator, scheduler, name, constraint)
 
     def encode_known(self, first: Tensor, last: Tensor | None) -> Tensor:
-        """(1, 4 + 16, 21, h, w): which frames of a pass are known, and the latents of those frames on grey."""
+        """(1, 4 + 16, 21, h, w): which frames of a pass are known, and the latents of those frames on gray."""
         video = first.new_zeros((*first.shape[:2], WINDOW_FRAMES, *first.shape[3:]))
         known = torch.zeros(WINDOW_FRAMES)
         video[:, :, : first.shape[2]] = first

@@ -267,8 +267,8 @@ def test_an_interrupted_download_ends_at_once_and_goes_on(serve, fetch, tmp_path
 @pytest.mark.parametrize(
     ("status", "ways"),
     [
-        (401, ("licence accepted on its page", "`hf auth login`", "HF_TOKEN")),
-        (403, ("licence accepted on its page", "`hf auth login`", "HF_TOKEN")),
+        (401, ("license accepted on its page", "`hf auth login`", "HF_TOKEN")),
+        (403, ("license accepted on its page", "`hf auth login`", "HF_TOKEN")),
         (404, ("check the id and the connection",)),
     ],
 )

@@ -47,7 +47,7 @@ def encode(frames: np.ndarray, path: Path, rate: object, *options: object) -> Pa
 
 
 def smooth(count: int, height: int = 64, width: int = 96) -> np.ndarray:
-    """A drifting colour gradient, uint8 [count, height, width, 3]."""
+    """A drifting color gradient, uint8 [count, height, width, 3]."""
     t, y, x = np.mgrid[0:count, 0:height, 0:width].astype(float)
     phases = np.stack([x / 40 + t / 9, y / 30 - t / 11, (x + y) / 50 + t / 7], -1)
     return (127.5 + 100 * np.sin(phases)).round().astype(np.uint8)

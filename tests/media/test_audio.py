@@ -17,7 +17,7 @@ import soundfile
 from PIL import Image
 from safetensors.numpy import load_file
 
-from skyreels_v3.media.audio import AudioInfo, mix, normalise_loudness, probe_audio, read_audio
+from skyreels_v3.media.audio import AudioInfo, mix, normalize_loudness, probe_audio, read_audio
 from tests.media.clips import check_refused, cut, ffmpeg, write
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -304,15 +304,15 @@ def test_probe_is_fast(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", RECORDINGS)
 def test_loudness_as_recorded(name: str) -> None:
-    expected = load_file(REFERENCE / "cases.safetensors")[f"{name}.normalised"]
-    samples = normalise_loudness(read_audio(REFERENCE / f"{name}.wav"))
+    expected = load_file(REFERENCE / "cases.safetensors")[f"{name}.normalized"]
+    samples = normalize_loudness(read_audio(REFERENCE / f"{name}.wav"))
     assert samples.dtype == np.float32
     assert np.abs(samples - expected).max() <= 1e-6
 
 
 @pytest.mark.parametrize("seconds, level", [(0.4, 0.01), (0.4, 0.9), (5.0, 0.002), (5.0, 0.9)])
 def test_loudness_is_reached(seconds: float, level: float) -> None:
-    samples = normalise_loudness(tone(seconds, level=level).astype(np.float32))
+    samples = normalize_loudness(tone(seconds, level=level).astype(np.float32))
     assert pyloudnorm.Meter(16_000).integrated_loudness(samples) == pytest.approx(-23, abs=0.01)
 
 
@@ -323,7 +323,7 @@ def test_unmeasurable_loudness_is_left_alone() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for samples in (silence, murmur, short, silence[:0]):
-            assert np.array_equal(normalise_loudness(samples), samples)
+            assert np.array_equal(normalize_loudness(samples), samples)
 
 
 def test_loud_peaks_are_kept_without_a_warning() -> None:
@@ -331,7 +331,7 @@ def test_loud_peaks_are_kept_without_a_warning() -> None:
     samples[20_000] = 0.9
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        louder = normalise_loudness(samples)
+        louder = normalize_loudness(samples)
     assert louder[20_000] > 1
     assert louder[20_000] / 0.9 == pytest.approx(float(louder[5] / samples[5]), rel=1e-5)
 

@@ -1,4 +1,4 @@
-"""Colour matching, against the official one; the conversions against kornia's."""
+"""Color matching, against the official one; the conversions against kornia's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_off(reference):
 
 
 def test_conversions():
-    """All corners, both sides of all knees, and Lab values that no colour has."""
+    """All corners, both sides of all knees, and Lab values that no color has."""
     steps = torch.cat((torch.linspace(0, 0.05, 12), torch.linspace(0.05, 1, 12)))
     rgb = torch.cartesian_prod(steps, steps, steps).T.reshape(1, 3, 24, 576)
     lab = color.rgb_to_lab(rgb)

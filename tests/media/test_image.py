@@ -76,7 +76,7 @@ MODES = {
     "rgb.jpeg": (Image.fromarray(sample()), sample(), 16),
     "palette.png": (PALETTE, np.asarray(PALETTE.convert("RGB")), 0),
     "bits.png": (Image.fromarray(RAMP > 0.3), (RAMP > 0.3) * 255, 0),
-    "grey.png": (Image.fromarray(sample()[..., 0]), sample()[..., 0], 0),
+    "gray.png": (Image.fromarray(sample()[..., 0]), sample()[..., 0], 0),
     "16bit.png": (Image.fromarray((RAMP * 65535).astype(np.uint16)), RAMP * 255, 0.6),
     "16bit.tiff": (Image.fromarray((RAMP * 65535).astype(np.uint16)), RAMP * 255, 0.6),
     "32bit.tiff": (Image.fromarray((RAMP * 65535).astype(np.int32)), RAMP * 255, 0.6),
@@ -118,7 +118,7 @@ def test_exif_orientation(tmp_path: Path, orientation: int) -> None:
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
 def test_animation_gives_its_first_frame(tmp_path: Path, suffix: str) -> None:
-    first, second = (Image.new("RGB", (20, 10), colour) for colour in ((200, 30, 40), (0, 0, 255)))
+    first, second = (Image.new("RGB", (20, 10), color) for color in ((200, 30, 40), (0, 0, 255)))
     options = {"lossless": True} if suffix == "webp" else {}
     first.save(tmp_path / f"a.{suffix}", save_all=True, append_images=[second], duration=100, **options)
     image = open_image(tmp_path / f"a.{suffix}")
@@ -146,7 +146,7 @@ def test_transparency_becomes_white(tmp_path: Path, mode: str) -> None:
     assert (opened[:, 10:] == 255).all()
 
 
-def test_16_bit_colour_is_scaled(tmp_path: Path) -> None:
+def test_16_bit_color_is_scaled(tmp_path: Path) -> None:
     values = np.ascontiguousarray(np.linspace(0, 65535, 16 * 16 * 3).reshape(16, 16, 3)).astype(">u2")
     source = ["-f", "rawvideo", "-pix_fmt", "rgb48be", "-s", "16x16", "-i", "-", "-pix_fmt", "rgb48be"]
     ffmpeg(*source, "-frames:v", 1, "-update", 1, tmp_path / "a.png", data=values.tobytes())
@@ -177,7 +177,7 @@ def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert open_image(tmp_path / "big.png").size == (30, 30)
 
 
-# colours
+# colors
 
 
 def adapted(primaries: list[tuple[float, float]]) -> np.ndarray:
@@ -227,14 +227,14 @@ def linear_to_srgb(values: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("name", WIDE)
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
 def test_wide_gamuts_become_srgb(tmp_path: Path, name: str, mode: str) -> None:
-    """The same colours, written in a wider space with its profile; a P3 photograph without it looks pale."""
+    """The same colors, written in a wider space with its profile; a P3 photograph without it looks pale."""
     expected = np.array([(200, 60, 40), (40, 90, 200), (230, 230, 230), (90, 180, 60)], np.uint8)[None].repeat(8, 0)
     matrix = np.linalg.solve(adapted(WIDE[name]), adapted(SRGB))
     stored = np.rint(255 * (srgb_to_linear(expected / 255) @ matrix.T).clip(0, 1) ** (1 / 2.2)).astype(np.uint8)
     assert np.abs(stored.astype(int) - expected).max() > 10
     columns = {
-        colour: b"XYZ \0\0\0\0" + fixed(*column)
-        for colour, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), adapted(WIDE[name]).T, strict=True)
+        color: b"XYZ \0\0\0\0" + fixed(*column)
+        for color, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), adapted(WIDE[name]).T, strict=True)
     }
     data = profile(b"RGB ", b"XYZ ", columns | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve(2.2)))
     image = Image.fromarray(stored)
@@ -244,7 +244,7 @@ def test_wide_gamuts_become_srgb(tmp_path: Path, name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "LA"])
-def test_grey_profile(tmp_path: Path, mode: str) -> None:
+def test_gray_profile(tmp_path: Path, mode: str) -> None:
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     data = profile(b"GRAY", b"XYZ ", {b"kTRC": curve(1.8)})
     Image.fromarray(levels).convert(mode).save(tmp_path / "a.png", icc_profile=data)
@@ -279,7 +279,7 @@ def test_unusable_profile_is_said(tmp_path: Path) -> None:
         Image.fromarray(sample()).save(tmp_path / "a.png", icc_profile=data)
         image = open_image(tmp_path / "a.png")
         assert np.array_equal(pixels(image), sample())
-        assert image.info[NOTES] == ["has a colour profile that cannot be used; it is read as sRGB"]
+        assert image.info[NOTES] == ["has a color profile that cannot be used; it is read as sRGB"]
 
 
 # what is not taken

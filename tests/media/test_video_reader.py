@@ -1,4 +1,4 @@
-"""Clips are read by their timestamps, upright and in BT.709 colours, one frame at a time."""
+"""Clips are read by their timestamps, upright and in BT.709 colors, one frame at a time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REFERENCE = Path(__file__).parent.parent / "data" / "reference" / "pipelines" / 
 
 
 def numbered(count: int) -> np.ndarray:
-    """Grey frames of which each says its number: value = 2 * number. uint8 [count, 16, 16, 3]."""
+    """Gray frames of which each says its number: value = 2 * number. uint8 [count, 16, 16, 3]."""
     return np.repeat(np.arange(count, dtype=np.uint8) * 2, 16 * 16 * 3).reshape(count, 16, 16, 3)
 
 
@@ -94,12 +94,12 @@ def test_long_still_does_not_pile_up(tmp_path: Path) -> None:
 
 
 def test_animated_gif_is_a_clip(tmp_path: Path) -> None:
-    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
-    first, *rest = (Image.new("RGB", (20, 16), colour) for colour in colours)
+    colors = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
+    first, *rest = (Image.new("RGB", (20, 16), color) for color in colors)
     first.save(tmp_path / "a.gif", save_all=True, append_images=rest, duration=250)
     frames = list(read_frames(tmp_path / "a.gif", 24))
     assert len(frames) == probe_video(tmp_path / "a.gif", 24).frames == 18
-    assert [frames[i][0, 0].tolist() for i in (0, 6, 12)] == [list(colour) for colour in colours]
+    assert [frames[i][0, 0].tolist() for i in (0, 6, 12)] == [list(color) for color in colors]
 
 
 # Shapes and tracks
@@ -155,14 +155,14 @@ def test_leaving_early_ends_ffmpeg(tmp_path: Path) -> None:
     assert not process.is_running()
 
 
-# Colours, fields and transparency
+# Colors, fields and transparency
 
 PATCHES = np.array([(0, 0, 0), (60, 60, 60), (128, 128, 128), (210, 210, 210), (180, 120, 90), (90, 140, 180)])
 TO_BT2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])  # ITU-R BT.2087
 
 
 def encode_deep(rgb: np.ndarray, path: Path, transfer: str) -> Path:
-    """Write three frames of RGB colours in [0, 1], each a patch of 16 x 16 pixels, as BT.2020 in 12 bits, lossless."""
+    """Write three frames of RGB colors in [0, 1], each a patch of 16 x 16 pixels, as BT.2020 in 12 bits, lossless."""
     picture = np.rint(np.clip(rgb, 0, 1) * 65535).astype("<u2").repeat(16, 0)[None].repeat(16, 0)
     source = ["-f", "rawvideo", "-pix_fmt", "rgb48le", "-s", f"{16 * len(rgb)}x16", "-r", 24, "-i", "-"]
     filters = "scale=out_color_matrix=bt2020:out_range=tv:flags=accurate_rnd,format=yuv444p12le,"
@@ -172,7 +172,7 @@ def encode_deep(rgb: np.ndarray, path: Path, transfer: str) -> Path:
 
 
 def patches(path: Path) -> np.ndarray:
-    """The colours of the patches in a clip's second frame."""
+    """The colors of the patches in a clip's second frame."""
     return list(read_frames(path, 24))[1][8, 8::16].astype(int)
 
 
@@ -195,7 +195,7 @@ def hlg(nits: np.ndarray) -> np.ndarray:
     "name, curve, transfer, tolerance", [("PQ", pq, "smpte2084", 2), ("HLG", hlg, "arib-std-b67", 12)]
 )
 def test_hdr_is_tone_mapped(tmp_path: Path, name: str, curve, transfer: str, tolerance: int) -> None:
-    """The same picture as SDR's, whose white is at 203 cd/m2; brighter colours are not all white.
+    """The same picture as SDR's, whose white is at 203 cd/m2; brighter colors are not all white.
 
     The tolerance for HLG is for its system gamma, which zimg applies to each channel and not to the luminance.
     """

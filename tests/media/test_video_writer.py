@@ -68,18 +68,18 @@ def test_written_video_looks_like_its_frames(tmp_path: Path) -> None:
     assert "Audio" not in description(path)
 
 
-def test_colours_are_bt709(tmp_path: Path) -> None:
-    colours = np.array(
+def test_colors_are_bt709(tmp_path: Path) -> None:
+    colors = np.array(
         [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (128, 128, 128), (200, 120, 40)], np.uint8
     )
-    row = np.repeat(colours, 32, axis=0)
+    row = np.repeat(colors, 32, axis=0)
     path = write(np.broadcast_to(row, (6, 48, *row.shape)), tmp_path / "a.mp4", height=48, width=len(row))
     for frame in read_frames(path, 24):
-        assert np.abs(frame[24, 16::32].astype(int) - colours).max() <= 3
+        assert np.abs(frame[24, 16::32].astype(int) - colors).max() <= 3
     # and by the standard's own numbers, so that reader and writer cannot be wrong together
     raw = ffmpeg("-i", path, "-f", "rawvideo", "-pix_fmt", "yuv420p", "-").stdout
     luma = np.frombuffer(raw, np.uint8)[: 48 * len(row)].reshape(48, -1)[24, 16::32]
-    assert np.abs(luma - (16 + 219 / 255 * colours @ [0.2126, 0.7152, 0.0722])).max() <= 2
+    assert np.abs(luma - (16 + 219 / 255 * colors @ [0.2126, 0.7152, 0.0722])).max() <= 2
 
 
 def test_comment(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 class Producer:
-    """Counts the frames that it was asked for, each a grey of its own; they are larger than a pipe."""
+    """Counts the frames that it was asked for, each a gray of its own; they are larger than a pipe."""
 
     def __init__(self, count: int, error: BaseException | None = None) -> None:
         self.made = 0

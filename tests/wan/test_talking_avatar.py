@@ -174,7 +174,7 @@ def test_sound_around_each_frame():
 
 
 def key_frames(make: Callable[..., Avatar], sound: Path, keyframes: str) -> dict[int, Tensor]:
-    """Key frames of three windows, which end at frames 80, 144 and 208; made ones are as grey as their number."""
+    """Key frames of three windows, which end at frames 80, 144 and 208; made ones are as gray as their number."""
     avatar = make("--input_audio", sound, "--keyframes", keyframes)
     plan = plan_windows(avatar.request.frames_out)
     assert [window.start for window in plan.windows] == [0, 64, 128]
@@ -235,12 +235,12 @@ def test_the_prompt_of_the_windows(make, sound, monkeypatch, components, flags, 
 
 
 def numbered(write_lossless, path: Path, frames: int) -> Path:
-    """A clip whose frames are as grey as their number."""
+    """A clip whose frames are as gray as their number."""
     levels = np.arange(frames, dtype=np.uint8)[:, None, None, None]
     return write_lossless(path, np.broadcast_to(levels, (frames, 32, 32, 3)), 25)
 
 
-def grey_levels(video: Tensor) -> list[int]:
+def gray_levels(video: Tensor) -> list[int]:
     frames = video_to_frames(video, True)
     assert (frames == frames[:, :1, :1, :1]).all()
     return frames[:, 0, 0, 0].tolist()
@@ -259,13 +259,13 @@ def test_dubbing_takes_the_clips_frames(make, sound, monkeypatch, write_lossless
     made = make("--input_video", clip, "--input_audio", sound(seconds))
     calls = spy_on_windows(made, monkeypatch)
     assert read_all(made) == 25 * seconds
-    assert [[grey_levels(frames) for frames in known] for _, known, _ in calls] == [
+    assert [[gray_levels(frames) for frames in known] for _, known, _ in calls] == [
         *map(list, zip(first, last, strict=True))
     ]
     assert [start for *_, start in calls] == [0, 64][: len(first)]
 
 
-def test_colours_are_the_portraits_unless_that_is_off(make, sound):
+def test_colors_are_the_portraits_unless_that_is_off(make, sound):
     avatar = make("--input_audio", sound(0.5), "--color_correction_strength", "0")
     latents = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     plain = torch.cat(list(avatar.stages.decode_video(latents)), dim=2)
