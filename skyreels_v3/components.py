@@ -139,7 +139,7 @@ def set_up_transformer(transformer: Transformer, request: GenerationRequest, run
         apply_loras(module, request.lora, fuse=request.quant is not None)
     if request.quant is not None:
         quantize_blocks(transformer.blocks, "quantizing the transformer", request.quant, runtime)
-        if transformer.chunks_tokens:
+        if family_of(request.task).CHUNKS_TOKENS:
             cache_dequantized(transformer.blocks)
     transformer.set_attention(runtime.attention)
     if runtime.parallel.degrees.sequence > 1:

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast
 
 from skyreels_v3.checkpoints.files import Repository
 from skyreels_v3.denoising.guidance import Guidance, text_guidance
 from skyreels_v3.inputs import Inputs
-from skyreels_v3.memory.policy import Tiles
+from skyreels_v3.memory.policy import BYTES, Tiles
 from skyreels_v3.parallel.ranks import UNDIVIDED, ParallelConfig
 from skyreels_v3.request import GenerationRequest, ResolvedRequest
 from skyreels_v3.tasks import TaskSpec
@@ -44,6 +44,33 @@ class TextEncoderSizes:
     matrices: int
 
 
+class Elements(NamedTuple):
+    """Elements of some weights: always float32; those that --quant makes FP8, and their scales; all others."""
+
+    float32: int
+    fp8: int
+    scales: int
+    others: int
+
+    def bytes(self, dtype: str, quant: str | None) -> int:
+        """In a run of `dtype`, quantized or not."""
+        width = BYTES[dtype]
+        fp8 = width * self.fp8 if quant is None else self.fp8 + 4 * self.scales
+        return 4 * self.float32 + fp8 + width * self.others
+
+
+def published_elements(task: TaskSpec) -> tuple[Elements, list[Elements]]:
+    """The elements of the published transformer's weights: outside of the blocks, and of each block."""
+    made = task.transformer_elements
+    return Elements(*made["outside"]), [Elements(*block) for count, *block in made["blocks"] for _ in range(count)]
+
+
+def published_transformer_bytes(task: TaskSpec) -> int:
+    """Bytes of the published transformer's files, about."""
+    outside, blocks = published_elements(task)
+    return sum(each.bytes("bfloat16", None) for each in (outside, *blocks))
+
+
 class TextEncoder(Protocol):
     """A text encoder with its tokenizer."""
 
@@ -61,6 +88,7 @@ class Family(Protocol):
     """The answers of a family; `config` is a transformer's, `dtype` "bfloat16" or "float32"."""
 
     TEXT_ENCODER: TextEncoderSizes
+    CHUNKS_TOKENS: bool  # blocks work on a chunk of their tokens at a time, and so use an FP8 weight several times
 
     def repositories(self, task: TaskSpec) -> tuple[Repository, ...]:
         """What is needed of --model_id, and of --base_model_id if other components come from there."""
@@ -180,11 +208,9 @@ class Transformer(Protocol):
     """A transformer that can be streamed, sharded, quantized, compiled, cached and adapted from outside.
 
     Attributes:
-        chunks_tokens: blocks work on a chunk of their tokens at a time, and so use an FP8 weight several times.
         native_names: from the official code's names of weights, which LoRA files use as well.
     """
 
-    chunks_tokens: ClassVar[bool]
     native_names: ClassVar[KeyMap]
 
     @property

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from skyreels_v3.checkpoints.files import Repository
-from skyreels_v3.families import TextEncoderSizes, family_named, family_of, pipeline_of, width_of
+from skyreels_v3.families import (
+    Elements,
+    TextEncoderSizes,
+    family_named,
+    family_of,
+    pipeline_of,
+    published_elements,
+    width_of,
+)
 from skyreels_v3.inputs import Inputs
 from skyreels_v3.memory.policy import (
     BYTES,
@@ -30,7 +38,7 @@ from skyreels_v3.memory.policy import (
 )
 from skyreels_v3.parallel.ranks import SINGLE, UNDIVIDED, ParallelConfig, Ranks, choose_degrees
 from skyreels_v3.request import GenerationRequest, ResolvedRequest
-from skyreels_v3.tasks import LATENT_CHANNELS, PATCH_SIZE, TINY, VAE_STRIDE
+from skyreels_v3.tasks import LATENT_CHANNELS, PATCH_SIZE, TINY, VAE_STRIDE, TaskSpec
 
 OUTPUT_BYTES = {False: 0.5, True: 3}  # per pixel, about at most: mp4, PNG files
 TINY_BYTES = 1 << 20  # of each component of the toy, roughly
@@ -81,13 +89,11 @@ class Weights:
         blocks: of each block, in order.
         outside: of everything else.
         dequantized: of a block's FP8 matrices in full width, where the block keeps them while it works in chunks.
-        config: the transformer's complete config.
     """
 
     blocks: tuple[int, ...]
     outside: int
     dequantized: int
-    config: Mapping[str, Any]
 
     @property
     def total(self) -> int:
@@ -170,7 +176,7 @@ def plan(checked: Checked, machine: Machine, ranks: Ranks = SINGLE) -> Plan:
     request, dtype = checked.request, machine.dtype
     family, pipeline = family_of(request.task), pipeline_of(request.task)
     sizes = transformer_sizes(request, checked.checkpoint)
-    weights = count_weights(request.task.family, tuple(sizes.items()), dtype, request.quant)
+    weights = weights_of(request.task, sizes, dtype, request.quant)
     terms = len(pipeline.guidance(request).terms)
     forwards = request.num_inference_steps * terms
     degrees = UNDIVIDED
@@ -182,7 +188,7 @@ def plan(checked: Checked, machine: Machine, ranks: Ranks = SINGLE) -> Plan:
         PassPlan(
             (1, LATENT_CHANNELS, new, *latent_size),
             tokens := (new + condition) * tokens_per_frame,
-            forwards * family.forward_flop(weights.config, tokens),
+            forwards * family.forward_flop(sizes, tokens),
         )
         for new, condition in pipeline.passes(request)
     )
@@ -200,7 +206,7 @@ def plan(checked: Checked, machine: Machine, ranks: Ranks = SINGLE) -> Plan:
         ranks=ranks,
         degrees=degrees,
     )
-    result = replace(result, stages=stages(result, weights, math.ceil(terms / degrees.cfg)))
+    result = replace(result, stages=stages(result, sizes, weights, math.ceil(terms / degrees.cfg)))
     policy = choose_policy(request, result.peak, result.streamed_from_host, machine.free_device, machine.free_host)
     return replace(result, policy=policy)
 
@@ -222,41 +228,53 @@ def build_on_meta(family: str, sizes: Mapping[str, Any]) -> Any:
         return family_named(family).build_transformer(dict(sizes))
 
 
+def weights_of(task: TaskSpec, sizes: Mapping[str, int], dtype: str, quant: str | None) -> Weights:
+    """Bytes of a transformer's weights; torch is imported to count them unless its sizes are the published ones."""
+    outside, blocks = published_elements(task)
+    if sizes != task.transformer:
+        outside, blocks = count_elements(task.family, tuple(sizes.items()), quant == "fp8_dynamic")
+    chunks = quant == "fp8" and family_of(task).CHUNKS_TOKENS
+    return Weights(
+        blocks=tuple(block.bytes(dtype, quant) for block in blocks),
+        outside=outside.bytes(dtype, quant),
+        dequantized=blocks[0].fp8 * BYTES[dtype] if chunks else 0,
+    )
+
+
 @cache
-def count_weights(family: str, sizes: tuple[tuple[str, int], ...], dtype: str, quant: str | None) -> Weights:
-    """Count the weights of a transformer in `dtype`, quantized or not."""
+def count_elements(family: str, sizes: tuple[tuple[str, int], ...], dynamic: bool) -> tuple[Elements, list[Elements]]:
+    """The elements of a transformer's weights: outside of the blocks, and of each block."""
     import torch
 
     from skyreels_v3.memory.quantize import quantize
 
     model = build_on_meta(family, dict(sizes))
-    if quant is not None:
-        quantize(model.blocks, torch.device("meta"), dynamic=quant == "fp8_dynamic")
-    float32_names = {SCALE, *(model._keep_in_fp32_modules or ())}
+    quantize(model.blocks, torch.device("meta"), dynamic)
+    float32_names = {*(model._keep_in_fp32_modules or ())}
 
-    def bytes_of(module: Any) -> int:
-        return sum(
-            parameter.numel() * (4 if float32_names.intersection(name.split(".")) else width)
-            for name, parameter in module.named_parameters()
-            for width in [min(parameter.itemsize, BYTES[dtype])]  # FP8 weights are built as such
-        )
+    def elements_of(module: Any) -> Elements:
+        counts = dict.fromkeys(Elements._fields, 0)
+        for name, parameter in module.named_parameters():
+            kind = "others" if float32_names.isdisjoint(name.split(".")) else "float32"
+            kind = "fp8" if parameter.itemsize == 1 else "scales" if name.endswith(SCALE) else kind
+            counts[kind] += parameter.numel()
+        return Elements(**counts)
 
-    blocks = tuple(bytes_of(block) for block in model.blocks)
-    fp8 = sum(parameter.numel() for parameter in model.blocks[0].parameters() if parameter.itemsize == 1)
-    dequantized = fp8 * BYTES[dtype] if model.chunks_tokens and quant == "fp8" else 0
-    return Weights(blocks, bytes_of(model) - sum(blocks), dequantized, model.config)
+    each = [elements_of(block) for block in model.blocks]
+    whole = elements_of(model)
+    return Elements(*(total - sum(counts) for total, *counts in zip(whole, *each, strict=True))), each
 
 
-def stages(plan: Plan, weights: Weights, terms: int) -> dict[str, Stage]:
+def stages(plan: Plan, sizes: Mapping[str, int], weights: Weights, terms: int) -> dict[str, Stage]:
     """Weights and activations of each stage on one rank, which predicts under `terms` conditions."""
     request, family, dtype = plan.request, family_of(plan.request.task), plan.dtype
     longest = max(plan.passes, key=lambda made: made.tokens)
     speakers = len(request.input_audio)
-    activations = family.activation_bytes(weights.config, longest.tokens, dtype, plan.degrees)
-    activations += weights.dequantized + family.context_bytes(weights.config, longest.latents[2], speakers, dtype)
+    activations = family.activation_bytes(sizes, longest.tokens, dtype, plan.degrees)
+    activations += weights.dequantized + family.context_bytes(sizes, longest.latents[2], speakers, dtype)
     if request.cache is not None:  # two residuals of each condition, and a copy of the first block's input
         tokens = longest.tokens // plan.degrees.sequence
-        activations += (2 * terms + 1) * tokens * width_of(weights.config) * BYTES[dtype]
+        activations += (2 * terms + 1) * tokens * width_of(sizes) * BYTES[dtype]
     held = weights.total
     if plan.shards:  # a shard of all, and gathered two blocks and what is outside of blocks
         held = held // plan.degrees.world_size + weights.on_device(0)

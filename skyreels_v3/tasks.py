@@ -51,7 +51,7 @@ class TaskSpec:
     num_inference_steps: int
     shift: float | None  # None: the checkpoint's scheduler says
     transformer: Mapping[str, int]  # sizes of the published one
-    transformer_bytes: int  # of its files, about
+    transformer_elements: Mapping[str, Any]  # of its weights, see families.Elements; `blocks` have their number first
     base_model_id: str = ""  # where the other components are, if not beside the transformer
     guidance_scale: float = 1.0
     size: tuple[int, int] | None = None  # height and width, where neither is given and no input has a shape

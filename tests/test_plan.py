@@ -21,14 +21,14 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from skyreels_v3.families import family_of
+from skyreels_v3.families import family_of, published_elements, published_transformer_bytes
 from skyreels_v3.hunyuan import vae as hunyuan_vae
 from skyreels_v3.hunyuan.vae import HunyuanVAE
 from skyreels_v3.memory.offload import replace_tensors
 from skyreels_v3.memory.quantize import quantize
 from skyreels_v3.memory.stream import STREAM_SLOTS, BlockStream
 from skyreels_v3.parallel.ranks import ParallelConfig, Ranks
-from skyreels_v3.plan import Plan, build_on_meta, count_weights
+from skyreels_v3.plan import Plan, build_on_meta, count_elements, weights_of
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.tasks import TASK_NAMES, task_spec
 from skyreels_v3.wan import vae as wan_vae
@@ -96,6 +96,7 @@ def test_parameters_of_the_components(task, component):
 def test_bytes_of_the_transformers(task, dtype):
     """To the byte: whole, in FP8, and while blocks are streamed."""
     spec = task_spec(task)
+    assert published_elements(spec) == count_elements(spec.family, tuple(spec.transformer.items()), False)
     model = build_on_meta(spec.family, spec.transformer)
     kept = model._keep_in_fp32_modules or ()
     for name, parameter in [*model.named_parameters()]:
@@ -105,9 +106,9 @@ def test_bytes_of_the_transformers(task, dtype):
     for quant in (None, "fp8"):
         if quant:
             quantize(model.blocks, META)
-        counted = count_weights(spec.family, tuple(spec.transformer.items()), dtype, quant)
+        counted = weights_of(spec, spec.transformer, dtype, quant)
         whole = bytes_of(model)
-        assert whole == spec.transformer_bytes or (dtype, quant) != ("bfloat16", None)
+        assert whole == published_transformer_bytes(spec) or (dtype, quant) != ("bfloat16", None)
         assert (counted.total, counted.blocks) == (whole, tuple(map(bytes_of, model.blocks)))
         for resident in (0, 1, 5, 38, 40, 59, 99):
             streamed = [bytes_of(block) for block in BlockStream(model, model.blocks, CPU, resident).streamed]
@@ -135,7 +136,7 @@ def test_bytes_of_the_text_encoder(task, build, dtype, quant):
 @pytest.mark.parametrize("quant", [None, "fp8"])
 def test_what_is_streamed_from_the_host(resident, quant):
     made = plan_of("talking_avatar", quant=quant, stream_blocks=resident, memory="stream", audio_seconds=8.0)
-    weights = count_weights("wan", tuple(made.request.task.transformer.items()), "bfloat16", quant)
+    weights = weights_of(made.request.task, made.request.task.transformer, "bfloat16", quant)
     assert made.streamed_from_host == max(0, 40 - resident) * weights.blocks[0]
     assert made.stages["transformer"].streamed == weights.on_device(resident)
 
@@ -231,7 +232,7 @@ def test_one_of_several_processes():
     assert transformer.weights == alone.stages["transformer"].weights
     assert 1 / 8 < transformer.activations / alone.stages["transformer"].activations < 1 / 2
     sharded = plan_of(use_usp=True, shard_weights=True, ranks=Ranks(3, 8, 3, 8))
-    weights = count_weights("wan", tuple(alone.request.task.transformer.items()), "bfloat16", None)
+    weights = weights_of(alone.request.task, alone.request.task.transformer, "bfloat16", None)
     held = sharded.stages["transformer"].weights
     assert held == pytest.approx(weights.outside * 9 / 8 + (40 / 8 + 2) * weights.blocks[0], rel=1e-6)
     assert sharded.peak("offload") == sharded.stages["VAE decode"].weights + held + max(

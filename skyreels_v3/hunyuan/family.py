@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from skyreels_v3.checkpoints.files import Repository, read_json, read_sizes
 from skyreels_v3.errors import CheckpointError, UserError
-from skyreels_v3.families import TextEncoderSizes, width_of
+from skyreels_v3.families import TextEncoderSizes, published_transformer_bytes, width_of
 from skyreels_v3.hunyuan.key_maps import TEXT_TOKENS
 from skyreels_v3.memory.policy import BYTES, Tiles
 from skyreels_v3.parallel.ranks import UNDIVIDED, ParallelConfig
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from skyreels_v3.parallel.usp import UspFn
 
 SCHEDULER = "scheduler/scheduler_config.json"
+CHUNKS_TOKENS = False
+MLP_RATIO = 4  # of the feed-forward layers, unless the config says otherwise
 
 # The published components
 TEXT_ENCODER = TextEncoderSizes(  # Llama and CLIP; the blocks are Llama's
@@ -95,7 +97,7 @@ def component_parameters(task: TaskSpec) -> dict[str, int]:
 def published_bytes(task: TaskSpec) -> dict[str, int]:
     """Bytes of the published files of all components, about: 16-bit weights, and a float32 VAE."""
     return {
-        "transformer": task.transformer_bytes,
+        "transformer": published_transformer_bytes(task),
         "text encoder": 2 * TEXT_ENCODER.parameters,
         "VAE": 4 * VAE_PARAMETERS,
     }
@@ -105,7 +107,7 @@ def forward_flop(config: Mapping[str, Any], tokens: int, text_tokens: int = TEXT
     """Floating-point operations of one forward on so many tokens of video and text."""
     both, dim = tokens + text_tokens, width_of(config)
     # the same in double and single blocks: the former have layers of their own for the text, but no more work
-    block = 4 * both**2 * dim + 8 * both * dim**2 + 4 * both * dim * int(dim * config["mlp_ratio"])
+    block = 4 * both**2 * dim + 8 * both * dim**2 + 4 * both * dim * int(dim * config.get("mlp_ratio", MLP_RATIO))
     return (config["num_layers"] + config["num_single_layers"]) * block
 
 

@@ -75,7 +75,6 @@ def heads(x: Tensor, layer: nn.Module, norm: nn.Module | None, number: int, rota
 class HunyuanTransformer3DModel(HunyuanVideoTransformer3DModel):
     """diffusers' HunyuanVideo transformer as `families.Transformer`."""
 
-    chunks_tokens: ClassVar[bool] = False
     native_names: ClassVar[KeyMap] = NATIVE_TRANSFORMER
 
     @property

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skyreels_v3.checkpoints.files import Repository
-from skyreels_v3.families import TextEncoderSizes, width_of
+from skyreels_v3.families import TextEncoderSizes, published_transformer_bytes, width_of
 from skyreels_v3.memory.policy import BYTES, Tiles
 from skyreels_v3.parallel.ranks import UNDIVIDED, ParallelConfig
 from skyreels_v3.tasks import CONFIG_DIR, TaskSpec, load_yaml
@@ -24,6 +24,7 @@ from skyreels_v3.wan.key_maps import (
     NATIVE_TOKENIZER,
     NATIVE_VAE_FILE,
     TEXT_TOKENS,
+    TOKENS_AT_ONCE,
     config_sizes,
 )
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from skyreels_v3.parallel.usp import UspFn
     from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
+CHUNKS_TOKENS = True
 IMAGE_TOKENS = 257
 
 # The published components
@@ -95,7 +97,7 @@ def component_parameters(task: TaskSpec) -> dict[str, int]:
 def published_bytes(task: TaskSpec) -> dict[str, int]:
     """Bytes of the published files of all components, about: bfloat16, VAE and audio encoder float32."""
     sizes = {
-        "transformer": task.transformer_bytes,
+        "transformer": published_transformer_bytes(task),
         "text encoder": 2 * TEXT_ENCODER.parameters,
         "VAE": 4 * VAE_PARAMETERS,
     }
@@ -104,7 +106,7 @@ def published_bytes(task: TaskSpec) -> dict[str, int]:
 
 def condition_tokens(config: Mapping[str, Any]) -> int:
     """Tokens of text and image that cross-attention sees."""
-    return TEXT_TOKENS + (IMAGE_TOKENS if config["image_dim"] is not None else 0)
+    return TEXT_TOKENS + (IMAGE_TOKENS if config.get("image_dim") is not None else 0)
 
 
 def forward_flop(config: Mapping[str, Any], tokens: int) -> int:
@@ -113,15 +115,13 @@ def forward_flop(config: Mapping[str, Any], tokens: int) -> int:
     context = condition_tokens(config)
     attention = 4 * tokens**2 * dim + 8 * tokens * dim**2
     cross = 4 * tokens * dim**2 + 4 * context * dim**2 + 4 * tokens * context * dim
-    if config["audio_dim"] is not None:
+    if config.get("audio_dim") is not None:
         cross += 4 * tokens * dim**2 + 4 * tokens * config["audio_tokens"] * dim
     return config["num_layers"] * (attention + cross + 4 * tokens * dim * config["ffn_dim"])
 
 
 def activation_bytes(config: Mapping[str, Any], tokens: int, dtype: str, degrees: ParallelConfig = UNDIVIDED) -> int:
     """Live bytes at the peak of a forward on one of the ranks that divide it, without weights."""
-    from skyreels_v3.wan.transformer import TOKENS_AT_ONCE
-
     dim = width_of(config)
     own = math.ceil(tokens / degrees.sequence)
     chunk = min(own, TOKENS_AT_ONCE) * max(WORKING_BYTES[dtype] * dim, BYTES[dtype] * (dim + 2 * config["ffn_dim"]))
@@ -134,7 +134,7 @@ def activation_bytes(config: Mapping[str, Any], tokens: int, dtype: str, degrees
 
 def context_bytes(config: Mapping[str, Any], frames: int, speakers: int, dtype: str) -> int:
     """Bytes of the conditions' keys and values in one block."""
-    audio_tokens = config["audio_tokens"] * speakers * frames if config["audio_dim"] is not None else 0
+    audio_tokens = config["audio_tokens"] * speakers * frames if config.get("audio_dim") is not None else 0
     dim = width_of(config)
     return 2 * (condition_tokens(config) + audio_tokens) * dim * BYTES[dtype]
 

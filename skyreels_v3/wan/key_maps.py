@@ -10,6 +10,7 @@ from skyreels_v3.checkpoints.key_maps import IDENTITY, KeyMap, rename_layers
 from skyreels_v3.errors import CheckpointError
 
 TEXT_TOKENS = 512  # of a prompt, with padding
+TOKENS_AT_ONCE = 8192  # that blocks work on between attentions: enough for each product to fill a large GPU
 
 # Files of the native layout
 NATIVE_VAE_FILE = "Wan2.1_VAE.pth"

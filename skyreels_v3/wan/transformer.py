@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import skyreels_v3.vector_kernels  # noqa: F401  first of all
 from skyreels_v3.attention.backends import AttentionFn, attention_map, dispatched, sdpa
 from skyreels_v3.checkpoints.key_maps import KeyMap
-from skyreels_v3.wan.key_maps import NATIVE_TRANSFORMER
+from skyreels_v3.wan.key_maps import NATIVE_TRANSFORMER, TOKENS_AT_ONCE
 from skyreels_v3.wan.rope import THETA, Rotary, Segment, apply_rotary, rotary_tables, rotations
 
 # Normalization and modulation: float32 inside, for any dtype of activations and weights
@@ -267,8 +267,6 @@ def positions_between(weights: Tensor, low: Tensor, high: Tensor) -> Tensor:
 # frame, by itself and runs on a chunk of tokens at a time, so that its float32 and feed-forward temporaries stay small:
 # the peak is the tokens, their queries, keys and values, and the output of attention.
 
-TOKENS_AT_ONCE = 8192  # enough for each product to fill a large GPU
-
 
 class Context(NamedTuple):
     """What all blocks attend to, projected to their width.
@@ -418,7 +416,6 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             per vector (layers x channels), and sizes of the audio projection; audio_dim None for models without audio.
     """
 
-    chunks_tokens: ClassVar[bool] = True
     native_names: ClassVar[KeyMap] = NATIVE_TRANSFORMER
     # diffusers declares these with other types
     config_name: Any
