@@ -297,8 +297,12 @@ def test_settings_beside_are_of_files_with_pefts_names_and_no_alpha(tmp_path, fo
         ({"use_rslora": True}, "use_rslora = True not supported"),
         ({"peft_type": "LOHA"}, "peft_type = LOHA not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = pissa not supported"),
-        ({"alpha_pattern": {"(": 1}}, "alpha_pattern that cannot be read"),
-        ({"alpha_pattern": [1]}, "alpha_pattern that cannot be read"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern that is not of names"),
+        (
+            {"alpha_pattern": {"(.+)+": 1}},
+            "alpha_pattern that is not of names",
+        ),  # as a regular expression it never ends
+        ({"alpha_pattern": [1]}, "alpha_pattern that is not of names"),
         ({"lora_alpha": math.inf}, "give inf for the lora_alpha of blocks.0"),
         ({"lora_alpha": None}, "give None for the lora_alpha of blocks.0"),
     ],
