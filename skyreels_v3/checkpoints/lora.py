@@ -67,7 +67,7 @@ PLAIN_SETTINGS: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
 }
 
-LAYER_PATTERN = re.compile(r"\^?(?:\w|\\?\.)+\$?")  # a name, as a regular expression that takes no long time
+LAYER_PATTERN = re.compile(r"\^?(?:\w|\\?\.)+\$?")  # a name: other expressions might never end
 
 
 @dataclass(frozen=True)
