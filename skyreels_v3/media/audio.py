@@ -1,8 +1,7 @@
-"""Sound: checking it, reading it for the model, its loudness, and mixing two recordings.
+"""Sound: checking it, reading it for the model, loudness, and mixing two recordings.
 
-ffmpeg decodes, so anything with a sound track can be read and the model hears what `write_video` puts into the file.
-The rest is done by the libraries that the model was trained with. They take seconds to import, which only `read_audio`
-and `normalize_loudness` pay for.
+ffmpeg decodes, so anything with a sound track can be read, and the model hears what `write_video` writes. The rest is
+done by the libraries that the model was trained with, which take seconds to import.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ MIX_FORMAT = (
     "pan=stereo|FL=FL+FC|FR=FR+FC"
 )
 
-# Formats that hold a single sound and state its length, so that a shorter one has lost its end or parts.
+# Formats with a single track that state its length; a shorter track has lost a part.
 STATES_LENGTH = re.compile(
     r"Input #0, (?:mp3|flac|aiff|au|wv|tta|ape), from.*?Duration: (\d+):(\d+):(\d+\.\d+)", re.DOTALL
 )
@@ -58,7 +57,7 @@ class AudioInfo:
 
     Attributes:
         seconds: length of the sound track that is used.
-        notes: what the user should know about it, to be said after its name.
+        notes: warnings for the user, to follow the file's name.
     """
 
     path: Path

@@ -1,7 +1,7 @@
 """Downloading an input from an http or https URL, without trusting the server.
 
-The size is limited, and so is the time as a whole; redirects lead to http and https only; a web page is not taken for
-media. Private networks are off limits unless asked for, whatever a name resolves to at the moment of the connection.
+Size and total time are limited, redirects lead to http and https only, and web pages are refused. So are private
+networks, unless allowed, whatever a name resolves to at the moment of the connection.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from skyreels_v3.errors import UserError, format_value, redact_url
 logger = logging.getLogger(__name__)
 
 MAX_REDIRECTS = 5
-MAX_SECONDS = 300.0  # for one download with its redirects, however steadily it trickles
+MAX_SECONDS = 300.0  # for one download with its redirects
 BAR_DELAY = 1.0  # seconds; quicker downloads show no progress bar
 SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,5}")
 HTML_START = re.compile(
@@ -144,7 +144,7 @@ def suffix_of(response: httpx.Response) -> str:
 
 
 class ConnectionCheck:
-    """Keeps a download, redirects included, out of private networks: nothing is sent there."""
+    """Keeps a download and its redirects out of private networks: nothing is sent there."""
 
     def __init__(self, timeout: float, allow_private: bool) -> None:
         self.timeout = timeout
@@ -208,7 +208,7 @@ def addresses_of(host: str, flags: int = 0) -> list[str]:
 
 
 def is_public(address: str) -> bool:
-    """Whether a numeric address is on the public internet; of those that carry an IPv4 address, whether that is."""
+    """Whether a numeric address is on the public internet; for one that embeds an IPv4 address, whether that is."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         ip = ipaddress.IPv4Address(int(ip) % 2**32) if ip in NAT64 else ip.ipv4_mapped or ip.sixtofour or ip

@@ -1,4 +1,4 @@
-"""Running ffmpeg, the program that imageio-ffmpeg brings, and reading what it reports about a file.
+"""Running the ffmpeg of imageio-ffmpeg, and parsing what it reports about a file.
 
 imageio-ffmpeg's own `read_frames` and `write_frames` are not used. They hide ffmpeg's exit status, so that a clip
 which breaks in the middle or a full disk would look like success, and they kill the encoder when Ctrl-C arrives during
@@ -41,7 +41,7 @@ LOG_LINES = 5  # of ffmpeg's log that an error quotes
 
 @dataclass(frozen=True)
 class TrackKind:
-    """Video or audio: what ffmpeg calls such a track, and what to tell the user if a file has no usable one."""
+    """Video or audio: ffmpeg's name for such a track, and the errors for a file without a usable one."""
 
     name: str
     containers: str

@@ -1,4 +1,4 @@
-"""Pictures: files of a few formats become 8-bit sRGB, and are fitted to the size that a task needs.
+"""Pictures: reading them as 8-bit sRGB, and fitting them to the size that a task needs.
 
 There are three ways to fit, each as its models were trained: `letterbox` shows the whole picture between white borders
 (reference images); `cover_crop` scales until the frame is filled, then crops (clips, portraits); `crop_resize` crops
@@ -21,7 +21,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from skyreels_v3.errors import format_value
 from skyreels_v3.media.files import MediaError
 
-logging.getLogger("PIL").setLevel(logging.CRITICAL)  # its exceptions say what is wrong with a file
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # its exceptions say it all
 
 # No others: Pillow starts programs for some, and the decoders of the rest have seen little review.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -34,7 +34,7 @@ Image.MAX_IMAGE_PIXELS = 128_000_000  # Pillow does not open pictures of more th
 MAX_SCANS = 500  # of a progressive JPEG, which has about ten: each goes over the whole picture
 # keys of `Image.info`
 REDUCTION = "reduction"  # 1, 2, 4 or 8
-NOTES = "notes"  # what the user should know about the picture, to be said after its name
+NOTES = "notes"  # warnings for the user, to follow the file's name
 
 WHITE = (255, 255, 255)
 LANCZOS = Image.Resampling.LANCZOS
@@ -55,7 +55,7 @@ def open_image(path: Path) -> Image.Image:
     notes: list[str] = []
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's mean nothing to a user
+            warnings.simplefilter("ignore")  # Pillow's are not for users
             with Image.open(path, formats=FORMATS) as image:
                 width = image.width
                 image.draft(None, (REDUCED_SIDE, REDUCED_SIDE))

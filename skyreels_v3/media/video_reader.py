@@ -42,7 +42,7 @@ TO_RGB_ON_WHITE = (
     "format=rgb24"
 )
 WITH_ALPHA = re.compile(r"yuva|gbrap|rgba|bgra|argb|abgr|ya\d|pal8|ayuv|vuya")  # pixel formats
-HD_HEIGHT = 720  # from here on a clip that does not name its matrix is taken to be BT.709, as players do
+HD_HEIGHT = 720  # from here on an unnamed matrix is taken to be BT.709, as players do
 INTERLACED = re.compile("top first|bottom first|top coded first|bottom coded first")
 HDR = {"arib-std-b67": "HLG", "smpte2084": "PQ"}
 WIDE_PRIMARIES = ("bt2020", "smpte431", "smpte432")
@@ -66,7 +66,7 @@ class ClipInfo:
         frames: number of frames that `read_frames` yields at the requested rate. It can be off by one where a container
             does not say how long the last frame is shown.
         start: time of the first frame in the file, in seconds.
-        notes: what the user should know about it, to be said after its name.
+        notes: warnings for the user, to follow the file's name.
     """
 
     path: Path
@@ -177,7 +177,7 @@ def resize_frames(frames: Iterable[np.ndarray], height: int, width: int) -> Iter
 
 
 def rgb_filters(track: Track) -> tuple[str, list[str]]:
-    """ffmpeg's filters that make RGB pictures of a track's frames, and what the user should know about those.
+    """ffmpeg's filters that make RGB pictures of a track's frames, and warnings about those.
 
     Raises:
         MediaError: the frames are too large.

@@ -1,4 +1,4 @@
-"""Writing frames as they are made: to an mp4 file with or without sound, or to a folder of PNG pictures."""
+"""Writing frames as they are made: to an mp4 file, with or without sound, or to a folder of PNG files."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def write_video(
     frames so far are kept as `<stem>.partial.mp4` and the exception is passed on.
 
     Args:
-        frames: up to `FRAMES_AHEAD` of them wait to be encoded, so a frame must not be changed after it was yielded.
+        frames: up to `FRAMES_AHEAD` wait to be encoded, so do not change a frame after yielding it.
         height, width: even numbers.
-        comment: the file's comment, which says how it was made.
+        comment: the file's comment, the record of how it was made.
         audio: a sound file, or a clip for its sound track, that `probe_audio` has accepted. It is encoded as AAC from
             the first frame on, at its own sample rate (the nearest that AAC has), in mono or stereo, and cut or padded
             with silence to the length of the frames. Or a clip whose frames come first: its sound keeps its timestamps.
-        workspace: a folder of the same file system for the unfinished file; that of `path` if there is none.
+        workspace: a folder on the same file system for the unfinished file; by default that of `path`.
 
     Returns:
         The path of the file.
@@ -129,7 +129,7 @@ def write_frames(
         finish: called with the number of frames then; if it fails, `temporary` is published as a partial result.
     """
     frames = iter(frames)
-    first = next(frames, None)  # nothing is created before it is there
+    first = next(frames, None)  # nothing is created before the first frame exists
     if first is None:
         raise RuntimeError(f"{final}: there are no frames to write")
     temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ def write_frames(
                 return path
             logger.warning("not finished; the first %d frames are in %s", queue.added, path)
     except (RuntimeError, OSError) as error:
-        if failure is None or isinstance(failure, BrokenPipeError):  # ffmpeg's last words tell more
+        if failure is None or isinstance(failure, BrokenPipeError):  # ffmpeg's own error says more
             raise
         logger.debug("nothing could be kept of %s: %s", final, error)
     finally:
@@ -165,9 +165,9 @@ def write_frames(
 
 
 class FrameQueue:
-    """Frames on their way to `add`, which is called in a thread while the next frames are made.
+    """A bounded queue of frames for `add`, which is called in a thread while the next frames are made.
 
-    Its first failure is the last call, so that no frame is missing between others.
+    After a failure nothing more is added, so that no frame is missing between others.
     """
 
     def __init__(self, thread: ThreadPoolExecutor, add: AddFrame) -> None:
@@ -178,14 +178,14 @@ class FrameQueue:
         self._failed = False
 
     def put(self, frame: np.ndarray) -> None:
-        """Hand over a frame, and wait while too many do. Raises the error of an earlier one."""
+        """Add a frame, waiting while the queue is full. Raises the error of an earlier frame."""
         self.writes.append(self._thread.submit(self._write, frame))
         self.collect(FRAMES_AHEAD)
 
     def collect(self, waiting: int = 0) -> None:
-        """Wait until no more than so many frames wait; raises the error of a failed one."""
+        """Wait until at most so many frames are queued; raises the error of a failed one."""
         while self.writes and (len(self.writes) > waiting or self.writes[0].done()):
-            self.writes[0].result()  # an interrupt here must find it in the queue
+            self.writes[0].result()  # removed only after: an interrupt here must find it in the queue
             self.writes.popleft()
 
     def _write(self, frame: np.ndarray) -> None:
@@ -222,7 +222,7 @@ def video_file(path: Path, height: int, width: int, fps: int, output: Sequence[s
 
         try:
             yield add
-            with suppress(BrokenPipeError):  # the exit status tells more
+            with suppress(BrokenPipeError):  # the exit status says more
                 pipe.close()
             if process.wait():
                 raise RuntimeError(f"ffmpeg could not write {path.name}: {log_end(log)}")
