@@ -129,7 +129,7 @@ def set_up_vae(vae: Any, runtime: Runtime) -> None:
     if runtime.device.type == "cuda":  # the format of cuDNN's kernels, which would otherwise convert each input
         use_channels_last(vae.module)
     vae.tiles = runtime.policy.tiles
-    vae.group = None if runtime.parallel.is_single else runtime.parallel.group("world")
+    vae.group = runtime.parallel.group("world")
 
 
 def set_up_transformer(transformer: Transformer, request: GenerationRequest, runtime: Runtime) -> None:

@@ -13,17 +13,13 @@ on its size, so the sizes belong to the model and are always those of the publis
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
 
+from skyreels_v3.parallel.groups import Group, pad_end
 from skyreels_v3.wan.vae import displayable
-
-if TYPE_CHECKING:
-    from skyreels_v3.parallel.groups import Group
 
 
 class HunyuanVAE:
@@ -31,7 +27,7 @@ class HunyuanVAE:
 
     Attributes:
         tiles: no effect: blended tiles are visible, so they are always the published code's.
-        group: ranks that share a decode's pieces in time, or None.
+        group: ranks that share a decode's pieces in time.
     """
 
     def __init__(self, module: AutoencoderKLHunyuanVideo) -> None:
@@ -39,7 +35,7 @@ class HunyuanVAE:
         self.module.enable_tiling()
         self.module.use_framewise_decoding = False  # pieces in time are cut here
         self.tiles = (1, 1)
-        self.group: Group | None = None
+        self.group = Group()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,19 +81,12 @@ class HunyuanVAE:
                 number += 1
 
     def decoded(self, pieces: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The frames of each piece of latents, in order; with N ranks N pieces at a time."""
-        if self.group is None:
-            yield from map(self.decode_piece, pieces)
-            return
-        for start in range(0, len(pieces), self.group.size):
-            some = pieces[start : start + self.group.size]
-            lengths = [(piece.shape[2] - 1) * self.module.temporal_compression_ratio + 1 for piece in some]
-            # ranks without a piece repeat the last one: an all-gather needs all ranks and equal lengths
-            own = self.decode_piece(some[min(self.group.rank, len(some) - 1)])
-            padded = F.pad(own, (0, 0, 0, 0, 0, max(lengths) - own.shape[2]))
-            for frames, length in zip(self.group.all_gather(padded), lengths, strict=False):
-                yield frames[:, :, :length]
+        """The frames of each piece (B, 16, f, h, w) of latents, in order; with N ranks N pieces at a time."""
+        lengths = [(piece.shape[2] - 1) * self.module.temporal_compression_ratio + 1 for piece in pieces]
 
-    def decode_piece(self, latents: Tensor) -> Tensor:
-        """(B, 16, f, h, w) -> (B, 3, 4f-3, 8h, 8w), in tiles if larger than one tile."""
-        return self.module.decode(latents).sample
+        def decode(piece: Tensor) -> Tensor:
+            """(B, 3, F, 8h, 8w), in tiles if larger than one; all as long as the first piece, which is the longest."""
+            return pad_end(self.module.decode(piece).sample, 2, lengths[0])
+
+        for frames, length in zip(self.group.map(decode, pieces), lengths, strict=True):
+            yield frames[:, :, :length]

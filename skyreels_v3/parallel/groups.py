@@ -10,7 +10,7 @@ A group of one rank returns what it is given: a single process runs the same cod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -64,6 +64,14 @@ class Group:
             dist.all_reduce(x, operation, self.process_group)
         return x
 
+    def map(self, work: Callable[[Any], Tensor], items: Sequence[Any]) -> Iterator[Tensor]:
+        """`work` of each item, in order, divided among the ranks; all results have the same shape."""
+        for start in range(0, len(items), self.size):
+            some = items[start : start + self.size]
+            made = self.all_gather(work(some[min(self.rank, len(some) - 1)]))  # idle ranks repeat the last: all gather
+            yield from made[: len(some)]
+            del made  # before the next ones are made
+
 
 class Parallel:
     """The ranks that make a video together.
@@ -114,14 +122,7 @@ class Parallel:
 
     def predictions(self, names: Sequence[str], predict: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """`predict(name)` for each name, divided among the ranks of the "cfg" group."""
-        group = self.group("cfg")
-        made: dict[str, Tensor] = {}
-        for start in range(0, len(names), group.size):
-            some = names[start : start + group.size]
-            # idle ranks repeat the last one, since all have to gather
-            own = predict(some[min(group.rank, len(some) - 1)])
-            made |= zip(some, group.all_gather(own), strict=False)
-        return made
+        return dict(zip(names, self.group("cfg").map(predict, names), strict=True))
 
 
 def pad_end(x: Tensor, dim: int, size: int) -> Tensor:

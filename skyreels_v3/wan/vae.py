@@ -15,10 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanCausalConv3d,
@@ -30,9 +29,9 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from skyreels_v3.parallel.groups import Group
+from skyreels_v3.parallel.groups import Group, pad_end
 
+ALONE = Group()
 Span = tuple[int, int]  # first, last + 1
 
 
@@ -41,7 +40,7 @@ class VideoVAE:
 
     Attributes:
         tiles: rows and columns of tiles; more tiles take less memory and a little more work, for the same result.
-        group: ranks that share the tiles, or None.
+        group: ranks that share the tiles.
     """
 
     def __init__(self, module: AutoencoderKLWan) -> None:
@@ -50,7 +49,7 @@ class VideoVAE:
         self.mean = torch.tensor(module.config["latents_mean"]).view(1, -1, 1, 1, 1)
         self.std = torch.tensor(module.config["latents_std"]).view(1, -1, 1, 1, 1)
         self.tiles = (1, 1)
-        self.group: Group | None = None
+        self.group = Group()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,7 +58,7 @@ class VideoVAE:
     @torch.inference_mode()
     def encode(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Normalized latents, float32: the posterior's mode or, with a CPU `generator`, a sample."""
-        stages, cut = encoder_stages(self.module.encoder, self.group is not None)
+        stages, cut = encoder_stages(self.module.encoder, self.group.size > 1)
         fine = TiledStages(stages[:cut], video.shape[-2:], self.tiles, self.group)
         coarse = TiledStages(stages[cut:], fine.size)
         chunks = [video[:, :, :1], *(video[:, :, start : start + 4] for start in range(1, video.shape[2] - 3, 4))]
@@ -78,7 +77,7 @@ class VideoVAE:
         Raises:
             FloatingPointError: the video has NaN or infinite values, which would show as black frames.
         """
-        stages, cut = decoder_stages(self.module.decoder, self.group is not None)
+        stages, cut = decoder_stages(self.module.decoder, self.group.size > 1)
         coarse = TiledStages(stages[:cut], latents.shape[-2:])
         fine = TiledStages(stages[cut:], coarse.size, self.tiles, self.group)
         raw = latents.float() * self.std.to(latents.device) + self.mean.to(latents.device)
@@ -134,16 +133,15 @@ class TiledStages:
         stages: Sequence[nn.Module],
         size: Sequence[int],
         tiles: tuple[int, int] = (1, 1),
-        group: Group | None = None,
+        group: Group = ALONE,
     ) -> None:
         self.size = tuple(sizes_along(stages, length)[-1] for length in size)  # H and W of the result
         self.group = group
-        grid = tiles if group is None else shared_grid(self.size, tiles, group.size)
+        grid = shared_grid(self.size, tiles, group.size)
         rows, columns = ([*split_evenly(*pair)] for pair in zip(self.size, grid, strict=True))
         self.spans = [(row, column) for row in rows for column in columns]
-        own = self.spans
-        if group is not None:  # every `group.size`-th one; each rank needs as many, so several may make the last tile
-            own = [own[min(start + group.rank, len(own) - 1)] for start in range(0, len(own), group.size)]
+        last = len(self.spans) - 1  # which several ranks may make: each needs as many tiles
+        own = [self.spans[min(start + group.rank, last)] for start in range(0, last + 1, group.size)]
         self.tiles = [
             Tile(stages, crops_along(stages, size[0], row), crops_along(stages, size[1], column)) for row, column in own
         ]
@@ -161,17 +159,18 @@ class TiledStages:
 
     def pieces(self, x: Tensor) -> Iterator[Tensor]:
         """The tiles' parts of the result, in order."""
-        if self.group is None:
+        if self.group.size == 1:
             yield from (tile(x) for tile in self.tiles)
             return
         # an all-gather takes equal shapes; tiles differ by at most one row or column
         height, width = (max(end - first for first, end in spans) for spans in zip(*self.spans, strict=True))
-        for number, tile in enumerate(self.tiles):
-            piece = tile(x)
-            padded = F.pad(piece, (0, width - piece.shape[-1], 0, height - piece.shape[-2]))
-            spans = self.spans[number * self.group.size :]
-            for gathered, ((top, bottom), (left, right)) in zip(self.group.all_gather(padded), spans, strict=False):
-                yield gathered[..., : bottom - top, : right - left]
+
+        def make(number: int) -> Tensor:
+            return pad_end(pad_end(self.tiles[number // self.group.size](x), -1, width), -2, height)
+
+        made = self.group.map(make, range(len(self.spans)))
+        for piece, ((top, bottom), (left, right)) in zip(made, self.spans, strict=True):
+            yield piece[..., : bottom - top, : right - left]
 
 
 def shared_grid(size: Sequence[int], tiles: tuple[int, int], ranks: int) -> tuple[int, int]:

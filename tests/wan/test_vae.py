@@ -14,6 +14,7 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file
 
 from skyreels_v3.checkpoints.load import load_model, read_tensors
+from skyreels_v3.parallel.groups import Group
 from skyreels_v3.wan import vae
 from skyreels_v3.wan.checkpoint import load_vae
 from skyreels_v3.wan.vae import VideoVAE
@@ -162,8 +163,8 @@ def psnr(x: torch.Tensor, reference: torch.Tensor) -> float:
     return float(10 * torch.log10(span**2 / (x - reference).square().mean()))
 
 
-class ThreadGroup:
-    """Threads in the place of processes: what the VAE needs of a `parallel.groups.Group`."""
+class ThreadGroup(Group):
+    """Threads in the place of processes."""
 
     def __init__(self, rank: int, pieces: list, barrier: Barrier) -> None:
         self.rank, self.size = rank, len(pieces)
