@@ -10,6 +10,9 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -158,6 +161,31 @@ def run(arguments: list[str], timeout: float | None = None) -> tuple[int, bytes,
     command = ffmpeg_command(arguments)
     finished = subprocess.run(command, stdin=DEVNULL, capture_output=True, start_new_session=True, timeout=timeout)
     return finished.returncode, finished.stdout, finished.stderr.decode(errors="replace")
+
+
+@contextmanager
+def ffmpeg_process(
+    arguments: list[str], purpose: str, stdin: int = DEVNULL, stdout: int = DEVNULL
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A running ffmpeg with `stdin` or `stdout` as a pipe, killed if the `with` block raises.
+
+    Raises:
+        RuntimeError: it fails. The message is "ffmpeg could not <purpose>: <the end of its log>".
+    """
+    with tempfile.TemporaryFile() as log:
+        # a session of its own: Ctrl-C in the terminal must not reach an encoder before its file is complete
+        command = ffmpeg_command(arguments)
+        process = subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=log, start_new_session=True)
+        try:
+            yield process
+            if process.wait():
+                raise RuntimeError(f"ffmpeg could not {purpose}: {log_end(log)}")
+        finally:
+            process.kill()
+            process.wait()
+            for pipe in filter(None, (process.stdin, process.stdout)):
+                with suppress(OSError):  # what is left to be written to a process that is gone
+                    pipe.close()
 
 
 def write_file(arguments: list[str], purpose: str) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
 from pathlib import Path
-from subprocess import DEVNULL, PIPE, Popen
+from subprocess import PIPE
 from typing import IO
 
 import numpy as np
@@ -23,9 +22,8 @@ from skyreels_v3.media.ffmpeg import (
     TRACK,
     VIDEO,
     Track,
-    ffmpeg_command,
+    ffmpeg_process,
     find_track,
-    log_end,
     read_packets,
 )
 from skyreels_v3.media.files import MediaError
@@ -223,19 +221,11 @@ def decode(track: Track, filters: str) -> Iterator[np.ndarray]:
         RuntimeError: ffmpeg fails.
     """
     output = ["-fps_mode", "passthrough", "-c:v", "ppm", "-f", "image2pipe", "pipe:1"]
-    command = ffmpeg_command([*track.source, "-vf", filters, *output])
-    with tempfile.TemporaryFile() as log:
-        process = Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=log, start_new_session=True)
+    arguments = [*track.source, "-vf", filters, *output]
+    with ffmpeg_process(arguments, f"read {track.path.name}", stdout=PIPE) as process:
         assert process.stdout is not None
-        try:
-            while (frame := read_ppm(process.stdout)) is not None:
-                yield frame
-            if process.wait():
-                raise RuntimeError(f"ffmpeg failed: {log_end(log)}")
-        finally:  # also where the reader stops early
-            process.kill()
-            process.wait()
-            process.stdout.close()
+        while (frame := read_ppm(process.stdout)) is not None:
+            yield frame
 
 
 def read_ppm(stream: IO[bytes]) -> np.ndarray | None:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import logging
 import re
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
-from subprocess import PIPE, Popen
+from subprocess import PIPE
 
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from skyreels_v3.media.audio import downmix_filters
-from skyreels_v3.media.ffmpeg import AUDIO, VIDEO, ffmpeg_command, find_track, input_options, log_end, run, write_file
+from skyreels_v3.media.ffmpeg import AUDIO, VIDEO, ffmpeg_process, find_track, input_options, log_end, run, write_file
 from skyreels_v3.media.files import publish, remove, temporary_name
 from skyreels_v3.media.video_reader import ClipInfo
 
@@ -143,7 +142,7 @@ def write_frames(
                 queue.collect()
             except BaseException as error:
                 failure = error
-                wait(queue.writes)
+                thread.submit(int).result()  # the last in the queue: all writes before it have ended
         if queue.added:
             try:
                 finish(queue.added)
@@ -208,10 +207,8 @@ def video_file(path: Path, height: int, width: int, fps: int, output: Sequence[s
     """
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "pipe:0"]
     codec = ["-vf", TO_YUV, "-c:v", "libx264", "-crf", str(CRF), "-preset", PRESET]
-    command = ffmpeg_command([*source, *codec, *output, f"file:{path}"])
-    with tempfile.TemporaryFile() as log:
-        # a session of its own: Ctrl-C in the terminal must not reach the encoder before the file is complete
-        process = Popen(command, stdin=PIPE, stderr=log, start_new_session=True)
+    arguments = [*source, *codec, *output, f"file:{path}"]
+    with ffmpeg_process(arguments, f"write {path.name}", stdin=PIPE) as process:
         assert process.stdin is not None
         pipe = process.stdin
 
@@ -220,15 +217,9 @@ def video_file(path: Path, height: int, width: int, fps: int, output: Sequence[s
                 raise ValueError(f"a frame is {frame.dtype} {frame.shape}, not uint8 {(height, width, 3)}")
             pipe.write(np.ascontiguousarray(frame).data)
 
-        try:
-            yield add
-            with suppress(BrokenPipeError):  # the exit status says more
-                pipe.close()
-            if process.wait():
-                raise RuntimeError(f"ffmpeg could not write {path.name}: {log_end(log)}")
-        finally:
-            process.kill()
-            process.wait()
+        yield add
+        with suppress(BrokenPipeError):  # the exit status says more
+            pipe.close()
 
 
 def add_sound(video: Path, audio: Path | ClipInfo | None, fps: int, output: Sequence[str], frames: int) -> None:
