@@ -345,12 +345,12 @@ def predicted(planned: Plan, made: Runtime, stage: str, before: Sequence[str]) -
     name = PLANNED.get(stage)
     if name is None:
         return None
-    now = planned.stages[name]
+    now = planned.components[name]
     part = name.removeprefix("VAE ")
     working = now.activations if part == name else vae_bytes(planned.request, part, made.policy.tiles)
     if made.policy.mode != "resident":
         return working + (now.streamed if made.policy.mode == "stream" else now.weights)
-    there = {PLANNED[each].split()[0]: planned.stages[PLANNED[each]].weights for each in before if each in PLANNED}
+    there = {PLANNED[each].split()[0]: planned.components[PLANNED[each]].weights for each in before if each in PLANNED}
     return working + sum((there | {name.split()[0]: now.weights}).values())
 
 

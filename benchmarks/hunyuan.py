@@ -196,7 +196,7 @@ def set_up(model: Any, request: GenerationRequest, device: torch.device, stays: 
     before = allocated(device)
     set_up_transformer(model, request, started)
     stays.enter_context(started.resident(model, "denoising", model.blocks))
-    stage = started.plan.stages["transformer"]
+    stage = started.plan.components["transformer"]
     weights = stage.streamed if started.policy.mode == "stream" else stage.weights
     return Way(model, HunyuanConditioning, allocated(device) - before, weights + stage.activations)
 

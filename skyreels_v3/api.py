@@ -21,14 +21,22 @@ import numpy as np
 from torch import Tensor
 
 from skyreels_v3.checks import request_of
-from skyreels_v3.cli import convert_flags
+from skyreels_v3.cli import convert_flags, without_overruled
 from skyreels_v3.errors import UserError
 from skyreels_v3.media.files import run_folder
 from skyreels_v3.request import BY_NAME, GenerationRequest
 from skyreels_v3.stages import Pass, Step
 from skyreels_v3.worker import Worker
 
-NOT_HERE = ("output", "outdir", "save_latents", "save_quantized", "include_input", "no_metadata", "checkpoint_every")
+COMMAND_ONLY = (
+    "output",
+    "outdir",
+    "save_latents",
+    "save_quantized",
+    "include_input",
+    "no_metadata",
+    "checkpoint_every",
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,8 @@ class VideoGenerator:
             UserError: the flags cannot work; at once, or with the first event where inputs are looked at.
         """
         check_names(flags)
-        return self._events(request_of(convert_flags({**self.flags, "quiet": True, **flags})))
+        given = {name: value for name, value in flags.items() if value is not None}
+        return self._events(request_of(convert_flags({**without_overruled(self.flags, given), "quiet": True, **given})))
 
     def _events(self, request: GenerationRequest) -> Iterator[Event]:
         with run_folder() as folder:
@@ -104,5 +113,5 @@ def load(task_type: str, **flags: Any) -> VideoGenerator:
 def check_names(flags: dict[str, Any]) -> None:
     """Raise UserError for flags of the command that a call from Python does not have."""
     for name in flags:
-        if name in NOT_HERE or (name in BY_NAME and not BY_NAME[name].in_line and name != "quiet"):
+        if name in COMMAND_ONLY or (name in BY_NAME and not BY_NAME[name].in_line and name != "quiet"):
             raise UserError(f"--{name}", "is for the command; here frames and latents are returned; leave it out")

@@ -25,7 +25,7 @@ from skyreels_v3.checks import request_of
 from skyreels_v3.cli import job_flags, without_overruled
 from skyreels_v3.config_text import read_json_text
 from skyreels_v3.console import say, show
-from skyreels_v3.errors import UserError, cause_of, format_value
+from skyreels_v3.errors import IncompleteOutput, UserError, cause_of, format_value
 from skyreels_v3.families import pipeline_of
 from skyreels_v3.media.files import check_readable, check_writable
 from skyreels_v3.parallel import processes
@@ -44,14 +44,14 @@ logger = logging.getLogger(__name__)
 MAX_JOBS_BYTES = 1 << 24
 EXAMPLE = '{"task_type": "talking_avatar", "input_image": "a.png", "input_audio": "a.wav", "prompt": "a man talks"}'
 # flags that say how a job is done, not what it makes: they are not part of its identity
-WHERE = {"output", "outdir", "save_latents", "save_quantized"}
-HOW = {
+OUTPUT_FLAGS = {"output", "outdir", "save_latents", "save_quantized"}
+NOT_IDENTITY = {
     *(flag.name for flag in FLAGS if not flag.recorded),
     "offload",
     "parameters_level",
     "sequence_batch",
     "url_timeout",
-} - WHERE
+} - OUTPUT_FLAGS
 
 
 # Jobs and results
@@ -119,7 +119,7 @@ def make_job(number: int, line: bytes, defaults: Mapping[str, Any], seen: Counte
 def identity_of(flags: dict[str, Any] | str) -> str:
     """A text that is the same for flags that make the same video."""
     if isinstance(flags, dict):
-        flags = {name: value for name, value in flags.items() if name not in HOW}
+        flags = {name: value for name, value in flags.items() if name not in NOT_IDENTITY}
     return json.dumps(flags, sort_keys=True)
 
 
@@ -147,7 +147,7 @@ def check_results(path: Path) -> None:
     if not os.path.lexists(path):
         check_writable(path, "--jobs")
     elif not (path.is_file() and os.access(path, os.R_OK | os.W_OK)):
-        raise UserError("--jobs", f"{format_value(path)}, for the results, cannot be written to; check its rights")
+        raise UserError("--jobs", f"{format_value(path)}, the results file, is not writable; check its permissions")
 
 
 def parse_results(content: bytes) -> dict[str, list[dict[str, Any]]]:
@@ -201,7 +201,7 @@ class Results:
             if not mine:
                 self._unlock(job.id)
         if not mine:
-            logger.info("line %d: another run is doing it", job.number)
+            logger.info("line %d: another run is doing it, or has done it", job.number)
         return mine
 
     def add(self, result: Mapping[str, Any]) -> None:
@@ -229,7 +229,7 @@ class Results:
         """Lock a job, or without an id the file's end; False if another process has the lock."""
         if self._has_locks:
             try:
-                fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place_of(id))
+                fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, lock_offset(id))
             except OSError as error:
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     return False
@@ -239,10 +239,10 @@ class Results:
 
     def _unlock(self, id: str = "") -> None:
         if self._has_locks:
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, place_of(id))
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, lock_offset(id))
 
 
-def place_of(id: str) -> int:
+def lock_offset(id: str) -> int:
     """The offset of the byte that is locked for a job; 0 without one."""
     return int(id[:15], 16) + 1 if id else 0  # a file's length has 63 bits
 
@@ -268,13 +268,13 @@ def run_jobs(flags: Mapping[str, Any], ranks: Ranks) -> int:
     name = flags["jobs"]
     jobs = read_jobs(name, {flag: value for flag, value in flags.items() if flag != "jobs"})
     together = flags.get("use_usp", False)
-    team = ranks if together else SINGLE
+    video_ranks = ranks if together else SINGLE
     if flags.get("dry_run"):
         if ranks.is_main:
-            show_plans(name, jobs, team)
+            show_plans(name, jobs, video_ranks)
         return 0
     results = Results(results_file(name))
-    worker = Worker(ranks, team)
+    worker = Worker(ranks, video_ranks)
     if ranks.world_size > 1:
         on_cpu = not together or all(job.request.device == "cpu" for job in jobs if job.request is not None)
         processes.init_process_group(ranks, "cpu" if on_cpu else "auto")
@@ -282,7 +282,7 @@ def run_jobs(flags: Mapping[str, Any], ranks: Ranks) -> int:
     if ranks.world_size > 1 and not together:
         share_assets(worker, todo)
     failed = 0
-    for job in claim_jobs(todo, results, ranks, team):
+    for job in claim_jobs(todo, results, ranks, video_ranks):
         if job.request is not None:
             logger.info("line %d: %s", job.number, job.request.task.name)
         failed += not run_job(job, worker, results)
@@ -329,18 +329,18 @@ def share_assets(worker: Worker, jobs: Iterable[Job]) -> None:
         worker.resolver.resolve_all(job.request for job in jobs if job.request is not None)
         processes.store_set(key, worker.resolver.outcomes)
     else:
-        worker.resolver.learn(processes.store_get(key))
+        worker.resolver.merge_outcomes(processes.store_get(key))
 
 
-def claim_jobs(jobs: Sequence[Job], results: Results, ranks: Ranks, team: Ranks) -> Iterator[Job]:
-    """The jobs for this process: all of its team's, else the next one that nobody has taken, each time."""
-    alone = ranks.world_size > 1 and team.world_size == 1
+def claim_jobs(jobs: Sequence[Job], results: Results, ranks: Ranks, video_ranks: Ranks) -> Iterator[Job]:
+    """The jobs for this process: all of its video_ranks's, else the next one that nobody has taken, each time."""
+    alone = ranks.world_size > 1 and video_ranks.world_size == 1
     for number in (processes.store_next("job") for _ in jobs) if alone else range(len(jobs)):
         if number >= len(jobs):  # other processes have the rest
             return
         job = jobs[number]
-        mine = results.claim(job) if team.is_main else False
-        if mine if team.world_size == 1 else processes.broadcast_object(f"claimed/{job.id}", mine, team):
+        mine = results.claim(job) if video_ranks.is_main else False
+        if mine if video_ranks.world_size == 1 else processes.broadcast_object(f"claimed/{job.id}", mine, video_ranks):
             yield job
 
 
@@ -350,17 +350,17 @@ def run_job(job: Job, worker: Worker, results: Results) -> bool:
     Raises:
         Exception: what went wrong while several ranks were at work, since they may be out of step now.
     """
-    start, team = perf_counter(), worker.team
+    start, video_ranks = perf_counter(), worker.video_ranks
     result: dict[str, Any] = {"job": job.number, "id": job.id}
 
     def end(status: str, **more: Any) -> bool:
-        if team.is_main:
+        if video_ranks.is_main:
             results.record(result | {"status": status, **more, "seconds": round(perf_counter() - start, 1)})
         return status == "done"
 
     if job.request is None:
         return end("error", error=job.problem, exit=2)
-    with downloads_folder(team) as downloads:
+    with downloads_folder(video_ranks) as downloads:
         try:
             ready = worker.resolve(job.request, downloads, job.id)
             if ready.done:
@@ -373,7 +373,7 @@ def run_job(job: Job, worker: Worker, results: Results) -> bool:
             path = worker.make(ready)
         except Exception as error:
             logger.debug("line %d", job.number, exc_info=True)
-            if team.world_size > 1:
+            if video_ranks.world_size > 1:
                 if processes.store_next(f"failed/{job.id}") == 0:
                     results.record(result | {"status": "error", **failure(error)})
                 raise
@@ -387,10 +387,11 @@ def run_job(job: Job, worker: Worker, results: Results) -> bool:
 def failure(error: Exception) -> dict[str, Any]:
     """What a result says of an error."""
     user_error = isinstance(error, UserError)
-    return {"error": str(error) if user_error else cause_of(error), "exit": 2 if user_error else 1}
+    made = {"output": str(error.output)} if isinstance(error, IncompleteOutput) else {}
+    return {"error": str(error) if user_error else cause_of(error), "exit": 2 if user_error else 1, **made}
 
 
-def show_plans(name: str, jobs: Sequence[Job], team: Ranks) -> None:
+def show_plans(name: str, jobs: Sequence[Job], video_ranks: Ranks) -> None:
     """Print the plan of each job, that it is done, or what is wrong; raise UserError if there is a wrong one."""
     from skyreels_v3.dry_run import dry_run
 
@@ -400,14 +401,14 @@ def show_plans(name: str, jobs: Sequence[Job], team: Ranks) -> None:
         video, problem = video_of(results[job.id]), job.problem
         text = "" if video is None or not os.path.lexists(path.parent / video) else f"{'done':14}{path.parent / video}"
         if not text and job.request is not None:
-            with downloads_folder(team) as downloads:
+            with downloads_folder(video_ranks) as downloads:
                 try:
-                    text = dry_run(job.request, downloads, team)
+                    text = dry_run(job.request, downloads, video_ranks)
                 except UserError as error:
                     problem = str(error)
         wrong += not text
         show(f"{'line':14}{job.number}\n{text or 'error'.ljust(14) + problem}\n")
     if wrong:
         raise UserError(
-            "--jobs", f"{format_value(name)}: {wrong} of {len(jobs)} lines cannot work; correct them as said above"
+            "--jobs", f"{format_value(name)}: {wrong} of {len(jobs)} lines have errors; fix them as described above"
         )

@@ -141,6 +141,8 @@ def check_values(spec: TaskSpec, values: Mapping[str, Any]) -> None:
         refuse(values, "num_frames", f"not 4k+1; give {frames // 4 * 4 + 1} or {frames // 4 * 4 + 5}")
     if frames > most:
         refuse(values, "num_frames", f"out of range; {spec.name} makes up to {most} frames")
+    if values.get("duration", 0) * (fps := values.get("fps", spec.fps)) + 1 > most:
+        refuse(values, "duration", f"too long at --fps {fps}; {spec.name} makes up to {most} frames")
     if values.get("cache"):
         parse_cache(values["cache"])
         steps = values.get("num_inference_steps", spec.num_inference_steps)
@@ -158,7 +160,7 @@ def check_size(values: Mapping[str, Any]) -> None:
         if name not in values:
             continue
         if other not in values:
-            refuse(values, name, f"one side is no size; give --{other} as well")
+            refuse(values, name, f"a size needs both sides; give --{other} as well")
         if values[name] % SIZE_MULTIPLE:
             below = values[name] // SIZE_MULTIPLE * SIZE_MULTIPLE
             refuse(values, name, f"not a multiple of {SIZE_MULTIPLE}; give {below} or {below + SIZE_MULTIPLE}")
@@ -303,11 +305,10 @@ def without_secrets(name: str, value: Any) -> Any:
     """A flag's value as it is recorded: URLs of inputs without user, password and query."""
     if BY_NAME[name].path != "input":
         return value
-    safe = []
-    for entry in value.split(",") if isinstance(value, str) else value:
-        source, *time = entry.rsplit("@", 1) if name == "keyframes" else [entry]
-        safe.append("@".join([redact_url(source), *time]))
-    return ",".join(safe) if isinstance(value, str) else safe
+    if isinstance(value, str):
+        return redact_url(value)
+    parts = (entry.rsplit("@", 1) if name == "keyframes" else [entry] for entry in value)
+    return ["@".join([redact_url(source), *time]) for source, *time in parts]
 
 
 def written_out(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -324,15 +325,18 @@ def written_out(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def presets(spec: TaskSpec, values: Mapping[str, Any]) -> dict[str, Any]:
     """What a task's preset says for a request of these values."""
-    always = ("model_id", "resolution", "num_inference_steps", "shift")
-    made = {name: getattr(spec, name) for name in always}
-    made |= {"duration": spec.default_duration} if spec.default_duration else {}
-    made |= {"window_prompt": spec.window_prompt} if spec.window_prompt else {}
-    made |= {"guidance_scale": spec.guidance_scale} if spec.guidance_scale != 1.0 else {}
-    made |= {"negative_prompt": spec.negative_prompt} if spec.negative_prompt and is_guided(spec, values) else {}
+    made: dict[str, Any] = {
+        **{name: getattr(spec, name) for name in ("model_id", "resolution", "num_inference_steps", "shift")},
+        "guidance_scale": spec.guidance_scale if spec.guidance_scale != 1.0 else "",
+        "negative_prompt": spec.negative_prompt if is_guided(spec, values) else "",
+        "window_prompt": spec.window_prompt if "input_video" not in values else "",
+        "duration": spec.default_duration or "",
+    }
+    if "fps" in values and "duration" not in values:  # as many frames as without
+        made["num_frames"] = spec.default_duration * spec.fps // 4 * 4 + 1
     if spec.size is not None and not spec.inputs and "height" not in values:
         made["height"], made["width"] = spec.size
-    return made
+    return {name: value for name, value in made.items() if value != ""}
 
 
 def as_trained(spec: TaskSpec, values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from skyreels_v3.checks import KEYFRAME, describe_value, parse_lora, request_of
+from skyreels_v3.checks import KEYFRAME, describe_value, is_set, parse_lora, request_of
 from skyreels_v3.config_text import read_yaml_text
 from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.hints import SEE_HELP, suggest_flag, suggest_value
@@ -287,7 +287,7 @@ def convert_flags(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def without_overruled(values: Mapping[str, Any], winners: Mapping[str, Any]) -> dict[str, Any]:
     """Values without those that contradict a flag that wins over them."""
-    overruled = {pair[1 - side] for pair in EXCLUSIVE for side in (0, 1) if pair[side] in winners}
+    overruled = {pair[1 - side] for pair in EXCLUSIVE for side in (0, 1) if is_set(winners, pair[side])}
     return {name: value for name, value in values.items() if name not in overruled}
 
 

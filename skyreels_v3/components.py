@@ -38,7 +38,7 @@ class Components:
 
     transformer: Any  # an nn.Module and a Transformer, for which Python has no type
     vae: Any
-    prompts: TensorCache
+    prompt_cache: TensorCache
     text_encoder: Any = None
     image_encoder: Any = None
     audio_encoder: Any = None
@@ -68,7 +68,7 @@ def load_components(plan: Plan, runtime: Runtime) -> Components:
         read_ahead(weights)  # while the prompt and the pictures are encoded
     components = Components(
         **loaded,
-        prompts=TensorCache(None if request.no_cache else cache_folder() / "prompts", known_prompts),
+        prompt_cache=TensorCache(None if request.no_cache else cache_folder() / "prompts", known_prompts),
         quant=request.quant,
     )
     if request.broadcast_weights and not runtime.parallel.is_single:

@@ -12,7 +12,7 @@ from skyreels_v3.families import family_of
 from skyreels_v3.media.files import existing_folder, giga
 from skyreels_v3.memory.policy import TILINGS
 from skyreels_v3.parallel.ranks import Ranks
-from skyreels_v3.plan import Plan, output_bytes, plan, stage_dtype
+from skyreels_v3.plan import Plan, component_dtype, output_bytes, plan
 from skyreels_v3.request import GenerationRequest, ResolvedRequest
 from skyreels_v3.resolve import preflight
 from skyreels_v3.runtime import find_machine
@@ -44,14 +44,14 @@ def describe(plan: Plan) -> str:
     shift = "the scheduler's shift" if request.shift is None else f"shift {request.shift:g}"
     lines += [("steps", f"{request.num_inference_steps}, {shift}, {plan.forwards} forwards a pass")]
     for number, made in enumerate(plan.passes, start=1):
-        work = f"{peta(made.flop / plan.forwards)} a forward, {peta(made.flop)} in all"
+        work = f"{format_flop(made.flop / plan.forwards)} a forward, {format_flop(made.flop)} in all"
         lines += [(f"pass {number}", f"latents {list(made.latents)}, {made.tokens:,} tokens, {work}")]
     if (denoising := throughput.seconds_of(plan)) is not None:
-        lines += [("time", f"about {duration(denoising)} of denoising, as fast as it was here before")]
-    for name, stage in plan.stages.items():
+        lines += [("time", f"about {duration(denoising)} of denoising, at the speed measured here before")]
+    for name, part in plan.components.items():
         quantized = f", {request.quant}" if request.quant and name in ("transformer", "text encoder") else ""
-        weights = f"{giga(stage.weights)} weights ({stage_dtype(request, name, plan.dtype)}{quantized})"
-        lines += [(name, weights + (f", about {giga(stage.activations)} activations" if stage.activations else ""))]
+        weights = f"{giga(part.weights)} weights ({component_dtype(request, name, plan.dtype)}{quantized})"
+        lines += [(name, weights + (f", about {giga(part.activations)} activations" if part.activations else ""))]
     if plan.degrees.world_size > 1:
         lines += [("processes", f"{plan.degrees.world_size}: {plan.degrees}; memory is that of one of them")]
     lines += [("memory", describe_memory(plan)), ("output", str(request.output)), ("disk", describe_disk(request))]
@@ -102,7 +102,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def peta(work: float) -> str:
+def format_flop(work: float) -> str:
     if work < 1e11:
         return f"{work / 1e9:.3g} GFLOP"
     return f"{work / 1e15:.1f} PFLOP" if work >= 1e14 else f"{work / 1e12:.3g} TFLOP"

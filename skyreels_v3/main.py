@@ -82,15 +82,15 @@ def act_on(flags: Mapping[str, Any], ranks: Ranks) -> int:
 
 def start_processes(flags: Mapping[str, Any], argv: Sequence[str], wanted: int) -> int:
     """Carry out what flags ask for in `wanted` processes on this machine; returns the exit code."""
-    team = Ranks(world_size=wanted, local_world_size=wanted)
+    ranks = Ranks(world_size=wanted, local_world_size=wanted)
     if flags.get("dry_run"):
-        return act_on(flags, team)  # one process can plan for all
+        return act_on(flags, ranks)  # one process can plan for all
     logger.setLevel(logging.ERROR)  # the processes log
     request = None if "jobs" in flags else request_of(flags)
     if request is not None and not any(is_url(source) for _, source in request.sources):
         from skyreels_v3.resolve import preflight
 
-        checked = preflight(request, Path(), team)  # errors show before the processes start
+        checked = preflight(request, Path(), ranks)  # errors show before the processes start
         if checked.done and request.video_num == 1:
             show(checked.request.output)
             return 0

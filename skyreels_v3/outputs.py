@@ -34,7 +34,7 @@ EARLIER_OUTPUTS = 8  # that are looked at
 PROMPT_IN_NAME = 100  # characters
 NAME_BYTES = 180  # of them; file systems take 255 for a name, and those of temporary files are longer
 NOT_IN_NAMES = r"[/\x00-\x1f\x7f-\x9f\u2028\u2029]" if os.name != "nt" else r'[<>:"/\\|?*\x00-\x1f]'
-LITTLE = 1 << 14  # bytes without which no output is possible
+MIN_FREE_BYTES = 1 << 14  # bytes without which no output is possible
 COPIES = 4  # of the largest pass's latents, and more, in a safety copy of a multistep scheduler
 
 
@@ -84,8 +84,8 @@ def check_room(request: ResolvedRequest, checkpoint: Path | None) -> Iterator[st
         flag, path, _, _ = max(entries, key=lambda entry: entry[2])
         folder = existing_folder(path)
         usage = shutil.disk_usage(folder)
-        least, most = sum(entry[2] for entry in entries) + LITTLE, sum(entry[3] for entry in entries)
-        if usage.total and usage.free < least:  # some file systems do not tell
+        least, most = sum(entry[2] for entry in entries) + MIN_FREE_BYTES, sum(entry[3] for entry in entries)
+        if usage.total and usage.free < least:  # some file systems report 0
             free = f"{giga(usage.free)} are free in {format_value(folder)}"
             remedy = "free some space, or give a path on another disk"
             raise UserError(flag, f"{format_value(path)} needs {giga(least)}, {free}; {remedy}")

@@ -111,7 +111,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Stage:
+class ComponentBytes:
     """Bytes of one component at work: its weights, those on the device while its blocks are streamed, its activations.
 
     The VAE's `activations` are those without tiles.
@@ -141,7 +141,7 @@ class Plan:
     dtype: str
     passes: tuple[PassPlan, ...]
     forwards: int
-    stages: Mapping[str, Stage]
+    components: Mapping[str, ComponentBytes]
     streamed_from_host: int
     shards: bool
     ranks: Ranks = SINGLE
@@ -151,16 +151,16 @@ class Plan:
     def peak(self, mode: str, tiles: Tiles = TILINGS[0]) -> int:
         """The most bytes in use on the device at one time, in a memory mode and with a tiling of the VAE."""
         vae = {f"VAE {part}": vae_bytes(self.request, part, tiles) for part in ("encode", "decode")}
-        activations = {name: vae.get(name, stage.activations) for name, stage in self.stages.items()}
+        activations = {name: vae.get(name, part.activations) for name, part in self.components.items()}
         if mode == "resident":
-            together = sum(stage.weights for name, stage in self.stages.items() if name != "VAE encode")
+            together = sum(part.weights for name, part in self.components.items() if name != "VAE encode")
             return together + max(activations.values())
-        shard = self.stages["transformer"].weights if self.shards else 0  # never leaves the device
+        shard = self.components["transformer"].weights if self.shards else 0  # never leaves the device
         return max(
-            (stage.streamed if mode == "stream" else stage.weights)
+            (part.streamed if mode == "stream" else part.weights)
             + activations[name]
             + (shard if name != "transformer" else 0)
-            for name, stage in self.stages.items()
+            for name, part in self.components.items()
         )
 
 
@@ -200,13 +200,13 @@ def plan(checked: Checked, machine: Machine, ranks: Ranks = SINGLE) -> Plan:
         dtype=dtype,
         passes=passes,
         forwards=forwards,
-        stages={},
+        components={},
         streamed_from_host=sum(weights.streamed(request.stream_blocks)),
         shards=request.shard_weights and degrees.world_size > 1,
         ranks=ranks,
         degrees=degrees,
     )
-    result = replace(result, stages=stages(result, sizes, weights, math.ceil(terms / degrees.cfg)))
+    result = replace(result, components=component_bytes(result, sizes, weights, math.ceil(terms / degrees.cfg)))
     policy = choose_policy(request, result.peak, result.streamed_from_host, machine.free_device, machine.free_host)
     return replace(result, policy=policy)
 
@@ -265,8 +265,8 @@ def count_elements(family: str, sizes: tuple[tuple[str, int], ...], dynamic: boo
     return Elements(*(total - sum(counts) for total, *counts in zip(whole, *each, strict=True))), each
 
 
-def stages(plan: Plan, sizes: Mapping[str, int], weights: Weights, terms: int) -> dict[str, Stage]:
-    """Weights and activations of each stage on one rank, which predicts under `terms` conditions."""
+def component_bytes(plan: Plan, sizes: Mapping[str, int], weights: Weights, terms: int) -> dict[str, ComponentBytes]:
+    """Weights and activations of each component on one rank, which predicts under `terms` conditions."""
     request, family, dtype = plan.request, family_of(plan.request.task), plan.dtype
     longest = max(plan.passes, key=lambda made: made.tokens)
     speakers = len(request.input_audio)
@@ -278,18 +278,18 @@ def stages(plan: Plan, sizes: Mapping[str, int], weights: Weights, terms: int) -
     held = weights.total
     if plan.shards:  # a shard of all, and gathered two blocks and what is outside of blocks
         held = held // plan.degrees.world_size + weights.on_device(0)
-    others = component_bytes(request, plan.checkpoint, dtype)
+    others = component_weights(request, plan.checkpoint, dtype)
     vae = others.pop("VAE")
-    made = {name: Stage(size, size) for name, size in others.items()}
-    made["text encoder"] = text_encoder_stage(family.TEXT_ENCODER, others["text encoder"], dtype, request.quant)
+    made = {name: ComponentBytes(size, size) for name, size in others.items()}
+    made["text encoder"] = text_encoder_bytes(family.TEXT_ENCODER, others["text encoder"], dtype, request.quant)
     if request.task.inputs:
-        made["VAE encode"] = Stage(vae, vae, vae_bytes(request, "encode", TILINGS[0]))
-    made["transformer"] = Stage(held, weights.on_device(request.stream_blocks), activations)
-    made["VAE decode"] = Stage(vae, vae, vae_bytes(request, "decode", TILINGS[0]))
+        made["VAE encode"] = ComponentBytes(vae, vae, vae_bytes(request, "encode", TILINGS[0]))
+    made["transformer"] = ComponentBytes(held, weights.on_device(request.stream_blocks), activations)
+    made["VAE decode"] = ComponentBytes(vae, vae, vae_bytes(request, "decode", TILINGS[0]))
     return made
 
 
-def component_bytes(request: GenerationRequest, checkpoint: Path | None, dtype: str) -> dict[str, int]:
+def component_weights(request: GenerationRequest, checkpoint: Path | None, dtype: str) -> dict[str, int]:
     """Bytes of the weights of all components but the transformer: of their files, if they are on this machine."""
     family = family_of(request.task)
     parameters = family.component_parameters(request.task)
@@ -299,7 +299,7 @@ def component_bytes(request: GenerationRequest, checkpoint: Path | None, dtype: 
         return {name: file_bytes(repository, folder, name) for name in parameters}
     if request.model_id == TINY:
         return dict.fromkeys(parameters, TINY_BYTES)
-    return {name: count * BYTES[stage_dtype(request, name, dtype)] for name, count in parameters.items()}
+    return {name: count * BYTES[component_dtype(request, name, dtype)] for name, count in parameters.items()}
 
 
 def transformer_file_bytes(request: GenerationRequest, checkpoint: Path | None) -> int:
@@ -317,12 +317,12 @@ def file_bytes(repository: Repository, folder: Path, component: str) -> int:
     return sum(file.stat().st_size for file in repository.weights(folder, component))
 
 
-def text_encoder_stage(encoder: TextEncoderSizes, size: int, dtype: str, quant: str | None) -> Stage:
+def text_encoder_bytes(encoder: TextEncoderSizes, size: int, dtype: str, quant: str | None) -> ComponentBytes:
     """A text encoder with `size` bytes of weights before they are quantized."""
     share = size * encoder.blocks / encoder.parameters
     saved = 0 if quant is None else int(share * encoder.matrices * (1 - 1 / BYTES[dtype]))
     blocks = int(share * encoder.block) - saved
-    return Stage(size - saved, size - saved - blocks * (encoder.blocks - STREAM_SLOTS) // encoder.blocks)
+    return ComponentBytes(size - saved, size - saved - blocks * (encoder.blocks - STREAM_SLOTS) // encoder.blocks)
 
 
 def vae_bytes(request: ResolvedRequest, part: str, tiles: Tiles) -> int:
@@ -330,8 +330,8 @@ def vae_bytes(request: ResolvedRequest, part: str, tiles: Tiles) -> int:
     return family_of(request.task).vae_bytes((request.height, request.width), request.vae_dtype, part, tiles)
 
 
-def stage_dtype(request: GenerationRequest, name: str, dtype: str) -> str:
-    """The dtype of a stage's weights in a run of `dtype`, apart from quantized ones."""
+def component_dtype(request: GenerationRequest, name: str, dtype: str) -> str:
+    """The dtype of a component's weights in a run of `dtype`, apart from quantized ones."""
     if name.startswith("VAE"):
         return request.vae_dtype
     return "float32" if name.startswith("audio") else dtype

@@ -43,7 +43,8 @@ def progress_bar(name: str, total: int | None, shown: bool = True, **options: An
         total: number of steps, None if unknown. It may be slightly off.
         options: further arguments of tqdm.
     """
-    kind = tqdm if sys.stderr.isatty() else LineBar
+    shown = shown and sys.stderr is not None  # as without a console on Windows
+    kind = tqdm if shown and sys.stderr.isatty() else LineBar
     with kind(desc=name, total=total, disable=not shown, file=Stderr(), **options) as bar:
         yield bar
         bar.total = bar.n

@@ -38,7 +38,7 @@ class Flag:
         kind: str, int, float, or bool for a switch.
         bare: the value of the flag alone; None: it needs one.
         group: the heading of --help that begins with this flag; "": that of the flag before.
-        some: only for tasks whose preset lists it in `takes`.
+        task_specific: only for tasks whose preset lists it in `takes`.
         usp: only with --use_usp.
         path: "input" (a path or URL), "output" or "hub" (a folder or a hub's id); "" for other values.
         several: takes several entries: comma-separated, given several times, or a list in a file.
@@ -56,7 +56,7 @@ class Flag:
     metavar: str | None = None
     bare: str | None = None
     group: str = ""
-    some: bool = False
+    task_specific: bool = False
     usp: bool = False
     path: str = ""
     several: bool = False
@@ -66,7 +66,7 @@ class Flag:
 
     def is_for(self, task: TaskSpec) -> bool:
         """Whether a task takes it."""
-        return not self.some or self.name in task.takes
+        return not self.task_specific or self.name in task.takes
 
 
 def flag(default: Any, help: str, kind: type = str, **more: Any) -> Any:
@@ -74,7 +74,7 @@ def flag(default: Any, help: str, kind: type = str, **more: Any) -> Any:
     return field(default=default, metadata={"flag": {"help": help, "kind": kind, **more}})
 
 
-some = partial(flag, some=True)  # for some tasks
+task_flag = partial(flag, task_specific=True)  # for some tasks
 unrecorded = partial(flag, recorded=False)
 run_flag = partial(flag, recorded=False, in_line=False)  # for a whole run, not for a line of --jobs
 parallel = partial(run_flag, usp=True)
@@ -98,27 +98,28 @@ class GenerationRequest:
         group="Input")
     prompt: str = flag("", "what happens in the video")
     negative_prompt: str = flag("", "what to avoid; needs --guidance_scale above 1")
-    image: str | None = some(None, "first frame of the video (i2v), path or URL", metavar="IMAGE",
+    image: str | None = task_flag(None, "first frame of the video (i2v), path or URL", metavar="IMAGE",
         path="input")
-    ref_imgs: tuple[str, ...] = some((), "1-4 reference images, paths or URLs", metavar="IMAGE[,IMAGE...]",
+    ref_imgs: tuple[str, ...] = task_flag((), "1-4 reference images, paths or URLs", metavar="IMAGE[,IMAGE...]",
         path="input", several=True)
-    input_video: str | None = some(None, "clip to extend (or, by talking_avatar, to dub), path or URL",
+    input_video: str | None = task_flag(None, "clip to extend (or, by talking_avatar, to dub), path or URL",
         metavar="CLIP", path="input")
-    input_image: str | None = some(None, "portrait of the speaker, path or URL", metavar="IMAGE", path="input")
-    input_audio: tuple[str, ...] = some((), "speech: audio file or video, path or URL; two for two speakers",
+    input_image: str | None = task_flag(None, "portrait of the speaker, path or URL", metavar="IMAGE", path="input")
+    input_audio: tuple[str, ...] = task_flag((), "speech: audio file or video, path or URL; two for two speakers",
         metavar="AUDIO[,AUDIO]", path="input", several=True)
-    audio_type: str = some("parallel", "two speakers talk at once (default) or one after the other",
+    audio_type: str = task_flag("parallel", "two speakers talk at once (default) or one after the other",
         choices=("parallel", "sequential"))
-    speaker_boxes: tuple[tuple[int, int, int, int], ...] = some((),
+    speaker_boxes: tuple[tuple[int, int, int, int], ...] = task_flag((),
         "where the two speakers are in the portrait, in pixels (default: its halves)", metavar="X0,Y0,X1,Y1;...")
-    keyframes: tuple[tuple[str, float], ...] = some((), "images for windows to end on, instead of generated frames",
-        metavar="IMAGE@SECONDS[,...]", path="input", several=True)
-    window_prompt: str = some("", "prompt for the windows after the first pass; 'same' for --prompt")
-    duration: int = some(5, "whole seconds of new video (default: the task's)", int, group="Size and length")
-    num_frames: int | None = some(None,
+    keyframes: tuple[tuple[str, float], ...] = task_flag((),
+        "images for windows to end on, instead of generated frames", metavar="IMAGE@SECONDS[,...]", path="input",
+        several=True)
+    window_prompt: str = task_flag("", "prompt for the windows after the first pass; 'same' for --prompt")
+    duration: int = task_flag(5, "whole seconds of new video (default: the task's)", int, group="Size and length")
+    num_frames: int | None = task_flag(None,
         "frames of new video, 4k+1, instead of --duration (reference_to_video, t2v, i2v)", int, low=1, high=100000)
-    fps: int | None = some(None, "frames per second of the file (t2v, i2v; default: 24)", int, low=1, high=120)
-    resolution: str = some("720P", "size bucket (default: 720P); height and width follow the input's aspect ratio",
+    fps: int | None = task_flag(None, "frames per second of the file (t2v, i2v; default: 24)", int, low=1, high=120)
+    resolution: str = task_flag("720P", "size bucket (default: 720P); height and width follow the input's aspect ratio",
         choices=RESOLUTIONS)
     height: int | None = flag(None, "in pixels, a multiple of 16, instead of --resolution", int, low=SIZE_MULTIPLE,
         high=MAX_SIDE)
@@ -128,25 +129,25 @@ class GenerationRequest:
         group="Sampling")
     num_inference_steps: int = flag(8, "denoising steps (default: the task's)", int, low=1, high=200)
     shift: float | None = flag(5.0, "shift of the noise schedule (default: the task's)", float, low=0.01, high=100)
-    guidance_scale: float = some(1.0, "text guidance; 1 is off (default; t2v and i2v: 6)", float, low=0, high=100)
-    embedded_guidance_scale: float = some(1.0, "guidance that V1's transformer takes as an input (default: 1)",
+    guidance_scale: float = task_flag(1.0, "text guidance; 1 is off (default; t2v and i2v: 6)", float, low=0, high=100)
+    embedded_guidance_scale: float = task_flag(1.0, "guidance that V1's transformer takes as an input (default: 1)",
         float, low=0, high=100)
-    image_guidance_scale: float = some(1.0, "guidance from the reference images, on top of text guidance", float, low=0,
-        high=100)
-    text_guidance_scale: float = some(1.0, "text guidance of talking_avatar; 1 is off (default)", float, low=0,
-        high=100)
-    audio_guidance_scale: float = some(1.0, "audio guidance of talking_avatar; 1 is off (default)", float,
+    image_guidance_scale: float = task_flag(1.0, "guidance from the reference images, on top of text guidance", float,
         low=0, high=100)
-    color_correction_strength: float = some(1.0, "1 keeps the portrait's colors (default), 0 is off", float, low=0,
+    text_guidance_scale: float = task_flag(1.0, "text guidance of talking_avatar; 1 is off (default)", float, low=0,
+        high=100)
+    audio_guidance_scale: float = task_flag(1.0, "audio guidance of talking_avatar; 1 is off (default)", float,
+        low=0, high=100)
+    color_correction_strength: float = task_flag(1.0, "1 keeps the portrait's colors (default), 0 is off", float, low=0,
         high=1)
     sequence_batch: bool = flag(False, "accepted as in V1, no effect: guidance terms always run one after the other",
         bool)
-    no_riflex: bool = some(False, "turn RIFLEx off: beyond 192 frames the video repeats itself (t2v, i2v)", bool)
+    no_riflex: bool = task_flag(False, "turn RIFLEx off: beyond 192 frames the video repeats itself (t2v, i2v)", bool)
     cache: float | None = flag(None, "skip blocks in steps that change little (default: off)",
         metavar="fbcache[:THRESHOLD]")
     model_id: str = flag("", "hub id or folder of the checkpoint (default: the task's own); 'tiny' for a toy model",
         group="Checkpoint", path="hub")
-    base_model_id: str | None = some(None, "hub id or folder of HunyuanVideo, for its encoders and VAE (t2v, i2v)",
+    base_model_id: str | None = task_flag(None, "hub id or folder of HunyuanVideo, for its encoders and VAE (t2v, i2v)",
         path="hub")
     model_source: str = flag("huggingface", "hub to download from (default: huggingface)",
         choices=("huggingface", "modelscope"))
@@ -191,7 +192,7 @@ class GenerationRequest:
         group="Output", path="output", only_in_line="write it into the lines, a name for each")
     outdir: str | None = unrecorded(None, "put the video into results/FOLDER, named after prompt, seed and number",
         metavar="FOLDER")
-    include_input: bool = some(False, "write the input clip and the extension as one video", bool)
+    include_input: bool = task_flag(False, "write the input clip and the extension as one video", bool)
     no_metadata: bool = unrecorded(False, "do not store the flags in the video's metadata", bool)
     save_latents: Path | None = unrecorded(None, "also save the final latents of each pass",
         metavar="FILE.safetensors", path="output", only_in_line="write it into the lines, a name for each")
@@ -281,6 +282,7 @@ EXCLUSIVE = (
     ("quiet", "verbose"),
     ("input_image", "input_video"),
     ("keyframes", "input_video"),
+    ("window_prompt", "input_video"),
     ("resume", "dry_run"),
     ("offload", "low_vram"),
     ("memory", "offload"),

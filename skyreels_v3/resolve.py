@@ -80,7 +80,7 @@ def explain_commas(request: GenerationRequest) -> Iterator[None]:
         yield
     except UserError as error:
         flag = BY_NAME.get(error.flag.removeprefix("--"))
-        missing = "does not exist" in error.message or "no file or folder" in error.message
+        missing = "does not exist" in error.message or "not a file or folder" in error.message
         if flag is None or not flag.several or not missing or len(getattr(request, flag.name)) < 2:
             raise
         remedy = f"commas separate entries: where a name has one, give {error.flag} once for each"
@@ -182,7 +182,7 @@ class AssetResolver:
             with suppress(Exception):  # the job itself reports it
                 self.resolve(*locate_checkpoint(request))
 
-    def learn(self, outcomes: Mapping[str, Outcome]) -> None:
+    def merge_outcomes(self, outcomes: Mapping[str, Outcome]) -> None:
         """Take over the outcomes of another process on this machine."""
         self.outcomes |= outcomes
 
@@ -236,7 +236,7 @@ def resolve(
     if not ranks.is_local_main:
         there, outcomes, problem = processes.store_get(f"found/{name}/{ranks.node}")
         downloads = Path(there)
-        resolver.learn(outcomes)
+        resolver.merge_outcomes(outcomes)
     try:
         found = here() if problem is None else None
     except Exception as error:

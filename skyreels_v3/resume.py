@@ -49,8 +49,8 @@ class RunRecord:
         flags: those that make the same video again.
         inputs: flag, what was given and SHA-256 of its content, of each input.
         save_quantized: the folder of a checkpoint that it also saves.
-        any_seed: the seed was drawn; a resumed run takes that of the interrupted one.
-        unasked: the same command resumes without --resume.
+        seed_drawn: the seed was drawn; a resumed run takes that of the interrupted one.
+        resume_if_same: the same command resumes without --resume.
     """
 
     output: Path
@@ -58,8 +58,8 @@ class RunRecord:
     inputs: Sequence[tuple[str, str, str]] = ()
     save_quantized: Path | None = None
     frame_folder: bool = False
-    any_seed: bool = False
-    unasked: bool = False
+    seed_drawn: bool = False
+    resume_if_same: bool = False
 
     def to_json(self) -> str:
         output = f"{self.output}/" if self.frame_folder else str(self.output)
@@ -76,7 +76,7 @@ class RunRecord:
         """Raise UserError unless a record, as from `to_json`, is of a run with the same flags and inputs."""
         before, now = left["flags"], json.loads(json.dumps(dict(self.flags)))
         now.setdefault("dtype", before.get("dtype"))  # not known before torch is imported
-        if self.any_seed:
+        if self.seed_drawn:
             now["seed"] = before.get("seed")
         different = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if different:
@@ -87,7 +87,7 @@ class RunRecord:
         for (flag, source, digest), read_before in zip(self.inputs, left["inputs"], strict=True):
             if [flag, digest] != read_before:
                 reason = f"{format_value(source)} has changed since the interrupted run"
-                raise UserError(f"--{flag}", f"{reason}; put the old one back, or leave --resume out to begin anew")
+                raise UserError(f"--{flag}", f"{reason}; restore the old file, or leave out --resume to start over")
 
 
 class RunState:
@@ -117,7 +117,7 @@ class RunState:
         """
         if saved := self._load(self._pass_file()):
             self.passes += 1
-            logger.info("pass %d was finished before", self.passes)
+            logger.info("pass %d was already finished", self.passes)
         return saved or self._load(self._steps_file())
 
     def save(self, latents: Tensor, generator: torch.Generator) -> None:
@@ -141,8 +141,8 @@ class RunState:
             record = self._record
             output = f"{record.output}/" if record.frame_folder else record.output
             flags = f" with --resume, --output {output} and --seed {record.flags.get('seed')}"
-            way_on = f"repeat the command{'' if record.unasked else flags}"
-            logger.warning("%s keeps what is finished; to go on, %s", self.folder, way_on)
+            way_on = f"repeat the command{'' if record.resume_if_same else flags}"
+            logger.warning("%s holds the finished passes; to resume, %s", self.folder, way_on)
         self._request.close()
 
     def _has_something(self) -> bool:
@@ -180,7 +180,7 @@ class RunState:
                 self.folder.mkdir(parents=True)
                 self._request.close()
                 self._request = begin_request(self.folder, self._record)
-            replace_file(file, save({name: alone(tensor) for name, tensor in tensors.items()}))
+            replace_file(file, save({name: cpu_copy(tensor) for name, tensor in tensors.items()}))
         except OSError as error:
             if not self.failed:
                 reason = reason_of(error, self.folder)
@@ -263,7 +263,11 @@ def claim(folder: Path, record: RunRecord) -> Left:
     try:
         lock(request)
         left = json.loads(request.read(MAX_RECORD))
+        if left["output"].endswith("/") != record.frame_folder or not isinstance(left["save_quantized"], str | None):
+            raise ValueError("a run for another kind of output")
         record.check_same(left)
+        if record.seed_drawn and not isinstance(left["flags"]["seed"], int):
+            raise ValueError("no seed")
     except BlockingIOError as error:
         request.close()
         reason = f"{format_value(folder)} is in use by a run that has not ended"
@@ -290,7 +294,7 @@ def kept_in(folder: Path) -> list[Path]:
     return [*passes_in(folder), *folder.glob(STEPS_FILES)]
 
 
-def alone(tensor: Tensor) -> Tensor:
+def cpu_copy(tensor: Tensor) -> Tensor:
     """A copy on the CPU that shares memory with no other tensor, as safetensors requires."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 

@@ -101,7 +101,7 @@ class Runtime:
     attention: AttentionFn
     parallel: Parallel
     streams: dict[nn.Module, BlockStream] = field(default_factory=dict)
-    announced: set[str] = field(default_factory=set)  # stages that were logged
+    logged_stages: set[str] = field(default_factory=set)  # stages that were logged
 
     @property
     def policy(self) -> Policy:
@@ -117,13 +117,13 @@ class Runtime:
             blocks: the parts that may be streamed.
         """
         from skyreels_v3.memory.offload import on_device
-        from skyreels_v3.memory.policy import explained
+        from skyreels_v3.memory.policy import explain_oom
         from skyreels_v3.parallel.groups import is_sharded
 
-        if stage.startswith("encoding") and stage not in self.announced:  # other stages have a bar
+        if stage.startswith("encoding") and stage not in self.logged_stages:  # other stages have a bar
             logger.info(stage)
-            self.announced.add(stage)
-        with explained(stage, self.plan, self.free_memory), ExitStack() as stack:
+            self.logged_stages.add(stage)
+        with explain_oom(stage, self.plan, self.free_memory), ExitStack() as stack:
             if is_sharded(module):
                 pass  # the shards are on the device
             elif self.policy.mode == "resident":
@@ -146,7 +146,7 @@ class Runtime:
             )
         return self.streams[module]
 
-    def take_device(self) -> None:
+    def make_device_current(self) -> None:
         """Make the device current in this thread, or the driver would set up the first GPU as well."""
         import torch
 
@@ -173,8 +173,7 @@ class Runtime:
 
 
 def set_environment() -> None:
-    """Set the environment variables that torch and xDiT read at import, unless the user has set them."""
-    os.environ.setdefault("LOG_LEVEL", "error")  # xDiT's, which logs to stdout in each process
+    """Set the environment variables that torch reads at import, unless the user has set them."""
     # stages need blocks of different sizes: avoids fragmentation
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     compiled = compiled_folder()

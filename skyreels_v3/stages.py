@@ -83,7 +83,7 @@ def video_to_frames(video: Tensor, rounding: bool) -> np.ndarray:
     return levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()
 
 
-def ahead(items: Generator[T, None, None], prepare: Callable[[], object] = lambda: None) -> Iterator[T]:
+def prefetch(items: Generator[T, None, None], prepare: Callable[[], object] = lambda: None) -> Iterator[T]:
     """The same items, each made in a thread while the one before is used; `prepare` is called in that thread first."""
     end = object()
     with ThreadPoolExecutor(1, initializer=prepare) as thread:
@@ -135,7 +135,7 @@ class Stages:
 
     def encode_texts(self, texts: Iterable[str]) -> dict[str, Encoded]:
         """Each text encoded, on the device; encoded once, and kept for later runs."""
-        texts, prompts = [*dict.fromkeys(texts)], self.components.prompts
+        texts, prompts = [*dict.fromkeys(texts)], self.components.prompt_cache
 
         def encode() -> dict[str, Tensor]:
             known = {text: parts for text in texts if (parts := prompts.recall(text)) is not None}
@@ -198,17 +198,21 @@ class Stages:
         """
         request, parallel = self.request, self.runtime.parallel
         saved = parallel.broadcast_from_main(self.recall)
-        if saved:
-            generator.set_state(saved["generator"])
+        latents, done, total = noise.to(self.runtime.device), 0, len(scheduler.timesteps)
         if saved and ATTRIBUTES not in saved:
+            generator.set_state(saved["generator"])
             return saved["latents"].to(self.runtime.device)
+        if saved:
+            try:
+                restore_scheduler(scheduler, saved, self.runtime.device)
+            except (KeyError, TypeError, ValueError) as error:
+                logger.warning("the saved state of an unfinished pass is damaged (%s); the pass starts over", error)
+            else:
+                generator.set_state(saved["generator"])
+                latents, done = saved["latents"].to(self.runtime.device), scheduler.step_index
+                logger.info("resuming after step %d of %d", done, total)
         made = conditions()
         transformer = self.components.transformer
-        latents, done, total = noise.to(self.runtime.device), 0, len(scheduler.timesteps)
-        if saved:
-            restore_scheduler(scheduler, saved, self.runtime.device)
-            latents, done = saved["latents"].to(self.runtime.device), scheduler.step_index
-            logger.info("going on after step %d of %d", done, total)
         resident = self.runtime.resident(transformer, "denoising", transformer.blocks)
         with resident, self.predictions() as predictions, self.runtime.bar(name, total) as bar:
             bar.update(done)
@@ -264,7 +268,7 @@ class Stages:
             frames: how many, None for all.
         """
         vae = self.components.vae
-        left = frames or VAE_STRIDE[0] * latents.shape[2]
+        left = VAE_STRIDE[0] * latents.shape[2] if frames is None else frames
         total = min(latents.shape[2], latent_frames(left + VAE_STRIDE[0] - 1))  # the last one's frames may be too many
         resident = self.runtime.resident(vae.module, "decoding with the VAE")
         with resident, self.runtime.bar("decoding", total) as bar:
@@ -281,5 +285,5 @@ class Stages:
         """Frames of a video that comes in pieces; the next piece is decoded while one is written."""
         pieces = (video_to_frames(piece, rounding) for piece in video)
         del video  # the generator above closes it, in the thread
-        for frames in ahead(pieces, self.runtime.take_device):
+        for frames in prefetch(pieces, self.runtime.make_device_current):
             yield from frames

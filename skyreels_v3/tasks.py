@@ -116,7 +116,7 @@ def plan_roll_outs(duration: int, condition_latent_frames: int = 7) -> list[int]
     """New latent frames of every roll-out of a single-shot extension of `duration` seconds.
 
     Each roll-out makes up to 5 seconds at 6 latent frames a second, rounded up so that condition and new frames
-    together are a multiple of 8; what one roll-out makes too much, the next ones make less.
+    together are a multiple of 8; a surplus of one roll-out is deducted from the next ones.
     """
     rolls: list[int] = []
     surplus = 0

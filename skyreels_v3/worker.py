@@ -24,13 +24,13 @@ class Worker:
 
     Args:
         ranks: this process among all.
-        team: the same among those that make each video together, SINGLE where each makes its own.
+        video_ranks: the same among those that make each video together, SINGLE where each makes its own.
     """
 
-    def __init__(self, ranks: Ranks = SINGLE, team: Ranks = SINGLE) -> None:
+    def __init__(self, ranks: Ranks = SINGLE, video_ranks: Ranks = SINGLE) -> None:
         set_environment()  # before torch is imported
         self.ranks = ranks
-        self.team = team
+        self.video_ranks = video_ranks
         self.resolver = AssetResolver()
         self.generator: Generator | None = None
 
@@ -38,7 +38,7 @@ class Worker:
         self, request: GenerationRequest, downloads: Path, name: str = "", checked: Checked | None = None
     ) -> Checked:
         """See `resolve.resolve`."""
-        return resolve(request, downloads, self.team, self.resolver, name, checked)
+        return resolve(request, downloads, self.video_ranks, self.resolver, name, checked)
 
     def load(self, checked: Checked) -> tuple[Generator, Plan]:
         """The plan of a resolved request, and a generator that fits it."""

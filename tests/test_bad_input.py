@@ -422,7 +422,7 @@ MODELS = [
     *bad(T2V, "--model_id", {
         "{files}/good.png": "give a checkpoint's folder or a hub id",
         "./nothere": "give a folder, an id such as Skywork/SkyReels-V1-Hunyuan-T2V, or tiny",
-        "{files}/folder": ("{files}/folder is no complete t2v checkpoint", "missing config.json"),
+        "{files}/folder": ("{files}/folder is not a complete t2v checkpoint", "missing config.json"),
         "Skywork/SkyReels-V1-Hunyuan-I2V": (
             "checkpoint of i2v", "needs Skywork/SkyReels-V1-Hunyuan-T2V, or give --task_type i2v",
         ),
@@ -439,17 +439,17 @@ MODELS = [
     *bad(REFERENCE, "--lora", {
         ("", "{files}/good.lora.safetensors,"): (EMPTY, NO_LORA),
         ("{files}/good.lora.safetensors:nan", "{files}/good.lora.safetensors:inf"): "its scale after a colon",
-        ("{files}/nothere.safetensors", "{files}/dangling", "/dev/zero"): ("is no file or folder", LORA),
+        ("{files}/nothere.safetensors", "{files}/dangling", "/dev/zero"): ("is not a file or folder", LORA),
         "{files}/nothere.safetensors:0.5": ("{files}/nothere", LORA),
         "{files}/good.lora.safetensors:half": ("safetensors:half", LORA),
         "{files}/good.lora.safetensors,{files}/nothere.safetensors": ("nothere", "give a"),
-        "{files}/good.png": ("is no .safetensors file", "convert it"),
+        "{files}/good.png": ("is not a .safetensors file", "convert it"),
         "{files}/folder": ("no .safetensors file", "give the LoRA's own file"),
         "{files}/good.safetensors": ("is truncated or damaged", "download it again"),
         "{files}/cut.lora.safetensors": ("is truncated or damaged", "download it again"),
         "x" * 5000: ("xxx...xxx", LORA),
     }),
-    *bad(T2V, "--lora", {"{files}/nothere.safetensors": ("is no file or folder", LORA)}),
+    *bad(T2V, "--lora", {"{files}/nothere.safetensors": ("is not a file or folder", LORA)}),
 ]  # fmt: skip
 REPEAT, IN_LINES = "repeat its command", "write it into the lines"
 RUNS = [
@@ -460,14 +460,14 @@ RUNS = [
     case([*LEFT, "--dtype", "bfloat16"], "--resume", "dtype float32 -> bfloat16", REPEAT),
     case([*LEFT, "--text_guidance_scale", "2"], "--resume", "text_guidance_scale None -> 2.0", REPEAT),
     case([word.replace("left.mp4", "other.mp4") for word in LEFT], "--input_image",
-         "portrait.png has changed since the interrupted run", "put the old one back"),
+         "portrait.png has changed since the interrupted run", "restore the old file"),
     *bad(JOBS, "--jobs", {
         "{files}/none.jsonl": PATH,
         "": ("an empty path", "give a file"),
         "{files}/folder": "give a file",
         "{files}/blank.jsonl": "write some",
         "{files}/large.jsonl": "divide it",
-        "{files}/blocked.jsonl": ("{files}/blocked.results.jsonl", "check its rights"),
+        "{files}/blocked.jsonl": ("{files}/blocked.results.jsonl", "check its permissions"),
     }),
     *bad(JOBS, "--output", {"a.mp4": IN_LINES}),
     *bad(JOBS, "--save_latents", {"a.safetensors": IN_LINES}),

@@ -262,7 +262,7 @@ def test_what_is_fetched_is_fetched_once(monkeypatch, tmp_path):
     stock, other = AssetResolver(), AssetResolver()
     wanted = [replace(request, model_id=name) for name in ("a/b", "no/where", "a/b", "no/where", "c/d")]
     stock.resolve_all(wanted)
-    other.learn(json.loads(json.dumps(stock.outcomes)))  # as another process is told
+    other.merge_outcomes(json.loads(json.dumps(stock.outcomes)))  # as another process is told
     for known in (stock, other):
         assert known.resolve(wanted[0], None) == (wanted[0], tmp_path)
         with pytest.raises(UserError, match=r"^--model_id: no/where: is nowhere; look elsewhere$") as error:
@@ -389,7 +389,7 @@ def test_one_job_fails(main, write, loads, monkeypatch, error):
     result = results_of(file)[1]
     assert (result["job"], result["status"], result["seed"], result["exit"]) == (2, "error", 2, 1)
     assert result["error"] == "ValueError: odd" or result["error"].startswith(
-        "OutOfMemory: out of memory while denoising: 9.00 GiB more were asked for; ask for less with"
+        "OutOfMemory: out of memory while denoising: 9.00 GiB more were requested; ask for less with"
     )
     assert len(loads) == 3
 
@@ -434,7 +434,9 @@ def test_a_job_goes_on_from_its_finished_passes(main, write, monkeypatch, caplog
     code, _, stderr = main("--jobs", "jobs.jsonl", *TOY[:4])
     assert code == 130 and "resume" not in stderr
     (kept,) = tmp_path.glob("result/talking_avatar/*.state")
-    assert caplog.messages[-1] == f"{kept.relative_to(tmp_path)} keeps what is finished; to go on, repeat the command"
+    assert (
+        caplog.messages[-1] == f"{kept.relative_to(tmp_path)} holds the finished passes; to resume, repeat the command"
+    )
     seed = kept.name.split("_")[0]
     monkeypatch.setattr(Stages, "denoise", denoise)
     code, stdout, _ = main("--jobs", "jobs.jsonl", *TOY[:4])
@@ -452,7 +454,7 @@ def test_a_dry_run(main, write, tmp_path):
 
     code, stdout, stderr = main("--jobs", "jobs.jsonl", *flags)
     assert code == 2, stderr
-    assert stderr == "error: --jobs: jobs.jsonl: 2 of 5 lines cannot work; correct them as said above\n"
+    assert stderr == "error: --jobs: jobs.jsonl: 2 of 5 lines have errors; fix them as described above\n"
     first, second, third, fourth, fifth = stdout.rstrip("\n").split("\n\n")
     assert first.startswith("line          1\ntask          reference_to_video: ")
     assert second.startswith("line          2\nerror         --jobs: x is not JSON")

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from skyreels_v3 import __version__
-from skyreels_v3.cli import build_parser, parse_request
+from skyreels_v3.cli import build_parser, parse_request, without_overruled
 from skyreels_v3.errors import UserError
 from skyreels_v3.request import FLAGS
 from skyreels_v3.tasks import TASK_NAMES, task_spec
@@ -288,3 +288,16 @@ def test_lists_of_a_config_file(entries, tmp_path, monkeypatch):
     assert request.flags["ref_imgs"] == entries
     assert request.lora == ((STYLE, 2.0, False),)
     assert parse_request([*REFERENCE, "--config", "a.yaml"]).ref_imgs == ("a.png",)
+
+
+@pytest.mark.parametrize(
+    "url", ["https://h/v.mp4?sig=a,SECRET", "https://us,er:SECRET@h/a.mp4", "https://h/v.mp4?a=1,b@2,SECRET"]
+)
+def test_secrets_behind_commas_are_not_recorded(url):
+    request = parse_request([*EXTENSION, "--input_video", url])
+    assert request.input_video == url and "SECRET" not in json.dumps(dict(request.flags))
+
+
+def test_a_switch_that_is_off_overrules_nothing(config):
+    assert parse_request([*REFERENCE, "--verbose", *config("quiet: false\n")]).verbosity == 1
+    assert without_overruled({"offload": True}, {"low_vram": False}) == {"offload": True}

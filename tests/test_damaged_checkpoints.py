@@ -69,7 +69,7 @@ DAMAGES: list[tuple[str, str, Change, str]] = [
     ("diffusers", f"vae/{WEIGHTS}", put(BAD_HEADER), "is truncated or damaged"),
     ("diffusers", "vae", two_files, "vae holds 2 safetensors files and no index"),
     ("diffusers", CONFIG, cut(40), f"{CONFIG} cannot be read"),
-    ("diffusers", "vae/config.json", put("[]"), "vae/config.json is no JSON object"),
+    ("diffusers", "vae/config.json", put("[]"), "vae/config.json is not a JSON object"),
     ("diffusers", CONFIG, entries(num_layers="two"), f"{CONFIG}: num_layers = two"),
     ("native", NATIVE_VAE, remove, f"missing {NATIVE_VAE}"),
     ("native", "transformer", remove, "missing transformer/config.json"),
@@ -83,12 +83,12 @@ DAMAGES: list[tuple[str, str, Change, str]] = [
         (layout, f"{folder}{file}", change, says)
         for layout, folder in (("whole", ""), ("divided", "transformer/"))
         for file, change, says in (
-            (WEIGHTS, remove, "no complete t2v checkpoint: missing "),
+            (WEIGHTS, remove, "not a complete t2v checkpoint: missing "),
             ("config.json", remove, "missing config.json; download these files of Sky"),
             (WEIGHTS, cut(), f"{WEIGHTS} is truncated or damaged"),
             ("config.json", put("{"), "config.json cannot be read"),
             *(
-                ("config.json", entries(**{name: value}), f"config.json: {name} = {value} is no size")
+                ("config.json", entries(**{name: value}), f"config.json: {name} = {value} is not a size")
                 for name, value in (
                     ("num_layers", "two"), ("num_attention_heads", 0), ("num_single_layers", -1), ("in_channels", 16.5),
                     ("attention_head_dim", None), ("text_embed_dim", True),
@@ -96,11 +96,11 @@ DAMAGES: list[tuple[str, str, Change, str]] = [
             ),
         )
     ),
-    ("base", "vae", remove, "no complete HunyuanVideo: missing vae/config.json"),
+    ("base", "vae", remove, "not a complete HunyuanVideo: missing vae/config.json"),
     ("base", f"vae/{WEIGHTS}", remove, "missing vae/*.safetensors"),
     ("base", "scheduler", remove, "missing scheduler/scheduler_config.json"),
     ("base", "text_encoder/model.safetensors", cut(), "is truncated or damaged"),
-    ("base", "text_encoder_2/config.json", put("[]"), "is no JSON object"),
+    ("base", "text_encoder_2/config.json", put("[]"), "is not a JSON object"),
     ("base", "text_encoder_2/config.json", put("[" * 100_000), "config.json cannot be read"),
 ]  # fmt: skip
 
@@ -157,7 +157,7 @@ def test_the_base_is_looked_at_before_a_transformer_is_fetched(refuse, damaged, 
     root, _ = damaged("base")
     shutil.rmtree(root / "vae")
     line = refuse([*T2V, "--base_model_id", str(root), "--output", str(tmp_path / "a.mp4")])
-    assert line.startswith(f"error: --base_model_id: {root} is no complete HunyuanVideo: missing vae/config.json")
+    assert line.startswith(f"error: --base_model_id: {root} is not a complete HunyuanVideo: missing vae/config.json")
 
 
 def test_a_checkpoint_in_fp8_takes_no_lora(refuse, damaged, tmp_path):
@@ -186,7 +186,7 @@ CONTENT: list[tuple[str, str, Callable[[dict[str, Any]], object], str]] = [
     ("diffusers", CONFIG, lambda c: c.update(magic=1, wand=2), "unknown entries magic, wand"),
     ("native", CONFIG, lambda c: c.update(magic=1), "unknown entries magic"),
     ("diffusers", CONFIG, lambda c: c.update(qk_norm="layer_norm"), "qk_norm = layer_norm"),
-    ("diffusers", CONFIG, lambda c: c.update(eps=float("nan")), "eps = nan is no positive number"),
+    ("diffusers", CONFIG, lambda c: c.update(eps=float("nan")), "eps = nan is not a positive number"),
     ("native", NATIVE_VAE, lambda t: t.pop("conv1.bias"), "missing keys conv1.bias"),
     ("native", NATIVE_VAE, lambda t: t.update(surplus=t["conv1.bias"]), "unexpected keys surplus"),
     ("native", NATIVE_VAE, lambda t: t.update({"conv1.bias": t["conv1.bias"][:5]}),
@@ -195,8 +195,9 @@ CONTENT: list[tuple[str, str, Callable[[dict[str, Any]], object], str]] = [
     ("native", NATIVE_VAE, lambda t: t.update(epoch=3), "other than a dictionary of tensors"),
     ("native", NATIVE_VAE, lambda t: t.update(state_dict=dict(t)), "other than a dictionary of tensors"),
     ("native", NATIVE_VAE, lambda t: t.update(unpickled=Path("/")), "something other than tensors"),
+    ("native", NATIVE_VAE, lambda t: t.update({1: t["conv1.bias"]}), "other than a dictionary of tensors"),
     ("diffusers", "vae/config.json", lambda c: c.update(magic=1), "unknown entries magic"),
-    ("diffusers", "vae/config.json", lambda c: c.update(base_dim="x"), "base_dim = x is no size"),
+    ("diffusers", "vae/config.json", lambda c: c.update(base_dim="x"), "base_dim = x is not a size"),
     ("diffusers", "vae/config.json", lambda c: c.update(is_residual=True), "is_residual = True is not supported"),
     ("diffusers", "vae/config.json", lambda c: c.update(latents_std=[1]), "latents_std = [1] is not 16 numbers"),
     ("native", TEXT_ENCODER, lambda t: t.pop("norm.weight"), "missing keys norm.weight"),
@@ -205,7 +206,7 @@ CONTENT: list[tuple[str, str, Callable[[dict[str, Any]], object], str]] = [
      "wrong shape token_embedding.weight"),
     ("native", TEXT_ENCODER, lambda t: t.update(surplus=t["norm.weight"]), "unexpected keys surplus"),
     ("diffusers", "text_encoder/config.json", lambda c: c.update(layer_norm_epsilon="x"), "epsilon = x is no"),
-    ("diffusers", "text_encoder/config.json", lambda c: c.update(d_model="x"), "d_model = x is no size"),
+    ("diffusers", "text_encoder/config.json", lambda c: c.update(d_model="x"), "d_model = x is not a size"),
     ("diffusers", "text_encoder/config.json", lambda c: c.update(num_layers=1), "unexpected keys encoder.block.1"),
     ("diffusers", "text_encoder/model.safetensors",
      lambda t: t.update({"shared.weight": t["shared.weight"][:5].clone()}), "vocab_size = 264 is more than"),

@@ -156,7 +156,7 @@ def test_nothing_is_on_two_devices(main, monkeypatch, tmp_path, task, quant):
     (tmp_path / "a.safetensors").unlink()
 
     monkeypatch.setattr(runtime, "start", on(GPU))
-    monkeypatch.setattr(runtime.Runtime, "take_device", lambda self: Gpu().__enter__())
+    monkeypatch.setattr(runtime.Runtime, "make_device_current", lambda self: Gpu().__enter__())
     # tensors with a dispatch of their own do not go with inference mode
     monkeypatch.setattr(torch.inference_mode, "__enter__", lambda self: None)
     monkeypatch.setattr(torch.inference_mode, "__exit__", lambda self, *_: None)

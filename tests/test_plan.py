@@ -127,7 +127,7 @@ def test_bytes_of_the_text_encoder(task, build, dtype, quant):
     blocks = model[0].layers if task == "t2v" else model.encoder.block
     if quant:
         quantize(blocks, META)
-    stage = plan_of(task, dtype=dtype, quant=quant).stages["text encoder"]
+    stage = plan_of(task, dtype=dtype, quant=quant).components["text encoder"]
     assert stage.weights == pytest.approx(bytes_of(model), rel=0.02)
     assert stage.streamed == pytest.approx(bytes_of(model) - sum(map(bytes_of, blocks[STREAM_SLOTS:])), rel=0.02)
 
@@ -138,7 +138,7 @@ def test_what_is_streamed_from_the_host(resident, quant):
     made = plan_of("talking_avatar", quant=quant, stream_blocks=resident, memory="stream", audio_seconds=8.0)
     weights = weights_of(made.request.task, made.request.task.transformer, "bfloat16", quant)
     assert made.streamed_from_host == max(0, 40 - resident) * weights.blocks[0]
-    assert made.stages["transformer"].streamed == weights.on_device(resident)
+    assert made.components["transformer"].streamed == weights.on_device(resident)
 
 
 # Activations of the VAEs; those of the transformers are with their families
@@ -180,7 +180,7 @@ def test_activations_of_the_hunyuan_vae(monkeypatch, dtype, height, width):
     with META:
         model = HunyuanVAE(AutoencoderKLHunyuanVideo().eval())
     replace_tensors(model.module, lambda tensor: nn.Parameter(tensor.detach().to(getattr(torch, dtype))))
-    stages = plan_of("i2v", height=height, width=width, vae_dtype=dtype).stages
+    stages = plan_of("i2v", height=height, width=width, vae_dtype=dtype).components
     planned_bytes = [stages[f"VAE {part}"].activations for part in ("encode", "decode")]
     assert planned_bytes == pytest.approx(activations_of_a_vae(model, 1, 8, height, width), rel=0.05)
 
@@ -202,10 +202,13 @@ def test_the_plan_of_v1(frames, size, tokens, petaflop):
     assert only.latents == (1, 16, (frames - 1) // 4 + 1, height // 8, width // 8) and only.tokens == tokens
     assert made.forwards == 60
     assert only.flop / made.forwards == pytest.approx(petaflop * 1e15, rel=0.02)
-    assert list(made.stages) == ["text encoder", "transformer", "VAE decode"]
+    assert list(made.components) == ["text encoder", "transformer", "VAE decode"]
     assert made.peak("stream") < 18.5e9 < made.peak("resident")  # the peak that was published for V1, streamed
     cached = plan_of("t2v", **values, cache=0.1)
-    assert cached.stages["transformer"].activations - made.stages["transformer"].activations == 5 * tokens * 3072 * 2
+    assert (
+        cached.components["transformer"].activations - made.components["transformer"].activations
+        == 5 * tokens * 3072 * 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -228,14 +231,16 @@ def test_one_of_several_processes():
     """Its share of the tokens and, if they are sharded, of the weights; a shard stays while other stages work."""
     alone, eight = plan_of(use_usp=True), plan_of(use_usp=True, ranks=Ranks(3, 8, 3, 8))
     assert eight.degrees == ParallelConfig(1, 1, 8)
-    transformer = eight.stages["transformer"]
-    assert transformer.weights == alone.stages["transformer"].weights
-    assert 1 / 8 < transformer.activations / alone.stages["transformer"].activations < 1 / 2
+    transformer = eight.components["transformer"]
+    assert transformer.weights == alone.components["transformer"].weights
+    assert 1 / 8 < transformer.activations / alone.components["transformer"].activations < 1 / 2
     sharded = plan_of(use_usp=True, shard_weights=True, ranks=Ranks(3, 8, 3, 8))
     weights = weights_of(alone.request.task, alone.request.task.transformer, "bfloat16", None)
-    held = sharded.stages["transformer"].weights
+    held = sharded.components["transformer"].weights
     assert held == pytest.approx(weights.outside * 9 / 8 + (40 / 8 + 2) * weights.blocks[0], rel=1e-6)
-    assert sharded.peak("offload") == sharded.stages["VAE decode"].weights + held + max(
-        stage.activations for name, stage in sharded.stages.items() if name.startswith("VAE")
+    assert sharded.peak("offload") == sharded.components["VAE decode"].weights + held + max(
+        stage.activations for name, stage in sharded.components.items() if name.startswith("VAE")
     )
-    assert plan_of(use_usp=True, shard_weights=True).stages == alone.stages  # alone, there is nobody to shard with
+    assert (
+        plan_of(use_usp=True, shard_weights=True).components == alone.components
+    )  # alone, there is nobody to shard with

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -18,11 +19,12 @@ import numpy as np
 import pytest
 import torch
 from imageio_ffmpeg import get_ffmpeg_exe
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from skyreels_v3.cli import parse_request
 from skyreels_v3.denoising.guidance import FULL, text_guidance
-from skyreels_v3.denoising.loop import denoise, euler, euler_of, restore_scheduler, scheduler_state, unipc
+from skyreels_v3.denoising.loop import ATTRIBUTES, denoise, euler, euler_of, restore_scheduler, scheduler_state, unipc
 from skyreels_v3.errors import UserError
 from skyreels_v3.generate import write
 from skyreels_v3.inputs import open_inputs
@@ -32,7 +34,7 @@ from skyreels_v3.media.video_writer import read_comment
 from skyreels_v3.outputs import record_of as record_of_request
 from skyreels_v3.outputs import save_latents
 from skyreels_v3.request import ResolvedRequest
-from skyreels_v3.resume import RunRecord, RunState, open_state, state_folder
+from skyreels_v3.resume import RunRecord, RunState, find_left, open_state, state_folder
 from skyreels_v3.wan.conditioning import Conditioning
 from skyreels_v3.wan.rope import Segment
 from tests.conftest import ASSETS, files_in, stop_at
@@ -90,7 +92,7 @@ def test_an_ended_run_goes_on_to_the_same_video(start, main, command, tmp_path, 
     if stop == signal.SIGINT:
         assert run.returncode == 130
         assert "the first 69 frames are in o/a.partial.mp4" in said
-        assert "o/a.state keeps what is finished; to go on, repeat the command with --resume" in said
+        assert "o/a.state holds the finished passes; to resume, repeat the command with --resume" in said
         partial = working / "o" / "a.partial.mp4"
         assert len(frames_of(partial, fps)) == 69
         assert probe_audio(partial).seconds == pytest.approx(69 / fps, abs=1 / fps)
@@ -109,7 +111,7 @@ def test_an_ended_run_goes_on_to_the_same_video(start, main, command, tmp_path, 
     code, stdout, stderr = main(*argv, *more, "--resume")
     assert (code, stdout) == (0, "o/a.mp4\n"), stderr
     assert not re.search(r"denoising 1/", stderr)
-    assert re.search(rf"going on after step \d+ of {STEPS}\n", caplog.text)
+    assert re.search(rf"resuming after step \d+ of {STEPS}\n", caplog.text)
     assert (working / "q").stat().st_mtime_ns == made
     assert files_in(working / "o") == {"a.mp4", "a.safetensors"}
     (working / "o").rename(working / "resumed")
@@ -152,7 +154,7 @@ def test_without_an_output_the_interrupted_run_is_found(main, small, interrupt, 
         shutil.rmtree(next(folder.glob("7_*")))
     code, stdout, stderr = main(*small, *seed, "--resume")
     assert code == 0, stderr
-    assert "going on after step 2 of 4" in caplog.text
+    assert "resuming after step 2 of 4" in caplog.text
     assert tmp_path / stdout.strip() == state.with_suffix(".mp4")
     assert main(*small, "--seed", state.name.split("_")[0], "--resume")[:2] == (0, stdout)
     assert "is done already" in caplog.text
@@ -324,7 +326,7 @@ def test_a_state_of_another_run_is_not_taken(tmp_path):
         new = open_state(other, resume=True, strict=False)
         assert not new.resumed
         new.close(completed=True)
-    assert open_state(replace(record, flags=FLAGS | {"seed": 1}, any_seed=True), resume=True).resumed
+    assert open_state(replace(record, flags=FLAGS | {"seed": 1}, seed_drawn=True), resume=True).resumed
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"output": "a.mp4"}', "\0\xff", "[" * 100_000])
@@ -429,3 +431,40 @@ class SimpleModel:
 
     def __call__(self, segments: Sequence[Segment], timestep: torch.Tensor, *_: object) -> tuple[torch.Tensor, ...]:
         return tuple(torch.sin(segment.latents * 3 + timestep / 500) for segment in segments)
+
+
+@pytest.mark.parametrize(
+    "record", [{"save_quantized": None}, {"output": "a.mp4"}, {"output": "a/", "save_quantized": None}]
+)
+def test_a_record_of_another_kind_is_no_interrupted_run(tmp_path, record):
+    """Without what it must say, or of a folder of frames with the same name."""
+    folder = tmp_path / "a.state"
+    folder.mkdir()
+    (folder / "request.json").write_text(json.dumps({"flags": FLAGS, "inputs": [], **record}))
+    assert find_left(record_of(tmp_path)) is None
+
+
+def test_a_damaged_scheduler_state_is_refused_and_changes_nothing():
+    state = scheduler_state(unipc(4, 5.0))
+    attributes = json.loads(bytes(state[ATTRIBUTES].tolist()))
+    for changed in (attributes | {"step": 1}, {}, attributes | {"sigmas": {"tensor": "gone", "cpu": True}}):
+        scheduler = unipc(4, 5.0)
+        content = torch.frombuffer(bytearray(json.dumps(changed).encode()), dtype=torch.uint8)
+        with pytest.raises((ValueError, KeyError)):
+            restore_scheduler(scheduler, state | {ATTRIBUTES: content}, torch.device("cpu"))
+        assert "step" not in vars(scheduler) and torch.equal(scheduler.sigmas, unipc(4, 5.0).sigmas)
+
+
+def test_a_pass_with_a_damaged_state_starts_over(main, small, interrupt, tmp_path, caplog):
+    assert main(*small, "--output", "whole/")[0] == 0
+    interrupt(3)
+    assert main(*small, "--checkpoint_every", "0.0001", "--output", "a/")[0] == 130
+    (steps,) = (tmp_path / "a.state").glob("steps-*")
+    saved = load_file(steps)
+    save_file({name: tensor for name, tensor in saved.items() if name != "sigmas"}, steps)
+    interrupt(0)
+    code, _, stderr = main(*small, "--output", "a/", "--resume")
+    assert code == 0, stderr
+    assert "the pass starts over" in caplog.text
+    first, second = ((tmp_path / name / "00004.png").read_bytes() for name in ("a", "whole"))
+    assert Image.open(io.BytesIO(first)).tobytes() == Image.open(io.BytesIO(second)).tobytes()

@@ -8,7 +8,7 @@ from collections.abc import Generator
 import pytest
 import torch
 
-from skyreels_v3.stages import ahead, video_to_frames
+from skyreels_v3.stages import prefetch, video_to_frames
 
 
 def test_frames_lie_as_they_are_written():
@@ -39,7 +39,7 @@ class Source:
 
 def test_the_next_item_is_made_while_one_is_used():
     source, prepared = Source(), []
-    items = ahead(source.items(), lambda: prepared.append(threading.get_ident()))
+    items = prefetch(source.items(), lambda: prepared.append(threading.get_ident()))
     assert next(items) == 0
     assert source.made[1].wait(10) and not source.made[2].wait(0.1)  # one, and no more
     assert [*items] == [1, 2, 3]
@@ -48,7 +48,7 @@ def test_the_next_item_is_made_while_one_is_used():
 
 def test_an_error_comes_in_its_turn():
     source = Source(fails_at=2)
-    items = ahead(source.items())
+    items = prefetch(source.items())
     assert [next(items), next(items)] == [0, 1]
     with pytest.raises(FloatingPointError, match="not finite"):
         next(items)
@@ -57,7 +57,7 @@ def test_an_error_comes_in_its_turn():
 
 def test_left_in_the_middle():
     source = Source()
-    items = ahead(source.items())
+    items = prefetch(source.items())
     next(items)
     items.close()
     assert source.closed and not source.made[2].is_set()

@@ -183,3 +183,10 @@ def test_what_is_recorded_makes_the_same_request(argv, tmp_path, monkeypatch):
     again = parse_request(["--config", "made.yaml"])
     assert replace(again, notes=request.notes) == request
     assert again.flags == request.flags
+
+
+def test_the_rate_changes_no_limit():
+    assert parse_request([*T2V, "--fps", "60"]).frames_out == 97  # as at 24
+    assert parse_request([*T2V, "--fps", "60", "--duration", "5"]).frames_out == 301
+    with pytest.raises(UserError, match="--duration: 16: too long at --fps 60; t2v makes up to 385 frames"):
+        parse_request([*T2V, "--fps", "60", "--duration", "16"])

@@ -75,7 +75,7 @@ class Repository:
                 if not any(all((folder / name / file).is_file() for file in files) for files in TOKENIZERS):
                     missing.append(f"{name}/{TOKENIZERS[0][0]}")
             if missing:
-                reason = f"{folder} is no complete {self.kind}: missing {', '.join(missing)}"
+                reason = f"{folder} is not a complete {self.kind}: missing {', '.join(missing)}"
                 raise CheckpointError(f"{reason}; download these files of {self.model_id}")
             for file in chain((folder / name for name in names), *weights.values()):
                 check_file(file)
@@ -109,7 +109,7 @@ def weight_files(path: Path) -> list[Path]:
         raise CheckpointError(f"{reason}; download {MAIN_FILES[0]}.index.json as well, or leave one file there")
     for other in () if files else sorted(path.glob("*")):
         if other.suffix in OTHER_FORMATS:
-            raise CheckpointError(f"{other} is no .safetensors file; other formats are not read, give that one")
+            raise CheckpointError(f"{other} is not a .safetensors file; other formats are not read, give that one")
     return files
 
 
@@ -118,7 +118,7 @@ def indexed_files(index: Path) -> list[Path]:
     try:
         files = [index.parent / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     except (KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index} is no index of shards; download it again") from error
+        raise CheckpointError(f"{index} is not an index of shards; download it again") from error
     if missing := [str(file) for file in files if file.parent != index.parent or not file.is_file()]:
         raise CheckpointError(f"missing shards {', '.join(missing)}; download them again")
     return files
@@ -131,7 +131,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
         raise CheckpointError(f"{path} cannot be read ({error}); download it again") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no JSON object; download it again")
+        raise CheckpointError(f"{path} is not a JSON object; download it again")
     return content
 
 
@@ -140,7 +140,9 @@ def read_sizes(folder: Path, names: Collection[str]) -> dict[str, int]:
     sizes = {key: value for key, value in read_json(folder / "config.json").items() if key in names}
     for key, value in sizes.items():
         if type(value) is not int or value < 1:
-            raise CheckpointError(f"{folder}/config.json: {key} = {format_value(value)} is no size; download it again")
+            raise CheckpointError(
+                f"{folder}/config.json: {key} = {format_value(value)} is not a size; download it again"
+            )
     return sizes
 
 

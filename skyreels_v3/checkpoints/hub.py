@@ -249,7 +249,7 @@ def locate_lora(name: str) -> Path | None:
         if match is not None and match[2] is not None:
             mistyped = os.path.isdir(os.path.dirname(name))
         if match is None or mistyped:
-            raise UserError("--lora", f"{given} is no file or folder; {LORA_REMEDY}")
+            raise UserError("--lora", f"{given} is not a file or folder; {LORA_REMEDY}")
         return None
     check_lora_file(path)
     return path
@@ -270,7 +270,7 @@ def choose_lora(names: Collection[str], where: str) -> str:
 def check_lora_file(file: Path) -> None:
     """Raise UserError unless `file` is a complete safetensors file."""
     if file.suffix != ".safetensors":
-        reason = f"{format_value(file)} is no .safetensors file"
+        reason = f"{format_value(file)} is not a .safetensors file"
         raise UserError("--lora", f"{reason}; other formats can run code, convert it to this one")
     with errors_about("--lora"):
         check_file(file)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -89,10 +88,10 @@ def read_pickle(file: Path) -> Tensors:
     """The tensors of one .pth or .bin file, memory-mapped; nothing but tensors is unpickled."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        # torch's own message may advise to unpickle anything
+    except Exception as error:  # a damaged pickle raises whatever it runs into; torch's message may advise the worst
         raise CheckpointError(f"{file} is damaged or holds something other than tensors; download it again") from error
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    items = content.items() if isinstance(content, dict) else [(None, None)]
+    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in items):
         raise CheckpointError(f"{file} holds something other than a dictionary of tensors; download it again")
     return content
 
@@ -147,13 +146,13 @@ def check_sizes(config: Mapping[str, Any], tensors: Tensors, source: Path) -> No
     for key, value in config.items():
         entry = f"{source}: {key} ="
         if POSITIVE.fullmatch(key) and not (isinstance(value, int | float) and 0 < value < math.inf):
-            raise CheckpointError(f"{entry} {format_value(value)} is no positive number; {OWN_CONFIG}")
+            raise CheckpointError(f"{entry} {format_value(value)} is not a positive number; {OWN_CONFIG}")
         limit = len(tensors) if COUNT.fullmatch(key) else longest if WIDTH.fullmatch(key) else None
         if limit is None or value is None:
             continue
         for size in value if isinstance(value, list) else [value]:
             if type(size) is not int or size < 1:
-                raise CheckpointError(f"{entry} {format_value(size)} is no size; {OWN_CONFIG}")
+                raise CheckpointError(f"{entry} {format_value(size)} is not a size; {OWN_CONFIG}")
             if size > limit:
                 reason = f"{entry} {format_value(size)} is more than the weights beside it have"
                 raise CheckpointError(f"{reason} ({limit} at most); {OWN_CONFIG}")
@@ -303,7 +302,7 @@ def check_dtypes(tensors: Tensors, source: Path, allowed: Collection[torch.dtype
     wrong = {key: tensor.dtype for key, tensor in tensors.items() if tensor.dtype not in allowed}
     if wrong:
         named = name_some(f"{key} ({str(dtype).removeprefix('torch.')})" for key, dtype in wrong.items())
-        raise CheckpointError(f"{source}: numbers of this kind are no weights: {named}; {REMEDY}")
+        raise CheckpointError(f"{source}: weights cannot have this dtype: {named}; {REMEDY}")
 
 
 def check_finite(model: nn.Module, name: str) -> None:

@@ -53,7 +53,7 @@ def save_quantized(
         target = temporary / transformer_folder
         target.mkdir(parents=True, exist_ok=True)
         transformer.save_config(target)
-        state = {name: standing_alone(parameter.detach()) for name, parameter in transformer.named_parameters()}
+        state = {name: contiguous_copy(parameter.detach()) for name, parameter in transformer.named_parameters()}
         save_torch_state_dict(state, target, filename_pattern=WEIGHTS)
         follow_umask(temporary)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def save_quantized(
     return made
 
 
-def standing_alone(tensor: Tensor) -> Tensor:
+def contiguous_copy(tensor: Tensor) -> Tensor:
     """`tensor`, copied if it is a view of a larger one, as stacked weights are when they have been split."""
     alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)

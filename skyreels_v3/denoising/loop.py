@@ -155,7 +155,11 @@ def scheduler_state(scheduler: Any) -> dict[str, Tensor]:
 
 
 def restore_scheduler(scheduler: Any, state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Give a scheduler for the same steps the state of another, see `scheduler_state`; tensors go to `device`."""
+    """Give a scheduler for the same steps the state of another, see `scheduler_state`; tensors go to `device`.
+
+    Raises:
+        KeyError, TypeError, ValueError: the state is damaged, or of another scheduler, which is left as it is.
+    """
 
     def unpacked(value: Any) -> Any:
         if isinstance(value, list):
@@ -165,4 +169,8 @@ def restore_scheduler(scheduler: Any, state: Mapping[str, Tensor], device: torch
         return state[value["tensor"]].to("cpu" if value["cpu"] else device)
 
     attributes = json.loads(bytes(state[ATTRIBUTES].tolist()))
-    vars(scheduler).update({name: unpacked(value) for name, value in attributes.items()})
+    restored = {name: unpacked(value) for name, value in attributes.items()}
+    known = vars(scheduler).keys() - {CONFIG}
+    if known - restored.keys() or any(hasattr(scheduler, name) for name in restored.keys() - known):
+        raise ValueError("it is not of this scheduler")
+    vars(scheduler).update(restored)

@@ -109,7 +109,7 @@ class MemoryPlan(Protocol):
 
 
 @contextmanager
-def explained(stage: str, plan: MemoryPlan, free: Callable[[], int | None]) -> Iterator[None]:
+def explain_oom(stage: str, plan: MemoryPlan, free: Callable[[], int | None]) -> Iterator[None]:
     """Turn out-of-memory errors within a `with` block into `OutOfMemory` errors that say what to change.
 
     Args:
@@ -124,7 +124,7 @@ def explained(stage: str, plan: MemoryPlan, free: Callable[[], int | None]) -> I
             raise
         available = free()
         left = "" if available is None else f", {giga(available)} are free"
-        message = f"out of memory while {stage}: {requested} more were asked for{left}"
+        message = f"out of memory while {stage}: {requested} more were requested{left}"
         raise OutOfMemory(f"{message}; {advice(plan, available is not None)}") from error
 
 
@@ -143,15 +143,16 @@ def advice(plan: MemoryPlan, device_memory: bool) -> str:
     """The flags that need less memory than the plan. Moving weights helps only a device with memory of its own."""
     request = plan.request
     smaller = MEMORY_MODES[MEMORY_MODES.index(plan.policy.mode) + 1 :] if device_memory else ()
-    size = "--resolution" if request.task.size is None else "--height and --width"
+    sized = request.task.size is not None or "height" in request.flags
+    size = "--height and --width" if sized else "--resolution"
     length = "--duration" if request.num_frames is None else "--num_frames"
     ways = {
         **{f"--memory {name} (about {giga(plan.peak(name, TILINGS[-1]))})": True for name in smaller},
         "--low_vram (streamed, in FP8)": request.quant is None,
         "--vae_dtype bfloat16": request.vae_dtype == "float32",
-        f"a smaller {size}": request.task.size is not None or request.resolution != RESOLUTIONS[0],
+        f"a smaller {size}": sized or request.resolution != RESOLUTIONS[0],
         # with several passes, a shorter video has fewer of them, each as large
         f"a smaller {length}": request.duration > request.task.min_duration > 0 and len(plan.passes) == 1,
     }
     useful = ", ".join(way for way, helps in ways.items() if helps)
-    return f"ask for less with {useful}" if useful else "it takes a machine with more memory"
+    return f"ask for less with {useful}" if useful else "a machine with more memory is needed"

@@ -13,6 +13,7 @@ does not take; it uses an all-gather instead of a ring.
 from __future__ import annotations
 
 import logging
+import os
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -95,6 +96,7 @@ def xdit_usp(kernel: str, degrees: ParallelConfig, backend: str | None = None) -
         kernel: a name of `attention.kernels.KERNELS`; xDiT calls kernels itself.
         backend: of torch.distributed; by default xDiT chooses by the device.
     """
+    os.environ.setdefault("LOG_LEVEL", "error")  # xDiT logs to stdout, on each rank
     from xfuser import xFuserArgs
     from xfuser.core.distributed import init_distributed_environment, initialize_model_parallel, runtime_state
     from xfuser.core.distributed.attention_backend import AttentionBackendType

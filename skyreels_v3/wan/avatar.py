@@ -29,7 +29,7 @@ from skyreels_v3.wan.windows import MOTION_FRAMES, WINDOW_FRAMES, Window, Window
 
 logger = logging.getLogger(__name__)
 
-AUDIO_REACH = 2  # a video frame sees the audio of so many frames before and after it
+AUDIO_REACH = 2  # a video frame sees the audio of this many frames on either side
 SILENT = (NO_AUDIO, NO_TEXT_NO_AUDIO)
 
 Texts = Mapping[str, Encoded]  # the encoded prompt of each condition
@@ -66,7 +66,7 @@ class Avatar:
         plan = plan_windows(features.shape[1])
         padding = features[:, 2 * plan.audio_frames - plan.padded_frames :].flip(1)
         self.features = torch.cat((features, padding), dim=1) if plan.windows else features
-        window_prompt = request.window_prompt if plan.windows else request.prompt
+        window_prompt = request.window_prompt if plan.windows and inputs.clip is None else request.prompt
         texts, window_texts = self.stages.encode_prompts(self.guidance, request.prompt, window_prompt)
         if inputs.clip is not None:
             windows = plan.windows or (Window(0, 0, 0, plan.audio_frames),)
@@ -104,7 +104,7 @@ class Avatar:
             first = torch.cat(list(self.tail), dim=2)
 
     def clip_frames(self, windows: Sequence[Window]) -> Iterator[Known]:
-        """Each window begins and ends in the clip's own frames at that time; its last frame goes on for ever."""
+        """Each window begins and ends in the clip's own frames at that time; its last frame is repeated to the end."""
         request, clip = self.request, self.inputs.clip
         assert clip is not None
         frames = resize_frames(read_frames(clip.path, request.task.fps), request.height, request.width)

@@ -51,7 +51,7 @@ class WindowPlan:
 
 
 def plan_windows(audio_frames: int) -> WindowPlan:
-    """The windows for so many video frames of audio."""
+    """The windows for `audio_frames` video frames of audio."""
     if audio_frames < WINDOW_FRAMES:
         return WindowPlan(audio_frames, audio_frames, ())
     padded = audio_frames + (WINDOW_FRAMES - audio_frames) % NEW_FRAMES

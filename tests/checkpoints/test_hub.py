@@ -213,7 +213,9 @@ def test_an_incomplete_model_on_the_hub(serve, fetch):
     del server.files["vae/config.json"]
     run = fetch(server.url, *REFERENCE, "--quiet")
     assert run.returncode == 1
-    assert re.search(r"--model_id: .*is no complete reference_to_video checkpoint: missing vae/config.json", run.stderr)
+    assert re.search(
+        r"--model_id: .*is not a complete reference_to_video checkpoint: missing vae/config.json", run.stderr
+    )
 
 
 @pytest.mark.slow
@@ -418,22 +420,22 @@ def test_loras_on_a_hub(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("", "an empty value is no file or folder; give a .safetensors file, a folder with one, or a hub id: OWNER/"),
+        ("", "an empty value is not a file or folder; give a .safetensors file, a folder with one, or a hub id"),
         (" ", "an empty value is"),
-        ("style", "style is no file or folder"),
-        ("style.safetensors", "style.safetensors is no file or folder"),
-        ("loras/style.safetensors", "loras/style.safetensors is no file or folder"),  # it could be a hub's, but hardly
-        ("loras/style.pt", "loras/style.pt is no file or folder"),
-        ("owner/name/style.pt", "owner/name/style.pt is no file or folder"),
-        ("owner/name/../a.safetensors", "owner/name/../a.safetensors is no file or folder"),
-        ("/owner/name", "/owner/name is no file or folder"),
-        ("https://hub/owner/name", "https://hub/owner/name is no file or folder"),
-        ("here/now/a.safetensors", "here/now/a.safetensors is no file or folder"),  # the folder is here
-        ("a\0b/c\n", r"a\x00b/c\n is no file or folder"),
+        ("style", "style is not a file or folder"),
+        ("style.safetensors", "style.safetensors is not a file or folder"),
+        ("loras/style.safetensors", "loras/style.safetensors is not a file or folder"),  # hardly a hub id
+        ("loras/style.pt", "loras/style.pt is not a file or folder"),
+        ("owner/name/style.pt", "owner/name/style.pt is not a file or folder"),
+        ("owner/name/../a.safetensors", "owner/name/../a.safetensors is not a file or folder"),
+        ("/owner/name", "/owner/name is not a file or folder"),
+        ("https://hub/owner/name", "https://hub/owner/name is not a file or folder"),
+        ("here/now/a.safetensors", "here/now/a.safetensors is not a file or folder"),  # the folder is here
+        ("a\0b/c\n", r"a\x00b/c\n is not a file or folder"),
         ("here", "here holds no .safetensors file; give the LoRA's own file, here/FILE.safetensors"),
         ("here/two/", "here/two/ holds 2 .safetensors files (a.safetensors, b.safetensors); give the LoRA's own file, "
          "here/two/FILE.safetensors"),
-        ("here/a.pt", "here/a.pt is no .safetensors file; other formats can run code, convert it to this one"),
+        ("here/a.pt", "here/a.pt is not a .safetensors file; other formats can run code, convert it to this one"),
         ("here/cut/a.safetensors", "here/cut/a.safetensors is truncated or damaged ("),
         ("here/cut", "here/cut/a.safetensors is truncated or damaged ("),
     ],

@@ -213,9 +213,9 @@ FORMATS: dict[str, tuple[Callable[[Tensors], Tensors], str, bool]] = {
     "FP8 that lost its scales": (
         lambda t: scaled(t, ""), "is FP8 that was divided by a scale, and there is none", False,
     ),
-    "integers": (lambda t: {k: v.to(torch.int8) for k, v in t.items()}, "no weights: blocks.0.attn1.norm_k.we", True),
+    "integers": (lambda t: {k: v.to(torch.int8) for k, v in t.items()}, "this dtype: blocks.0.attn1.norm_k.we", True),
     "one integer": (
-        lambda t: t | {"proj_out.bias": t["proj_out.bias"].to(torch.int64)}, "no weights: proj_out.bias (int64);", True,
+        lambda t: t | {"proj_out.bias": t["proj_out.bias"].to(torch.int64)}, "this dtype: proj_out.bias (int64);", True,
     ),
 }  # fmt: skip
 
@@ -253,7 +253,7 @@ def test_other_components(copy, task, component, folder, layers):
     whole = load_file(file)
     key = max(key for key, tensor in whole.items() if tensor.ndim == 2 or component == "vae")
     for tensors, entries, says in (
-        (whole | {key: whole[key].to(torch.int16)}, {}, "no weights: "),
+        (whole | {key: whole[key].to(torch.int16)}, {}, "cannot have this dtype: "),
         (whole | {f"{key}.scale_weight": torch.ones(1)}, {}, "ComfyUI's scaled FP8"),
         (whole, {layers: 10**6}, f"{layers} = 1000000 is more than"),
     ):

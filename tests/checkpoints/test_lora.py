@@ -366,7 +366,7 @@ def convolution(*kernel: int) -> dict[str, Tensor]:
             "blocks.7.ffn.0.lora_B.weight; bad.safetensors:1:partial applies the re",
         ),
         (pair(QUERY) | {BIAS: torch.ones(32)}, f"{NOTHING}{BIAS}; bad.safetensors:1:partial applies the rest"),
-        (pair(QUERY) | {NORM: torch.ones(32).char()}, f"numbers of this kind are no weights: {NORM} (int8)"),
+        (pair(QUERY) | {NORM: torch.ones(32).char()}, f"weights cannot have this dtype: {NORM} (int8)"),
         (pair(QUERY) | {NORM: torch.full([32], torch.nan)}, f"holds numbers that are not finite: {NORM};"),
         (pair(QUERY) | {MODULATION: torch.full([1, 2, 32], torch.inf)}, f"numbers that are not finite: {MODULATION};"),
     ],
@@ -389,7 +389,7 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(UserError, match=r"--lora: .*a\.safetensors is truncated"):
         read_lora(file, {})
     save_file(pair(QUERY), file, metadata={"lora_adapter_metadata": "[" * 100_000})
-    with pytest.raises(UserError, match="in its header is no JSON"):
+    with pytest.raises(UserError, match="in its header is not a JSON"):
         read_lora(file, {})
     with pytest.raises(UserError, match=r"--lora: .*none\.safetensors cannot be read"):
         read_lora(tmp_path / "none.safetensors", {})

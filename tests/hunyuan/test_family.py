@@ -104,7 +104,7 @@ def test_a_missing_file_is_named(divided, lost, named):
     with pytest.raises(UserError) as caught:
         locate_base(request_for("--base_model_id", base), None)
     message = str(caught.value)
-    assert message == f"--base_model_id: {base} is no complete HunyuanVideo: missing {named}; {REMEDY}"
+    assert message == f"--base_model_id: {base} is not a complete HunyuanVideo: missing {named}; {REMEDY}"
     assert caught.value.flag == "--base_model_id"
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from skyreels_v3.errors import OutOfMemory
-from skyreels_v3.memory.policy import MARGIN, PINNED_SHARE, RESERVE, TILINGS, Policy, choose_policy, explained
+from skyreels_v3.memory.policy import MARGIN, PINNED_SHARE, RESERVE, TILINGS, Policy, choose_policy, explain_oom
 from skyreels_v3.plan import Plan
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.tasks import MEMORY_MODES, TASK_NAMES, task_spec
@@ -123,7 +123,7 @@ GPU = torch.OutOfMemoryError(
 
 def advised(error: Exception, mode: str = "resident", free: int | None = FREE, **changes: object) -> str:
     plan: Plan = replace(planned(request(**changes)), policy=Policy(mode, "for a test"))
-    with pytest.raises(OutOfMemory) as caught, explained("decoding with the VAE", plan, lambda: free):
+    with pytest.raises(OutOfMemory) as caught, explain_oom("decoding with the VAE", plan, lambda: free):
         raise error
     assert caught.value.__cause__ is error
     return str(caught.value)
@@ -153,13 +153,13 @@ def advised(error: Exception, mode: str = "resident", free: int | None = FREE, *
 )
 def test_what_was_asked_for(error, size):
     line = advised(error)
-    assert line.startswith(f"out of memory while decoding with the VAE: {size} more were asked for, 1.1 GB are free; ")
+    assert line.startswith(f"out of memory while decoding with the VAE: {size} more were requested, 1.1 GB are free; ")
 
 
 def test_a_real_one():
     with (
-        pytest.raises(OutOfMemory, match=r"while loading: 1000000\.0 GB of host memory more were asked for; ask"),
-        explained("loading", planned(request()), lambda: None),
+        pytest.raises(OutOfMemory, match=r"while loading: 1000000\.0 GB of host memory more were requested; ask"),
+        explain_oom("loading", planned(request()), lambda: None),
     ):
         torch.empty(10**15, dtype=torch.uint8)
 
@@ -174,7 +174,7 @@ def test_a_real_one():
     ],
 )
 def test_other_errors_pass(error):
-    with pytest.raises(type(error)) as caught, explained("a stage", planned(request()), lambda: FREE):
+    with pytest.raises(type(error)) as caught, explain_oom("a stage", planned(request()), lambda: FREE):
         raise error
     assert caught.value is error
 
@@ -183,8 +183,8 @@ def test_it_is_explained_once():
     plan = planned(request())
     with (
         pytest.raises(OutOfMemory, match="out of memory while the inner stage"),
-        explained("the outer stage", plan, lambda: FREE),
-        explained("the inner stage", plan, lambda: FREE),
+        explain_oom("the outer stage", plan, lambda: FREE),
+        explain_oom("the inner stage", plan, lambda: FREE),
     ):
         raise GPU
 
@@ -226,4 +226,4 @@ def test_ways_that_do_not_help_are_not_named(changes, way):
 
 def test_no_way_out():
     smallest = {"quant": "fp8", "vae_dtype": "bfloat16", "resolution": "480P", "duration": 1}
-    assert advised(GPU, "stream", **smallest).endswith("; it takes a machine with more memory")
+    assert advised(GPU, "stream", **smallest).endswith("; a machine with more memory is needed")

@@ -334,7 +334,7 @@ def test_what_one_process_left_all_go_on_with(main, begin, interrupt, monkeypatc
     stdout, stderr = run.communicate(timeout=120)
     assert run.returncode == 0, stderr
     assert Path(stdout.strip()).name.split("_")[0] == "7"
-    assert "going on after step 1 of 2" in stderr
+    assert "resuming after step 1 of 2" in stderr
     a, b = (load_file(tmp_path / "working" / f"{name}.safetensors")["latents.0"] for name in "ab")
     np.testing.assert_allclose(a, b, atol=TOLERANCE, rtol=0)
 

@@ -226,7 +226,7 @@ def test_the_prompt_of_the_windows(make, sound, monkeypatch, components, flags, 
             return {"context": torch.full((1, 512, 8), float(len(heard)))}
 
     unknown = TensorCache(None, "")
-    monkeypatch.setattr(made.stages, "components", replace(components, text_encoder=Spy(), prompts=unknown))
+    monkeypatch.setattr(made.stages, "components", replace(components, text_encoder=Spy(), prompt_cache=unknown))
     calls = spy_on_windows(made, monkeypatch)
     read_all(made)
     assert heard == [*dict.fromkeys(["she sings", windows])]  # each prompt once
