@@ -89,8 +89,8 @@ def read_jobs(name: str, defaults: Mapping[str, Any]) -> list[Job]:
     jobs = [
         make_job(number, line, defaults, seen, folder) for number, line in enumerate(lines, start=1) if line.strip()
     ]
-    if not jobs:
-        raise UserError("--jobs", f"{format_value(name)} has no lines; write some, such as {EXAMPLE}")
+    if not any(line.lstrip().startswith(b"{") for line in lines):
+        raise UserError("--jobs", f"{format_value(name)} has no lines of JSON; write some, such as {EXAMPLE}")
     return without_clashes(jobs)
 
 

@@ -74,6 +74,8 @@ def describe_value(value: Any) -> str:
     """A value, of any type that YAML has, for a one-line message."""
     if isinstance(value, Mapping | list):
         return "a mapping" if isinstance(value, Mapping) else "a list"
+    if value is None or isinstance(value, bool):
+        return "an empty value" if value is None else str(value).lower()
     try:
         text = str(value)
     except ValueError:  # Python does not print numbers of thousands of digits

@@ -190,7 +190,8 @@ def convert_text(flag: Flag, value: Any) -> str:
         try:
             os.fsencode(value).decode()
         except UnicodeError:
-            raise UserError(name, f"{shown} is not UTF-8; type it again, or rename the file") from None
+            remedy = ", or rename the file" if flag.path else ""
+            raise UserError(name, f"{shown} is not UTF-8; type it again{remedy}") from None
         locale = f"is UTF-8, but the terminal's locale says {sys.getfilesystemencoding()}"
         raise UserError(name, f"{shown} {locale}; set PYTHONUTF8=1 or LC_ALL=C.UTF-8") from None
     return value

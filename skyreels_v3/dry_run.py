@@ -54,7 +54,8 @@ def describe(plan: Plan) -> str:
         lines += [(name, weights + (f", about {giga(part.activations)} activations" if part.activations else ""))]
     if plan.degrees.world_size > 1:
         lines += [("processes", f"{plan.degrees.world_size}: {plan.degrees}; memory is that of one of them")]
-    lines += [("memory", describe_memory(plan)), ("output", str(request.output)), ("disk", describe_disk(request))]
+    lines += [("memory", describe_memory(plan)), ("here", f"--memory {plan.policy.mode} ({plan.policy.reason})")]
+    lines += [("output", str(request.output)), ("disk", describe_disk(request))]
     return "\n".join(f"{name:14}{text}" for name, text in lines)
 
 

@@ -142,7 +142,7 @@ def continue_earlier(request: ResolvedRequest, inputs: Inputs, named: bool) -> t
         return replace(request, resume=False, notes=notes), False
     folder, file, before = left
     with file:  # locked until here
-        output = folder.parent / Path(before["output"]).name
+        output = request.output if named else folder.parent / Path(before["output"]).name
         if os.path.lexists(output) and is_of(output, record, unsaid=True):  # it was not there when that run began
             if not request.dry_run:
                 finish(request, output, folder)

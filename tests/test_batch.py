@@ -106,7 +106,7 @@ def test_ids(write):
         (b"\xff\xfe\x00".decode("latin-1"), "is not JSON"),
         (FOX | {"sed": 1}, "--jobs: unknown key sed; did you mean seed?"),
         (FOX | {"seed": float("nan")}, "--seed: nan is not a whole number"),
-        (FOX | {"seed": None}, "--seed: None is not a whole number"),
+        (FOX | {"seed": None}, "--seed: an empty value is not a whole number"),
         (FOX | {"prompt": "\ud800"}, "is not UTF-8"),
         (FOX | {"num_inference_steps": 0}, "--num_inference_steps: 0 is out of range"),
         (FOX | {"ref_imgs": ["a", 1]}, "--ref_imgs: 1 is not text"),
@@ -441,7 +441,7 @@ def test_a_job_goes_on_from_its_finished_passes(main, write, monkeypatch, caplog
     monkeypatch.setattr(Stages, "denoise", denoise)
     code, stdout, _ = main("--jobs", "jobs.jsonl", *TOY[:4])
     assert (code, stdout) == (0, f"{kept.relative_to(tmp_path).with_suffix('.mp4')}\n")
-    assert [text for text in caplog.messages if "finished before" in text] == ["pass 1 was finished before"]
+    assert [text for text in caplog.messages if "already finished" in text] == ["pass 1 was already finished"]
     assert not kept.exists() and str(results_of(file)[-1]["seed"]) == seed
 
 

@@ -155,7 +155,8 @@ def fetch(request: GenerationRequest, model_id: str, patterns: Iterable[str], fl
     if request.model_source == "modelscope":
         from modelscope import snapshot_download
     else:
-        from huggingface_hub import snapshot_download
+        import httpx
+        from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.utils import disable_progress_bars
 
         if request.verbosity < 0:
@@ -164,6 +165,13 @@ def fetch(request: GenerationRequest, model_id: str, patterns: Iterable[str], fl
 
     def run() -> None:
         try:
+            if request.model_source == "huggingface":  # the client would wait forever for a hub that does not answer
+                try:
+                    HfApi().model_info(model_id, timeout=LIST_SECONDS)
+                except httpx.TimeoutException as error:
+                    raise TimeoutError(f"no answer within {LIST_SECONDS:g} s") from error
+                except Exception as error:  # the client meets it again, and may do with its cache
+                    logger.debug("%s cannot be asked for: %s", model_id, error)
             fetched.set_result(snapshot_download(model_id, allow_patterns=patterns))
         except BaseException as error:
             fetched.set_exception(error)

@@ -137,7 +137,7 @@ def read_lora(source: Path, shapes: Shapes, native: KeyMap, partial: bool = Fals
                         problems["repeated"] += keys
                     known.append(Change(part, down, scale))
     if not tensors:
-        raise lora_error(f"{source}: no entries; {PROBLEMS['unsupported'][1]}")
+        raise lora_error(f"{source}: there is nothing in it; {PROBLEMS['unsupported'][1]}")
     for kind, (reason, remedy) in PROBLEMS.items():
         if kind == "foreign" and changes:
             remedy = f"{source.name}:1:partial applies the rest"

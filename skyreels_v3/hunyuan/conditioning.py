@@ -13,6 +13,7 @@ from diffusers import HunyuanVideoPipeline
 from torch import Tensor, nn
 from transformers import CLIPTextModel, LlamaModel, PreTrainedTokenizerBase
 
+from skyreels_v3.errors import format_value
 from skyreels_v3.hunyuan.key_maps import TEXT_TOKENS
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 
@@ -48,12 +49,13 @@ class HunyuanTextEncoder:
         """`context` (1, L, D) of the prompt's own tokens and `pooled` (1, P)."""
         # the tokenizers would warn about limits of their own
         quiet: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
+        start = format_value(prompt[:40])  # which may be the negative prompt
         length, clip_length = (len(t(prompt, **quiet).input_ids) for t in (self.tokenizer, self.clip_tokenizer))
         if length > TEXT_TOKENS:
-            logger.warning("the prompt has %d tokens; only the first %d are used", length, TEXT_TOKENS)
+            logger.warning('only the first %d of %d tokens are used of "%s..."', TEXT_TOKENS, length, start)
         if (seen := CLIP_TOKENS - 2) < clip_length:
             llama = f"Llama reads up to {TEXT_TOKENS}"
-            logger.info("CLIP reads the first %d of the prompt's %d tokens; %s", seen, clip_length, llama)
+            logger.info('CLIP reads the first %d of %d tokens of "%s..."; %s', seen, clip_length, start, llama)
         device = self.llama.embed_tokens.weight.device
         clip_ids = self.clip_tokenizer(
             prompt, padding="max_length", max_length=CLIP_TOKENS, truncation=True, return_tensors="pt"

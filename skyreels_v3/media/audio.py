@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 SAMPLE_RATE = 16_000  # Hz, of what the model hears
 MIN_SECONDS = 0.4  # one block of the loudness meter
 MAX_SECONDS = 200.0
-MAX_RATE = 192_000  # Hz
+MIN_RATE, MAX_RATE = 1_000, 192_000  # Hz
 LOUDNESS = -23.0  # LUFS
 AUDIBLE = 10 ** ((-70 + 0.691) / 10)  # the meter's gate of -70 LUFS as a power
 CANCELLED = 0.01  # of the loudest channel's power; below it, the mean of the channels is not what one hears
@@ -47,6 +47,7 @@ CUT_MP3 = "filesize and duration do not match"  # ffmpeg, of a file shorter than
 LENGTH_TOLERANCE = 0.1  # seconds; a few packets of mp3
 OGG_TAIL = 1 << 17  # bytes; two pages of an Ogg file at their longest
 WAV_SLACK = 1024  # bytes by which a WAV header may exaggerate; a few ms at most
+MAX_CHUNKS = 1000  # of a WAV file before its samples
 WAV_UNKNOWN_SIZE = (0, 0xFFFFFFFF)  # in the header of a WAV file that was written to a pipe
 AU_HEADER = struct.Struct(">4s5I")  # ".snd", offset of the samples, their size, encoding, Hz, channels
 
@@ -73,7 +74,7 @@ def probe_audio(path: Path) -> AudioInfo:
     """
     track = find_track(path, AUDIO)
     rate = re.search(r"(\d+) Hz", track.description)
-    if rate and int(rate[1]) > MAX_RATE:
+    if rate and not MIN_RATE <= int(rate[1]) <= MAX_RATE:
         raise MediaError(path, f"has {rate[1]} samples per second; convert it to 48000")
     tick, packets = read_packets(track)  # hours of sound take a second
     seconds = float(sum(duration for _, duration in packets) * tick)
@@ -219,7 +220,9 @@ def is_truncated_wav(path: Path) -> bool:
         head = file.read(12)
         if head[:4] != b"RIFF" or head[8:] != b"WAVE":
             return False
-        while len(head := file.read(8)) == 8:
+        for _ in range(MAX_CHUNKS):
+            if len(head := file.read(8)) < 8:
+                break
             size = int.from_bytes(head[4:], "little")
             if head[:4] == b"data":
                 return size not in WAV_UNKNOWN_SIZE and file.tell() + size > path.stat().st_size + WAV_SLACK

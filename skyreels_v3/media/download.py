@@ -29,6 +29,7 @@ from skyreels_v3.errors import UserError, format_value, redact_url
 logger = logging.getLogger(__name__)
 
 MAX_REDIRECTS = 5
+DEFAULT_PORTS = {"https": 443, "socks5": 1080, "socks5h": 1080}  # of proxies; else 80
 MAX_SECONDS = 300.0  # for one download with its redirects
 BAR_DELAY = 1.0  # seconds; quicker downloads show no progress bar
 SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,5}")
@@ -77,14 +78,14 @@ def download(
 
 async def fetch(url: str, folder: Path, timeout: float, max_bytes: int, progress: bool, allow_private: bool) -> Path:
     """See `download`; failures are exceptions of httpx, TimeoutError and Refused."""
-    check = ConnectionCheck(timeout, allow_private)
     try:
+        check = ConnectionCheck(timeout, allow_private)
         client = httpx.AsyncClient(
             follow_redirects=True,
             max_redirects=MAX_REDIRECTS,
             timeout=timeout,
             event_hooks={"request": [check.on_request]},
-            headers={"User-Agent": "skyreels-v3", "Accept": "*/*"},
+            headers={"User-Agent": "skyreels-v3", "Accept": "*/*", "Accept-Encoding": "identity"},
         )
     except (ImportError, ValueError, httpx.InvalidURL) as error:  # of the proxies in the environment
         remedy = "give http://HOST:PORT or socks5://HOST:PORT, or unset it"
@@ -96,6 +97,8 @@ async def fetch(url: str, folder: Path, timeout: float, max_bytes: int, progress
         if not response.is_success:
             status = f"{response.status_code} {response.reason_phrase}".strip()
             raise Refused(f"the server answers {status}; check the address")
+        if response.headers.get("Content-Encoding", "identity").lower() != "identity":  # a little could become a lot
+            raise Refused("the server sends it compressed; download it and give the path")
         kind = response.headers.get("Content-Type", "").lower()
         if NOT_MEDIA.match(kind):
             raise Refused(f"this is {format_value(kind)}, not media; give the address of the file itself")
@@ -123,7 +126,7 @@ async def save(response: httpx.Response, file: IO[bytes], max_bytes: int, progre
     length = int(announced) if announced.isdecimal() else None
     check_size(length or 0)
     with progress_bar("download", length, progress, unit="B", unit_scale=True, delay=BAR_DELAY) as bar:
-        async for chunk in response.aiter_bytes():
+        async for chunk in response.aiter_raw():
             check_size(file.tell() + len(chunk))
             file.write(chunk)
             bar.update(len(chunk))
@@ -149,9 +152,10 @@ class ConnectionCheck:
     def __init__(self, timeout: float, allow_private: bool) -> None:
         self.timeout = timeout
         self.allow_private = allow_private
-        proxies = (url if "://" in url else f"//{url}" for name, url in getproxies().items() if name != "no")
-        self.proxies = {urlsplit(url).hostname for url in proxies}  # may be in a private network
-        self.host = ""
+        proxies = (urlsplit(url if "://" in url else f"//{url}") for name, url in getproxies().items() if name != "no")
+        # they may be in a private network
+        self.proxies = {(url.hostname, url.port or DEFAULT_PORTS.get(url.scheme, 80)) for url in proxies}
+        self.address = ("", 0)
 
     async def on_request(self, request: httpx.Request) -> None:
         """httpx's hook before each request. A proxy would resolve names, so here only what is an address is checked."""
@@ -165,11 +169,11 @@ class ConnectionCheck:
     async def on_event(self, event: str, info: Mapping[str, Any]) -> None:
         """httpx's trace of a direct connection: its host's addresses are checked, then the one it has reached."""
         if event == "connection.connect_tcp.started":
-            self.host = info["host"]
-            if self.host not in self.proxies:
-                self.require_public(self.host, await resolve(self.host, self.timeout))
-        if event == "connection.connect_tcp.complete" and self.host not in self.proxies:
-            self.require_public(self.host, [info["return_value"].get_extra_info("server_addr")[0]])
+            self.address = (info["host"], info["port"])
+            if self.address not in self.proxies:
+                self.require_public(info["host"], await resolve(info["host"], self.timeout))
+        if event == "connection.connect_tcp.complete" and self.address not in self.proxies:
+            self.require_public(self.address[0], [info["return_value"].get_extra_info("server_addr")[0]])
 
     def require_public(self, host: str, addresses: Sequence[str]) -> None:
         for address in addresses:

@@ -32,7 +32,7 @@ CONTAINERS = (
     "asf,ogg,nut,mxf,dv,mjpeg,yuv4mpegpipe,wtv,rm"
 )
 # A track in ffmpeg's description of a file, with its metadata.
-TRACK = re.compile(r"^  Stream #0:(\d+)\S*: (Video|Audio): (.*(?:\n {4,}.*)*)", re.MULTILINE)
+TRACK = re.compile(r"^  Stream #0:(\d+)(?:\[[^]]*\])?(?:\(.*?\))?: (Video|Audio): (.*(?:\n {4,}.*)*)", re.MULTILINE)
 # Only for containers with an index: recordings of a broadcast may start and stop in the middle of a packet.
 TRUNCATED = re.compile(r"partial file|ended prematurely|moov atom not found|/(mov|avi)[^]]*\] corrupt input packet")
 MAX_ERROR_RATE = 0.1  # of a sound track's packets. Players skip a few broken ones, and so do we.
@@ -51,6 +51,7 @@ class TrackKind:
     missing: str
     other_file: str
     damaged: str
+    max_packets: int  # hours of any format
 
 
 VIDEO = TrackKind(
@@ -59,6 +60,7 @@ VIDEO = TrackKind(
     missing="has no video stream; give a video clip",
     other_file="is a picture or another kind of file; give a video clip, such as an mp4",
     damaged="is truncated or not a video; give a complete video file, such as an mp4",
+    max_packets=2_000_000,
 )
 AUDIO = TrackKind(
     name="Audio",
@@ -66,6 +68,7 @@ AUDIO = TrackKind(
     missing="has no sound; give a sound file, or a video with sound",
     other_file="is a picture, a text or another kind of file; give a sound file, such as an mp3 or wav",
     damaged="is truncated, damaged or not a sound file; give a complete sound file, such as an mp3 or wav",
+    max_packets=500_000,
 )
 
 
@@ -131,12 +134,16 @@ def read_packets(track: Track) -> tuple[Fraction, list[tuple[int, int]]]:
         The length of a tick in seconds, and the packets in ticks.
 
     Raises:
-        MediaError: see `read_track`.
+        MediaError: there are more than of any real file, or see `read_track`.
     """
     tick = Fraction(1)
     packets: list[tuple[int, int]] = []
+    limit = [f"-frames:{track.kind.name[0].lower()}", str(track.kind.max_packets)]
     # lines of the listing: stream, dts, pts, duration, size, checksum, flags and side data
-    for line in read_track(track, ["-c", "copy", "-f", "framecrc"]).decode().splitlines():
+    listing = read_track(track, ["-c", "copy", *limit, "-f", "framecrc"]).decode().splitlines()
+    if len(listing) > track.kind.max_packets:
+        raise MediaError(track.path, f"has more than {track.kind.max_packets:,} packets; cut it")
+    for line in listing:
         if line.startswith("#tb 0:"):
             tick = Fraction(line.split(":")[1].strip())
         elif not line.startswith("#"):

@@ -147,7 +147,7 @@ def check_writable(path: Path, flag: str) -> None:
 def run_folder() -> Iterator[Path]:
     """A temporary folder for the length of a `with` block. Also removes the folders of runs that were killed."""
     for marker in Path(tempfile.gettempdir()).glob(f"{RUN_FOLDER}*/{IN_USE}"):
-        with suppress(OSError), marker.open("rb") as file:
+        with suppress(OSError), open_own(marker) as file:
             if lock(file):
                 shutil.rmtree(marker.parent)
     folder = tempfile.TemporaryDirectory(prefix=RUN_FOLDER, ignore_cleanup_errors=True)
@@ -155,6 +155,17 @@ def run_folder() -> Iterator[Path]:
         if lock(file):
             os.rename(file.name, Path(name, IN_USE))  # nobody ever sees it unlocked
         yield Path(name)
+
+
+def open_own(path: Path) -> IO[bytes]:
+    """A file of this user, open for reading; raises OSError for anything that others may have put in its place."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
+    file = os.fdopen(os.open(path, flags), "rb")
+    status = os.fstat(file.fileno())
+    if path.parent.is_symlink() or not stat.S_ISREG(status.st_mode) or status.st_uid != getattr(os, "getuid", int)():
+        file.close()
+        raise PermissionError(f"{path} is not this user's file")
+    return file
 
 
 def lock(file: IO[Any]) -> bool:

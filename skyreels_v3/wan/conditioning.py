@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel, Wav2Vec2Model
 
+from skyreels_v3.errors import format_value
 from skyreels_v3.wan.key_maps import TEXT_TOKENS
 from skyreels_v3.wan.rope import Segment
 from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
@@ -55,7 +56,8 @@ class TextEncoder:
         text = clean_prompt(prompt)
         length = len(self.tokenizer(text, verbose=False).input_ids)
         if length > TEXT_TOKENS:
-            logger.warning("the prompt has %d tokens; only the first %d are used", length, TEXT_TOKENS)
+            start = format_value(prompt[:40])  # which may be the negative prompt
+            logger.warning('only the first %d of %d tokens are used of "%s..."', TEXT_TOKENS, length, start)
         batch = self.tokenizer([text], truncation=True, max_length=TEXT_TOKENS, return_tensors="pt")
         return batch.input_ids, batch.attention_mask
 

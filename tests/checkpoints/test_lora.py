@@ -344,7 +344,7 @@ def convolution(*kernel: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({}, "no entries"),
+        ({}, "there is nothing in it"),
         ({f"{QUERY}.weight": torch.ones(32, 32)}, f"not supported: {QUERY}.weight; give a LoRA of low-rank"),
         (pair(QUERY) | {f"{QUERY}.dora_scale": torch.ones(32)}, f"not supported: {QUERY}.dora_scale"),
         ({f"{QUERY}.lokr_w1": torch.ones(2, 2)}, f"not supported: {QUERY}.lokr_w1"),

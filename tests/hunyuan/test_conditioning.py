@@ -72,7 +72,7 @@ def test_long_prompts(encoder, said, capsys):
     assert encoder.encode("x" * 256)["context"].shape == (1, 256, 32)
     assert "are used" not in said.text
     assert encoder.encode("x" * 257)["context"].shape == (1, 256, 32)
-    assert "the prompt has 257 tokens; only the first 256 are used" in said.messages
+    assert "only the first 256 of 257 tokens are used of" in said.text
     assert capsys.readouterr().out == ""
 
 
@@ -86,7 +86,8 @@ def test_prompts_that_are_long_for_clip(root, said, capsys):
         encoder.encode("x" * length)
         (record,) = said.records
         assert record.levelno == logging.INFO and record.name.startswith("skyreels_v3")
-        assert record.getMessage() == f"CLIP reads the first 75 of the prompt's {length} tokens; Llama reads up to 256"
+        text = f'CLIP reads the first 75 of {length} tokens of "{"x" * 40}..."; Llama reads up to 256'
+        assert record.getMessage() == text
     assert capsys.readouterr() == ("", "")
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import warnings
+import wave
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from skyreels_v3.media.audio import AudioInfo, mix, normalize_loudness, probe_audio, read_audio
+from skyreels_v3.media.files import MediaError
 from tests.media.clips import check_refused, cut, ffmpeg, write
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -375,3 +377,21 @@ def test_loud_mix_is_limited_not_clipped(tmp_path: Path) -> None:
     assert 0.9 < np.abs(samples).max() < 0.999
     spectrum = np.abs(np.fft.rfft(samples[24_000:72_000] * np.hanning(48_000)))
     assert spectrum[1300:1340].max() < 0.03 * spectrum[430:450].max()  # a clipped sine has a third harmonic of 25 %
+
+
+def test_a_flood_of_packets_is_refused(tmp_path: Path) -> None:
+    """Three million of a byte each, which would take half a minute and a gigabyte to list."""
+    path = tmp_path / "a.amr"
+    path.write_bytes(b"#!AMR\n" + b"\x7c" * 3_000_000)
+    with pytest.raises(MediaError, match="has more than 500,000 packets; cut it"):
+        probe_audio(path)
+
+
+@pytest.mark.parametrize("rate", [1, 999])
+def test_a_rate_too_low_to_hear(tmp_path: Path, rate: int) -> None:
+    path = tmp_path / "a.wav"
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, rate, 0, "NONE", ""))
+        file.writeframes(b"\1\0" * rate * 2)
+    with pytest.raises(MediaError, match=f"has {rate} samples per second"):
+        probe_audio(path)

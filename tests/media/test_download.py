@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import socket
@@ -45,6 +46,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, body: bytes, kind: str = "image/png", status: int = 200, length: int | None = -1) -> None:
         self.send_response(status)
+        if self.path.startswith("/packed/"):
+            self.send_header("Content-Encoding", "gzip, gzip")
         if kind:
             self.send_header("Content-Type", kind)
         if length is not None:
@@ -74,6 +77,7 @@ class Handler(BaseHTTPRequestHandler):
                 "bare": lambda: self.answer(RED, kind=""),
                 "html": lambda: self.answer(HTML, kind="text/html; charset=utf-8"),
                 "disguised": lambda: self.answer(HTML),
+                "packed": lambda: self.answer(gzip.compress(gzip.compress(bytes(10**7)))),
                 "empty": lambda: self.answer(b""),
                 "big": lambda: self.answer(b"x", length=10**6),
                 "endless": lambda: self.answer(b"x" * 200_000, length=None),
@@ -170,6 +174,12 @@ def test_oversize(tmp_path: Path, server: str) -> None:
     check_refused(f"{server}/big/a.png", downloads, "larger than the limit of", max_bytes=2**19)  # says so itself
     check_refused(f"{server}/endless/a.png", downloads, "0.125 MiB", max_bytes=2**17)  # must be counted
     assert fetch(f"{server}/endless/a.png", tmp_path / "ok", max_bytes=200_000).stat().st_size == 200_000
+
+
+def test_compressed(tmp_path: Path, server: str) -> None:
+    """A few hundred bytes could become gigabytes before they are counted."""
+    check_refused(f"{server}/packed/a.png", tmp_path / "no", "the server sends it compressed", max_bytes=2**19)
+    assert SEEN[-1]["Accept-Encoding"] == "identity"
 
 
 @pytest.mark.slow
@@ -278,6 +288,7 @@ def test_proxy(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> 
     for host in ("127.1", "localhost", "169.254.169.254", "[::1]"):
         check_refused(f"http://{host}/red/a.png", tmp_path / "no", "--allow_private_urls", allow_private=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # the same host, another port
     check_refused(f"{server}/red/a.png", tmp_path / "no", "--allow_private_urls", allow_private=False)
 
 

@@ -255,3 +255,18 @@ def test_refused(tmp_path: Path, source: str, reason: str) -> None:
     assert reason in str(caught.value)
     assert str(caught.value).isprintable()
     assert not (tmp_path / "downloads").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs")
+def test_what_others_put_into_the_temporary_folder_is_left_alone(tmp_path, monkeypatch):
+    """A FIFO would be waited for without end, a link could lead anywhere."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "skyreels-fifo").mkdir()
+    os.mkfifo(tmp_path / "skyreels-fifo" / ".in-use")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / ".in-use").touch()
+    (tmp_path / "skyreels-link").symlink_to(other)
+    with run_folder() as folder:
+        assert folder.is_dir()
+    assert other.is_dir() and (tmp_path / "skyreels-fifo").is_dir()
