@@ -199,8 +199,8 @@ def check_outputs(values: Mapping[str, Any]) -> None:
     if not output.endswith("/") and Path(output) in latents.parents:
         refuse(values, "save_latents", "would be inside the file that --output names; give another path")
     outdir = values.get("outdir", "some")
-    if not outdir.strip() or "\0" in outdir:
-        refuse(values, "outdir", "is not a folder name; give one")
+    if not outdir.strip() or "\0" in outdir or Path(outdir).is_absolute() or ".." in Path(outdir).parts:
+        refuse(values, "outdir", "is not a folder name; give one, for a folder in results/")
     videos = values.get("video_num", 1)
     if videos == 1:
         return

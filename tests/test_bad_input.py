@@ -371,7 +371,10 @@ OUTPUTS = [
     *bad(FP8, "--save_quantized", {
         "{files}/folder": ("exists already", "give"), ("{files}/good.png/q", "/proc/q"): f"{ANOTHER} path",
     }),
-    *bad(T2V, "--outdir", {" ": (EMPTY, "is not a folder name"), "x" * 300: ("results/xxx", "give a shorter")}),
+    *bad(T2V, "--outdir", {
+        " ": (EMPTY, "is not a folder name"), ("../a", "a/../../b", "/a"): "a folder in results/",
+        "x" * 300: ("results/xxx", "give a shorter"),
+    }),
 ]  # fmt: skip
 LINES = "write 'flag: value' lines"
 CONFIG_TEXTS = {  # the content of a file for --config, and what the error says of it

@@ -297,7 +297,7 @@ def test_proxy(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> 
     [
         ("http://me:secret@127.0.0.1:9", "cannot be downloaded (All connection attempts failed); check address"),
         ("quic://me:secret@h:1", "http_proxy, https_proxy or all_proxy cannot be used (Unknown scheme for proxy"),
-        ("http://me:secret@h:bad", "http_proxy, https_proxy or all_proxy cannot be used (Invalid port"),
+        ("http://me:secret@h:bad", "http_proxy, https_proxy or all_proxy cannot be used (Port could not be cast"),
     ],
 )
 def test_bad_proxy(tmp_path: Path, proxy: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
