@@ -197,20 +197,10 @@ class Stages:
             scheduler: set to its first step.
         """
         request, parallel = self.request, self.runtime.parallel
-        saved = parallel.broadcast_from_main(self.recall)
-        latents, done, total = noise.to(self.runtime.device), 0, len(scheduler.timesteps)
-        if saved and ATTRIBUTES not in saved:
-            generator.set_state(saved["generator"])
-            return saved["latents"].to(self.runtime.device)
-        if saved:
-            try:
-                restore_scheduler(scheduler, saved, self.runtime.device)
-            except (KeyError, TypeError, ValueError) as error:
-                logger.warning("the saved state of an unfinished pass is damaged (%s); the pass starts over", error)
-            else:
-                generator.set_state(saved["generator"])
-                latents, done = saved["latents"].to(self.runtime.device), scheduler.step_index
-                logger.info("resuming after step %d of %d", done, total)
+        total = len(scheduler.timesteps)
+        latents, done = self.start_pass(noise, generator, scheduler)
+        if done == total:
+            return latents
         made = conditions()
         transformer = self.components.transformer
         resident = self.runtime.resident(transformer, "denoising", transformer.blocks)
@@ -239,6 +229,26 @@ class Stages:
         if self.state is not None:
             self.state.save(latents, generator)
         return latents
+
+    def start_pass(self, noise: Tensor, generator: torch.Generator, scheduler: Any) -> tuple[Tensor, int]:
+        """The latents that a pass starts from, on the device, and how many steps an interrupted run has made of it.
+
+        `generator` and `scheduler` get the state that they had then.
+        """
+        saved, total = self.runtime.parallel.broadcast_from_main(self.recall), len(scheduler.timesteps)
+        if not saved:
+            return noise.to(self.runtime.device), 0
+        done = total
+        if ATTRIBUTES in saved:
+            try:
+                restore_scheduler(scheduler, saved, self.runtime.device)
+            except (KeyError, TypeError, ValueError) as error:
+                logger.warning("the saved state of an unfinished pass is damaged (%s); the pass starts over", error)
+                return noise.to(self.runtime.device), 0
+            done = scheduler.step_index
+            logger.info("resuming after step %d of %d", done, total)
+        generator.set_state(saved["generator"])
+        return saved["latents"].to(self.runtime.device), done
 
     @property
     def copies_steps(self) -> bool:
