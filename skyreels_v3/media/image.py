@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import cast
@@ -21,8 +22,6 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from skyreels_v3.errors import format_value
 from skyreels_v3.media.files import MediaError
 
-logging.getLogger("PIL").setLevel(logging.CRITICAL)  # its exceptions say it all
-
 # No others: Pillow starts programs for some, and the decoders of the rest have seen little review.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -30,7 +29,7 @@ MAX_PIXELS = 72_000_000  # cameras make up to 62 million
 # Phones make JPEGs of 108 and 200 million pixels. They are decoded at a half, a quarter or an eighth of the size, which
 # is still twice the longest side of any video: after the final resampling there is no difference.
 REDUCED_SIDE = 4096
-Image.MAX_IMAGE_PIXELS = 128_000_000  # Pillow does not open pictures of more than twice as many
+MAX_FILE_PIXELS = 256_000_000  # of a JPEG before it is reduced
 MAX_SCANS = 500  # of a progressive JPEG, which has about ten: each goes over the whole picture
 # keys of `Image.info`
 REDUCTION = "reduction"  # 1, 2, 4 or 8
@@ -54,24 +53,22 @@ def open_image(path: Path) -> Image.Image:
     """
     notes: list[str] = []
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's are not for users
-            with Image.open(path, formats=FORMATS) as image:
-                width = image.width
-                image.draft(None, (REDUCED_SIDE, REDUCED_SIDE))
-                reduction = round(width / image.width)
-                if math.prod(image.size) > MAX_PIXELS:
-                    raise Image.DecompressionBombError
-                if image.info.get("progressive") and path.read_bytes().count(b"\xff\xda") > MAX_SCANS:
-                    raise ValueError(f"more than {MAX_SCANS} scans")
-                image.load()
-                if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a photo with a preview
-                    notes.append("holds several pictures; the first one is taken")
-                with suppress(Exception):  # damaged EXIF data
-                    ImageOps.exif_transpose(image, in_place=True)
-                picture = on_white(to_srgb(to_8_bit(image), image.info.get("icc_profile"), notes))
-                picture.info = {REDUCTION: reduction, NOTES: notes}
-                return picture
+        with quiet_pillow(), Image.open(path, formats=FORMATS) as image:
+            width = image.width
+            image.draft(None, (REDUCED_SIDE, REDUCED_SIDE))
+            reduction = round(width / image.width)
+            if math.prod(image.size) > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            if image.info.get("progressive") and path.read_bytes().count(b"\xff\xda") > MAX_SCANS:
+                raise ValueError(f"more than {MAX_SCANS} scans")
+            image.load()
+            if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a photo with a preview
+                notes.append("holds several pictures; the first one is taken")
+            with suppress(Exception):  # damaged EXIF data
+                ImageOps.exif_transpose(image, in_place=True)
+            picture = on_white(to_srgb(to_8_bit(image), image.info.get("icc_profile"), notes))
+            picture.info = {REDUCTION: reduction, NOTES: notes}
+            return picture
     except Image.DecompressionBombError as error:
         limit = f"{MAX_PIXELS // 10**6} million"
         raise MediaError(path, f"has too many pixels, more than {limit}; scale it down first") from error
@@ -84,6 +81,21 @@ def open_image(path: Path) -> Image.Image:
     except Exception as error:  # on damaged data decoders raise whatever they run into
         reason = format_value(str(error) or type(error).__name__)
         raise MediaError(path, f"is damaged or cut off ({reason}); give a complete file") from error
+
+
+@contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """Without Pillow's warnings and log, and with our limit of pixels; what the host program has set comes back."""
+    log, level, pixels = logging.getLogger("PIL"), logging.getLogger("PIL").level, Image.MAX_IMAGE_PIXELS
+    try:
+        log.setLevel(logging.CRITICAL)  # its exceptions say it all
+        Image.MAX_IMAGE_PIXELS = MAX_FILE_PIXELS // 2  # Pillow refuses pictures of more than twice as many
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+        Image.MAX_IMAGE_PIXELS = pixels
 
 
 def full_size(image: Image.Image) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 from functools import partial
@@ -163,7 +164,7 @@ def test_truncated(tmp_path: Path, suffix: str, kept: float) -> None:
 
 
 def test_not_a_picture(tmp_path: Path) -> None:
-    (tmp_path / "text.png").write_text("hello, this is no picture")
+    (tmp_path / "text.png").write_text("hello, this is not a picture")
     (tmp_path / "header.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     refused(tmp_path / "text.png", "not a picture", "give a")
     refused(tmp_path / "header.png", "give a")
@@ -171,10 +172,18 @@ def test_not_a_picture(tmp_path: Path) -> None:
 
 def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (30, 30)).save(tmp_path / "big.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    monkeypatch.setattr("skyreels_v3.media.image.MAX_FILE_PIXELS", 800)
     refused(tmp_path / "big.png", "too many pixels", "scale it down")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)  # only a warning of Pillow's
+    monkeypatch.setattr("skyreels_v3.media.image.MAX_FILE_PIXELS", 1200)  # only a warning of Pillow's
     assert open_image(tmp_path / "big.png").size == (30, 30)
+
+
+def test_pillow_settings_of_the_host_program_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 12)
+    monkeypatch.setattr(logging.getLogger("PIL"), "level", logging.DEBUG)
+    Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
+    assert open_image(tmp_path / "a.png").size == (30, 30)
+    assert (Image.MAX_IMAGE_PIXELS, logging.getLogger("PIL").level) == (12, logging.DEBUG)
 
 
 # colors
