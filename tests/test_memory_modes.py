@@ -172,7 +172,7 @@ def test_out_of_memory(main, monkeypatch, tmp_path, stage, mode):
     assert re.match(
         rf"error: OutOfMemory: out of memory while {stage}: [\d.]+ GB of host memory more were requested", lines[0]
     )
-    for way in ("--low_vram", "--vae_dtype bfloat16", "a smaller --resolution"):
+    for way in ("--low_vram", "--vae_dtype bfloat16", "a smaller --height and --width"):
         assert way in lines[0]
     assert files_in(tmp_path) - before == left
 
