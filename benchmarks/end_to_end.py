@@ -324,7 +324,7 @@ def random_components(toy: Path, plan: Plan, runtime: Runtime) -> components.Com
         transformer,
         vae,
         text_encoder=TextEncoder(text_encoder, tokenizer),
-        prompts=TensorCache(None, ""),
+        prompt_cache=TensorCache(None, ""),
         quant=request.quant,
         **sound,
     )
