@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from skyreels_v3.batch import run_jobs
 from skyreels_v3.checks import request_of
@@ -190,8 +189,3 @@ def usage() -> str:
     commands = "\n".join(f"  {name:<10}{summary}" for name, (_, summary) in COMMANDS.items())
     flags = f"{PROGRAM} COMMAND --help lists the flags of a command."
     return f"usage: {PROGRAM} COMMAND [flags]\n\nInference for the SkyReels video models.\n\n{commands}\n\n{flags}"
-
-
-def console_script() -> NoReturn:
-    """What the installed `skyreels` runs."""
-    processes.exit_process(run_command(sys.argv[1:]))
