@@ -35,16 +35,6 @@ from skyreels_v3.worker import Worker
 ROOT = Path(__file__).resolve().parents[1]
 
 
-class LastResult(Results):
-    """Keeps a result for the main process, which has the file."""
-
-    def __init__(self) -> None:
-        self.result: Mapping[str, Any] = {}
-
-    def record(self, result: Mapping[str, Any]) -> None:
-        self.result = result
-
-
 @ray.remote
 class Actor:
     """Makes videos on its GPU or CPU.
@@ -59,10 +49,10 @@ class Actor:
         self.worker = Worker()
 
     def run_job(self, job: Job) -> Mapping[str, Any]:
-        """Run a job; returns its result."""
-        last = LastResult()
-        run_job(job, self.worker, last)
-        return last.result
+        """Run a job; returns its result, which the main process records."""
+        results: list[Mapping[str, Any]] = []
+        run_job(job, self.worker, results.append)
+        return results[-1]
 
 
 def main(argv: Sequence[str]) -> int:

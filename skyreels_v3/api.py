@@ -24,19 +24,11 @@ from skyreels_v3.checks import request_of
 from skyreels_v3.cli import convert_flags, without_overruled
 from skyreels_v3.errors import UserError
 from skyreels_v3.media.files import run_folder
-from skyreels_v3.request import BY_NAME, GenerationRequest
+from skyreels_v3.request import BY_NAME, OUTPUTS, GenerationRequest
 from skyreels_v3.stages import Pass, Step
 from skyreels_v3.worker import Worker
 
-COMMAND_ONLY = (
-    "output",
-    "outdir",
-    "save_latents",
-    "save_quantized",
-    "include_input",
-    "no_metadata",
-    "checkpoint_every",
-)
+COMMAND_ONLY = (*OUTPUTS, "outdir", "include_input", "no_metadata", "checkpoint_every")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from skyreels_v3.families import pipeline_of
 from skyreels_v3.media.files import check_readable, check_writable
 from skyreels_v3.parallel import processes
 from skyreels_v3.parallel.ranks import SINGLE, Ranks
-from skyreels_v3.request import FLAGS, GenerationRequest
+from skyreels_v3.request import FLAGS, OUTPUTS, GenerationRequest
 from skyreels_v3.resolve import downloads_folder, networks
 from skyreels_v3.worker import Worker
 
@@ -44,14 +44,13 @@ logger = logging.getLogger(__name__)
 MAX_JOBS_BYTES = 1 << 24
 EXAMPLE = '{"task_type": "talking_avatar", "input_image": "a.png", "input_audio": "a.wav", "prompt": "a man talks"}'
 # flags that say how a job is done, not what it makes: they are not part of its identity
-OUTPUT_FLAGS = {"output", "outdir", "save_latents", "save_quantized"}
 NOT_IDENTITY = {
     *(flag.name for flag in FLAGS if not flag.recorded),
     "offload",
     "parameters_level",
     "sequence_batch",
     "url_timeout",
-} - OUTPUT_FLAGS
+} - {*OUTPUTS, "outdir"}
 
 
 # Jobs and results
@@ -285,7 +284,7 @@ def run_jobs(flags: Mapping[str, Any], ranks: Ranks) -> int:
     for job in claim_jobs(todo, results, ranks, video_ranks):
         if job.request is not None:
             logger.info("line %d: %s", job.number, job.request.task.name)
-        failed += not run_job(job, worker, results)
+        failed += not run_job(job, worker, results.record)
     if ranks.world_size > 1 and not together:
         processes.store_set(f"failed/{ranks.rank}", failed)
         # not by torch's own barrier: a job may take longer than that waits
@@ -344,8 +343,8 @@ def claim_jobs(jobs: Sequence[Job], results: Results, ranks: Ranks, video_ranks:
             yield job
 
 
-def run_job(job: Job, worker: Worker, results: Results) -> bool:
-    """Do a job and record its result; returns whether its video was made.
+def run_job(job: Job, worker: Worker, record: Callable[[Mapping[str, Any]], object]) -> bool:
+    """Do a job and `record` its result; returns whether its video was made.
 
     Raises:
         Exception: what went wrong while several ranks were at work, since they may be out of step now.
@@ -355,7 +354,7 @@ def run_job(job: Job, worker: Worker, results: Results) -> bool:
 
     def end(status: str, **more: Any) -> bool:
         if video_ranks.is_main:
-            results.record(result | {"status": status, **more, "seconds": round(perf_counter() - start, 1)})
+            record(result | {"status": status, **more, "seconds": round(perf_counter() - start, 1)})
         return status == "done"
 
     if job.request is None:
@@ -375,7 +374,7 @@ def run_job(job: Job, worker: Worker, results: Results) -> bool:
             logger.debug("line %d", job.number, exc_info=True)
             if video_ranks.world_size > 1:
                 if processes.store_next(f"failed/{job.id}") == 0:
-                    results.record(result | {"status": "error", **failure(error)})
+                    record(result | {"status": "error", **failure(error)})
                 raise
             problem = failure(error)
         else:

@@ -17,6 +17,7 @@ from skyreels_v3.request import (
     BY_NAME,
     EXCLUSIVE,
     MAX_SEED,
+    OUTPUTS,
     REQUIRED,
     SHORTHANDS,
     GenerationRequest,
@@ -204,7 +205,7 @@ def check_outputs(values: Mapping[str, Any]) -> None:
     videos = values.get("video_num", 1)
     if videos == 1:
         return
-    for name in filter(values.__contains__, ("output", "save_latents", "save_quantized")):
+    for name in filter(values.__contains__, OUTPUTS):
         refuse(values, name, f"is for one video, --video_num makes {videos}; give --outdir, or leave it out")
     if values.get("seed", 0) > (last := MAX_SEED - videos + 1):
         refuse(values, "seed", f"--video_num {videos} goes beyond the largest seed, {MAX_SEED}; give at most {last}")
@@ -297,7 +298,7 @@ def make_request(spec: TaskSpec, values: Mapping[str, Any], notes: Sequence[str]
     values |= {"speaker_boxes": parse_boxes(values), "keyframes": parse_keyframes(values), "lora": parse_loras(values)}
     values["cache"] = parse_cache(values["cache"]) if values.get("cache") else None
     values["frame_folder"] = values.get("output", "").endswith("/")
-    for name in filter(values.__contains__, ("output", "save_latents", "save_quantized")):
+    for name in filter(values.__contains__, OUTPUTS):
         values[name] = Path(os.path.expanduser(values[name]))
     values = {name: value for name, value in values.items() if name not in ("gpu_num", "fps")}
     return GenerationRequest(task=spec, flags=recorded, notes=(*notes, *changes), seed_drawn=drawn, **values)

@@ -275,6 +275,7 @@ Request = TypeVar("Request", bound=GenerationRequest)
 
 FLAGS = tuple(Flag(each.name, **each.metadata["flag"]) for each in fields(GenerationRequest) if each.metadata)
 BY_NAME = {each.name: each for each in FLAGS}
+OUTPUTS = tuple(sorted(each.name for each in FLAGS if each.path == "output"))
 # flags for the same thing in different tasks
 ALIKE = (("image", "input_image", "ref_imgs"), ("guidance_scale", "text_guidance_scale"), ("num_frames", "duration"))
 EXCLUSIVE = (
