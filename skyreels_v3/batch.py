@@ -26,10 +26,10 @@ from skyreels_v3.cli import job_flags, without_overruled
 from skyreels_v3.config_text import read_json_text
 from skyreels_v3.console import say, show
 from skyreels_v3.errors import IncompleteOutput, UserError, cause_of, format_value
-from skyreels_v3.families import pipeline_of
 from skyreels_v3.media.files import check_readable, check_writable
 from skyreels_v3.parallel import processes
 from skyreels_v3.parallel.ranks import SINGLE, Ranks
+from skyreels_v3.plan import terms_of
 from skyreels_v3.request import FLAGS, OUTPUTS, GenerationRequest
 from skyreels_v3.resolve import downloads_folder, networks
 from skyreels_v3.worker import Worker
@@ -253,7 +253,7 @@ def group_by_model(jobs: Iterable[Job]) -> list[Job]:
         key: tuple[object, ...] = ()
         if (request := job.request) is not None:
             # ranks are divided by the terms of the guidance
-            terms = len(pipeline_of(request.task).guidance(request).terms) if request.use_usp else 1
+            terms = terms_of(request) if request.use_usp else 1
             key = (*networks(request), request.memory, request.stream_blocks, terms)
         groups.setdefault(key, []).append(job)
     return [job for group in groups.values() for job in group]

@@ -14,13 +14,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast
 
+from skyreels_v3.cache import cache_folder
 from skyreels_v3.checkpoints.files import Repository
 from skyreels_v3.denoising.guidance import Guidance, text_guidance
+from skyreels_v3.errors import UserError
 from skyreels_v3.inputs import Inputs
 from skyreels_v3.memory.policy import BYTES, Tiles
 from skyreels_v3.parallel.ranks import UNDIVIDED, ParallelConfig
 from skyreels_v3.request import GenerationRequest, ResolvedRequest
-from skyreels_v3.tasks import TaskSpec
+from skyreels_v3.tasks import TINY, TaskSpec
 
 if TYPE_CHECKING:
     import torch
@@ -173,11 +175,19 @@ def family_named(name: str) -> Family:
 
 
 def make_tiny(task: TaskSpec) -> Path:
-    """The folder of the toy checkpoint for `task`, made if it does not exist yet."""
+    """The folder of the toy checkpoint for `task`, made if it does not exist yet.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     from skyreels_v3.checkpoints.tiny import make
 
     logger.warning("tiny is a toy with random weights: it shows that everything runs, its pictures are noise")
-    return make(Path(task.model_id).name, lambda root: family_of(task).write_tiny(root, task))
+    try:
+        return make(Path(task.model_id).name, lambda root: family_of(task).write_tiny(root, task))
+    except OSError as error:
+        reason = f"{TINY} cannot be made in {cache_folder()} ({error.strerror or error})"
+        raise UserError("--model_id", f"{reason}; set SKYREELS_CACHE to a folder that can be written to") from error
 
 
 class Pipeline:

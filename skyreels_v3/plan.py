@@ -1,8 +1,8 @@
 """What a run will compute and how much memory it takes, from the request and its family's sizes.
 
-Weights are counted in the real transformer, built on the meta device. Work is counted by formulas (multiply-adds as two
-operations, matrix products and attention only). Activations are estimates: bytes per token or pixel, which tests count
-again in the real models, without what kernels need for themselves.
+Weights are counted in the real transformer on the meta device; the count for the published sizes is in the preset. Work
+is counted by formulas (multiply-adds as two operations, matrix products and attention only). Activations are estimates:
+bytes per token or pixel, which tests count again in the real models, without what kernels need for themselves.
 """
 
 from __future__ import annotations
@@ -174,14 +174,11 @@ def plan(checked: Checked, machine: Machine, ranks: Ranks = SINGLE) -> Plan:
         UserError: the processes cannot be divided as the request wants.
     """
     request, dtype = checked.request, machine.dtype
-    family, pipeline = family_of(request.task), pipeline_of(request.task)
+    family = family_of(request.task)
     sizes = transformer_sizes(request, checked.checkpoint)
     weights = weights_of(request.task, sizes, dtype, request.quant)
-    terms = len(pipeline.guidance(request).terms)
+    degrees, terms = degrees_of(request, checked.checkpoint, ranks), terms_of(request)
     forwards = request.num_inference_steps * terms
-    degrees = UNDIVIDED
-    if request.use_usp:
-        degrees = choose_degrees(request, ranks.world_size, sizes["num_attention_heads"], terms)
     latent_size = (request.height // VAE_STRIDE[1], request.width // VAE_STRIDE[2])
     tokens_per_frame = math.prod(latent_size) // math.prod(PATCH_SIZE)
     passes = tuple(
@@ -190,7 +187,7 @@ def plan(checked: Checked, machine: Machine, ranks: Ranks = SINGLE) -> Plan:
             tokens := (new + condition) * tokens_per_frame,
             forwards * family.forward_flop(sizes, tokens),
         )
-        for new, condition in pipeline.passes(request)
+        for new, condition in pipeline_of(request.task).passes(request)
     )
     result = Plan(
         request=request,
@@ -209,6 +206,19 @@ def plan(checked: Checked, machine: Machine, ranks: Ranks = SINGLE) -> Plan:
     result = replace(result, components=component_bytes(result, sizes, weights, math.ceil(terms / degrees.cfg)))
     policy = choose_policy(request, result.peak, result.streamed_from_host, machine.free_device, machine.free_host)
     return replace(result, policy=policy)
+
+
+def degrees_of(request: GenerationRequest, checkpoint: Path | None, ranks: Ranks) -> ParallelConfig:
+    """How the ranks divide the work on a request; raises UserError if they cannot as it wants."""
+    if not request.use_usp:
+        return UNDIVIDED
+    heads = transformer_sizes(request, checkpoint)["num_attention_heads"]
+    return choose_degrees(request, ranks.world_size, heads, terms_of(request))
+
+
+def terms_of(request: GenerationRequest) -> int:
+    """How many predictions the guidance of a request combines in each step."""
+    return len(pipeline_of(request.task).guidance(request).terms)
 
 
 def transformer_sizes(request: GenerationRequest, checkpoint: Path | None) -> dict[str, int]:

@@ -12,7 +12,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from skyreels_v3.cache import cache_folder
 from skyreels_v3.checkpoints.files import is_quantized
 from skyreels_v3.checkpoints.hub import check_on_hub, download, download_lora, locate, locate_lora
 from skyreels_v3.errors import UserError, cause_of, format_value
@@ -22,8 +21,8 @@ from skyreels_v3.media.ffmpeg import check_ffmpeg
 from skyreels_v3.media.files import run_folder
 from skyreels_v3.outputs import check_outputs, check_room, continue_earlier, free_name
 from skyreels_v3.parallel import processes
-from skyreels_v3.parallel.ranks import SINGLE, Ranks, choose_degrees
-from skyreels_v3.plan import Checked, transformer_sizes
+from skyreels_v3.parallel.ranks import SINGLE, Ranks
+from skyreels_v3.plan import Checked, degrees_of
 from skyreels_v3.request import BY_NAME, GenerationRequest, Request, ResolvedRequest
 from skyreels_v3.runtime import check_compute, check_device, default_dtype, likely_device
 from skyreels_v3.tasks import TINY
@@ -63,9 +62,7 @@ def preflight(request: GenerationRequest, downloads: Path, ranks: Ranks = SINGLE
     if resumes:
         resolved, done = continue_earlier(resolved, inputs, named=request.output is not None)
     warnings = [*inputs.notes, *(check_room(resolved, checkpoint) if ranks.is_main and not done else ())]
-    if request.use_usp:  # refuses degrees that do not fit
-        heads = transformer_sizes(request, checkpoint)["num_attention_heads"]
-        choose_degrees(request, ranks.world_size, heads, len(pipeline_of(request.task).guidance(request).terms))
+    degrees_of(request, checkpoint, ranks)  # refuses those that do not fit
     for note in resolved.notes:  # only now: an error stands alone
         logger.info(note)
     for note in warnings:
@@ -147,8 +144,9 @@ class AssetResolver:
                 from skyreels_v3.components import check_components
 
                 check_components(request, None)
-            make = (lambda: make_toy(request)) if request.model_id == TINY else (lambda: download(request, first))
-            checkpoint = Path(self.fetch(f"{source} {request.model_id} {request.task.name}", make))
+            task, tiny = request.task, request.model_id == TINY
+            make = (lambda: make_tiny(task)) if tiny else (lambda: download(request, first))
+            checkpoint = Path(self.fetch(f"{source} {request.model_id} {task.name}", make))
         for repository in others:
             base = locate(request, repository, checkpoint)
             if base is None:
@@ -185,15 +183,6 @@ class AssetResolver:
     def merge_outcomes(self, outcomes: Mapping[str, Outcome]) -> None:
         """Take over the outcomes of another process on this machine."""
         self.outcomes |= outcomes
-
-
-def make_toy(request: GenerationRequest) -> Path:
-    """The folder of the built-in toy."""
-    try:
-        return make_tiny(request.task)
-    except OSError as error:
-        reason = f"{TINY} cannot be made in {cache_folder()} ({error.strerror or error})"
-        raise UserError("--model_id", f"{reason}; set SKYREELS_CACHE to a folder that can be written to") from error
 
 
 @contextmanager

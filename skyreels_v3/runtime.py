@@ -101,7 +101,7 @@ class Runtime:
     attention: AttentionFn
     parallel: Parallel
     streams: dict[nn.Module, BlockStream] = field(default_factory=dict)
-    logged_stages: set[str] = field(default_factory=set)  # stages that were logged
+    logged_stages: set[str] = field(default_factory=set)
 
     @property
     def policy(self) -> Policy:

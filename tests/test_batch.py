@@ -26,6 +26,7 @@ from skyreels_v3 import resolve, runtime
 from skyreels_v3.batch import Results, choose_jobs, group_by_model, parse_results, read_jobs, results_file
 from skyreels_v3.cli import parse_flags, parse_request
 from skyreels_v3.errors import UserError
+from skyreels_v3.families import make_tiny
 from skyreels_v3.generate import Generator
 from skyreels_v3.parallel.ranks import SINGLE
 from skyreels_v3.plan import Plan
@@ -473,7 +474,7 @@ def test_a_dry_run(main, write, tmp_path):
 def loaded(cache) -> Generator:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SKYREELS_CACHE", str(cache))
-        return Generator(plan_for(resolve.make_toy(request_for())))
+        return Generator(plan_for(make_tiny(request_for().task)))
 
 
 def request_for(*flags: object) -> Any:

@@ -114,6 +114,7 @@ def bytes_to_fetch(request: GenerationRequest, repository: Repository) -> tuple[
 
     name = model_id_of(request, repository)
     try:
+        ask(name)
         files = snapshot_download(name, allow_patterns=repository.patterns, dry_run=True)
     except Exception as error:
         logger.debug("the files of %s cannot be listed: %s", name, error)
@@ -148,6 +149,19 @@ def cached(request: GenerationRequest, model_id: str) -> Path | None:
     return None
 
 
+def ask(model_id: str) -> None:
+    """Raise TimeoutError if Hugging Face's hub does not answer, for which its client would wait forever."""
+    import httpx
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(model_id, timeout=LIST_SECONDS)
+    except httpx.TimeoutException as error:
+        raise TimeoutError(f"no answer within {LIST_SECONDS:g} s") from error
+    except Exception as error:  # the client meets it again, and may do with its cache
+        logger.debug("%s cannot be asked for: %s", model_id, error)
+
+
 def fetch(request: GenerationRequest, model_id: str, patterns: Iterable[str], flag: str) -> Path:
     """The folder of a model with the files that match the patterns; failures are UserErrors about `flag`."""
     patterns = list(patterns)
@@ -155,8 +169,7 @@ def fetch(request: GenerationRequest, model_id: str, patterns: Iterable[str], fl
     if request.model_source == "modelscope":
         from modelscope import snapshot_download
     else:
-        import httpx
-        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub import snapshot_download
         from huggingface_hub.utils import disable_progress_bars
 
         if request.verbosity < 0:
@@ -165,13 +178,8 @@ def fetch(request: GenerationRequest, model_id: str, patterns: Iterable[str], fl
 
     def run() -> None:
         try:
-            if request.model_source == "huggingface":  # the client would wait forever for a hub that does not answer
-                try:
-                    HfApi().model_info(model_id, timeout=LIST_SECONDS)
-                except httpx.TimeoutException as error:
-                    raise TimeoutError(f"no answer within {LIST_SECONDS:g} s") from error
-                except Exception as error:  # the client meets it again, and may do with its cache
-                    logger.debug("%s cannot be asked for: %s", model_id, error)
+            if request.model_source == "huggingface":
+                ask(model_id)
             fetched.set_result(snapshot_download(model_id, allow_patterns=patterns))
         except BaseException as error:
             fetched.set_exception(error)

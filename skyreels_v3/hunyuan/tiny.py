@@ -19,6 +19,7 @@ from tokenizers.models import BPE
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
 from skyreels_v3.checkpoints.tiny import SIZES, random_model, save
+from skyreels_v3.hunyuan.conditioning import CLIP_TOKENS
 from skyreels_v3.tasks import TaskSpec
 
 TINY = SIZES["hunyuan"]
@@ -26,7 +27,6 @@ PIECES = r" ?[A-Za-z]+|\n+|."  # words with the space before them, line ends, si
 MARK = r"<\|\w+\|>"  # special tokens of the chat format
 BEGIN, END, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<pad>"
 CLIP_BEGIN, CLIP_END = "<|startoftext|>", "<|endoftext|>"
-CLIP_TOKENS = 77
 GAIN = 1.5  # of the transformer's random matrices: as initialized, the prompt hardly changes the video
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel, Wav2Vec2Model
 
 from skyreels_v3.errors import format_value
+from skyreels_v3.media.audio import SAMPLE_RATE
 from skyreels_v3.wan.key_maps import TEXT_TOKENS
 from skyreels_v3.wan.rope import Segment
 from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
@@ -29,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, RGB
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-SAMPLE_RATE = 16_000
 VARIANCE_FLOOR = 1e-7  # of audio samples
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -305,6 +306,19 @@ def test_a_lora_that_is_not_on_the_hub(serve, fetch, files, name, message):
     assert run.stderr.startswith(f"error: --lora: {message}")
     assert len(run.stderr.splitlines()) == 1
     assert server.asked == []
+
+
+def test_a_hub_that_never_answers(tmp_path, monkeypatch):
+    """Its client would wait forever."""
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(hub, "LIST_SECONDS", 0.2)
+        request = parse_request(REFERENCE)
+        repository = family_of(request.task).repositories(request.task)[0]
+        assert hub.bytes_to_fetch(request, repository) is None
+        with pytest.raises(UserError, match=r"--model_id: some/model could not .* \(no answer within 0\.2 s\); check"):
+            hub.download(request, repository)
 
 
 def test_the_folder_of_a_model_in_the_hubs_cache(tmp_path):
