@@ -185,7 +185,7 @@ def load_model(
     source: Path,
     dtype: torch.dtype,
     key_map: KeyMap = IDENTITY,
-    float32_names: Sequence[str] = (),
+    float32_names: Collection[str] = (),
     buffers: Mapping[str, Tensor] | None = None,
 ) -> Any:
     """Build a model on meta and give it its weights.
@@ -196,7 +196,7 @@ def load_model(
         source: where the tensors are from, for error messages.
         dtype: of the weights.
         key_map: from the checkpoint's names to the model's.
-        float32_names: weights with one of these in their name are float32, whatever `dtype` is.
+        float32_names: weights with one of these in their dotted name are float32, whatever `dtype` is.
         buffers: values of the model's buffers, by name.
 
     Returns:
@@ -217,9 +217,10 @@ def load_model(
     check_dtypes(tensors, source)
     check_fp8(parameters, tensors, source)
     loaded: dict[int, Tensor] = {id(buffer): (buffers or {})[name] for name, buffer in model.named_buffers()}
+    float32_names = {*float32_names, SCALE}
     for name, parameter in parameters.items():
         target = parameter.dtype if parameter.dtype in FP8 else dtype
-        if any(part in name for part in (*float32_names, SCALE)):
+        if not float32_names.isdisjoint(name.split(".")):
             target = torch.float32
         loaded[id(parameter)] = nn.Parameter(tensors[name].to(target), requires_grad=False)
     replace_tensors(model, lambda tensor: loaded[id(tensor)])
