@@ -23,7 +23,9 @@ for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 
 import skyreels_v3.main  # noqa: E402
+from skyreels_v3.families import family_of  # noqa: E402
 from skyreels_v3.parallel import processes  # noqa: E402
+from skyreels_v3.tasks import task_spec  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "assets"
@@ -110,6 +112,14 @@ def compiled(tmp_path_factory) -> None:
 def cache(tmp_path_factory) -> Path:
     """Where the toy model is made, once."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def t2v_toy(tmp_path_factory) -> Path:
+    """V1's toy with HunyuanVideo's parts, in one folder."""
+    folder = tmp_path_factory.mktemp("toy")
+    family_of(task_spec("t2v")).write_tiny(folder, task_spec("t2v"))
+    return folder
 
 
 @pytest.fixture

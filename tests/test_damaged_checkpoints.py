@@ -16,9 +16,7 @@ import torch
 from safetensors.numpy import save_file
 
 from skyreels_v3.errors import CheckpointError
-from skyreels_v3.hunyuan.family import write_tiny
 from skyreels_v3.memory.quantize import FP8
-from skyreels_v3.tasks import task_spec
 from skyreels_v3.wan import checkpoint as published
 from tests.conftest import ASSETS
 
@@ -105,15 +103,8 @@ DAMAGES: list[tuple[str, str, Change, str]] = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("toy")
-    write_tiny(folder, task_spec("t2v"))
-    return folder
-
-
 @pytest.fixture
-def damaged(reference, toy, tmp_path) -> Callable[[str], tuple[Path, list[str]]]:
+def damaged(reference, t2v_toy, tmp_path) -> Callable[[str], tuple[Path, list[str]]]:
     """Copy a checkpoint of a layout; returns its root and a command line that needs it.
 
     Layouts: "diffusers" and "native" are those of V3. "whole" is V1's transformer beside the rest of HunyuanVideo;
@@ -131,7 +122,7 @@ def damaged(reference, toy, tmp_path) -> Callable[[str], tuple[Path, list[str]]]
             shutil.copytree(checkpoints / "video_extension", root)
             task = ["--task_type", "single_shot_extension", "--input_video", str(ASSETS / "boat.mp4"), "--prompt", "a"]
             return root, [*task, "--model_id", str(root), "--device", "cpu", *output]
-        shutil.copytree(toy, root)
+        shutil.copytree(t2v_toy, root)
         if layout == "whole":
             return root, [*T2V, "--model_id", str(root), *output]
         (root / "transformer").mkdir()

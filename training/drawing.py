@@ -278,15 +278,17 @@ class Ground:
         self.sky = np.asarray(self.picture).copy()
         self.pen = ImageDraw.Draw(self.picture)
 
+    def fill_below(self, y: float, colour: Colour) -> None:
+        """One colour from `y` down."""
+        self.pen.rectangle((0, rows_of(y), *self.picture.size), fill=colour)
+
 
 def draw_snow(random: np.random.Generator) -> Ground:
     dark = random.random() < 0.4
     top, bottom = ((22, 30, 62), (70, 84, 120)) if dark else ((150, 172, 196), (214, 222, 230))
     ground = Ground(mixed(random, top), mixed(random, bottom))
-    pen = ground.pen
-    ridge(pen, random, 0.16, 0.22, mixed(random, (112, 124, 150) if dark else (188, 200, 214)))
-    snow = mixed(random, (172, 182, 206) if dark else (238, 242, 246), spread=6)
-    pen.rectangle((0, rows_of(0.16), ground.picture.width, ground.picture.height), fill=snow)
+    ridge(ground.pen, random, 0.16, 0.22, mixed(random, (112, 124, 150) if dark else (188, 200, 214)))
+    ground.fill_below(0.16, mixed(random, (172, 182, 206) if dark else (238, 242, 246), spread=6))
     return ground
 
 
@@ -301,9 +303,7 @@ def draw_night(random: np.random.Generator) -> Ground:
         )
         pen.ellipse((x - r, y - r, x + r, y + r), fill=(245, 242, 220))
     ridge(pen, random, 0.3, 0.12, mixed(random, (16, 22, 32), spread=8))
-    pen.rectangle(
-        (0, rows_of(0.3), ground.picture.width, ground.picture.height), fill=mixed(random, (16, 22, 32), spread=8)
-    )
+    ground.fill_below(0.3, mixed(random, (16, 22, 32), spread=8))
     return ground
 
 
@@ -311,17 +311,15 @@ def draw_sea(random: np.random.Generator) -> Ground:
     dusk = random.random() < 0.7
     top, bottom = ((32, 58, 107), (242, 166, 90)) if dusk else ((96, 160, 220), (206, 226, 236))
     ground = Ground(mixed(random, top), mixed(random, bottom))
-    pen = ground.pen
-    ridge(pen, random, 0.21, 0.28, mixed(random, (59, 51, 80) if dusk else (92, 116, 120)))
-    pen.rectangle((0, rows_of(0.21), ground.picture.width, ground.picture.height), fill=mixed(random, (29, 78, 120)))
+    ridge(ground.pen, random, 0.21, 0.28, mixed(random, (59, 51, 80) if dusk else (92, 116, 120)))
+    ground.fill_below(0.21, mixed(random, (29, 78, 120)))
     return ground
 
 
 def draw_hills(random: np.random.Generator) -> Ground:
     ground = Ground(mixed(random, (96, 168, 232)), mixed(random, (206, 230, 244)))
-    pen = ground.pen
-    ridge(pen, random, 0.2, 0.3, mixed(random, (112, 160, 110)))
-    pen.rectangle((0, rows_of(0.19), ground.picture.width, ground.picture.height), fill=mixed(random, (88, 156, 72)))
+    ridge(ground.pen, random, 0.2, 0.3, mixed(random, (112, 160, 110)))
+    ground.fill_below(0.19, mixed(random, (88, 156, 72)))
     return ground
 
 
@@ -332,10 +330,7 @@ def draw_room(random: np.random.Generator) -> Ground:
     x = random.uniform(-0.7, 0.7)
     pen.rectangle((columns_of(x - 0.24), rows_of(-0.36), columns_of(x + 0.24), rows_of(0.02)), fill=(250, 248, 240))
     pen.rectangle((columns_of(x - 0.2), rows_of(-0.32), columns_of(x + 0.2), rows_of(-0.02)), fill=(150, 200, 235))
-    pen.rectangle(
-        (0, rows_of(0.24), ground.picture.width, ground.picture.height),
-        fill=mixed(random, (128, 84, 52), (150, 120, 90)),
-    )
+    ground.fill_below(0.24, mixed(random, (128, 84, 52), (150, 120, 90)))
     return ground
 
 
@@ -346,7 +341,7 @@ def draw_pool(random: np.random.Generator) -> Ground:
     pen.rectangle((0, rows_of(-0.02), ground.picture.width, rows_of(0.14)), fill=deck)
     for x in np.arange(-1.6, 1.6, 0.2):
         pen.line((columns_of(x), rows_of(-0.02), columns_of(x), rows_of(0.14)), fill=shade(deck, 0.85), width=5)
-    pen.rectangle((0, rows_of(0.14), ground.picture.width, ground.picture.height), fill=mixed(random, (60, 190, 210)))
+    ground.fill_below(0.14, mixed(random, (60, 190, 210)))
     return ground
 
 

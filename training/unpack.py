@@ -24,6 +24,7 @@ from skyreels_v3.checkpoints.tiny import SIZES, save, weights  # noqa: E402
 from skyreels_v3.hunyuan import tiny as hunyuan_tiny  # noqa: E402
 from skyreels_v3.wan import key_maps, tiny  # noqa: E402
 from training import encoders, networks, sound  # noqa: E402
+from training.train import TRANSFORMERS  # noqa: E402
 
 TASKS = {
     "reference_to_video": "reference_to_video",
@@ -46,7 +47,7 @@ def main() -> None:
 
 def unpack(source: Path, task: str, root: Path) -> None:
     """The checkpoint of a task in a new folder, of float16 weights."""
-    version = "v1" if task in ("t2v", "i2v") else "v3"
+    version = TRANSFORMERS[TASKS[task]]
     tensors = load_file(source / f"{version}.safetensors")
     vae = filled(networks.build_vae(version), tensors, "vae")
     transformer = filled(networks.build_transformer(TASKS[task]), tensors, TASKS[task])

@@ -20,7 +20,7 @@ from skyreels_v3.checkpoints import hub
 from skyreels_v3.cli import parse_request
 from skyreels_v3.errors import UserError
 from skyreels_v3.hunyuan import family
-from skyreels_v3.hunyuan.family import check_configs, repositories, write_tiny
+from skyreels_v3.hunyuan.family import check_configs, repositories
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.parallel.ranks import ParallelConfig
 from skyreels_v3.plan import build_on_meta
@@ -33,18 +33,10 @@ BASE_ID = "hunyuanvideo-community/HunyuanVideo"
 REMEDY = f"download these files of {BASE_ID}"
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory) -> Path:
-    """All in one folder."""
-    root = tmp_path_factory.mktemp("toy")
-    write_tiny(root, task_spec("t2v"))
-    return root
-
-
 @pytest.fixture
-def whole(toy, tmp_path) -> Path:
+def whole(t2v_toy, tmp_path) -> Path:
     """A copy to spoil."""
-    return shutil.copytree(toy, tmp_path / "whole")
+    return shutil.copytree(t2v_toy, tmp_path / "whole")
 
 
 @pytest.fixture
@@ -73,15 +65,15 @@ def locate_base(request: GenerationRequest, checkpoint: Path | None) -> Path | N
 # Folders
 
 
-def test_where_the_other_components_are(divided, toy):
+def test_where_the_other_components_are(divided, t2v_toy):
     """Beside the transformer or in a folder of their own, which goes first; else they must be fetched."""
     transformer, base = divided
     given = request_for("--model_id", transformer, "--base_model_id", base)
     assert locate(given) == transformer
     assert locate_base(given, transformer) == base
     assert locate_base(request_for("--base_model_id", f"{base}/"), None) == base  # the transformer on a hub
-    assert locate_base(given, toy) == base
-    assert locate_base(request_for("--model_id", toy), toy) == toy
+    assert locate_base(given, t2v_toy) == base
+    assert locate_base(request_for("--model_id", t2v_toy), t2v_toy) == t2v_toy
     for task in ("t2v", "i2v"):
         assert locate_base(request_for(task=task), None) is None
         assert locate_base(request_for(task=task), transformer) is None
@@ -146,7 +138,7 @@ def download_base(request: GenerationRequest) -> Path:
 
 
 @pytest.fixture
-def fetched(monkeypatch, toy) -> list[tuple[tuple, dict]]:
+def fetched(monkeypatch, t2v_toy) -> list[tuple[tuple, dict]]:
     """The calls of the hub's client, which has the toy."""
     calls: list[tuple[tuple, dict]] = []
 
@@ -154,19 +146,19 @@ def fetched(monkeypatch, toy) -> list[tuple[tuple, dict]]:
         if options.get("local_files_only"):
             raise LocalEntryNotFoundError("nothing is here yet")
         calls.append((names, options))
-        return str(toy)
+        return str(t2v_toy)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return calls
 
 
 @pytest.mark.parametrize(("flags", "name"), [((), BASE_ID), (("--base_model_id", "some/base"), "some/base")])
-def test_only_what_is_needed_is_fetched(fetched, toy, flags, name):
+def test_only_what_is_needed_is_fetched(fetched, t2v_toy, flags, name):
     """The transformer's repository is another one, and HunyuanVideo's own transformer is not wanted."""
-    assert download_base(request_for("--model_id", "some/model", *flags)) == toy
+    assert download_base(request_for("--model_id", "some/model", *flags)) == t2v_toy
     ((names, options),) = fetched
     assert names == (name,)
-    files = [str(path.relative_to(toy)) for path in toy.rglob("*") if path.is_file()]
+    files = [str(path.relative_to(t2v_toy)) for path in t2v_toy.rglob("*") if path.is_file()]
     unneeded = [f"transformer/{file}" for file in TRANSFORMER] + ["model_index.json", "README.md", ".gitattributes"]
     taken = {*filter_repo_objects([*files, *unneeded], **options)}
     assert taken == set(files) - {*TRANSFORMER, "model_index.json"}
@@ -191,14 +183,14 @@ def test_a_download_that_fails(monkeypatch, flags, name):
 # Both folders at work
 
 
-def test_one_folder_or_two_make_the_same(main, toy, divided):
+def test_one_folder_or_two_make_the_same(main, t2v_toy, divided):
     """Named by their flags, or the rest beside the transformer."""
     transformer, base = divided
     common = (
         *("--task_type", "t2v", "--device", "cpu", "--prompt", "FPS-24, a cat", "--negative_prompt", "blur"),
         *("--height", 32, "--width", 48, "--num_frames", 5, "--num_inference_steps", 2, "--quiet", "--no_cache"),
     )
-    runs = {"one": ("--model_id", toy), "two": ("--model_id", transformer, "--base_model_id", base)}
+    runs = {"one": ("--model_id", t2v_toy), "two": ("--model_id", transformer, "--base_model_id", base)}
     for name, flags in runs.items():
         code, _, stderr = main(*common, *flags, "--output", f"{name}.mp4", "--save_latents", f"{name}.safetensors")
         assert (code, stderr) == (0, "")
