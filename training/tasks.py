@@ -405,12 +405,9 @@ class Hunyuan(Task):
         return made
 
     def lengthened(self, scene: world.Scene) -> str:
-        """Every other caption with dots behind, so that many have one length and can be in one batch."""
-        text = scene.caption
-        if scene.seed % 2:
-            tokens = len(self.hunyuan.tokenizer(self.prefix + text).input_ids) - 1
-            text += "." * (-tokens % 8)
-        return text
+        """A caption with up to two dots behind: there are only a few lengths then, of which each makes batches."""
+        tokens = len(self.hunyuan.tokenizer(self.prefix + scene.caption).input_ids) - 1
+        return scene.caption + "." * (-tokens % 3)
 
     def encode(self, drawn: Sample, latents: Latents) -> Sample:
         length = drawn.pop("length").tolist()

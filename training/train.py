@@ -38,10 +38,12 @@ TRANSFORMERS = {
 }
 VAES = {"vae_v3": "v3", "vae_v1": "v1"}
 MODELS = VAES | TRANSFORMERS
+PEAK = 2e-3  # the highest learning rate
 FREEZE, VAE_END = 0.32, 0.7  # parts of the time: when the encoders are done, and the decoders
 LEAST = 0.2  # of the time is for the encoders in every case
 RESERVE = {"cuda": 14.0, "cpu": 20.0}  # seconds at the end, to draw the sheet and write
 HELD_OUT = 1_000_000  # the first seed of scenes that are not trained on
+CROPPED, WHOLE = {1: 64, 9: 12, 17: 8}, {1: 24, 9: 4, 17: 3}  # clips in a batch of a VAE, by frames
 
 logger = logging.getLogger("training")
 
@@ -182,6 +184,8 @@ def work(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     if options.device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+        torch.cuda.set_stream(torch.cuda.Stream())  # graphs are not recorded on the default one
     torch.manual_seed(0)
     run = Run(options)
     if options.worker in VAES:
@@ -203,7 +207,7 @@ class Run:
         self.begun = options.begun
         self.seconds = 60 * options.minutes
         self.end = self.begun + self.seconds - min(RESERVE[options.device], 0.2 * self.seconds)
-        self.sizes = tasks.TOY if options.toy else tasks.Sizes()
+        self.sizes = tasks.TOY if options.toy else tasks.Sizes(first=2048 if options.device == "cuda" else 256)
         self.toy = options.toy
 
     def at(self, part: float) -> float:
@@ -235,62 +239,6 @@ def rate(begun: float, end: float, now: float, peak: float, warm: float = 0.03, 
     if place < warm:
         return peak * (0.05 + 0.95 * place / warm)
     return peak * (least + (1 - least) * 0.5 * (1 + math.cos(math.pi * (place - warm) / (1 - warm))))
-
-
-class Trainer:
-    """AdamW on float32 weights of a module that may compute in another dtype, and their moving mean."""
-
-    def __init__(self, parameters: Iterable[Any], device: Any) -> None:
-        import torch
-
-        self.parameters = list(parameters)
-        self.masters = [
-            p if p.dtype == torch.float32 else p.detach().float().clone().requires_grad_() for p in self.parameters
-        ]
-        self.mean = [master.detach().clone() for master in self.masters]
-        decayed = [master for master in self.masters if master.ndim > 1]
-        others = [master for master in self.masters if master.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=device.type == "cuda")
-        self.low = [i for i, (p, m) in enumerate(zip(self.parameters, self.masters, strict=True)) if p is not m]
-        self.steps = 0
-
-    def step(self, loss: Any, learning_rate: float) -> None:
-        import torch
-
-        loss.backward()
-        for index in self.low:
-            grad = self.parameters[index].grad
-            self.masters[index].grad = None if grad is None else grad.float()
-            self.parameters[index].grad = None
-        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.steps += 1
-        kept = min(0.999, self.steps / (self.steps + 9))
-        with torch.no_grad():
-            if self.low:
-                torch._foreach_copy_([self.parameters[i] for i in self.low], [self.masters[i] for i in self.low])
-            torch._foreach_lerp_(self.mean, [master.detach() for master in self.masters], 1 - kept)
-
-    def take_mean(self) -> None:
-        """Go on from the moving mean."""
-        import torch
-
-        with torch.no_grad():
-            torch._foreach_copy_(self.masters, self.mean)
-            torch._foreach_copy_(self.parameters, self.mean)
-
-    def mean_into(self, module: Any) -> Any:
-        """The moving mean as a module's weights."""
-        import torch
-
-        with torch.no_grad():
-            for parameter, value in zip(module.parameters(), self.mean, strict=True):
-                parameter.copy_(value)
-        return module
 
 
 # The VAEs
@@ -340,54 +288,49 @@ def train_vae(name: str, run: Run) -> None:
     import torch
 
     from training import networks, tasks
+    from training.optimizer import Trainer
 
-    kind = VAES[name]
-    vae: Any = networks.build_vae(kind)
+    vae: Any = networks.build_vae(VAES[name])
     resumed = run.part(name).is_file()
     if resumed:
         run.read(name, vae)
     vae.to(run.device)
-    if run.device.type == "cuda":
+    cuda = run.device.type == "cuda"
+    if cuda:
         networks.lay_out(vae, channels_last=True)
-    some = run.sizes.first // 3
-    seed = 50_000_000 + (run.begun * 10 if resumed else 0)
-    banks = {part: [] for part in ("scene", "face", "picture")}
-    place = int(seed)
+    place = 50_000_000 + (int(run.begun * 10) if resumed else 0)
 
-    def more(part: str, size: int) -> None:
+    def draw(part: str, size: int) -> Any:
         nonlocal place
-        banks[part].append(draw_clips(run, part, range(place, place + size)))
         place += size
+        return draw_clips(run, part, range(place - size, place))
 
-    for part, size in (("scene", some), ("face", some // 2), ("picture", some // 2)):
-        for _ in range(max(1, size // run.sizes.chunk)):
-            more(part, run.sizes.chunk)
-    clips = {part: torch.cat(made) for part, made in banks.items()}
-    turn = dict.fromkeys(clips, 0)
+    clips = {
+        part: torch.cat([draw(part, run.sizes.chunk) for _ in range(max(1, share // run.sizes.chunk))])
+        for part, share in (
+            ("scene", run.sizes.first // 4),
+            ("face", run.sizes.first // 8),
+            ("picture", run.sizes.first // 8),
+        )
+    }
+    replaced = dict.fromkeys(clips, 0)
     logger.info("%.2f M parameters; clips are drawn", networks.parameters_of(vae) / 1e6)
-    generator = torch.Generator(run.device).manual_seed(3)
-    low = run.device.type == "cuda"
 
     def batch(progress: float) -> Any:
-        nonlocal place
         chance = float(torch.rand(()))
         part = "scene" if chance < 0.62 else "face" if chance < 0.85 else "picture"
-        if trainer.steps % 4 == 3:  # some new ones in the place of old ones
-            new = draw_clips(run, part, range(place, place + 4))
-            place += 4
-            at = turn[part] % (len(clips[part]) - 3)
-            clips[part][at : at + 4], turn[part] = new, at + 4
-        frames, whole = 1, progress > 0.75
+        if trainer.steps % 16 == 15:  # some new ones in the place of old ones
+            at = replaced[part] % (len(clips[part]) - 3)
+            clips[part][at : at + 4], replaced[part] = draw(part, 4), at + 4
+        frames, whole = 1, progress > 0.7
         if part != "picture":
             chance = float(torch.rand(()))
-            if progress > 0.6:
+            if progress > 0.5:
                 frames = 17 if chance < 0.5 else 9 if chance < 0.8 else 1
-            elif progress > 0.25:
+            elif progress > 0.2:
                 frames = 9 if chance < 0.65 else 1
-        size = {1: 16, 9: 3, 17: 2}[frames] if whole else {1: 40, 9: 6, 17: 4}[frames]
-        size = max(2, round(size * run.sizes.batch))
-        index = torch.randint(len(clips[part]), (size,), device=run.device, generator=generator)
-        video = clips[part][index]
+        size = max(2, round((WHOLE if whole else CROPPED)[frames] * run.sizes.batch))
+        video = clips[part][torch.randint(len(clips[part]), (size,), device=run.device)]
         first = int(torch.randint(video.shape[2] - frames + 1, ())) if chance < 0.5 else 0
         video = video[:, :, first : first + frames]
         if not whole:  # a part of the frame is enough for a while
@@ -396,68 +339,53 @@ def train_vae(name: str, run: Run) -> None:
             left = 8 * int(torch.randint((video.shape[4] - width) // 8 + 1, ()))
             video = video[..., top : top + height, left : left + width]
         video = tasks.from_bytes(video)
-        return video.contiguous(memory_format=torch.channels_last_3d) if low else video
+        return video.contiguous(memory_format=torch.channels_last_3d) if cuda else video
 
     def measured() -> str:
-        with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16, enabled=low):
+        with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16, enabled=cuda):
             figures = []
             for part in ("scene", "face"):
-                video = tasks.from_bytes(draw_clips(run, part, range(HELD_OUT + 1, HELD_OUT + 5)))
+                video = tasks.from_bytes(draw_clips(run, part, range(HELD_OUT + 1, HELD_OUT + 1 + run.sizes.chunk)))
                 again = networks.decoded(vae, networks.moments_of(vae, video)[0]).clamp(-1, 1)
                 error = ((again - video) ** 2).mean((1, 2, 3, 4)) / 4
                 figures.append(f"{part} {float((-10 * error.log10()).mean()):.2f} dB")
         return ", ".join(figures)
 
-    def learn(video: Any, learning_rate: float, frozen: bool) -> Any:
-        """One step; the error before it."""
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=low):
+    def loss_of_both(video: Any, frozen: bool = False) -> Any:
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=cuda):
             with torch.set_grad_enabled(not frozen):
                 mean, variance = networks.moments_of(vae, video)
             deviation = (0.5 * variance).exp()
-            latents = mean + deviation * torch.randn(mean.shape, device=run.device, generator=generator)
-            again = networks.decoded(vae, latents)
-        error = (again - video).abs().mean() + (again - video).square().mean()
-        loss = error
+            again = networks.decoded(vae, mean + deviation * torch.randn_like(mean))
+        loss = (again - video).abs().mean() + (again - video).square().mean()
         if not frozen:
             loss = loss + 3e-5 * 0.5 * (mean.square() + deviation.square() - 1 - variance).mean()
-        trainer.step(loss, learning_rate)
-        return error.detach()
+        return loss
 
-    def train(parameters: list[Any], begun: float, end: float, peak: float, frozen: bool) -> None:
-        nonlocal trainer, low
-        trainer = Trainer(parameters, run.device)
-        told, total = time.time(), torch.zeros((), device=run.device)
-        counted = 0
+    def loss_of_decoder(video: Any) -> Any:
+        return loss_of_both(video, frozen=True)
+
+    def train(end: float, frozen: bool) -> None:
+        begun = told = time.time()
+        before = 0
         while (now := time.time()) < end:
             progress = 1.0 if frozen else (now - begun) / (end - begun)
-            video = batch(progress)
-            try:
-                error = learn(video, rate(begun, end, now, peak, least=0.05), frozen)
-            except RuntimeError as problem:
-                if not low or trainer.steps > 20:
-                    raise
-                logger.info("in float32 from now on: %s", problem)
-                low = False
-                networks.lay_out(vae, channels_last=False)
-                trainer.optimizer.zero_grad(set_to_none=True)
-                continue
-            total += error
-            counted += 1
-            if now - told > (10 if run.device.type == "cuda" else 20):
-                logger.info("step %d, error %.4f", trainer.steps, float(total) / counted)
-                told, counted = now, 0
-                total.zero_()
-        trainer.take_mean()
+            loss_of = loss_of_decoder if frozen else loss_of_both
+            trainer.step(loss_of, batch(progress), rate(begun, end, now, PEAK, least=0.03))
+            if now - told > (10 if cuda else 20):
+                logger.info("step %d, error %.4f", trainer.steps, float(trainer.loss) / (trainer.steps - before))
+                told, before = now, trainer.steps
+                trainer.loss.zero_()
+        trainer.take_average()
         logger.info("%d steps; %s", trainer.steps, measured())
 
-    trainer: Trainer = None  # type: ignore[assignment]
     if not resumed:
         with torch.no_grad():  # little noise at first
             vae.quant_conv.weight[networks.LATENTS :].mul_(0.1)
             vae.quant_conv.bias[networks.LATENTS :].fill_(-5)
-        freeze = max(run.at(FREEZE), time.time() + LEAST * run.seconds)  # also where it took long to get here
-        train(list(vae.parameters()), time.time(), freeze, 2e-3, False)
-        with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16, enabled=low):
+        trainer = Trainer(vae.parameters())
+        train(max(run.at(FREEZE), time.time() + LEAST * run.seconds), frozen=False)
+        with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16, enabled=cuda):
             found = [
                 networks.moments_of(vae, tasks.from_bytes(clips[part][:size]))
                 for part, size in (("scene", 32), ("face", 16))
@@ -471,8 +399,8 @@ def train_vae(name: str, run: Run) -> None:
         (run.work / f"{name}.ready").touch()
     for parameter in (*vae.encoder.parameters(), *vae.quant_conv.parameters()):
         parameter.requires_grad_(False)
-    rest = [parameter for parameter in vae.parameters() if parameter.requires_grad]
-    train(rest, time.time(), run.end if resumed else run.at(VAE_END), 8e-4, True)
+    trainer = Trainer(parameter for parameter in vae.parameters() if parameter.requires_grad)
+    train(run.end if resumed else run.at(VAE_END), frozen=True)
     run.write(name, vae)
     picture_of_vae(name, run, vae)
 
@@ -511,39 +439,38 @@ def train_transformer(name: str, run: Run) -> None:
     import torch
 
     from training import networks, tasks
+    from training.optimizer import Trainer
 
     task = tasks.TASKS[name](name, run.sizes, run.device, run.work / f"encoders_{name}")
     model: Any = networks.build_transformer(name)
-    if run.part(name).is_file():
+    resumed = run.part(name).is_file()
+    if resumed:
         run.read(name, model)
     model.to(run.device)
-    begin = copy.deepcopy(model)
-    if run.device.type == "cuda":
-        wide = getattr(type(model), "_keep_in_fp32_modules", None) or []
-        for key, parameter in model.named_parameters():
-            if not any(part in key for part in wide):
-                parameter.data = parameter.data.to(torch.bfloat16)
-    trainer = Trainer(model.parameters(), run.device)
-    trainer.masters, trainer.mean = exact(trainer, begin)
-    place = int(run.begun * 7) % 1_000_000_000 + 2_000_000 if run.part(name).is_file() else 2_000_000
+    averaged = copy.deepcopy(model)
+    trainer = Trainer(model.parameters(), low=lower(model) if run.device.type == "cuda" else ())
+    place = int(run.begun * 7) % 1_000_000_000 + 2_000_000 if resumed else 2_000_000
     drawn: list[tuple[str, tasks.Sample]] = []
     logger.info("%.2f M parameters", networks.parameters_of(model) / 1e6)
 
     def draw(kind: str) -> None:
+        """Some samples, whose pixels wait in the CPU's memory."""
         nonlocal place
-        drawn.append((kind, task.draw(kind, range(place, place + run.sizes.chunk))))
+        made = task.draw(kind, range(place, place + run.sizes.chunk))
+        drawn.append((kind, {key: value.cpu() if value.dtype == torch.uint8 else value for key, value in made.items()}))
         place += run.sizes.chunk
 
-    first = max(1, run.sizes.first // run.sizes.chunk // len(task.kinds))
-    for _ in range(first):
-        for kind in task.kinds:
-            draw(kind)
-    logger.info("%d samples are drawn", len(drawn) * run.sizes.chunk)
     ready = run.work / f"vae_{task.vae}.ready"
     while not ready.is_file():
         if time.time() > run.end:
             raise SystemExit("there is no VAE")
-        time.sleep(0.1)
+        if len(drawn) * run.sizes.chunk < run.sizes.first:
+            draw(task.kinds[len(drawn) % len(task.kinds)])
+        else:
+            time.sleep(0.1)
+    while len(drawn) < 4 * len(task.kinds):
+        draw(task.kinds[len(drawn) % len(task.kinds)])
+    logger.info("%d samples are drawn", len(drawn) * run.sizes.chunk)
     vae: Any = networks.build_vae(task.vae)
     run.read(f"vae_{task.vae}", vae)
     latents = tasks.Latents(vae, run.device)
@@ -552,53 +479,46 @@ def train_transformer(name: str, run: Run) -> None:
         kind, samples = drawn.pop(0)
         task.banks[kind].add(task.encode(samples, latents))
 
-    for _ in range(min(len(drawn), 6 * len(task.kinds))):
+    def loss_of(inputs: Any) -> Any:
+        target, noise, sigma, condition = inputs
+        level = sigma.view(-1, 1, 1, 1, 1)
+        made = tasks.velocity(model, condition, (1 - level) * target + level * noise, sigma, task.floor)
+        return (made - (noise - target)).square().mean()
+
+    for _ in range(min(len(drawn), 12 * len(task.kinds))):
         encode()
-    generator = torch.Generator(run.device).manual_seed(5)
     begun = told = written = time.time()
-    total, counted = torch.zeros((), device=run.device), 0
-    peak = 1.5e-3
+    before = 0
     with networks.quick_tables():
         while (now := time.time()) < run.end:
-            progress = (now - begun) / (run.end - begun)
-            target, condition = task.batch(progress)
-            sigma = task.noise_levels(len(target))
-            noise = torch.randn(target.shape, device=run.device, generator=generator)
-            level = sigma.view(-1, 1, 1, 1, 1)
-            noisy = (1 - level) * target + level * noise
-            made = tasks.velocity(model, condition, noisy, sigma, task.floor)
-            loss = (made - (noise - target)).square().mean()
-            trainer.step(loss, rate(begun, run.end, now, peak))
-            total += loss.detach()
-            counted += 1
-            if drawn and trainer.steps % 2 == 0:
+            target, condition = task.batch((now - begun) / (run.end - begun))
+            inputs = target, torch.randn_like(target), task.noise_levels(len(target)), condition
+            trainer.step(loss_of, inputs, rate(begun, run.end, now, PEAK))
+            if drawn:
                 encode()
             elif trainer.steps % 10 == 9:
                 draw(task.kinds[(trainer.steps // 10) % len(task.kinds)])
             if now - told > (10 if run.device.type == "cuda" else 20):
                 held = sum(bank.count for bank in task.banks.values())
-                logger.info("step %d, loss %.4f, %d samples", trainer.steps, float(total) / counted, held)
-                told, counted = now, 0
-                total.zero_()
+                mean = float(trainer.loss) / (trainer.steps - before)
+                logger.info("step %d, loss %.4f, %d samples", trainer.steps, mean, held)
+                told, before = now, trainer.steps
+                trainer.loss.zero_()
             if now - written > 20:
-                run.write(name, trainer.mean_into(begin))
+                trainer.average_into(averaged)
+                run.write(name, averaged)
                 written = now
-    best = trainer.mean_into(begin).eval()
-    run.write(name, best)
+    trainer.average_into(averaged)
+    run.write(name, averaged)
     logger.info("%d steps, %.1f s", trainer.steps, time.time() - begun)
     run.read(f"vae_{task.vae}", vae)
-    picture_of_samples(name, run, task, best, vae, latents)
+    picture_of_samples(name, run, task, averaged.eval(), vae, latents)
 
 
-def exact(trainer: Trainer, begin: Any) -> tuple[list[Any], list[Any]]:
-    """The trainer's float32 weights and their mean from a float32 module, without the rounding of bfloat16."""
-    import torch
-
-    with torch.no_grad():
-        for master, mean, source in zip(trainer.masters, trainer.mean, begin.parameters(), strict=True):
-            master.copy_(source)
-            mean.copy_(source)
-    return trainer.masters, trainer.mean
+def lower(model: Any) -> list[Any]:
+    """The parameters that the product computes with in bfloat16 on a GPU."""
+    wide = getattr(type(model), "_keep_in_fp32_modules", None) or []
+    return [value for key, value in model.named_parameters() if not any(part in key for part in wide)]
 
 
 def picture_of_samples(name: str, run: Run, task: Any, model: Any, vae: Any, latents: Any) -> None:

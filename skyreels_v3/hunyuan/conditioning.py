@@ -86,7 +86,7 @@ class HunyuanConditioning:
     def arguments(self, model: HunyuanTransformer3DModel) -> dict[str, Tensor]:
         """The model's arguments besides latents and timestep."""
         text, pooled = (part.to(model.dtype) for part in (self.text, self.pooled))
-        guidance = torch.tensor([self.guidance], dtype=model.dtype, device=text.device) * GUIDANCE_UNIT
+        guidance = text.new_full((1,), self.guidance) * GUIDANCE_UNIT
         return {
             "encoder_hidden_states": text,
             "encoder_attention_mask": text.new_ones(text.shape[:2]),
