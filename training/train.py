@@ -38,7 +38,7 @@ TRANSFORMERS = {
 }
 VAES = {"vae_v3": "v3", "vae_v1": "v1"}
 MODELS = VAES | TRANSFORMERS
-PEAK = 2e-3  # the highest learning rate
+PEAK, PEAK_OF_VAE = 6e-3, 2e-3  # the highest learning rates
 FREEZE, VAE_END = 0.32, 0.7  # parts of the time: when the encoders are done, and the decoders
 LEAST = 0.2  # of the time is for the encoders in every case
 RESERVE = {"cuda": 14.0, "cpu": 20.0}  # seconds at the end, to draw the sheet and write
@@ -371,7 +371,7 @@ def train_vae(name: str, run: Run) -> None:
         while (now := time.time()) < end:
             progress = 1.0 if frozen else (now - begun) / (end - begun)
             loss_of = loss_of_decoder if frozen else loss_of_both
-            trainer.step(loss_of, batch(progress), rate(begun, end, now, PEAK, least=0.03))
+            trainer.step(loss_of, batch(progress), rate(begun, end, now, PEAK_OF_VAE, least=0.03))
             if now - told > (10 if cuda else 20):
                 logger.info("step %d, error %.4f", trainer.steps, float(trainer.loss) / (trainer.steps - before))
                 told, before = now, trainer.steps
