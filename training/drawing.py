@@ -6,8 +6,10 @@ times its size and averaged down, with alpha multiplied in.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -387,6 +389,7 @@ def ground_texture(name: str, variant: int) -> np.ndarray:
 
 # Faces. The mouth and the lids move, so they are textures of their own, in the square of the face.
 
+FACES = 96  # different drawings
 COATS = ("red", "green", "blue", "purple", "grey", "brown", "yellow", "white")
 SKINS: tuple[Colour, ...] = ((239, 193, 161), (224, 172, 136), (178, 124, 88), (120, 78, 52), (247, 214, 188))
 HAIRS: tuple[Colour, ...] = ((58, 35, 23), (28, 24, 24), (150, 100, 50), (210, 170, 95), (150, 60, 30), (140, 140, 145))
@@ -449,3 +452,13 @@ def part_texture(part: str, number: int = 0) -> np.ndarray:
     colour = {"lips": (181, 71, 77), "gap": (110, 32, 38)}.get(part) or shade(skin_of(number), 0.93)
     pen.ellipse(0, 0, 0.98, 0.98, colour)
     return pen.texture()
+
+
+def draw_everything() -> None:
+    """Draw all textures, on all cores, so that none is waited for later."""
+    with ThreadPoolExecutor() as pool:
+        pool.map(lambda names: ground_texture(*names), itertools.product(GROUNDS, range(VARIANTS)))
+        pool.map(lambda names: thing_texture(*names), itertools.product(THINGS, COLOURS))
+        for number in range(FACES):
+            pool.submit(face_texture, number)
+            pool.submit(part_texture, "lid", number)

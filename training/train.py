@@ -14,17 +14,15 @@ import argparse
 import copy
 import logging
 import math
+import multiprocessing
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from threading import Lock, Thread
-from typing import IO, Any
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -39,24 +37,22 @@ TRANSFORMERS = {
 VAES = {"vae_v3": "v3", "vae_v1": "v1"}
 MODELS = VAES | TRANSFORMERS
 PEAK, PEAK_OF_VAE = 6e-3, 2e-3  # the highest learning rates
-FREEZE, VAE_END = 0.32, 0.7  # parts of the time: when the encoders are done, and the decoders
+FREEZE, VAE_END = 0.34, 0.62  # parts of the time: when the encoders are done, and the decoders
 LEAST = 0.2  # of the time is for the encoders in every case
 RESERVE = {"cuda": 14.0, "cpu": 20.0}  # seconds at the end, to draw the sheet and write
 HELD_OUT = 1_000_000  # the first seed of scenes that are not trained on
-CROPPED, WHOLE = {1: 64, 9: 12, 17: 8}, {1: 24, 9: 4, 17: 3}  # clips in a batch of a VAE, by frames
+CROPPED, WHOLE = {1: 64, 9: 8, 17: 5}, {1: 16, 9: 3, 17: 2}  # clips in a batch of a VAE, by frames
 
 logger = logging.getLogger("training")
 
 
 def main() -> None:
     options = parse()
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers)
+    begun = time.time()
+    options.out.mkdir(parents=True, exist_ok=True)
     logging.getLogger("skyreels_v3").setLevel(logging.WARNING)
-    if options.worker:
-        work(options)
-    else:
-        run_all(options)
+    with tempfile.TemporaryDirectory(prefix="training-") as folder:
+        run_all(options, Path(folder), begun)
 
 
 def parse() -> argparse.Namespace:
@@ -68,60 +64,37 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--resume", type=Path, help="folder with weights to go on from")
     parser.add_argument("--toy", action="store_true", help="small pictures and banks, to see that all of it runs")
     parser.add_argument("--threads", type=int, default=2, help="of each process")
-    parser.add_argument("--worker", choices=MODELS, help=argparse.SUPPRESS)
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--begun", type=float, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 # The parent: starts the others, and puts together what they write
 
 
-def run_all(options: argparse.Namespace) -> None:
-    begun = time.time()
-    options.out.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="training-"))
-    names = options.only or list(MODELS)
+def run_all(options: argparse.Namespace, folder: Path, begun: float) -> None:
+    """Import and draw once, then fork a process for each model."""
+    names = options.only or list(TRANSFORMERS if options.resume is not None else MODELS)
     if options.resume is not None:
-        take_apart(options.resume, work)
-        names = options.only or list(TRANSFORMERS)
-    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "TOKENIZERS_PARALLELISM": "false"}
-    lock = Lock()
-    with (options.out / "log.txt").open("a", encoding="utf-8") as log:
-        runs: dict[str, subprocess.Popen[str]] = {}
-        for name in names:
-            command = [sys.executable, str(Path(__file__).resolve()), "--worker", name, "--work", str(work)]
-            command += ["--out", str(options.out), "--device", options.device, "--minutes", str(options.minutes)]
-            command += ["--begun", str(begun), "--threads", str(options.threads), *(["--toy"] * options.toy)]
-            runs[name] = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=ROOT
-            )
-        readers = [Thread(target=relay, args=(name, run, log, lock, begun)) for name, run in runs.items()]
-        for reader in readers:
-            reader.start()
-        end = begun + 60 * options.minutes
-        while any(run.poll() is None for run in runs.values()) and time.time() < end - 3:
-            time.sleep(0.5)
-            if int(time.time() - begun) % 15 == 0:
-                put_together(work, options.out)
-                time.sleep(0.6)
-        for run in runs.values():
-            run.terminate()
-        for reader in readers:
-            reader.join(timeout=5)
-        put_together(work, options.out)
-    shutil.rmtree(work, ignore_errors=True)
+        take_apart(options.resume, folder)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import torch
 
+    torch.set_num_threads(1)  # threads of the parent's would not be in its children
+    from training import drawing, optimizer, sampling  # noqa: F401  for all of them
 
-def relay(name: str, run: subprocess.Popen[str], log: IO[str], lock: Lock, begun: float) -> None:
-    """What a process says, with its name and the time."""
-    assert run.stdout is not None
-    for line in run.stdout:
-        with lock:
-            text = f"{time.time() - begun:6.1f} {name:18} {line.rstrip()}"
-            logger.info(text)
-            log.write(text + "\n")
-            log.flush()
+    drawing.draw_everything()
+    context = multiprocessing.get_context("fork")
+    runs = [context.Process(target=work, args=(name, options, folder, begun), name=name) for name in names]
+    for run in runs:
+        run.start()
+    while any(run.is_alive() for run in runs) and time.time() < begun + 60 * options.minutes - 3:
+        time.sleep(0.5)
+        if int(time.time() - begun) % 15 == 0:
+            put_together(folder, options.out)
+            time.sleep(0.6)
+    for run in runs:
+        run.terminate()
+        run.join(timeout=5)
+    put_together(folder, options.out)
 
 
 def put_together(work: Path, out: Path) -> None:
@@ -178,33 +151,40 @@ def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
 # What each process does
 
 
-def work(options: argparse.Namespace) -> None:
+def work(name: str, options: argparse.Namespace, folder: Path, begun: float) -> None:
+    """Train a model; what is said has the time and its name."""
+    handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(options.out / "log.txt")]
+    logging.basicConfig(level=logging.INFO, handlers=handlers)
+    since = logging.Formatter(f"%(elapsed)6.1f {name:18} %(message)s")
+    for handler in handlers:
+        handler.setFormatter(since)
+        handler.addFilter(lambda record: setattr(record, "elapsed", time.time() - begun) or True)
     import torch
 
     torch.set_num_threads(options.threads)
     if options.device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
         torch.cuda.set_stream(torch.cuda.Stream())  # graphs are not recorded on the default one
     torch.manual_seed(0)
-    run = Run(options)
-    if options.worker in VAES:
-        train_vae(options.worker, run)
-    else:
-        train_transformer(options.worker, run)
+    run = Run(options, folder, begun)
+    try:
+        (train_vae if name in VAES else train_transformer)(name, run)
+    except Exception:
+        logger.exception("failed")
+        raise
 
 
 class Run:
     """The time that there is, and where things go."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, folder: Path, begun: float) -> None:
         import torch
 
         from training import tasks
 
         self.device = torch.device(options.device)
-        self.work = options.work
-        self.begun = options.begun
+        self.work = folder
+        self.begun = begun
         self.seconds = 60 * options.minutes
         self.end = self.begun + self.seconds - min(RESERVE[options.device], 0.2 * self.seconds)
         self.sizes = tasks.TOY if options.toy else tasks.Sizes(first=2048 if options.device == "cuda" else 256)

@@ -427,12 +427,9 @@ class Face:
     gain: tuple[float, float, float] = field(default=(1.0, 1.0, 1.0))
 
 
-FACES = 96  # different drawings
-
-
 def make_face(seed: int, mouth: np.ndarray, blinks: bool = True) -> Face:
     random = np.random.default_rng([4, seed])
-    number = 0 if random.random() < 0.12 else int(random.integers(1, FACES))
+    number = 0 if random.random() < 0.12 else int(random.integers(1, drawing.FACES))
     _, coat, long_hair = drawing.face_texture(number)
     lids = np.zeros(len(mouth))
     if blinks:
