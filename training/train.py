@@ -75,7 +75,7 @@ def run_all(options: argparse.Namespace, folder: Path, begun: float) -> None:
     names = options.only or list(TRANSFORMERS if options.resume is not None else MODELS)
     if options.resume is not None:
         take_apart(options.resume, folder)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # no CUDA in the parent
     import torch
 
     torch.set_num_threads(1)  # threads of the parent's would not be in its children
