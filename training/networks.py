@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLWan
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoResnetBlockCausal3D
@@ -24,9 +25,11 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 )
 from torch import Tensor, nn
 
+from skyreels_v3.attention.backends import sdpa
 from skyreels_v3.checkpoints.tiny import SIZES
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.wan import transformer as wan_transformer
+from skyreels_v3.wan.key_maps import TEXT_TOKENS
 from skyreels_v3.wan.rope import Segment
 from skyreels_v3.wan.transformer import CrossAttention, SkyReelsTransformer3DModel
 from training.encoders import WIDTH
@@ -78,35 +81,39 @@ def build_transformer(name: str) -> SkyReelsTransformer3DModel | HunyuanTransfor
     """A transformer that predicts nothing yet."""
     if name in ("t2v", "i2v"):
         made: Any = HunyuanTransformer3DModel(**HUNYUAN, in_channels=LATENTS * (2 if name == "i2v" else 1))
-        made.set_attention(sdpa_of_product())
+        made.set_attention(sdpa)
     else:
         made = SkyReelsTransformer3DModel(**(AVATAR if name == "talking_avatar" else TRANSFORMER))
+        made.set_attention(sdpa, cross_attention=padded_attention)
     with torch.no_grad():
         made.proj_out.weight.zero_()
         made.proj_out.bias.zero_()
     return made
 
 
-def sdpa_of_product() -> Any:
-    from skyreels_v3.attention.backends import sdpa
-
-    return sdpa
+def padded_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention (B, L, N, D) to the conditions; the last of `TEXT_ROWS` + 1 rows of text stands for all padding."""
+    if key.shape[1] != TEXT_ROWS + 1:
+        return sdpa(query, key, value)
+    copies = key.new_zeros(TEXT_ROWS + 1)
+    copies[-1] = math.log(TEXT_TOKENS - TEXT_ROWS)  # n equal keys are one whose logit is higher by log(n)
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=copies.expand(query.shape[2], -1)).transpose(
+        1, 2
+    )
 
 
 @contextmanager
 def quick_tables() -> Iterator[None]:
     """Timesteps are embedded, and rotary tables kept, where the model is: a step of training waits for no copy.
 
-    Of the rows of text behind the prompt, which are zero, one stands for all: its keys and values are repeated.
+    Of the rows of text behind the prompt, which are zero, there is one, see `padded_attention`.
     """
     tables: dict[tuple[Any, ...], Tensor] = {}
     rotary, sinusoid, keys_values = wan_transformer.rotary_tables, wan_transformer.sinusoid, CrossAttention.keys_values
 
-    def repeated(self: CrossAttention, text: Tensor, image: Tensor | None) -> Any:
-        first, *others = keys_values(self, text[:, : TEXT_ROWS + 1], image)
-        more = text.shape[1] - TEXT_ROWS - 1
-        grown = [torch.cat((part, part[:, -1:].expand(-1, more, -1, -1)), dim=1) for part in first]
-        return [tuple(grown), *others]
+    def cropped(self: CrossAttention, text: Tensor, image: Tensor | None) -> Any:
+        return keys_values(self, text[:, : TEXT_ROWS + 1], image)
 
     def kept(segments: Any, patch_size: Any, head_dim: int) -> Tensor:
         places = [
@@ -123,7 +130,7 @@ def quick_tables() -> Iterator[None]:
         angles = timestep.detach().double()[..., None] * frequencies
         return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
 
-    wan_transformer.rotary_tables, wan_transformer.sinusoid, CrossAttention.keys_values = kept, near, repeated
+    wan_transformer.rotary_tables, wan_transformer.sinusoid, CrossAttention.keys_values = kept, near, cropped
     try:
         yield
     finally:
@@ -164,13 +171,12 @@ def build_vae(kind: str) -> AutoencoderKLWan | AutoencoderKLHunyuanVideo:
     return made
 
 
-def lay_out(module: nn.Module, channels_last: bool) -> None:
-    """Have the kernels of convolutions lie in memory with the channels last, as GPUs want them, or first."""
+def lay_out(module: nn.Module) -> None:
+    """Have the kernels of convolutions lie in memory with the channels last, where bfloat16 is fast."""
     for part in module.modules():
         if isinstance(part, nn.Conv2d | nn.Conv3d):
-            last = torch.channels_last if isinstance(part, nn.Conv2d) else torch.channels_last_3d
-            wanted = last if channels_last else torch.contiguous_format
-            part.weight.data = part.weight.data.contiguous(memory_format=wanted)
+            layout = torch.channels_last if isinstance(part, nn.Conv2d) else torch.channels_last_3d
+            part.weight.data = part.weight.data.contiguous(memory_format=layout)
 
 
 def last_layer(part: nn.Module) -> Any:

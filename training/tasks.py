@@ -45,16 +45,27 @@ Batch = tuple[Tensor, Condition]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Heights and widths of what is drawn, and how many samples there are at first, in one batch, and in a bank."""
+    """How much there is of what.
+
+    Attributes:
+        scene, face: heights and widths of what is drawn.
+        first: samples at the beginning.
+        kept: samples at most.
+        batch: times the usual size of a batch.
+        chunk: samples drawn at once, each so many `steps` of training.
+    """
 
     scene: tuple[int, int] = (96, 160)
     face: tuple[int, int] = (128, 128)
-    first: int = 512
+    first: int = 2048
     kept: int = 4096
     batch: float = 1.0
     chunk: int = 16
+    steps: int = 10
 
 
+ON_CUDA = Sizes()
+ON_CPU = Sizes(first=96, kept=1024, batch=0.3, chunk=8, steps=20)
 TOY = Sizes(scene=(32, 48), face=(32, 32), first=12, kept=24, batch=0.1, chunk=4)
 
 
@@ -72,18 +83,15 @@ class Latents:
     def __init__(self, vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo, device: torch.device) -> None:
         self.vae = vae.to(device).eval().requires_grad_(False)
         self.device = device
-        self.format = torch.contiguous_format
-        if device.type == "cuda":
-            networks.lay_out(vae, channels_last=True)
-            self.format = torch.channels_last_3d
+        networks.lay_out(vae)
 
     @torch.no_grad()
     def __call__(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the latents of uint8 video (B, 3, F, H, W), a few clips at a time."""
         some = max(1, int(2e7 // video[0, 0].numel()))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, torch.bfloat16):
             parts = [
-                self.encode(from_bytes(part.to(self.device)).contiguous(memory_format=self.format))
+                self.encode(from_bytes(part.to(self.device)).contiguous(memory_format=torch.channels_last_3d))
                 for part in video.split(some)
             ]
         mean, variance = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -37,7 +37,8 @@ TRANSFORMERS = {
 VAES = {"vae_v3": "v3", "vae_v1": "v1"}
 MODELS = VAES | TRANSFORMERS
 PEAK, PEAK_OF_VAE = 6e-3, 2e-3  # the highest learning rates
-FREEZE, VAE_END = 0.34, 0.62  # parts of the time: when the encoders are done, and the decoders
+ENDS = 0.34, 0.62  # parts of the time: when a VAE's encoder is done, and its decoder
+ENDS_ALONE = 0.7, 1.0  # without transformers, which wait for the encoder
 LEAST = 0.2  # of the time is for the encoders in every case
 RESERVE = {"cuda": 14.0, "cpu": 20.0}  # seconds at the end, to draw the sheet and write
 HELD_OUT = 1_000_000  # the first seed of scenes that are not trained on
@@ -166,7 +167,7 @@ def work(name: str, options: argparse.Namespace, folder: Path, begun: float) -> 
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.cuda.set_stream(torch.cuda.Stream())  # graphs are not recorded on the default one
     torch.manual_seed(0)
-    run = Run(options, folder, begun)
+    run = Run(options, folder, begun, alone=not set(options.only or MODELS) & set(TRANSFORMERS))
     try:
         (train_vae if name in VAES else train_transformer)(name, run)
     except Exception:
@@ -177,7 +178,7 @@ def work(name: str, options: argparse.Namespace, folder: Path, begun: float) -> 
 class Run:
     """The time that there is, and where things go."""
 
-    def __init__(self, options: argparse.Namespace, folder: Path, begun: float) -> None:
+    def __init__(self, options: argparse.Namespace, folder: Path, begun: float, alone: bool) -> None:
         import torch
 
         from training import tasks
@@ -187,7 +188,8 @@ class Run:
         self.begun = begun
         self.seconds = 60 * options.minutes
         self.end = self.begun + self.seconds - min(RESERVE[options.device], 0.2 * self.seconds)
-        self.sizes = tasks.TOY if options.toy else tasks.Sizes(first=2048 if options.device == "cuda" else 256)
+        self.freeze, self.vae_end = ENDS_ALONE if alone else ENDS
+        self.sizes = tasks.TOY if options.toy else tasks.ON_CUDA if options.device == "cuda" else tasks.ON_CPU
         self.toy = options.toy
 
     def at(self, part: float) -> float:
@@ -276,8 +278,7 @@ def train_vae(name: str, run: Run) -> None:
         run.read(name, vae)
     vae.to(run.device)
     cuda = run.device.type == "cuda"
-    if cuda:
-        networks.lay_out(vae, channels_last=True)
+    networks.lay_out(vae)
     place = 50_000_000 + (int(run.begun * 10) if resumed else 0)
 
     def draw(part: str, size: int) -> Any:
@@ -319,10 +320,10 @@ def train_vae(name: str, run: Run) -> None:
             left = 8 * int(torch.randint((video.shape[4] - width) // 8 + 1, ()))
             video = video[..., top : top + height, left : left + width]
         video = tasks.from_bytes(video)
-        return video.contiguous(memory_format=torch.channels_last_3d) if cuda else video
+        return video.contiguous(memory_format=torch.channels_last_3d)
 
     def measured() -> str:
-        with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16, enabled=cuda):
+        with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16):
             figures = []
             for part in ("scene", "face"):
                 video = tasks.from_bytes(draw_clips(run, part, range(HELD_OUT + 1, HELD_OUT + 1 + run.sizes.chunk)))
@@ -332,7 +333,7 @@ def train_vae(name: str, run: Run) -> None:
         return ", ".join(figures)
 
     def loss_of_both(video: Any, frozen: bool = False) -> Any:
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=cuda):
+        with torch.autocast(run.device.type, torch.bfloat16):
             with torch.set_grad_enabled(not frozen):
                 mean, variance = networks.moments_of(vae, video)
             deviation = (0.5 * variance).exp()
@@ -352,7 +353,7 @@ def train_vae(name: str, run: Run) -> None:
             progress = 1.0 if frozen else (now - begun) / (end - begun)
             loss_of = loss_of_decoder if frozen else loss_of_both
             trainer.step(loss_of, batch(progress), rate(begun, end, now, PEAK_OF_VAE, least=0.03))
-            if now - told > (10 if cuda else 20):
+            if now - told > (10 if cuda else 60):
                 logger.info("step %d, error %.4f", trainer.steps, float(trainer.loss) / (trainer.steps - before))
                 told, before = now, trainer.steps
                 trainer.loss.zero_()
@@ -364,8 +365,8 @@ def train_vae(name: str, run: Run) -> None:
             vae.quant_conv.weight[networks.LATENTS :].mul_(0.1)
             vae.quant_conv.bias[networks.LATENTS :].fill_(-5)
         trainer = Trainer(vae.parameters())
-        train(max(run.at(FREEZE), time.time() + LEAST * run.seconds), frozen=False)
-        with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16, enabled=cuda):
+        train(max(run.at(run.freeze), time.time() + LEAST * run.seconds), frozen=False)
+        with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16):
             found = [
                 networks.moments_of(vae, tasks.from_bytes(clips[part][:size]))
                 for part, size in (("scene", 32), ("face", 16))
@@ -380,7 +381,7 @@ def train_vae(name: str, run: Run) -> None:
     for parameter in (*vae.encoder.parameters(), *vae.quant_conv.parameters()):
         parameter.requires_grad_(False)
     trainer = Trainer(parameter for parameter in vae.parameters() if parameter.requires_grad)
-    train(run.end if resumed else run.at(VAE_END), frozen=True)
+    train(run.end if resumed else min(run.end, run.at(run.vae_end)), frozen=True)
     run.write(name, vae)
     picture_of_vae(name, run, vae)
 
@@ -428,7 +429,7 @@ def train_transformer(name: str, run: Run) -> None:
         run.read(name, model)
     model.to(run.device)
     averaged = copy.deepcopy(model)
-    trainer = Trainer(model.parameters(), low=lower(model) if run.device.type == "cuda" else ())
+    trainer = Trainer(model.parameters(), low=lower(model))
     place = int(run.begun * 7) % 1_000_000_000 + 2_000_000 if resumed else 2_000_000
     drawn: list[tuple[str, tasks.Sample]] = []
     logger.info("%.2f M parameters", networks.parameters_of(model) / 1e6)
@@ -476,9 +477,9 @@ def train_transformer(name: str, run: Run) -> None:
             trainer.step(loss_of, inputs, rate(begun, run.end, now, PEAK))
             if drawn:
                 encode()
-            elif trainer.steps % 10 == 9:
-                draw(task.kinds[(trainer.steps // 10) % len(task.kinds)])
-            if now - told > (10 if run.device.type == "cuda" else 20):
+            elif trainer.steps % run.sizes.steps == 0:
+                draw(task.kinds[(trainer.steps // run.sizes.steps) % len(task.kinds)])
+            if now - told > (10 if run.device.type == "cuda" else 60):
                 held = sum(bank.count for bank in task.banks.values())
                 mean = float(trainer.loss) / (trainer.steps - before)
                 logger.info("step %d, loss %.4f, %d samples", trainer.steps, mean, held)
@@ -496,7 +497,7 @@ def train_transformer(name: str, run: Run) -> None:
 
 
 def lower(model: Any) -> list[Any]:
-    """The parameters that the product computes with in bfloat16 on a GPU."""
+    """The parameters that the product has in bfloat16."""
     wide = getattr(type(model), "_keep_in_fp32_modules", None) or []
     return [value for key, value in model.named_parameters() if not any(part in key for part in wide)]
 
