@@ -3,11 +3,11 @@
 The normal code runs in this process and is watched from outside: every stage asks the runtime for its models by name,
 every denoising step advances the progress bar, and frames are decoded while they are written.
 
---model_id tiny, the default, is the built-in toy model: it shows the overhead around the models. --model_id full has
+--model_id tiny, the default, is the built-in model: it shows the overhead around the models. --model_id full has
 the published sizes of V3 with random weights, created on the device in seconds: nothing is downloaded, and the output
 is noise. On the host all blocks share the same weights, so they take little memory there unless pinned. With --layers N
-the transformer has N blocks, and a step is also scaled to all of them. --model_id small is the same at the toy's sizes.
-All other flags are generate_video.py's.
+the transformer has N blocks, and a step is also scaled to all of them. --model_id small is the same at
+the smallest sizes. All other flags are generate_video.py's.
 
     python benchmarks/end_to_end.py
     python benchmarks/end_to_end.py --model_id full --low_vram --resolution 480P
@@ -52,10 +52,8 @@ from skyreels_v3 import components, runtime
 from skyreels_v3 import generate as session
 from skyreels_v3.cache import TensorCache
 from skyreels_v3.checkpoints.hub import TINY
-from skyreels_v3.checkpoints.tiny import SIZES
 from skyreels_v3.cli import parse_request
 from skyreels_v3.errors import UserError
-from skyreels_v3.families import family_of
 from skyreels_v3.parallel.ranks import SINGLE
 from skyreels_v3.plan import Plan, plan, vae_bytes
 from skyreels_v3.request import GenerationRequest
@@ -65,6 +63,9 @@ from skyreels_v3.tasks import TASK_NAMES, task_spec
 from skyreels_v3.wan.checkpoint import load_text_encoder
 from skyreels_v3.wan.conditioning import AudioEncoder, ImageEncoder, TextEncoder
 from skyreels_v3.wan.vae import VideoVAE
+from training.encoders import WIDTH
+from training.layouts import AUDIO_ENCODER, IMAGE_ENCODER
+from training.networks import AVATAR, TRANSFORMER
 
 FULL, SMALL = "full", "small"
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -76,11 +77,11 @@ INPUTS = {
     "t2v": (),
     "i2v": ("--image", str(ASSETS / "fox.png")),
 }
-V3 = (*INPUTS,)[:4]  # for V1 only the toy's encoders are made here
+V3 = (*INPUTS,)[:4]  # random encoders are made for these alone
 SECONDS, RATE = 3, 16_000  # of audio: one pass, however long the asset is
-FEW = ("--height", "128", "--width", "192", "--num_inference_steps", "4")  # of the toy
+FEW = ("--height", "128", "--width", "192", "--num_inference_steps", "4")  # of a small model
 FEW_FULL = ("--height", "720", "--width", "1280", "--num_inference_steps", "2")
-# apart from the transformer's, which the task knows; the toy's are in tiny.SIZES
+# apart from the transformer's, which the task knows
 PUBLISHED: dict[str, dict[str, Any]] = {
     "text_encoder": {
         **{"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
@@ -91,6 +92,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         **{"image_size": 224, "patch_size": 14, "hidden_act": "gelu"},
     },
     "audio_encoder": {},
+}
+SMALLEST: dict[str, dict[str, Any]] = {  # besides the built-in model's transformer
+    "text_encoder": {"vocab_size": 1024, "d_model": WIDTH, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+    "vae": {"base_dim": 4},
+    "image_encoder": IMAGE_ENCODER,
+    "audio_encoder": AUDIO_ENCODER,
 }
 DENOISING, DECODING = "denoising", "decoding with the VAE"  # names of stages
 PLANNED = {  # the planner's names for the stages
@@ -239,15 +246,16 @@ def watched_run(args: argparse.Namespace, rest: list[str], folder: Path, record:
         sizes = sizes[4:]
     checked = preflight(parse_request([*flags, *sizes, *rest]), folder)
     request = checked.request
-    _, toy = AssetResolver().resolve(request, None)
+    _, tiny = AssetResolver().resolve(request, None)
     loading = components.load_components
-    if args.model_id != TINY:  # without a checkpoint the plan takes the published sizes, of the toy its own
-        loading = partial(random_components, toy)
+    if args.model_id != TINY:
+        loading = partial(random_components, tiny)
     if args.model_id == FULL:
         layers = args.layers or request.task.transformer["num_layers"]
         task = replace(request.task, transformer={**request.task.transformer, "num_layers": layers})
         request = replace(request, model_id=request.task.model_id, task=task)
-    checked = replace(checked, request=request, checkpoint=toy if args.model_id == TINY else None)
+    # without a checkpoint the plan takes the published sizes
+    checked = replace(checked, request=request, checkpoint=None if args.model_id == FULL else tiny)
     starting, frames = runtime.start, session.all_frames
     with ExitStack() as stack:
         for module, name, watcher in (
@@ -299,17 +307,17 @@ def write_sound(path: Path) -> Path:
     return path
 
 
-def random_components(toy: Path, plan: Plan, runtime: Runtime) -> components.Components:
-    """Networks with random weights, of the published sizes or the toy's; the tokenizer is the toy's."""
+def random_components(tiny: Path, plan: Plan, runtime: Runtime) -> components.Components:
+    """Networks with random weights, of the published sizes or small ones; the tokenizer is the built-in model's."""
     request = plan.request
     small = request.model_id == TINY
-    sizes, device = SIZES if small else PUBLISHED, runtime.device
+    sizes, device = SMALLEST if small else PUBLISHED, runtime.device
     home = device if runtime.policy.mode == "resident" else torch.device("cpu")
     config = UMT5Config(
         feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False, **sizes["text_encoder"]
     )
     text_encoder = random_model(lambda: UMT5EncoderModel(config), runtime.dtype, device, home)
-    tokenizer = load_text_encoder(toy, runtime.dtype).tokenizer
+    tokenizer = load_text_encoder(tiny, runtime.dtype).tokenizer
     vae = VideoVAE(fresh(lambda: AutoencoderKLWan(**sizes["vae"]), getattr(torch, request.vae_dtype), device, home))
     components.set_up_vae(vae, runtime)
     sound: dict[str, Any] = {}
@@ -317,7 +325,8 @@ def random_components(toy: Path, plan: Plan, runtime: Runtime) -> components.Com
         image, audio = CLIPVisionConfig(**sizes["image_encoder"]), Wav2Vec2Config(**sizes["audio_encoder"])
         sound["image_encoder"] = ImageEncoder(fresh(lambda: CLIPVisionModel(image), runtime.dtype, device, home))
         sound["audio_encoder"] = AudioEncoder(fresh(lambda: Wav2Vec2Model(audio), torch.float32, device, home))
-    known = family_of(request.task).tiny_sizes(request.task) if small else request.task.transformer
+    tiny_sizes = AVATAR if sound else TRANSFORMER
+    known = tiny_sizes if small else request.task.transformer
     transformer = random_transformer(known, runtime.dtype, device, home)
     components.set_up_transformer(transformer, request, runtime)
     return components.Components(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from skyreels_v3 import throughput
 from skyreels_v3.checkpoints import hub
 from skyreels_v3.checkpoints.files import Repository
+from skyreels_v3.checkpoints.tiny import make_tiny
 from skyreels_v3.families import family_of
 from skyreels_v3.media.files import existing_folder, giga
 from skyreels_v3.memory.policy import TILINGS
@@ -24,6 +26,8 @@ def dry_run(request: GenerationRequest, downloads: Path, ranks: Ranks) -> str:
     checked = preflight(request, downloads, ranks)
     if checked.done:
         return f"{'done':14}{checked.request.output}"
+    if checked.request.model_id == TINY:
+        checked = replace(checked, checkpoint=make_tiny(checked.request.task))
     if checked.checkpoint is not None or checked.request.lora:
         from skyreels_v3.components import check_components  # imports all libraries that load models
 

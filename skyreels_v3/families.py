@@ -14,15 +14,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast
 
-from skyreels_v3.cache import cache_folder
 from skyreels_v3.checkpoints.files import Repository
 from skyreels_v3.denoising.guidance import Guidance, text_guidance
-from skyreels_v3.errors import UserError
 from skyreels_v3.inputs import Inputs
 from skyreels_v3.memory.policy import BYTES, Tiles
 from skyreels_v3.parallel.ranks import UNDIVIDED, ParallelConfig
 from skyreels_v3.request import GenerationRequest, ResolvedRequest
-from skyreels_v3.tasks import TINY, TaskSpec
+from skyreels_v3.tasks import TaskSpec
 
 if TYPE_CHECKING:
     import torch
@@ -152,12 +150,6 @@ class Family(Protocol):
             values: read weights; otherwise everything but their values is checked, and they stay on meta.
         """
 
-    def tiny_sizes(self, task: TaskSpec) -> dict[str, int]:
-        """Sizes of the built-in toy's transformer, as `transformer_sizes` gives them."""
-
-    def write_tiny(self, root: Path, task: TaskSpec) -> None:
-        """Write the built-in toy checkpoint to an empty folder."""
-
 
 def width_of(config: Mapping[str, Any]) -> int:
     """The width of a transformer."""
@@ -172,22 +164,6 @@ def family_of(task: TaskSpec) -> Family:
 def family_named(name: str) -> Family:
     """The family in a folder of the package."""
     return cast(Family, import_module(f"skyreels_v3.{name}.family"))
-
-
-def make_tiny(task: TaskSpec) -> Path:
-    """The folder of the toy checkpoint for `task`, made if it does not exist yet.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    from skyreels_v3.checkpoints.tiny import make
-
-    logger.warning("tiny is a toy with random weights: it shows that everything runs, its pictures are noise")
-    try:
-        return make(Path(task.model_id).name, lambda root: family_of(task).write_tiny(root, task))
-    except OSError as error:
-        reason = f"{TINY} cannot be made in {cache_folder()} ({error.strerror or error})"
-        raise UserError("--model_id", f"{reason}; set SKYREELS_CACHE to a folder that can be written to") from error
 
 
 class Pipeline:

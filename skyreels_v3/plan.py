@@ -223,10 +223,7 @@ def terms_of(request: GenerationRequest) -> int:
 
 def transformer_sizes(request: GenerationRequest, checkpoint: Path | None) -> dict[str, int]:
     """Arguments of the transformer, from the checkpoint's own config if it is on this machine, else as published."""
-    family = family_of(request.task)
-    if request.model_id == TINY:
-        return family.tiny_sizes(request.task)
-    own = {} if checkpoint is None else family.transformer_sizes(checkpoint, request.task)
+    own = {} if checkpoint is None else family_of(request.task).transformer_sizes(checkpoint, request.task)
     return {**request.task.transformer, **own}
 
 

@@ -145,7 +145,7 @@ class GenerationRequest:
     no_riflex: bool = task_flag(False, "turn RIFLEx off: beyond 192 frames the video repeats itself (t2v, i2v)", bool)
     cache: float | None = flag(None, "skip blocks in steps that change little (default: off)",
         metavar="fbcache[:THRESHOLD]")
-    model_id: str = flag("", "hub id or folder of the checkpoint (default: the task's own); 'tiny' for a toy model",
+    model_id: str = flag("", "hub id or folder of the checkpoint (default: the task's own); 'tiny': the built-in one",
         group="Checkpoint", path="hub")
     base_model_id: str | None = task_flag(None, "hub id or folder of HunyuanVideo, for its encoders and VAE (t2v, i2v)",
         path="hub")

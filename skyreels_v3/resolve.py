@@ -14,8 +14,9 @@ from pathlib import Path
 
 from skyreels_v3.checkpoints.files import is_quantized
 from skyreels_v3.checkpoints.hub import check_on_hub, download, download_lora, locate, locate_lora
+from skyreels_v3.checkpoints.tiny import make_tiny
 from skyreels_v3.errors import UserError, cause_of, format_value
-from skyreels_v3.families import family_of, make_tiny, pipeline_of
+from skyreels_v3.families import family_of, pipeline_of
 from skyreels_v3.inputs import open_inputs
 from skyreels_v3.media.ffmpeg import check_ffmpeg
 from skyreels_v3.media.files import run_folder

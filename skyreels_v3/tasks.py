@@ -13,8 +13,8 @@ import yaml
 PACKAGE = Path(__file__).resolve().parent
 # inside an installed package; beside it in a clone and in an editable install
 CONFIG_DIR = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
-NO_PRESETS = ("size_buckets.yaml", "synonyms.yaml", "tiny.yaml")
-TINY = "tiny"  # the built-in toy, in the place of a checkpoint's id
+NO_PRESETS = ("size_buckets.yaml", "synonyms.yaml")
+TINY = "tiny"  # the built-in model, in the place of a checkpoint's id
 RESOLUTIONS = ("480P", "540P", "720P")
 
 MEMORY_MODES = ("resident", "offload", "stream")  # where components live, see memory/policy.py; fastest first

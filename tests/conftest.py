@@ -23,9 +23,9 @@ for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 
 import skyreels_v3.main  # noqa: E402
-from skyreels_v3.families import family_of  # noqa: E402
 from skyreels_v3.parallel import processes  # noqa: E402
 from skyreels_v3.tasks import task_spec  # noqa: E402
+from tests import toys  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "assets"
@@ -110,15 +110,17 @@ def compiled(tmp_path_factory) -> None:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> Path:
-    """Where the toy model is made, once."""
-    return tmp_path_factory.mktemp("cache")
+    """A cache folder with random toys in the place of the built-in model, which takes longer."""
+    folder = tmp_path_factory.mktemp("cache")
+    toys.put_into(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def t2v_toy(tmp_path_factory) -> Path:
     """V1's toy with HunyuanVideo's parts, in one folder."""
     folder = tmp_path_factory.mktemp("toy")
-    family_of(task_spec("t2v")).write_tiny(folder, task_spec("t2v"))
+    toys.write(folder, task_spec("t2v"))
     return folder
 
 

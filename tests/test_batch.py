@@ -24,9 +24,9 @@ from skyreels_v3 import batch as jobs
 from skyreels_v3 import generate as session
 from skyreels_v3 import resolve, runtime
 from skyreels_v3.batch import Results, choose_jobs, group_by_model, parse_results, read_jobs, results_file
+from skyreels_v3.checkpoints.tiny import make_tiny
 from skyreels_v3.cli import parse_flags, parse_request
 from skyreels_v3.errors import UserError
-from skyreels_v3.families import make_tiny
 from skyreels_v3.generate import Generator
 from skyreels_v3.parallel.ranks import SINGLE
 from skyreels_v3.plan import Plan

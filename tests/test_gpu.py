@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from skyreels_v3.attention.kernels import KERNELS, is_installed
 from skyreels_v3.runtime import FP8_CAPABILITY
+from tests import toys
 from tests.conftest import ASSETS
 
 pytestmark = [
@@ -188,14 +189,14 @@ def test_compiled_blocks(run, task):
 def largest_model(folder: Path, task: str) -> Path:
     """A toy whose blocks are large enough to show in device memory: about 0.9 GB in bfloat16."""
 
-    from skyreels_v3.families import family_of, make_tiny
+    from skyreels_v3.checkpoints.tiny import make_tiny
     from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
     from skyreels_v3.tasks import task_spec
     from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
     spec = task_spec(task)
     root = shutil.copytree(make_tiny(spec), folder / "large")
-    sizes = family_of(spec).tiny_sizes(spec) | {"num_attention_heads": 8, "attention_head_dim": 128}
+    sizes = toys.sizes_of(spec) | {"num_attention_heads": 8, "attention_head_dim": 128}
     torch.manual_seed(0)
     if task == "t2v":
         model = HunyuanTransformer3DModel(**sizes | {"num_layers": 6, "num_single_layers": 12})

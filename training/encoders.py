@@ -9,37 +9,32 @@ from __future__ import annotations
 
 import math
 import re
-import string
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
-from tokenizers.models import BPE, Unigram
 from transformers import AutoTokenizer, LlamaConfig, LlamaModel, UMT5Config, UMT5EncoderModel
 
 from skyreels_v3.checkpoints.load import load_tokenizer
 from skyreels_v3.hunyuan.checkpoint import load_llama_tokenizer
 from skyreels_v3.hunyuan.conditioning import HunyuanTextEncoder
-from skyreels_v3.hunyuan.tiny import (
-    BEGIN,
-    BYTES,
-    END,
-    MARK,
-    PAD,
-    PIECES,
-    llama_vocabulary,
-    random_clip,
-    write_clip_tokenizer,
-    write_json,
-)
 from skyreels_v3.wan.conditioning import TextEncoder
 from training import captions
+from training.layouts import (
+    MARK,
+    SPACE,
+    llama_template,
+    llama_vocabulary,
+    random_clip,
+    umt5_characters,
+    write_clip_tokenizer,
+    write_llama_tokenizer,
+)
+from training.layouts import write_umt5_tokenizer as write_pieces
 
 WIDTH, HEADS = 64, 4
-SPACE = "\u2581"
 LLAMA = {
     "hidden_size": WIDTH,
     "intermediate_size": 16,
@@ -75,22 +70,14 @@ def word_forms() -> list[str]:
 
 def umt5_pieces() -> list[str]:
     """The vocabulary: special ones, single characters, words."""
-    characters = [c for c in string.printable if c.isprintable() and c != " "]
     words = [f"{SPACE}{word}" for word in (*word_forms(), *captions.TAGS)]
-    return list(dict.fromkeys(["<pad>", "</s>", "<unk>", SPACE, *characters, *words]))
+    return list(dict.fromkeys([*umt5_characters(), *words]))
 
 
 def write_umt5_tokenizer(folder: Path) -> None:
-    """A tokenizer of words, and of characters where it knows no word, in the format of UMT5's."""
+    """A tokenizer of words, and of characters where it knows no word."""
     pieces = umt5_pieces()
-    scores = [-1.0 if len(piece) > 1 and piece.startswith(SPACE) else -9.0 for piece in pieces]
-    tokenizer = Tokenizer(Unigram(list(zip(pieces, scores, strict=True)), unk_id=2, byte_fallback=False))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    folder.mkdir(parents=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, **special})
+    write_pieces(folder, {piece: -1.0 if len(piece) > 1 and piece.startswith(SPACE) else -9.0 for piece in pieces})
 
 
 def umt5_module() -> UMT5EncoderModel:
@@ -136,27 +123,9 @@ def text_encoder(tokenizer: Path) -> TextEncoder:
 
 def llama_pieces() -> dict[str, int]:
     """Bytes, the words of the library's request, and the world's words with and without the space before them."""
-    template = re.sub(MARK, "", DEFAULT_PROMPT_TEMPLATE["template"])
     words = [word for word in word_forms() if word.isalpha()]
     tags = [part for tag in captions.TAGS for part in re.findall(r"[A-Za-z]+", tag)]
-    return llama_vocabulary(template + "".join(f"\n{word}\n {word}" for word in (*words, *tags)))
-
-
-def write_words_tokenizer(folder: Path) -> None:
-    """A tokenizer of words, and of bytes where it knows no word, in the format of Llama 3's."""
-    template = DEFAULT_PROMPT_TEMPLATE["template"]
-    marks = [BEGIN, END, PAD, *sorted(set(re.findall(MARK, template)))]
-    tokenizer = Tokenizer(BPE(llama_pieces(), [], ignore_merges=True))
-    tokenizer.add_special_tokens([AddedToken(mark, normalized=False, special=True) for mark in marks])
-    split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, BYTES])
-    tokenizer.decoder = decoders.ByteLevel()
-    begin = (BEGIN, tokenizer.token_to_id(BEGIN))
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[begin])
-    folder.mkdir(parents=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special = {"bos_token": BEGIN, "eos_token": END, "pad_token": PAD, "padding_side": "right"}
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special})
+    return llama_vocabulary(llama_template() + "".join(f"\n{word}\n {word}" for word in (*words, *tags)))
 
 
 def llama_module() -> LlamaModel:
@@ -198,7 +167,7 @@ def hunyuan_text_encoder(folder: Path) -> HunyuanTextEncoder:
     """V1's as the product wraps it; the tokenizers' folders are made if they are not there."""
     llama, clip = folder / "tokenizer", folder / "tokenizer_2"
     if not llama.is_dir():
-        write_words_tokenizer(llama)
+        write_llama_tokenizer(llama, llama_pieces())
     if not clip.is_dir():
         write_clip_tokenizer(clip)
     tokenizer, clip_tokenizer = load_llama_tokenizer(llama), load_tokenizer(clip, AutoTokenizer)

@@ -26,13 +26,13 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from torch import Tensor, nn
 
 from skyreels_v3.attention.backends import sdpa
-from skyreels_v3.checkpoints.tiny import SIZES
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.wan import transformer as wan_transformer
 from skyreels_v3.wan.key_maps import TEXT_TOKENS
 from skyreels_v3.wan.rope import Segment
 from skyreels_v3.wan.transformer import CrossAttention, SkyReelsTransformer3DModel
 from training.encoders import WIDTH
+from training.layouts import AUDIO_ENCODER, CLIP, IMAGE_ENCODER
 
 VAE = {"base_dim": 8, "decoder_base_dim": 12}  # training encodes much more than it decodes
 HUNYUAN_VAE = {"block_out_channels": [16, 32, 40, 40], "norm_num_groups": 8, "layers_per_block": 1}
@@ -50,8 +50,8 @@ AVATAR = TRANSFORMER | {
     "num_layers": 5,
     "ffn_dim": 384,
     "in_channels": 36,
-    "image_dim": SIZES["image_encoder"]["hidden_size"],
-    "audio_features": SIZES["audio_encoder"]["num_hidden_layers"] * SIZES["audio_encoder"]["hidden_size"],
+    "image_dim": IMAGE_ENCODER["hidden_size"],
+    "audio_features": AUDIO_ENCODER["num_hidden_layers"] * AUDIO_ENCODER["hidden_size"],
     "audio_hidden_dim": 32,
     "audio_tokens": 4,
     "audio_dim": 48,
@@ -64,7 +64,7 @@ HUNYUAN = {
     "num_single_layers": 3,
     "num_refiner_layers": 1,
     "text_embed_dim": WIDTH,
-    "pooled_projection_dim": SIZES["hunyuan"]["clip"]["hidden_size"],
+    "pooled_projection_dim": CLIP["hidden_size"],
     "guidance_embeds": True,
     "out_channels": 16,
     "mlp_ratio": 2.5,
@@ -150,7 +150,7 @@ def build_vae(kind: str) -> AutoencoderKLWan | AutoencoderKLHunyuanVideo:
     As the library begins, it does not learn. V3's does not look at the past yet: what it learns of pictures holds for
     clips.
     """
-    made = AutoencoderKLWan(**VAE) if kind == "v3" else AutoencoderKLHunyuanVideo(**HUNYUAN_VAE)
+    made = AutoencoderKLWan(**VAE) if kind == "wan" else AutoencoderKLHunyuanVideo(**HUNYUAN_VAE)
     with torch.no_grad():
         for part in made.modules():
             if isinstance(part, nn.Conv2d | nn.Conv3d):

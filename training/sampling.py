@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skyreels_v3.checkpoints.tiny import SIZES
 from skyreels_v3.denoising.guidance import FULL, NO_TEXT, Guidance, one_condition
 from skyreels_v3.denoising.loop import denoise, euler, euler_of, unipc
 from skyreels_v3.hunyuan.conditioning import HunyuanConditioning
 from skyreels_v3.tasks import task_spec
 from skyreels_v3.wan.key_maps import TEXT_TOKENS
 from training import networks
+from training.layouts import SCHEDULER
 from training.tasks import CONDITION_FRAMES, Avatar, Extension, Hunyuan, References, Sample, Task
 
 GUIDANCE, HUNYUAN_STEPS = 3.0, 12  # of V1's samples here, which are to take a few seconds
@@ -68,7 +68,7 @@ def sample_hunyuan(task: Hunyuan, model: Any, chosen: Sample, steps: int | None 
         FULL: full,
         NO_TEXT: HunyuanConditioning(task.negative["context"], task.negative["pooled"], 1.0, full.channels),
     }
-    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", **SIZES["hunyuan"]["scheduler"]}
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", **SCHEDULER}
     scheduler = euler_of(config, steps or HUNYUAN_STEPS, None)
     noise = torch.randn(chosen["video"].shape, generator=torch.Generator().manual_seed(0)).to(chosen["video"].device)
     return last(denoise(model, scheduler, noise, conditions, one_condition(GUIDANCE, NO_TEXT)))

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from transformers import Wav2Vec2Config, Wav2Vec2Model
 
-from skyreels_v3.checkpoints.tiny import SIZES, random_model
 from skyreels_v3.wan.conditioning import AudioEncoder
+from training.layouts import AUDIO_ENCODER, random_model
 
 RATE = 16_000
 FPS = 25
@@ -77,7 +77,7 @@ def audio_module() -> Wav2Vec2Model:
     The first convolution listens to ten bands and half-rectifies them; the others take means. Three channels are kept
     above and three below the rest, so that the norms that follow do not take the loudness away.
     """
-    model = random_model(lambda: Wav2Vec2Model(Wav2Vec2Config(**SIZES["audio_encoder"])))
+    model = random_model(lambda: Wav2Vec2Model(Wav2Vec2Config(**AUDIO_ENCODER)))
     random = np.random.default_rng(17)
     layers = model.feature_extractor.conv_layers
     channels = layers[0].conv.weight.shape[0]

@@ -16,9 +16,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLWan
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from skyreels_v3.checkpoints.tiny import SIZES, random_model
 from skyreels_v3.hunyuan.conditioning import HunyuanConditioning
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.tasks import REFERENCE_SLOTS, task_spec
@@ -28,6 +26,7 @@ from skyreels_v3.wan.rope import Segment
 from skyreels_v3.wan.shot_switching_extension import CUT_POSITION
 from skyreels_v3.wan.windows import MOTION_FRAMES, WINDOW_FRAMES
 from training import encoders, networks, sound, world
+from training.layouts import SCHEDULER, random_image_encoder
 from training.networks import TEXT_ROWS
 
 AUDIO_REACH = 2  # frames before and after a frame, whose sound it sees
@@ -133,7 +132,7 @@ class Task:
     """One transformer's training data; `kinds` are its kinds of samples."""
 
     kinds: tuple[str, ...] = ("",)
-    vae = "v3"
+    vae = "wan"
     shift = 5.0
     floor = True  # timesteps are whole numbers
 
@@ -309,8 +308,7 @@ class Avatar(Task):
         self.empty = self.encode_texts([spec.negative_prompt])[0]
         encoder = sound.audio_encoder()
         encoder.module.to(self.device)
-        config = CLIPVisionConfig(**SIZES["image_encoder"])
-        self.image = ImageEncoder(random_model(lambda: CLIPVisionModel(config)).to(self.device).eval())
+        self.image = ImageEncoder(random_image_encoder().to(self.device).eval())
         toy_size = self.sizes.first < 100
         voices = [sound.make_voice(seed, VOICE_SECONDS) for seed in range(2 if toy_size else VOICES)]
         self.mouths = [sound.mouth_of(voice) for voice in voices]
@@ -386,8 +384,8 @@ class Avatar(Task):
 class Hunyuan(Task):
     """t2v and i2v: 2 s of a scene, and for i2v a sample of its first frame's latents."""
 
-    vae = "v1"
-    shift = SIZES["hunyuan"]["scheduler"]["shift"]
+    vae = "hunyuan"
+    shift = SCHEDULER["shift"]
     floor = False
 
     def prepare(self, folder: Path) -> None:

@@ -3,9 +3,10 @@
 
     python3 training/train.py --device cuda --minutes 4.5 --out DIR
 
-DIR gets `v3.safetensors` and `v1.safetensors`, float16, written anew every few seconds, `log.txt`, and `sheet.png` with
-frames of scenes that were not trained on. `--resume DIR` goes on from such weights; `--only NAME` trains one model;
-`--toy` does everything in small, to see that it runs. `training/unpack.py` makes checkpoints of the weights.
+DIR gets `wan.safetensors` and `hunyuan.safetensors`, float16, written anew every few seconds, `log.txt`, and
+`sheet.png` with frames of scenes that were not trained on. `--resume DIR` goes on from such weights; `--only NAME`
+trains one model; `--toy` does everything in small, to see that it runs. `training/pack.py` makes the built-in model of
+the weights.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 TRANSFORMERS = {
-    "reference_to_video": "v3",
-    "video_extension": "v3",
-    "talking_avatar": "v3",
-    "t2v": "v1",
-    "i2v": "v1",
+    "reference_to_video": "wan",
+    "video_extension": "wan",
+    "talking_avatar": "wan",
+    "t2v": "hunyuan",
+    "i2v": "hunyuan",
 }
-VAES = {"vae_v3": "v3", "vae_v1": "v1"}
+VAES = {"vae_wan": "wan", "vae_hunyuan": "hunyuan"}
 MODELS = VAES | TRANSFORMERS
 PEAK, PEAK_OF_VAE = 6e-3, 2e-3  # the highest learning rates
 ENDS = 0.34, 0.62  # parts of the time: when a VAE's encoder is done, and its decoder
@@ -103,7 +104,7 @@ def put_together(work: Path, out: Path) -> None:
     from PIL import Image
     from safetensors.torch import load_file
 
-    for family in ("v3", "v1"):
+    for family in VAES.values():
         tensors = {}
         for name, of in MODELS.items():
             part = work / f"{name}.safetensors"
@@ -128,7 +129,7 @@ def take_apart(folder: Path, work: Path) -> None:
     """Weights of an earlier run as the parts of this one; its VAEs are done."""
     from safetensors.torch import load_file
 
-    for family in ("v3", "v1"):
+    for family in VAES.values():
         file = folder / f"{family}.safetensors"
         tensors = load_file(file) if file.is_file() else {}
         for name, of in MODELS.items():

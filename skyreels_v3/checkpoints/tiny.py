@@ -1,61 +1,83 @@
-"""The built-in toy models: small random checkpoints in the published layouts, for demos and tests.
+"""The built-in model: small networks of all tasks, in the wheel, unpacked into the published layouts.
 
-Made once, in seconds, into the user's cache folder. They go through the same files, key maps and loaders as the
-published ones, so what works with them is the toolkit; what they paint is noise.
+A file of weights/ has the networks of a family. Its metadata names, for each checkpoint, the files to write: their
+text, or for files of tensors the name that each tensor has in the checkpoint and in weights/. So what several layouts
+share is stored once, under different names. `training/pack.py` writes it.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Callable
+import zlib
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from skyreels_v3.cache import cache_folder
+from skyreels_v3.errors import UserError
 from skyreels_v3.media.files import follow_umask
-from skyreels_v3.tasks import CONFIG_DIR, load_yaml
+from skyreels_v3.tasks import TINY, TaskSpec
 
-VERSION = 2  # a new number where the files change, so that an older cache is not taken for them
-SIZES = load_yaml(CONFIG_DIR / "tiny.yaml")
+WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
+LAYOUTS = "layouts"  # the key of the metadata
+
+logger = logging.getLogger(__name__)
 
 
-def make(name: str, write: Callable[[Path], None]) -> Path:
-    """The folder of a toy in the cache; `write` fills an empty one if it is not there yet."""
-    folder = cache_folder() / f"tiny-{VERSION}" / name
+def packed(task: TaskSpec) -> Path:
+    """The file with the networks of a task's family."""
+    return WEIGHTS / f"{task.family}.safetensors"
+
+
+def folder_of(task: TaskSpec) -> Path:
+    """The checkpoint of a task in the user's cache; other weights have another folder."""
+    return cache_folder() / f"{TINY}-{zlib.crc32(packed(task).read_bytes()):08x}" / Path(task.model_id).name
+
+
+def make_tiny(task: TaskSpec) -> Path:
+    """The folder of the checkpoint for `task`, unpacked if it does not exist yet.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    folder = folder_of(task)
+    logger.warning("tiny is a small model of a drawn world: it shows that everything runs, not what SkyReels can do")
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
     try:
-        write(temporary)
-        follow_umask(temporary)
-        temporary.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # else another run has made it meanwhile: the same files
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
+        try:
+            unpack(packed(task), folder.name, temporary)
+            follow_umask(temporary)
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another run has unpacked it meanwhile: the same files
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        reason = f"{TINY} cannot be unpacked into {cache_folder()} ({error.strerror or error})"
+        raise UserError("--model_id", f"{reason}; set SKYREELS_CACHE to a folder that can be written to") from error
     return folder
 
 
-def random_model(build: Callable[[], nn.Module]) -> Any:
-    """A network with random weights, the same at every call."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SIZES["seed"])
-        return build()
+def unpack(file: Path, name: str, root: Path) -> None:
+    """Write the files of the checkpoint `name` to an empty folder."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
 
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    """A model's parameters, tied ones once."""
-    return {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
-
-
-def save(model: Any, folder: Path) -> None:
-    """Write one of transformers' models to a new folder; its own method would show a progress bar."""
-    model.config.save_pretrained(folder)
-    save_file(weights(model), folder / "model.safetensors", metadata={"format": "pt"})
+    with safe_open(file, framework="pt") as pack:
+        for path, content in json.loads(pack.metadata()[LAYOUTS])[name].items():
+            target = root / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, str):
+                target.write_text(content, encoding="utf-8")
+                continue
+            tensors = {key: pack.get_tensor(stored).reshape(shape).clone() for key, (stored, shape) in content.items()}
+            if target.suffix == ".safetensors":
+                save_file(tensors, target, metadata={"format": "pt"})
+            else:
+                torch.save(tensors, target)

@@ -17,7 +17,7 @@ from skyreels_v3.families import TextEncoderSizes, published_transformer_bytes, 
 from skyreels_v3.hunyuan.key_maps import TEXT_TOKENS
 from skyreels_v3.memory.policy import BYTES, Tiles
 from skyreels_v3.parallel.ranks import UNDIVIDED, ParallelConfig
-from skyreels_v3.tasks import CONFIG_DIR, TaskSpec, load_yaml
+from skyreels_v3.tasks import TaskSpec
 
 if TYPE_CHECKING:
     import torch
@@ -163,16 +163,3 @@ def loaders(
         "text_encoder": lambda: load.load_text_encoder(base, dtype, values),
         "scheduler": lambda: read_json(base / SCHEDULER),
     }
-
-
-def tiny_sizes(task: TaskSpec) -> dict[str, int]:
-    """Sizes of the built-in toy's transformer."""
-    sizes = load_yaml(CONFIG_DIR / "tiny.yaml")["hunyuan"]["transformer"]
-    return {name: task.transformer[name] if name == "in_channels" else sizes[name] for name in task.transformer}
-
-
-def write_tiny(root: Path, task: TaskSpec) -> None:
-    """Write the built-in toy checkpoint of a task to an empty folder, with HunyuanVideo's components."""
-    from skyreels_v3.hunyuan.tiny import write
-
-    write(root, task)

@@ -16,7 +16,7 @@ from skyreels_v3.checkpoints.files import Repository
 from skyreels_v3.families import TextEncoderSizes, published_transformer_bytes, width_of
 from skyreels_v3.memory.policy import BYTES, Tiles
 from skyreels_v3.parallel.ranks import UNDIVIDED, ParallelConfig
-from skyreels_v3.tasks import CONFIG_DIR, TaskSpec, load_yaml
+from skyreels_v3.tasks import TaskSpec
 from skyreels_v3.wan.key_maps import (
     AUDIO_ENCODER,
     NATIVE_IMAGE_ENCODER_FILE,
@@ -183,16 +183,3 @@ def loaders(
         made["image_encoder"] = lambda: load.load_image_encoder(folder, dtype, values)
         made["audio_encoder"] = lambda: load.load_audio_encoder(folder, torch.float32, values)
     return made
-
-
-def tiny_sizes(task: TaskSpec) -> dict[str, int]:
-    """Sizes of the built-in toy's transformer."""
-    tiny = load_yaml(CONFIG_DIR / "tiny.yaml")
-    return tiny["transformer"] | (tiny["avatar_transformer"] if "input_audio" in task.inputs else {})
-
-
-def write_tiny(root: Path, task: TaskSpec) -> None:
-    """Write the built-in toy checkpoint of a task to an empty folder."""
-    from skyreels_v3.wan.tiny import write
-
-    write(root, task, tiny_sizes(task))

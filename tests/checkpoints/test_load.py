@@ -19,10 +19,10 @@ from skyreels_v3.checkpoints.files import weight_files
 from skyreels_v3.checkpoints.load import load_model, load_tokenizer, read_tensors
 from skyreels_v3.errors import CheckpointError
 from skyreels_v3.families import family_of
-from skyreels_v3.hunyuan.family import write_tiny
 from skyreels_v3.memory.quantize import quantize
 from skyreels_v3.tasks import TaskSpec, task_spec
 from skyreels_v3.wan.checkpoint import load_transformer
+from tests import toys
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FP8 = torch.float8_e4m3fn
@@ -112,7 +112,7 @@ def test_code_in_a_checkpoint_is_not_run(reference, tmp_path):
 @pytest.fixture(scope="module")
 def checkpoints(reference, tmp_path_factory) -> dict[str, Path]:
     toy = tmp_path_factory.mktemp("toy")
-    write_tiny(toy, T2V)
+    toys.write(toy, T2V)
     root = reference / "pipelines" / "checkpoints"
     return {R2V.name: root / "reference_to_video", SHOT.name: root / "video_extension", T2V.name: toy}
 

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 
 from skyreels_v3.checkpoints.save import save_quantized
-from skyreels_v3.families import family_of, make_tiny
+from skyreels_v3.checkpoints.tiny import make_tiny
+from skyreels_v3.families import family_of
 from skyreels_v3.tasks import task_spec
 from skyreels_v3.wan.checkpoint import load_transformer
 from tests.conftest import ROOT, files_in

@@ -19,9 +19,9 @@ from skyreels_v3.hunyuan.checkpoint import (
     load_transformer,
     load_vae,
 )
-from skyreels_v3.hunyuan.family import write_tiny
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.tasks import task_spec
+from tests import toys
 
 TRANSFORMER = "diffusion_pytorch_model.safetensors"
 
@@ -29,7 +29,7 @@ TRANSFORMER = "diffusion_pytorch_model.safetensors"
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
-    write_tiny(folder, task_spec("i2v"))
+    toys.write(folder, task_spec("i2v"))
     return folder
 
 
@@ -148,7 +148,7 @@ def test_tokenizers_that_cannot_be_read(root, folder):
     ],
 )
 def test_a_llama_stays_in_its_own_half_precision(tmp_path, stored, wanted, loaded):
-    write_tiny(tmp_path, task_spec("t2v"))
+    toys.write(tmp_path, task_spec("t2v"))
     file = tmp_path / "text_encoder" / "model.safetensors"
     save_file({name: tensor.to(stored) for name, tensor in load_file(file).items()}, file)
     module = load_llama(tmp_path / "text_encoder", wanted)

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, CLIPTextModel, LlamaModel
 
 from skyreels_v3.hunyuan.checkpoint import load_llama_tokenizer, load_text_encoder
 from skyreels_v3.hunyuan.conditioning import HunyuanTextEncoder
-from skyreels_v3.hunyuan.family import write_tiny
 from skyreels_v3.tasks import task_spec
+from tests import toys
 
 LONG = "A small wooden boat with a torn red sail drifts across the calm lake at dawn, followed by two white swans."
 PROMPTS = ["", "FPS-24, A fox runs.", "Two lines,\n\nand {braces} in\u00e9dites: <video>!", LONG]
@@ -24,7 +24,7 @@ PROMPTS = ["", "FPS-24, A fox runs.", "Two lines,\n\nand {braces} in\u00e9dites:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hunyuan")
-    write_tiny(folder, task_spec("t2v"))
+    toys.write(folder, task_spec("t2v"))
     return folder
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPTextModel, LlamaModel
 
-from skyreels_v3.families import make_tiny
+from skyreels_v3.checkpoints.tiny import make_tiny
 from skyreels_v3.tasks import task_spec
 from tests.conftest import ROOT
 

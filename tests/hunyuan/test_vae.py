@@ -12,17 +12,15 @@ from diffusers import AutoencoderKLHunyuanVideo
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_skyreels_image2video import retrieve_latents
 
 from skyreels_v3.hunyuan.vae import HunyuanVAE
-from skyreels_v3.tasks import CONFIG_DIR, load_yaml
+from tests import toys
 from tests.wan.test_vae import ThreadGroup
-
-SIZES = load_yaml(CONFIG_DIR / "tiny.yaml")["hunyuan"]["vae"]
 
 
 @pytest.fixture(scope="module")
 def stock() -> AutoencoderKLHunyuanVideo:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        module = AutoencoderKLHunyuanVideo(**SIZES).eval()
+        module = AutoencoderKLHunyuanVideo(**toys.HUNYUAN_VAE).eval()
     module.enable_tiling()
     return module
 

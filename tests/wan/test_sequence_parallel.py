@@ -8,14 +8,15 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from skyreels_v3.attention.backends import sdpa
-from skyreels_v3.checkpoints.tiny import SIZES, random_model
 from skyreels_v3.parallel.groups import Group, is_sharded, shard_weights
 from skyreels_v3.parallel.usp import torch_usp
 from skyreels_v3.wan import family
 from skyreels_v3.wan.rope import Segment
 from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 from skyreels_v3.wan.vae import VideoVAE
+from tests import toys
 from tests.parallel.spawn import DEGREES, WORLD_SIZE, BytesSent, groups, spawn
+from training.layouts import random_model
 
 pytestmark = pytest.mark.slow
 
@@ -101,7 +102,7 @@ def compare_sharded() -> None:
 
 def compare_vae() -> None:
     """With a quarter of the pixels on each rank; the others have as many tiles."""
-    vae, alone = (VideoVAE(random_model(lambda: AutoencoderKLWan(**SIZES["vae"])).eval()) for _ in range(2))
+    vae, alone = (VideoVAE(random_model(lambda: AutoencoderKLWan(**toys.VAE)).eval()) for _ in range(2))
     vae.group = groups(1, WORLD_SIZE)["sequence"]
     video = torch.rand(1, 3, 9, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with BytesSent() as encoding:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from skyreels_v3.checkpoints.tiny import make_tiny
 from skyreels_v3.cli import parse_request
 from skyreels_v3.components import load_components
-from skyreels_v3.families import make_tiny
 from skyreels_v3.inputs import open_inputs
 from skyreels_v3.resume import RunRecord, open_state
 from skyreels_v3.runtime import start

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from skyreels_v3.cache import TensorCache
+from skyreels_v3.checkpoints.tiny import make_tiny
 from skyreels_v3.cli import parse_request
 from skyreels_v3.components import Components, load_components
 from skyreels_v3.errors import UserError
-from skyreels_v3.families import make_tiny
 from skyreels_v3.inputs import open_inputs
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.resume import RunRecord, open_state
