@@ -17,14 +17,14 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 
 demo: $(VENV)/installed
 	$(RUN) --task_type reference_to_video --ref_imgs assets/fox.png,assets/lantern.png --duration 2 \
-	    --height 128 --width 192 --prompt "A fox carries a red lantern through the snow"
+	    --height 96 --width 160 --prompt "A fox carries a red lantern through the snow"
 	$(RUN) --task_type single_shot_extension --input_video assets/boat.mp4 --include_input \
-	    --height 112 --width 192 --prompt "The boat sails on into the dusk"
+	    --height 96 --width 160 --prompt "The boat sails on into the dusk"
 	$(RUN) --task_type shot_switching_extension --input_video assets/boat.mp4 --duration 2 \
-	    --height 112 --width 192 --prompt "[ZOOM_IN_CUT] The sail of the boat, lit by the sun"
+	    --height 96 --width 160 --prompt "[ZOOM_IN_CUT] The sail of the boat, lit by the sun"
 	$(RUN) --task_type talking_avatar --input_image assets/portrait.png --input_audio assets/speech.mp3 \
-	    --height 64 --width 64 --prompt "A woman in a red coat talks to the camera"
-	$(RUN) --task_type t2v --num_frames 49 --height 128 --width 192 \
+	    --height 128 --width 128 --prompt "A woman in a red coat talks to the camera"
+	$(RUN) --task_type t2v --num_frames 49 --height 96 --width 160 \
 	    --prompt "FPS-24, A cat wearing sunglasses works as a lifeguard at a pool"
 
 # pytest starts a worker for each core

@@ -1,7 +1,7 @@
 """Peak memory of long videos against short ones.
 
 Frames are written as they are made and only the last ones are kept, so a video five times as long must not take more
-memory. Each length is made by `generate_video.py` with the built-in toy model in a new process, whose peak resident
+memory. Each length is made by `generate_video.py` with the built-in model in a new process, whose peak resident
 size (ru_maxrss) is read at the end: it includes imports, weights, inputs and ffmpeg, as in normal use.
 
     python benchmarks/memory_vs_length.py

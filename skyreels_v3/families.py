@@ -1,7 +1,7 @@
 """The model families, V3 (`wan`) and V1 (`hunyuan`), and the interfaces that the rest of the toolkit knows them by.
 
 Each folder has a `family.py`, which answers for the family (`Family`): files of its checkpoints, how they are loaded,
-what a forward takes, its toy model; and a file per task with a `Pipeline`. `family_of(task)` and `pipeline_of(task)`
+what a forward takes; and a file per task with a `Pipeline`. `family_of(task)` and `pipeline_of(task)`
 find them, and nothing else names a family. Importing a family imports no torch.
 """
 

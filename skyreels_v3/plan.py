@@ -41,7 +41,7 @@ from skyreels_v3.request import GenerationRequest, ResolvedRequest
 from skyreels_v3.tasks import LATENT_CHANNELS, PATCH_SIZE, TINY, VAE_STRIDE, TaskSpec
 
 OUTPUT_BYTES = {False: 0.5, True: 3}  # per pixel, about at most: mp4, PNG files
-TINY_BYTES = 1 << 20  # of each component of the toy, roughly
+TINY_BYTES = 1 << 20  # of each component of the built-in model, roughly
 
 
 @dataclass(frozen=True)
