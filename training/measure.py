@@ -29,7 +29,8 @@ COLOURS = tuple(drawing.COLOURS)
 EVERY = 0.15  # seconds between the frames that a thing is followed in
 KEY_FRAMES = 3  # that are searched everywhere
 SIZES = np.geomspace(0.075, 0.37, 9)  # of things in a frame, half their heights: those of the world, and a little more
-AREA = 0.5  # power of the size by which evidence counts: with 2, as pixels do, half a sky beats a small thing
+# power of the size by which evidence counts: 2 is that of pixels, with which half a sky would beat a small thing
+AREA, FINE_AREA = 0.5, 2.0
 GRAIN = 0.004  # mean square of what no drawing explains, of values in [0, 1]
 TURNS = np.arange(12) * math.pi / 6
 COARSE, FINE = (8, 2), (12, 2)  # pixels of a template's side, and of the margin around it
@@ -248,7 +249,7 @@ def compare(frames: Tensor, poses: Tensor, made: Templates) -> tuple[Tensor, Ten
         squares=squares,
     )
     evidence, share = sums.evidence()
-    return evidence * poses[..., 2:3] ** AREA, share
+    return evidence, share
 
 
 def around(poses: Tensor, shifts: Sequence[float], sizes: Sequence[float], turns: Sequence[float]) -> Tensor:
@@ -261,7 +262,7 @@ def around(poses: Tensor, shifts: Sequence[float], sizes: Sequence[float], turns
     return near
 
 
-# steps to try from a pose: of a thing in `EVERY` seconds, then smaller ones
+# steps to try from a pose: where a thing may be `EVERY` seconds later, then smaller ones
 REACH = ((0.0, -0.25, 0.25, -0.5, 0.5), (1.0, 0.9, 1.1), (0.0, -0.2, 0.2, -0.4, 0.4))
 REFINE = (
     ((0.0, -0.12, 0.12), (1.0, 0.93, 1.07), (0.0, -0.1, 0.1)),
@@ -269,18 +270,22 @@ REFINE = (
 )
 
 
-def climb(frame: Tensor, pose: Tensor, made: Templates, rounds: Sequence[Steps]) -> tuple[Tensor, float]:
-    """The best pose (4,) near one in a frame (1, 3, H, W), and its evidence."""
-    value, limit = -math.inf, frame.shape[3] / frame.shape[2] / 2
-    for steps in rounds:
+def climb(frame: Tensor, pose: Tensor, made: Templates, first: Steps) -> tuple[Tensor, float]:
+    """The best pose (4,) near one in a frame (1, 3, H, W) after some first steps and smaller ones, and its evidence.
+
+    In the smaller ones every pixel counts: no other thing is in reach.
+    """
+    limits = torch.tensor((frame.shape[3] / frame.shape[2] / 2, 0.5), device=frame.device)
+    value = -math.inf
+    for steps, power in ((first, AREA), *((steps, FINE_AREA) for steps in REFINE)):
         near = around(pose[None], *steps)
+        near[..., :2] = near[..., :2].clamp(-limits, limits)
+        near[..., 2] = near[..., 2].clamp(float(SIZES[0]), float(SIZES[-1]))
         evidence = compare(frame, near, made)[0][0, :, 0]
+        counted = evidence * near[0, :, 2] ** power
         # among equals the nearest
-        at = int((evidence - 1e-4 * evidence.abs().amax() * (near[0] - pose).abs().sum(dim=-1)).argmax())
-        pose, value = near[0, at].clone(), float(evidence[at])
-        pose[0] = pose[0].clamp(-limit, limit)
-        pose[1] = pose[1].clamp(-0.5, 0.5)
-        pose[2] = pose[2].clamp(float(SIZES[0]), float(SIZES[-1]))
+        at = int((counted - 1e-4 * counted.abs().amax() * (near[0] - pose).abs().sum(dim=-1)).argmax())
+        pose, value = near[0, at], float(evidence[at] * near[0, at, 2] ** AREA)
     return pose, value
 
 
@@ -290,14 +295,14 @@ def follow(frames: Tensor, made: Templates, coarse: Templates) -> Tensor:
     best, begin, pose = -math.inf, 0, torch.zeros(4, device=frames.device)
     for key in keys:
         start = torch.tensor(search(frames[key], coarse, SIZES, TURNS), dtype=torch.float32, device=frames.device)
-        there, value = climb(frames[key : key + 1], start, made, ((*REACH[:2], (0.0, -0.2, 0.2)), *REFINE))
+        there, value = climb(frames[key : key + 1], start, made, (*REACH[:2], (0.0, -0.2, 0.2)))
         if value > best:
             best, begin, pose = value, key, there
     poses = {begin: pose}
     for direction, end in ((1, len(frames)), (-1, -1)):
         for at in range(begin + direction, end, direction):
             start = poses[at - direction]
-            poses[at] = climb(frames[at : at + 1], start, made, (REACH, *REFINE))[0]
+            poses[at] = climb(frames[at : at + 1], start, made, REACH)[0]
     return torch.stack([poses[at] for at in range(len(frames))])
 
 
@@ -329,6 +334,7 @@ def recognise(frames: Tensor, poses: Tensor) -> tuple[str, str]:
     names = tuple(product(KINDS, COLOURS))
     near = around(poses, (0.0, -0.12, 0.12), (1.0, 0.85, 1.18), (0.0,))
     evidence = compare(frames, near, templates(names, FINE, str(frames.device)))[0]
+    evidence = evidence * near[..., 2:3] ** FINE_AREA
     return names[int(evidence.amax(dim=1).sum(dim=0).argmax())]
 
 
@@ -392,8 +398,8 @@ def mouth_openings(video: Tensor, face: Face) -> np.ndarray:
     x, y = ((at - middle) / face.size for middle in face.centre)
     rows, columns = (y > MOUTH[1]) & (y < MOUTH[3]), (x > MOUTH[0]) & (x < MOUTH[2])
     region = (video[:, :, rows][..., columns].float() + 1) / 2  # (3, F, h, w)
-    gain = np.array(face.gain)
-    gap, lips, skin = (np.array(c) / 255 * gain for c in (drawing.GAP, drawing.LIPS, drawing.skin_of(face.number)))
+    colours = np.array((drawing.GAP, drawing.LIPS, drawing.skin_of(face.number))) / 255
+    gap, lips, skin = np.minimum(colours * face.gain, 1)
     shares = np.linalg.pinv(np.stack((gap - skin, lips - skin), axis=1))  # (2, 3)
     weight = torch.tensor(shares[0], dtype=torch.float32, device=video.device)
     share = (region.movedim(0, -1) - torch.tensor(skin, dtype=torch.float32, device=video.device)) @ weight
