@@ -89,8 +89,8 @@ class Found:
 
     Attributes:
         times: (T,) seconds of the scene.
-        poses: (T, 4), x, y and size in the frame, as `Scene.on_screen` has them, and its turn in radians. Sizes come out
-            a few percent small.
+        poses: (T, 4), x, y and size in the frame, as `Scene.on_screen` has them, and its turn in radians. Sizes come
+            out a few percent small.
         fit: (T,) share of the thing's contrast to its surroundings that the drawing explains; 1 is all.
         kind, colour: of the drawing that fits there best, whatever was looked for; "" where nothing like it was found.
         direction: one of `world.DIRECTIONS`, of its motion in the world; "" likewise.
