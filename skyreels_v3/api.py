@@ -23,7 +23,9 @@ from torch import Tensor
 from skyreels_v3.checks import request_of
 from skyreels_v3.cli import convert_flags, without_overruled
 from skyreels_v3.errors import UserError
+from skyreels_v3.generate import judge, measured
 from skyreels_v3.media.files import run_folder
+from skyreels_v3.quality import Meter, Quality
 from skyreels_v3.request import BY_NAME, OUTPUTS, GenerationRequest
 from skyreels_v3.stages import Pass, Step
 from skyreels_v3.worker import Worker
@@ -41,11 +43,16 @@ class Frame:
 
 @dataclass(frozen=True)
 class Done:
-    """The end of a video: its final latents (1, 16, F, H/8, W/8), pass by pass, its seed and frames per second."""
+    """The end of a video: its final latents (1, 16, F, H/8, W/8), pass by pass, its seed and frames per second.
+
+    Attributes:
+        quality: what was measured, with `check=True`.
+    """
 
     latents: tuple[Tensor, ...]
     seed: int
     fps: int
+    quality: Quality | None = None
 
 
 Event = Step | Frame | Done
@@ -77,15 +84,17 @@ class VideoGenerator:
             request = replace(request, output=folder / "video.mp4")  # which is not written
             generator, planned = self.worker.load(self.worker.resolve(request, folder))
             latents, numbers = [], count()
+            meter = Meter(planned.request.task.fps) if planned.request.check else None
             for event in generator.events(planned):
                 if isinstance(event, Step):
                     yield event
                     continue
                 assert isinstance(event, Pass)
                 latents.append(event.latents)
-                for image in event.frames:
+                for image in measured(event, meter):
                     yield Frame(next(numbers), image)
-            yield Done(tuple(latents), planned.request.seed, planned.request.task.fps)
+            quality = None if meter is None else judge(meter, planned)
+            yield Done(tuple(latents), planned.request.seed, planned.request.task.fps, quality)
 
     def unload(self) -> None:
         """Give the memory of the networks back."""

@@ -369,7 +369,7 @@ def run_job(job: Job, worker: Worker, record: Callable[[Mapping[str, Any]], obje
             logger.debug("line %d", job.number, exc_info=True)
             return end("error", **failure(error))
         try:
-            path = worker.make(ready)
+            video = worker.make(ready)
         except Exception as error:
             logger.debug("line %d", job.number, exc_info=True)
             if video_ranks.world_size > 1:
@@ -378,7 +378,8 @@ def run_job(job: Job, worker: Worker, record: Callable[[Mapping[str, Any]], obje
                 raise
             problem = failure(error)
         else:
-            return end("done", output=str(path))
+            figures = {} if video.quality is None else {"quality": video.quality.figures()}
+            return end("done", output=str(video.path), **figures)
     worker.unload()  # what is loaded may be in disorder; only now does the error hold none of it any more
     return end("error", **problem)
 

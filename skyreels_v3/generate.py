@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -24,12 +25,20 @@ from skyreels_v3.media.video_reader import ClipInfo, read_frames, resize_frames
 from skyreels_v3.media.video_writer import COMMENT_BYTES, write_frame_folder, write_video
 from skyreels_v3.outputs import record_of, save_latents
 from skyreels_v3.plan import Plan
+from skyreels_v3.quality import Meter, Quality, report, warnings
 from skyreels_v3.resolve import networks
 from skyreels_v3.resume import RunRecord, RunState, open_state
 from skyreels_v3.stages import Event, Pass, Stages
 from skyreels_v3.version import __version__
 
 logger = logging.getLogger(__name__)
+
+
+class Video(NamedTuple):
+    """A video that was made, and with --check what was measured; only the main rank has that."""
+
+    path: Path
+    quality: Quality | None = None
 
 
 class Generator:
@@ -50,8 +59,8 @@ class Generator:
         self.components.vae.tiles = plan.policy.tiles
         return pipeline_of(plan.request.task).run(Stages(self.components, self.runtime, plan, state))
 
-    def write(self, plan: Plan) -> Path:
-        """Make the video of a plan that fits and write it; returns its path.
+    def write(self, plan: Plan) -> Video:
+        """Make the video of a plan that fits and write it.
 
         With several ranks all make it together, and the main rank writes it.
         """
@@ -60,7 +69,7 @@ class Generator:
             for event in self.events(plan):
                 if isinstance(event, Pass):
                     deque(event.frames, maxlen=0)
-            return request.output
+            return Video(request.output)
         record = record_of(request, inputs, dtype=plan.dtype)
         state = open_state(record, request.resume or request.resume_if_same, strict=request.resume)
         completed = False
@@ -71,16 +80,18 @@ class Generator:
             logger.info("seed %d, %d x %d", request.seed, request.width, request.height)
             # closed before the outcome is logged: an open progress bar would write after it
             made_by = "" if request.no_metadata else comment(record)
-            frames = all_frames(plan, self.events(plan, state), latents)
+            meter = Meter(request.task.fps) if request.check else None
+            frames = all_frames(plan, self.events(plan, state), latents, meter)
             with closing(frames), explain_full_disk(request.output):
                 path = write(plan, frames, made_by, state.folder)
+            quality = None if meter is None else judge(meter, plan)
             completed = request.save_latents is None or state.failed
             if request.save_latents is not None:
                 write_latents(latents, request.save_latents, path, kept=not state.failed)
             completed = True
         finally:
             state.close(completed)
-        return path
+        return Video(path, quality)
 
     def save_quantized(self, plan: Plan, folder: Path, workspace: Path) -> None:
         """Save the checkpoint with the quantized weights."""
@@ -113,17 +124,46 @@ def write(plan: Plan, frames: Iterator[np.ndarray], made_by: str, workspace: Pat
     return write_video(frames, request.output, **size, comment=made_by, audio=sound, workspace=workspace)
 
 
-def all_frames(plan: Plan, events: Iterable[Event], latents: list[Tensor]) -> abc.Generator[np.ndarray, None, None]:
-    """The frames to write, in order; each pass adds its latents to `latents`."""
+def all_frames(
+    plan: Plan, events: Iterable[Event], latents: list[Tensor], meter: Meter | None = None
+) -> abc.Generator[np.ndarray, None, None]:
+    """The frames to write, in order; each pass adds its latents to `latents`, and `meter` gets the frames too."""
     request, clip = plan.request, plan.inputs.clip
     if request.include_input:
         assert clip is not None
-        yield from resize_frames(read_frames(clip.path, request.task.fps), request.height, request.width)
+        for frame in resize_frames(read_frames(clip.path, request.task.fps), request.height, request.width):
+            if meter is not None:
+                meter.first += 1
+            yield frame
     for event in events:
         if isinstance(event, Pass):
             if request.save_latents is not None:
                 latents.append(event.latents)
-            yield from event.frames
+            yield from measured(event, meter)
+
+
+def measured(made: Pass, meter: Meter | None) -> Iterator[np.ndarray]:
+    """The frames of a pass; `meter` gets them, and before the first of all those that they go on from."""
+    if meter is None:
+        yield from made.frames
+        return
+    if made.before is not None and not meter.rows:
+        meter.add_before(made.before)
+    for frame in made.frames:
+        meter.add(frame[None])
+        yield frame
+
+
+def judge(meter: Meter, plan: Plan) -> Quality:
+    """The figures of a video, logged, with warnings of what is bad."""
+    quality, request = meter.quality(), plan.request
+    for line in report(quality):
+        logger.info("check: %s", line)
+    # a dubbed clip may have cuts of its own
+    cuts_known = request.input_video is None or request.condition_frames > 0
+    for line in warnings(quality, request.task.cut_at_seam, cuts_known):
+        logger.warning("check: %s", line)
+    return quality
 
 
 @contextmanager

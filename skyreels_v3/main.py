@@ -63,7 +63,7 @@ def make_videos(request: GenerationRequest, downloads: Path, ranks: Ranks) -> It
             yield checked.request.output
         else:
             try:
-                yield worker.make(checked)
+                yield worker.make(checked).path
             except IncompleteOutput as error:
                 yield error.output
                 raise

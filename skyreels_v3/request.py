@@ -193,6 +193,7 @@ class GenerationRequest:
     outdir: str | None = unrecorded(None, "put the video into results/FOLDER, named after prompt, seed and number",
         metavar="FOLDER")
     include_input: bool = task_flag(False, "write the input clip and the extension as one video", bool)
+    check: bool = unrecorded(False, "measure the new frames: log their figures, and warn of a bad video", bool)
     no_metadata: bool = unrecorded(False, "do not store the flags in the video's metadata", bool)
     save_latents: Path | None = unrecorded(None, "also save the final latents of each pass",
         metavar="FILE.safetensors", path="output", only_in_line="write it into the lines, a name for each")

@@ -60,10 +60,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Pass:
-    """Normalized latents (B, C, F, H, W) of the generated frames, float32 on the CPU, and the frames to write."""
+    """Normalized latents (B, C, F, H, W) of the generated frames, float32 on the CPU, and the frames to write.
+
+    Attributes:
+        before: uint8 [F, H, W, 3], the frames that these go on from, where there are such.
+    """
 
     latents: Tensor
     frames: Iterator[Frame]
+    before: np.ndarray | None = None
 
 
 Event = Step | Pass

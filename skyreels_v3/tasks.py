@@ -62,6 +62,7 @@ class TaskSpec:
     condition_frames: int | Mapping[int, int] = 0
     negative_prompt: str = ""
     window_prompt: str = ""
+    cut_at_seam: bool = False  # a new shot begins after the input clip
     lenient: bool = False  # flags without effect are accepted, with a note
     example: tuple[str, ...] = ()  # lines of flags for --help
 

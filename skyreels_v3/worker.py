@@ -16,7 +16,7 @@ from skyreels_v3.resolve import AssetResolver, resolve
 from skyreels_v3.runtime import find_machine, free_memory, set_environment
 
 if TYPE_CHECKING:
-    from skyreels_v3.generate import Generator
+    from skyreels_v3.generate import Generator, Video
 
 
 class Worker:
@@ -53,8 +53,8 @@ class Worker:
             self.generator = Generator(made)
         return self.generator, made
 
-    def make(self, checked: Checked) -> Path:
-        """Make and write the video of a resolved request; returns its path."""
+    def make(self, checked: Checked) -> Video:
+        """Make and write the video of a resolved request."""
         generator, made = self.load(checked)
         return generator.write(made)
 

@@ -15,7 +15,7 @@ LAYERS = (
     ("version", "errors", "console", "vector_kernels", "progress", "config_text"),
     ("tasks", "hints", "attention"),
     ("request",),
-    ("media", "cache", "memory", "parallel", "denoising", "checkpoints", "inputs"),
+    ("media", "cache", "memory", "parallel", "denoising", "checkpoints", "inputs", "quality"),
     ("families", "plan", "components", "stages", "runtime", "throughput", "resume", "outputs"),
     ("wan", "hunyuan"),
     ("resolve", "dry_run", "generate", "worker"),

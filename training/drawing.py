@@ -393,6 +393,7 @@ FACES = 96  # different drawings
 COATS = ("red", "green", "blue", "purple", "grey", "brown", "yellow", "white")
 SKINS: tuple[Colour, ...] = ((239, 193, 161), (224, 172, 136), (178, 124, 88), (120, 78, 52), (247, 214, 188))
 HAIRS: tuple[Colour, ...] = ((58, 35, 23), (28, 24, 24), (150, 100, 50), (210, 170, 95), (150, 60, 30), (140, 140, 145))
+LIPS, GAP = (181, 71, 77), (110, 32, 38)
 EYES: tuple[Colour, ...] = ((59, 91, 46), (60, 100, 150), (90, 60, 35))
 WALLS = (
     *(((184, 212, 227), (230, 238, 242)), ((226, 214, 190), (245, 240, 228))),
@@ -449,7 +450,7 @@ def skin_of(number: int) -> Colour:
 def part_texture(part: str, number: int = 0) -> np.ndarray:
     """A moving part of a face, filling its square: lips, the dark between them, a lid of the face's skin."""
     pen = Pen(64)
-    colour = {"lips": (181, 71, 77), "gap": (110, 32, 38)}.get(part) or shade(skin_of(number), 0.93)
+    colour = {"lips": LIPS, "gap": GAP}.get(part) or shade(skin_of(number), 0.93)
     pen.ellipse(0, 0, 0.98, 0.98, colour)
     return pen.texture()
 

@@ -38,7 +38,7 @@ class ShotSwitchingExtension(Pipeline):
         noise = stages.noise(frames, generator)
         scheduler = unipc(request.num_inference_steps, request.shift)
         latents = yield from stages.denoise(noise, lambda: conditions, guidance, generator, scheduler)
-        yield Pass(latents.cpu(), stages.decode(latents, rounding=False, frames=request.frames_out))
+        yield Pass(latents.cpu(), stages.decode(latents, rounding=False, frames=request.frames_out), clip)
 
 
 PIPELINE = ShotSwitchingExtension()

@@ -52,7 +52,7 @@ class SingleShotExtension(Pipeline):
             tail: deque[Frame] = deque(maxlen=len(clip))
             last, wanted = number == len(rolls), max(0, missing)
             new = new_frames(stages, prefix, latents, tail, wanted if last else None)
-            yield Pass(latents.cpu(), new if last else islice(new, wanted))
+            yield Pass(latents.cpu(), new if last else islice(new, wanted), clip)
             missing -= 4 * frames
             if not last:
                 deque(new, maxlen=0)  # frames beyond the wanted ones are not written, but condition the next roll-out

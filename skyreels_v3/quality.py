@@ -1,0 +1,358 @@
+"""How good frames are, in numbers that need nothing but the frames: for --check, and for the Python API.
+
+A `Meter` is fed with frames as they are made and keeps a few numbers of each, so memory hardly grows with the length.
+Levels are those of 8-bit values, 0 to 255. Jumps and cuts are measured on frames averaged down to about `PICTURE` and
+`THUMB` rows, so that thresholds hold for all sizes. Gradual transitions are not found.
+
+Sources: cuts, a difference that is large among its neighbours, as PySceneDetect's AdaptiveDetector has it; black and
+frozen frames, ffmpeg's blackdetect and freezedetect; noise, J. Immerkaer, Fast Noise Variance Estimation, CVIU 64(2),
+1996, doi:10.1006/cviu.1996.0060; color differences, CIE 1976, of which 2.3 are just noticeable (M. Mahy et al., Color
+Research and Application 19(2), 1994).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from skyreels_v3.media.color import rgb_to_lab, statistics
+
+PICTURE, THUMB = 96, 32  # rows
+BLACK_LEVEL, BLACK_SHARE = 26, 0.98  # of luma, and of a frame's pixels that are no brighter
+FLAT_STD = 2.0  # levels: a frame of one color
+FROZEN_JUMP = 0.05  # levels; freezedetect has 0.25 before any averaging
+FROZEN_SECONDS = 2.0  # as freezedetect: shorter ones are pauses
+NOISY = 0.25  # of a frame's own contrast; 1 is white noise, sharp photographs have 0.1, with noise of 20 levels 0.2
+NOISY_LEVEL = 4.0  # levels: less is not seen
+CUT_RATIO, CUT_LEVEL = 3.0, 2.0  # times the differences around, and levels at least
+CUT_AROUND = 8  # neighbours on each side: two latent frames, since decoders may jump at each
+FLASH_FRAMES = 4  # a shot of no more frames between two that are alike is a flash
+SEAM_AROUND = 12  # neighbours on each side
+SEAM_LEVEL = 0.5  # levels: the least that a seam is compared with
+SEAM_RATIO, SEAM_SHIFT = 3.0, 2.3  # of a bad seam
+FLICKER = 2.0  # levels
+DRIFT = 10.0  # color difference
+BAD_SHARE = 0.05  # of frames that are black, of one color or noisy
+
+
+class Row(NamedTuple):
+    """What is kept of a frame.
+
+    Attributes:
+        luma, contrast: mean and standard deviation of luma, in levels.
+        noise: Immerkaer's estimate of the noise's standard deviation in luma, in levels.
+        black, clipped: shares of pixels up to `BLACK_LEVEL`, and of values that are 0 or 255.
+        color: mean CIE Lab.
+        jump: mean absolute difference of the picture from the one before, of Y and of Cb and Cr, in levels.
+        distances: that of the thumbnail from 1, 2, ... frames before, in levels; infinite where there is none.
+    """
+
+    luma: float
+    contrast: float
+    noise: float
+    black: float
+    clipped: float
+    color: tuple[float, ...]
+    jump: tuple[float, float]
+    distances: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Seam:
+    """How new frames go on from those before.
+
+    Attributes:
+        frame: number of the first new one.
+        luma, chroma: mean absolute difference from the frame before it, over the median of that of the neighbours
+            around; 1 is as everywhere. The median counts as `SEAM_LEVEL` at least.
+        shift: CIE 1976 difference of the mean colors of the two frames.
+    """
+
+    frame: int
+    luma: float
+    chroma: float
+    shift: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Figures of the new frames; 0 where they are too few for one.
+
+    Attributes:
+        frames: number of them.
+        seconds: their length.
+        black: number of frames of which 98 % is darker than 10 % of white.
+        flat: number of frames of one color, black ones left out.
+        frozen: number of frames that are the same as the one before.
+        freeze: seconds of the longest still.
+        noisy: number of frames with more high-frequency noise than pictures have.
+        noise: mean of Immerkaer's estimate over the standard deviation of luma, 0 to about 1.
+        clipped: percentage of values that are 0 or 255.
+        flicker: mean absolute second difference of mean luma, cuts left out, in levels.
+        drift: CIE 1976 difference of the mean color of the last second of the longest shot from its first second.
+        drift_per_minute: the same over the time between the two.
+        cuts: numbers of the frames that shots begin with, counted in the file.
+        seam: of frames that go on from others.
+    """
+
+    frames: int
+    seconds: float
+    black: int
+    flat: int
+    frozen: int
+    freeze: float
+    noisy: int
+    noise: float
+    clipped: float
+    flicker: float
+    drift: float
+    drift_per_minute: float
+    cuts: tuple[int, ...] = ()
+    seam: Seam | None = None
+
+    def figures(self) -> dict[str, Any]:
+        """All of it as JSON can have it, rounded."""
+        return {name: rounded(value) for name, value in asdict(self).items()}
+
+
+def rounded(value: Any) -> Any:
+    """Numbers with four digits after the point, in all that they are in."""
+    if isinstance(value, dict):
+        return {name: rounded(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(each) for each in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+class Meter:
+    """Takes frames, uint8 (F, H, W, 3), in pieces of any length, all of one size; `quality` has the figures so far.
+
+    Attributes:
+        fps: frames per second.
+        first: number in the file of the first new frame.
+        before: number of rows of frames that the new ones go on from.
+    """
+
+    def __init__(self, fps: float) -> None:
+        self.fps = fps
+        self.first = self.before = 0
+        self.rows: list[Row] = []
+        self._picture = np.empty((0, 0, 3), np.int16)
+        self._thumbs: deque[np.ndarray] = deque(maxlen=FLASH_FRAMES + 1)
+
+    def add_before(self, frames: np.ndarray) -> None:
+        """Add frames that the new ones go on from. They are not judged, whether the file has them or not."""
+        assert self.before == len(self.rows), "they come before the new frames"
+        self.add(frames)
+        self.before = len(self.rows)
+
+    def add(self, frames: np.ndarray) -> None:
+        """Add new frames."""
+        assert frames.ndim == 4 and frames.shape[3] == 3 and frames.dtype == np.uint8
+        for frame in frames:
+            self.rows.append(self._measure(Image.fromarray(frame)))
+
+    def _measure(self, image: Image.Image) -> Row:
+        grey = image.convert("L")
+        levels = np.arange(256)
+        histogram = np.array(grey.histogram()) / (grey.width * grey.height)
+        luma = float(histogram @ levels)
+        contrast = math.sqrt(histogram @ (levels - luma) ** 2)
+        channels = np.array(image.histogram()).reshape(3, 256) / (3 * grey.width * grey.height)
+        small = reduced(image, PICTURE)
+        rgb = torch.from_numpy(np.asarray(small).transpose(2, 0, 1)[None, :, None] / np.float32(255))
+        color = statistics(rgb_to_lab(rgb))[0].flatten().tolist()
+        ycc = small.convert("YCbCr")
+        picture, thumb = (np.asarray(each).astype(np.int16) for each in (ycc, reduced(ycc, THUMB)))
+        jump = (0.0, 0.0)
+        if len(self.rows):
+            apart = np.abs(picture - self._picture).mean(axis=(0, 1))
+            jump = float(apart[0]), float(apart[1:].mean())
+        distances = [float(np.abs(thumb - earlier).mean()) for earlier in self._thumbs]
+        distances += [math.inf] * (FLASH_FRAMES + 1 - len(distances))
+        self._picture = picture
+        self._thumbs.appendleft(thumb)
+        return Row(
+            luma=luma,
+            contrast=contrast,
+            noise=noise_level(np.asarray(grey)),
+            black=float(histogram[: BLACK_LEVEL + 1].sum()),
+            clipped=float(channels[:, [0, 255]].sum()),
+            color=tuple(color),
+            jump=jump,
+            distances=tuple(distances),
+        )
+
+    def quality(self) -> Quality:
+        """The figures of the frames so far."""
+        cuts = find_cuts(np.array([row.distances for row in self.rows]).reshape(len(self.rows), FLASH_FRAMES + 1))
+        new = self.rows[self.before :]
+        count, offset = len(new), self.first - self.before  # from a row to a frame of the file
+        black = [row.black >= BLACK_SHARE for row in new]
+        flat = [row.contrast <= FLAT_STD for row in new]
+        frozen = [bool(at + self.before) and sum(row.jump) <= FROZEN_JUMP for at, row in enumerate(new)]
+        noise = [row.noise / max(row.contrast, 1.0) for row in new]
+        noisy = [ratio >= NOISY and row.noise >= NOISY_LEVEL for ratio, row in zip(noise, new, strict=True)]
+        inner = [cut - self.before for cut in cuts if cut > self.before]
+        drift, apart = drift_of([row.color for row in new], inner, self.fps)
+        return Quality(
+            frames=count,
+            seconds=count / self.fps,
+            black=sum(black),
+            flat=sum(one and not dark for one, dark in zip(flat, black, strict=True)),
+            frozen=sum(frozen),
+            freeze=longest_run(frozen) / self.fps,
+            noisy=sum(noisy),
+            noise=mean(noise),
+            clipped=100 * mean([row.clipped for row in new]),
+            flicker=flicker_of([row.luma for row in new], inner),
+            drift=drift,
+            drift_per_minute=60 * drift / apart if apart else 0.0,
+            cuts=tuple(cut + offset for cut in cuts if cut >= max(1, self.before)),
+            seam=seam_of(self.rows, self.before, cuts, offset) if 0 < self.before < len(self.rows) else None,
+        )
+
+
+def reduced(image: Image.Image, rows: int) -> Image.Image:
+    """The image with about so many rows (or columns, if it has fewer): means of squares of pixels."""
+    return image.reduce(max(1, min(image.size) // rows))
+
+
+def noise_level(luma: np.ndarray) -> float:
+    """Immerkaer's estimate of the standard deviation of noise in luma, uint8 (H, W), in levels.
+
+    The mean absolute answer to the difference of two Laplacians, [1 -2 1] along both axes, which is 6 times the noise's
+    standard deviation times sqrt(2 / pi) for Gaussian noise, and nothing on a plane.
+    """
+    if min(luma.shape) < 3:
+        return 0.0
+    second = np.diff(np.diff(luma.astype(np.int16), n=2, axis=0), n=2, axis=1)
+    return float(np.abs(second).mean()) * math.sqrt(math.pi / 2) / 6
+
+
+def find_cuts(distances: np.ndarray) -> list[int]:
+    """Frames that a shot begins with.
+
+    Such a frame is at least `CUT_LEVEL` levels from the one before, and `CUT_RATIO` times as far as neighbours before
+    and after it are from each other. Of these the second largest counts, on each side: another cut may be among them,
+    and so may repeated frames. So a pan is no cut, nor is its start. What is again like before within `FLASH_FRAMES`
+    is a flash.
+
+    Args:
+        distances: (F, L), of each frame from the 1, 2, ... L frames before.
+    """
+    if len(distances) < 2:
+        return []
+    step = distances[:, 0]
+    cuts = []
+    for at in range(1, len(step)):
+        around = step[max(1, at - CUT_AROUND) : at], step[at + 1 : at + 1 + CUT_AROUND]
+        ordinary = max((np.sort(side)[-2:][0] for side in around if len(side)), default=0.0)
+        if step[at] < max(CUT_LEVEL, CUT_RATIO * ordinary):
+            continue
+        lags = range(1, distances.shape[1])
+        since = [distances[at + lag, lag] for lag in lags if at + lag < len(step)]  # a flash that begins here
+        until = [distances[at, lag] for lag in lags if lag <= at]  # one that ends
+        if min(since + until, default=math.inf) >= step[at] / 2:
+            cuts.append(at)
+    return cuts
+
+
+def seam_of(rows: Sequence[Row], first: int, cuts: Sequence[int], offset: int) -> Seam:
+    """The seam before row `first`."""
+    places = [*range(max(1, first - SEAM_AROUND), first), *range(first + 1, min(len(rows), first + 1 + SEAM_AROUND))]
+    around = [rows[place].jump for place in places if place not in cuts]
+    usual = np.median(around, axis=0) if around else np.zeros(2)
+    luma, chroma = rows[first].jump / np.maximum(usual, SEAM_LEVEL)
+    shift = math.dist(rows[first].color, rows[first - 1].color)
+    return Seam(first + offset, float(luma), float(chroma), shift)
+
+
+def flicker_of(luma: Sequence[float], cuts: Sequence[int]) -> float:
+    """Mean absolute second difference, in levels, of those that see no cut."""
+    second = np.abs(np.diff(luma, n=2))  # number n is of the frames n, n + 1 and n + 2
+    seen = {place for cut in cuts for place in (cut - 2, cut - 1)}
+    return mean([float(value) for place, value in enumerate(second) if place not in seen])
+
+
+def drift_of(colors: Sequence[Sequence[float]], cuts: Sequence[int], fps: float) -> tuple[float, float]:
+    """How far the mean color goes from the first second of the longest shot to the last, and seconds between the two.
+
+    Of a shot of less than two seconds, from its first half to its last.
+    """
+    first, end = max(zip((0, *cuts), (*cuts, len(colors)), strict=True), key=lambda shot: shot[1] - shot[0])
+    part = min(round(fps), (end - first) // 2)
+    if part < 1:
+        return 0.0, 0.0
+    begin, last = (np.mean(colors[one : one + part], axis=0) for one in (first, end - part))
+    return math.dist(begin, last), (end - first - part) / fps
+
+
+def longest_run(flags: Sequence[bool]) -> int:
+    """The longest run of frames that are the same, the one that it starts from included."""
+    longest = run = 0
+    for each in flags:
+        run = run + 1 if each else 0
+        longest = max(longest, run)
+    return longest + 1 if longest else 0
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def report(quality: Quality) -> Iterator[str]:
+    """The figures as short lines."""
+    cuts = ", ".join(map(str, quality.cuts[:8])) + (", ..." if len(quality.cuts) > 8 else "")
+    yield (
+        f"{quality.frames} new frames, {quality.seconds:.2f} s: {quality.black} black, {quality.flat} of one color, "
+        f"{quality.frozen} frozen (at most {quality.freeze:.1f} s), {quality.noisy} noisy"
+    )
+    yield (
+        f"noise {quality.noise:.2f} of the contrast, {quality.clipped:.1f} % clipped, flicker {quality.flicker:.2f} "
+        f"levels, color drift {quality.drift:.1f} ({quality.drift_per_minute:.0f} a minute)"
+    )
+    yield f"cuts: {len(quality.cuts)}" + (f", at frame {cuts}" if cuts else "")
+    if (seam := quality.seam) is not None:
+        jumps = f"luma {seam.luma:.1f} and chroma {seam.chroma:.1f} times the usual change"
+        yield f"seam at frame {seam.frame}: {jumps}, color shift {seam.shift:.1f}"
+
+
+def warnings(quality: Quality, cut_at_seam: bool = False, cuts_known: bool = True) -> Iterator[str]:
+    """What is bad about a video, a line each.
+
+    Args:
+        cut_at_seam: a new shot begins with the new frames; else they are to go on without a cut.
+        cuts_known: no cut is expected in the new frames; False where it may be as well.
+    """
+    if not quality.frames:
+        return
+    several = max(1.0, BAD_SHARE * quality.frames)
+    for count, what in ((quality.black, "black"), (quality.flat, "of one color"), (quality.noisy, "noise")):
+        if count > several or count == quality.frames:
+            yield f"{'all' if count == quality.frames else f'{count} of {quality.frames}'} frames are {what}"
+    if quality.freeze >= FROZEN_SECONDS or 0 < quality.frames - 1 <= quality.frozen:
+        yield f"the picture is frozen for {quality.freeze:.1f} s"
+    if quality.flicker > FLICKER:
+        yield f"strong flicker: brightness changes by {quality.flicker:.1f} levels from frame to frame"
+    if quality.drift > DRIFT:
+        yield f"the colors drift by {quality.drift:.1f} from the first to the last second of a shot"
+    seam = quality.seam
+    inner = [cut for cut in quality.cuts if seam is None or cut != seam.frame]
+    if inner and cuts_known:
+        yield f"{len(inner)} unexpected cuts, the first at frame {inner[0]}"
+    if seam is None:
+        return
+    if cut_at_seam:
+        if seam.frame not in quality.cuts:
+            yield f"there is no cut at frame {seam.frame}, where the new shot begins"
+    elif max(seam.luma, seam.chroma) > SEAM_RATIO or seam.shift > SEAM_SHIFT:
+        jumps = f"{max(seam.luma, seam.chroma):.1f} times the usual change, color shift {seam.shift:.1f}"
+        yield f"the seam at frame {seam.frame} is seen: {jumps}"
