@@ -30,11 +30,11 @@ import numpy as np
 import torch
 from imageio_ffmpeg import write_frames
 from PIL import Image
-from skyreels_v3.quality import Meter
 from torch import Tensor
 
 from skyreels_v3 import load
 from skyreels_v3.api import Frame, VideoGenerator
+from skyreels_v3.quality import Meter
 from training import measure, sound, world
 from training.tasks import CONDITION_FRAMES, CUT_LENGTHS, from_bytes, to_bytes
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from skyreels_v3 import throughput
 from skyreels_v3.checkpoints import hub
 from skyreels_v3.checkpoints.files import Repository
-from skyreels_v3.checkpoints.tiny import make_tiny
+from skyreels_v3.checkpoints.tiny import unpack
 from skyreels_v3.families import family_of
 from skyreels_v3.media.files import existing_folder, giga
 from skyreels_v3.memory.policy import TILINGS
@@ -26,8 +26,9 @@ def dry_run(request: GenerationRequest, downloads: Path, ranks: Ranks) -> str:
     checked = preflight(request, downloads, ranks)
     if checked.done:
         return f"{'done':14}{checked.request.output}"
-    if checked.request.model_id == TINY:
-        checked = replace(checked, checkpoint=make_tiny(checked.request.task))
+    if checked.request.model_id == TINY:  # which leaves nothing in the cache
+        checked = replace(checked, checkpoint=downloads / TINY)
+        unpack(checked.request.task, downloads / TINY)
     if checked.checkpoint is not None or checked.request.lora:
         from skyreels_v3.components import check_components  # imports all libraries that load models
 
@@ -41,7 +42,8 @@ def describe(plan: Plan) -> str:
     size, length = f"{request.width} x {request.height}", request.frames_out / request.task.fps
     video = f"{size}, {request.frames_out} new frames at {request.task.fps} fps ({length:.2f} s)"
     lines = [("task", f"{request.task.name}: {request.task.summary}"), ("video", video)]
-    lines += [("checkpoint", request.model_id if plan.checkpoint is None else f"{plan.checkpoint} (on this machine)")]
+    own = request.model_id if plan.checkpoint is None else f"{plan.checkpoint} (on this machine)"
+    lines += [("checkpoint", f"{TINY} (built in)" if request.model_id == TINY else own)]
     if request.base_model_id is not None and Path(request.base_model_id).is_dir():
         lines += [("base model", f"{request.base_model_id} (on this machine)")]
     lines += [describe_download(request, repository) for repository in missing_repositories(plan)]

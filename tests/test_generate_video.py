@@ -35,7 +35,9 @@ from tests.conftest import files_in, stop_at
 
 SMALL = ("--device", "cpu", "--height", "32", "--width", "48", "--num_inference_steps", "2")
 REFERENCE = ("--task_type", "reference_to_video", "--prompt", "a fox: \u00fcber 'Stock' = \"Stein\"", *SMALL)
-TOY_WARNING = "WARNING: tiny is a toy with random weights: it shows that everything runs, its pictures are noise"
+TINY_WARNING = (
+    "WARNING: tiny is a small model of a drawn world: it shows that everything runs, not what SkyReels can do"
+)
 
 
 @pytest.fixture
@@ -69,7 +71,7 @@ def test_a_run_and_its_repetition_twice_at_once(start, toy, tmp_path):
     assert files_in(working) == {path, "latents.safetensors"}
     assert not files_in(tmp_path / "temporary")
     assert f"seed {seed}" in stderr
-    assert TOY_WARNING in stderr
+    assert TINY_WARNING in stderr
     for bar, total in (("loading", 3), ("denoising", 2), ("decoding", 2)):
         assert re.search(rf"{bar}: 100%.* {total}/{total} ", stderr)
     assert probe_video(working / path, 24).frames == 5
@@ -85,7 +87,7 @@ def test_a_run_and_its_repetition_twice_at_once(start, toy, tmp_path):
     assert [run.returncode for run in runs] == [0, 0], outputs
     assert sorted(stdout for stdout, _ in outputs) == ["again-2.mp4\n", "again.mp4\n"]
     warnings = [line for _, stderr in outputs for line in stderr.splitlines()]
-    assert warnings.count(TOY_WARNING) == 2
+    assert warnings.count(TINY_WARNING) == 2
     assert sorted(warnings)[:-2] == [  # of the run that came second, and nothing else
         f"WARNING: again.{suffix} exists already; the output is again-2.{suffix}" for suffix in ("mp4", "safetensors")
     ]
@@ -212,7 +214,7 @@ def test_a_cache_that_cannot_be_written(main, toy, monkeypatch):
     monkeypatch.setenv("SKYREELS_CACHE", "/proc/nothere")
     code, stdout, stderr = main(*toy)
     assert (code, stdout) == (2, "")
-    assert stderr.splitlines()[-1].startswith("error: --model_id: tiny cannot be made in /proc/nothere (")
+    assert stderr.splitlines()[-1].startswith("error: --model_id: tiny cannot be unpacked into /proc/nothere (")
     assert "set SKYREELS_CACHE to a folder that can be written to" in stderr
 
 

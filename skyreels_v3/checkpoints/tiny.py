@@ -49,7 +49,7 @@ def make_tiny(task: TaskSpec) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
         try:
-            unpack(packed(task), folder.name, temporary)
+            unpack(task, temporary)
             follow_umask(temporary)
             temporary.rename(folder)
         except OSError:
@@ -63,14 +63,14 @@ def make_tiny(task: TaskSpec) -> Path:
     return folder
 
 
-def unpack(file: Path, name: str, root: Path) -> None:
-    """Write the files of the checkpoint `name` to an empty folder."""
+def unpack(task: TaskSpec, root: Path) -> None:
+    """Write the files of the checkpoint for `task` to a new or empty folder."""
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    with safe_open(file, framework="pt") as pack:
-        for path, content in json.loads(pack.metadata()[LAYOUTS])[name].items():
+    with safe_open(packed(task), framework="pt") as pack:
+        for path, content in json.loads(pack.metadata()[LAYOUTS])[Path(task.model_id).name].items():
             target = root / path
             target.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, str):

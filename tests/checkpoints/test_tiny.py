@@ -1,4 +1,4 @@
-"""The built-in toy model: made once, the same everywhere, in the published layouts."""
+"""The built-in model: unpacked once, the same everywhere, into the published layouts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import hashlib
 import pytest
 import torch
 
+from skyreels_v3.checkpoints.tiny import make_tiny, packed
 from skyreels_v3.components import load_components
-from skyreels_v3.families import family_of, make_tiny
+from skyreels_v3.families import family_of
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.runtime import start
 from skyreels_v3.tasks import TASK_NAMES, task_spec
@@ -34,7 +35,7 @@ def test_it_is_a_complete_checkpoint(task, tmp_path, monkeypatch):
     plan = planned(request, folder)
     components = load_components(plan, start(plan))
     context = components.text_encoder.encode("A b")["context"]
-    assert context.shape[0] == 1 and 0 < context.shape[1] < 512 and context.shape[2] == 32
+    assert context.shape[0] == 1 and 0 < context.shape[1] < 512 and context.shape[2] == 64
     stamp = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert make_tiny(spec) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == stamp
@@ -49,3 +50,8 @@ def test_it_is_the_same_everywhere(task, tmp_path, monkeypatch):
         torch.manual_seed(len(made))  # must not matter
         made.append(digest(make_tiny(task_spec(task))))
     assert made[0] == made[1]
+
+
+def test_it_is_small():
+    files = {packed(task_spec(task)) for task in TASK_NAMES}
+    assert sum(file.stat().st_size for file in files) <= 24e6
