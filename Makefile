@@ -1,10 +1,10 @@
-# make demo: a video of each task, on any machine. make test: all tests that need no GPU;
+# make demo: a video of five tasks, on any machine, and frames of all in result/demo.png. make test: all tests that need no GPU;
 # make test-quick: those that are not marked slow, in less than a minute.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python generate_video.py --model_id tiny
 
-.PHONY: demo test test-quick test-extended lint bench bench-gpu clean
+.PHONY: demo test test-quick test-extended lint bench bench-gpu quality clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,8 @@ demo: $(VENV)/installed
 	    --height 128 --width 128 --prompt "A woman in a red coat talks to the camera"
 	$(RUN) --task_type t2v --num_frames 49 --height 96 --width 160 \
 	    --prompt "FPS-24, A cat wearing sunglasses works as a lifeguard at a pool"
+	$(VENV)/bin/python benchmarks/frames.py result/reference_to_video result/single_shot_extension \
+	    result/shot_switching_extension result/talking_avatar result/t2v --out result/demo.png
 
 # pytest starts a worker for each core
 PYTEST = $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
@@ -47,6 +49,12 @@ lint: $(VENV)/installed-dev
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/run_all.py cpu
+
+# on scenes of the drawn world that the built-in model was not trained on; hours
+quality: $(VENV)/installed
+	$(VENV)/bin/python benchmarks/quality.py --out result/quality
+	$(VENV)/bin/python benchmarks/quality.py --out result/quality --switches --scenes 20
+	$(VENV)/bin/python benchmarks/quality.py --out result/quality --page docs/quality.md
 
 # with a Python that has all packages already: make bench-gpu PY=python3 OUT=results-here
 PY ?= $(VENV)/bin/python

@@ -44,6 +44,24 @@ HELD_OUT = 1_000_000  # the first seed that is not trained on
 NEAR = 0.1  # of the frame's width: how far from its place a thing may be
 MADE = "results.jsonl"
 
+WRONG = {  # what is wrong in the second row of a task
+    "t2v": "prompt",
+    "i2v": "picture",
+    "reference_to_video": "references",
+    "single_shot_extension": "clip",
+    "shot_switching_extension": "tag",
+    "talking_avatar": "sound",
+}
+INTRODUCTION = """# Quality
+
+The built-in model (`--model_id tiny`) on scenes of its drawn world that it was not trained on, whose truth is known.
+Made by `make quality` ([benchmarks/quality.py](../benchmarks/quality.py)); the figures are those of
+[training/measure.py](../training/measure.py) and of `--check`. Shares are of the scenes in which something is right, 1
+is all; the others are medians. "Wrong" rows are what a figure falls to where the model is told something else than what
+it is measured by. The model is small: what a switch costs here says which way it goes, not how much on the published
+checkpoints.
+"""
+
 Figures = dict[str, float]
 
 
@@ -251,6 +269,9 @@ SWITCHES: dict[str, dict[str, dict[str, Any]]] = {  # what is next to the defaul
 }
 
 
+# Making and measuring
+
+
 @cache
 def generator_of(task: str, model: str) -> VideoGenerator:
     return load(task, model_id=model, height=HEIGHT, width=WIDTH, device="cpu", no_cache=True)
@@ -297,6 +318,24 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield {"task": task, "variant": name, "scenes": args.scenes, "figures": figures}
 
 
+def page_of(lines: list[dict[str, Any]]) -> str:
+    """Tables of all that was measured, as Markdown; of what was measured twice, the later."""
+    latest = {(line["task"], line["variant"]): line for line in lines}
+    text = [INTRODUCTION]
+    for task in CASES:
+        rows = {variant: line for (name, variant), line in latest.items() if name == task}
+        if not rows:
+            continue
+        names = list(dict.fromkeys(name for line in rows.values() for name in line["figures"]))
+        text += [f"## {task}", "", f"| | scenes | {' | '.join(names)} |", f"|---|---:|{'---:|' * len(names)}"]
+        for variant, line in rows.items():
+            title = {"": "default", "wrong": f"wrong {WRONG[task]}"}.get(variant, f"`{variant}`")
+            cells = [f"{line['figures'][name]:g}" if name in line["figures"] else "" for name in names]
+            text.append(f"| {title} | {line['scenes']} | {' | '.join(cells)} |")
+        text.append("")
+    return "\n".join(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--scenes", type=int, default=50, help="of each task")
@@ -304,7 +343,12 @@ def main() -> None:
     parser.add_argument("--switches", action="store_true", help="flags next to the default, instead of wrong inputs")
     parser.add_argument("--model_id", default="tiny")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"), help=f"folder of {MADE}")
+    parser.add_argument("--page", type=Path, help="make nothing; write what was measured to this Markdown file")
     args = parser.parse_args()
+    if args.page is not None:
+        lines = (args.out / MADE).read_text(encoding="utf-8").splitlines()
+        args.page.write_text(page_of([json.loads(line) for line in lines]), encoding="utf-8")
+        return
     logging.getLogger("skyreels_v3").setLevel(logging.ERROR)
     args.out.mkdir(parents=True, exist_ok=True)
     for line in run(args):

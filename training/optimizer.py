@@ -149,7 +149,7 @@ class Trainer:
         torch._foreach_copy_([parameter.detach() for parameter in self.parameters], self.average)
 
     @torch.no_grad()
-    def average_into(self, module: nn.Module) -> None:
-        """The moving average as another module's weights."""
-        for parameter, value in zip(module.parameters(), self.average, strict=True):
+    def average_into(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Copy the moving average to the parameters of another module."""
+        for parameter, value in zip(parameters, self.average, strict=True):
             parameter.copy_(value)

@@ -64,6 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=4.5, help="in which all is done and written")
     parser.add_argument("--only", action="append", choices=MODELS, help="a model to train; may be given again")
     parser.add_argument("--resume", type=Path, help="folder with weights to go on from")
+    parser.add_argument("--encoders", action="store_true", help="go on with the VAEs' encoders too: a new latent space")
     parser.add_argument("--toy", action="store_true", help="small pictures and banks, to see that all of it runs")
     parser.add_argument("--threads", type=int, default=2, help="of each process")
     return parser.parse_args()
@@ -74,9 +75,10 @@ def parse() -> argparse.Namespace:
 
 def run_all(options: argparse.Namespace, folder: Path, begun: float) -> None:
     """Import and draw once, then fork a process for each model."""
-    names = options.only or list(TRANSFORMERS if options.resume is not None else MODELS)
+    anew = options.resume is None or options.encoders
+    names = options.only or list(MODELS if anew else TRANSFORMERS)
     if options.resume is not None:
-        take_apart(options.resume, folder)
+        take_apart(options.resume, folder, ready=not anew)
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # no CUDA in the parent
     import torch
 
@@ -125,8 +127,8 @@ def put_together(work: Path, out: Path) -> None:
         (out / "sheet.tmp.png").replace(out / "sheet.png")
 
 
-def take_apart(folder: Path, work: Path) -> None:
-    """Weights of an earlier run as the parts of this one; its VAEs are done."""
+def take_apart(folder: Path, work: Path, ready: bool) -> None:
+    """Weights of an earlier run as the parts of this one; whether its encoders are `ready` to be learned from."""
     from safetensors.torch import load_file
 
     for family in VAES.values():
@@ -137,7 +139,7 @@ def take_apart(folder: Path, work: Path) -> None:
             part = {key.removeprefix(place): value for key, value in tensors.items() if key.startswith(place)}
             if of == family and part:
                 write_tensors(work / f"{name}.safetensors", part)
-                if name in VAES:
+                if name in VAES and ready:
                     (work / f"{name}.ready").touch()
 
 
@@ -191,7 +193,7 @@ class Run:
         self.end = self.begun + self.seconds - min(RESERVE[options.device], 0.2 * self.seconds)
         self.freeze, self.vae_end = ENDS_ALONE if alone else ENDS
         self.sizes = tasks.TOY if options.toy else tasks.ON_CUDA if options.device == "cuda" else tasks.ON_CPU
-        self.toy = options.toy
+        self.encoders = options.encoders
 
     def at(self, part: float) -> float:
         """The time when a part of all is over."""
@@ -349,7 +351,7 @@ def train_vae(name: str, run: Run) -> None:
 
     def train(end: float, frozen: bool) -> None:
         begun = told = time.time()
-        before = 0
+        before, averaged = 0, copy.deepcopy(vae)
         while (now := time.time()) < end:
             progress = 1.0 if frozen else (now - begun) / (end - begun)
             loss_of = loss_of_decoder if frozen else loss_of_both
@@ -358,6 +360,8 @@ def train_vae(name: str, run: Run) -> None:
                 logger.info("step %d, error %.4f", trainer.steps, float(trainer.loss) / (trainer.steps - before))
                 told, before = now, trainer.steps
                 trainer.loss.zero_()
+                trainer.average_into(parameter for parameter in averaged.parameters() if parameter.requires_grad)
+                run.write(name, averaged)
         trainer.take_average()
         logger.info("%d steps; %s", trainer.steps, measured())
 
@@ -365,6 +369,7 @@ def train_vae(name: str, run: Run) -> None:
         with torch.no_grad():  # little noise at first
             vae.quant_conv.weight[networks.LATENTS :].mul_(0.1)
             vae.quant_conv.bias[networks.LATENTS :].fill_(-5)
+    if not resumed or run.encoders:
         trainer = Trainer(vae.parameters())
         train(max(run.at(run.freeze), time.time() + LEAST * run.seconds), frozen=False)
         with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16):
@@ -382,7 +387,7 @@ def train_vae(name: str, run: Run) -> None:
     for parameter in (*vae.encoder.parameters(), *vae.quant_conv.parameters()):
         parameter.requires_grad_(False)
     trainer = Trainer(parameter for parameter in vae.parameters() if parameter.requires_grad)
-    train(run.end if resumed else min(run.end, run.at(run.vae_end)), frozen=True)
+    train(min(run.end, run.at(run.vae_end)), frozen=True)
     run.write(name, vae)
     picture_of_vae(name, run, vae)
 
@@ -487,10 +492,10 @@ def train_transformer(name: str, run: Run) -> None:
                 told, before = now, trainer.steps
                 trainer.loss.zero_()
             if now - written > 20:
-                trainer.average_into(averaged)
+                trainer.average_into(averaged.parameters())
                 run.write(name, averaged)
                 written = now
-    trainer.average_into(averaged)
+    trainer.average_into(averaged.parameters())
     run.write(name, averaged)
     logger.info("%d steps, %.1f s", trainer.steps, time.time() - begun)
     run.read(f"vae_{task.vae}", vae)

@@ -43,7 +43,7 @@ def test_it_learns_and_averages():
         losses.append(float(trainer.loss))
     assert sum(losses[-10:]) < 0.3 * sum(losses[:10])
     averaged = network()
-    trainer.average_into(averaged)
+    trainer.average_into(averaged.parameters())
     held = batches(151)[-1]
     assert (averaged(held["x"]) - held["y"]).square().mean() < 0.3 * sum(losses[:10]) / 10
 
