@@ -141,11 +141,11 @@ class AssetResolver:
         request = replace(request, lora=loras)
         first, *others = family_of(request.task).repositories(request.task)
         if checkpoint is None:
-            if loras:  # they weigh less than what would have been fetched in vain
+            task, tiny = request.task, request.model_id == TINY
+            if loras and not tiny:  # they weigh less than what would have been fetched in vain
                 from skyreels_v3.components import check_components
 
                 check_components(request, None)
-            task, tiny = request.task, request.model_id == TINY
             make = (lambda: make_tiny(task)) if tiny else (lambda: download(request, first))
             checkpoint = Path(self.fetch(f"{source} {request.model_id} {task.name}", make))
         for repository in others:

@@ -29,7 +29,7 @@ from skyreels_v3.checkpoints.tiny import LAYOUTS, WEIGHTS  # noqa: E402
 from skyreels_v3.tasks import TaskSpec, task_spec  # noqa: E402
 from skyreels_v3.wan import key_maps  # noqa: E402
 from training import encoders, layouts, networks, sound  # noqa: E402
-from training.train import TRANSFORMERS  # noqa: E402
+from training.run import TRANSFORMERS  # noqa: E402
 
 TASKS = {  # a task of each checkpoint, and the name of its transformer in the training
     "reference_to_video": "reference_to_video",

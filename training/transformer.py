@@ -1,0 +1,141 @@
+"""Training of a transformer, on latents of the drawn world."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training import networks, sampling, tasks
+from training.optimizer import Trainer
+from training.run import HELD_OUT, Run, Schedule
+
+PEAK_RATE = 6e-3
+WRITE_EVERY = 20  # seconds
+FIRST_CHUNKS = 12  # of each kind, encoded before the first step
+
+logger = logging.getLogger("training")
+
+
+class TransformerTraining:
+    """Draws while the VAE is not there yet; then learns, with new samples every few steps."""
+
+    def __init__(self, name: str, run: Run) -> None:
+        self.name, self.run = name, run
+        self.task = tasks.TASKS[name](name, run.sizes, run.device, run.folder / f"encoders_{name}")
+        self.vae_name = f"vae_{self.task.vae}"
+        self.model: Any = networks.build_transformer(name)
+        self.seed = 2_000_000  # of the next sample
+        if run.has(name):
+            run.read(name, self.model)
+            self.seed += int(run.start * 7) % 1_000_000_000
+        self.model.to(run.device)
+        self.averaged = copy.deepcopy(self.model)
+        self.trainer = Trainer(self.model.parameters(), low=low(self.model))
+        self.drawn: list[tuple[str, tasks.Sample]] = []
+        logger.info("%.2f M parameters", networks.parameters_of(self.model) / 1e6)
+
+    def train(self) -> None:
+        run, task, trainer = self.run, self.task, self.trainer
+        latents = self.wait_for_latents()
+        for _ in range(min(len(self.drawn), FIRST_CHUNKS * len(task.kinds))):
+            self.encode(latents)
+        schedule = Schedule(PEAK_RATE, run.end)
+        logged, written, before = schedule.start, schedule.start, 0
+        with networks.quick_tables():
+            while (now := time.time()) < run.end:
+                progress = schedule.progress(now)
+                target, condition = task.batch(progress)
+                inputs = target, torch.randn_like(target), task.noise_levels(len(target)), condition
+                trainer.step(self.loss_of, inputs, schedule.rate(progress))
+                if self.drawn:
+                    self.encode(latents)
+                elif trainer.steps % run.sizes.steps == 0:
+                    self.draw(trainer.steps // run.sizes.steps)
+                if now - logged > run.log_every:
+                    held = sum(bank.count for bank in task.banks.values())
+                    mean = float(trainer.loss) / (trainer.steps - before)
+                    logger.info("step %d, loss %.4f, %d samples", trainer.steps, mean, held)
+                    logged, before = now, trainer.steps
+                    trainer.loss.zero_()
+                if now - written > WRITE_EVERY:
+                    self.write()
+                    written = now
+        self.write()
+        logger.info("%d steps, %.1f s", trainer.steps, time.time() - schedule.start)
+        self.picture(latents)
+
+    def loss_of(self, inputs: Any) -> Tensor:
+        """Flow matching: the error of the predicted velocity."""
+        target, noise, sigma, condition = inputs
+        level = sigma.view(-1, 1, 1, 1, 1)
+        noisy = (1 - level) * target + level * noise
+        made = tasks.velocity(self.model, condition, noisy, sigma, self.task.floor)
+        return (made - (noise - target)).square().mean()
+
+    def wait_for_latents(self) -> tasks.Latents:
+        """The VAE, once its encoder is done."""
+        ready = self.run.ready(self.vae_name)
+        while not ready.is_file():
+            if time.time() > self.run.end:
+                raise SystemExit("there is no VAE")
+            if len(self.drawn) * self.run.sizes.chunk < self.run.sizes.first:
+                self.draw(len(self.drawn))
+            else:
+                time.sleep(0.1)
+        while len(self.drawn) < 4 * len(self.task.kinds):
+            self.draw(len(self.drawn))
+        logger.info("%d samples are drawn", len(self.drawn) * self.run.sizes.chunk)
+        return tasks.Latents(self.read_vae(), self.run.device)
+
+    def read_vae(self) -> Any:
+        vae = networks.build_vae(self.task.vae)
+        self.run.read(self.vae_name, vae)
+        return vae
+
+    def draw(self, number: int) -> None:
+        """Draw some samples, of the kinds in turn; their pixels wait in the CPU's memory."""
+        kind = self.task.kinds[number % len(self.task.kinds)]
+        chunk = self.run.sizes.chunk
+        made = self.task.draw(kind, range(self.seed, self.seed + chunk))
+        self.seed += chunk
+        made = {key: value.cpu() if value.dtype == torch.uint8 else value for key, value in made.items()}
+        self.drawn.append((kind, made))
+
+    def encode(self, latents: tasks.Latents) -> None:
+        kind, samples = self.drawn.pop(0)
+        self.task.banks[kind].add(self.task.encode(samples, latents))
+
+    def write(self) -> None:
+        self.trainer.average_into(self.averaged.parameters())
+        self.run.write(self.name, self.averaged)
+
+    @torch.no_grad()
+    def picture(self, latents: tasks.Latents) -> None:
+        """Held-out scenes as the product's own denoising loop makes them: truth above, sample below, several frames."""
+        task, vae = self.task, self.read_vae().to(self.run.device)
+        rows: list[list[Tensor]] = []
+        for kind in task.kinds:
+            samples = task.encode(task.draw(kind, range(HELD_OUT + 10, HELD_OUT + 14)), latents)
+            made, truth = sampling.sample(self.name, task, self.averaged.eval(), kind, samples)
+            some = [sampling.decode(vae, part).clamp(-1, 1) for part in (truth, made)]
+            seen = tasks.CONDITION_FRAMES if kind == "single" else 0
+            error = (some[0] - some[1])[:, :, seen:].square().mean((1, 3, 4)) / 4  # (B, F)
+            video, first = float(error.mean()), float((-10 * error[:, 0].log10()).mean())
+            logger.info("%s: %.2f dB to the truth, first frame %.2f", kind or self.name, -10 * math.log10(video), first)
+            count = error.shape[1]
+            frames = [max(0, seen - 1), *(seen + count * step // 4 for step in range(1, 4)), seen + count - 1]
+            for pair in ((0, 1), (2, 3)) if kind == task.kinds[0] else ((0, 1),):
+                rows += [[part[index, :, frame] for index in pair for frame in frames] for part in some]
+        self.run.write_pictures(self.name, rows)
+
+
+def low(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that the product has in bfloat16."""
+    wide = getattr(type(model), "_keep_in_fp32_modules", None) or []
+    return [value for key, value in model.named_parameters() if not any(part in key for part in wide)]

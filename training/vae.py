@@ -1,0 +1,199 @@
+"""Training of a VAE on pictures, then clips, of the drawn world."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from training import networks, sound, tasks, world
+from training.optimizer import Trainer
+from training.run import HELD_OUT, VAES, Run, Schedule
+
+KINDS = {"scene": 0.62, "face": 0.23, "picture": 0.15}  # of clips, and how often they are learned from
+CLIP_FRAMES = 17
+CROPPED, WHOLE = {1: 64, 9: 8, 17: 5}, {1: 16, 9: 3, 17: 2}  # clips in a batch, by their frames
+RENEWED, RENEW_EVERY = 4, 16  # clips that give way to new ones, and after how many steps
+PEAK_RATE = 2e-3
+FIRST_LOG_VARIANCE = -5  # little noise at first
+KL_WEIGHT = 3e-5
+LEAST = 0.2  # of the time is for the encoder in every case
+
+logger = logging.getLogger("training")
+
+
+class VAETraining:
+    """First encoder and decoder; then the decoder goes on alone while the transformers learn from the encoder."""
+
+    def __init__(self, name: str, run: Run) -> None:
+        self.name, self.run = name, run
+        self.vae: Any = networks.build_vae(VAES[name])
+        self.resumed = run.has(name)
+        if self.resumed:
+            run.read(name, self.vae)
+        self.vae.to(run.device)
+        networks.lay_out(self.vae)
+        self.seed = 50_000_000 + (int(run.start * 10) if self.resumed else 0)  # of the next clip
+        shares = {"scene": run.sizes.first // 4, "face": run.sizes.first // 8, "picture": run.sizes.first // 8}
+        chunk = run.sizes.chunk
+        self.clips = {
+            kind: torch.cat([self.draw(kind, chunk) for _ in range(max(1, share // chunk))])
+            for kind, share in shares.items()
+        }
+        self.replaced = dict.fromkeys(self.clips, 0)
+        logger.info("%.2f M parameters; clips are drawn", networks.parameters_of(self.vae) / 1e6)
+
+    def train(self) -> None:
+        run, vae = self.run, self.vae
+        if not self.resumed:
+            with torch.no_grad():
+                vae.quant_conv.weight[networks.LATENTS :].mul_(0.1)
+                vae.quant_conv.bias[networks.LATENTS :].fill_(FIRST_LOG_VARIANCE)
+        if not self.resumed or run.encoders:
+            self.learn(max(run.encoder_end, time.time() + LEAST * (run.end - run.start)), frozen=False)
+            used = self.normalise()
+            logger.info("encoder done: %d of 16 channels hold more than noise; %s", used, self.measured())
+            run.write(self.name, vae)
+            run.ready(self.name).touch()
+        for parameter in (*vae.encoder.parameters(), *vae.quant_conv.parameters()):
+            parameter.requires_grad_(False)
+        self.learn(run.decoder_end, frozen=True)
+        run.write(self.name, vae)
+        video = tasks.from_bytes(self.draw("scene", 6, HELD_OUT + 1))
+        with torch.no_grad():
+            again = networks.decoded(vae, networks.moments_of(vae, video)[0])
+        run.write_pictures(self.name, [[*video[:, :, 8]], [*again[:, :, 8]]])
+
+    def learn(self, end: float, frozen: bool) -> None:
+        """Train what requires gradients until a time; `frozen`: the encoder does not."""
+        trainer = Trainer(parameter for parameter in self.vae.parameters() if parameter.requires_grad)
+        averaged = copy.deepcopy(self.vae)
+        schedule = Schedule(PEAK_RATE, end, lowest=0.03)
+        logged, before = time.time(), 0
+        while (now := time.time()) < end:
+            progress = schedule.progress(now)
+            if trainer.steps % RENEW_EVERY == RENEW_EVERY - 1:
+                self.renew()
+            video = self.batch(1.0 if frozen else progress)
+            trainer.step(self.loss_of_decoder if frozen else self.loss_of_both, video, schedule.rate(progress))
+            if now - logged > self.run.log_every:
+                logger.info("step %d, error %.4f", trainer.steps, float(trainer.loss) / (trainer.steps - before))
+                logged, before = now, trainer.steps
+                trainer.loss.zero_()
+                trainer.average_into(parameter for parameter in averaged.parameters() if parameter.requires_grad)
+                self.run.write(self.name, averaged)
+        trainer.take_average()
+        logger.info("%d steps; %s", trainer.steps, self.measured())
+
+    def loss_of_both(self, video: Tensor) -> Tensor:
+        return self.loss_of(video, frozen=False)
+
+    def loss_of_decoder(self, video: Tensor) -> Tensor:
+        return self.loss_of(video, frozen=True)
+
+    def loss_of(self, video: Tensor, frozen: bool) -> Tensor:
+        with torch.autocast(self.run.device.type, torch.bfloat16):
+            with torch.set_grad_enabled(not frozen):
+                mean, log_variance = networks.moments_of(self.vae, video)
+            deviation = (0.5 * log_variance).exp()
+            again = networks.decoded(self.vae, mean + deviation * torch.randn_like(mean))
+        loss = (again - video).abs().mean() + (again - video).square().mean()
+        if not frozen:
+            loss = loss + KL_WEIGHT * 0.5 * (mean.square() + deviation.square() - 1 - log_variance).mean()
+        return loss
+
+    def batch(self, progress: float) -> Tensor:
+        """Clips (B, 3, F, H, W) in [-1, 1]: parts of single frames at first, more frames later, then whole ones."""
+        kind = str(np.random.default_rng(int(torch.randint(1 << 30, ()))).choice([*KINDS], p=[*KINDS.values()]))
+        chance, frames, whole = float(torch.rand(())), 1, progress > 0.7
+        if kind != "picture" and progress > 0.5:
+            frames = 17 if chance < 0.5 else 9 if chance < 0.8 else 1
+        elif kind != "picture" and progress > 0.2:
+            frames = 9 if chance < 0.65 else 1
+        clips = self.clips[kind]
+        size = max(2, round((WHOLE if whole else CROPPED)[frames] * self.run.sizes.batch))
+        video = clips[torch.randint(len(clips), (size,), device=clips.device)]
+        first = int(torch.randint(video.shape[2] - frames + 1, ())) if float(torch.rand(())) < 0.5 else 0
+        video = video[:, :, first : first + frames]
+        if not whole:
+            height, width = (side // 2 // 8 * 8 for side in self.run.sizes.scene)
+            top = 8 * int(torch.randint((video.shape[3] - height) // 8 + 1, ()))
+            left = 8 * int(torch.randint((video.shape[4] - width) // 8 + 1, ()))
+            video = video[..., top : top + height, left : left + width]
+        return tasks.from_bytes(video).contiguous(memory_format=torch.channels_last_3d)
+
+    def renew(self) -> None:
+        """Draw a few new clips in the place of old ones."""
+        kind = [*KINDS][int(torch.randint(len(KINDS), ()))]
+        at = self.replaced[kind] % (len(self.clips[kind]) - RENEWED + 1)
+        self.clips[kind][at : at + RENEWED] = self.draw(kind, RENEWED)
+        self.replaced[kind] = at + RENEWED
+
+    def draw(self, kind: str, size: int, seed: int | None = None) -> Tensor:
+        """New clips, or those from a seed on."""
+        if seed is None:
+            seed = self.seed
+            self.seed += size
+        return draw_clips(self.run, kind, range(seed, seed + size))
+
+    @torch.no_grad()
+    def normalise(self) -> int:
+        """Give the latents the published mean and deviation; how many of their channels hold more than noise."""
+        with torch.autocast(self.run.device.type, torch.bfloat16):
+            found = [
+                networks.moments_of(self.vae, tasks.from_bytes(self.clips[kind][:size]))
+                for kind, size in (("scene", 32), ("face", 16))
+            ]
+        means, variances = (torch.cat([part[i].transpose(0, 1).flatten(1) for part in found], dim=1) for i in (0, 1))
+        std = (means.var(dim=1) + variances.exp().mean(dim=1)).sqrt()
+        networks.fold_normalisation(self.vae, means.mean(dim=1), std)
+        return int((means.std(dim=1) / std > 0.5).sum())
+
+    @torch.no_grad()
+    def measured(self) -> str:
+        """PSNR of clips that were not trained on."""
+        figures = []
+        for kind in ("scene", "face"):
+            video = tasks.from_bytes(self.draw(kind, self.run.sizes.chunk, HELD_OUT + 1))
+            with torch.autocast(self.run.device.type, torch.bfloat16):
+                again = networks.decoded(self.vae, networks.moments_of(self.vae, video)[0]).clamp(-1, 1)
+            error = (again - video).square().mean((1, 2, 3, 4)) / 4
+            figures.append(f"{kind} {float((-10 * error.log10()).mean()):.2f} dB")
+        return ", ".join(figures)
+
+
+def draw_clips(run: Run, kind: str, seeds: Sequence[int]) -> Tensor:
+    """uint8 clips (N, 3, F, H, W); of pictures, one frame."""
+    height, width = run.sizes.scene
+    if kind == "face":
+        mouths = [spoken(seed % 16)[:CLIP_FRAMES] for seed in seeds]
+        faces = [world.make_face(seed, mouth) for seed, mouth in zip(seeds, mouths, strict=True)]
+        video = world.render_faces(faces, *run.sizes.face, run.device)
+        for index in range(0, len(seeds), 4):  # as the pipeline fills up what is not known
+            video[index, :, 1 if index % 8 else 5 :] = 0
+        return tasks.to_bytes(video)
+    scenes = [world.make_scene(seed, width / height) for seed in seeds]
+    if kind == "picture":
+        shown = [world.references(scene)[0] for scene in scenes]
+        made = tasks.to_bytes(world.render(shown, 1, height, height, run.device, fine=True))
+        margin = (width - height) // 2
+        return nn.functional.pad(made, (margin, width - height - margin), value=255)
+    starts = [float(np.random.default_rng([9, seed]).uniform(0, 4)) for seed in seeds]
+    scenes = [
+        world.cut_to(scene, start, world.CUTS[seed % 4]) if seed % 5 == 0 else scene
+        for scene, start, seed in zip(scenes, starts, seeds, strict=True)
+    ]
+    return tasks.to_bytes(world.render(scenes, CLIP_FRAMES, height, width, run.device, starts))
+
+
+@cache
+def spoken(seed: int) -> np.ndarray:
+    """How a mouth moves in a second."""
+    return sound.mouth_of(sound.make_voice(seed, 2.0))[12:]
