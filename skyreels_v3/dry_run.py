@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from skyreels_v3 import throughput
-from skyreels_v3.checkpoints import hub
+from skyreels_v3.checkpoints import hub, tiny
 from skyreels_v3.checkpoints.files import Repository
-from skyreels_v3.checkpoints.tiny import unpack
 from skyreels_v3.families import family_of
 from skyreels_v3.media.files import existing_folder, giga
 from skyreels_v3.memory.policy import TILINGS
@@ -26,9 +25,12 @@ def dry_run(request: GenerationRequest, downloads: Path, ranks: Ranks) -> str:
     checked = preflight(request, downloads, ranks)
     if checked.done:
         return f"{'done':14}{checked.request.output}"
-    if checked.request.model_id == TINY:  # which leaves nothing in the cache
-        checked = replace(checked, checkpoint=downloads / TINY)
-        unpack(checked.request.task, downloads / TINY)
+    if checked.request.model_id == TINY:
+        checkpoint = tiny.folder_of(checked.request.task)
+        if not checkpoint.is_dir():  # nothing is left in the cache
+            checkpoint = downloads / TINY
+            tiny.unpack(checked.request.task, checkpoint)
+        checked = replace(checked, checkpoint=checkpoint)
     if checked.checkpoint is not None or checked.request.lora:
         from skyreels_v3.components import check_components  # imports all libraries that load models
 
