@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
+import shutil
 import sys
 import tempfile
 import wave
@@ -22,20 +24,23 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installing
 
 import numpy as np
 import torch
 from imageio_ffmpeg import write_frames
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from skyreels_v3 import load
 from skyreels_v3.api import Frame, VideoGenerator
+from skyreels_v3.checkpoints.tiny import make_tiny
+from skyreels_v3.families import family_of
 from skyreels_v3.quality import Meter
-from training import measure, sound, world
+from skyreels_v3.tasks import TINY, task_spec
+from training import measure, networks, sound, world
 from training.tasks import CONDITION_FRAMES, CUT_LENGTHS, from_bytes, to_bytes
 
 HEIGHT, WIDTH, FACE = 96, 160, 128  # as trained
@@ -43,15 +48,8 @@ FPS = 24
 HELD_OUT = 1_000_000  # the first seed that is not trained on
 NEAR = 0.1  # of the frame's width: how far from its place a thing may be
 MADE = "results.jsonl"
+LABEL = 12  # pixels
 
-WRONG = {  # what is wrong in the second row of a task
-    "t2v": "prompt",
-    "i2v": "picture",
-    "reference_to_video": "references",
-    "single_shot_extension": "clip",
-    "shot_switching_extension": "tag",
-    "talking_avatar": "sound",
-}
 INTRODUCTION = """# Quality
 
 The built-in model (`--model_id tiny`) on scenes of its drawn world that it was not trained on, whose truth is known.
@@ -131,7 +129,7 @@ def told_apart(video: Tensor, scene: world.Scene) -> Figures:
     }
 
 
-# Cases: of a seed, in a folder for their inputs; `wrong` swaps what the model is told for that of another scene
+# Cases, see `Subject.case`
 
 
 def from_text(seed: int, folder: Path, wrong: bool) -> Case:
@@ -230,15 +228,57 @@ def avatar(seed: int, folder: Path, wrong: bool) -> Case:
     return Case(flags | {"height": FACE, "width": FACE}, judge)
 
 
-CASES: dict[str, Callable[[int, Path, bool], Case]] = {
-    "t2v": from_text,
-    "i2v": from_picture,
-    "reference_to_video": from_references,
-    "single_shot_extension": extension,
-    "shot_switching_extension": shot,
-    "talking_avatar": avatar,
+def long_extension(seed: int, folder: Path, wrong: bool) -> Case:
+    """30 s, of which only the first seconds have a truth: things turn back at the frame's sides."""
+    made = extension(seed, folder, wrong)
+    return Case(made.flags | {"duration": 30}, drifting)
+
+
+def long_avatar(seed: int, folder: Path, wrong: bool) -> Case:
+    """100 s."""
+    made = avatar(seed, folder, wrong)
+    write_voice(folder / "voice.wav", sound.make_voice(HELD_OUT + seed + wrong, 100.0))
+    return Case(made.flags, drifting)
+
+
+def drifting(video: Tensor) -> Figures:
+    """What needs no truth."""
+    meter = Meter(FPS)
+    meter.add(pixels_of(video))
+    quality = meter.quality()
+    return {
+        "color drift": quality.drift,
+        "flicker": quality.flicker,
+        "cuts": len(quality.cuts),
+        "noisy or of one color, %": 100 * (quality.noisy + quality.flat) / quality.frames,
+    }
+
+
+class Subject(NamedTuple):
+    """What is judged.
+
+    Attributes:
+        case: of a seed, in a folder for its inputs; `wrong` swaps what the model is told for that of another scene.
+        share: of the scenes.
+    """
+
+    task: str
+    case: Callable[[int, Path, bool], Case]
+    wrong: str
+    share: float = 1.0
+
+
+SUBJECTS = {
+    "t2v": Subject("t2v", from_text, "prompt"),
+    "i2v": Subject("i2v", from_picture, "picture"),
+    "reference_to_video": Subject("reference_to_video", from_references, "references"),
+    "single_shot_extension": Subject("single_shot_extension", extension, "clip"),
+    "shot_switching_extension": Subject("shot_switching_extension", shot, "tag"),
+    "talking_avatar": Subject("talking_avatar", avatar, "sound"),
+    "single_shot_extension, 30 s": Subject("single_shot_extension", long_extension, "clip", 0.1),
+    "talking_avatar, 100 s": Subject("talking_avatar", long_avatar, "sound", 0.04),
 }
-SWITCHES: dict[str, dict[str, dict[str, Any]]] = {  # what is next to the default, by task
+SWITCHES: dict[str, dict[str, dict[str, Any]]] = {  # what is next to the default, by subject
     "t2v": {
         "--quant fp8": {"quant": "fp8"},
         "--quant fp8_dynamic": {"quant": "fp8_dynamic"},
@@ -262,10 +302,10 @@ SWITCHES: dict[str, dict[str, dict[str, Any]]] = {  # what is next to the defaul
     "talking_avatar": {
         "--quant fp8": {"quant": "fp8"},
         **{f"--num_inference_steps {steps}": {"num_inference_steps": steps} for steps in (2, 8)},
-        "--color_correction_strength 0": {"color_correction_strength": 0.0},
         "--text_guidance_scale 3": {"text_guidance_scale": 3.0},
         "--audio_guidance_scale 3": {"audio_guidance_scale": 3.0},
     },
+    "talking_avatar, 100 s": {"--color_correction_strength 0": {"color_correction_strength": 0.0}},
 }
 
 
@@ -283,14 +323,14 @@ def video_of(task: str, model: str, flags: Mapping[str, Any], seed: int) -> Tens
     return from_bytes(torch.from_numpy(np.stack(made))).permute(3, 0, 1, 2)
 
 
-def judged(task: str, model: str, scenes: int, wrong: bool = False, **more: Any) -> tuple[Figures, list[Tensor]]:
+def judged(subject: Subject, model: str, scenes: int, wrong: bool = False, **more: Any) -> tuple[Figures, list[Tensor]]:
     """Figures over some scenes, a share or a median each, and the videos."""
     found: dict[str, list[float]] = {}
     videos = []
     for seed in range(scenes):
         with tempfile.TemporaryDirectory() as folder:
-            case = CASES[task](seed, Path(folder), wrong)
-            videos.append(video_of(task, model, case.flags | more, seed))
+            case = subject.case(seed, Path(folder), wrong)
+            videos.append(video_of(subject.task, model, case.flags | more, seed))
         for name, value in case.judge(videos[-1]).items():
             found.setdefault(name, []).append(value)
     return {name: summary(values) for name, values in found.items()}, videos
@@ -302,36 +342,97 @@ def summary(values: list[float]) -> float:
     return round(float(np.mean(values) if shares else np.median(values)), 3)
 
 
-def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    for task in args.only or CASES:
-        figures, videos = judged(task, args.model_id, args.scenes)
-        yield {"task": task, "variant": "", "scenes": args.scenes, "figures": figures}
+class Result(NamedTuple):
+    """Figures of a subject; `variant` is "" for the default, "wrong", or flags."""
+
+    subject: str
+    variant: str
+    scenes: int
+    figures: Figures
+    video: Tensor | None = None  # of the first scene
+
+
+def run(args: argparse.Namespace) -> Iterator[Result]:
+    for family in {task_spec(subject.task).family for subject in SUBJECTS.values()} if not args.only else ():
+        yield Result(f"VAE, {family}", "", args.scenes, vae_figures(family, args.scenes))
+    for name in args.only or SUBJECTS:
+        subject = SUBJECTS[name]
+        scenes = math.ceil(args.scenes * subject.share)
+        figures, videos = judged(subject, args.model_id, scenes)
+        yield Result(name, "", scenes, figures, videos[0])
         if not args.switches:
-            figures, _ = judged(task, args.model_id, args.scenes, wrong=True)
-            yield {"task": task, "variant": "wrong", "scenes": args.scenes, "figures": figures}
+            figures, made = judged(subject, args.model_id, scenes, wrong=True)
+            yield Result(name, "wrong", scenes, figures, made[0])
             continue
-        for name, flags in SWITCHES.get(task, {}).items():
-            figures, changed = judged(task, args.model_id, args.scenes, **flags)
-            pairs = [(one, two) for one, two in zip(videos, changed, strict=True) if one.shape == two.shape]
+        for variant, flags in SWITCHES.get(name, {}).items():
+            figures, made = judged(subject, args.model_id, scenes, **flags)
+            pairs = [pair for pair in zip(videos, made, strict=True) if pair[0].shape == pair[1].shape]
             if pairs:
                 figures["PSNR to the default, dB"] = summary([float(measure.psnr(*pair).mean()) for pair in pairs])
-            yield {"task": task, "variant": name, "scenes": args.scenes, "figures": figures}
+            yield Result(name, variant, scenes, figures, made[0])
 
 
-def page_of(lines: list[dict[str, Any]]) -> str:
-    """Tables of all that was measured, as Markdown; of what was measured twice, the later."""
-    latest = {(line["task"], line["variant"]): line for line in lines}
+@torch.no_grad()
+def vae_figures(family: str, scenes: int) -> Figures:
+    """PSNR of clips after encoding and decoding, and what pieces and tiles add to the error."""
+    spec = next(task_spec(subject.task) for subject in SUBJECTS.values() if task_spec(subject.task).family == family)
+    folder = make_tiny(spec)
+    vae = family_of(spec).loaders(spec, folder, folder, torch.float32, torch.float32)["vae"]()
+    found: dict[str, list[float]] = {"PSNR, dB": [], "whole to pieces, dB": [], "tiles to whole, dB": []}
+    for seed in range(scenes):
+        video = rendered(scene_of(seed), 33)[None]
+        vae.tiles = (1, 1)
+        latents = vae.encode(video)
+        made = torch.cat([*vae.decode_stream(latents)], dim=2)
+        found["PSNR, dB"].append(float(measure.psnr(made[0], video[0]).mean()))
+        whole = networks.decoded(vae.module, networks.denormalised(vae.module, latents)).clamp(-1, 1)
+        found["whole to pieces, dB"].append(float(measure.psnr(made[0], whole[0]).clamp(max=100).mean()))
+        vae.tiles = (2, 2)
+        tiled = torch.cat([*vae.decode_stream(latents)], dim=2)
+        found["tiles to whole, dB"].append(float(measure.psnr(tiled[0], made[0]).clamp(max=100).mean()))
+    return {name: summary(values) for name, values in found.items()}
+
+
+# Pictures and pages
+
+
+def slug(subject: str) -> str:
+    return subject.lower().replace(", ", "-").replace(" ", "-")
+
+
+def add_row(path: Path, title: str, video: Tensor, count: int = 6) -> None:
+    """Add frames of a video to a picture, below those that are in it."""
+    numbers = np.linspace(0, video.shape[1] - 1, count).round().astype(int)
+    frames = np.concatenate([*pixels_of(video[:, numbers])], axis=1)
+    row = Image.new("RGB", (frames.shape[1], frames.shape[0] + LABEL), "white")
+    ImageDraw.Draw(row).text((2, 1), title, fill="black")
+    row.paste(Image.fromarray(frames), (0, LABEL))
+    above = Image.open(path) if path.exists() else Image.new("RGB", (row.width, 0))
+    both = Image.new("RGB", (row.width, above.height + row.height))
+    both.paste(above, (0, 0))
+    both.paste(row, (0, above.height))
+    both.save(path)
+
+
+def page_of(folder: Path, pictures: Path) -> str:
+    """Tables of all that was measured, as Markdown, with the pictures; of what was measured twice, the later."""
+    lines = [json.loads(line) for line in (folder / MADE).read_text(encoding="utf-8").splitlines()]
+    latest = {(line["subject"], line["variant"]): line for line in lines}
     text = [INTRODUCTION]
-    for task in CASES:
-        rows = {variant: line for (name, variant), line in latest.items() if name == task}
-        if not rows:
-            continue
+    for subject in dict.fromkeys(name for name, _ in latest):
+        rows = {variant: line for (name, variant), line in latest.items() if name == subject}
         names = list(dict.fromkeys(name for line in rows.values() for name in line["figures"]))
-        text += [f"## {task}", "", f"| | scenes | {' | '.join(names)} |", f"|---|---:|{'---:|' * len(names)}"]
+        text += [f"## {subject}", "", f"| | scenes | {' | '.join(names)} |", f"|---|---:|{'---:|' * len(names)}"]
         for variant, line in rows.items():
-            title = {"": "default", "wrong": f"wrong {WRONG[task]}"}.get(variant, f"`{variant}`")
+            title = f"`{variant}`" if variant else "default"
+            title = f"wrong {SUBJECTS[subject].wrong}" if variant == "wrong" else title
             cells = [f"{line['figures'][name]:g}" if name in line["figures"] else "" for name in names]
             text.append(f"| {title} | {line['scenes']} | {' | '.join(cells)} |")
+        picture = folder / f"{slug(subject)}.png"
+        if picture.exists():
+            pictures.mkdir(exist_ok=True)
+            shutil.copy(picture, pictures)
+            text += ["", f"![Frames of the first scene]({pictures.name}/{picture.name})"]
         text.append("")
     return "\n".join(text)
 
@@ -339,23 +440,25 @@ def page_of(lines: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--scenes", type=int, default=50, help="of each task")
-    parser.add_argument("--only", action="append", choices=CASES, help="a task; may be given again")
+    parser.add_argument("--only", action="append", choices=SUBJECTS, help="a subject; may be given again")
     parser.add_argument("--switches", action="store_true", help="flags next to the default, instead of wrong inputs")
-    parser.add_argument("--model_id", default="tiny")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"), help=f"folder of {MADE}")
+    parser.add_argument("--model_id", default=TINY, help=f"{TINY}, or a folder for the task of --only")
+    parser.add_argument("--out", type=Path, default=Path("result/quality"), help=f"folder of {MADE} and pictures")
     parser.add_argument("--page", type=Path, help="make nothing; write what was measured to this Markdown file")
     args = parser.parse_args()
     if args.page is not None:
-        lines = (args.out / MADE).read_text(encoding="utf-8").splitlines()
-        args.page.write_text(page_of([json.loads(line) for line in lines]), encoding="utf-8")
+        args.page.write_text(page_of(args.out, args.page.with_suffix("")), encoding="utf-8")
         return
     logging.getLogger("skyreels_v3").setLevel(logging.ERROR)
     args.out.mkdir(parents=True, exist_ok=True)
-    for line in run(args):
+    for result in run(args):
+        line = result._asdict()
+        if (video := line.pop("video")) is not None:
+            add_row(args.out / f"{slug(result.subject)}.png", result.variant or "default", video)
         with (args.out / MADE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        figures = ", ".join(f"{name} {value:g}" for name, value in line["figures"].items())
-        print(f"{line['task']:26}{line['variant'] or 'default':32}{figures}", flush=True)
+        figures = ", ".join(f"{name} {value:g}" for name, value in result.figures.items())
+        print(f"{result.subject:28}{result.variant or 'default':32}{figures}", flush=True)
 
 
 if __name__ == "__main__":
