@@ -76,7 +76,7 @@ class TransformerTraining:
         level = sigma.view(-1, 1, 1, 1, 1)
         noisy = (1 - level) * target + level * noise
         made = tasks.velocity(self.model, condition, noisy, sigma, self.task.floor)
-        return (made - (noise - target)).square().mean()
+        return ((made - (noise - target)).square() * self.task.weight).mean()
 
     def wait_for_latents(self) -> tasks.Latents:
         """The VAE, once its encoder is done."""
