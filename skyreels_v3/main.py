@@ -73,6 +73,10 @@ def make_videos(request: GenerationRequest, downloads: Path, ranks: Ranks) -> It
 
 def act_on(flags: Mapping[str, Any], ranks: Ranks) -> int:
     """Carry out what flags ask for; returns the exit code."""
+    if flags.get("serve"):
+        from skyreels_v3.web.serve import serve
+
+        return serve(flags)
     if "jobs" in flags:
         return run_jobs(flags, ranks)
     run(request_of(flags), ranks)
@@ -168,7 +172,14 @@ def generate_command(argv: Sequence[str]) -> int:
     return main(argv, command=f"{PROGRAM} generate")
 
 
-COMMANDS = {"generate": (generate_command, "make one video, several, or those of a jobs file")}
+def serve_command(argv: Sequence[str]) -> int:
+    return main(["--serve", *argv], command=f"{PROGRAM} serve")
+
+
+COMMANDS = {
+    "generate": (generate_command, "make one video, several, or those of a jobs file"),
+    "serve": (serve_command, "an HTTP API that makes videos, OpenAI's for videos"),
+}
 
 
 def run_command(argv: Sequence[str]) -> int:

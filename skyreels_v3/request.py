@@ -40,6 +40,7 @@ class Flag:
         group: the heading of --help that begins with this flag; "": that of the flag before.
         task_specific: only for tasks whose preset lists it in `takes`.
         usp: only with --use_usp.
+        server: only with --serve.
         path: "input" (a path or URL), "output" or "hub" (a folder or a hub's id); "" for other values.
         several: takes several entries: comma-separated, given several times, or a list in a file.
         recorded: needed to make the same video again.
@@ -58,6 +59,7 @@ class Flag:
     group: str = ""
     task_specific: bool = False
     usp: bool = False
+    server: bool = False
     path: str = ""
     several: bool = False
     recorded: bool = True
@@ -78,6 +80,7 @@ task_flag = partial(flag, task_specific=True)  # for some tasks
 unrecorded = partial(flag, recorded=False)
 run_flag = partial(flag, recorded=False, in_line=False)  # for a whole run, not for a line of --jobs
 parallel = partial(run_flag, usp=True)
+server = partial(run_flag, server=True)
 
 
 class Lora(NamedTuple):
@@ -190,7 +193,8 @@ class GenerationRequest:
     output: Path | None = unrecorded(None,
         "an .mp4, or a folder ending in / for PNG frames (default: result/TASK/SEED_TIME.mp4)", metavar="PATH",
         group="Output", path="output", only_in_line="write it into the lines, a name for each")
-    outdir: str | None = unrecorded(None, "put the video into results/FOLDER, named after prompt, seed and number",
+    outdir: str | None = unrecorded(None,
+        "put the video into results/FOLDER, named after prompt, seed and number; with --serve: its jobs and videos",
         metavar="FOLDER")
     include_input: bool = task_flag(False, "write the input clip and the extension as one video", bool)
     check: bool = unrecorded(False, "measure the new frames: log their figures, and warn of a bad video", bool)
@@ -205,6 +209,14 @@ class GenerationRequest:
         group="Many videos", only_in_line="write a line for each")
     jobs: str | None = run_flag(None,
         "make one video per line of the file, a JSON object of flags", metavar="FILE.jsonl", path="input")
+    serve: bool = run_flag(False, "serve an HTTP API, OpenAI's for videos, instead of making one", bool,
+        group="Server")
+    host: str = server("127.0.0.1", "address to listen on (default: 127.0.0.1); another one needs --api_key",
+        metavar="ADDRESS")
+    port: int = server(8000, "port to listen on; 0: any free one (default: 8000)", int, low=0, high=65535)
+    api_key: str | None = server(None, "key that clients must send, or a file with one per line", metavar="KEY|FILE")
+    no_auth: bool = server(False, "serve other machines without a key", bool)
+    workers: int = server(1, "processes that make videos, one per GPU (default: 1)", int, low=1, high=64)
     url_timeout: float = flag(1.2, "seconds to wait for a server to respond (default: 1.2)", float, low=0.05, high=600,
         group="Other")
     allow_private_urls: bool = run_flag(False, "also fetch inputs from this machine and private networks", bool)

@@ -1,0 +1,131 @@
+"""--serve: the flags of a server, checked, and its run until Ctrl-C."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from skyreels_v3.checkpoints.hub import local_folder
+from skyreels_v3.console import show
+from skyreels_v3.errors import UserError, format_value
+from skyreels_v3.media.files import check_readable, reason_of
+from skyreels_v3.request import BY_NAME, GenerationRequest
+from skyreels_v3.tasks import TINY
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("fastapi", "uvicorn", "python_multipart", "sse_starlette", "prometheus_client")
+FOLDER = "result/server"
+MAX_KEYS_BYTES = 64 << 10
+GRACE = 5  # seconds for open answers at the end
+MAX_HEADER_BYTES = 64 << 10
+MAX_CONNECTIONS = 1000
+
+
+def serve(flags: Mapping[str, Any]) -> int:
+    """Serve until the process is told to end; returns the exit code.
+
+    Raises:
+        UserError: it cannot start.
+        KeyboardInterrupt: it was told to end, and all is closed.
+    """
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise UserError("--serve", f"needs pip install -r requirements-web.txt ({', '.join(missing)} not found)")
+    host, port = flags.get("host", GenerationRequest.host), flags.get("port", GenerationRequest.port)
+    keys = keys_of(flags)
+    check_access(host, keys, flags.get("no_auth", False))
+    defaults = defaults_of(flags)
+    with listen(host, port) as listener:
+        return run(flags, defaults, keys, listener)
+
+
+def run(flags: Mapping[str, Any], defaults: Mapping[str, Any], keys: tuple[str, ...], listener: socket.socket) -> int:
+    """Serve on a socket. The packages are imported only now."""
+    import uvicorn
+
+    from skyreels_v3.web.api import app_of
+    from skyreels_v3.web.queue import Queue
+    from skyreels_v3.web.settings import Settings
+
+    host, port = flags.get("host", GenerationRequest.host), listener.getsockname()[1]
+    folder, private = Path(os.path.expanduser(flags.get("outdir", FOLDER))), flags.get("allow_private_urls", False)
+    settings = Settings(folder.absolute(), defaults, host, keys, private)
+    queue = Queue(settings.folder, server=True)
+    config = uvicorn.Config(
+        app_of(settings, queue), http="h11", ws="none", log_config=None, access_log=False, proxy_headers=False,
+        server_header=False, limit_concurrency=MAX_CONNECTIONS, h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        timeout_graceful_shutdown=GRACE,
+    )  # fmt: skip
+    try:
+        show(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        queue.close()
+    return 0
+
+
+def keys_of(flags: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys in --api_key, or in the file that it names; raises UserError."""
+    given = flags.get("api_key")
+    if given is None:
+        return ()
+    if flags.get("no_auth"):
+        raise UserError("--api_key", "conflicts with --no_auth; give one of them")
+    keys, place = [given], "it"
+    if os.path.exists(os.path.expanduser(given)):
+        path = Path(os.path.expanduser(given))
+        check_readable(path, "--api_key")
+        if path.stat().st_size > MAX_KEYS_BYTES:
+            raise UserError("--api_key", f"{format_value(path)} has more than {MAX_KEYS_BYTES >> 10} KiB; give a key per line")
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        keys, place = [line.strip() for line in lines if line.strip() and not line.startswith("#")], "a line"
+    if not keys or not all(key.isascii() and key.isprintable() and " " not in key and key for key in keys):
+        raise UserError("--api_key", f"{place} is not a key; give letters, digits and signs without spaces")
+    return tuple(dict.fromkeys(keys))
+
+
+def check_access(host: str, keys: tuple[str, ...], no_auth: bool) -> None:
+    """Raise UserError if other machines could use the server without a key, and nobody has said that they may."""
+    from skyreels_v3.web.security import is_loopback
+
+    if not is_loopback(host) and not keys and not no_auth:
+        raise UserError("--host", f"{format_value(host)}: other machines could use this server; add --api_key, or --no_auth")
+
+
+def defaults_of(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that are for the jobs; a folder is named from the root."""
+    defaults = {name: value for name, value in flags.items() if BY_NAME[name].in_line and name != "outdir"}
+    for name in ("model_id", "base_model_id"):
+        model = defaults.get(name, TINY)
+        if model != TINY and local_folder(model, f"--{name}", f"give a folder, or an id of a hub{NOT_BASE[name]}"):
+            defaults[name] = os.path.abspath(os.path.expanduser(model))
+    return defaults
+
+
+NOT_BASE = {"model_id": f", or {TINY}", "base_model_id": ""}
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound to an address; raises UserError if that cannot be."""
+    try:
+        (family, kind, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = f"{format_value(host)} is not an address of this machine ({reason_of(error)})"
+        raise UserError("--host", f"{reason}; give 127.0.0.1, 0.0.0.0 or another one") from error
+    listener = socket.socket(family, kind)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        flag, value = ("--host", host) if error.errno == errno.EADDRNOTAVAIL else ("--port", port)
+        raise UserError(flag, f"{value} cannot be listened on ({reason_of(error)}); give another one") from error
+    return listener
