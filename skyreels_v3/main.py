@@ -17,8 +17,8 @@ from typing import Any
 from skyreels_v3.batch import run_jobs
 from skyreels_v3.checks import request_of
 from skyreels_v3.cli import SCRIPT, parse_flags, verbosity_of
-from skyreels_v3.console import Stderr, escape_unknown, say, show
-from skyreels_v3.errors import IncompleteOutput, UserError, cause_of, format_value, redact
+from skyreels_v3.console import escape_unknown, say, set_up_logging, show
+from skyreels_v3.errors import IncompleteOutput, UserError, cause_of, format_value
 from skyreels_v3.media.files import is_url
 from skyreels_v3.parallel import processes
 from skyreels_v3.parallel.ranks import SINGLE, Ranks, check_ranks, ranks_of
@@ -103,22 +103,6 @@ def start_processes(flags: Mapping[str, Any], argv: Sequence[str], wanted: int) 
     return launch([str(Path(__file__).with_name("__main__.py")), "generate", *argv, *task], wanted)
 
 
-class RedactingFormatter(logging.Formatter):
-    """Redacts URLs in all that is logged, tracebacks of libraries included."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
-
-
-def set_up_logging(verbosity: int, ranks: Ranks = SINGLE) -> None:
-    """Log to stderr on the main process; libraries log errors only."""
-    level = {-1: logging.WARNING, 0: logging.INFO, 1: logging.DEBUG}[verbosity] if ranks.is_main else logging.ERROR
-    handler = logging.StreamHandler(Stderr())
-    handler.setFormatter(RedactingFormatter("%(levelname)s: %(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.ERROR)
-    logger.setLevel(level)
-
-
 def check_current_folder() -> None:
     """Raise UserError if the current folder was removed: relative paths fail, and importing torch ends Python."""
     try:
@@ -149,7 +133,7 @@ def main(argv: Sequence[str], default_task: str | None = None, command: str = SC
         if not ranks.is_main:
             flags = {name: value for name, value in flags.items() if name != "verbose"} | {"quiet": True}
         verbosity = verbosity_of(flags)
-        set_up_logging(verbosity, ranks)
+        set_up_logging(verbosity, ranks.is_main)
         wanted = flags.pop("gpu_num", 1)
         check_current_folder()
         if wanted > 1 and ranks.world_size == 1:
