@@ -379,7 +379,9 @@ def check_beside_serve(values: Mapping[str, Any]) -> None:
         one_video = flag.path in ("input", "output") or name == "prompt" or not flag.in_line
         if is_set(values, name) and one_video and not flag.server and name not in allowed:
             shown = "" if value is True else f"{describe_value(value)}: "
-            raise UserError(f"--{name}", f"{shown}does not go with --serve, whose requests say what to make; leave it out")
+            raise UserError(
+                f"--{name}", f"{shown}does not go with --serve, whose requests say what to make; leave it out"
+            )
 
 
 def job_flags(line: Mapping[str, Any], defaults: Mapping[str, Any], folder: str) -> dict[str, Any]:

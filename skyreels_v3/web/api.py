@@ -26,7 +26,7 @@ from skyreels_v3.web.docs import docs_page
 from skyreels_v3.web.errors import ApiError, from_status, from_user_error, response_of, without_paths
 from skyreels_v3.web.fields import FlagReader, files_of, link, schema
 from skyreels_v3.web.metrics import Metrics
-from skyreels_v3.web.planning import Planner, PlanFailed
+from skyreels_v3.web.planning import PlanFailed, Planner
 from skyreels_v3.web.queue import Job, Queue, QueueFull, State
 from skyreels_v3.web.security import Guard
 from skyreels_v3.web.settings import Settings
@@ -84,7 +84,7 @@ def app_of(settings: Settings, queue: Queue) -> FastAPI:
         for each in method.split(","):
             app.add_api_route(
                 path, endpoint, methods=[each], openapi_extra=body if reads else None,
-                operation_id=f"{endpoint.__name__}_{each.lower()}", include_in_schema=each != "HEAD", response_model=None,
+                operation_id=endpoint.__name__, include_in_schema=each != "HEAD", response_model=None,
             )  # fmt: skip
     app.add_api_route("/docs", lambda: HTMLResponse(docs_page(app.openapi())), include_in_schema=False)
     app.add_api_route("/", lambda: RedirectResponse("/docs"), include_in_schema=False)
@@ -256,7 +256,9 @@ class Api:
         """The bytes of a completed video, or of pictures from it; ranges work."""
         job = await self.find(id, owner_of(request))
         if job.state is not State.COMPLETED:
-            raise ApiError(409, f"{id} is {job.state.value}; its content is there once it is completed", "id", "not_ready")
+            raise ApiError(
+                409, f"{id} is {job.state.value}; its content is there once it is completed", "id", "not_ready"
+            )
         name, kind = VARIANTS[variant]
         return await send_file(job.folder / name, kind, request, f"{id}{Path(name).suffix}")
 
@@ -357,7 +359,9 @@ async def send_file(path: Path, kind: str, request: Request, name: str | None = 
         raise ApiError(404, "there is no such file of this video", "variant") from None
     asked = request.headers.get("range")
     if asked is not None and not is_satisfiable(asked, status.st_size):
-        raise ApiError(416, "Range is not one range of bytes in the file", headers={"Content-Range": f"bytes */{status.st_size}"})
+        raise ApiError(
+            416, "Range is not one range of bytes in the file", headers={"Content-Range": f"bytes */{status.st_size}"}
+        )
     return FileResponse(path, media_type=kind, filename=name, stat_result=status, content_disposition_type="inline")
 
 
@@ -370,4 +374,3 @@ def is_satisfiable(asked: str, size: int) -> bool:
     if not start:
         return int(end) > 0 and size > 0
     return int(start) < size and (not end or int(start) <= int(end))
-

@@ -9,7 +9,8 @@ from typing import Any
 from skyreels_v3.web.uploads import FORM
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title></head>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title></head>
 <body><h1>{title} {version}</h1>
 <p>OpenAI's API for videos. The same for programs: <a href="/openapi.json">openapi.json</a>.</p>
 {operations}

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse
 
 from skyreels_v3.errors import UserError, format_value, one_line, redact
 
-TYPES = {429: "rate_limit_error", 401: "authentication_error", 403: "permission_error"}  # others: by the class of status
+TYPES = {429: "rate_limit_error", 401: "authentication_error", 403: "permission_error"}
 CODES = {
     **{400: "invalid_value", 401: "invalid_api_key", 403: "forbidden", 404: "not_found", 405: "method_not_allowed"},
     **{408: "request_timeout", 409: "conflict", 413: "too_large", 415: "unsupported_media_type"},
@@ -30,7 +30,12 @@ class ApiError(Exception):
     """
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str = "", headers: Mapping[str, str] | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str = "",
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param = status, message, param
@@ -63,8 +68,7 @@ def from_user_error(error: UserError, fields: Mapping[str, str], status: int = 4
 
 def from_status(status: int, detail: str, headers: Mapping[str, str] | None = None) -> ApiError:
     """An error of the framework's."""
-    phrase = HTTPStatus(status).phrase if status in HTTPStatus else "error"
-    return ApiError(status, without_paths(detail) or phrase, headers=headers)
+    return ApiError(status, without_paths(detail) or HTTPStatus(status).phrase, headers=headers)
 
 
 def without_paths(text: str) -> str:

@@ -22,6 +22,7 @@ from skyreels_v3.checks import describe_value, parse_lora, request_of
 from skyreels_v3.cli import convert_from_file, job_flags, split, unknown_key, without_overruled
 from skyreels_v3.config_text import read_json_text
 from skyreels_v3.errors import UserError, format_value
+from skyreels_v3.hints import SEE_HELP
 from skyreels_v3.media.download import download_async
 from skyreels_v3.request import ALIKE, BY_NAME, FLAGS, OUTPUTS, Flag, GenerationRequest
 from skyreels_v3.tasks import TASK_NAMES, TaskSpec, task_spec
@@ -132,14 +133,17 @@ class FlagReader:
             if name in OWN or name == "config" or (name in BY_NAME and not BY_NAME[name].in_line):
                 raise UserError(f"--{name}", "is the server's to say; leave it out")
             if name not in BY_NAME and name != REFERENCE:
-                raise ApiError(400, unknown_key(name, value), self.fields[name], "unknown_parameter")
+                meant = unknown_key(name, value).replace(SEE_HELP, "see /docs")
+                raise ApiError(400, meant, self.fields[name], "unknown_parameter")
 
     def check_models(self, values: Fields) -> None:
         """A model that the server has, in the place of its name; LoRAs from a hub only."""
         if "model_id" in values:
             name = values["model_id"]
             if not isinstance(name, str) or name not in self.settings.models:
-                message = f"model: {describe_value(name)} is not served; choose one of {', '.join(self.settings.models)}"
+                message = (
+                    f"model: {describe_value(name)} is not served; choose one of {', '.join(self.settings.models)}"
+                )
                 raise ApiError(400, message, self.fields["model_id"], "model_not_found")
             values["model_id"] = self.settings.models[name]
         entries = values.get("lora", [])
@@ -166,7 +170,9 @@ class FlagReader:
         """The names in the job's folder of what a client gives for a flag of input files."""
         if not flag.several:
             return await self.take(flag, value, flag.name)
-        entries = split(flag.name, value, "") if isinstance(value, str) else value if isinstance(value, list) else [value]
+        entries = (
+            split(flag.name, value, "") if isinstance(value, str) else value if isinstance(value, list) else [value]
+        )
         taken = []
         for number, entry in enumerate(entries[: self.settings.limits.parts], start=1):
             time = ""
@@ -275,7 +281,9 @@ def part_keyframe(entry: Any) -> tuple[Any, str]:
         return {key: value for key, value in entry.items() if key != "seconds"}, f"@{entry.get('seconds', '')}"
     image, mark, seconds = entry.rpartition("@") if isinstance(entry, str) else (entry, "", "")
     if not mark:
-        raise UserError("--keyframes", "a picture has no time; give it as URL@SECONDS, or as the field keyframes@SECONDS")
+        raise UserError(
+            "--keyframes", "a picture has no time; give it as URL@SECONDS, or as the field keyframes@SECONDS"
+        )
     return image, f"@{seconds}"
 
 

@@ -25,7 +25,7 @@ class Metrics:
         labels = ("method", "route")
         self.requests = Counter("skyreels_requests", "Answers sent", (*labels, "status"), registry=self.registry)
         self.seconds = Histogram("skyreels_request_seconds", "Seconds to answer", labels, registry=self.registry)
-        self.registry.register(self)  # type: ignore[arg-type]  # all it needs is `collect`
+        self.registry.register(self)  # for `collect`
 
     def finished(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count a request."""

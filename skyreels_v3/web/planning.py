@@ -11,6 +11,7 @@ import os
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class Planner:
             except BaseException as error:
                 self.end()
                 if isinstance(error, TimeoutError | OSError | ValueError):
-                    raise PlanFailed("no plan was made in time") from error
+                    raise PlanFailed("no plan was made") from error
                 raise
             self.timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, self.end)
         if "flag" in answer:
@@ -90,6 +91,7 @@ def answer_to(question: dict[str, Any]) -> dict[str, Any]:
     folder = Path(question["folder"])
     try:
         request = request_of(job_flags(question["flags"], {}, str(folder)))
+        request = replace(request, output=folder / "video.mp4")
         plan = plan_of(preflight(request, folder, SINGLE), folder, SINGLE)
         return {"text": describe(plan), **numbers_of(plan)}
     except UserError as error:

@@ -83,7 +83,9 @@ def keys_of(flags: Mapping[str, Any]) -> tuple[str, ...]:
         path = Path(os.path.expanduser(given))
         check_readable(path, "--api_key")
         if path.stat().st_size > MAX_KEYS_BYTES:
-            raise UserError("--api_key", f"{format_value(path)} has more than {MAX_KEYS_BYTES >> 10} KiB; give a key per line")
+            raise UserError(
+                "--api_key", f"{format_value(path)} has more than {MAX_KEYS_BYTES >> 10} KiB; give a key per line"
+            )
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         keys, place = [line.strip() for line in lines if line.strip() and not line.startswith("#")], "a line"
     if not keys or not all(key.isascii() and key.isprintable() and " " not in key and key for key in keys):
@@ -96,7 +98,9 @@ def check_access(host: str, keys: tuple[str, ...], no_auth: bool) -> None:
     from skyreels_v3.web.security import is_loopback
 
     if not is_loopback(host) and not keys and not no_auth:
-        raise UserError("--host", f"{format_value(host)}: other machines could use this server; add --api_key, or --no_auth")
+        raise UserError(
+            "--host", f"{format_value(host)}: other machines could use this server; add --api_key, or --no_auth"
+        )
 
 
 def defaults_of(flags: Mapping[str, Any]) -> dict[str, Any]:
