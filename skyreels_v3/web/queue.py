@@ -28,6 +28,7 @@ from skyreels_v3.media.files import lock, reason_of
 DATABASE = "queue.sqlite"
 SERVER_LOCK = "server.lock"
 JOBS = "jobs"  # the folder with a folder for each
+WORKERS = "workers"  # the folder with the lock file of each
 VERSION = 1  # of the schema
 BUSY_SECONDS = 30.0  # to wait for another process's transaction
 MAX_JOBS = 1000  # that have not ended, of all owners
@@ -461,18 +462,40 @@ class Queue:
 
 
 def lock_server(folder: Path) -> IO[str]:
-    """The lock file of the server of a folder, locked until it is closed, if only by the end of the process.
+    """The lock of the server of a folder, see `open_locked`.
 
     Raises:
         UserError: another server has it.
     """
-    file = (folder / SERVER_LOCK).open("a", encoding="utf-8")
     try:
-        lock(file)
+        return open_locked(folder / SERVER_LOCK)
     except BlockingIOError as error:
-        file.close()
         reason = f"{format_value(folder)} is in use by another server"
         raise UserError("--outdir", f"{reason}; stop it, or give another folder") from error
+
+
+def lock_worker(folder: Path, worker: str) -> IO[str]:
+    """The lock of a worker of a folder, see `open_locked`: as long as that is locked, its jobs are not to be released.
+
+    Raises:
+        BlockingIOError: a worker of that name is alive.
+    """
+    (folder / WORKERS).mkdir(exist_ok=True)
+    return open_locked(folder / WORKERS / f"{worker}.lock")
+
+
+def open_locked(path: Path) -> IO[str]:
+    """A lock file, locked until it is closed, if only by the end of the process, however it ends.
+
+    Raises:
+        BlockingIOError: another process, or another part of this one, has locked it.
+    """
+    file = path.open("a", encoding="utf-8")
+    try:
+        lock(file)
+    except BlockingIOError:
+        file.close()
+        raise
     return file
 
 

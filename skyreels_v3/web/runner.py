@@ -1,0 +1,280 @@
+"""A worker of a server: `python -m skyreels_v3.web.runner FOLDER NAME [FLAGS]` makes the jobs of a queue, one by one.
+
+What a job needs stays loaded for the next one. A job that was begun before goes on where it stopped, as with --resume.
+The process ends with its parent, the other end of its stdin, and on SIGTERM: then its job is queued again. It also ends
+when a job failed for a reason that may have left the device in disorder; the supervisor starts a new one.
+
+FLAGS, in JSON, are for all jobs that do not contradict them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+from time import monotonic
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from skyreels_v3 import throughput
+from skyreels_v3.checks import request_of
+from skyreels_v3.cli import job_flags
+from skyreels_v3.console import escape_unknown, set_up_logging
+from skyreels_v3.errors import OutOfMemory, UserError, cause_of
+from skyreels_v3.media.files import reason_of, replace_file, run_folder
+from skyreels_v3.parallel import processes
+from skyreels_v3.parallel.ranks import SINGLE
+from skyreels_v3.plan import Plan
+from skyreels_v3.resume import state_folders
+from skyreels_v3.web.preview import Projection, png
+from skyreels_v3.web.queue import FINAL, Job, Progress, Queue, lock_worker
+from skyreels_v3.worker import Worker
+
+if TYPE_CHECKING:
+    from skyreels_v3.stages import Event, Pass, Step
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5  # between looks for a job
+REPORT_SECONDS = 1.0  # between reports within a stage other than denoising, and between previews
+DENOISING = 0.9  # of the time of a pass, about
+PREVIEW = "preview.png"
+
+
+class Ended(Exception):
+    """The job is to end: it was cancelled, or is not this worker's any more."""
+
+
+class Reporter:
+    """Tells the queue how a job is getting on.
+
+    Args:
+        projection: for previews; fitted to the passes that are made.
+    """
+
+    def __init__(self, queue: Queue, job: Job, worker: str) -> None:
+        self.queue, self.job, self.worker = queue, job, worker
+        self.progress = Progress(preview=job.progress.preview)
+        self.projection = Projection()
+        self._frames = 1  # of a pass
+        self._reported = self._shown = -REPORT_SECONDS
+        self._begun: tuple[float, float] | None = None  # the time of the first step, and the part done then
+
+    def report(self, facts: Mapping[str, Any] | None = None, **changes: Any) -> None:
+        """Record changes of the progress; raises Ended if the job is to end."""
+        self.progress = replace(self.progress, **changes)
+        self._reported = monotonic()
+        try:
+            if not self.queue.report(self.job.id, self.worker, self.progress, facts):
+                raise Ended
+        except OSError as error:  # of the disk: the video matters more
+            logger.warning("the progress of %s cannot be recorded (%s)", self.job.id, reason_of(error))
+
+    def begin(self, plan: Plan, projection: Projection) -> None:
+        """Everything is loaded."""
+        request, windows = plan.request, len(plan.passes)
+        facts = {"seed": request.seed, "width": request.width, "height": request.height}
+        facts |= {"frames": request.frames_out, "fps": request.task.fps}
+        self.projection = projection
+        self._frames = max(1, request.frames_out // windows)
+        self.report(facts, stage="encoding", windows=windows, seconds_left=throughput.seconds_of(plan))
+
+    def watch(self, events: Iterator[Event]) -> Iterator[Event]:
+        """The same events, reported; a job that is to end raises Ended after a step."""
+        from skyreels_v3.stages import Step
+
+        done = 0  # passes
+        for event in events:
+            if isinstance(event, Step):
+                self._step(event, done)
+                yield event
+            else:
+                yield replace(event, frames=self._watch_frames(event, done))
+                done += 1
+        self.report(stage="writing", part=1.0, seconds_left=None)
+
+    def _step(self, step: Step, done: int) -> None:
+        if monotonic() - self._shown >= REPORT_SECONDS:
+            self._show(self.projection.picture(last_of(step.latents)))
+        part = self._part(done, DENOISING * step.number / step.total)
+        self.report(stage="denoising", window=done + 1, step=step.number, steps=step.total, **part)
+
+    def _watch_frames(self, made: Pass, done: int) -> Iterator[np.ndarray]:
+        frame = None
+        for number, frame in enumerate(made.frames, start=1):
+            yield frame
+            if monotonic() - self._reported >= REPORT_SECONDS:
+                part = self._part(done, DENOISING + (1 - DENOISING) * min(1.0, number / self._frames))
+                self.report(stage="decoding", window=done + 1, **part)
+        if frame is not None:
+            self.projection.fit(last_of(made.latents), frame)
+            self._show(frame)
+            self.report(stage="decoding", window=done + 1, **self._part(done, 1.0))
+
+    def _part(self, done: int, of_pass: float) -> dict[str, Any]:
+        """How much is done, and an estimate of the seconds left."""
+        part = min(1.0, (done + of_pass) / self.progress.windows)
+        if self._begun is None:  # what was loaded from an interrupted run says nothing of the speed
+            self._begun = monotonic(), part
+            return {"part": part}
+        start, before = self._begun
+        left = (monotonic() - start) / (part - before) * (1 - part) if part > before else None
+        return {"part": part, "seconds_left": left}
+
+    def _show(self, picture: np.ndarray) -> None:
+        """Make a picture the preview. A job goes on without one."""
+        self._shown = monotonic()
+        try:
+            replace_file(self.job.folder / PREVIEW, png(picture))
+        except OSError as error:
+            logger.debug("no preview: %s", error)
+        else:
+            self.progress = replace(self.progress, preview=self.progress.preview + 1)
+
+
+def last_of(latents: Any) -> np.ndarray:
+    """The last frame (C, h, w) of latents (1, C, F, h, w)."""
+    return np.asarray(latents[0, :, -1].float().cpu().numpy())
+
+
+class Runner:
+    """Makes the jobs that it claims from a queue.
+
+    Args:
+        flags: for all jobs that do not contradict them, as beside --jobs.
+    """
+
+    def __init__(self, queue: Queue, name: str, flags: Mapping[str, Any]) -> None:
+        self.queue, self.name = queue, name
+        self.flags = {**flags, "quiet": True}
+        self.worker = Worker()
+        self.projections: dict[Path | None, Projection] = {}
+
+    def run(self) -> None:
+        """Make jobs until one leaves the device in disorder."""
+        self.queue.release(self.name)  # what a process of this name had when it was killed
+        in_order = True
+        while in_order:
+            if (job := self.queue.claim(self.name)) is None:
+                time.sleep(POLL_SECONDS)
+            else:
+                logger.info("%s: begun", job.id)
+                in_order = self.run_job(job)
+
+    def run_job(self, job: Job) -> bool:
+        """Make a job's video and end the job; returns False after an error that may have left anything behind."""
+        code, message = "", ""
+        try:
+            # under its name only when whole: an earlier worker ended before it could say so
+            facts = {} if job.video.exists() else self.make_video(job)
+        except Ended:
+            code = message = "cancelled"
+        except UserError as error:
+            code, message = "invalid_request", str(error)
+        except OutOfMemory as error:
+            code, message = "out_of_memory", str(error)
+        except Exception as error:
+            logger.debug("%s", job.id, exc_info=True)
+            code, message = "internal_error", cause_of(error)
+        if code:
+            logger.warning("%s: %s", job.id, message)
+            self.queue.fail(job.id, self.name, code, message)
+        else:
+            self.queue.complete(job.id, self.name, facts)
+        if (ended := self.queue.get(job.id)) is not None and ended.state in FINAL:
+            for folder in state_folders(job.video):
+                shutil.rmtree(folder, ignore_errors=True)
+        return code not in ("out_of_memory", "internal_error")
+
+    def make_video(self, job: Job) -> dict[str, Any]:
+        """Make the video of a job, from where an earlier worker stopped; returns facts of it.
+
+        Raises:
+            Ended: the job is to end; the finished passes are in `video.partial.mp4`.
+        """
+        start, reporter = monotonic(), Reporter(self.queue, job, self.name)
+        reporter.report(stage="loading")
+        for partial in job.folder.glob(f"{job.video.stem}.partial*"):
+            partial.unlink()
+        request = request_of(job_flags(job.flags, self.flags, str(job.folder)))
+        request = replace(request, output=job.video, outdir=None, frame_folder=False, resume_if_same=True)
+        with run_folder() as downloads:
+            checked = self.worker.resolve(request, downloads)
+            reporter.report()
+            generator, plan = self.worker.load(checked)
+            reporter.begin(plan, self.projections.setdefault(plan.checkpoint, Projection()))
+            video = generator.write(plan, reporter.watch)
+        facts = {"seconds": round(monotonic() - start, 1), **peak_memory()}
+        return facts if video.quality is None else facts | {"quality": video.quality.figures()}
+
+
+def peak_memory() -> dict[str, int]:
+    """The most bytes that this process has had on the device since the last call, where that has its own memory."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        return {}
+    peak = torch.accelerator.max_memory_allocated()
+    torch.accelerator.reset_peak_memory_stats()
+    return {"peak_bytes": peak}
+
+
+def end_with_parent() -> None:
+    """End this process in time when the other end of its stdin is closed, if only by the end of its parent."""
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(processes.GRACE)
+        os._exit(processes.INTERRUPTED)
+
+    Thread(target=watch, daemon=True).start()
+
+
+def wait_for_lock(folder: Path, name: str) -> IO[str]:
+    """The worker's lock, once an earlier process of that name has ended; raises BlockingIOError if it does not."""
+    end = monotonic() + 2 * processes.GRACE
+    while True:
+        try:
+            return lock_worker(folder, name)
+        except BlockingIOError:
+            if monotonic() > end:
+                raise
+            time.sleep(POLL_SECONDS)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a worker; returns the exit code, 0 if it is to be started again."""
+    folder, name, *flags = argv
+    escape_unknown()
+    set_up_logging(0)
+    processes.handle_signals(SINGLE)
+    end_with_parent()
+    try:
+        queue = Queue(Path(folder))
+        with wait_for_lock(queue.folder, name):
+            try:
+                Runner(queue, name, json.loads(flags[0]) if flags else {}).run()
+            except KeyboardInterrupt:
+                queue.release(name)
+                return processes.INTERRUPTED
+    except KeyboardInterrupt:
+        return processes.INTERRUPTED
+    except (UserError, OSError) as error:
+        logger.error("worker %s: %s", name, cause_of(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    processes.exit_process(main(sys.argv[1:]))

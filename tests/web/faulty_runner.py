@@ -1,0 +1,66 @@
+"""A worker with faults: `faulty_runner.py FOLDER NAME FLAGS`, with a file `faults.json` in the queue's folder.
+
+That has a list of [place, action]; the first one whose place is reached is done and removed. Places are "claimed",
+"loading", "denoising W S" (pass and step), "decoding W", "writing" and "written"; actions "kill", "oom", "device oom",
+"error", "hang" and "stop" (SIGTERM). What is done is added to `log.jsonl`, as [place, job].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from skyreels_v3.web import runner
+from skyreels_v3.web.runner import Job, Reporter, Runner
+
+FOLDER = Path(sys.argv[1])
+
+
+def reach(place: str, job: Job) -> None:
+    with (FOLDER / "log.jsonl").open("a") as file:
+        file.write(json.dumps([place, job.id]) + "\n")
+    path = FOLDER / "faults.json"
+    faults = json.loads(path.read_text()) if path.exists() else []
+    if not faults or faults[0][0] != place:
+        return
+    path.write_text(json.dumps(faults[1:]))
+    action = faults[0][1]
+    if action in ("kill", "stop"):
+        os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGTERM}[action])
+    if action in ("hang", "stop"):
+        time.sleep(100)
+    if action == "oom":
+        raise MemoryError
+    if action == "device oom":
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    raise ValueError("a fault\nin two lines")
+
+
+class FaultyReporter(Reporter):
+    def report(self, *arguments, stage="", **changes):
+        super().report(*arguments, **changes, **({"stage": stage} if stage else {}))
+        if stage == "denoising":
+            reach(f"denoising {changes['window']} {changes['step']}", self.job)
+        elif stage == "decoding":
+            reach(f"decoding {changes['window']}", self.job)
+        elif stage:
+            reach(stage, self.job)
+
+
+class FaultyRunner(Runner):
+    def run_job(self, job):
+        reach("claimed", job)
+        return super().run_job(job)
+
+    def make_video(self, job):
+        facts = super().make_video(job)
+        reach("written", job)
+        return facts
+
+
+runner.Reporter, runner.Runner = FaultyReporter, FaultyRunner
+sys.exit(runner.main(sys.argv[1:]))
