@@ -216,7 +216,7 @@ class GenerationRequest:
     port: int = server(8000, "port to listen on; 0: any free one (default: 8000)", int, low=0, high=65535)
     api_key: str | None = server(None, "key that clients must send, or a file with one per line", metavar="KEY|FILE")
     no_auth: bool = server(False, "serve other machines without a key", bool)
-    workers: int = server(1, "processes that make videos, one per GPU (default: 1)", int, low=1, high=64)
+    workers: int | None = server(None, "processes that make videos (default: one for each GPU)", int, low=1, high=64)
     url_timeout: float = flag(1.2, "seconds to wait for a server to respond (default: 1.2)", float, low=0.05, high=600,
         group="Other")
     allow_private_urls: bool = run_flag(False, "also fetch inputs from this machine and private networks", bool)

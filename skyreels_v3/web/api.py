@@ -26,6 +26,7 @@ from skyreels_v3.web.docs import docs_page
 from skyreels_v3.web.errors import ApiError, from_status, from_user_error, response_of, without_paths
 from skyreels_v3.web.fields import FlagReader, files_of, link, schema
 from skyreels_v3.web.metrics import Metrics
+from skyreels_v3.web.pictures import picture_of
 from skyreels_v3.web.planning import PlanFailed, Planner
 from skyreels_v3.web.queue import Job, Queue, QueueFull, State
 from skyreels_v3.web.security import Guard
@@ -42,11 +43,7 @@ POLL_MS = {State.QUEUED: "2000", State.IN_PROGRESS: "1000"}
 EVENT_SECONDS = 0.5  # between looks at a job
 PING_SECONDS = 15
 EXTENSIONS = tuple(name for name in TASK_NAMES if task_spec(name).condition_frames)
-VARIANTS = {
-    "video": ("video.mp4", "video/mp4"),
-    "thumbnail": ("thumbnail.webp", "image/webp"),
-    "spritesheet": ("spritesheet.jpg", "image/jpeg"),
-}
+KINDS = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg"}
 PREVIEW = "preview.png"
 ERROR = {"error": {"message": "", "type": "", "param": None, "code": ""}}
 
@@ -259,8 +256,13 @@ class Api:
             raise ApiError(
                 409, f"{id} is {job.state.value}; its content is there once it is completed", "id", "not_ready"
             )
-        name, kind = VARIANTS[variant]
-        return await send_file(job.folder / name, kind, request, f"{id}{Path(name).suffix}")
+        path = job.video
+        if variant != "video":
+            try:
+                path = await run_in_threadpool(picture_of, job.video, variant)
+            except (FileNotFoundError, RuntimeError) as error:  # it was deleted meanwhile
+                raise ApiError(404, f"there is no {variant} of this video", "variant") from error
+        return await send_file(path, KINDS[variant], request, f"{id}{path.suffix}")
 
     async def preview(self, id: str, request: Request, number: int = 0) -> Response:
         """The newest preview of a video that is being made; `number` only keeps caches from showing an older one."""

@@ -25,6 +25,7 @@ from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.hints import SEE_HELP
 from skyreels_v3.media.download import download_async
 from skyreels_v3.request import ALIKE, BY_NAME, FLAGS, OUTPUTS, Flag, GenerationRequest
+from skyreels_v3.runtime import check_compute, check_device
 from skyreels_v3.tasks import TASK_NAMES, TaskSpec, task_spec
 from skyreels_v3.web.errors import ApiError
 from skyreels_v3.web.queue import Job
@@ -97,6 +98,8 @@ class FlagReader:
         converted = {name: convert_from_file(name, as_switch(name, value), "") for name, value in values.items()}
         flags = without_overruled(defaults, converted) | converted
         request = request_of(job_flags(flags, {}, str(self.folder)))
+        check_device(request.device)
+        check_compute(request)
         return flags | {"seed": request.seed}, request  # one that was drawn is kept
 
     def rename(self, given: Fields) -> Fields:

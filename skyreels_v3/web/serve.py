@@ -16,7 +16,8 @@ from skyreels_v3.console import show
 from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.media.files import check_readable, reason_of
 from skyreels_v3.request import BY_NAME, GenerationRequest
-from skyreels_v3.tasks import TINY
+from skyreels_v3.runtime import check_device, likely_device
+from skyreels_v3.tasks import TASK_NAMES, TINY, task_spec
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ def serve(flags: Mapping[str, Any]) -> int:
     host, port = flags.get("host", GenerationRequest.host), flags.get("port", GenerationRequest.port)
     keys = keys_of(flags)
     check_access(host, keys, flags.get("no_auth", False))
+    check_device(flags.get("device", GenerationRequest.device))
     defaults = defaults_of(flags)
     with listen(host, port) as listener:
         return run(flags, defaults, keys, listener)
@@ -53,6 +55,7 @@ def run(flags: Mapping[str, Any], defaults: Mapping[str, Any], keys: tuple[str, 
     from skyreels_v3.web.api import app_of
     from skyreels_v3.web.queue import Queue
     from skyreels_v3.web.settings import Settings
+    from skyreels_v3.web.supervisor import Supervisor, slots_of
 
     host, port = flags.get("host", GenerationRequest.host), listener.getsockname()[1]
     folder, private = Path(os.path.expanduser(flags.get("outdir", FOLDER))), flags.get("allow_private_urls", False)
@@ -64,8 +67,10 @@ def run(flags: Mapping[str, Any], defaults: Mapping[str, Any], keys: tuple[str, 
         timeout_graceful_shutdown=GRACE,
     )  # fmt: skip
     try:
-        show(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-        uvicorn.Server(config).run(sockets=[listener])
+        device = likely_device(GenerationRequest(task_spec(TASK_NAMES[0]), device=defaults.get("device", "auto")))
+        with Supervisor(queue, slots_of(device, flags.get("workers"))):
+            show(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            uvicorn.Server(config).run(sockets=[listener])
     finally:
         queue.close()
     return 0

@@ -58,9 +58,11 @@ class Slot:
 
 def slots_of(device: str = "auto", workers: int | None = None) -> list[Slot]:
     """A slot for each GPU, one where there is none; or as many as `workers` says, which share the GPUs."""
-    import torch
+    gpus = 0
+    if device != "cpu":
+        import torch
 
-    gpus = torch.accelerator.device_count() if device != "cpu" else 0
+        gpus = torch.accelerator.device_count()
     given = [gpu for gpu in os.environ.get(GPUS, "").split(",") if gpu]
     names = given if len(given) == gpus else [*map(str, range(gpus))]
     count = range(workers or max(1, gpus))

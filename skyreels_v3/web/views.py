@@ -13,7 +13,7 @@ from skyreels_v3.web.errors import without_paths
 from skyreels_v3.web.queue import FINAL, Job, State
 from skyreels_v3.web.settings import Settings
 
-FACTS = ("width", "height", "frames", "fps", "seconds", "peak_memory", "quality")  # of a result, for clients
+FACTS = ("width", "height", "frames", "fps", "seconds", "peak_bytes", "quality")  # of a result, for clients
 
 
 @lru_cache(maxsize=1024)
