@@ -214,7 +214,7 @@ class GenerationRequest:
     host: str = server("127.0.0.1", "address to listen on (default: 127.0.0.1); another one needs --api_key",
         metavar="ADDRESS")
     port: int = server(8000, "port to listen on; 0: any free one (default: 8000)", int, low=0, high=65535)
-    api_key: str | None = server(None, "key that clients must send, or a file with one per line", metavar="KEY|FILE")
+    api_key: str | None = server(None, "key that clients must send, or a file with one per line", metavar="KEY")
     no_auth: bool = server(False, "serve other machines without a key", bool)
     workers: int | None = server(None, "processes that make videos (default: one for each GPU)", int, low=1, high=64)
     url_timeout: float = flag(1.2, "seconds to wait for a server to respond (default: 1.2)", float, low=0.05, high=600,
