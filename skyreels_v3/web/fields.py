@@ -110,7 +110,7 @@ class FlagReader:
             if match := KEYFRAME_FIELD.fullmatch(key):
                 name, value = "keyframes", [*values.get("keyframes", []), {"file": value, "seconds": match[1]}]
             elif name in values:
-                raise UserError(f"--{key}", f"is given as {self.fields[name]} as well; give one of them")
+                raise ApiError(400, f"{key}: is given as {self.fields[name]} as well; give one of them", key)
             if value is not None:
                 self.fields[name], values[name] = key, value
         self.check_size(values)
