@@ -55,6 +55,7 @@ def app_of(settings: Settings, queue: Queue) -> FastAPI:
         title="SkyReels", version=__version__, docs_url=None, redoc_url=None, lifespan=api.lifespan,
         responses={"4XX": {"description": "refused", "content": {JSON: {"example": ERROR}}}},
     )  # fmt: skip
+    app.state.api = api  # for the page
     app.add_middleware(Guard, settings=settings, finished=api.metrics.finished)
     app.add_exception_handler(ApiError, answer_error)
     app.add_exception_handler(HTTPException, answer_error)

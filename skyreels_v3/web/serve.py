@@ -61,8 +61,13 @@ def run(flags: Mapping[str, Any], defaults: Mapping[str, Any], keys: tuple[str, 
     folder, private = Path(os.path.expanduser(flags.get("outdir", FOLDER))), flags.get("allow_private_urls", False)
     settings = Settings(folder.absolute(), defaults, host, keys, private)
     queue = Queue(settings.folder, server=True)
+    app = app_of(settings, queue)
+    if find_spec("gradio") is not None:
+        from skyreels_v3.web.page import mount_page
+
+        mount_page(app)
     config = uvicorn.Config(
-        app_of(settings, queue), http="h11", ws="none", log_config=None, access_log=False, proxy_headers=False,
+        app, http="h11", ws="none", log_config=None, access_log=False, proxy_headers=False,
         server_header=False, limit_concurrency=MAX_CONNECTIONS, h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_graceful_shutdown=GRACE,
     )  # fmt: skip

@@ -1,0 +1,386 @@
+"""The page at /: forms for all tasks, the queue and the finished videos, by Gradio.
+
+It calls what the HTTP API calls, and shows files by the API's routes. Gradio itself only keeps what a user drops into
+a form. Nothing is fetched from other hosts: neither by the server, nor by the browser, whose policy forbids it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
+
+from skyreels_v3.checks import written_out
+from skyreels_v3.cli import read_config_file
+from skyreels_v3.errors import UserError
+from skyreels_v3.request import Flag
+from skyreels_v3.tasks import TASK_NAMES, task_spec
+from skyreels_v3.web.api import Api, user_errors
+from skyreels_v3.web.errors import ApiError, from_user_error, without_paths
+from skyreels_v3.web.fields import INPUTS, FlagReader, files_of, link
+from skyreels_v3.web.page_access import protect
+from skyreels_v3.web.page_form import KEYFRAMES, Form, label_of, title_of
+from skyreels_v3.web.page_html import compare_html, gallery_html, message, notice, plan_html, queue_html
+from skyreels_v3.web.planning import PlanFailed
+from skyreels_v3.web.queue import FINAL, Job, State
+from skyreels_v3.web.uploads import Fields, Upload
+
+HERE = Path(__file__).parent
+BUSY_SECONDS, IDLE_SECONDS = 2.0, 6.0  # between looks at the queue
+SHOWN_JOBS = 24  # in the gallery, and 24 more with each click
+MAX_WAITING = 100
+CLEAN_SECONDS = (3600, 24 * 3600)  # how often dropped files are looked at, and how old they may get
+WAITING = (State.QUEUED, State.IN_PROGRESS)
+FIRST = "t2v"  # the tab that is open at first
+SANS = ("ui-sans-serif", "system-ui", "sans-serif")
+MONO = ("ui-monospace", "Consolas", "monospace")
+
+
+def mount_page(app: FastAPI) -> None:
+    """Serve the page at / beside the API, whose application this is."""
+    api: Api = app.state.api
+    uploads = api.settings.folder / "page"
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)  # where Gradio keeps what is dropped
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    page = Page(api, uploads)
+    blocks = page.build()
+    gr.mount_gradio_app(
+        app, blocks, path="/", footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False, pwa=False,
+        mcp_server=False, show_error=False, allowed_paths=[], max_file_size=api.settings.limits.file_bytes, theme=theme(),
+        css_paths=[HERE / "page.css"], blocked_paths=[str(api.settings.folder / "jobs")],
+    )  # fmt: skip
+    blocks.has_launched = True  # or Gradio would not check that files in events are uploads
+    protect(app, api.settings, uploads)
+
+
+def theme() -> gr.themes.Base:
+    """Gradio's own, in teal, with the fonts of the system."""
+    return gr.themes.Default(primary_hue="teal", neutral_hue="slate", font=SANS, font_mono=MONO, radius_size="md")
+
+
+@dataclass
+class Page:
+    """The page of a server.
+
+    Attributes:
+        uploads: the folder of what is dropped; job files are linked there for a form to show.
+    """
+
+    api: Api
+    uploads: Path
+    forms: dict[str, Form] = field(default_factory=dict)
+
+    def build(self) -> gr.Blocks:
+        """Make the page."""
+        with gr.Blocks(
+            analytics_enabled=False, title="SkyReels", delete_cache=CLEAN_SECONDS, fill_width=True
+        ) as blocks:
+            gr.HTML('<h1>SkyReels</h1><p><a href="/docs">HTTP API</a></p>', elem_id="head", js_on_load=None)
+            with gr.Row(elem_id="columns"):
+                with gr.Column(scale=6, min_width=320, elem_id="forms"):
+                    self.build_forms()
+                with gr.Column(scale=5, min_width=320, elem_id="jobs"):
+                    self.build_jobs()
+            self.connect(blocks)
+        blocks.queue(default_concurrency_limit=None, max_size=1000)
+        return blocks
+
+    def build_forms(self) -> None:
+        with gr.Tabs(selected=FIRST, elem_id="tasks") as self.tabs:
+            for task in sorted(TASK_NAMES, key=lambda name: (name != FIRST, name != "i2v")):
+                with gr.Tab(title_of(task), id=task, elem_id=f"tab-{task}"):
+                    self.build_form(task)
+        with gr.Accordion("Settings from a video", open=False):
+            self.record = gr.File(
+                label="A video made here: its settings are put into the form", file_types=["video"], height=110,
+                elem_id="record",
+            )  # fmt: skip
+            self.record_notice = gr.HTML(js_on_load=None)
+
+    def build_form(self, task: str) -> None:
+        form = self.forms[task] = Form(task_spec(task), self.api.settings)
+        gr.HTML(f'<p class="summary">{form.task.summary[0].upper()}{form.task.summary[1:]}.</p>', js_on_load=None)
+        form.build()
+        form.notice = gr.HTML(elem_id=f"{task}-notice", js_on_load=None)
+        with gr.Row(elem_classes="go"):
+            form.plan_button = gr.Button("Plan", elem_id=f"{task}-plan")
+            form.start_button = gr.Button("Make the video", variant="primary", elem_id=f"{task}-start")
+        components = [component for each in form.example_fields for component in each.components]
+        gr.Examples(form.examples(), components, label="Examples", elem_id=f"{task}-examples", cache_examples=False)
+
+    def build_jobs(self) -> None:
+        click = (HERE / "page.js").read_text(encoding="utf-8")
+        gr.HTML("<h2>Queue</h2>", js_on_load=None)
+        self.queue = gr.HTML(elem_id="queue", js_on_load=click)
+        self.compare = gr.HTML(elem_id="compare", js_on_load=click)
+        gr.HTML("<h2>Videos</h2>", js_on_load=None)
+        self.gallery = gr.HTML(elem_id="gallery", js_on_load=click)
+        self.more = gr.Button("Show more", size="sm", visible=False)
+        self.timer = gr.Timer(BUSY_SECONDS)
+        self.seen = gr.State(())  # what is shown, to send only changes
+        self.chosen = gr.State(())  # ids of videos that are compared
+        self.count = gr.State(SHOWN_JOBS)
+
+    def connect(self, blocks: gr.Blocks) -> None:
+        """Say what happens when."""
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        view = {self.seen, self.chosen, self.count}
+        shown = {self.queue, self.gallery, self.compare, self.more, self.timer, *view}
+        everything = {component for form in self.forms.values() for component in form.components}
+        everything |= {self.tabs, *(form.notice for form in self.forms.values())}
+        gr.on([blocks.load, self.timer.tick], self.refresh, view, shown, trigger_mode="once", **quiet)
+        self.more.click(self.show_more, view, shown, **quiet)
+        for html in (self.queue, self.gallery, self.compare):
+            html.click(self.act, view, shown | everything, **quiet)
+        self.record.upload(self.read_record, self.record, everything | {self.record_notice}, **quiet)
+        for form in self.forms.values():
+            inputs = form.components
+            options: dict[str, Any] = {
+                "show_progress": "minimal",
+                "api_visibility": "private",
+                "concurrency_limit": None,
+            }
+            form.plan_button.click(for_form(form, self.plan), inputs, {form.notice}, **options)
+            start = for_form(form, self.start)
+            form.start_button.click(start, inputs | view, {form.notice} | shown, trigger_mode="once", **options)
+
+    # Forms
+
+    async def plan(self, form: Form, data: dict[Any, Any], request: gr.Request) -> dict[Any, Any]:
+        """Show what a form's video would take."""
+        owner = owner_of(request)
+        try:
+            async with self.api.new_folder(keep=False) as (_, folder):
+                flags = await self.read(form, data, folder, owner)
+                made = await self.api.planner.plan(flags, folder)
+        except PlanFailed as error:
+            return {form.notice: notice(f"{without_paths(str(error))}; try again")}
+        except UserError as error:
+            return {form.notice: self.describe(form, from_user_error(error, {}))}
+        except ApiError as error:
+            return {form.notice: self.describe(form, error)}
+        return {form.notice: plan_html({**made, "text": without_paths(made["text"])})}
+
+    async def start(self, form: Form, data: dict[Any, Any], request: gr.Request) -> dict[Any, Any]:
+        """Queue a form's video."""
+        owner = owner_of(request)
+        try:
+            async with self.api.new_folder() as (id, folder):
+                flags = await self.read(form, data, folder, owner)
+                await self.api.add(id, flags, owner, "")
+        except ApiError as error:
+            return {form.notice: self.describe(form, error)}
+        return {form.notice: message("It is in the queue."), **await self.refresh(data, request)}
+
+    def reader(self, folder: Path, owner: str) -> FlagReader:
+        return FlagReader(self.api.settings, folder, lambda id: self.api.find(id, owner))
+
+    async def read(self, form: Form, data: Mapping[Any, Any], folder: Path, owner: str) -> dict[str, Any]:
+        """The flags that a form makes; its files are linked into the folder. Raises ApiError."""
+        fields: Fields = {"task_type": form.task.name}
+        for each in form.fields:
+            if (value := each.value_of(data)) is not None:
+                name = each.flag.name
+                fields[name] = await run_in_threadpool(self.take, each.flag, value, folder) if name in INPUTS else value
+        reader = self.reader(folder, owner)
+        with user_errors(reader):
+            return (await reader.read(fields))[0]
+
+    def take(self, flag: Flag, values: list[str], folder: Path) -> Any:
+        """The uploads for a flag."""
+        paths, times = (values[:-1], values[-1].split(",")) if flag.name == KEYFRAMES else (values, [])
+        uploads = []
+        for number, text in enumerate(paths):
+            path = Path(text)
+            if not path.resolve().is_relative_to(self.uploads.resolve()):  # Gradio has seen to it already
+                raise ApiError(400, f"{flag.name}: drop the file again", flag.name)
+            target = folder / f"upload-{flag.name}-{number}"
+            link(path, target)
+            uploads.append(Upload(target, path.name))
+        if flag.name == KEYFRAMES:
+            if len(times) != len(uploads):
+                raise ApiError(400, f"{flag.name}: give as many seconds as pictures, such as 2, 4.5", flag.name)
+            return [{"file": each, "seconds": time.strip()} for each, time in zip(uploads, times, strict=True)]
+        return uploads if flag.several else uploads[0]
+
+    def describe(self, form: Form, error: ApiError) -> str:
+        """An error for a form."""
+        name = error.param or ""
+        shown = {each.flag.name for each in form.fields}
+        text = f"{label_of(name)}{error.message.removeprefix(name)}" if name in shown else error.message
+        return notice(text, f"{form.task.name}-{name}" if name in shown else "")
+
+    # Jobs
+
+    async def refresh(self, data: dict[Any, Any], request: gr.Request) -> dict[Any, Any]:
+        """What has changed in queue and gallery."""
+        return await run_in_threadpool(self.changes, data, owner_of(request))
+
+    def changes(self, data: dict[Any, Any], owner: str) -> dict[Any, Any]:
+        queue, settings = self.api.queue, self.api.settings
+        places = {job.id: number for number, job in enumerate(self.queued())}
+        waiting, _ = queue.list(owner, WAITING, limit=MAX_WAITING, newest_first=False)
+        waiting.sort(key=lambda job: places.get(job.id, -1))
+        ended, more = queue.list(owner, FINAL, limit=data[self.count])
+        chosen = tuple(id for id in data[self.chosen] if (job := queue.get(id)) is not None and job.owner == owner)
+        by_id = {job.id: job for job in ended}
+        compared = [by_id.get(id) or queue.get(id) for id in chosen]
+        htmls = {
+            self.queue: queue_html(waiting, places),
+            self.gallery: gallery_html(ended, chosen, settings),
+            self.compare: compare_html([job for job in compared if job is not None], settings),
+        }
+        signature = tuple(map(hash, htmls.values()))
+        if signature == data[self.seen]:
+            return {self.seen: signature}
+        before = data[self.seen] or (None,) * len(signature)
+        changed = {
+            part: html for (part, html), now, was in zip(htmls.items(), signature, before, strict=True) if now != was
+        }
+        timer = gr.Timer(BUSY_SECONDS if waiting else IDLE_SECONDS)
+        return {
+            **changed,
+            self.seen: signature,
+            self.chosen: chosen,
+            self.timer: timer,
+            self.more: gr.Button(visible=more),
+        }
+
+    def queued(self) -> list[Job]:
+        """All jobs that wait, in order."""
+        jobs, _ = self.api.queue.list(None, (State.QUEUED,), limit=self.api.queue.max_jobs, newest_first=False)
+        return sorted(jobs, key=lambda job: (-job.priority, job.order))
+
+    async def show_more(self, data: dict[Any, Any], request: gr.Request) -> dict[Any, Any]:
+        data = {**data, self.count: data[self.count] + SHOWN_JOBS}
+        return {self.count: data[self.count], **await self.refresh(data, request)}
+
+    async def act(self, data: dict[Any, Any], request: gr.Request, event: gr.EventData) -> dict[Any, Any]:
+        """Do what a button in queue or gallery says."""
+        owner, do, id = owner_of(request), str(event._data.get("do")), str(event._data.get("id"))
+        changed: dict[Any, Any] = {}
+        try:
+            if do == "close":
+                data = {**data, self.chosen: ()}
+            else:
+                job = await self.api.find(id, owner)
+                if do == "compare":
+                    others = [other for other in data[self.chosen] if other != id]
+                    data = {**data, self.chosen: tuple(others if id in data[self.chosen] else [*others[-1:], id])}
+                elif do in ("reload", "extend"):
+                    changed = await run_in_threadpool(self.fill if do == "reload" else self.extend, job)
+                elif do == "again":
+                    await self.repeat(job, owner)
+                elif do in ("up", "cancel", "delete"):
+                    calls = {"up": self.move_up, "cancel": self.api.queue.cancel, "delete": self.api.queue.delete}
+                    await run_in_threadpool(calls[do], job if do == "up" else id)
+        except ApiError as error:
+            raise gr.Error(error.message, print_exception=False) from error
+        return {self.chosen: data[self.chosen], **changed, **await self.refresh(data, request)}
+
+    def move_up(self, job: Job) -> None:
+        """Let a job change places with the one before it of the same owner; those of others stay where they are."""
+        order = self.queued()
+        ids = [each.id for each in order]
+        if job.id not in ids:
+            return
+        index = ids.index(job.id)
+        mine = [number for number, each in enumerate(order[:index]) if each.owner == job.owner]
+        if mine:
+            behind = ids[index + 1] if index + 1 < len(ids) else None
+            other = ids[mine[-1]]
+            self.api.queue.move(job.id, other)
+            if index - mine[-1] > 1:
+                self.api.queue.move(other, behind)
+
+    async def repeat(self, job: Job, owner: str) -> None:
+        """Queue a job again, with a random seed."""
+        async with self.api.new_folder() as (id, folder):
+            for name in files_of(job.flags):
+                await run_in_threadpool(link, job.folder / name, folder / name)
+            reader = self.reader(folder, owner)
+            with user_errors(reader):
+                flags, _ = reader.read_changes({"prompt": job.flags["prompt"], "seed": -1}, job)
+            await self.api.add(id, flags, owner, job.id)
+
+    # Settings into forms
+
+    def fill(self, job: Job) -> dict[Any, Any]:
+        """Put a job's settings and inputs into its form."""
+        files = {
+            name: [job.folder / path for path in files_of({name: job.flags[name]})]
+            for name in INPUTS
+            if name in job.flags
+        }
+        values: dict[str, Any] = {name: [self.show(path) for path in paths] for name, paths in files.items()}
+        if KEYFRAMES in values:
+            times = [entry.rpartition("@")[2] for entry in job.flags[KEYFRAMES]]
+            values[KEYFRAMES] = (values[KEYFRAMES], times)
+        return self.fill_form(job.flags, values)
+
+    def fill_form(self, flags: Mapping[str, Any], files: Mapping[str, Any]) -> dict[Any, Any]:
+        """Open the form that flags are for, and put them into it."""
+        form = self.forms[flags["task_type"]]
+        values = written_out(flags)
+        if "model_id" in values:
+            name = self.api.settings.model_name(values["model_id"])
+            values["model_id"] = name if name in form.models else None
+        changed: dict[Any, Any] = {self.tabs: gr.Tabs(selected=form.task.name), form.notice: ""}
+        for each in form.fields:
+            name = each.flag.name
+            changed |= each.updates_for(files.get(name) if name in INPUTS else values.get(name))
+        return changed
+
+    def extend(self, job: Job) -> dict[Any, Any]:
+        """Open the form of an extension with a job's video in it."""
+        name = next(name for name in TASK_NAMES if task_spec(name).condition_frames and not task_spec(name).cut_at_seam)
+        flags = {"task_type": name, "prompt": job.flags.get("prompt"), "include_input": True}
+        kept = ("model_id",) if job.flags.get("model_id") in self.api.settings.models.values() else ()
+        return self.fill_form(flags | {each: job.flags[each] for each in kept}, {"input_video": [self.show(job.video)]})
+
+    def show(self, path: Path) -> str:
+        """Link a file of a job's to where Gradio may send it from."""
+        folder = self.uploads / secrets.token_hex(16)
+        folder.mkdir(parents=True)
+        link(path, folder / path.name)
+        return str(folder / path.name)
+
+    async def read_record(self, path: str | None) -> dict[Any, Any]:
+        """Put the settings in a video's metadata into a form; its inputs are not in it."""
+        if path is None:
+            return {self.record_notice: ""}
+        try:
+            flags = await run_in_threadpool(read_config_file, path)
+            if flags.get("task_type") not in self.forms:
+                raise UserError("--config", "the video does not name its task")
+        except UserError as error:
+            return {self.record_notice: notice(error.message.replace(f"{Path(path).parent}/", ""))}
+        inputs = [label_of(name).lower() for name in INPUTS if name in flags]
+        text = (
+            f"The settings are in the form. Add its inputs: {', '.join(inputs)}."
+            if inputs
+            else "The settings are in the form."
+        )
+        return {self.record_notice: message(text), **self.fill_form(flags, {})}
+
+
+def for_form(form: Form, do: Callable[[Form, dict[Any, Any], gr.Request], Awaitable[dict[Any, Any]]]) -> Any:
+    """A function of a form's own; Gradio goes by the annotations."""
+
+    async def call(data: dict[Any, Any], request: gr.Request) -> dict[Any, Any]:
+        return await do(form, data, request)
+
+    return call
+
+
+def owner_of(request: gr.Request) -> str:
+    """Whose request it is, as the guard has found."""
+    assert request.request is not None
+    return request.request.scope["owner"]

@@ -1,0 +1,160 @@
+"""Who may see the page, and what of Gradio answers: signing in with a key, and a list of the routes that it needs.
+
+A browser sends its key as a cookie, which no script can read and no other site makes it send.
+"""
+
+from __future__ import annotations
+
+import re
+from http.cookies import CookieError, SimpleCookie
+from pathlib import Path
+from urllib.parse import parse_qs, quote, unquote
+
+from fastapi import FastAPI
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.routing import Match, Mount
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from skyreels_v3.web.errors import ApiError, from_status, response_of
+from skyreels_v3.web.security import Guard
+from skyreels_v3.web.settings import Settings
+
+COOKIE = "skyreels_key"
+MONTH = 30 * 24 * 3600
+MAX_SIGN_IN_BYTES = 4096
+OF_API = re.compile(r"/(v1|docs|openapi\.json|health|metrics)(/|$)")
+STATIC = re.compile(r"/(assets|static|svelte)/|/(theme\.css|favicon\.ico|manifest\.json)$")
+# what the page's own scripts ask for
+GRADIO = re.compile(
+    r"/$|/config$|/gradio_api/(queue/(join|data)|upload|upload_progress|cancel|reset|startup-events|info|app_id|theme\.css)/?$"
+    r"|/gradio_api/heartbeat/\w+$|/gradio_api/file=/"
+)
+FILE = "/gradio_api/file="
+# Gradio makes functions of texts, and its trimmer of clips is WebAssembly in a worker
+POLICY = (
+    "default-src 'none'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "
+    "worker-src 'self' blob:; manifest-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'self'"
+)
+SIGN_IN = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>SkyReels</title>
+<meta name="viewport" content="width=device-width"><style>
+:root{{color-scheme:light dark}}body{{font:16px system-ui,sans-serif;display:grid;place-items:center;min-height:90vh;margin:0}}
+form{{display:grid;gap:12px;width:min(320px,90vw)}}input,button{{font:inherit;padding:10px;border-radius:8px;border:1px solid #888}}
+button{{background:#0d9488;color:#fff;border:0;cursor:pointer}}p{{color:#dc2626;margin:0}}</style></head><body>
+<form method="post" action="/"><h1>SkyReels</h1><label for="key">Key of this server</label>
+<input id="key" name="key" type="password" autocomplete="current-password" required autofocus>{problem}<button>Sign in</button></form>
+</body></html>"""
+
+
+def protect(app: FastAPI, settings: Settings, uploads: Path) -> None:
+    """Put what is here before the page, which was mounted last."""
+    routes = app.router.routes
+    mount = routes.pop()
+    assert isinstance(mount, Mount)
+    routes[:] = [route for route in routes if getattr(route, "path", "") != "/"]  # the API's own way to /docs
+    routes.append(PageMount("/", PageAccess(mount.app, settings, uploads)))
+    app.add_middleware(CookieKey)
+
+
+class PageMount(Mount):
+    """Everything that is not the API's, whose own errors stay as they are."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        return (Match.NONE, {}) if OF_API.match(scope["path"]) else super().matches(scope)
+
+
+class CookieKey:
+    """ASGI middleware, before the guard: the key in a browser's cookie, as the header that the guard looks for."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            key = key_of(headers)
+            if key and "authorization" not in headers:
+                scope = {**scope, "headers": [*scope["headers"], (b"authorization", f"Bearer {key}".encode("latin-1"))]}
+        await self.app(scope, receive, send)
+
+
+def key_of(headers: Headers) -> str:
+    """The key in a cookie; "" for none."""
+    try:
+        found = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+    except CookieError:
+        return ""
+    key = unquote(found.value) if found is not None else ""
+    return key if key.isascii() and key.isprintable() else ""
+
+
+class PageAccess:
+    """ASGI: the page for who may see it, a form to sign in for others."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, uploads: Path) -> None:
+        self.app, self.uploads, self.keys = app, uploads.resolve(), settings.keys
+        self.guard = Guard(app, settings, lambda *_: None)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+
+        async def with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["Content-Security-Policy"] = POLICY
+                if STATIC.match(path):
+                    headers["Cache-Control"] = "private, max-age=3600"
+            await send(message)
+
+        if path == "/" and self.keys:
+            if scope["method"] == "POST":
+                await (await self.sign_in(Request(scope, receive)))(scope, receive, with_policy)
+                return
+            key = key_of(Headers(scope=scope))
+            if not key or not self.is_key(key, scope):
+                await HTMLResponse(SIGN_IN.format(problem=""))(scope, receive, with_policy)
+                return
+        if not self.is_needed(path):
+            await response_of(from_status(404, ""))(scope, receive, send)
+            return
+        await self.app(scope, receive, with_policy)
+
+    def is_needed(self, path: str) -> bool:
+        """Whether the page needs a route; of files it needs only what was dropped into it."""
+        if path.startswith(FILE):
+            return Path(path.removeprefix(FILE)).resolve().is_relative_to(self.uploads)
+        return bool(STATIC.match(path) or GRADIO.match(path))
+
+    def is_key(self, key: str, scope: Scope) -> bool:
+        """Whether a key is one of the server's; raises ApiError for who tries too many."""
+        try:
+            return bool(self.guard.authenticate(Headers({"authorization": f"Bearer {key}"}), client_of(scope)))
+        except ApiError as error:
+            if error.status == 429:
+                raise
+            return False
+
+    async def sign_in(self, request: Request) -> Response:
+        """Give the browser its cookie."""
+        body = b""
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_SIGN_IN_BYTES:
+                return response_of(from_status(413, ""))
+        key = parse_qs(body.decode("latin-1")).get("key", [""])[0].strip()
+        try:
+            known = self.is_key(key, request.scope)
+        except ApiError as error:
+            return response_of(error)
+        if not known:
+            return HTMLResponse(SIGN_IN.format(problem='<p role="alert">This is not a key of the server.</p>'), 401)
+        answer = RedirectResponse("/", 303)
+        secure = request.url.scheme == "https"
+        answer.set_cookie(COOKIE, quote(key), MONTH, httponly=True, samesite="strict", secure=secure)
+        return answer
+
+
+def client_of(scope: Scope) -> str:
+    return (scope.get("client") or ("", 0))[0]

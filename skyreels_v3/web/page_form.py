@@ -1,0 +1,238 @@
+"""The form of a task: a component for each flag in request.py that the task takes, and what its values say."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from skyreels_v3.checks import MAX_SPEAKERS, request_of
+from skyreels_v3.cli import build_parser, convert_entries
+from skyreels_v3.request import BY_NAME, FLAGS, SHORTHANDS, Flag
+from skyreels_v3.tasks import CONFIG_DIR, REFERENCE_SLOTS, TASK_NAMES, TaskSpec, task_spec
+from skyreels_v3.web.fields import INPUTS, OWN, published
+from skyreels_v3.web.settings import Settings
+from skyreels_v3.web.uploads import IMAGES, SOUNDS
+
+TITLES = {"t2v": "Text to video", "i2v": "Image to video"}  # of tasks whose names are no words
+OPEN = (
+    *("prompt", "negative_prompt", "resolution", "width", "height", "duration", "num_frames"),
+    *("num_inference_steps", "seed", "model_id"),
+)  # flags that are always in view, besides inputs
+SLOTS = {"ref_imgs": REFERENCE_SLOTS, "input_audio": MAX_SPEAKERS}  # files of flags that take several
+KEYFRAMES = "keyframes"
+ASSETS = CONFIG_DIR.parent / "assets"  # in a clone
+MORE_PROMPTS = {  # of words that the built-in model knows
+    "t2v": ("A red lantern floats up into the night", "A white sailboat drifts to the left on the sea"),
+    "i2v": ("The camera zooms in", "The fox walks to the right through the snow"),
+    "reference_to_video": ("A fox walks through falling snow, next to a red lantern", "A fox rests beside a lantern at night"),
+    "single_shot_extension": ("The boat drifts to the right across the bay", "The boat sails into the sunset. The camera pans left."),
+    "shot_switching_extension": ("[ZOOM_OUT_CUT] Wide view of the boat on the sea", "[CUT_AWAY] We see a red lantern at night"),
+    "talking_avatar": ("A woman in a red coat talks to the camera", "A lady speaks to the camera in a room"),
+}  # fmt: skip
+
+
+def title_of(task: str) -> str:
+    return TITLES.get(task, task.replace("_", " ").capitalize())
+
+
+def label_of(flag: str) -> str:
+    return {"model_id": "Model"}.get(flag, flag.replace("_", " ").capitalize())
+
+
+@dataclass(frozen=True)
+class Field:
+    """A flag's part of a form.
+
+    Attributes:
+        initial: its value if the user does nothing; then it is not sent, and the server's default holds.
+    """
+
+    flag: Flag
+    components: tuple[gr.components.Component, ...]
+    initial: Any
+
+    def value_of(self, data: Mapping[Any, Any]) -> Any:
+        """The value to send; None for none. Files are lists of paths, keyframes with a text of seconds at the end."""
+        values = [data[component] for component in self.components]
+        if self.flag.name not in INPUTS:
+            value = values[0].strip() if isinstance(values[0], str) else values[0]
+            return None if value in (None, self.initial) else value
+        if self.flag.name == KEYFRAMES:
+            return [*values[0], values[1]] if values[0] else None
+        return [value for value in values if value] or None
+
+    def updates_for(self, value: Any) -> dict[Any, Any]:
+        """What makes the components show a value; None: the initial one."""
+        if self.flag.name == KEYFRAMES:
+            paths, times = value or ([], [])
+            return dict(zip(self.components, (gr.update(value=paths), gr.update(value=", ".join(times))), strict=True))
+        if self.flag.name in INPUTS:
+            files = [*(value or ()), *[None] * len(self.components)]
+            return {component: gr.update(value=path) for component, path in zip(self.components, files, strict=False)}
+        shown = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+        return {self.components[0]: gr.update(value=self.initial if shown is None else shown)}
+
+
+@dataclass
+class Form:
+    """A task's form, to be made within a tab."""
+
+    task: TaskSpec
+    settings: Settings
+    fields: list[Field] = field(default_factory=list)
+    notice: Any = None
+    plan_button: Any = None
+    start_button: Any = None
+
+    @property
+    def components(self) -> set[Any]:
+        return {component for each in self.fields for component in each.components}
+
+    def build(self) -> None:
+        """Make the components."""
+        self.defaults = initial_values(self.task.name, self.settings)
+        mine = [flag for flag in FLAGS if self.has(flag)]
+        for flag in (flag for flag in mine if flag.name in ("prompt", "negative_prompt")):
+            self.add(flag)
+        for flag in (flag for flag in mine if flag.name in INPUTS and flag.name != KEYFRAMES):
+            self.add(flag)
+        with gr.Row(elem_classes="numbers"):
+            for flag in (BY_NAME[name] for name in OPEN[2:]):
+                if flag in mine:
+                    self.add(flag)
+        placed = {each.flag.name for each in self.fields}
+        for group, flags in grouped():
+            rest = [flag for flag in flags if flag in mine and flag.name not in placed]
+            if rest:
+                with gr.Accordion(f"More: {group.lower()}", open=False), gr.Row(elem_classes="numbers"):
+                    for flag in rest:
+                        self.add(flag)
+
+    def has(self, flag: Flag) -> bool:
+        """Whether the form has a flag: of the task, for a client to set, and no other spelling of another one."""
+        return flag.in_line and flag.is_for(self.task) and flag.name not in (*OWN, *SHORTHANDS, "task_type")
+
+    def add(self, flag: Flag) -> None:
+        """Make the components of a flag."""
+        id = f"{self.task.name}-{flag.name}"
+        initial = self.defaults[flag.name]
+        if flag.name == KEYFRAMES:
+            pictures = gr.File(label="Keyframes", file_count="multiple", file_types=["image"], height=120, elem_id=id)
+            times = gr.Textbox(
+                label="Seconds of the keyframes", info="one for each picture: 2, 4.5", elem_id=f"{id}-times"
+            )
+            components: tuple[Any, ...] = (pictures, times)
+        elif flag.name in INPUTS:
+            with gr.Row(elem_classes="files", elem_id=id):
+                components = tuple(self.file_component(flag, number) for number in range(SLOTS.get(flag.name, 1)))
+        else:
+            components = (value_component(flag, id, initial, self.models),)
+        self.fields.append(Field(flag, components, initial))
+
+    def file_component(self, flag: Flag, number: int) -> Any:
+        """A place to drop a file."""
+        many = f" {number + 1}" if flag.name in SLOTS else ""
+        options: dict[str, Any] = {
+            "label": f"{label_of(flag.name)}{many}",
+            "elem_id": f"{self.task.name}-{flag.name}-{number}",
+            "buttons": [],
+        }
+        if flag.name in IMAGES:
+            size = {"height": 170, "min_width": 130}
+            return gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], **size, **options)
+        if flag.name in SOUNDS:
+            return gr.Audio(type="filepath", sources=["upload"], min_width=240, **options)
+        return gr.Video(sources=["upload"], include_audio=True, height=240, **options)
+
+    @property
+    def models(self) -> list[str]:
+        """Models of the server for this task."""
+        others = {name for task in map(task_spec, TASK_NAMES) for name in published(task)} - {*published(self.task)}
+        return [name for name in self.settings.models if name not in others]
+
+    def examples(self) -> list[list[Any]]:
+        """Values of prompt and inputs: the preset's own example, and more prompts for the same inputs."""
+        names = [each.flag.name for each in self.example_fields]
+        values = example_of(self.task.name)
+        prompts = [values["prompt"], *MORE_PROMPTS.get(self.task.name, ())]
+        rows: list[list[Any]] = []
+        for prompt in prompts:
+            row: list[Any] = []
+            for each in self.example_fields:
+                files = [str(path) for path in values.get(each.flag.name, ())] if each.flag.name in INPUTS else []
+                row += (
+                    [prompt]
+                    if each.flag.name == "prompt"
+                    else [*files, *[None] * len(each.components)][: len(each.components)]
+                )
+            rows.append(row)
+        return rows if names else []
+
+    @property
+    def example_fields(self) -> list[Field]:
+        """Prompt and required inputs."""
+        return [each for each in self.fields if each.flag.name in ("prompt", *self.task.inputs)]
+
+
+def value_component(flag: Flag, id: str, initial: Any, models: list[str]) -> Any:
+    """The component of a flag that is no file."""
+    help = flag.help
+    if flag.kind is not str and flag.kind is not bool and abs(flag.low) != float("inf"):
+        help += f"; {flag.low:g} to {flag.high:g}"
+    options: dict[str, Any] = {"label": label_of(flag.name), "info": help, "elem_id": id, "min_width": 150}
+    if flag.kind is bool:
+        return gr.Checkbox(value=initial, **options)
+    if flag.name == "model_id":
+        return gr.Dropdown(models, value=initial, **options | {"min_width": 310})
+    if flag.choices:
+        unset = [("default", "")] if initial == "" else []
+        return gr.Dropdown([*unset, *((choice, choice) for choice in flag.choices)], value=initial, **options)
+    if flag.kind in (int, float):
+        return gr.Number(value=initial, precision=0 if flag.kind is int else None, placeholder="default", **options)
+    lines = {"prompt": 3, "negative_prompt": 1}.get(flag.name, 1)
+    more = {} if flag.name == "prompt" else {"placeholder": flag.metavar or ""}
+    return gr.Textbox(value=initial, lines=lines, max_lines=8, **options | more)
+
+
+@cache
+def grouped() -> list[tuple[str, list[Flag]]]:
+    """The flags by their headings."""
+    groups: list[tuple[str, list[Flag]]] = []
+    for flag in FLAGS:
+        if flag.group:
+            groups.append((flag.group, []))
+        groups[-1][1].append(flag)
+    return groups
+
+
+def initial_values(task: str, settings: Settings) -> dict[str, Any]:
+    """What each flag is if nothing is given: as the server's defaults and the preset have it."""
+    flags = {name: value for name, value in settings.defaults.items() if BY_NAME[name].is_for(task_spec(task))}
+    needed = {name: ["x"] if BY_NAME[name].several else "x" for name in task_spec(task).inputs}
+    made = request_of({**flags, "task_type": task, "prompt": "x", **needed})
+    values: dict[str, Any] = {}
+    for flag in FLAGS:
+        value = flags.get(flag.name, getattr(made, flag.name))
+        empty = value is None or flag.path == "input" or flag.name == "prompt" or isinstance(value, tuple)
+        values[flag.name] = (None if flag.kind in (int, float) else "") if empty else value
+    values["model_id"] = settings.model_name(made.model_id)
+    return values
+
+
+@cache
+def example_of(task: str) -> dict[str, Any]:
+    """The flags of a preset's example, with the paths of their files, where those are there."""
+    found, _ = build_parser().parse_known_args(shlex.split(" ".join(task_spec(task).example)))
+    given = {name: value for name, value in vars(found).items() if value is not None}
+    values: dict[str, Any] = {"prompt": given["prompt"]}
+    for name in filter(given.__contains__, INPUTS):
+        entries = convert_entries(BY_NAME[name], given[name]) if BY_NAME[name].several else [given[name]]
+        paths = [ASSETS / Path(entry).name for entry in entries]
+        values[name] = [path for path in paths if path.is_file()]
+    return values
