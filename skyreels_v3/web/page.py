@@ -26,7 +26,7 @@ from skyreels_v3.web.api import Api, user_errors
 from skyreels_v3.web.errors import ApiError, from_user_error, without_paths
 from skyreels_v3.web.fields import INPUTS, FlagReader, files_of, link
 from skyreels_v3.web.page_access import protect
-from skyreels_v3.web.page_form import KEYFRAMES, Form, label_of, title_of
+from skyreels_v3.web.page_form import KEYFRAMES, TABS, Form, label_of, title_of
 from skyreels_v3.web.page_html import compare_html, gallery_html, message, notice, plan_html, queue_html
 from skyreels_v3.web.planning import PlanFailed
 from skyreels_v3.web.queue import FINAL, Job, State
@@ -38,7 +38,6 @@ SHOWN_JOBS = 24  # in the gallery, and 24 more with each click
 MAX_WAITING = 100
 CLEAN_SECONDS = (3600, 24 * 3600)  # how often dropped files are looked at, and how old they may get
 WAITING = (State.QUEUED, State.IN_PROGRESS)
-FIRST = "t2v"  # the tab that is open at first
 SANS = ("ui-sans-serif", "system-ui", "sans-serif")
 MONO = ("ui-monospace", "Consolas", "monospace")
 
@@ -93,16 +92,16 @@ class Page:
         return blocks
 
     def build_forms(self) -> None:
-        with gr.Tabs(selected=FIRST, elem_id="tasks") as self.tabs:
-            for task in sorted(TASK_NAMES, key=lambda name: (name != FIRST, name != "i2v")):
-                with gr.Tab(title_of(task), id=task, elem_id=f"tab-{task}"):
+        with gr.Tabs(elem_id="tasks") as self.tabs:
+            for task in sorted(TASK_NAMES, key=[*TABS, *TASK_NAMES].index):
+                with gr.Tab(TABS.get(task, title_of(task)), id=task, elem_id=f"tab-{task}"):
                     self.build_form(task)
-        with gr.Accordion("Settings from a video", open=False):
+        with gr.Accordion("Settings from a video", open=False, elem_id="record-box"):
             self.record = gr.File(
                 label="A video made here: its settings are put into the form", file_types=["video"], height=110,
                 elem_id="record",
             )  # fmt: skip
-            self.record_notice = gr.HTML(js_on_load=None)
+            self.record_notice = gr.HTML(elem_id="record-notice", js_on_load=None)
 
     def build_form(self, task: str) -> None:
         form = self.forms[task] = Form(task_spec(task), self.api.settings)
@@ -112,8 +111,6 @@ class Page:
         with gr.Row(elem_classes="go"):
             form.plan_button = gr.Button("Plan", elem_id=f"{task}-plan")
             form.start_button = gr.Button("Make the video", variant="primary", elem_id=f"{task}-start")
-        components = [component for each in form.example_fields for component in each.components]
-        gr.Examples(form.examples(), components, label="Examples", elem_id=f"{task}-examples", cache_examples=False)
 
     def build_jobs(self) -> None:
         click = (HERE / "page.js").read_text(encoding="utf-8")

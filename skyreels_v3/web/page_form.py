@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,10 +21,18 @@ from skyreels_v3.web.settings import Settings
 from skyreels_v3.web.uploads import IMAGES, SOUNDS
 
 TITLES = {"t2v": "Text to video", "i2v": "Image to video"}  # of tasks whose names are no words
-OPEN = (
-    *("prompt", "negative_prompt", "resolution", "width", "height", "duration", "num_frames"),
-    *("num_inference_steps", "seed", "model_id"),
-)  # flags that are always in view, besides inputs
+TABS = {
+    **{"t2v": "Text", "i2v": "Image", "reference_to_video": "References", "talking_avatar": "Avatar"},
+    **{"single_shot_extension": "Extend", "shot_switching_extension": "New shot"},
+}  # short titles, in order
+# flags that are always in view, besides prompt and inputs
+OPEN = ("resolution", "width", "height", "duration", "num_frames", "num_inference_steps", "seed", "model_id")
+# in a flag's help: what the form shows anyway
+SHOWN = re.compile(rf",? *\((default|{'|'.join(TASK_NAMES)})\b[^()]*\)|; needs --[^;]*")
+LABELS = {
+    **{"model_id": "Model", "ref_imgs": "Reference", "num_frames": "Frames", "num_inference_steps": "Steps"},
+    **{"fps": "Frames per second", "lora": "LoRA", "vae_dtype": "VAE dtype", "no_riflex": "No RIFLEx"},
+}  # of flags whose names are abbreviations
 SLOTS = {"ref_imgs": REFERENCE_SLOTS, "input_audio": MAX_SPEAKERS}  # files of flags that take several
 KEYFRAMES = "keyframes"
 ASSETS = CONFIG_DIR.parent / "assets"  # in a clone
@@ -42,7 +51,7 @@ def title_of(task: str) -> str:
 
 
 def label_of(flag: str) -> str:
-    return {"model_id": "Model"}.get(flag, flag.replace("_", " ").capitalize())
+    return LABELS.get(flag, flag.replace("_", " ").capitalize())
 
 
 @dataclass(frozen=True)
@@ -98,19 +107,22 @@ class Form:
         """Make the components."""
         self.defaults = initial_values(self.task.name, self.settings)
         mine = [flag for flag in FLAGS if self.has(flag)]
-        for flag in (flag for flag in mine if flag.name in ("prompt", "negative_prompt")):
+        self.add(BY_NAME["prompt"])
+        inputs = (flag for flag in mine if flag.name in INPUTS and flag.name != KEYFRAMES)
+        for flag in sorted(inputs, key=lambda flag: flag.name not in self.task.inputs):  # those that are needed first
             self.add(flag)
-        for flag in (flag for flag in mine if flag.name in INPUTS and flag.name != KEYFRAMES):
-            self.add(flag)
+        components = [component for each in self.example_fields for component in each.components]
+        gr.Examples(self.examples(), components, label="Examples", elem_id=f"{self.task.name}-examples")
         with gr.Row(elem_classes="numbers"):
-            for flag in (BY_NAME[name] for name in OPEN[2:]):
-                if flag in mine:
-                    self.add(flag)
+            for name in OPEN:
+                if BY_NAME[name] in mine:
+                    self.add(BY_NAME[name])
         placed = {each.flag.name for each in self.fields}
         for group, flags in grouped():
             rest = [flag for flag in flags if flag in mine and flag.name not in placed]
             if rest:
-                with gr.Accordion(f"More: {group.lower()}", open=False), gr.Row(elem_classes="numbers"):
+                id = f"{self.task.name}-{group.lower().replace(' ', '-')}"
+                with gr.Accordion(group, open=False, elem_id=id), gr.Row(elem_classes="numbers"):
                     for flag in rest:
                         self.add(flag)
 
@@ -144,11 +156,11 @@ class Form:
             "buttons": [],
         }
         if flag.name in IMAGES:
-            size = {"height": 170, "min_width": 130}
-            return gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], **size, **options)
+            options |= {"height": 150, "min_width": 120}
+            return gr.Image(type="filepath", image_mode=None, sources=["upload"], **options)
         if flag.name in SOUNDS:
             return gr.Audio(type="filepath", sources=["upload"], min_width=240, **options)
-        return gr.Video(sources=["upload"], include_audio=True, height=240, **options)
+        return gr.Video(sources=["upload"], include_audio=True, height=220, **options)
 
     @property
     def models(self) -> list[str]:
@@ -182,9 +194,9 @@ class Form:
 
 def value_component(flag: Flag, id: str, initial: Any, models: list[str]) -> Any:
     """The component of a flag that is no file."""
-    help = flag.help
-    if flag.kind is not str and flag.kind is not bool and abs(flag.low) != float("inf"):
-        help += f"; {flag.low:g} to {flag.high:g}"
+    help = re.sub(r"--(\w+)", lambda found: label_of(found[1]).lower(), SHOWN.sub("", flag.help))
+    if abs(flag.low) != float("inf"):
+        help += f"; {flag.low} to {flag.high}"
     options: dict[str, Any] = {"label": label_of(flag.name), "info": help, "elem_id": id, "min_width": 150}
     if flag.kind is bool:
         return gr.Checkbox(value=initial, **options)
@@ -193,10 +205,10 @@ def value_component(flag: Flag, id: str, initial: Any, models: list[str]) -> Any
     if flag.choices:
         unset = [("default", "")] if initial == "" else []
         return gr.Dropdown([*unset, *((choice, choice) for choice in flag.choices)], value=initial, **options)
-    if flag.kind in (int, float):
-        return gr.Number(value=initial, precision=0 if flag.kind is int else None, placeholder="default", **options)
+    if flag.kind in (int, float) and initial != "":  # an empty one would show 0
+        return gr.Number(value=initial, precision=0 if flag.kind is int else None, **options)
     lines = {"prompt": 3, "negative_prompt": 1}.get(flag.name, 1)
-    more = {} if flag.name == "prompt" else {"placeholder": flag.metavar or ""}
+    more = {} if flag.name == "prompt" else {"placeholder": flag.metavar or ("default" if flag.kind is not str else "")}
     return gr.Textbox(value=initial, lines=lines, max_lines=8, **options | more)
 
 
@@ -219,8 +231,9 @@ def initial_values(task: str, settings: Settings) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for flag in FLAGS:
         value = flags.get(flag.name, getattr(made, flag.name))
-        empty = value is None or flag.path == "input" or flag.name == "prompt" or isinstance(value, tuple)
-        values[flag.name] = (None if flag.kind in (int, float) else "") if empty else value
+        if value is None or flag.path == "input" or flag.name == "prompt" or isinstance(value, tuple):
+            value = ""
+        values[flag.name] = value
     values["model_id"] = settings.model_name(made.model_id)
     return values
 
