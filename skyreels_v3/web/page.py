@@ -135,8 +135,8 @@ class Page:
         gr.on([blocks.load, self.timer.tick], self.refresh, view, shown, trigger_mode="once", **quiet)
         self.more.click(self.show_more, view, shown, **quiet)
         for html in (self.queue, self.gallery, self.compare):
-            html.click(self.act, view, shown | everything, **quiet)
-        self.record.upload(self.read_record, self.record, everything | {self.record_notice}, **quiet)
+            html.click(self.act, view, shown | everything, trigger_mode="multiple", **quiet)
+        self.record.upload(self.read_record, self.record, everything | {self.record, self.record_notice}, **quiet)
         for form in self.forms.values():
             inputs = form.components
             options: dict[str, Any] = {
@@ -351,21 +351,18 @@ class Page:
 
     async def read_record(self, path: str | None) -> dict[Any, Any]:
         """Put the settings in a video's metadata into a form; its inputs are not in it."""
+        empty: dict[Any, Any] = {self.record: None}
         if path is None:
-            return {self.record_notice: ""}
+            return empty
         try:
             flags = await run_in_threadpool(read_config_file, path)
             if flags.get("task_type") not in self.forms:
                 raise UserError("--config", "the video does not name its task")
         except UserError as error:
-            return {self.record_notice: notice(error.message.replace(f"{Path(path).parent}/", ""))}
-        inputs = [label_of(name).lower() for name in INPUTS if name in flags]
-        text = (
-            f"The settings are in the form. Add its inputs: {', '.join(inputs)}."
-            if inputs
-            else "The settings are in the form."
-        )
-        return {self.record_notice: message(text), **self.fill_form(flags, {})}
+            return empty | {self.record_notice: notice(error.message.replace(f"{Path(path).parent}/", ""))}
+        inputs = ", ".join(label_of(name).lower() for name in INPUTS if name in flags)
+        text = f"The settings are in the form.{f' Add its inputs: {inputs}.' if inputs else ''}"
+        return empty | {self.record_notice: message(text)} | self.fill_form(flags, {})
 
 
 def for_form(form: Form, do: Callable[[Form, dict[Any, Any], gr.Request], Awaitable[dict[Any, Any]]]) -> Any:

@@ -39,7 +39,7 @@ POLICY = (
     "worker-src 'self' blob:; manifest-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'self'"
 )
 SIGN_IN = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>SkyReels</title>
-<meta name="viewport" content="width=device-width"><style>
+<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><style>
 :root{{color-scheme:light dark}}body{{font:16px system-ui,sans-serif;display:grid;place-items:center;min-height:90vh;margin:0}}
 form{{display:grid;gap:12px;width:min(320px,90vw)}}input,button{{font:inherit;padding:10px;border-radius:8px;border:1px solid #888}}
 button{{background:#0d9488;color:#fff;border:0;cursor:pointer}}p{{color:#dc2626;margin:0}}</style></head><body>
@@ -104,6 +104,7 @@ class PageAccess:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["Content-Security-Policy"] = POLICY
+                headers["Referrer-Policy"] = "same-origin"  # without one, a form's Origin is null
                 if STATIC.match(path):
                     headers["Cache-Control"] = "private, max-age=3600"
             await send(message)
