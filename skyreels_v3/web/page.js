@@ -13,5 +13,8 @@ element.addEventListener('click', (event) => {
 	if (button.dataset.do === 'reload' || button.dataset.do === 'extend') {
 		document.getElementById('forms').scrollIntoView({ behavior: 'smooth' });
 	}
+	if (button.dataset.do === 'compare') {
+		setTimeout(() => document.getElementById('compare').scrollIntoView({ behavior: 'smooth', block: 'nearest' }), 1000);
+	}
 	trigger('click', { do: button.dataset.do, id: button.dataset.id });
 });

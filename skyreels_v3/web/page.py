@@ -52,8 +52,8 @@ def mount_page(app: FastAPI) -> None:
     blocks = page.build()
     gr.mount_gradio_app(
         app, blocks, path="/", footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False, pwa=False,
-        mcp_server=False, show_error=False, allowed_paths=[], max_file_size=api.settings.limits.file_bytes, theme=theme(),
-        css_paths=[HERE / "page.css"], blocked_paths=[str(api.settings.folder / "jobs")],
+        mcp_server=False, show_error=False, allowed_paths=[], blocked_paths=[str(api.settings.folder / "jobs")],
+        max_file_size=api.settings.limits.file_bytes, theme=theme(), css_paths=[HERE / "page.css"],
     )  # fmt: skip
     blocks.has_launched = True  # or Gradio would not check that files in events are uploads
     protect(app, api.settings, uploads)
@@ -128,9 +128,9 @@ class Page:
     def connect(self, blocks: gr.Blocks) -> None:
         """Say what happens when."""
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        view = {self.seen, self.chosen, self.count}
-        shown = {self.queue, self.gallery, self.compare, self.more, self.timer, *view}
-        everything = {component for form in self.forms.values() for component in form.components}
+        view: Any = {self.seen, self.chosen, self.count}
+        shown: Any = {self.queue, self.gallery, self.compare, self.more, self.timer, *view}
+        everything: Any = {component for form in self.forms.values() for component in form.components}
         everything |= {self.tabs, *(form.notice for form in self.forms.values())}
         gr.on([blocks.load, self.timer.tick], self.refresh, view, shown, trigger_mode="once", **quiet)
         self.more.click(self.show_more, view, shown, **quiet)
@@ -275,9 +275,12 @@ class Page:
                     changed = await run_in_threadpool(self.fill if do == "reload" else self.extend, job)
                 elif do == "again":
                     await self.repeat(job, owner)
-                elif do in ("up", "cancel", "delete"):
-                    calls = {"up": self.move_up, "cancel": self.api.queue.cancel, "delete": self.api.queue.delete}
-                    await run_in_threadpool(calls[do], job if do == "up" else id)
+                elif do == "up":
+                    await run_in_threadpool(self.move_up, job)
+                elif do == "cancel":
+                    await run_in_threadpool(self.api.queue.cancel, id)
+                elif do == "delete":
+                    await run_in_threadpool(self.api.queue.delete, id)
         except ApiError as error:
             raise gr.Error(error.message, print_exception=False) from error
         return {self.chosen: data[self.chosen], **changed, **await self.refresh(data, request)}

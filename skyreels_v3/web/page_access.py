@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, quote, unquote
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Match, Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,11 +25,11 @@ COOKIE = "skyreels_key"
 MONTH = 30 * 24 * 3600
 MAX_SIGN_IN_BYTES = 4096
 OF_API = re.compile(r"/(v1|docs|openapi\.json|health|metrics)(/|$)")
-STATIC = re.compile(r"/(assets|static|svelte)/|/(theme\.css|favicon\.ico|manifest\.json)$")
+STATIC = re.compile(r"/(assets|static|svelte)/|/(theme\.css|favicon\.ico)$")
 # what the page's own scripts ask for
 GRADIO = re.compile(
-    r"/$|/config$|/gradio_api/(queue/(join|data)|upload|upload_progress|cancel|reset|startup-events|info|app_id|theme\.css)/?$"
-    r"|/gradio_api/heartbeat/\w+$|/gradio_api/file=/"
+    r"/$|/config$|/gradio_api/(heartbeat/\w+$|file=/|((queue/(join|data)|run/predict|upload|upload_progress|cancel|reset"
+    r"|startup-events|info|app_id|theme\.css)/?$))"
 )
 FILE = "/gradio_api/file="
 # Gradio makes functions of texts, and its trimmer of clips is WebAssembly in a worker
@@ -40,11 +40,15 @@ POLICY = (
 )
 SIGN_IN = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>SkyReels</title>
 <meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><style>
-:root{{color-scheme:light dark}}body{{font:16px system-ui,sans-serif;display:grid;place-items:center;min-height:90vh;margin:0}}
-form{{display:grid;gap:12px;width:min(320px,90vw)}}input,button{{font:inherit;padding:10px;border-radius:8px;border:1px solid #888}}
-button{{background:#0d9488;color:#fff;border:0;cursor:pointer}}p{{color:#dc2626;margin:0}}</style></head><body>
+:root{{color-scheme:light dark}}
+body{{font:16px system-ui,sans-serif;display:grid;place-items:center;min-height:90vh;margin:0}}
+form{{display:grid;gap:12px;width:min(320px,90vw)}}p{{color:#dc2626;margin:0}}
+input,button{{font:inherit;padding:10px;border-radius:8px;border:1px solid #888}}
+button{{background:#0f766e;color:#fff;border:0;cursor:pointer}}
+</style></head><body>
 <form method="post" action="/"><h1>SkyReels</h1><label for="key">Key of this server</label>
-<input id="key" name="key" type="password" autocomplete="current-password" required autofocus>{problem}<button>Sign in</button></form>
+<input id="key" name="key" type="password" autocomplete="current-password" required autofocus>{problem}
+<button>Sign in</button></form>
 </body></html>"""
 
 
@@ -72,6 +76,9 @@ class CookieKey:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == "/manifest.json":  # browsers ask for it without cookies
+            await JSONResponse({"name": "SkyReels", "start_url": "/"})(scope, receive, send)
+            return
         if scope["type"] == "http":
             headers = Headers(scope=scope)
             key = key_of(headers)

@@ -37,13 +37,26 @@ SLOTS = {"ref_imgs": REFERENCE_SLOTS, "input_audio": MAX_SPEAKERS}  # files of f
 KEYFRAMES = "keyframes"
 ASSETS = CONFIG_DIR.parent / "assets"  # in a clone
 MORE_PROMPTS = {  # of words that the built-in model knows
-    "t2v": ("A red lantern floats up into the night", "A white sailboat drifts to the left on the sea"),
+    "t2v": (
+        "A red lantern floats up into the night",
+        "A white sailboat drifts to the left on the sea",
+        "A cat wearing sunglasses sits at the pool",
+    ),
     "i2v": ("The camera zooms in", "The fox walks to the right through the snow"),
-    "reference_to_video": ("A fox walks through falling snow, next to a red lantern", "A fox rests beside a lantern at night"),
-    "single_shot_extension": ("The boat drifts to the right across the bay", "The boat sails into the sunset. The camera pans left."),
-    "shot_switching_extension": ("[ZOOM_OUT_CUT] Wide view of the boat on the sea", "[CUT_AWAY] We see a red lantern at night"),
+    "reference_to_video": (
+        "A fox walks through falling snow, next to a red lantern",
+        "A fox rests beside a lantern at night",
+    ),
+    "single_shot_extension": (
+        "The boat drifts to the right across the bay",
+        "The boat sails into the sunset. The camera pans left.",
+    ),
+    "shot_switching_extension": (
+        "[ZOOM_OUT_CUT] Wide view of the boat on the sea",
+        "[CUT_AWAY] We see a red lantern at night",
+    ),
     "talking_avatar": ("A woman in a red coat talks to the camera", "A lady speaks to the camera in a room"),
-}  # fmt: skip
+}
 
 
 def title_of(task: str) -> str:

@@ -16,9 +16,10 @@ SHOWN = ("task_type", "prompt", "include_input", "memory")  # flags that are sho
 WORDS = {State.QUEUED: "waiting", State.CANCELLED: "cancelled", State.FAILED: "failed"}
 
 
-def button(do: str, id: str, text: str, label: str = "") -> str:
+def button(do: str, id: str, text: str, label: str = "", pressed: bool | None = None) -> str:
     """A button that tells the page what to do with a job."""
     more = f' aria-label="{escape(label)}"' if label else ""
+    more += f' aria-pressed="{str(pressed).lower()}"' if pressed is not None else ""
     return f'<button type="button" data-do="{do}" data-id="{escape(id)}"{more}>{escape(text)}</button>'
 
 
@@ -86,7 +87,8 @@ def queue_entry(job: Job, place: int | None) -> str:
     actions += button("cancel", job.id, "Cancel") if not job.cancelling else ""
     return (
         f'<li data-job="{escape(job.id)}">{picture}<div class="body"><b>{escape(title_of(task_of(job)))}</b>'
-        f'<p class="prompt">{escape(prompt_of(job))}</p><p class="state">{escape(state_text(job, place))}</p>{bar}</div>'
+        f'<p class="prompt">{escape(prompt_of(job))}</p>'
+        f'<p class="state">{escape(state_text(job, place))}</p>{bar}</div>'
         f'<div class="actions">{actions}</div></li>'
     )
 
@@ -122,7 +124,7 @@ def card(job: Job, chosen: bool, settings: Settings) -> str:
             button("reload", job.id, "Use settings"),
             button("extend", job.id, "Extend this"),
             button("again", job.id, "Another seed"),
-            button("compare", job.id, "Remove from comparison" if chosen else "Compare"),
+            button("compare", job.id, "Compare", pressed=chosen),
             f'<a href="{content(job)}" download="{escape(job.id)}.mp4">Download</a>',
             delete,
         ]
@@ -132,7 +134,8 @@ def card(job: Job, chosen: bool, settings: Settings) -> str:
         head = f'<p class="ended"><b>{WORDS[job.state]}</b> {escape(text)}</p>'
         actions = [button("reload", job.id, "Use settings"), delete]
     return (
-        f'<li data-job="{escape(job.id)}" data-state="{job.state.value}">{head}<p class="prompt">{escape(prompt_of(job))}</p>'
+        f'<li data-job="{escape(job.id)}" data-state="{job.state.value}">{head}'
+        f'<p class="prompt">{escape(prompt_of(job))}</p>'
         f"<details><summary>{escape(summary(job))}</summary>{terms(facts_of(job, settings))}</details>"
         f'<div class="actions">{"".join(actions)}</div></li>'
     )
