@@ -116,7 +116,7 @@ class Api:
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         yield
-        self.planner.end()
+        await self.planner.close()
 
     # New jobs
 
