@@ -77,8 +77,10 @@ def server_of(app: FastAPI) -> uvicorn.Server:
     """The HTTP server of an application."""
     import uvicorn
 
+    from skyreels_v3.web.connection import Connection
+
     config = uvicorn.Config(
-        app, http="h11", ws="none", log_config=None, access_log=False, proxy_headers=False, server_header=False,
+        app, http=Connection, ws="none", log_config=None, access_log=False, proxy_headers=False, server_header=False,
         limit_concurrency=MAX_CONNECTIONS, h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_graceful_shutdown=GRACE,
     )  # fmt: skip

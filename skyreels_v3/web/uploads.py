@@ -99,8 +99,8 @@ async def chunks(request: Request, most: int, limits: Limits) -> AsyncIterator[b
         seconds = time.monotonic() - start
         if size > most:
             raise too_large("the body", most)
-        if seconds > limits.stall_seconds and size < seconds * limits.slowest:
-            raise ApiError(408, f"the body arrives with less than {limits.slowest} bytes a second", headers=CLOSE)
+        if seconds > limits.body_seconds or (seconds > limits.stall_seconds and size < seconds * limits.slowest):
+            raise ApiError(408, "the body arrives too slowly", headers=CLOSE)
         yield chunk
 
 

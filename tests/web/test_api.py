@@ -214,6 +214,7 @@ def test_lists_have_pages(served):
 def test_polling(served):
     id = served.post()["id"]
     assert served.client.get(f"/v1/videos/{id}").headers["openai-poll-after-ms"] == "2000"
+    assert served.post()["details"]["place"] == 1
     served.queue.claim("0")
     served.queue.report(id, "0", Progress("denoising", 0.426, 1, 1, 3, 8, 12.5, 1))
     answer = served.client.get(f"/v1/videos/{id}")

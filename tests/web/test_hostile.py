@@ -418,6 +418,15 @@ def test_below_http(small, port, parts, statuses):
     assert b" 200 " in say(port, b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
 
 
+def test_headers_that_never_end(port, monkeypatch):
+    monkeypatch.setattr("skyreels_v3.web.connection.HEAD_SECONDS", 0.3)
+    for begin in (b"", b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n"):
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+            connection.sendall(begin)
+            assert connection.recv(1) == b""  # closed
+    assert b" 200 " in say(port, b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+
+
 def test_an_upload_that_is_broken_off_leaves_nothing(small, port):
     say(port, UPLOAD, shut=True)
     with socket.create_connection(("127.0.0.1", port)) as connection:
