@@ -74,6 +74,8 @@ def make_videos(request: GenerationRequest, downloads: Path, ranks: Ranks) -> It
 def act_on(flags: Mapping[str, Any], ranks: Ranks) -> int:
     """Carry out what flags ask for; returns the exit code."""
     if flags.get("serve"):
+        if ranks.world_size > 1:
+            raise UserError("--serve", "is for one process; start it without torchrun")
         from skyreels_v3.web.serve import serve
 
         return serve(flags)

@@ -117,7 +117,7 @@ class Api:
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         yield
-        self.planner.end()
+        await self.planner.close()
 
     # New jobs
 
@@ -194,13 +194,17 @@ class Api:
         except QueueFull as error:
             raise ApiError(429, str(error), code="queue_full", headers={"Retry-After": "60"}) from error
         logger.info("%s is queued: %s", job.id, job.flags.get("task_type"))
-        return self.answer(job)
+        return await self.answer(job)
 
     # Jobs
 
-    def answer(self, job: Job) -> JSONResponse:
+    async def answer(self, job: Job) -> JSONResponse:
+        """A job as its Video, with its place in the queue."""
         headers = {POLL: POLL_MS[job.state]} if job.state in POLL_MS else {}
-        return JSONResponse(video_of(job, self.settings), headers=headers)
+        video = video_of(job, self.settings)
+        if job.state is State.QUEUED:
+            video["details"]["place"] = await run_in_threadpool(self.queue.place, job.id)
+        return JSONResponse(video, headers=headers)
 
     async def find(self, id: str, owner: str) -> Job:
         """A job of an owner's; raises ApiError."""
@@ -228,7 +232,7 @@ class Api:
 
     async def get(self, id: str, request: Request) -> JSONResponse:
         """A video; the header openai-poll-after-ms says when to ask again."""
-        return self.answer(await self.find(id, owner_of(request)))
+        return await self.answer(await self.find(id, owner_of(request)))
 
     async def delete(self, id: str, request: Request) -> dict[str, Any]:
         """Delete a video and its files; one that is being made is cancelled first."""
@@ -244,7 +248,7 @@ class Api:
         job = await run_in_threadpool(self.queue.cancel, id)
         if job is None:
             raise ApiError(404, f"there is no video {id}", "id")
-        return self.answer(job)
+        return await self.answer(job)
 
     # Files
 

@@ -71,12 +71,20 @@ class Planner:
         await self.process.stdin.drain()
         return json.loads(await self.process.stdout.readline())
 
-    def end(self) -> None:
-        """End the process."""
+    def end(self) -> Process | None:
+        """End the process, and return it."""
         process, self.process = self.process, None
         if process is not None:
             with suppress(ProcessLookupError):
                 process.kill()
+        return process
+
+    async def close(self) -> None:
+        """End the process, and wait for its end."""
+        if self.timer is not None:
+            self.timer.cancel()
+        if (process := self.end()) is not None:
+            await process.communicate()
 
 
 def answer_to(question: dict[str, Any]) -> dict[str, Any]:

@@ -29,8 +29,9 @@ from skyreels_v3 import throughput
 from skyreels_v3.checks import request_of
 from skyreels_v3.cli import job_flags
 from skyreels_v3.console import escape_unknown, set_up_logging
-from skyreels_v3.errors import OutOfMemory, UserError, cause_of
+from skyreels_v3.errors import OutOfMemory, UserError, cause_of, one_line, redact
 from skyreels_v3.media.files import reason_of, replace_file, run_folder
+from skyreels_v3.memory.policy import requested_size
 from skyreels_v3.parallel import processes
 from skyreels_v3.parallel.ranks import SINGLE
 from skyreels_v3.plan import Plan
@@ -181,10 +182,11 @@ class Runner:
         except UserError as error:
             code, message = "invalid_request", str(error)
         except OutOfMemory as error:
-            code, message = "out_of_memory", str(error)
+            code, message = "out_of_memory", redact(str(error))
         except Exception as error:
             logger.debug("%s", job.id, exc_info=True)
-            code, message = "internal_error", cause_of(error)
+            code = "internal_error" if requested_size(error) is None else "out_of_memory"
+            message = one_line(cause_of(error))
         if code:
             logger.warning("%s: %s", job.id, message)
             self.queue.fail(job.id, self.name, code, message)

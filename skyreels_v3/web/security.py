@@ -33,6 +33,7 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; frame-ancestors 'none'; base-uri 'none'",
     "Cache-Control": "no-store",
 }
+SCHEMES = ("http", "https")  # the latter before a proxy
 MINUTE = 60.0
 MAX_BUCKETS = 10_000
 WRONG_KEY = "this server needs a key: send it as 'Authorization: Bearer KEY'"
@@ -126,7 +127,7 @@ class Guard:
         hosts, origin = headers.getlist("host"), headers.get("origin")
         if len(hosts) != 1 or not self.is_own(hosts[0]):
             raise ApiError(403, "Host is not a name of this server; ask by its address, or by the name given as --host")
-        if origin is not None and urlsplit(origin).netloc.lower() != hosts[0].lower():
+        if origin is not None and origin.lower() not in [f"{scheme}://{hosts[0].lower()}" for scheme in SCHEMES]:
             raise ApiError(403, "Origin is another site; only this server's own pages may ask")
         if headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
             raise ApiError(403, "a page of another site may not ask")

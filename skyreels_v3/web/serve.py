@@ -9,7 +9,7 @@ import socket
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skyreels_v3.checkpoints.hub import local_folder
 from skyreels_v3.console import show
@@ -18,6 +18,10 @@ from skyreels_v3.media.files import check_readable, reason_of
 from skyreels_v3.request import BY_NAME, GenerationRequest
 from skyreels_v3.runtime import check_device, likely_device
 from skyreels_v3.tasks import TASK_NAMES, TINY, task_spec
+
+if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +54,6 @@ def serve(flags: Mapping[str, Any]) -> int:
 
 def run(flags: Mapping[str, Any], defaults: Mapping[str, Any], keys: tuple[str, ...], listener: socket.socket) -> int:
     """Serve on a socket. The packages are imported only now."""
-    import uvicorn
-
     from skyreels_v3.web.api import app_of
     from skyreels_v3.web.queue import Queue
     from skyreels_v3.web.settings import Settings
@@ -66,19 +68,28 @@ def run(flags: Mapping[str, Any], defaults: Mapping[str, Any], keys: tuple[str, 
         from skyreels_v3.web.page import mount_page
 
         mount_page(app)
-    config = uvicorn.Config(
-        app, http="h11", ws="none", log_config=None, access_log=False, proxy_headers=False,
-        server_header=False, limit_concurrency=MAX_CONNECTIONS, h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-        timeout_graceful_shutdown=GRACE,
-    )  # fmt: skip
     try:
         device = likely_device(GenerationRequest(task_spec(TASK_NAMES[0]), device=defaults.get("device", "auto")))
         with Supervisor(queue, slots_of(device, flags.get("workers"))):
             show(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-            uvicorn.Server(config).run(sockets=[listener])
+            server_of(app).run(sockets=[listener])
     finally:
         queue.close()
     return 0
+
+
+def server_of(app: FastAPI) -> uvicorn.Server:
+    """The HTTP server of an application."""
+    import uvicorn
+
+    from skyreels_v3.web.connection import Connection
+
+    config = uvicorn.Config(
+        app, http=Connection, ws="none", log_config=None, access_log=False, proxy_headers=False, server_header=False,
+        limit_concurrency=MAX_CONNECTIONS, h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        timeout_graceful_shutdown=GRACE,
+    )  # fmt: skip
+    return uvicorn.Server(config)
 
 
 def keys_of(flags: Mapping[str, Any]) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ class Limits:
         file_bytes, body_bytes, json_bytes: of one file, of a form with its files, of a body in JSON.
         parts: files and fields of a form.
         field_bytes: of one field that is no file.
-        stall_seconds: without a byte of the body.
+        stall_seconds: without a byte of the body; body_seconds: for all of it.
         slowest: bytes per second that a body must arrive with, once `stall_seconds` are over.
         uploads: bodies read at one time; streams: of events, open at one time.
         requests, posts: per minute, for each key, or for each address where no key is needed.
@@ -33,6 +33,7 @@ class Limits:
     parts: int = 100
     field_bytes: int = 64 << 10
     stall_seconds: float = 20.0
+    body_seconds: float = 1800.0
     slowest: int = 1024
     uploads: int = 16
     streams: int = 100

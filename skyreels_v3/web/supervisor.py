@@ -116,11 +116,14 @@ class Supervisor:
                 self.queue.release(slot.name)
 
     def _run(self) -> None:
+        problem = ""
         while not self._stopping.is_set():
             try:
                 self.look_after()
             except (OSError, UserError) as error:  # a full disk, maybe; tried again
-                logger.error("supervisor: %s", error)
+                if str(error) != problem:
+                    logger.error("supervisor: %s", error)
+                problem = str(error)
             self._stopping.wait(POLL_SECONDS)
 
     def look_after(self) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -37,6 +38,7 @@ FORM, JSON = "multipart/form-data", "application/json"
 NESTED = re.compile(r"([^\[\]]+)\[([^\[\]]*)\]")  # a[b] and a[] of forms
 SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,5}")
 DATA_URL = re.compile(r"data:[\w.+-]*/?[\w.+-]*(;[\w.+-]+=[\w.+-]+)*;base64,", re.IGNORECASE)
+DRAIN_SECONDS, QUIET_SECONDS = 3.0, 0.2
 PROBE_FPS = 24  # any will do: a clip's length is checked later, against the task
 
 
@@ -67,6 +69,25 @@ async def read_fields(request: Request, folder: Path, limits: Limits) -> Fields:
     Raises:
         ApiError: 400, 408, 413 or 415.
     """
+    try:
+        return await read_body(request, folder, limits)
+    except ApiError as error:
+        if error.status == 413:
+            await drain(request)
+        raise
+
+
+async def drain(request: Request) -> None:
+    """Read on for a while: a client that is still sending would not see an answer before the connection is closed."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_SECONDS):
+            more = True
+            while more:
+                async with asyncio.timeout(QUIET_SECONDS):
+                    more = (await request.receive()).get("more_body", False)
+
+
+async def read_body(request: Request, folder: Path, limits: Limits) -> Fields:
     kind, options = parse_options_header(request.headers.get("content-type"))
     form = kind.decode("latin-1").lower() == FORM
     if not form and kind.decode("latin-1").lower() != JSON:
@@ -99,8 +120,8 @@ async def chunks(request: Request, most: int, limits: Limits) -> AsyncIterator[b
         seconds = time.monotonic() - start
         if size > most:
             raise too_large("the body", most)
-        if seconds > limits.stall_seconds and size < seconds * limits.slowest:
-            raise ApiError(408, f"the body arrives with less than {limits.slowest} bytes a second", headers=CLOSE)
+        if seconds > limits.body_seconds or (seconds > limits.stall_seconds and size < seconds * limits.slowest):
+            raise ApiError(408, "the body arrives too slowly", headers=CLOSE)
         yield chunk
 
 

@@ -54,6 +54,7 @@ def video_of(job: Job, settings: Settings) -> dict[str, Any]:
             "task_type": job.flags.get("task_type"),
             "seed": facts.get("seed", job.flags.get("seed")),
             "state": job.state.value,
+            "place": None,
             "cancelling": job.cancelling,
             "started_at": int(job.started) if job.started else None,
             "ended_at": int(job.ended) if job.ended else None,

@@ -1,8 +1,9 @@
 """A worker with faults: `faulty_runner.py FOLDER NAME FLAGS`, with a file `faults.json` in the queue's folder.
 
-That has a list of [place, action]; the first one whose place is reached is done and removed. Places are "claimed",
-"loading", "denoising W S" (pass and step), "decoding W", "writing" and "written"; actions "kill", "oom", "device oom",
-"error", "hang" and "stop" (SIGTERM). What is done is added to `log.jsonl`, as [place, job].
+That has a list of [place, action] or [place, action, job]; the first one is done, and removed, when its place is
+reached. Places are "claimed", "loading", "step S" (of the loop itself), "denoising W S" (reported: pass and step),
+"decoding W", "writing" and "written"; actions "kill", "oom", "device oom", "error", "hang" and "stop" (SIGTERM). What
+is reached is added to `log.jsonl`, as [place, job].
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+from skyreels_v3.denoising.loop import denoise
 from skyreels_v3.web import runner
 from skyreels_v3.web.runner import Job, Reporter, Runner
 
@@ -25,7 +27,7 @@ def reach(place: str, job: Job) -> None:
         file.write(json.dumps([place, job.id]) + "\n")
     path = FOLDER / "faults.json"
     faults = json.loads(path.read_text()) if path.exists() else []
-    if not faults or faults[0][0] != place:
+    if not faults or faults[0][0] != place or faults[0][2:] not in ([], [job.id]):
         return
     path.write_text(json.dumps(faults[1:]))
     action = faults[0][1]
@@ -57,6 +59,14 @@ class FaultyRunner(Runner):
         return super().run_job(job)
 
     def make_video(self, job):
+        from skyreels_v3 import stages
+
+        def denoised(*arguments):
+            for step, latents in denoise(*arguments):
+                reach(f"step {step}", job)
+                yield step, latents
+
+        stages.denoise = denoised
         facts = super().make_video(job)
         reach("written", job)
         return facts

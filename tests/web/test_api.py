@@ -214,6 +214,7 @@ def test_lists_have_pages(served):
 def test_polling(served):
     id = served.post()["id"]
     assert served.client.get(f"/v1/videos/{id}").headers["openai-poll-after-ms"] == "2000"
+    assert served.post()["details"]["place"] == 1
     served.queue.claim("0")
     served.queue.report(id, "0", Progress("denoising", 0.426, 1, 1, 3, 8, 12.5, 1))
     answer = served.client.get(f"/v1/videos/{id}")
@@ -469,10 +470,11 @@ def use(client: Any, openai: Any, tmp_path: Any) -> None:
     assert client.videos.download_content(made.id, variant="thumbnail").read()[8:12] == b"WEBP"
     image = ("fox.png", png(64), "image/png")
     begun = client.videos.create(prompt="a fox", input_reference=image, size="32x32", extra_body={"num_frames": 5})
-    linked = client.videos.create(prompt="b", input_reference={"image_url": data_url(png())}, size="32x32", seconds="4")
-    longer = client.videos.extend(
-        video={"id": made.id}, prompt="on", seconds="5", extra_body={"height": 32, "width": 32}
-    )
+    # this version of the client refuses references to other videos and URLs anywhere else
+    reference = {"input_reference": {"image_url": data_url(png())}, "size": "32x32"}
+    linked = client.videos.create(prompt="b", seconds="4", extra_body=reference)
+    source = {"video": {"id": made.id}, "height": 32, "width": 32}
+    longer = client.videos.extend(video=openai.omit, prompt="on", seconds="5", extra_body=source)
     sent = client.videos.extend(video=(tmp_path / "a.mp4").open("rb"), prompt="on", seconds="5")
     remix = client.videos.remix(made.id, prompt="a dog")
     ids = [video.id for video in client.videos.list(limit=2)]

@@ -42,6 +42,17 @@ def queue(tmp_path, cache, monkeypatch) -> Iterator[Queue]:
     queue.close()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache) -> Path:
+    """What the command makes of the job with two passes."""
+    video = tmp_path_factory.mktemp("whole") / "a.mp4"
+    flags = [word for name, value in TWO_PASSES.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, str(ROOT / "generate_video.py"), *flags, "--output", str(video)]
+    variables = {"SKYREELS_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, env=os.environ | variables, capture_output=True, check=True)
+    return video
+
+
 @pytest.fixture
 def start(queue) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     """Start a worker with faults, which may be none."""
@@ -65,11 +76,11 @@ def add(queue: Queue, flags: dict[str, Any] = FOX, **more: Any) -> str:
     return queue.add(id, flags | more).id
 
 
-def set_faults(queue: Queue, *faults: tuple[str, str]) -> None:
+def set_faults(queue: Queue, *faults: tuple[str, ...]) -> None:
     (queue.folder / "faults.json").write_text(json.dumps(faults))
 
 
-def wait(reached: Callable[[], Any], seconds: float = 60) -> Any:
+def wait(reached: Callable[[], Any], seconds: float = 300) -> Any:
     """What `reached` gives, once that is true."""
     end = time.monotonic() + seconds
     while not (result := reached()):
@@ -118,7 +129,7 @@ def test_jobs_that_succeed_and_jobs_that_fail(queue, start):
     assert ended(queue, again).facts["seed"] == 8
     assert process.poll() is None
     process.stdin.close()
-    assert process.wait(20) == 130
+    assert process.wait(100) == 130
     with lock_worker(queue.folder, "w"):
         pass
     said = process.stderr.read().decode()
@@ -127,17 +138,12 @@ def test_jobs_that_succeed_and_jobs_that_fail(queue, start):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
-def test_a_killed_worker_goes_on_where_it_was(queue, start, place):
-    """To the same video, from the last finished pass; what was finished is not made again."""
-    whole = add(queue, TWO_PASSES)
-    process = start()
-    assert ended(queue, whole).state == State.COMPLETED
-    process.kill()
-    process.wait()
+def test_a_killed_worker_goes_on_where_it_was(queue, start, whole, place):
+    """To the video that the command makes, from the last finished pass; what was finished is not made again."""
     set_faults(queue, (place, "kill"))
     done, id = add(queue, FOX), add(queue, TWO_PASSES)
     queue.claim("other"), queue.complete(done, "other", {})
-    assert start().wait(60) == -9
+    assert start().wait(300) == -9
     job = queue.get(id)
     assert job.state == State.IN_PROGRESS
     before = log_of(queue, id)
@@ -151,7 +157,7 @@ def test_a_killed_worker_goes_on_where_it_was(queue, start, place):
         assert not any(each.startswith("denoising") for each in after)
     assert after.count("written") == (place != "written")
     assert job.facts.items() >= {"frames": 144, "seed": 7}.items()
-    np.testing.assert_array_equal(frames_of(job.video), frames_of(queue.get(whole).video))
+    np.testing.assert_array_equal(frames_of(job.video), frames_of(whole))
     assert files_in(job.folder) == {"video.mp4", "preview.png"}
     assert not log_of(queue, done)
 
@@ -160,16 +166,16 @@ def test_a_killed_worker_goes_on_where_it_was(queue, start, place):
 @pytest.mark.parametrize(
     ("action", "code", "message"),
     [
-        ("device oom", "out_of_memory", "out of memory while "),
-        ("oom", "out_of_memory", "out of memory"),
+        ("device oom", "out_of_memory", "out of memory while denoising: 2.00 GiB more were requested"),
+        ("oom", "out_of_memory", "out of memory while denoising: some host memory more were requested"),
         ("error", "internal_error", "ValueError: a fault"),
     ],
 )
 def test_an_error_ends_the_job_and_the_worker(queue, start, action, code, message):
     """With a new one the next job is made."""
-    set_faults(queue, ("denoising 1 2", action))
+    set_faults(queue, ("step 2", action))
     id, other = add(queue), add(queue)
-    assert start().wait(60) == 0
+    assert start().wait(300) == 0
     job = queue.get(id)
     assert job.state == State.FAILED and job.error[0] == code
     assert job.error[1].startswith(message) and job.error[1].isprintable()
@@ -187,7 +193,7 @@ def test_cancelling_a_running_job_keeps_what_is_done(queue, start):
     steps = len(log_of(queue, id))
     job = ended(queue, id)
     assert (job.state, job.error) == (State.CANCELLED, None)
-    assert len(log_of(queue, id)) <= steps + 20  # within a few steps: a step takes milliseconds
+    assert len(log_of(queue, id)) <= steps + 3  # the end of a step that was reported, and another one
     assert files_in(job.folder) == {"video.partial.mp4", "preview.png"}
     assert len(frames_of(job.folder / "video.partial.mp4")) >= 48
     deleted = add(queue, TWO_PASSES, num_inference_steps=200)
@@ -203,7 +209,7 @@ def test_cancelling_a_running_job_keeps_what_is_done(queue, start):
 def test_a_worker_that_is_stopped_gives_its_job_back(queue, start):
     set_faults(queue, ("denoising 2 1", "stop"))
     id = add(queue, TWO_PASSES)
-    assert start().wait(60) == 130
+    assert start().wait(300) == 130
     job = queue.get(id)
     assert (job.state, job.worker, job.losses) == (State.QUEUED, "", 0)
     assert "video.partial.mp4" in files_in(job.folder)
@@ -227,7 +233,7 @@ def test_no_worker_without_its_parent(queue, cache):
         pid = int(parent.stdout.readline())
         wait(lambda: "denoising 1 3" in log_of(queue, id))
         parent.kill()
-    wait(lambda: not is_alive(pid), 20)
+    wait(lambda: not is_alive(pid))
     assert queue.get(id).state == State.QUEUED
 
 
@@ -246,7 +252,7 @@ def test_two_workers_of_one_name(queue, start, monkeypatch):
     id = add(queue)
     assert ended(queue, id).state == State.COMPLETED
     first.stdin.close()
-    first.wait(20)
+    first.wait(100)
     assert second.poll() is None
     id = add(queue)
     assert ended(queue, id).state == State.COMPLETED
