@@ -57,7 +57,7 @@ class Sizes:
 
     scene: tuple[int, int] = (96, 160)
     face: tuple[int, int] = (128, 128)
-    first: int = 2048
+    first: int = 768
     kept: int = 4096
     batch: float = 1.0
     chunk: int = 16
