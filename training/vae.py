@@ -30,6 +30,7 @@ RESUMED = 0.4  # the part that is left out of a training that goes on
 RENEWED, RENEW_EVERY = 4, 16  # clips that give way to new ones, and after how many steps
 PEAK_RATE = 2e-3
 FIRST_LOG_VARIANCE = -5  # little noise at first
+LOG_VARIANCE_MAX = 2.0  # of the noise that is added: one outlier would be all of a loss
 KL_WEIGHT = 3e-5
 LEAST = 0.2  # of the time is for the encoder in every case
 
@@ -111,7 +112,7 @@ class VAETraining:
         with torch.autocast(self.run.device.type, torch.bfloat16):
             with torch.set_grad_enabled(not frozen):
                 mean, log_variance = networks.moments_of(self.vae, video)
-            deviation = (0.5 * log_variance).exp()
+            deviation = (0.5 * log_variance.clamp(max=LOG_VARIANCE_MAX)).exp()
             again = networks.decoded(self.vae, mean + deviation * torch.randn_like(mean))
         loss = (again - video).abs().mean() + (again - video).square().mean()
         if not frozen:
