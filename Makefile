@@ -1,5 +1,5 @@
-# make demo: a video of five tasks, on any machine, and frames of all in result/demo.png. make test: all tests that need no GPU;
-# make test-quick: those that are not marked slow, in less than a minute.
+# make demo: a video of five tasks, on any machine, and frames of all in result/demo.png.
+# make test: all tests that need no GPU; make test-quick: those that are not marked slow, in less than a minute.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python generate_video.py --model_id tiny
