@@ -1,5 +1,5 @@
-# make demo: a video of five tasks, on any machine, and frames of all in result/demo.png. make test: all tests that need no GPU;
-# make test-quick: those that are not marked slow, in less than a minute.
+# make demo: a video of five tasks, on any machine, and frames of all in result/demo.png.
+# make test: all tests that need no GPU; make test-quick: those that are not marked slow, in less than a minute.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python generate_video.py --model_id tiny
@@ -21,15 +21,14 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-web.txt requirements-dev.t
 
 demo: $(VENV)/installed
 	$(RUN) --task_type reference_to_video --ref_imgs assets/fox.png,assets/lantern.png --duration 2 \
-	    --height 96 --width 160 --prompt "A fox carries a red lantern through the snow"
+	    --prompt "A fox carries a red lantern through the snow"
 	$(RUN) --task_type single_shot_extension --input_video assets/boat.mp4 --include_input \
-	    --height 96 --width 160 --prompt "The boat sails on into the dusk"
+	    --prompt "The boat sails on into the dusk"
 	$(RUN) --task_type shot_switching_extension --input_video assets/boat.mp4 --duration 2 \
-	    --height 96 --width 160 --prompt "[ZOOM_IN_CUT] The sail of the boat, lit by the sun"
+	    --prompt "[ZOOM_IN_CUT] The sail of the boat, lit by the sun"
 	$(RUN) --task_type talking_avatar --input_image assets/portrait.png --input_audio assets/speech.mp3 \
-	    --height 128 --width 128 --prompt "A woman in a red coat talks to the camera"
-	$(RUN) --task_type t2v --num_frames 49 --height 96 --width 160 \
-	    --prompt "FPS-24, A cat wearing sunglasses works as a lifeguard at a pool"
+	    --prompt "A woman in a red coat talks to the camera"
+	$(RUN) --task_type t2v --num_frames 49 --prompt "FPS-24, A cat wearing sunglasses works as a lifeguard at a pool"
 	$(VENV)/bin/python benchmarks/frames.py result/reference_to_video result/single_shot_extension \
 	    result/shot_switching_extension result/talking_avatar result/t2v --out result/demo.png
 

@@ -348,8 +348,8 @@ def fresh(build: Callable[[], nn.Module], dtype: torch.dtype, device: torch.devi
 # Results
 
 
-def predicted(planned: Plan, made: Runtime, stage: str, before: Sequence[str]) -> int | None:
-    """The planner's bytes for a stage, None if it has none; `before` are the stages before it."""
+def predicted(planned: Plan, made: Runtime, stage: str) -> int | None:
+    """The planner's bytes for a stage, None if it has none."""
     name = PLANNED.get(stage)
     if name is None:
         return None
@@ -358,8 +358,8 @@ def predicted(planned: Plan, made: Runtime, stage: str, before: Sequence[str]) -
     working = now.activations if part == name else vae_bytes(planned.request, part, made.policy.tiles)
     if made.policy.mode != "resident":
         return working + (now.streamed if made.policy.mode == "stream" else now.weights)
-    there = {PLANNED[each].split()[0]: planned.components[PLANNED[each]].weights for each in before if each in PLANNED}
-    return working + sum((there | {name.split()[0]: now.weights}).values())
+    there = {name.split()[0]: part.weights for name, part in planned.components.items()}  # the VAE's twice
+    return working + sum(there.values())
 
 
 def summarize(record: Record, full: bool) -> dict[str, Any]:
@@ -369,7 +369,7 @@ def summarize(record: Record, full: bool) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for stage, taken in record.seconds.items():
         peak = record.peaks.get(stage)
-        says = None if planned is None else predicted(planned, record.runtime, stage, [*made])
+        says = None if planned is None else predicted(planned, record.runtime, stage)
         made[stage] = {"seconds": round(taken, 4), "peak_bytes": peak, "predicted_bytes": says}
     return made
 

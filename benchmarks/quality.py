@@ -19,7 +19,6 @@ import math
 import shutil
 import sys
 import tempfile
-import wave
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -29,6 +28,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installing
 
 import numpy as np
+import soundfile
 import torch
 from imageio_ffmpeg import write_frames
 from PIL import Image, ImageDraw
@@ -41,11 +41,11 @@ from skyreels_v3.families import family_of
 from skyreels_v3.quality import Meter
 from skyreels_v3.tasks import TINY, task_spec
 from training import measure, networks, sound, world
+from training.run import HELD_OUT
 from training.tasks import CONDITION_FRAMES, CUT_LENGTHS, from_bytes, to_bytes
 
 HEIGHT, WIDTH, FACE = 96, 160, 128  # as trained
 FPS = 24
-HELD_OUT = 1_000_000  # the first seed that is not trained on
 NEAR = 0.1  # of the frame's width: how far from its place a thing may be
 MADE = "results.jsonl"
 LABEL = 12  # pixels
@@ -113,9 +113,7 @@ def write_picture(path: Path, video: Tensor) -> Path:
 
 
 def write_voice(path: Path, samples: np.ndarray) -> Path:
-    with wave.open(str(path), "wb") as file:
-        file.setparams((1, 2, sound.RATE, 0, "NONE", ""))
-        file.writeframes((samples * 32767).astype("<i2").tobytes())
+    soundfile.write(path, samples, sound.RATE)
     return path
 
 
@@ -170,16 +168,16 @@ def extension(seed: int, folder: Path, wrong: bool) -> Case:
         meter = Meter(FPS)
         meter.add_before(pixels_of(given))
         meter.add(pixels_of(video))
-        seam = meter.quality().seam
-        assert seam is not None
+        quality = meter.quality()
+        assert quality.seam is not None
         found = measure.find_thing(video[:, : FPS + 1], scene, start=start + seen / FPS)
         place = scene.on_screen(0, np.array([start + (seen + FPS) / FPS]))[0]
         off = np.linalg.norm(found.poses[-1][:2] - place[:2]) / (WIDTH / HEIGHT)
         return {
             "first new frame, dB": float(measure.psnr(video[:, :1], new[:, :1])[0]),
             "place after 1 s": found.there and off <= NEAR,
-            "jump at the seam": seam.luma,
-            "no cut": not meter.quality().cuts,
+            "jump at the seam": quality.seam.luma,
+            "no cut": not quality.cuts,
         }
 
     return Case({"prompt": scene.caption, "input_video": str(clip), "duration": 5}, judge)
@@ -353,7 +351,8 @@ class Result(NamedTuple):
 
 
 def run(args: argparse.Namespace) -> Iterator[Result]:
-    for family in {task_spec(subject.task).family for subject in SUBJECTS.values()} if not args.only else ():
+    families = dict.fromkeys(task_spec(subject.task).family for subject in SUBJECTS.values())
+    for family in () if args.only or args.switches else families:  # no switch changes them
         yield Result(f"VAE, {family}", "", args.scenes, vae_figures(family, args.scenes))
     for name in args.only or SUBJECTS:
         subject = SUBJECTS[name]

@@ -23,7 +23,7 @@ from skyreels_v3.request import (
     GenerationRequest,
     Lora,
 )
-from skyreels_v3.tasks import REFERENCE_SLOTS, SIZE_MULTIPLE, TASK_NAMES, TaskSpec, task_spec
+from skyreels_v3.tasks import REFERENCE_SLOTS, SIZE_MULTIPLE, TASK_NAMES, TINY, TaskSpec, task_spec
 
 MAX_SPEAKERS = 2
 KEYFRAME = re.compile(r".+@\d{1,4}(\.\d{1,6})?", re.DOTALL)
@@ -339,8 +339,11 @@ def presets(spec: TaskSpec, values: Mapping[str, Any]) -> dict[str, Any]:
     }
     if "fps" in values and "duration" not in values:  # as many frames as without
         made["num_frames"] = spec.default_duration * spec.fps // 4 * 4 + 1
-    if spec.size is not None and not spec.inputs and "height" not in values:
-        made["height"], made["width"] = spec.size
+    size = None if spec.inputs else spec.size
+    if values.get("model_id") == TINY and "resolution" not in values:
+        size = spec.tiny_size
+    if size is not None and "height" not in values:
+        made["height"], made["width"] = size
     return {name: value for name, value in made.items() if value != ""}
 
 

@@ -51,6 +51,7 @@ class TaskSpec:
     num_inference_steps: int
     shift: float | None  # None: the checkpoint's scheduler says
     transformer: Mapping[str, int]  # sizes of the published one
+    tiny_size: tuple[int, int]  # height and width that the built-in model was trained at
     transformer_elements: Mapping[str, Any]  # of its weights, see families.Elements; `blocks` have their number first
     base_model_id: str = ""  # where the other components are, if not beside the transformer
     guidance_scale: float = 1.0
@@ -86,6 +87,7 @@ def task_spec(name: str) -> TaskSpec:
         takes=tuple(raw.pop("takes")),
         example=tuple(raw.pop("example").splitlines()),
         size=tuple(raw.pop("size", ())) or None,
+        tiny_size=tuple(raw.pop("tiny_size")),
         **raw,
     )
 

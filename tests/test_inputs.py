@@ -11,6 +11,8 @@ import pytest
 from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
 
+from skyreels_v3.tasks import task_spec
+from tests import toys
 from tests.conftest import ASSETS, write_tone
 
 TINY = ("--prompt", "a", "--model_id", "tiny", "--device", "cpu", "--dry_run")
@@ -36,8 +38,11 @@ PICTURES: dict[str, Callable[[Path], object]] = {
 }
 
 
+SQUARE = ("--height", "64", "--width", "64")
+
+
 def plan(main: Callable[..., tuple[int, str, str]], *arguments: object) -> str:
-    code, stdout, stderr = main(*arguments, *TINY)
+    code, stdout, stderr = main(*TINY, *arguments)
     assert (code, stderr) == (0, "")
     return stdout
 
@@ -47,7 +52,7 @@ def test_pictures(main, tmp_path, name):
     PICTURES[name](tmp_path / name)
     assert "reference_to_video" in plan(main, "--task_type", "reference_to_video", "--ref_imgs", name)
     sound = ("--input_audio", write_tone(tmp_path / "a.wav", 1))
-    made = plan(main, "--task_type", "talking_avatar", "--input_image", name, *sound)
+    made = plan(main, "--task_type", "talking_avatar", "--input_image", name, *sound, "--resolution", "720P")
     assert ("832 x 1088" if name == "turned.jpg" else "1088 x 832") in made and "25 new frames at 25 fps" in made
 
 
@@ -66,4 +71,16 @@ def test_sounds(main, tmp_path, name):
 )
 def test_v1s_size_is_that_of_the_pictures_shape(main, tmp_path, size, expected):
     Image.new("RGB", size).save(tmp_path / "a.png")
-    assert f"{expected}, 97 new frames at 24 fps" in plan(main, "--task_type", "i2v", "--image", "a.png")
+    toys.write(tmp_path / "toy", task_spec("i2v"))
+    made = plan(main, "--task_type", "i2v", "--image", "a.png", "--model_id", tmp_path / "toy")
+    assert f"{expected}, 97 new frames at 24 fps" in made
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [((), "160 x 96"), (("--resolution", "480P"), "640 x 640"), (SQUARE, "64 x 64")], ids=str
+)
+def test_the_built_in_models_size(main, tmp_path, flags, expected):
+    """As it was trained, whatever the picture's shape, unless a size is asked for."""
+    Image.new("RGB", (300, 300)).save(tmp_path / "a.png")
+    made = plan(main, "--task_type", "reference_to_video", "--ref_imgs", "a.png", *flags)
+    assert f"video         {expected}, " in made

@@ -34,7 +34,7 @@ FPS = 24
 CONDITION_FRAMES = 25  # of a single-shot extension
 ROLL_FRAMES = 4 * 33  # that are new in its first roll-out
 CUT_LENGTHS = {2: 9, 5: 33}  # of a shot switch: seconds, and frames that are seen
-VOICES, VOICE_SECONDS = 64, 12.0
+VOICE_SECONDS = 12.0
 DROPPED = 0.1  # of the prompts
 MOUTH_WEIGHT = 6.0
 
@@ -53,20 +53,22 @@ class Sizes:
         kept: samples at most.
         batch: times the usual size of a batch.
         chunk: samples drawn at once, each so many `steps` of training.
+        voices: that faces speak with.
     """
 
     scene: tuple[int, int] = (96, 160)
     face: tuple[int, int] = (128, 128)
-    first: int = 2048
+    first: int = 768
     kept: int = 4096
     batch: float = 1.0
     chunk: int = 16
     steps: int = 10
+    voices: int = 64
 
 
 ON_CUDA = Sizes()
 ON_CPU = Sizes(first=96, kept=1024, batch=0.3, chunk=8, steps=20)
-TOY = Sizes(scene=(32, 48), face=(32, 32), first=12, kept=24, batch=0.1, chunk=4)
+TOY = Sizes(scene=(32, 48), face=(32, 32), first=12, kept=24, batch=0.1, chunk=4, voices=2)
 
 
 def to_bytes(video: Tensor) -> Tensor:
@@ -311,8 +313,7 @@ class Avatar(Task):
         encoder = sound.audio_encoder()
         encoder.module.to(self.device)
         self.image = ImageEncoder(random_image_encoder().to(self.device).eval())
-        toy_size = self.sizes.first < 100
-        voices = [sound.make_voice(seed, VOICE_SECONDS) for seed in range(2 if toy_size else VOICES)]
+        voices = [sound.make_voice(seed, VOICE_SECONDS) for seed in range(self.sizes.voices)]
         self.mouths = [sound.mouth_of(voice) for voice in voices]
         heard = [encoder(torch.from_numpy(voice).to(self.device), sound.FPS) for voice in voices]
         self.features = torch.stack(heard).clone()  # (V, F, layers, D)

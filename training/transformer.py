@@ -99,13 +99,11 @@ class TransformerTraining:
         return vae
 
     def draw(self, number: int) -> None:
-        """Draw some samples, of the kinds in turn; their pixels wait in the CPU's memory."""
+        """Draw some samples, of the kinds in turn."""
         kind = self.task.kinds[number % len(self.task.kinds)]
         chunk = self.run.sizes.chunk
-        made = self.task.draw(kind, range(self.seed, self.seed + chunk))
+        self.drawn.append((kind, self.task.draw(kind, range(self.seed, self.seed + chunk))))
         self.seed += chunk
-        made = {key: value.cpu() if value.dtype == torch.uint8 else value for key, value in made.items()}
-        self.drawn.append((kind, made))
 
     def encode(self, latents: tasks.Latents) -> None:
         kind, samples = self.drawn.pop(0)

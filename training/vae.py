@@ -18,11 +18,19 @@ from training.optimizer import Trainer
 from training.run import HELD_OUT, VAES, Run, Schedule
 
 KINDS = {"scene": 0.62, "face": 0.23, "picture": 0.15}  # of clips, and how often they are learned from
-CLIP_FRAMES = 17
-CROPPED, WHOLE = {1: 64, 9: 8, 17: 5}, {1: 16, 9: 3, 17: 2}  # clips in a batch, by their frames
+CLIP_FRAMES = 49  # what comes late in a clip must look like what comes early
+CROPPED, WHOLE = {1: 64, 9: 8, 17: 5, 49: 2}, {1: 16, 9: 3, 17: 2}  # clips in a batch, by their frames
+STAGES = (  # from a part of the time on: frames of clips, and how often
+    (0.0, {1: 1.0}),
+    (0.15, {1: 0.4, 9: 0.6}),
+    (0.4, {1: 0.15, 9: 0.25, 17: 0.25, 49: 0.35}),
+)
+LONGEST = {"wan": 49, "hunyuan": 17}  # V1's goes through its VAE in pieces
+RESUMED = 0.4  # the part that is left out of a training that goes on
 RENEWED, RENEW_EVERY = 4, 16  # clips that give way to new ones, and after how many steps
 PEAK_RATE = 2e-3
 FIRST_LOG_VARIANCE = -5  # little noise at first
+LOG_VARIANCE_MAX = 2.0  # of the noise that is added: one outlier would be all of a loss
 KL_WEIGHT = 3e-5
 LEAST = 0.2  # of the time is for the encoder in every case
 
@@ -34,6 +42,7 @@ class VAETraining:
 
     def __init__(self, name: str, run: Run) -> None:
         self.name, self.run = name, run
+        self.random = np.random.default_rng(2)
         self.vae: Any = networks.build_vae(VAES[name])
         self.resumed = run.has(name)
         if self.resumed:
@@ -81,7 +90,8 @@ class VAETraining:
             progress = schedule.progress(now)
             if trainer.steps % RENEW_EVERY == RENEW_EVERY - 1:
                 self.renew()
-            video = self.batch(1.0 if frozen else progress)
+            late = 1.0 if frozen else RESUMED + (1 - RESUMED) * progress if self.resumed else progress
+            video = self.batch(late)
             trainer.step(self.loss_of_decoder if frozen else self.loss_of_both, video, schedule.rate(progress))
             if now - logged > self.run.log_every:
                 logger.info("step %d, error %.4f", trainer.steps, float(trainer.loss) / (trainer.steps - before))
@@ -102,7 +112,7 @@ class VAETraining:
         with torch.autocast(self.run.device.type, torch.bfloat16):
             with torch.set_grad_enabled(not frozen):
                 mean, log_variance = networks.moments_of(self.vae, video)
-            deviation = (0.5 * log_variance).exp()
+            deviation = (0.5 * log_variance.clamp(max=LOG_VARIANCE_MAX)).exp()
             again = networks.decoded(self.vae, mean + deviation * torch.randn_like(mean))
         loss = (again - video).abs().mean() + (again - video).square().mean()
         if not frozen:
@@ -111,27 +121,26 @@ class VAETraining:
 
     def batch(self, progress: float) -> Tensor:
         """Clips (B, 3, F, H, W) in [-1, 1]: parts of single frames at first, more frames later, then whole ones."""
-        kind = str(np.random.default_rng(int(torch.randint(1 << 30, ()))).choice([*KINDS], p=[*KINDS.values()]))
-        chance, frames, whole = float(torch.rand(())), 1, progress > 0.7
-        if kind != "picture" and progress > 0.5:
-            frames = 17 if chance < 0.5 else 9 if chance < 0.8 else 1
-        elif kind != "picture" and progress > 0.2:
-            frames = 9 if chance < 0.65 else 1
+        kind = self.random.choice([*KINDS], p=[*KINDS.values()])
+        chances = next(chances for start, chances in reversed(STAGES) if progress >= start)
+        frames = int(self.random.choice([*chances], p=[*chances.values()])) if kind != "picture" else 1
+        frames = min(frames, LONGEST[VAES[self.name]])
+        whole = progress > 0.7 and frames in WHOLE
         clips = self.clips[kind]
-        size = max(2, round((WHOLE if whole else CROPPED)[frames] * self.run.sizes.batch))
+        size = max(1, round((WHOLE if whole else CROPPED)[frames] * self.run.sizes.batch))
         video = clips[torch.randint(len(clips), (size,), device=clips.device)]
-        first = int(torch.randint(video.shape[2] - frames + 1, ())) if float(torch.rand(())) < 0.5 else 0
+        first = int(self.random.integers(video.shape[2] - frames + 1)) if self.random.random() < 0.5 else 0
         video = video[:, :, first : first + frames]
         if not whole:
             height, width = (side // 2 // 8 * 8 for side in self.run.sizes.scene)
-            top = 8 * int(torch.randint((video.shape[3] - height) // 8 + 1, ()))
-            left = 8 * int(torch.randint((video.shape[4] - width) // 8 + 1, ()))
+            top = 8 * int(self.random.integers((video.shape[3] - height) // 8 + 1))
+            left = 8 * int(self.random.integers((video.shape[4] - width) // 8 + 1))
             video = video[..., top : top + height, left : left + width]
         return tasks.from_bytes(video).contiguous(memory_format=torch.channels_last_3d)
 
     def renew(self) -> None:
         """Draw a few new clips in the place of old ones."""
-        kind = [*KINDS][int(torch.randint(len(KINDS), ()))]
+        kind = self.random.choice([*KINDS])
         at = self.replaced[kind] % (len(self.clips[kind]) - RENEWED + 1)
         self.clips[kind][at : at + RENEWED] = self.draw(kind, RENEWED)
         self.replaced[kind] = at + RENEWED
@@ -149,7 +158,7 @@ class VAETraining:
         with torch.autocast(self.run.device.type, torch.bfloat16):
             found = [
                 networks.moments_of(self.vae, tasks.from_bytes(self.clips[kind][:size]))
-                for kind, size in (("scene", 32), ("face", 16))
+                for kind, size in (("scene", 8), ("face", 4))
             ]
         means, variances = (torch.cat([part[i].transpose(0, 1).flatten(1) for part in found], dim=1) for i in (0, 1))
         std = (means.var(dim=1) + variances.exp().mean(dim=1)).sqrt()
@@ -195,5 +204,5 @@ def draw_clips(run: Run, kind: str, seeds: Sequence[int]) -> Tensor:
 
 @cache
 def spoken(seed: int) -> np.ndarray:
-    """How a mouth moves in a second."""
-    return sound.mouth_of(sound.make_voice(seed, 2.0))[12:]
+    """How a mouth moves in a few seconds."""
+    return sound.mouth_of(sound.make_voice(seed, 4.0))[12:]

@@ -1,0 +1,81 @@
+"""`benchmarks/quality.py`: the truth scores full marks, something else does not; it runs and makes its page."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import quality
+from training import sound, world
+from training.tasks import CONDITION_FRAMES, CUT_LENGTHS
+
+START = 0.5  # of clips, in seconds of their scenes
+
+
+def truth_of(subject: str, seed: int) -> torch.Tensor:
+    """What a perfect model would make."""
+    scene = quality.scene_of(seed)
+    if subject == "single_shot_extension":
+        seen = 2 * CONDITION_FRAMES - 1
+        return quality.rendered(scene, 120, START + seen / quality.FPS)
+    if subject == "shot_switching_extension":
+        cut = START + (CUT_LENGTHS[2] + quality.FPS) / quality.FPS
+        return quality.rendered(world.cut_to(scene, cut, world.CUTS[seed % 2]), 49, cut)
+    if subject == "talking_avatar":
+        mouth = sound.mouth_of(sound.make_voice(quality.HELD_OUT + seed, 4.0))
+        face = world.make_face(quality.HELD_OUT + seed, mouth, blinks=False)
+        return world.render_faces([face], quality.FACE, quality.FACE)[0]
+    return quality.rendered(scene, 49)
+
+
+WORST = {  # of the truth, at least; of figures where less is better, at most
+    "first frame, dB": 60,
+    "video, dB": 60,
+    "first new frame, dB": 60,
+    "jump at the seam": 1.5,
+    "correlation of mouth and speech": 0.9,
+    "restless in silence": 0.02,
+}
+LOWER_IS_BETTER = ("jump at the seam", "restless in silence")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subject", [name for name in quality.SUBJECTS if "," not in name])
+def test_the_truth_scores_full_marks(subject, tmp_path):
+    found: dict[str, list[float]] = {}
+    wrong: dict[str, list[float]] = {}
+    for seed in range(2):
+        case = quality.SUBJECTS[subject].case(seed, tmp_path, False)
+        for name, value in case.judge(truth_of(subject, seed)).items():
+            found.setdefault(name, []).append(value)
+        for name, value in case.judge(truth_of(subject, seed + 1)).items():
+            wrong.setdefault(name, []).append(value)
+    for name, values in found.items():
+        bound = WORST.get(name, 1)
+        assert all(value <= bound if name in LOWER_IS_BETTER else value >= bound for value in values), (name, values)
+    worse = [
+        np.mean(wrong[name]) > np.mean(found[name])
+        if name in LOWER_IS_BETTER
+        else np.mean(wrong[name]) < np.mean(found[name])
+        for name in found
+    ]
+    assert any(worse)
+
+
+@pytest.mark.slow
+def test_it_makes_its_page(tmp_path, cache, monkeypatch, capsys):
+    monkeypatch.setenv("SKYREELS_CACHE", str(cache))
+    out, page = tmp_path / "made", tmp_path / "quality.md"
+    only = ("--only", "shot_switching_extension")
+    for flags in ((*only, "--scenes", "1"), ("--page", str(page))):
+        monkeypatch.setattr(sys, "argv", ["quality", "--out", str(out), *flags])
+        quality.main()
+    lines = [json.loads(line) for line in (out / quality.MADE).read_text().splitlines()]
+    assert [line["variant"] for line in lines] == ["", "wrong"]
+    text = page.read_text()
+    assert "| wrong tag | 1 |" in text and (tmp_path / "quality" / "shot_switching_extension.png").is_file()
+    assert "shot_switching_extension" in capsys.readouterr().out
