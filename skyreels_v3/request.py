@@ -217,6 +217,11 @@ class GenerationRequest:
     api_key: str | None = server(None, "key that clients must send, or a file with one per line", metavar="KEY")
     no_auth: bool = server(False, "serve other machines without a key", bool)
     workers: int | None = server(None, "processes that make videos (default: one for each GPU)", int, low=1, high=64)
+    keep_days: float | None = server(None, "days to keep a job that has ended (default: forever)", float, low=0.01,
+        high=36500)
+    keep_gb: float | None = server(None,
+        "gigabytes for the files of all jobs; beyond that the oldest that have ended go (default: no limit)", float,
+        low=0.01, high=1000000)
     url_timeout: float = flag(1.2, "seconds to wait for a server to respond (default: 1.2)", float, low=0.05, high=600,
         group="Other")
     allow_private_urls: bool = run_flag(False, "also fetch inputs from this machine and private networks", bool)

@@ -56,12 +56,13 @@ def run(flags: Mapping[str, Any], defaults: Mapping[str, Any], keys: tuple[str, 
     """Serve on a socket. The packages are imported only now."""
     from skyreels_v3.web.api import app_of
     from skyreels_v3.web.queue import Queue
+    from skyreels_v3.web.retention import Retention
     from skyreels_v3.web.settings import Settings
     from skyreels_v3.web.supervisor import Supervisor, slots_of
 
     host, port = flags.get("host", GenerationRequest.host), listener.getsockname()[1]
     folder, private = Path(os.path.expanduser(flags.get("outdir", FOLDER))), flags.get("allow_private_urls", False)
-    settings = Settings(folder.absolute(), defaults, host, keys, private)
+    settings = Settings(folder.absolute(), defaults, host, keys, private, keep_days=flags.get("keep_days"))
     queue = Queue(settings.folder, server=True)
     app = app_of(settings, queue)
     if find_spec("gradio") is not None:
@@ -70,7 +71,8 @@ def run(flags: Mapping[str, Any], defaults: Mapping[str, Any], keys: tuple[str, 
         mount_page(app)
     try:
         device = likely_device(GenerationRequest(task_spec(TASK_NAMES[0]), device=defaults.get("device", "auto")))
-        with Supervisor(queue, slots_of(device, flags.get("workers"))):
+        retention = Retention(queue, flags.get("keep_days"), flags.get("keep_gb"))
+        with Supervisor(queue, slots_of(device, flags.get("workers")), retention=retention):
             show(f"http://{f'[{host}]' if ':' in host else host}:{port}")
             server_of(app).run(sockets=[listener])
     finally:

@@ -52,6 +52,7 @@ class Settings:
         host: address to listen on.
         keys: clients must send one of them; empty: none is needed.
         allow_private_urls: also fetch inputs from private networks.
+        keep_days: days that a job stays after it has ended; None: forever.
     """
 
     folder: Path
@@ -59,6 +60,7 @@ class Settings:
     host: str = "127.0.0.1"
     keys: tuple[str, ...] = ()
     allow_private_urls: bool = False
+    keep_days: float | None = None
     limits: Limits = Limits()
 
     @cached_property

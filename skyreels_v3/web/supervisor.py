@@ -22,6 +22,7 @@ from typing import Any
 from skyreels_v3.errors import UserError
 from skyreels_v3.parallel.processes import GRACE
 from skyreels_v3.web.queue import Job, Queue, State, lock_worker
+from skyreels_v3.web.retention import Retention
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ class Supervisor:
         flags: for all jobs that do not contradict them, as beside --jobs.
         command: starts a worker; folder, name and flags are added.
         hang_seconds: a worker without progress for so long is killed; not while it loads, which may be a download.
+        retention: applied now and then.
     """
 
     def __init__(
@@ -86,10 +88,12 @@ class Supervisor:
         flags: Mapping[str, Any] | None = None,
         command: Sequence[str] = RUNNER,
         hang_seconds: float = HANG_SECONDS,
+        retention: Retention | None = None,
     ) -> None:
         self.queue, self.slots, self.hang_seconds = queue, slots, hang_seconds
         self.flags = json.dumps(dict(flags or {}))
         self.command = command
+        self.retention = retention
         self._stopping = Event()
         self._thread = Thread(target=self._run, name="supervisor", daemon=True)
 
@@ -139,6 +143,8 @@ class Supervisor:
                 self._end(slot, code)
             else:
                 self._check_progress(slot, slot.process, jobs.get(slot.name))
+        if self.retention is not None:
+            self.retention.apply()
 
     def _start(self, slot: Slot) -> None:
         # with a session of its own it does not hear Ctrl-C; it ends when its stdin is closed

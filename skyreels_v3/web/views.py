@@ -11,6 +11,7 @@ from skyreels_v3.errors import UserError
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.web.errors import without_paths
 from skyreels_v3.web.queue import FINAL, Job, State
+from skyreels_v3.web.retention import DAY_SECONDS
 from skyreels_v3.web.settings import Settings
 
 FACTS = ("width", "height", "frames", "fps", "seconds", "peak_bytes", "quality")  # of a result, for clients
@@ -44,7 +45,7 @@ def video_of(job: Job, settings: Settings) -> dict[str, Any]:
         "progress": 100 if job.state is State.COMPLETED else min(99, max(0, int(100 * job.progress.part))),
         "created_at": int(job.created),
         "completed_at": int(job.ended) if job.ended and job.state is State.COMPLETED else None,
-        "expires_at": None,
+        "expires_at": expiry_of(job, settings.keep_days),
         "prompt": job.flags.get("prompt"),
         "seconds": seconds_of(job, request),
         "size": size_of(job, request),
@@ -62,6 +63,13 @@ def video_of(job: Job, settings: Settings) -> dict[str, Any]:
             "result": {name: facts[name] for name in FACTS if name in facts} or None,
         },
     }
+
+
+def expiry_of(job: Job, keep_days: float | None) -> int | None:
+    """When a completed video is deleted for its age, at the earliest; None where age does not matter."""
+    if keep_days is None or job.ended is None or job.state is not State.COMPLETED:
+        return None
+    return int(job.ended + keep_days * DAY_SECONDS)
 
 
 def progress_of(job: Job) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import pytest
 
 from skyreels_v3.errors import UserError
 from skyreels_v3.web.queue import DATABASE, Job, Progress, Queue, QueueFull, State, lock_server
+from skyreels_v3.web.retention import DAY_SECONDS, Retention
 from tests.conftest import ROOT
 
 FLAGS = {"task_type": "reference_to_video", "prompt": "a fox"}
@@ -396,6 +397,90 @@ def test_expire(queue, monkeypatch):
     assert queue.expire(max_age=100) == made[2:4]
     assert queue.expire(max_bytes=0) == []
     assert ids(queue.list(newest_first=False)[0]) == [made[0], made[4]]
+
+
+class Clock:
+    """The time of day and the time since the machine was started, as a test sets them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.running = time.time(), 1000.0
+        monkeypatch.setattr("skyreels_v3.web.queue.time.time", lambda: self.now)  # the module's, everywhere
+        monkeypatch.setattr("skyreels_v3.web.retention.monotonic", lambda: self.running)
+
+    def advance(self, seconds: float) -> None:
+        self.now, self.running = self.now + seconds, self.running + seconds
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def one_of_each(queue: Queue) -> dict[State, str]:
+    """A job in each state, with 1000 bytes of files."""
+    made: dict[State, str] = {}
+    for state in reversed(State):  # the queued one last: the others are claimed
+        id = made[state] = add(queue)
+        (queue.folder / "jobs" / id / "file").write_bytes(bytes(1000))
+        if state == State.CANCELLED:
+            queue.cancel(id)
+        elif state != State.QUEUED:
+            assert queue.claim("w").id == id
+        if state == State.COMPLETED:
+            queue.complete(id, "w", {})
+        elif state == State.FAILED:
+            queue.fail(id, "w", "code", "message")
+    assert {state: state_of(queue, id) for state, id in made.items()} == {state: state for state in made}
+    return made
+
+
+@pytest.mark.parametrize("limits", [{"days": 2}, {"gigabytes": 1e-9}])
+def test_retention(queue, clock, limits):
+    """Looks at the start and every ten minutes; what has not ended is never deleted."""
+    retention = Retention(queue, **limits)
+    retention.apply()
+    made = one_of_each(queue)
+    clock.advance(2 * DAY_SECONDS + 1 if "days" in limits else 599)
+    if "days" not in limits:
+        retention.apply()
+        assert len(queue.list()[0]) == len(State)
+        clock.advance(1)
+    retention.apply()
+    assert ids(queue.list()[0]) == [made[State.QUEUED], made[State.IN_PROGRESS]]
+    assert {path.name for path in (queue.folder / "jobs").iterdir()} == {made[State.IN_PROGRESS], made[State.QUEUED]}
+    again = Retention(queue, **limits)
+    again.apply()
+    assert len(queue.list()[0]) == 2
+
+
+def test_no_retention_by_default(queue, clock):
+    retention = Retention(queue)
+    one_of_each(queue)
+    clock.advance(1e9)
+    retention.apply()
+    assert len(queue.list()[0]) == len(State)
+
+
+@pytest.mark.parametrize("years", [-60, -5, 5, 900])
+def test_retention_when_the_clock_jumps(queue, clock, years, caplog):
+    """While the server runs, and before it starts; after a steady day the clock is believed."""
+    retention = Retention(queue, days=2)
+    retention.apply()
+    one_of_each(queue)
+    jump = years * 365 * DAY_SECONDS
+    clock.now += jump
+    for each in (retention, Retention(queue, days=2)):
+        clock.advance(600)
+        each.apply()
+        assert len(queue.list()[0]) == len(State)
+    assert "the clock was set by" in caplog.text
+    clock.advance(DAY_SECONDS)
+    retention.apply()
+    assert len(queue.list()[0]) == (2 if years > 0 else len(State))
+    clock.now -= jump
+    clock.advance(DAY_SECONDS)
+    retention.apply()
+    assert len(queue.list()[0]) == (2 if years > 0 else len(State))
 
 
 def test_threads_share_a_queue(queue):
