@@ -65,11 +65,11 @@ class Generator:
         With several ranks all make it together, and the main rank writes it.
 
         Args:
-            watch: passes the main rank's events on; what it raises ends the video, as an interrupt does.
+            watch: passes this rank's events on; what it raises ends the video, as an interrupt does.
         """
         request, inputs = plan.request, plan.inputs
         if not self.runtime.parallel.is_main:
-            for event in self.events(plan):
+            for event in watch(self.events(plan)):
                 if isinstance(event, Pass):
                     deque(event.frames, maxlen=0)
             return Video(request.output)

@@ -75,7 +75,7 @@ def act_on(flags: Mapping[str, Any], ranks: Ranks) -> int:
     """Carry out what flags ask for; returns the exit code."""
     if flags.get("serve"):
         if ranks.world_size > 1:
-            raise UserError("--serve", "is for one process; start it without torchrun")
+            raise UserError("--serve", "starts its processes itself; leave out torchrun, and give --use_usp")
         from skyreels_v3.web.serve import serve
 
         return serve(flags)
@@ -136,7 +136,7 @@ def main(argv: Sequence[str], default_task: str | None = None, command: str = SC
             flags = {name: value for name, value in flags.items() if name != "verbose"} | {"quiet": True}
         verbosity = verbosity_of(flags)
         set_up_logging(verbosity, ranks.is_main)
-        wanted = flags.pop("gpu_num", 1)
+        wanted = 1 if flags.get("serve") else flags.pop("gpu_num", 1)
         check_current_folder()
         if wanted > 1 and ranks.world_size == 1:
             return start_processes(flags, argv, wanted)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from contextlib import suppress
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from skyreels_v3.errors import UserError
+from skyreels_v3.web.subprocesses import module_environment
 
 IDLE_SECONDS = 300.0  # then the process is ended, which frees its memory
 
@@ -61,10 +61,8 @@ class Planner:
     async def ask(self, question: dict[str, Any]) -> dict[str, Any]:
         if self.process is None or self.process.returncode is not None:
             command = (sys.executable, "-m", "skyreels_v3.web.planning")
-            root = str(Path(__file__).resolve().parents[2])
-            path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
             self.process = await asyncio.create_subprocess_exec(
-                *command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, limit=1 << 20, env=os.environ | {"PYTHONPATH": path}
+                *command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, limit=1 << 20, env=module_environment()
             )
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(question).encode() + b"\n")

@@ -24,6 +24,7 @@ from typing import IO, Any
 
 from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.media.files import lock, reason_of
+from skyreels_v3.resume import state_folders
 
 DATABASE = "queue.sqlite"
 SERVER_LOCK = "server.lock"
@@ -173,8 +174,8 @@ class Queue:
         id = f"video_{secrets.token_hex(16)}"
         with self._change() as db:
             db.execute("INSERT INTO jobs (id, state) VALUES (?, ?)", (id, UPLOADING))
-            self._folder(id).mkdir()
-        return id, self._folder(id)
+            self.folder_of(id).mkdir()
+        return id, self.folder_of(id)
 
     def add(self, id: str, flags: Mapping[str, Any], owner: str = "", parent: str = "", priority: int = 0) -> Job:
         """Queue a job. Raises QueueFull beyond the limits of all jobs or of its owner's."""
@@ -245,6 +246,7 @@ class Queue:
         """Cancel: a queued one at once, a running one within a step's time; a finished one stays as it is."""
         with self._change() as db:
             self._cancel(db, id)
+        self._tidy(id)
         return self.get(id)
 
     def delete(self, id: str) -> bool:
@@ -263,7 +265,7 @@ class Queue:
             max_bytes: that the folders of all jobs may take.
         """
         rows = self._rows(f"SELECT * FROM jobs WHERE {VISIBLE} ORDER BY number")
-        sizes = {row["id"]: folder_bytes(self._folder(row["id"])) for row in rows} if max_bytes is not None else {}
+        sizes = {row["id"]: folder_bytes(self.folder_of(row["id"])) for row in rows} if max_bytes is not None else {}
         total, deleted = sum(sizes.values()), []
         for row in rows:
             if row["state"] not in FINAL:
@@ -273,6 +275,10 @@ class Queue:
                 total -= sizes.get(row["id"], 0)
                 deleted.append(row["id"])
         return deleted
+
+    def folder_of(self, id: str) -> Path:
+        """The folder of a job's files."""
+        return self.folder / JOBS / id
 
     # Workers
 
@@ -319,17 +325,19 @@ class Queue:
     def release(self, worker: str, reason: str = "") -> None:
         """What a lost worker had: with a reason it failed for it, otherwise it is queued again, first of all."""
         with self._change() as db:
-            for row in db.execute(f"SELECT * FROM jobs WHERE {OF_WORKER}", (worker,)).fetchall():
+            rows = db.execute(f"SELECT * FROM jobs WHERE {OF_WORKER}", (worker,)).fetchall()
+            for row in rows:
                 self._let_go(db, row, reason)
-        self._purge()
+        self._tidy(*(row["id"] for row in rows))
 
     def lose(self, worker: str, reason: str) -> None:
         """What a worker had that was killed: it is queued again, but fails for the reason if that happens twice."""
         with self._change() as db:
-            for row in db.execute(f"SELECT * FROM jobs WHERE {OF_WORKER}", (worker,)).fetchall():
+            rows = db.execute(f"SELECT * FROM jobs WHERE {OF_WORKER}", (worker,)).fetchall()
+            for row in rows:
                 self._let_go(db, row, reason if row["losses"] else "")
                 self._update(db, row["id"], losses=row["losses"] + 1)
-        self._purge()
+        self._tidy(*(row["id"] for row in rows))
 
     # The database
 
@@ -402,16 +410,13 @@ class Queue:
             **{name: row[name] for name in names},
             flags=json.loads(row["flags"]),
             state=State(row["state"]),
-            folder=self._folder(row["id"]),
+            folder=self.folder_of(row["id"]),
             order=row["place"],
             progress=Progress(**json.loads(row["progress"])),
             cancelling=bool(row["cancelling"]) and row["state"] == State.IN_PROGRESS,
             error=None if row["error"] is None else tuple(json.loads(row["error"])),
             facts=None if row["facts"] is None else json.loads(row["facts"]),
         )
-
-    def _folder(self, id: str) -> Path:
-        return self.folder / JOBS / id
 
     def _check_limits(self, db: sqlite3.Connection, owner: str) -> None:
         waiting = "SELECT COUNT(*) FROM jobs WHERE state IN ('queued', 'in_progress')"
@@ -438,7 +443,7 @@ class Queue:
                 values["progress"] = asdict(replace(progress, part=1.0, seconds_left=0.0))
             texts = {name: json.dumps(value) for name, value in values.items()}
             self._update(db, id, state=state, worker="", ended=time.time(), **texts)
-        self._purge()
+        self._tidy(id)
         return not row["cancelling"]
 
     def _let_go(self, db: sqlite3.Connection, row: sqlite3.Row, reason: str) -> None:
@@ -452,11 +457,18 @@ class Queue:
             values |= {"priority": max(row["priority"], first["priority"]), "place": first["place"] - 1}
         self._update(db, row["id"], **values)
 
+    def _tidy(self, *ids: str) -> None:
+        """Remove what was kept to go on with jobs, if they have ended, and purge."""
+        for job in filter(None, map(self.get, ids)):
+            for folder in state_folders(job.video) if job.state in FINAL else ():
+                shutil.rmtree(folder, ignore_errors=True)
+        self._purge()
+
     def _purge(self) -> None:
         """Remove the files of deleted jobs that no worker has, then the jobs: a crash between leaves work for later."""
         for row in self._rows("SELECT id FROM jobs WHERE deleted AND worker = ''"):
-            shutil.rmtree(self._folder(row["id"]), ignore_errors=True)
-            if not self._folder(row["id"]).exists():
+            shutil.rmtree(self.folder_of(row["id"]), ignore_errors=True)
+            if not self.folder_of(row["id"]).exists():
                 with self._change() as db:
                     db.execute("DELETE FROM jobs WHERE id = ?", (row["id"],))
 

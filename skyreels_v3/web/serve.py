@@ -6,7 +6,7 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,8 @@ from skyreels_v3.tasks import TASK_NAMES, TINY, task_spec
 if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
+
+    from skyreels_v3.web.supervisor import Slot
 
 logger = logging.getLogger(__name__)
 
@@ -48,17 +50,24 @@ def serve(flags: Mapping[str, Any]) -> int:
     check_access(host, keys, flags.get("no_auth", False))
     check_device(flags.get("device", GenerationRequest.device))
     defaults = defaults_of(flags)
+    workers = workers_of(flags)
     with listen(host, port) as listener:
-        return run(flags, defaults, keys, listener)
+        return run(flags, defaults, workers, keys, listener)
 
 
-def run(flags: Mapping[str, Any], defaults: Mapping[str, Any], keys: tuple[str, ...], listener: socket.socket) -> int:
+def run(
+    flags: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    workers: tuple[Sequence[Slot], Mapping[str, Any]],
+    keys: tuple[str, ...],
+    listener: socket.socket,
+) -> int:
     """Serve on a socket. The packages are imported only now."""
     from skyreels_v3.web.api import app_of
     from skyreels_v3.web.queue import Queue
     from skyreels_v3.web.retention import Retention
     from skyreels_v3.web.settings import Settings
-    from skyreels_v3.web.supervisor import Supervisor, slots_of
+    from skyreels_v3.web.supervisor import Supervisor
 
     host, port = flags.get("host", GenerationRequest.host), listener.getsockname()[1]
     folder, private = Path(os.path.expanduser(flags.get("outdir", FOLDER))), flags.get("allow_private_urls", False)
@@ -70,14 +79,31 @@ def run(flags: Mapping[str, Any], defaults: Mapping[str, Any], keys: tuple[str, 
 
         mount_page(app)
     try:
-        device = likely_device(GenerationRequest(task_spec(TASK_NAMES[0]), device=defaults.get("device", "auto")))
         retention = Retention(queue, flags.get("keep_days"), flags.get("keep_gb"))
-        with Supervisor(queue, slots_of(device, flags.get("workers")), retention=retention):
+        with Supervisor(queue, *workers, retention=retention):
             show(f"http://{f'[{host}]' if ':' in host else host}:{port}")
             server_of(app).run(sockets=[listener])
     finally:
         queue.close()
     return 0
+
+
+def workers_of(flags: Mapping[str, Any]) -> tuple[list[Slot], dict[str, Any]]:
+    """The slots of the workers, and flags for all jobs; raises UserError."""
+    from skyreels_v3.web.supervisor import gpus_of, group_size, slots_of
+
+    device = likely_device(GenerationRequest(task_spec(TASK_NAMES[0]), device=flags.get("device", "auto")))
+    gpus = gpus_of(device)
+    if not flags.get("use_usp"):
+        return slots_of(gpus, flags.get("workers")), {}
+    size = group_size(gpus, flags.get("gpu_num"))
+    shared = {name: value for name, value in flags.items() if BY_NAME[name].usp}
+    return slots_of([",".join(gpus[:size])] if gpus else []), {
+        **shared,
+        "use_usp": True,
+        "gpu_num": size,
+        "device": device,
+    }
 
 
 def server_of(app: FastAPI) -> uvicorn.Server:

@@ -1,7 +1,7 @@
 """Starts the workers of a server, one for each GPU, starts one again that has ended, and ends all with the server.
 
-A job whose worker was killed is made once more, from where it stopped; if that happens again, it fails. Several
-processes that share each video (`torchrun ... --use_usp`) are not supported.
+A job whose worker was killed is made once more, from where it stopped; if that happens again, it fails. With --use_usp
+there is one worker, a group of processes on all GPUs.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from threading import Event, Thread
 from time import monotonic
 from typing import Any
 
+import psutil
+
 from skyreels_v3.errors import UserError
 from skyreels_v3.parallel.processes import GRACE
 from skyreels_v3.web.queue import Job, Queue, State, lock_worker
 from skyreels_v3.web.retention import Retention
+from skyreels_v3.web.subprocesses import module_environment
 
 logger = logging.getLogger(__name__)
 
@@ -57,17 +60,30 @@ class Slot:
     killed_for: str = ""
 
 
-def slots_of(device: str = "auto", workers: int | None = None) -> list[Slot]:
-    """A slot for each GPU, one where there is none; or as many as `workers` says, which share the GPUs."""
-    gpus = 0
-    if device != "cpu":
-        import torch
+def gpus_of(device: str) -> list[str]:
+    """The GPUs that processes for a device may have, each as CUDA_VISIBLE_DEVICES names it."""
+    if device == "cpu":
+        return []
+    import torch
 
-        gpus = torch.accelerator.device_count()
+    count = torch.accelerator.device_count()
     given = [gpu for gpu in os.environ.get(GPUS, "").split(",") if gpu]
-    names = given if len(given) == gpus else [*map(str, range(gpus))]
-    count = range(workers or max(1, gpus))
-    return [Slot(str(n), {GPUS: names[n % gpus]} if gpus else {}) for n in count]
+    return given if len(given) == count else [*map(str, range(count))]
+
+
+def slots_of(gpus: Sequence[str], workers: int | None = None) -> list[Slot]:
+    """A slot for each GPU, one where there is none; or as many as `workers` says, which share the GPUs."""
+    count = range(workers or max(1, len(gpus)))
+    return [Slot(str(n), {GPUS: gpus[n % len(gpus)]} if gpus else {}) for n in count]
+
+
+def group_size(gpus: Sequence[str], wanted: int | None) -> int:
+    """How many processes share each video: as many as are wanted, or one for each GPU; raises UserError."""
+    if wanted is None and not gpus:
+        raise UserError("--use_usp", "this machine has no GPUs to divide a video among; give --gpu_num as well")
+    if wanted is not None and gpus and wanted > len(gpus):
+        raise UserError("--gpu_num", f"{wanted}: this machine has {len(gpus)} GPUs; give {len(gpus)} at most")
+    return wanted or len(gpus)
 
 
 class Supervisor:
@@ -113,7 +129,7 @@ class Supervisor:
             try:
                 process.wait(max(0.0, end - monotonic()))
             except subprocess.TimeoutExpired:
-                process.kill()
+                kill(process)
                 process.wait()
             slot.process = None
             with suppress(OSError, UserError):  # the next start does it too
@@ -151,7 +167,7 @@ class Supervisor:
         slot.process = subprocess.Popen(
             [*self.command, str(self.queue.folder), slot.name, self.flags],
             stdin=subprocess.PIPE,
-            env=os.environ | dict(slot.environment),
+            env=module_environment() | dict(slot.environment),
             start_new_session=True,
         )
         slot.begun, slot.killed_for, slot.seen = monotonic(), "", ("", 0, 0.0)
@@ -177,7 +193,7 @@ class Supervisor:
             slot.seen = ("", 0, 0.0) if job is None else (job.id, job.reports, monotonic())
         elif monotonic() - slot.seen[2] > self.hang_seconds:
             slot.killed_for = f"the worker made no progress for {self.hang_seconds:.0f} s"
-            process.kill()
+            kill(process)
 
     def _release_left(self, worker: str) -> None:
         """Queue again what a worker of an earlier server had, once it has ended."""
@@ -189,6 +205,17 @@ def close_stdin(process: subprocess.Popen[bytes]) -> None:
     assert process.stdin is not None
     with suppress(OSError):
         process.stdin.close()
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process with all that it has started, such as the other ranks."""
+    children = []
+    with suppress(psutil.NoSuchProcess):
+        children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def reason_of_end(code: int) -> str:

@@ -2,8 +2,8 @@
 
 That has a list of [place, action] or [place, action, job]; the first one is done, and removed, when its place is
 reached. Places are "claimed", "loading", "step S" (of the loop itself), "denoising W S" (reported: pass and step),
-"decoding W", "writing" and "written"; actions "kill", "oom", "device oom", "error", "hang" and "stop" (SIGTERM). What
-is reached is added to `log.jsonl`, as [place, job].
+"decoding W", "writing" and "written", and "rank R step S" for ranks other than the main one; actions "kill", "oom",
+"device oom", "error", "hang" and "stop" (SIGTERM). What is reached is added to `log.jsonl`, as [place, job].
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from skyreels_v3.denoising.loop import denoise
+from skyreels_v3.parallel import processes
 from skyreels_v3.web import runner
 from skyreels_v3.web.runner import Job, Reporter, Runner
 
@@ -55,7 +56,8 @@ class FaultyReporter(Reporter):
 
 class FaultyRunner(Runner):
     def run_job(self, job):
-        reach("claimed", job)
+        if self.ranks.is_main:
+            reach("claimed", job)
         return super().run_job(job)
 
     def make_video(self, job):
@@ -63,14 +65,15 @@ class FaultyRunner(Runner):
 
         def denoised(*arguments):
             for step, latents in denoise(*arguments):
-                reach(f"step {step}", job)
+                reach(f"step {step}" if self.ranks.is_main else f"rank {self.ranks.rank} step {step}", job)
                 yield step, latents
 
         stages.denoise = denoised
         facts = super().make_video(job)
-        reach("written", job)
+        if self.ranks.is_main:
+            reach("written", job)
         return facts
 
 
 runner.Reporter, runner.Runner = FaultyReporter, FaultyRunner
-sys.exit(runner.main(sys.argv[1:]))
+processes.exit_process(runner.main(sys.argv[1:], (__file__,)))

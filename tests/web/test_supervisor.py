@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from signal import SIGKILL, SIGSTOP
 
+import numpy as np
+import psutil
 import pytest
 
+from skyreels_v3.errors import UserError
 from skyreels_v3.web import supervisor as module
 from skyreels_v3.web.queue import Queue, State
-from skyreels_v3.web.supervisor import MAX_DELAY, Slot, Supervisor, reason_of_end, slots_of
+from skyreels_v3.web.serve import workers_of
+from skyreels_v3.web.supervisor import MAX_DELAY, Slot, Supervisor, group_size, reason_of_end
 from tests.conftest import ROOT, files_in
-from tests.web.test_runner import FAULTY, TWO_PASSES, add, ended, is_alive, log_of, set_faults, wait
+from tests.web.test_runner import FAULTY, TWO_PASSES, add, ended, frames_of, is_alive, log_of, set_faults, wait
 
 SERVER = """
 import sys, time
@@ -183,7 +189,7 @@ def test_a_full_disk(small_disk, cache, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("visible", "gpus", "arguments", "expected"),
+    ("visible", "gpus", "flags", "expected"),
     [
         (None, 0, {}, [None]),
         (None, 0, {"workers": 2}, [None, None]),
@@ -192,16 +198,103 @@ def test_a_full_disk(small_disk, cache, monkeypatch):
         ("GPU-8a,GPU-9b", 2, {"workers": 3}, ["GPU-8a", "GPU-9b", "GPU-8a"]),
         (None, 8, {"workers": 2}, ["0", "1"]),
         (None, 8, {"device": "cpu"}, [None]),
+        ("3,5,7", 3, {"use_usp": True}, ["3,5,7"]),
+        (None, 4, {"use_usp": True, "gpu_num": 2, "ring_degree": 2}, ["0,1"]),
+        (None, 0, {"use_usp": True, "gpu_num": 2}, [None]),
     ],
 )
-def test_slots(monkeypatch, visible, gpus, arguments, expected):
+def test_slots(monkeypatch, visible, gpus, flags, expected):
     monkeypatch.setattr("torch.accelerator.device_count", lambda: gpus)
+    monkeypatch.setattr("skyreels_v3.runtime.has_library", lambda name: True)  # of a driver
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    slots = slots_of(**arguments)
+    slots, shared = workers_of(flags)
     assert [slot.environment.get("CUDA_VISIBLE_DEVICES") for slot in slots] == expected
     assert [slot.name for slot in slots] == [*map(str, range(len(expected)))]
+    size = flags.get("gpu_num", gpus)
+    assert shared == (flags | {"gpu_num": size, "device": "cuda"} if "use_usp" in flags else {})
+
+
+def test_a_group_without_gpus():
+    with pytest.raises(UserError, match=r"^--use_usp: this machine has no GPUs .*; give --gpu_num as well"):
+        group_size([], None)
+    with pytest.raises(UserError, match=r"^--gpu_num: 3: this machine has 2 GPUs; give 2 at most"):
+        group_size(["0", "1"], 3)
+
+
+GROUP = {"use_usp": True, "gpu_num": 2, "device": "cpu"}
+
+
+def ranks_of(supervisor: Supervisor) -> list[psutil.Process]:
+    """The processes of a group, rank 0 first."""
+    launcher = supervisor.slots[0].process
+    assert launcher is not None
+    return sorted(psutil.Process(launcher.pid).children(), key=lambda each: each.environ()["RANK"])
+
+
+@pytest.mark.slow
+def test_a_group_makes_each_video_together(queue, supervise):
+    """What one process makes; cancelling ends all ranks in one step, and they go on with the next job."""
+    with Supervisor(queue, [Slot("w")], command=FAULTY):
+        alone = ended(queue, add(queue))
+    group = supervise(flags=GROUP)
+    together = ended(queue, add(queue))
+    assert (alone.state, together.state) == (State.COMPLETED, State.COMPLETED)
+    difference = frames_of(alone.video).astype(int) - frames_of(together.video)
+    assert np.abs(difference).mean() < 0.5  # before they were encoded, one level at most
+    ranks = ranks_of(group)
+    assert log_of(queue, together.id).count("rank 1 step 3") == 1 and len(ranks) == 2
+    id = add(queue, TWO_PASSES, num_inference_steps=200)
+    wait(lambda: "denoising 2 3" in log_of(queue, id))
+    queue.cancel(id)
+    begun = time.monotonic()
+    job = ended(queue, id)
+    assert job.state == State.CANCELLED and len(frames_of(job.folder / "video.partial.mp4")) >= 48
+    steps = log_of(queue, id)
+    assert [place for place in steps if place[:4] == "step"] == [place[7:] for place in steps if place[:4] == "rank"]
+    refused = ended(queue, add(queue, num_inference_steps=0))  # on all ranks
+    assert refused.error[0] == "invalid_request"
+    again = ended(queue, add(queue))
+    assert again.state == State.COMPLETED and time.monotonic() - begun < 30
+    np.testing.assert_array_equal(frames_of(again.video), frames_of(together.video))
+    assert ranks_of(group) == ranks
+
+
+@pytest.mark.slow
+def test_a_group_whose_ranks_fail(queue, supervise):
+    """All its processes end, a job without an error of its own is made once more, and the next one is made."""
+    group = supervise(flags=GROUP, hang_seconds=5)
+    for signal, reason in ((SIGKILL, "rank 1 was ended by SIGKILL"), (SIGSTOP, "the worker made no progress for 5 s")):
+        id = add(queue, TWO_PASSES, num_inference_steps=30)
+        wait(lambda id=id: "denoising 2 3" in log_of(queue, id))
+        ranks = ranks_of(group)
+        ranks[1].send_signal(signal)
+        job = ended(queue, id)
+        assert (job.state, job.losses) == (State.COMPLETED, 1), reason
+        assert log_of(queue, id).count("denoising 1 3") == 1 and files_in(job.folder) == {"video.mp4", "preview.png"}
+        assert not any(is_alive(rank.pid) for rank in ranks)
+    set_faults(queue, ("rank 1 step 2", "device oom"))
+    ranks = ranks_of(group)
+    failed, other = ended(queue, add(queue)), ended(queue, add(queue))
+    assert failed.error[0] == "out_of_memory" and failed.error[1].startswith("out of memory while denoising")
+    assert other.state == State.COMPLETED and not any(is_alive(rank.pid) for rank in ranks)
+
+
+@pytest.mark.slow
+def test_no_rank_without_the_launcher(queue, supervise):
+    """A job that loses two groups fails, says why, and leaves no state."""
+    group = supervise(flags=GROUP)
+    set_faults(queue, ("rank 1 step 2", "kill"))
+    id = add(queue, TWO_PASSES, num_inference_steps=200)
+    wait(lambda: "denoising 1 3" in log_of(queue, id))
+    assert queue.get(id).losses == 1
+    ranks = ranks_of(group)
+    group.slots[0].process.kill()
+    job = ended(queue, id)
+    assert (job.state, job.losses) == (State.FAILED, 2) and "SIGKILL" in job.error[1]
+    wait(lambda: not any(is_alive(rank.pid) for rank in ranks), 20)
+    assert files_in(job.folder) == {"preview.png"}
 
 
 def test_flags_for_all_jobs_reach_the_workers(queue, supervise):
