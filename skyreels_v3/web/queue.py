@@ -330,14 +330,19 @@ class Queue:
                 self._let_go(db, row, reason)
         self._tidy(*(row["id"] for row in rows))
 
-    def lose(self, worker: str, reason: str) -> None:
-        """What a worker had that was killed: it is queued again, but fails for the reason if that happens twice."""
+    def lose(self, worker: str, reason: str) -> bool:
+        """What a worker had that was killed: it is queued again, but fails for the reason if that happens twice.
+
+        Returns:
+            Whether it had a job.
+        """
         with self._change() as db:
             rows = db.execute(f"SELECT * FROM jobs WHERE {OF_WORKER}", (worker,)).fetchall()
             for row in rows:
                 self._let_go(db, row, reason if row["losses"] else "")
                 self._update(db, row["id"], losses=row["losses"] + 1)
         self._tidy(*(row["id"] for row in rows))
+        return bool(rows)
 
     # The database
 

@@ -341,10 +341,12 @@ def launch_group(queue: Queue, name: str, command: Sequence[str], count: int) ->
     code = launch(command, count, said.append)
     if code == processes.INTERRUPTED:
         queue.release(name)
-    else:
-        for text in said:  # which rank was killed
-            queue.lose(name, text.removeprefix("error: "))
-    return 0 if code == OUT_OF_STEP else code
+        return code
+    had_job = False
+    for text in said:  # which rank was killed
+        logger.warning("worker %s: %s", name, text)
+        had_job = queue.lose(name, text.removeprefix("error: "))
+    return 0 if had_job or code == OUT_OF_STEP else code
 
 
 def main(argv: Sequence[str], command: Sequence[str] = MODULE) -> int:

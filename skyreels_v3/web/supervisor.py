@@ -176,13 +176,15 @@ class Supervisor:
         """A worker has ended: see to its job, and when to start it again."""
         assert slot.process is not None
         reason = slot.killed_for or reason_of_end(code)
-        self.queue.lose(slot.name, reason)  # first: after an error all of this is tried again
+        had_job = self.queue.lose(slot.name, reason)  # first: after an error all of this is tried again
         close_stdin(slot.process)
         slot.process = None
         if code == 0:
             slot.failures = 0
             return
-        slot.failures = slot.failures + 1 if monotonic() - slot.begun < START_SECONDS else 0
+        # a job that goes on killing workers fails; without one there would be no end
+        has_begun = had_job or monotonic() - slot.begun >= START_SECONDS
+        slot.failures = 0 if has_begun else slot.failures + 1
         delay = min(MAX_DELAY, 2.0**slot.failures) if slot.failures else 0.0
         slot.next_start = monotonic() + delay
         logger.warning("%s (%s); it is started again in %.0f s", reason, slot.name, delay)

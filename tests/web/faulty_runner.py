@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from skyreels_v3.denoising.loop import denoise
+from skyreels_v3.media.files import replace_file
 from skyreels_v3.parallel import processes
 from skyreels_v3.web import runner
 from skyreels_v3.web.runner import Job, Reporter, Runner
@@ -24,13 +25,15 @@ FOLDER = Path(sys.argv[1])
 
 
 def reach(place: str, job: Job) -> None:
-    with (FOLDER / "log.jsonl").open("a") as file:
-        file.write(json.dumps([place, job.id]) + "\n")
     path = FOLDER / "faults.json"
     faults = json.loads(path.read_text()) if path.exists() else []
-    if not faults or faults[0][0] != place or faults[0][2:] not in ([], [job.id]):
+    is_fault = bool(faults) and faults[0][0] == place and faults[0][2:] in ([], [job.id])
+    if is_fault:
+        replace_file(path, json.dumps(faults[1:]).encode())
+    with (FOLDER / "log.jsonl").open("a") as file:  # only now: this process may be killed as soon as that is read
+        file.write(json.dumps([place, job.id]) + "\n")
+    if not is_fault:
         return
-    path.write_text(json.dumps(faults[1:]))
     action = faults[0][1]
     if action in ("kill", "stop"):
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGTERM}[action])

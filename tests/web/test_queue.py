@@ -196,7 +196,7 @@ def test_a_job_that_loses_two_workers_fails(queue):
     id = add(queue)
     for state in (State.QUEUED, State.FAILED):
         queue.claim("w")
-        queue.lose("w", "ended by SIGKILL")
+        assert queue.lose("w", "ended by SIGKILL") and not queue.lose("w", "again")
         assert state_of(queue, id) == state
     assert (queue.get(id).error, queue.get(id).losses) == (("internal_error", "ended by SIGKILL"), 2)
 
