@@ -46,6 +46,7 @@ class Flag:
         recorded: needed to make the same video again.
         in_line: allowed in a line of --jobs.
         only_in_line: not allowed beside --jobs; says what to do instead.
+        in_request: allowed in a client's request to a server, if in a line of --jobs; others are the server's to set.
     """
 
     name: str
@@ -65,10 +66,16 @@ class Flag:
     recorded: bool = True
     in_line: bool = True
     only_in_line: str = ""
+    in_request: bool = True
 
     def is_for(self, task: TaskSpec) -> bool:
         """Whether a task takes it."""
         return not self.task_specific or self.name in task.takes
+
+    @property
+    def is_for_clients(self) -> bool:
+        """Whether a client of a server may set it."""
+        return self.in_line and self.in_request
 
 
 def flag(default: Any, help: str, kind: type = str, **more: Any) -> Any:
@@ -151,12 +158,13 @@ class GenerationRequest:
     model_id: str = flag("", "hub id or folder of the checkpoint (default: the task's own); 'tiny': the built-in one",
         group="Checkpoint", path="hub")
     base_model_id: str | None = task_flag(None, "hub id or folder of HunyuanVideo, for its encoders and VAE (t2v, i2v)",
-        path="hub")
+        path="hub", in_request=False)
     model_source: str = flag("huggingface", "hub to download from (default: huggingface)",
-        choices=("huggingface", "modelscope"))
+        choices=("huggingface", "modelscope"), in_request=False)
     lora: tuple[Lora, ...] = flag((), "LoRAs to apply: files, folders or hub ids, each with a scale",
         metavar="LORA[:SCALE[:partial]][,...]", path="hub", several=True)
-    device: str = flag("auto", "device to compute on (default: auto)", choices=DEVICES, group="Memory and speed")
+    device: str = flag("auto", "device to compute on (default: auto)", choices=DEVICES, group="Memory and speed",
+        in_request=False)
     dtype: str | None = flag(None, "dtype of matrix products (default: bfloat16 on a GPU, float32 on a CPU)",
         choices=DTYPES)
     memory: str = unrecorded("auto", "what stays on the device (default: auto, depending on free memory)",
@@ -167,12 +175,12 @@ class GenerationRequest:
         int, low=0, high=999)
     parameters_level: bool = flag(False, "with --offload: same as --memory stream", bool)
     high_cpu_memory: bool = unrecorded(False, "pin everything that is streamed, however much host memory it takes",
-        bool)
+        bool, in_request=False)
     quant: str | None = flag(None,
         "weights in FP8 (fp8, the default value); fp8_dynamic also computes in FP8 (Ada GPUs and later)",
         choices=QUANTIZATIONS, bare="fp8")
     save_quantized: Path | None = unrecorded(None, "also save the FP8 checkpoint, as a folder for --model_id",
-        metavar="FOLDER", path="output", only_in_line="write it into the lines, a name for each")
+        metavar="FOLDER", path="output", only_in_line="write it into the lines, a name for each", in_request=False)
     vae_dtype: str = flag("float32", "dtype of the VAE (default: float32)", choices=DTYPES)
     attention: str = flag("auto", "attention kernel (default: auto)", choices=ATTENTIONS)
     compile: bool = flag(False, "compile the transformer's blocks; makes the first step slower", bool)
@@ -192,19 +200,21 @@ class GenerationRequest:
     broadcast_weights: bool = parallel(False, "read the weights in one process and broadcast them to the others", bool)
     output: Path | None = unrecorded(None,
         "an .mp4, or a folder ending in / for PNG frames (default: result/TASK/SEED_TIME.mp4)", metavar="PATH",
-        group="Output", path="output", only_in_line="write it into the lines, a name for each")
+        group="Output", path="output", only_in_line="write it into the lines, a name for each", in_request=False)
     outdir: str | None = unrecorded(None,
         "put the video into results/FOLDER, named after prompt, seed and number; with --serve: its jobs and videos",
-        metavar="FOLDER")
+        metavar="FOLDER", in_request=False)
     include_input: bool = task_flag(False, "write the input clip and the extension as one video", bool)
     check: bool = unrecorded(False, "measure the new frames: log their figures, and warn of a bad video", bool)
     no_metadata: bool = unrecorded(False, "do not store the flags in the video's metadata", bool)
     save_latents: Path | None = unrecorded(None, "also save the final latents of each pass",
-        metavar="FILE.safetensors", path="output", only_in_line="write it into the lines, a name for each")
+        metavar="FILE.safetensors", path="output", only_in_line="write it into the lines, a name for each",
+        in_request=False)
     resume: bool = run_flag(False, "continue an interrupted run of the same command, or start it",
         bool, only_in_line="leave it out, the same command goes on by itself")
     checkpoint_every: float = unrecorded(60.0,
-        "seconds between saved states while denoising, for resuming (default: 60; 0: none)", float, low=0, high=86400)
+        "seconds between saved states while denoising, for resuming (default: 60; 0: none)", float, low=0, high=86400,
+        in_request=False)
     video_num: int = run_flag(1, "make this many videos, with consecutive seeds", int, low=1, high=10000,
         group="Many videos", only_in_line="write a line for each")
     jobs: str | None = run_flag(None,
@@ -223,7 +233,7 @@ class GenerationRequest:
         "gigabytes for the files of all jobs; beyond that the oldest that have ended go (default: no limit)", float,
         low=0.01, high=1000000)
     url_timeout: float = flag(1.2, "seconds to wait for a server to respond (default: 1.2)", float, low=0.05, high=600,
-        group="Other")
+        group="Other", in_request=False)
     allow_private_urls: bool = run_flag(False, "also fetch inputs from this machine and private networks", bool)
     dry_run: bool = run_flag(False, "check everything and print the plan, without loading or downloading weights", bool)
     quiet: bool = run_flag(False, "print only warnings and the result", bool)

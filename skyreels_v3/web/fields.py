@@ -24,7 +24,7 @@ from skyreels_v3.config_text import read_json_text
 from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.hints import SEE_HELP
 from skyreels_v3.media.download import download_async
-from skyreels_v3.request import ALIKE, BY_NAME, FLAGS, OUTPUTS, Flag, GenerationRequest
+from skyreels_v3.request import ALIKE, BY_NAME, FLAGS, Flag, GenerationRequest
 from skyreels_v3.runtime import check_compute, check_device
 from skyreels_v3.tasks import TASK_NAMES, TaskSpec, task_spec
 from skyreels_v3.web.errors import ApiError
@@ -39,7 +39,7 @@ LINKS = ("image_url", "url", "video_url", "audio_url")  # keys of an object that
 SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 KEYFRAME_FIELD = re.compile(r"keyframes@([\d.]+)")
 SWITCH = {"true": True, "false": False, "1": True, "0": False}  # in a form
-OWN = ("outdir", "base_model_id", *OUTPUTS)  # the server's, not its clients'
+OWN = tuple(flag.name for flag in FLAGS if not flag.is_for_clients)  # the server's
 INPUTS = tuple(flag.name for flag in FLAGS if flag.path == "input" and flag.in_line)
 
 FindJob = Callable[[str], Awaitable[Job]]  # a client's own job; raises ApiError
@@ -133,7 +133,7 @@ class FlagReader:
     def check_names(self, values: Fields) -> None:
         """Refuse fields that are no flags, or not for clients to set."""
         for name, value in values.items():
-            if name in OWN or name == "config" or (name in BY_NAME and not BY_NAME[name].in_line):
+            if name in OWN or name == "config":
                 raise UserError(f"--{name}", "is the server's to say; leave it out")
             if name not in BY_NAME and name != REFERENCE:
                 meant = unknown_key(name, value).replace(SEE_HELP, "see /docs")
@@ -317,7 +317,7 @@ def schema() -> dict[str, Any]:
         REFERENCE: {"type": "string", "format": "binary", "description": "a picture: a file, or {image_url}"},
     }
     for flag in FLAGS:
-        if not flag.in_line or flag.name in OWN or flag.name in ("model_id",):
+        if flag.name in (*OWN, "model_id"):
             continue
         entry: dict[str, Any] = {"type": kinds[flag.kind], "description": flag.help}
         entry |= {"enum": list(flag.choices)} if flag.choices else {}

@@ -131,7 +131,8 @@ class Reporter(Follower):
     def begin(self, plan: Plan, projection: Projection) -> None:
         request, windows = plan.request, len(plan.passes)
         facts = {"seed": request.seed, "width": request.width, "height": request.height}
-        facts |= {"frames": request.frames_out, "fps": request.task.fps}
+        before = plan.inputs.clip.frames if request.include_input and plan.inputs.clip is not None else 0
+        facts |= {"frames": before + request.frames_out, "fps": request.task.fps}
         self.projection = projection
         self._frames = max(1, request.frames_out // windows)
         self.report(facts, stage="encoding", windows=windows, seconds_left=throughput.seconds_of(plan))

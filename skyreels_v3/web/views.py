@@ -83,12 +83,13 @@ def progress_of(job: Job) -> dict[str, Any]:
 
 
 def seconds_of(job: Job, request: GenerationRequest | None) -> str:
-    """Length of the video: as asked for, or what it has become with an input clip or by its sound."""
+    """Length of the file: of all frames once they are known, if sound or an input clip decide; else as asked for."""
     facts = job.facts or {}
-    asked = None if request is None or request.include_input or request.input_audio else request
-    if asked is not None and "num_frames" not in job.flags:
-        return str(asked.duration)
-    if facts.get("frames") and facts.get("fps"):
+    is_known = bool(facts.get("frames") and facts.get("fps"))
+    takes_over = request is None or bool(request.input_audio) or (request.include_input and is_known)
+    if request is not None and not takes_over and "num_frames" not in job.flags:
+        return str(request.duration)
+    if is_known:
         return f"{facts['frames'] / facts['fps']:.4g}"
     if request is None or request.input_audio:
         return "0"

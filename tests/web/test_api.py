@@ -129,7 +129,8 @@ def test_defaults_give_way(serve):
         ({"compile": "perhaps"}, "compile", "give true or false"),
         ({"task_type": "poetry"}, "task_type", "choose reference_to_video"),
         ({"task_type": "i2v"}, "image", "missing"),
-        ({"device": "cuda"}, "device", "no NVIDIA or AMD driver"),
+        ({"device": "cuda"}, "device", "the server's to say"),
+        ({"attention": "flash"}, "attention", ""),
         ({"extra_body": [1]}, "extra_body", "not a JSON object"),
         ({"image": "fox.png"}, "image", "send the file itself"),
         ({"input_reference": {"file_id": "file-1"}}, "input_reference", "send the file itself"),
@@ -167,7 +168,11 @@ def test_an_extension_of_a_video(served):
     made = served.client.post(url, json={"prompt": "on", "seconds": "5", "video": {"id": source}}).json()
     job = served.job(made["id"])
     assert job.flags["task_type"] == "single_shot_extension" and job.flags["include_input"] is True
-    assert made["remixed_from_video_id"] == job.parent == source
+    assert made["remixed_from_video_id"] == job.parent == source and made["seconds"] == "5"
+    served.queue.claim("0")
+    served.queue.report(job.id, "0", Progress("denoising"), {"frames": 168, "fps": 24})  # with 2 seconds of the clip
+    assert served.client.get(f"/v1/videos/{job.id}").json()["seconds"] == "7"
+    served.queue.cancel(job.id)
     assert (job.folder / job.flags["input_video"]).read_bytes() == served.video
     more = {"task_type": "shot_switching_extension", "include_input": "false"}
     sent = {"video": ("boat.mp4", (ASSETS / "boat.mp4").read_bytes())}
@@ -353,7 +358,8 @@ def test_the_docs_page_needs_no_other_host(served):
     fields = description["paths"]["/v1/videos"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert page.headers["content-type"].startswith("text/html") and "<script" not in page.text
     assert not re.search(r"(src|href)=\"(?!/)", page.text)
-    hidden = {"outdir", "output", "save_latents", "save_quantized", "base_model_id", "model_id"}
+    hidden = {"outdir", "output", "save_latents", "save_quantized", "base_model_id", "model_id", "model_source"}
+    hidden |= {"device", "high_cpu_memory", "checkpoint_every", "url_timeout"}
     for flag in FLAGS:
         assert (flag.name in fields["properties"]) == (flag.in_line and flag.name not in hidden)
     for path in description["paths"]:

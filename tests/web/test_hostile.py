@@ -79,7 +79,8 @@ FIELDS = [
     *(job(400, "the server's to say", **{name: value}) for name, value in (
         ("output", "/tmp/a.mp4"), ("outdir", "../x"), ("save_latents", "a.safetensors"), ("save_quantized", "/tmp/q"),
         ("base_model_id", "/etc"), ("allow_private_urls", True), ("host", "0.0.0.0"), ("api_key", "x"),
-        ("config", "/etc"),
+        ("config", "/etc"), ("device", "cpu"), ("model_source", "modelscope"), ("high_cpu_memory", True),
+        ("url_timeout", 600), ("checkpoint_every", 0.001), ("use_usp", True), ("keep_days", 1),
         ("jobs", "/etc/passwd"), ("gpu_num", 64), ("video_num", 10000), ("serve", True), ("dry_run", True),
     )),
     *(job(400, "is not served", model=value) for value in (

@@ -28,6 +28,10 @@ TWO_PASSES = {
     **TOY, "task_type": "single_shot_extension", "input_video": str(ASSETS / "boat.mp4"), "duration": 6,
     "prompt": "a boat",
 }  # fmt: skip
+JOINED = {
+    "task_type": "shot_switching_extension", "input_video": str(ASSETS / "boat.mp4"), "duration": 2, "prompt": "a boat",
+    "include_input": True,
+}  # fmt: skip
 FAULTY = (sys.executable, str(Path(__file__).with_name("faulty_runner.py")))
 PLACES = ["claimed", "loading", "denoising 1 2", "decoding 1", "denoising 2 1", "writing", "written"]
 
@@ -107,15 +111,17 @@ def frames_of(path: Path) -> np.ndarray:
 
 @pytest.mark.slow
 def test_jobs_that_succeed_and_jobs_that_fail(queue, start):
-    """One process makes them all; the model is loaded once; paths are relative to the job's folder."""
+    """One process makes them all; each model is loaded once; paths are relative to the job's folder."""
     wrong, good = add(queue, num_inference_steps=0), add(queue, ref_imgs=["fox.png"])
     (queue.get(good).folder / "fox.png").write_bytes((ASSETS / "fox.png").read_bytes())
     gone, again, refused = add(queue, ref_imgs=["gone.png"]), add(queue, seed=8), add(queue, resume=True)
+    joined = add(queue, {**TOY, **JOINED})
     process = start()
     job = ended(queue, good)
     assert job.state == State.COMPLETED and frames_of(job.video).shape == (5, 32, 48, 3)
     known = {"seed": 7, "width": 48, "height": 32, "frames": 5, "fps": 24}
     assert job.facts.items() >= known.items() and job.facts["seconds"] > 0
+    assert ended(queue, joined).facts["frames"] == len(frames_of(queue.get(joined).video))
     progress = job.progress
     assert (progress.part, progress.window, progress.windows, progress.step, progress.steps) == (1.0, 1, 1, 3, 3)
     preview = Image.open(job.folder / "preview.png")
@@ -133,7 +139,7 @@ def test_jobs_that_succeed_and_jobs_that_fail(queue, start):
     with lock_worker(queue.folder, "w"):
         pass
     said = process.stderr.read().decode()
-    assert said.count("device cpu") == 1, said
+    assert said.count("device cpu") == 2, said
 
 
 @pytest.mark.slow
