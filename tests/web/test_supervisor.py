@@ -18,6 +18,7 @@ import pytest
 from skyreels_v3.errors import UserError
 from skyreels_v3.web import supervisor as module
 from skyreels_v3.web.queue import Queue, State
+from skyreels_v3.web.retention import Retention
 from skyreels_v3.web.serve import workers_of
 from skyreels_v3.web.supervisor import MAX_DELAY, Slot, Supervisor, group_size, reason_of_end
 from tests.conftest import ROOT, files_in
@@ -295,6 +296,18 @@ def test_no_rank_without_the_launcher(queue, supervise):
     assert (job.state, job.losses) == (State.FAILED, 2) and "SIGKILL" in job.error[1]
     wait(lambda: not any(is_alive(rank.pid) for rank in ranks), 20)
     assert files_in(job.folder) == {"preview.png"}
+
+
+def test_retention_is_applied(queue, supervise, monkeypatch):
+    """Again and again; what waits stays."""
+    monkeypatch.setattr("skyreels_v3.web.retention.LOOK_SECONDS", 0.1)
+    waiting, first, second = add(queue), add(queue), add(queue)
+    supervise(command=script("sys.stdin.read()"), retention=Retention(queue, gigabytes=1e-9))
+    for id in (first, second):
+        (queue.folder_of(id) / "file").write_bytes(bytes(1000))
+        queue.cancel(id)
+        wait(lambda id=id: queue.get(id) is None, 20)
+    assert queue.get(waiting).state == State.QUEUED
 
 
 def test_flags_for_all_jobs_reach_the_workers(queue, supervise):
