@@ -223,8 +223,8 @@ class Runner:
         job = self.claim() if self.ranks.is_main else None
         if job is not None or not self.ranks.is_main:
             self.jobs += 1
-            told = None if job is None else (job.id, dict(job.flags))
-            id, flags = processes.broadcast_object(f"job/{self.jobs}", told, self.ranks)
+            announced = None if job is None else (job.id, dict(job.flags))
+            id, flags = processes.broadcast_object(f"job/{self.jobs}", announced, self.ranks)
             job = job or Job(id, flags, State.IN_PROGRESS, self.queue.folder_of(id))
         return job
 
