@@ -25,9 +25,17 @@ from skyreels_v3.tasks import TASK_NAMES, task_spec
 from skyreels_v3.web.api import Api, user_errors
 from skyreels_v3.web.errors import ApiError, from_user_error, without_paths
 from skyreels_v3.web.fields import INPUTS, FlagReader, files_of, link
-from skyreels_v3.web.page_access import protect
+from skyreels_v3.web.page_access import Drops, protect
 from skyreels_v3.web.page_form import KEYFRAMES, TABS, Form, label_of, title_of
-from skyreels_v3.web.page_html import compare_html, gallery_html, message, notice, plan_html, queue_html
+from skyreels_v3.web.page_html import (
+    compare_html,
+    gallery_html,
+    message,
+    notice,
+    plan_html,
+    queue_html,
+    status_html,
+)
 from skyreels_v3.web.planning import PlanFailed
 from skyreels_v3.web.queue import FINAL, Job, State
 from skyreels_v3.web.uploads import Fields, Upload
@@ -38,6 +46,8 @@ SHOWN_JOBS = 24  # in the gallery, and 24 more with each click
 MAX_WAITING = 100
 CLEAN_SECONDS = (3600, 24 * 3600)  # how often dropped files are looked at, and how old they may get
 WAITING = (State.QUEUED, State.IN_PROGRESS)
+HEAD = """<h1>SkyReels</h1><nav aria-label="Page"><a class="narrow" href="#jobs">Queue</a>
+<a class="narrow" href="#videos">Videos</a><a href="/docs">HTTP API</a></nav>"""
 SANS = ("ui-sans-serif", "system-ui", "sans-serif")
 MONO = ("ui-monospace", "Consolas", "monospace")
 
@@ -45,23 +55,30 @@ MONO = ("ui-monospace", "Consolas", "monospace")
 def mount_page(app: FastAPI) -> None:
     """Serve the page at / beside the API, whose application this is."""
     api: Api = app.state.api
-    uploads = api.settings.folder / "page"
-    os.environ["GRADIO_TEMP_DIR"] = str(uploads)  # where Gradio keeps what is dropped
+    drops = Drops(api.settings.folder / "page")
+    os.environ["GRADIO_TEMP_DIR"] = str(drops.folder)  # where Gradio keeps what is dropped
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    page = Page(api, uploads)
-    blocks = page.build()
+    blocks = Page(api, drops).build()
+    drops.share()  # the examples
     gr.mount_gradio_app(
         app, blocks, path="/", footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False, pwa=False,
         mcp_server=False, show_error=False, allowed_paths=[], blocked_paths=[str(api.settings.folder / "jobs")],
         max_file_size=api.settings.limits.file_bytes, theme=theme(), css_paths=[HERE / "page.css"],
     )  # fmt: skip
     blocks.has_launched = True  # or Gradio would not check that files in events are uploads
-    protect(app, api.settings, uploads)
+    protect(app, api.settings, drops)
 
 
 def theme() -> gr.themes.Base:
-    """Gradio's own, in teal, with the fonts of the system."""
-    return gr.themes.Default(primary_hue="teal", neutral_hue="slate", font=SANS, font_mono=MONO, radius_size="md")
+    """Gradio's own, in teal, with the fonts of the system; text has a contrast of 4.5 at least (WCAG's AA)."""
+    base = gr.themes.Default(primary_hue="teal", neutral_hue="slate", font=SANS, font_mono=MONO, radius_size="md")
+    soft = {"body_text_color_subdued", "block_info_text_color", "input_placeholder_color"}
+    teal = {"button_primary_background_fill", "button_primary_border_color", "color_accent"}
+    return base.set(
+        **dict.fromkeys(soft, "*neutral_600"), **dict.fromkeys((f"{name}_dark" for name in soft), "*neutral_300"),
+        **dict.fromkeys(teal, "*primary_700"), button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover="*primary_800", button_primary_background_fill_hover_dark="*primary_600",
+    )  # fmt: skip
 
 
 @dataclass
@@ -69,11 +86,11 @@ class Page:
     """The page of a server.
 
     Attributes:
-        uploads: the folder of what is dropped; job files are linked there for a form to show.
+        drops: what is dropped; job files are linked there for a form to show.
     """
 
     api: Api
-    uploads: Path
+    drops: Drops
     forms: dict[str, Form] = field(default_factory=dict)
 
     def build(self) -> gr.Blocks:
@@ -81,7 +98,7 @@ class Page:
         with gr.Blocks(
             analytics_enabled=False, title="SkyReels", delete_cache=CLEAN_SECONDS, fill_width=True
         ) as blocks:
-            gr.HTML('<h1>SkyReels</h1><p><a href="/docs">HTTP API</a></p>', elem_id="head", js_on_load=None)
+            gr.HTML(HEAD, elem_id="head", js_on_load=None)
             with gr.Row(elem_id="columns"):
                 with gr.Column(scale=6, min_width=320, elem_id="forms"):
                     self.build_forms()
@@ -101,24 +118,25 @@ class Page:
                 label="A video made here: its settings are put into the form", file_types=["video"], height=110,
                 elem_id="record",
             )  # fmt: skip
-            self.record_notice = gr.HTML(elem_id="record-notice", js_on_load=None)
+            self.record_notice = live_html("record-notice")
 
     def build_form(self, task: str) -> None:
         form = self.forms[task] = Form(task_spec(task), self.api.settings)
         gr.HTML(f'<p class="summary">{form.task.summary[0].upper()}{form.task.summary[1:]}.</p>', js_on_load=None)
         form.build()
-        form.notice = gr.HTML(elem_id=f"{task}-notice", js_on_load=None)
-        with gr.Row(elem_classes="go"):
-            form.plan_button = gr.Button("Plan", elem_id=f"{task}-plan")
-            form.start_button = gr.Button("Make the video", variant="primary", elem_id=f"{task}-start")
+        with gr.Column(elem_classes="go"):
+            form.notice = live_html(f"{task}-notice")
+            with gr.Row():
+                form.plan_button = gr.Button("Plan", elem_id=f"{task}-plan")
+                form.start_button = gr.Button("Generate", variant="primary", elem_id=f"{task}-start")
 
     def build_jobs(self) -> None:
-        click = (HERE / "page.js").read_text(encoding="utf-8")
         gr.HTML("<h2>Queue</h2>", js_on_load=None)
-        self.queue = gr.HTML(elem_id="queue", js_on_load=click)
-        self.compare = gr.HTML(elem_id="compare", js_on_load=click)
-        gr.HTML("<h2>Videos</h2>", js_on_load=None)
-        self.gallery = gr.HTML(elem_id="gallery", js_on_load=click)
+        self.status = live_html("status")
+        self.queue = live_html("queue")
+        self.compare = live_html("compare")
+        gr.HTML("<h2>Videos</h2>", elem_id="videos", js_on_load=None)
+        self.gallery = live_html("gallery")
         self.more = gr.Button("Show more", size="sm", visible=False)
         self.timer = gr.Timer(BUSY_SECONDS)
         self.seen = gr.State(())  # what is shown, to send only changes
@@ -129,7 +147,7 @@ class Page:
         """Say what happens when."""
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         view: Any = {self.seen, self.chosen, self.count}
-        shown: Any = {self.queue, self.gallery, self.compare, self.more, self.timer, *view}
+        shown: Any = {self.status, self.queue, self.gallery, self.compare, self.more, self.timer, *view}
         everything: Any = {component for form in self.forms.values() for component in form.components}
         everything |= {self.tabs, *(form.notice for form in self.forms.values())}
         gr.on([blocks.load, self.timer.tick], self.refresh, view, shown, trigger_mode="once", **quiet)
@@ -144,9 +162,10 @@ class Page:
                 "api_visibility": "private",
                 "concurrency_limit": None,
             }
-            form.plan_button.click(for_form(form, self.plan), inputs, {form.notice}, **options)
+            answer: Any = {form.notice, *form.folded.values()}
+            form.plan_button.click(for_form(form, self.plan), inputs, answer, **options)
             start = for_form(form, self.start)
-            form.start_button.click(start, inputs | view, {form.notice} | shown, trigger_mode="once", **options)
+            form.start_button.click(start, inputs | view, answer | shown, trigger_mode="once", **options)
 
     # Forms
 
@@ -160,9 +179,9 @@ class Page:
         except PlanFailed as error:
             return {form.notice: notice(f"{without_paths(str(error))}; try again")}
         except UserError as error:
-            return {form.notice: self.describe(form, from_user_error(error, {}))}
+            return self.describe(form, from_user_error(error, {}))
         except ApiError as error:
-            return {form.notice: self.describe(form, error)}
+            return self.describe(form, error)
         return {form.notice: plan_html({**made, "text": without_paths(made["text"])})}
 
     async def start(self, form: Form, data: dict[Any, Any], request: gr.Request) -> dict[Any, Any]:
@@ -173,8 +192,8 @@ class Page:
                 flags = await self.read(form, data, folder, owner)
                 await self.api.add(id, flags, owner, "")
         except ApiError as error:
-            return {form.notice: self.describe(form, error)}
-        return {form.notice: message("It is in the queue."), **await self.refresh(data, request)}
+            return self.describe(form, error)
+        return {form.notice: message("It is in the queue.", "jobs"), **await self.refresh(data, request)}
 
     def reader(self, folder: Path, owner: str) -> FlagReader:
         return FlagReader(self.api.settings, folder, lambda id: self.api.find(id, owner))
@@ -185,18 +204,20 @@ class Page:
         for each in form.fields:
             if (value := each.value_of(data)) is not None:
                 name = each.flag.name
-                fields[name] = await run_in_threadpool(self.take, each.flag, value, folder) if name in INPUTS else value
+                if name in INPUTS:
+                    value = await run_in_threadpool(self.take, each.flag, value, folder, owner)
+                fields[name] = value
         reader = self.reader(folder, owner)
         with user_errors(reader):
             return (await reader.read(fields))[0]
 
-    def take(self, flag: Flag, values: list[str], folder: Path) -> Any:
+    def take(self, flag: Flag, values: list[str], folder: Path, owner: str) -> Any:
         """The uploads for a flag."""
         paths, times = (values[:-1], values[-1].split(",")) if flag.name == KEYFRAMES else (values, [])
         uploads = []
         for number, text in enumerate(paths):
             path = Path(text)
-            if not path.resolve().is_relative_to(self.uploads.resolve()):  # Gradio has seen to it already
+            if not self.drops.allows(path, owner):
                 raise ApiError(400, f"{flag.name}: drop the file again", flag.name)
             target = folder / f"upload-{flag.name}-{number}"
             link(path, target)
@@ -207,12 +228,14 @@ class Page:
             return [{"file": each, "seconds": time.strip()} for each, time in zip(uploads, times, strict=True)]
         return uploads if flag.several else uploads[0]
 
-    def describe(self, form: Form, error: ApiError) -> str:
-        """An error for a form."""
+    def describe(self, form: Form, error: ApiError) -> dict[Any, Any]:
+        """Show an error in a form, and open the group that its field is in."""
         name = error.param or ""
-        shown = {each.flag.name for each in form.fields}
-        text = f"{label_of(name)}{error.message.removeprefix(name)}" if name in shown else error.message
-        return notice(text, f"{form.task.name}-{name}" if name in shown else "")
+        if name not in {each.flag.name for each in form.fields}:
+            return {form.notice: notice(error.message)}
+        text = f"{label_of(name)}{error.message.removeprefix(name)}"
+        opened = {form.folded[name]: gr.Accordion(open=True)} if name in form.folded else {}
+        return {form.notice: notice(text, f"{form.task.name}-{name}"), **opened}
 
     # Jobs
 
@@ -230,6 +253,7 @@ class Page:
         by_id = {job.id: job for job in ended}
         compared = [by_id.get(id) or queue.get(id) for id in chosen]
         htmls = {
+            self.status: status_html(waiting, ended),
             self.queue: queue_html(waiting, places),
             self.gallery: gallery_html(ended, chosen, settings),
             self.compare: compare_html([job for job in compared if job is not None], settings),
@@ -272,11 +296,11 @@ class Page:
                     others = [other for other in data[self.chosen] if other != id]
                     data = {**data, self.chosen: tuple(others if id in data[self.chosen] else [*others[-1:], id])}
                 elif do in ("reload", "extend"):
-                    changed = await run_in_threadpool(self.fill if do == "reload" else self.extend, job)
+                    changed = await run_in_threadpool(self.fill if do == "reload" else self.extend, job, owner)
                 elif do == "again":
                     await self.repeat(job, owner)
-                elif do == "up":
-                    await run_in_threadpool(self.move_up, job)
+                elif do in ("up", "down"):
+                    await run_in_threadpool(self.move, job, -1 if do == "up" else 1)
                 elif do == "cancel":
                     await run_in_threadpool(self.api.queue.cancel, id)
                 elif do == "delete":
@@ -285,20 +309,18 @@ class Page:
             raise gr.Error(error.message, print_exception=False) from error
         return {self.chosen: data[self.chosen], **changed, **await self.refresh(data, request)}
 
-    def move_up(self, job: Job) -> None:
-        """Let a job change places with the one before it of the same owner; those of others stay where they are."""
+    def move(self, job: Job, by: int) -> None:
+        """Let a job change places with its owner's next one before it (-1) or behind it (1); others' stay in place."""
         order = self.queued()
-        ids = [each.id for each in order]
-        if job.id not in ids:
+        mine = [number for number, each in enumerate(order) if each.owner == job.owner]
+        index = next((place for place, number in enumerate(mine) if order[number].id == job.id), None)
+        if index is None or not 0 <= index + by < len(mine):
             return
-        index = ids.index(job.id)
-        mine = [number for number, each in enumerate(order[:index]) if each.owner == job.owner]
-        if mine:
-            behind = ids[index + 1] if index + 1 < len(ids) else None
-            other = ids[mine[-1]]
-            self.api.queue.move(job.id, other)
-            if index - mine[-1] > 1:
-                self.api.queue.move(other, behind)
+        first, second = sorted((mine[index], mine[index + by]))
+        behind = order[second + 1].id if second + 1 < len(order) else None
+        self.api.queue.move(order[second].id, order[first].id)
+        if second - first > 1:
+            self.api.queue.move(order[first].id, behind)
 
     async def repeat(self, job: Job, owner: str) -> None:
         """Queue a job again, with a random seed."""
@@ -312,14 +334,14 @@ class Page:
 
     # Settings into forms
 
-    def fill(self, job: Job) -> dict[Any, Any]:
+    def fill(self, job: Job, owner: str) -> dict[Any, Any]:
         """Put a job's settings and inputs into its form."""
         files = {
             name: [job.folder / path for path in files_of({name: job.flags[name]})]
             for name in INPUTS
             if name in job.flags
         }
-        values: dict[str, Any] = {name: [self.show(path) for path in paths] for name, paths in files.items()}
+        values: dict[str, Any] = {name: [self.show(path, owner) for path in paths] for name, paths in files.items()}
         if KEYFRAMES in values:
             times = [entry.rpartition("@")[2] for entry in job.flags[KEYFRAMES]]
             values[KEYFRAMES] = (values[KEYFRAMES], times)
@@ -338,19 +360,21 @@ class Page:
             changed |= each.updates_for(files.get(name) if name in INPUTS else values.get(name))
         return changed
 
-    def extend(self, job: Job) -> dict[Any, Any]:
+    def extend(self, job: Job, owner: str) -> dict[Any, Any]:
         """Open the form of an extension with a job's video in it."""
         name = next(name for name in TASK_NAMES if task_spec(name).condition_frames and not task_spec(name).cut_at_seam)
         flags = {"task_type": name, "prompt": job.flags.get("prompt"), "include_input": True}
         kept = ("model_id",) if job.flags.get("model_id") in self.api.settings.models.values() else ()
-        return self.fill_form(flags | {each: job.flags[each] for each in kept}, {"input_video": [self.show(job.video)]})
+        files = {"input_video": [self.show(job.video, owner)]}
+        return self.fill_form(flags | {each: job.flags[each] for each in kept}, files)
 
-    def show(self, path: Path) -> str:
-        """Link a file of a job's to where Gradio may send it from."""
-        folder = self.uploads / secrets.token_hex(16)
-        folder.mkdir(parents=True)
-        link(path, folder / path.name)
-        return str(folder / path.name)
+    def show(self, path: Path, owner: str) -> str:
+        """Link a file of a job's to where Gradio may send it to its owner from."""
+        shown = self.drops.folder / secrets.token_hex(16) / path.name
+        shown.parent.mkdir()
+        link(path, shown)
+        self.drops.add(shown, owner)
+        return str(shown)
 
     async def read_record(self, path: str | None) -> dict[Any, Any]:
         """Put the settings in a video's metadata into a form; its inputs are not in it."""
@@ -366,6 +390,12 @@ class Page:
         inputs = ", ".join(label_of(name).lower() for name in INPUTS if name in flags)
         text = f"The settings are in the form.{f' Add its inputs: {inputs}.' if inputs else ''}"
         return empty | {self.record_notice: message(text)} | self.fill_form(flags, {})
+
+
+def live_html(id: str) -> gr.HTML:
+    """HTML that the page's script keeps up to date, without losing the focus or stopping a video that plays."""
+    script = (HERE / "page.js").read_text(encoding="utf-8")
+    return gr.HTML(elem_id=id, html_template='<div class="live"></div>', js_on_load=script)
 
 
 def for_form(form: Form, do: Callable[[Form, dict[Any, Any], gr.Request], Awaitable[dict[Any, Any]]]) -> Any:

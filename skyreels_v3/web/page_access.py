@@ -5,7 +5,9 @@ A browser sends its key as a cookie, which no script can read and no other site 
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote
@@ -31,7 +33,7 @@ GRADIO = re.compile(
     r"/$|/config$|/gradio_api/(heartbeat/\w+$|file=/|((queue/(join|data)|run/predict|upload|upload_progress|cancel|reset"
     r"|startup-events|info|app_id|theme\.css)/?$))"
 )
-FILE = "/gradio_api/file="
+FILE, UPLOAD = "/gradio_api/file=", "/gradio_api/upload"
 # Gradio makes functions of texts, and its trimmer of clips is WebAssembly in a worker
 POLICY = (
     "default-src 'none'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
@@ -52,13 +54,42 @@ button{{background:#0f766e;color:#fff;border:0;cursor:pointer}}
 </body></html>"""
 
 
-def protect(app: FastAPI, settings: Settings, uploads: Path) -> None:
+class Drops:
+    """Whose the files in Gradio's folder are: a client sees and uses its own, and the examples.
+
+    Each is in a folder that is named after its content, so several clients may have the same one.
+
+    Args:
+        folder: emptied, since no page knows the files of an earlier server.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self.folder = folder.resolve()
+        self.owners: dict[Path, set[str]] = {}
+        self.examples: set[Path] = set()
+
+    def share(self) -> None:
+        """Give everybody what is there now."""
+        self.examples = {*self.folder.iterdir()}
+
+    def add(self, path: Path, owner: str) -> None:
+        self.owners.setdefault(path.resolve().parent, set()).add(owner)
+
+    def allows(self, path: Path, owner: str) -> bool:
+        """Whether an owner may have a file."""
+        folder = path.resolve().parent
+        return folder in self.examples or owner in self.owners.get(folder, ())
+
+
+def protect(app: FastAPI, settings: Settings, drops: Drops) -> None:
     """Put what is here before the page, which was mounted last."""
     routes = app.router.routes
     mount = routes.pop()
     assert isinstance(mount, Mount)
     routes[:] = [route for route in routes if getattr(route, "path", "") != "/"]  # the API's own way to /docs
-    routes.append(PageMount("/", PageAccess(mount.app, settings, uploads)))
+    routes.append(PageMount("/", PageAccess(mount.app, settings, drops)))
     app.add_middleware(CookieKey)
 
 
@@ -100,15 +131,23 @@ def key_of(headers: Headers) -> str:
 class PageAccess:
     """ASGI: the page for who may see it, a form to sign in for others."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, uploads: Path) -> None:
-        self.app, self.uploads, self.keys = app, uploads.resolve(), settings.keys
+    def __init__(self, app: ASGIApp, settings: Settings, drops: Drops) -> None:
+        self.app, self.drops, self.keys = app, drops, settings.keys
         self.guard = Guard(app, settings, lambda *_: None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"]
+        path, paths = scope["path"], bytearray()
+        uploaded = False
 
         async def with_policy(message: Message) -> None:
+            nonlocal uploaded
+            if uploaded:  # the answer is a list of paths
+                paths.extend(message["body"])
+                if not message.get("more_body"):
+                    for dropped in json.loads(paths):
+                        self.drops.add(Path(dropped), scope["owner"])
             if message["type"] == "http.response.start":
+                uploaded = path.rstrip("/") == UPLOAD and message["status"] == 200
                 headers = MutableHeaders(scope=message)
                 headers["Content-Security-Policy"] = POLICY
                 headers["Referrer-Policy"] = "same-origin"  # without one, a form's Origin is null
@@ -124,15 +163,15 @@ class PageAccess:
             if not key or not self.is_key(key, scope):
                 await HTMLResponse(SIGN_IN.format(problem=""))(scope, receive, with_policy)
                 return
-        if not self.is_needed(path):
+        if not self.is_needed(path, scope["owner"]):
             await response_of(from_status(404, ""))(scope, receive, send)
             return
         await self.app(scope, receive, with_policy)
 
-    def is_needed(self, path: str) -> bool:
-        """Whether the page needs a route; of files it needs only what was dropped into it."""
+    def is_needed(self, path: str, owner: str) -> bool:
+        """Whether the page needs a route; of files it needs only what its user has dropped into it."""
         if path.startswith(FILE):
-            return Path(path.removeprefix(FILE)).resolve().is_relative_to(self.uploads)
+            return self.drops.allows(Path(path.removeprefix(FILE)), owner)
         return bool(STATIC.match(path) or GRADIO.match(path))
 
     def is_key(self, key: str, scope: Scope) -> bool:

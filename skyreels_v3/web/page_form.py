@@ -26,13 +26,19 @@ TABS = {
     **{"single_shot_extension": "Extend", "shot_switching_extension": "New shot"},
 }  # short titles, in order
 # flags that are always in view, besides prompt and inputs
-OPEN = ("resolution", "width", "height", "duration", "num_frames", "num_inference_steps", "seed", "model_id")
+OPEN = (
+    *("resolution", "width", "height", "duration", "num_frames", "num_inference_steps", "seed", "model_id"),
+    *("include_input",),
+)
+HIDDEN = (*OWN, *SHORTHANDS, "task_type", "url_timeout")  # the page sends files, no URLs
 # in a flag's help: what the form shows anyway
 SHOWN = re.compile(rf",? *\((default|{'|'.join(TASK_NAMES)})\b[^()]*\)|; needs --[^;]*")
 LABELS = {
     **{"model_id": "Model", "ref_imgs": "Reference", "num_frames": "Frames", "num_inference_steps": "Steps"},
     **{"fps": "Frames per second", "lora": "LoRA", "vae_dtype": "VAE dtype", "no_riflex": "No RIFLEx"},
-}  # of flags whose names are abbreviations
+    **{"high_cpu_memory": "High CPU memory", "quant": "Quantization", "input_image": "Portrait"},
+    **{"input_audio": "Speech", "input_video": "Clip", "include_input": "Join with the clip"},
+}  # of flags whose names are abbreviations, or say less
 SLOTS = {"ref_imgs": REFERENCE_SLOTS, "input_audio": MAX_SPEAKERS}  # files of flags that take several
 KEYFRAMES = "keyframes"
 ASSETS = CONFIG_DIR.parent / "assets"  # in a clone
@@ -108,6 +114,7 @@ class Form:
     task: TaskSpec
     settings: Settings
     fields: list[Field] = field(default_factory=list)
+    folded: dict[str, gr.Accordion] = field(default_factory=dict)  # by the names of the flags in them
     notice: Any = None
     plan_button: Any = None
     start_button: Any = None
@@ -125,8 +132,10 @@ class Form:
         for flag in sorted(inputs, key=lambda flag: flag.name not in self.task.inputs):  # those that are needed first
             self.add(flag)
         components = [component for each in self.example_fields for component in each.components]
-        gr.Examples(self.examples(), components, label="Examples", elem_id=f"{self.task.name}-examples")
-        with gr.Row(elem_classes="numbers"):
+        rows = self.examples()
+        prompts = [str(row[0]) for row in rows]  # as labels they make buttons, which the keyboard reaches
+        gr.Examples(rows, components, label="Examples", example_labels=prompts, elem_id=f"{self.task.name}-examples")
+        with gr.Row(elem_classes=["numbers", "common"]):
             for name in OPEN:
                 if BY_NAME[name] in mine:
                     self.add(BY_NAME[name])
@@ -134,24 +143,27 @@ class Form:
         for group, flags in grouped():
             rest = [flag for flag in flags if flag in mine and flag.name not in placed]
             if rest:
-                id = f"{self.task.name}-{group.lower().replace(' ', '-')}"
-                with gr.Accordion(group, open=False, elem_id=id), gr.Row(elem_classes="numbers"):
-                    for flag in rest:
-                        self.add(flag)
+                self.build_group(group, sorted(rest, key=lambda flag: flag.name == KEYFRAMES))
+
+    def build_group(self, name: str, flags: list[Flag]) -> None:
+        """A folded group of flags."""
+        id = f"{self.task.name}-{name.lower().replace(' ', '-')}"
+        with gr.Accordion(name, open=False, elem_id=id) as group, gr.Row(elem_classes="numbers"):
+            for flag in flags:
+                self.add(flag)
+                self.folded[flag.name] = group
 
     def has(self, flag: Flag) -> bool:
         """Whether the form has a flag: of the task, for a client to set, and no other spelling of another one."""
-        return flag.in_line and flag.is_for(self.task) and flag.name not in (*OWN, *SHORTHANDS, "task_type")
+        return flag.in_line and flag.is_for(self.task) and flag.name not in HIDDEN
 
     def add(self, flag: Flag) -> None:
         """Make the components of a flag."""
         id = f"{self.task.name}-{flag.name}"
         initial = self.defaults[flag.name]
         if flag.name == KEYFRAMES:
-            pictures = gr.File(label="Keyframes", file_count="multiple", file_types=["image"], height=120, elem_id=id)
-            times = gr.Textbox(
-                label="Seconds of the keyframes", info="one for each picture: 2, 4.5", elem_id=f"{id}-times"
-            )
+            pictures = gr.File(label="Keyframes", file_count="multiple", file_types=["image"], height=150, elem_id=id)
+            times = gr.Textbox(label="Times of keyframes", info="seconds, one for each: 2, 4.5", elem_id=f"{id}-times")
             components: tuple[Any, ...] = (pictures, times)
         elif flag.name in INPUTS:
             with gr.Row(elem_classes="files", elem_id=id):
@@ -220,9 +232,11 @@ def value_component(flag: Flag, id: str, initial: Any, models: list[str]) -> Any
         return gr.Dropdown([*unset, *((choice, choice) for choice in flag.choices)], value=initial, **options)
     if flag.kind in (int, float) and initial != "":  # an empty one would show 0
         return gr.Number(value=initial, precision=0 if flag.kind is int else None, **options)
-    lines = {"prompt": 3, "negative_prompt": 1}.get(flag.name, 1)
-    more = {} if flag.name == "prompt" else {"placeholder": flag.metavar or ("default" if flag.kind is not str else "")}
-    return gr.Textbox(value=initial, lines=lines, max_lines=8, **options | more)
+    if flag.name == "prompt":
+        options |= {"info": None, "placeholder": f"{help[0].upper()}{help[1:]}", "lines": 3}
+    else:
+        options["placeholder"] = flag.metavar or ("default" if flag.kind is not str else "")
+    return gr.Textbox(value=initial, max_lines=8, **options)
 
 
 @cache

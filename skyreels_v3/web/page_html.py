@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from time import monotonic_ns
 from typing import Any
 
 from skyreels_v3.media.files import giga
@@ -13,28 +14,30 @@ from skyreels_v3.web.settings import Settings
 from skyreels_v3.web.views import error_of, progress_of, size_of
 
 SHOWN = ("task_type", "prompt", "include_input", "memory")  # flags that are shown elsewhere, or say nothing here
-WORDS = {State.QUEUED: "waiting", State.CANCELLED: "cancelled", State.FAILED: "failed"}
+ENDS = {State.COMPLETED: "Completed", State.CANCELLED: "Cancelled", State.FAILED: "Failed"}
 
 
-def button(do: str, id: str, text: str, label: str = "", pressed: bool | None = None) -> str:
+def button(do: str, id: str, text: str, **attributes: str) -> str:
     """A button that tells the page what to do with a job."""
-    more = f' aria-label="{escape(label)}"' if label else ""
-    more += f' aria-pressed="{str(pressed).lower()}"' if pressed is not None else ""
+    more = "".join(f' {name.replace("_", "-")}="{escape(value)}"' for name, value in attributes.items())
     return f'<button type="button" data-do="{do}" data-id="{escape(id)}"{more}>{escape(text)}</button>'
 
 
+def actions(job: Job, buttons: Iterable[str]) -> str:
+    """A job's buttons, which are named after its prompt for who cannot see where they are."""
+    return f'<div class="actions" role="group" aria-label="{escape(prompt_of(job)[:80])}">{"".join(buttons)}</div>'
+
+
 def notice(text: str, field: str = "") -> str:
-    """An error above the buttons; the field at fault is marked."""
-    mark = (
-        f"<style>#{escape(field)}{{outline:2px solid var(--error-icon-color);border-radius:8px}}</style>"
-        if field
-        else ""
-    )
-    return f'<p class="notice" role="alert">{escape(text)}</p>{mark}'
+    """An error above the buttons; the page's script also shows it at the field with the id, each time anew."""
+    at = f'data-field="{escape(field)}" data-time="{monotonic_ns()}"' if field else ""
+    return f'<p class="notice" role="alert" {at}>{escape(text)}</p>'
 
 
-def message(text: str) -> str:
-    return f'<p class="message" role="status">{escape(text)}</p>'
+def message(text: str, link: str = "") -> str:
+    """A message above the buttons, and a link to where on the page it is."""
+    more = f' <a href="#{link}">Show it</a>' if link else ""
+    return f'<p class="message" role="status">{escape(text)}{more}</p>'
 
 
 def plan_html(plan: Mapping[str, Any]) -> str:
@@ -74,22 +77,40 @@ def queue_html(jobs: Sequence[Job], places: Mapping[str, int]) -> str:
     return f'<ol class="queue">{"".join(queue_entry(job, places.get(job.id)) for job in jobs)}</ol>'
 
 
+def status_html(waiting: Sequence[Job], ended: Sequence[Job]) -> str:
+    """The state of all in a line. It changes with the stage, not with each step: it is read aloud."""
+    running = [job for job in waiting if job.state is State.IN_PROGRESS]
+    parts = [f"{len(running)} running", f"{len(waiting) - len(running)} waiting"] if waiting else []
+    parts += [stage_of(job) for job in running[:1]]
+    parts += [f"last one {ENDS[job.state].lower()}" for job in ended[:1]]
+    return f'<p role="status">{escape(", ".join(parts))}</p>'
+
+
 def queue_entry(job: Job, place: int | None) -> str:
     progress = progress_of(job)
+    picture = f'<img src="{escape(progress["preview"])}" alt="Preview">' if progress["preview"] else ""
     part = round(100 * min(1.0, max(0.0, job.progress.part)))
-    picture = (
-        f'<img src="{escape(progress["preview"])}" alt="preview">'
-        if progress["preview"]
-        else '<span class="blank"></span>'
+    bar = f'<progress max="100" value="{part}" aria-label="Progress">{part} %</progress>' if place is None else ""
+    moves = (
+        button("up", job.id, "\u2191", aria_label="Move up"),
+        button("down", job.id, "\u2193", aria_label="Move down"),
     )
-    bar = f'<progress max="100" value="{part}" aria-label="progress">{part} %</progress>' if place is None else ""
-    actions = button("up", job.id, "\u2191", "move up") if place else ""
-    actions += button("cancel", job.id, "Cancel") if not job.cancelling else ""
+    buttons = [*(moves if place is not None else ()), "" if job.cancelling else button("cancel", job.id, "Cancel")]
     return (
-        f'<li data-job="{escape(job.id)}">{picture}<div class="body"><b>{escape(title_of(task_of(job)))}</b>'
-        f'<p class="prompt">{escape(prompt_of(job))}</p>'
-        f'<p class="state">{escape(state_text(job, place))}</p>{bar}</div>'
-        f'<div class="actions">{actions}</div></li>'
+        f'<li data-job="{escape(job.id)}" data-state="{job.state.value}"><div class="picture">{picture}</div>'
+        f'<div class="body"><b>{escape(title_of(task_of(job)))}</b><p class="prompt">{escape(prompt_of(job))}</p>'
+        f'<p class="state">{escape(state_text(job, place))}</p>{bar}</div>{actions(job, buttons)}</li>'
+    )
+
+
+def stage_of(job: Job) -> str:
+    """What a running job does."""
+    progress = job.progress
+    stage = "cancelling" if job.cancelling else progress.stage or "starting"
+    return (
+        f"{stage}, window {progress.window} of {progress.windows}"
+        if progress.windows > 1 and progress.window
+        else stage
     )
 
 
@@ -98,14 +119,10 @@ def state_text(job: Job, place: int | None) -> str:
     progress = job.progress
     if place is not None:
         return "next" if place == 0 else f"waiting, {place} before it"
-    if job.cancelling:
-        return "cancelling"
-    parts = [progress.stage or "starting"]
-    if progress.windows > 1 and progress.window:
-        parts.append(f"window {progress.window} of {progress.windows}")
+    parts = [stage_of(job)]
     if progress.step and progress.stage == "denoising":
         parts.append(f"step {progress.step} of {progress.steps}")
-    if progress.seconds_left:
+    if progress.seconds_left and not job.cancelling:
         parts.append(f"{duration(progress.seconds_left)} left")
     return ", ".join(parts)
 
@@ -117,27 +134,26 @@ def gallery_html(jobs: Iterable[Job], chosen: Sequence[str], settings: Settings)
 
 
 def card(job: Job, chosen: bool, settings: Settings) -> str:
-    delete = button("delete", job.id, "Delete")
+    reload, delete = button("reload", job.id, "Reuse"), button("delete", job.id, "Delete")
     if job.state is State.COMPLETED:
         head = player(job)
-        actions = [
-            button("reload", job.id, "Use settings"),
-            button("extend", job.id, "Extend this"),
-            button("again", job.id, "Another seed"),
-            button("compare", job.id, "Compare", pressed=chosen),
+        buttons = [
+            reload,
+            button("extend", job.id, "Extend"),
+            button("again", job.id, "New seed"),
+            button("compare", job.id, "Compare", aria_pressed=str(chosen).lower()),
             f'<a href="{content(job)}" download="{escape(job.id)}.mp4">Download</a>',
             delete,
         ]
     else:
-        why = error_of(job) or {"message": ""}
-        text = "" if job.state is State.CANCELLED else why["message"]
-        head = f'<p class="ended"><b>{WORDS[job.state]}</b> {escape(text)}</p>'
-        actions = [button("reload", job.id, "Use settings"), delete]
+        why = error_of(job) if job.state is State.FAILED else None
+        text = f": {why['message']}" if why else ""
+        head, buttons = f'<p class="ended"><b>{ENDS[job.state]}</b>{escape(text)}</p>', [reload, delete]
     return (
         f'<li data-job="{escape(job.id)}" data-state="{job.state.value}">{head}'
         f'<p class="prompt">{escape(prompt_of(job))}</p>'
         f"<details><summary>{escape(summary(job))}</summary>{terms(facts_of(job, settings))}</details>"
-        f'<div class="actions">{"".join(actions)}</div></li>'
+        f"{actions(job, buttons)}</li>"
     )
 
 
