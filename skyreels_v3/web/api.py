@@ -32,7 +32,7 @@ from skyreels_v3.web.queue import Job, Queue, QueueFull, State
 from skyreels_v3.web.security import Guard
 from skyreels_v3.web.settings import Settings
 from skyreels_v3.web.uploads import FORM, JSON, read_fields
-from skyreels_v3.web.views import is_final, progress_of, video_of
+from skyreels_v3.web.views import is_final, partial_of, progress_of, video_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ POLL_MS = {State.QUEUED: "2000", State.IN_PROGRESS: "1000"}
 EVENT_SECONDS = 0.5  # between looks at a job
 PING_SECONDS = 15
 EXTENSIONS = tuple(name for name in TASK_NAMES if task_spec(name).condition_frames)
-KINDS = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg"}
+KINDS = {"video": "video/mp4", "partial": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg"}
 PREVIEW = "preview.png"
 ERROR = {"error": {"message": "", "type": "", "param": None, "code": ""}}
 
@@ -253,10 +253,12 @@ class Api:
     # Files
 
     async def content(
-        self, id: str, request: Request, variant: Literal["video", "thumbnail", "spritesheet"] = "video"
+        self, id: str, request: Request, variant: Literal["video", "partial", "thumbnail", "spritesheet"] = "video"
     ) -> Response:
-        """The bytes of a completed video, or of pictures from it; ranges work."""
+        """The bytes of a completed video or of pictures from it, or of what a job had finished when it was cancelled."""
         job = await self.find(id, owner_of(request))
+        if variant == "partial":
+            return await send_file(partial_of(job), KINDS[variant], request, f"{id}-partial.mp4")
         if job.state is not State.COMPLETED:
             raise ApiError(
                 409, f"{id} is {job.state.value}; its content is there once it is completed", "id", "not_ready"

@@ -77,7 +77,7 @@ def theme() -> gr.themes.Base:
     return base.set(
         **dict.fromkeys(soft, "*neutral_600"), **dict.fromkeys((f"{name}_dark" for name in soft), "*neutral_300"),
         **dict.fromkeys(teal, "*primary_700"), button_primary_background_fill_dark="*primary_700",
-        button_primary_background_fill_hover="*primary_800", button_primary_background_fill_hover_dark="*primary_600",
+        button_primary_background_fill_hover="*primary_800", button_primary_background_fill_hover_dark="*primary_800",
     )  # fmt: skip
 
 

@@ -41,6 +41,7 @@ LABELS = {
 }  # of flags whose names are abbreviations, or say less
 SLOTS = {"ref_imgs": REFERENCE_SLOTS, "input_audio": MAX_SPEAKERS}  # files of flags that take several
 KEYFRAMES = "keyframes"
+WAVEFORM = {"waveform_color": "#64748b", "waveform_progress_color": "#0d9488", "trim_region_color": "#0d948855"}
 ASSETS = CONFIG_DIR.parent / "assets"  # in a clone
 MORE_PROMPTS = {  # of words that the built-in model knows
     "t2v": (
@@ -128,8 +129,13 @@ class Form:
         self.defaults = initial_values(self.task.name, self.settings)
         mine = [flag for flag in FLAGS if self.has(flag)]
         self.add(BY_NAME["prompt"])
-        inputs = (flag for flag in mine if flag.name in INPUTS and flag.name != KEYFRAMES)
-        for flag in sorted(inputs, key=lambda flag: flag.name not in self.task.inputs):  # those that are needed first
+        inputs = [flag for flag in mine if flag.name in INPUTS and flag.name != KEYFRAMES]
+        inputs.sort(key=lambda flag: (flag.name in SLOTS, flag.name not in self.task.inputs))  # what is needed first
+        if single := [flag for flag in inputs if flag.name not in SLOTS]:
+            with gr.Row(elem_classes="files"):
+                for flag in single:
+                    self.add(flag)
+        for flag in inputs[len(single) :]:
             self.add(flag)
         components = [component for each in self.example_fields for component in each.components]
         rows = self.examples()
@@ -166,7 +172,8 @@ class Form:
             times = gr.Textbox(label="Times of keyframes", info="seconds, one for each: 2, 4.5", elem_id=f"{id}-times")
             components: tuple[Any, ...] = (pictures, times)
         elif flag.name in INPUTS:
-            with gr.Row(elem_classes="files", elem_id=id):
+            several = flag.name in SLOTS
+            with gr.Row(elem_classes="files", elem_id=id) if several else gr.Column(min_width=240, elem_id=id):
                 components = tuple(self.file_component(flag, number) for number in range(SLOTS.get(flag.name, 1)))
         else:
             components = (value_component(flag, id, initial, self.models),)
@@ -181,11 +188,11 @@ class Form:
             "buttons": [],
         }
         if flag.name in IMAGES:
-            options |= {"height": 150, "min_width": 120}
+            options |= {"height": 150 if flag.name in SLOTS else 200, "min_width": 120}
             return gr.Image(type="filepath", image_mode=None, sources=["upload"], **options)
         if flag.name in SOUNDS:
-            return gr.Audio(type="filepath", sources=["upload"], min_width=240, **options)
-        return gr.Video(sources=["upload"], include_audio=True, height=220, **options)
+            return gr.Audio(type="filepath", sources=["upload"], min_width=240, waveform_options=WAVEFORM, **options)
+        return gr.Video(sources=["upload"], include_audio=True, height=200, **options)
 
     @property
     def models(self) -> list[str]:
@@ -270,7 +277,7 @@ def example_of(task: str) -> dict[str, Any]:
     """The flags of a preset's example, with the paths of their files, where those are there."""
     found, _ = build_parser().parse_known_args(shlex.split(" ".join(task_spec(task).example)))
     given = {name: value for name, value in vars(found).items() if value is not None}
-    values: dict[str, Any] = {"prompt": given["prompt"]}
+    values: dict[str, Any] = {"prompt": given["prompt"].removeprefix(task_spec(task).prompt_prefix)}  # it is put back
     for name in filter(given.__contains__, INPUTS):
         entries = convert_entries(BY_NAME[name], given[name]) if BY_NAME[name].several else [given[name]]
         paths = [ASSETS / Path(entry).name for entry in entries]

@@ -11,7 +11,7 @@ from skyreels_v3.media.files import giga
 from skyreels_v3.web.page_form import label_of, title_of
 from skyreels_v3.web.queue import Job, State
 from skyreels_v3.web.settings import Settings
-from skyreels_v3.web.views import error_of, progress_of, size_of
+from skyreels_v3.web.views import error_of, partial_of, progress_of, size_of
 
 SHOWN = ("task_type", "prompt", "include_input", "memory")  # flags that are shown elsewhere, or say nothing here
 ENDS = {State.COMPLETED: "Completed", State.CANCELLED: "Cancelled", State.FAILED: "Failed"}
@@ -136,7 +136,7 @@ def gallery_html(jobs: Iterable[Job], chosen: Sequence[str], settings: Settings)
 def card(job: Job, chosen: bool, settings: Settings) -> str:
     reload, delete = button("reload", job.id, "Reuse"), button("delete", job.id, "Delete")
     if job.state is State.COMPLETED:
-        head = player(job)
+        head = player(content(job), prompt_of(job), poster=f"{content(job)}?variant=thumbnail")
         buttons = [
             reload,
             button("extend", job.id, "Extend"),
@@ -149,6 +149,8 @@ def card(job: Job, chosen: bool, settings: Settings) -> str:
         why = error_of(job) if job.state is State.FAILED else None
         text = f": {why['message']}" if why else ""
         head, buttons = f'<p class="ended"><b>{ENDS[job.state]}</b>{escape(text)}</p>', [reload, delete]
+        if partial_of(job).exists():
+            head += player(f"{content(job)}?variant=partial", "The windows that were finished", "metadata")
     return (
         f'<li data-job="{escape(job.id)}" data-state="{job.state.value}">{head}'
         f'<p class="prompt">{escape(prompt_of(job))}</p>'
@@ -161,12 +163,11 @@ def content(job: Job) -> str:
     return escape(f"/v1/videos/{job.id}/content")
 
 
-def player(job: Job, preload: str = "none") -> str:
-    poster = f"{content(job)}?variant=thumbnail"
-    label = escape(f"video: {prompt_of(job)[:80]}")
+def player(source: str, label: str, preload: str = "none", poster: str = "") -> str:
+    picture = f'poster="{poster}" ' if poster else ""
     return (
-        f'<video controls loop muted playsinline preload="{preload}" poster="{poster}" src="{content(job)}" '
-        f'aria-label="{label}"></video>'
+        f'<video controls loop muted playsinline preload="{preload}" {picture}src="{source}" '
+        f'aria-label="{escape(label[:80])}"></video>'
     )
 
 
@@ -179,7 +180,7 @@ def compare_html(jobs: Sequence[Job], settings: Settings) -> str:
     for job, mine in zip(jobs, facts, strict=True):
         others = [other for other in facts if other is not mine]
         differing = {name: value for name, value in mine.items() if any(other.get(name) != value for other in others)}
-        sides += f"<li>{player(job, 'auto')}{terms(differing)}</li>"
+        sides += f"<li>{player(content(job), prompt_of(job), 'auto')}{terms(differing)}</li>"
     hint = "" if len(jobs) == 2 else '<p class="empty">Choose a second one to see them side by side.</p>'
     play = button("play", "", "Play both") if len(jobs) == 2 else ""
     return f'<ul class="compare">{sides}</ul>{hint}<div class="actions">{play}{button("close", "", "Close")}</div>'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from skyreels_v3.checks import request_of
@@ -115,6 +116,11 @@ def error_of(job: Job) -> dict[str, str] | None:
     code, message = job.error or ("failed", "it failed")
     folder = str(job.folder)
     return {"code": code, "message": without_paths(message.replace(f"{folder}/", "").replace(folder, ""))}
+
+
+def partial_of(job: Job) -> Path:
+    """The file with the windows that were finished before a job was cancelled or failed, if there are any."""
+    return job.video.with_name(f"{job.video.stem}.partial{job.video.suffix}")
 
 
 def is_final(job: Job) -> bool:

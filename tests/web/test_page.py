@@ -8,13 +8,16 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from skyreels_v3.media.audio import probe_audio
 from skyreels_v3.media.video_reader import read_frames
 from tests.conftest import ASSETS, ROOT
 
@@ -43,23 +46,46 @@ LENGTH = {
     **{"t2v": {"num_frames": 5}, "i2v": {"num_frames": 5}, "reference_to_video": {"num_frames": 5}},
     "shot_switching_extension": {"duration": 2},
 }
-DESKTOP, PHONE = (1280, 900), (390, 844)
+DESKTOP, PHONE = (1400, 900), (390, 844)
 EVIL = "<script>alert(1)</script> ${1 + 1} {{value}} <img src=x onerror=alert(2)>"
+
+# {text: contrast} of what is shown with less than WCAG's AA asks of small text
+CONTRAST = """() => {
+    const parse = (color) => { const c = color.match(/[\\d.]+/g).map(Number); return c.length < 4 ? [...c, 1] : c; };
+    const over = (top, below) => below.map((v, i) => v * (1 - top[3]) + top[i] * top[3]);
+    const luminance = (color) => color.map((v) => v / 255).map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+    const behind = (node) => node ? over(parse(getComputedStyle(node).backgroundColor), behind(node.parentElement)) : [255, 255, 255];
+    const poor = {};
+    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+        const node = walker.currentNode.parentElement;
+        const shown = node.checkVisibility({ opacityProperty: true, visibilityProperty: true });
+        if (!walker.currentNode.data.trim() || !shown || !node.getBoundingClientRect().width) continue;
+        const below = behind(node);
+        const [low, high] = [below, over(parse(getComputedStyle(node).color), below)].map(luminance).sort((a, b) => a - b);
+        if ((high + 0.05) / (low + 0.05) < 4.5) poor[walker.currentNode.data.trim()] = (high + 0.05) / (low + 0.05);
+    }
+    return poor;
+}"""
+SHIFTS = """() => new Promise((done) => new PerformanceObserver((list) => {
+    done(list.getEntries().reduce((sum, entry) => sum + (entry.hadRecentInput ? 0 : entry.value), 0));
+}).observe({ type: 'layout-shift', buffered: true }) || setTimeout(() => done(0), 1000))"""
 
 Serve = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
-def serve(tmp_path_factory, cache) -> Iterator[Serve]:
+def serve(cache) -> Iterator[Serve]:
     """Start a server; gives its address."""
     processes = []
 
     def serve(*arguments: str) -> str:
-        folder = tmp_path_factory.mktemp("server")
         command = [sys.executable, str(ROOT / "generate_video.py"), "--serve", "--port", "0", "--model_id", "tiny"]
         process = subprocess.Popen(
-            [*command, "--outdir", str(folder), *arguments], cwd=folder, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, env=os.environ | {"SKYREELS_CACHE": str(cache)}, text=True, start_new_session=True,
+            [*command, *arguments], stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, text=True, start_new_session=True,
+            env=os.environ | {"SKYREELS_CACHE": str(cache), "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         processes.append(process)
         line = process.stdout.readline().strip()
@@ -73,28 +99,33 @@ def serve(tmp_path_factory, cache) -> Iterator[Serve]:
 
 
 @pytest.fixture(scope="module")
-def server(serve) -> str:
-    return serve()
+def folder(tmp_path_factory) -> Path:
+    """The folder of `server`."""
+    return tmp_path_factory.mktemp("server")
 
 
 @pytest.fixture(scope="module")
-def chromium(tmp_path_factory) -> Iterator[Any]:
+def server(serve, folder) -> str:
+    return serve("--outdir", str(folder))
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
     with playwright.sync_playwright() as started:
-        yield started.chromium
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture
-def browse(chromium, tmp_path) -> Iterator[Callable[..., Any]]:
+def browse(chromium) -> Iterator[Callable[..., Any]]:
     """Open a page; at the end there must have been no error in its console, and no request to another host."""
     contexts, problems = [], []
 
-    def browse(address: str, size: tuple[int, int] = DESKTOP, ready: str = "#t2v-start") -> Any:
-        context = chromium.launch_persistent_context(
-            tmp_path / f"profile-{len(contexts)}", executable_path=CHROMIUM, headless=True, args=FLAGS,
-            viewport={"width": size[0], "height": size[1]},
-        )  # fmt: skip
+    def browse(address: str, size: tuple[int, int] = DESKTOP, ready: str = "#t2v-start", **options: Any) -> Any:
+        context = chromium.new_context(viewport={"width": size[0], "height": size[1]}, **options)
         contexts.append(context)
-        page = context.pages[0]
+        page = context.new_page()
         page.set_default_timeout(60_000)
         page.on("console", lambda line: problems.append(line.text) if line.type == "error" else None)
         page.on("pageerror", lambda error: problems.append(str(error)))
@@ -136,7 +167,7 @@ def open_tab(page: Any, task: str) -> None:
 
 
 def fill(page: Any, task: str, prompt: str, **values: Any) -> None:
-    """Fill in a form of small size."""
+    """Fill in a form of small size, with its files."""
     open_tab(page, task)
     page.fill(f"#{task}-prompt textarea", prompt)
     for name, file in FILES.get(task, {}).items():
@@ -200,7 +231,10 @@ def test_from_prompt_to_video_and_back(server, browse, size):
     page.click("#compare button[data-do=play]")
     page.click("#compare button[data-do=close]")
     page.wait_for_selector("#compare video", state="detached")
-    page.click(f"{card} button[data-do=delete]")
+    delete = page.locator(f"{card} button[data-do=delete]")
+    delete.click()
+    assert delete.inner_text() == "Delete it?" and ask(server, f"/v1/videos/{made['id']}")[0] == 200
+    delete.click()
     page.wait_for_selector(card, state="detached")
     assert ask(server, f"/v1/videos/{made['id']}")[0] == 404
 
@@ -249,64 +283,202 @@ def test_extend_and_metadata(server, browse, tmp_path):
     assert "does not say how it was made" in page.inner_text("#record-notice")
 
 
-def test_errors_stand_above_the_buttons(server, browse):
+def test_trimmed_files_are_sent(server, browse, folder):
+    page = browse(server)
+    fill(page, "single_shot_extension", "The boat sails on")
+    clip = "#single_shot_extension-input_video-0"
+    page.click(f"{clip} button[aria-label^='Trim video']")
+    page.locator(f"{clip} [aria-label^='start drag handle']").focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    whole = page.get_attribute(f"{clip} video", "src")
+    page.click(f"{clip} button:text-is('Trim')")
+    page.wait_for_function(f"![null, '{whole}'].includes(document.querySelector('{clip} video')?.getAttribute('src'))")
+    id = start(page, "single_shot_extension")
+    frames = sum(1 for _ in read_frames(folder / "jobs" / id / "input_video.mp4", 24))
+    assert 30 < frames < sum(1 for _ in read_frames(ASSETS / "boat.mp4", 24)) - 5
+    cancel(server, id)
+
+    fill(page, "talking_avatar", "A woman talks")
+    sound = "#talking_avatar-input_audio-0"
+    page.click(f"{sound} button[aria-label^='Trim audio']")
+    page.click(f"{sound} button:text-is('Trim')")
+    page.wait_for_function(f"parseInt(document.querySelector('{sound} #duration').textContent.slice(-2)) < 3")
+    id = start(page, "talking_avatar")
+    (sent,) = (folder / "jobs" / id).glob("input_audio*")
+    assert 0.5 < probe_audio(sent).seconds < probe_audio(ASSETS / "speech.mp3").seconds / 2
+    cancel(server, id)
+
+
+def cancel(server: str, id: str) -> None:
+    sent = urllib.request.Request(f"{server}/v1/videos/{id}/cancel", method="POST")
+    with urllib.request.urlopen(sent, timeout=60) as answer:
+        assert answer.status == 200
+
+
+def test_errors_stand_at_their_fields(server, browse):
     page = browse(server)
     fill(page, "t2v", "A cat", num_frames=5000)
     page.click("#t2v-start")
-    error = page.wait_for_selector("#t2v-notice .notice")
-    assert error.inner_text().startswith("Frames: 5000: out of range; t2v makes up to 385 frames")
-    assert page.evaluate("getComputedStyle(document.querySelector('#t2v-num_frames')).outlineStyle") == "solid"
+    text = "Frames: 5000: out of range; t2v makes up to 385 frames"
+    assert page.wait_for_selector("#t2v-notice .notice").inner_text().startswith(text)
+    assert page.wait_for_selector("#t2v-num_frames .field-error").inner_text().startswith(text)
+    assert page.evaluate("document.activeElement.getAttribute('aria-describedby')") == "t2v-num_frames-error"
+    page.keyboard.press("Backspace")
+    assert not page.locator(".field-error, [aria-invalid]").count()
+    page.fill("#t2v-num_frames textarea", "5")
+
+    page.click("#t2v-sampling .label-wrap")
+    page.fill("#t2v-shift input", "1000")
+    page.click("#t2v-sampling .label-wrap")
+    page.click("#t2v-plan")
+    page.wait_for_selector("#t2v-shift .field-error:visible")  # its group is open again
+
     open_tab(page, "reference_to_video")
     page.fill("#reference_to_video-prompt textarea", "A fox")
     page.click("#reference_to_video-plan")
-    assert page.wait_for_selector("#reference_to_video-notice .notice").inner_text().startswith("Reference: missing")
+    error = page.wait_for_selector("#reference_to_video-ref_imgs .field-error")
+    assert error.inner_text().startswith("Reference: missing")
     assert not page.locator("#reference_to_video-fps").count()  # not for this task
 
 
-def test_examples_fill_the_form(server, browse):
+def test_the_keyboard_is_enough(server, browse):
     page = browse(server)
-    open_tab(page, "reference_to_video")
-    page.locator("#reference_to_video-examples tbody tr:visible").first.click()
-    for number in (0, 1):
-        page.wait_for_selector(f"#reference_to_video-ref_imgs-{number} img")
+    page.locator("#tab-t2v-button").focus()
+    for _ in range(2):
+        page.keyboard.press("ArrowRight")
+    page.wait_for_selector("#reference_to_video-start:visible")
+    seen = []
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        id, marked, uncovered = page.evaluate("""() => {
+            const node = document.activeElement, style = getComputedStyle(node);
+            const { x, y, width, height } = node.getBoundingClientRect();
+            const top = document.elementFromPoint(x + width / 2, y + height / 2);
+            return [
+                node.closest('[id^=reference_to_video]')?.id, style.outlineStyle != 'none' || style.boxShadow != 'none',
+                top && (node.contains(top) || top.contains(node)),
+            ];
+        }""")
+        seen.append(id)
+        assert marked and uncovered, (id, marked, uncovered, page.evaluate("document.activeElement.outerHTML")[:200])
+        if id == "reference_to_video-examples" and seen.count(id) == 1:
+            page.keyboard.press("Enter")
+            for number in (0, 1):
+                page.wait_for_selector(f"#reference_to_video-ref_imgs-{number} img")
+        if id == "reference_to_video-plan":
+            page.keyboard.press("Enter")
+            break
+    expected = ("prompt", "ref_imgs-0", "examples", "width", "seed", "model_id", "sampling", "plan")
+    assert [id for id in dict.fromkeys(seen) if id and id.removeprefix("reference_to_video-") in expected] == [
+        f"reference_to_video-{name}" for name in expected
+    ]
+    assert page.wait_for_selector("#reference_to_video-notice .plan").inner_text()
     assert page.input_value("#reference_to_video-prompt textarea") == "A fox carries a red lantern through the snow"
 
 
-def test_queue_cancel_and_keyboard(server, browse):
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_contrast_motion_and_shifts(server, browse, theme):
+    page = browse(server, PHONE, color_scheme=theme, reduced_motion="reduce")
+    page.wait_for_selector("#gallery :is(li, .empty)")
+    assert page.evaluate(SHIFTS) < 0.1
+    for task in TABS:
+        open_tab(page, task)
+        page.locator(f"#{task}-examples button").first.click()
+        page.wait_for_function(f"document.querySelector('#{task}-prompt textarea').value")
+        for group in page.locator(f"#tab-{task} .label-wrap").all():
+            group.click()
+        assert page.evaluate("document.documentElement.scrollWidth") == PHONE[0]
+        assert page.evaluate(CONTRAST) == {}
+    assert page.evaluate("getComputedStyle(document.querySelector('#t2v-start')).transitionDuration") in ("0s", "")
+
+
+def test_queue_by_keyboard(server, browse):
     page = browse(server)
     fill(page, "t2v", "A cat", num_frames=97, num_inference_steps=200)
-    for _ in range(3):
-        start(page, "t2v")
+    first, second, last = (start(page, "t2v") for _ in range(3))
     page.wait_for_selector("#queue progress")
     page.wait_for_function("/step [0-9]+ of 200/.test(document.querySelector('#queue').innerText)", timeout=120_000)
     page.wait_for_selector("#queue img")
-    last = page.locator("#queue li").last.get_attribute("data-job")
-    page.click(f"#queue li[data-job='{last}'] button[data-do=up]")
-    page.wait_for_function(f"document.querySelectorAll('#queue li')[1].dataset.job == '{last}'")
-    while (count := page.locator("#queue li").count()) > 0:  # by the keyboard alone
-        page.locator("#queue button[data-do=cancel]").last.focus()
+    assert "1 running, 2 waiting, denoising" in page.inner_text("#status [role=status]").lower()
+    row = f"#queue li[data-job='{last}']"
+    for do, place in (("up", 1), ("down", 2), ("up", 1)):
+        page.locator(f"{row} button[data-do={do}]").focus()
         page.keyboard.press("Enter")
-        page.wait_for_function(
-            f"document.querySelectorAll('#queue li').length < {count} || !document.querySelector('#queue button')"
-        )
-        if not page.locator("#queue button").count():
-            break
-    page.wait_for_selector("#queue li", state="detached")
+        page.wait_for_function(f"document.querySelectorAll('#queue li')[{place}].dataset.job == '{last}'")
+        assert page.evaluate("[document.activeElement.dataset.do, document.activeElement.dataset.id]") == [do, last]
+        time.sleep(1)  # two clicks within a second count as one
+    for id in (second, last, first):
+        page.locator(f"#queue li[data-job='{id}'] button[data-do=cancel]").focus()
+        page.keyboard.press("Enter")
+        card = page.wait_for_selector(f"#gallery li[data-job='{id}']")
+        assert card.inner_text().startswith("Cancelled")
     assert {video["details"]["state"] for video in videos(server)[:3]} == {"cancelled"}
 
 
-def test_keys(serve, browse):
-    address = serve("--api_key", "first-key")
+def test_gallery_keeps_its_place(server, browse):
+    page = browse(server)
+    fill(page, "t2v", "A lantern")
+    card = wait_for_end(page, start(page, "t2v"))
+    page.evaluate(f'document.querySelector("{card} video").mine = true')
+    page.click(f"{card} summary")
+    page.click(f"{card} button[data-do=again]")
+    page.wait_for_function(f"!document.querySelector('#gallery li:first-child').matches(\"{card}\")")
+    wait_for_end(page, videos(server)[0]["id"])
+    assert page.evaluate(f'document.querySelector("{card} video").mine')
+    assert page.locator(f"{card} details[open]").count() == 1
+
+
+def test_scripts_in_names_are_text(server, browse):
+    page = browse(server)
+    page.click("#record-box > button")
+    file = {"name": "<img src=x onerror=alert(3)>.mp4", "mimeType": "video/mp4", "buffer": b"no video"}
+    page.set_input_files("#record input[type=file]", file)
+    page.wait_for_selector("#record-notice .notice")
+    page.set_input_files("#record input[type=file]", file | {"buffer": (ASSETS / "boat.mp4").read_bytes()})
+    page.wait_for_function("document.querySelector('#record-notice').innerText.includes('does not say')")
+    assert not page.locator("#record-notice img").count()
+
+
+def test_keys_do_not_see_each_other(serve, browse, tmp_path):
+    keys = tmp_path / "keys.txt"
+    keys.write_text("first-key\nsecond-key\n")
+    address = serve("--outdir", str(tmp_path / "server"), "--api_key", str(keys))
     assert ask(address, "/config")[0] == 401 and ask(address, "/gradio_api/startup-events")[0] == 401
-    page = browse(address, PHONE, "#key")
-    page.fill("#key", "first-key")
-    page.keyboard.press("Enter")
-    page.wait_for_selector("#t2v-start")
-    fill(page, "t2v", "A cat")
-    wait_for_end(page, start(page, "t2v"))
-    (cookie,) = page.context.cookies()
+    pages = []
+    for key in ("first-key", "second-key"):
+        page = browse(address, PHONE, "#key")
+        page.fill("#key", key)
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#t2v-start")
+        pages.append(page)
+    first, second = pages
+    (cookie,) = first.context.cookies()
     assert cookie["httpOnly"] and cookie["sameSite"] == "Strict"
-    assert len(videos(address, Authorization="Bearer first-key")) == 1
+    fill(first, "i2v", "A fox")
+    id = start(first, "i2v")
+    dropped = first.get_attribute("#i2v-image-0 img", "src")
+    wait_for_end(first, id)
+    status = "address => fetch(address).then(answer => answer.status)"
+    assert first.evaluate(status, dropped) == 200
+    first.click(f"#gallery li[data-job='{id}'] button[data-do=reload]")
+    first.wait_for_function(f"![null, '{dropped}'].includes(document.querySelector('#i2v-image-0 img')?.src)")
+    shown = first.get_attribute("#i2v-image-0 img", "src")
+    assert first.evaluate(status, shown) == 200
+
+    assert not second.locator("#gallery li").count() and second.evaluate(LIST) == []
+    for path in (dropped, shown, f"/v1/videos/{id}/content", f"/v1/videos/{id}/preview"):
+        assert second.evaluate(status, path) == 404
+    fill(second, "i2v", "A lantern")
+    mine, theirs = (
+        address.partition("file=")[2] for address in (second.get_attribute("#i2v-image-0 img", "src"), shown)
+    )
+    second.route(
+        "**/queue/join*", lambda route: route.continue_(post_data=route.request.post_data.replace(mine, theirs))
+    )
+    second.click("#i2v-start")
+    assert "drop the file again" in second.wait_for_selector("#i2v-image .field-error").inner_text()
+    assert second.evaluate(LIST) == []
 
 
 def test_gradio_gives_no_other_files(server):
