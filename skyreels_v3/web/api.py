@@ -255,7 +255,7 @@ class Api:
     async def content(
         self, id: str, request: Request, variant: Literal["video", "partial", "thumbnail", "spritesheet"] = "video"
     ) -> Response:
-        """The bytes of a completed video or of pictures from it, or of what a job had finished when it was cancelled."""
+        """The bytes of a completed video or of pictures of it; `partial`: of what a job had finished when it ended."""
         job = await self.find(id, owner_of(request))
         if variant == "partial":
             return await send_file(partial_of(job), KINDS[variant], request, f"{id}-partial.mp4")

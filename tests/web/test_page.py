@@ -20,6 +20,7 @@ import pytest
 from skyreels_v3.media.audio import probe_audio
 from skyreels_v3.media.video_reader import read_frames
 from tests.conftest import ASSETS, ROOT
+from tests.web.conftest import png
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install -r requirements-web.txt")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
@@ -51,20 +52,22 @@ EVIL = "<script>alert(1)</script> ${1 + 1} {{value}} <img src=x onerror=alert(2)
 
 # {text: contrast} of what is shown with less than WCAG's AA asks of small text
 CONTRAST = """() => {
-    const parse = (color) => { const c = color.match(/[\\d.]+/g).map(Number); return c.length < 4 ? [...c, 1] : c; };
-    const over = (top, below) => below.map((v, i) => v * (1 - top[3]) + top[i] * top[3]);
-    const luminance = (color) => color.map((v) => v / 255).map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-    const behind = (node) => node ? over(parse(getComputedStyle(node).backgroundColor), behind(node.parentElement)) : [255, 255, 255];
+    const parse = (color) => [...color.match(/[\\d.]+/g).map(Number), 1].slice(0, 4);
+    const over = (top, below) => below.map((level, i) => level * (1 - top[3]) + top[i] * top[3]);
+    const linear = (level) => level <= 10 ? level / 3295 : ((level / 255 + 0.055) / 1.055) ** 2.4;
+    const luminance = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+    const background = (node) => node
+        ? over(parse(getComputedStyle(node).backgroundColor), background(node.parentElement)) : [255, 255, 255];
     const poor = {};
     const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
     while (walker.nextNode()) {
-        const node = walker.currentNode.parentElement;
+        const text = walker.currentNode.data.trim(), node = walker.currentNode.parentElement;
         const shown = node.checkVisibility({ opacityProperty: true, visibilityProperty: true });
-        if (!walker.currentNode.data.trim() || !shown || !node.getBoundingClientRect().width) continue;
-        const below = behind(node);
-        const [low, high] = [below, over(parse(getComputedStyle(node).color), below)].map(luminance).sort((a, b) => a - b);
-        if ((high + 0.05) / (low + 0.05) < 4.5) poor[walker.currentNode.data.trim()] = (high + 0.05) / (low + 0.05);
+        if (!text || !shown || !node.getBoundingClientRect().width) continue;
+        const below = background(node);
+        const levels = [luminance(below), luminance(over(parse(getComputedStyle(node).color), below))];
+        const contrast = (Math.max(...levels) + 0.05) / (Math.min(...levels) + 0.05);
+        if (contrast < 4.5) poor[text] = contrast;
     }
     return poor;
 }"""
@@ -166,12 +169,12 @@ def open_tab(page: Any, task: str) -> None:
     page.wait_for_selector(f"#{task}-start:visible")
 
 
-def fill(page: Any, task: str, prompt: str, **values: Any) -> None:
-    """Fill in a form of small size, with its files."""
+def fill(page: Any, task: str, prompt: str, own: Any = None, **values: Any) -> None:
+    """Fill in a form of small size, with the task's files, or one's own in the place of each."""
     open_tab(page, task)
     page.fill(f"#{task}-prompt textarea", prompt)
     for name, file in FILES.get(task, {}).items():
-        page.set_input_files(f"#{task}-{name} input[type=file]", str(ASSETS / file))
+        page.set_input_files(f"#{task}-{name} input[type=file]", own or str(ASSETS / file))
         page.wait_for_selector(f"#{task}-{name} :is(img, video, .waveform-container)")
     for name, value in (SMALL | LENGTH.get(task, {}) | values).items():
         page.fill(f"#{task}-{name} :is(input, textarea)", str(value))
@@ -287,16 +290,17 @@ def test_trimmed_files_are_sent(server, browse, folder):
     page = browse(server)
     fill(page, "single_shot_extension", "The boat sails on")
     clip = "#single_shot_extension-input_video-0"
-    page.click(f"{clip} button[aria-label^='Trim video']")
+    with page.expect_event("requestfinished", lambda sent: sent.url.endswith("ffmpeg-core.wasm")):
+        page.click(f"{clip} button[aria-label^='Trim video']")
+    page.wait_for_timeout(3000)  # its start, which nothing shows
     page.locator(f"{clip} [aria-label^='start drag handle']").focus()
-    for _ in range(3):
-        page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")  # by a second
     whole = page.get_attribute(f"{clip} video", "src")
     page.click(f"{clip} button:text-is('Trim')")
-    page.wait_for_function(f"![null, '{whole}'].includes(document.querySelector('{clip} video')?.getAttribute('src'))")
+    page.wait_for_function(f"![undefined, '{whole}'].includes(document.querySelector('{clip} video')?.src)")
     id = start(page, "single_shot_extension")
     frames = sum(1 for _ in read_frames(folder / "jobs" / id / "input_video.mp4", 24))
-    assert 30 < frames < sum(1 for _ in read_frames(ASSETS / "boat.mp4", 24)) - 5
+    assert abs(frames - (sum(1 for _ in read_frames(ASSETS / "boat.mp4", 24)) - 24)) < 3
     cancel(server, id)
 
     fill(page, "talking_avatar", "A woman talks")
@@ -329,7 +333,7 @@ def test_errors_stand_at_their_fields(server, browse):
     page.fill("#t2v-num_frames textarea", "5")
 
     page.click("#t2v-sampling .label-wrap")
-    page.fill("#t2v-shift input", "1000")
+    page.fill("#t2v-shift :is(input, textarea)", "1000")
     page.click("#t2v-sampling .label-wrap")
     page.click("#t2v-plan")
     page.wait_for_selector("#t2v-shift .field-error:visible")  # its group is open again
@@ -345,18 +349,19 @@ def test_errors_stand_at_their_fields(server, browse):
 def test_the_keyboard_is_enough(server, browse):
     page = browse(server)
     page.locator("#tab-t2v-button").focus()
-    for _ in range(2):
-        page.keyboard.press("ArrowRight")
+    for key in ("Tab", "Tab", "Enter"):
+        page.keyboard.press(key)
     page.wait_for_selector("#reference_to_video-start:visible")
     seen = []
     for _ in range(60):
         page.keyboard.press("Tab")
         id, marked, uncovered = page.evaluate("""() => {
-            const node = document.activeElement, style = getComputedStyle(node);
+            const node = document.activeElement;
+            const styles = [node, node.closest('.wrap') ?? node].map((each) => getComputedStyle(each));
             const { x, y, width, height } = node.getBoundingClientRect();
             const top = document.elementFromPoint(x + width / 2, y + height / 2);
             return [
-                node.closest('[id^=reference_to_video]')?.id, style.outlineStyle != 'none' || style.boxShadow != 'none',
+                node.closest('[id^=reference_to_video]')?.id, styles.some((style) => style.outlineStyle != 'none' || style.boxShadow != 'none'),
                 top && (node.contains(top) || top.contains(node)),
             ];
         }""")
@@ -395,7 +400,7 @@ def test_contrast_motion_and_shifts(server, browse, theme):
 
 def test_queue_by_keyboard(server, browse):
     page = browse(server)
-    fill(page, "t2v", "A cat", num_frames=97, num_inference_steps=200)
+    fill(page, "t2v", "A cat", num_frames=97, num_inference_steps=200, width=320, height=192)
     first, second, last = (start(page, "t2v") for _ in range(3))
     page.wait_for_selector("#queue progress")
     page.wait_for_function("/step [0-9]+ of 200/.test(document.querySelector('#queue').innerText)", timeout=120_000)
@@ -455,14 +460,14 @@ def test_keys_do_not_see_each_other(serve, browse, tmp_path):
     first, second = pages
     (cookie,) = first.context.cookies()
     assert cookie["httpOnly"] and cookie["sameSite"] == "Strict"
-    fill(first, "i2v", "A fox")
+    fill(first, "i2v", "A square", {"name": "own.png", "mimeType": "image/png", "buffer": png(40)})
     id = start(first, "i2v")
     dropped = first.get_attribute("#i2v-image-0 img", "src")
     wait_for_end(first, id)
     status = "address => fetch(address).then(answer => answer.status)"
     assert first.evaluate(status, dropped) == 200
     first.click(f"#gallery li[data-job='{id}'] button[data-do=reload]")
-    first.wait_for_function(f"![null, '{dropped}'].includes(document.querySelector('#i2v-image-0 img')?.src)")
+    first.wait_for_function(f"![undefined, '{dropped}'].includes(document.querySelector('#i2v-image-0 img')?.src)")
     shown = first.get_attribute("#i2v-image-0 img", "src")
     assert first.evaluate(status, shown) == 200
 
