@@ -19,14 +19,16 @@ from starlette.concurrency import run_in_threadpool
 
 from skyreels_v3.checks import written_out
 from skyreels_v3.cli import read_config_file
-from skyreels_v3.errors import UserError
+from skyreels_v3.errors import UserError, format_value
+from skyreels_v3.media.ffmpeg import VIDEO, input_options, write_file
+from skyreels_v3.media.video_reader import probe_video
 from skyreels_v3.request import Flag
 from skyreels_v3.tasks import TASK_NAMES, task_spec
 from skyreels_v3.web.api import Api, user_errors
 from skyreels_v3.web.errors import ApiError, from_user_error, without_paths
 from skyreels_v3.web.fields import INPUTS, FlagReader, files_of, link
 from skyreels_v3.web.page_access import Drops, protect
-from skyreels_v3.web.page_form import KEYFRAMES, TABS, Form, label_of, title_of
+from skyreels_v3.web.page_form import CLIP, KEYFRAMES, TABS, Form, label_of, title_of
 from skyreels_v3.web.page_html import (
     compare_html,
     gallery_html,
@@ -38,7 +40,7 @@ from skyreels_v3.web.page_html import (
 )
 from skyreels_v3.web.planning import PlanFailed
 from skyreels_v3.web.queue import FINAL, Job, State
-from skyreels_v3.web.uploads import Fields, Upload
+from skyreels_v3.web.uploads import PROBE_FPS, Fields, Upload, check_kind
 
 HERE = Path(__file__).parent
 BUSY_SECONDS, IDLE_SECONDS = 2.0, 6.0  # between looks at the queue
@@ -201,21 +203,21 @@ class Page:
     async def read(self, form: Form, data: Mapping[Any, Any], folder: Path, owner: str) -> dict[str, Any]:
         """The flags that a form makes; its files are linked into the folder. Raises ApiError."""
         fields: Fields = {"task_type": form.task.name}
-        for each in form.fields:
-            if (value := each.value_of(data)) is not None:
-                name = each.flag.name
-                if name in INPUTS:
-                    value = await run_in_threadpool(self.take, each.flag, value, folder, owner)
-                fields[name] = value
         reader = self.reader(folder, owner)
         with user_errors(reader):
+            for each in form.fields:
+                if (value := each.value_of(data)) is not None:
+                    name = each.flag.name
+                    if name in INPUTS:
+                        value = await run_in_threadpool(self.take, each.flag, value, folder, owner)
+                    fields[name] = value
             return (await reader.read(fields))[0]
 
     def take(self, flag: Flag, values: list[str], folder: Path, owner: str) -> Any:
-        """The uploads for a flag."""
-        paths, times = (values[:-1], values[-1].split(",")) if flag.name == KEYFRAMES else (values, [])
+        """The uploads for a flag; raises ApiError or UserError."""
+        count = {KEYFRAMES: len(values) - 1, CLIP: 1}.get(flag.name, len(values))
         uploads = []
-        for number, text in enumerate(paths):
+        for number, text in enumerate(values[:count]):
             path = Path(text)
             if not self.drops.allows(path, owner):
                 raise ApiError(400, f"{flag.name}: drop the file again", flag.name)
@@ -223,9 +225,12 @@ class Page:
             link(path, target)
             uploads.append(Upload(target, path.name))
         if flag.name == KEYFRAMES:
+            times = values[-1].split(",")
             if len(times) != len(uploads):
                 raise ApiError(400, f"{flag.name}: give as many seconds as pictures, such as 2, 4.5", flag.name)
             return [{"file": each, "seconds": time.strip()} for each, time in zip(uploads, times, strict=True)]
+        if flag.name == CLIP and any(values[1:]):
+            return cut(uploads[0], *values[1:])
         return uploads if flag.several else uploads[0]
 
     def describe(self, form: Form, error: ApiError) -> dict[Any, Any]:
@@ -390,6 +395,31 @@ class Page:
         inputs = ", ".join(label_of(name).lower() for name in INPUTS if name in flags)
         text = f"The settings are in the form.{f' Add its inputs: {inputs}.' if inputs else ''}"
         return empty | {self.record_notice: message(text)} | self.fill_form(flags, {})
+
+
+def cut(clip: Upload, start: str, end: str) -> Upload:
+    """The part of a clip between two times in seconds, "" for its ends; to be exact, it is encoded again.
+
+    Raises:
+        UserError: it is no clip, or has no such part.
+    """
+    check_kind(CLIP, clip.path, clip.name)
+    seconds = probe_video(clip.path, PROBE_FPS).seconds
+    try:
+        first, last = float(start or 0), float(end or seconds)
+    except ValueError:
+        first = last = 0.0
+    if not 0 <= first < last <= seconds + 0.1:
+        given = format_value(f"{start or 0} to {end or 'the end'}")
+        raise UserError(f"--{CLIP}", f"{given}: give two times within its {seconds:.2f} s, such as 0.5 to 2")
+    part = clip.path.with_name("upload-part")
+    output = ["-c:v", "libx264", "-crf", "10", "-preset", "veryfast", "-c:a", "aac", "-f", "mp4", str(part)]
+    times = ["-ss", str(first), "-to", str(last)]
+    try:
+        write_file([*times, *input_options(clip.path, VIDEO), "-map", "0:v:0", "-map", "0:a:0?", *output], "cut it")
+    except RuntimeError as error:
+        raise UserError(f"--{CLIP}", f"{error}; give a complete clip, or leave From and To empty") from error
+    return Upload(part, f"{clip.path.stem}.mp4")
 
 
 def live_html(id: str) -> gr.HTML:

@@ -34,7 +34,7 @@ GRADIO = re.compile(
     r"|startup-events|info|app_id|theme\.css)/?$))"
 )
 FILE, UPLOAD = "/gradio_api/file=", "/gradio_api/upload"
-# Gradio makes functions of texts, and its trimmer of clips is WebAssembly in a worker
+# Gradio makes functions of texts, and loads WebAssembly in a worker for clips
 POLICY = (
     "default-src 'none'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "

@@ -40,7 +40,7 @@ LABELS = {
     **{"input_audio": "Speech", "input_video": "Clip", "include_input": "Join with the clip"},
 }  # of flags whose names are abbreviations, or say less
 SLOTS = {"ref_imgs": REFERENCE_SLOTS, "input_audio": MAX_SPEAKERS}  # files of flags that take several
-KEYFRAMES = "keyframes"
+KEYFRAMES, CLIP = "keyframes", "input_video"
 WAVEFORM = {"waveform_color": "#64748b", "waveform_progress_color": "#0d9488", "trim_region_color": "#0d948855"}
 ASSETS = CONFIG_DIR.parent / "assets"  # in a clone
 MORE_PROMPTS = {  # of words that the built-in model knows
@@ -87,13 +87,18 @@ class Field:
     initial: Any
 
     def value_of(self, data: Mapping[Any, Any]) -> Any:
-        """The value to send; None for none. Files are lists of paths, keyframes with a text of seconds at the end."""
+        """The value to send; None for none.
+
+        Files are lists of paths, keyframes with a text of seconds at the end, a clip with those where it is cut.
+        """
         values = [data[component] for component in self.components]
         if self.flag.name not in INPUTS:
             value = values[0].strip() if isinstance(values[0], str) else values[0]
             return None if value in (None, self.initial) else value
         if self.flag.name == KEYFRAMES:
             return [*values[0], values[1]] if values[0] else None
+        if self.flag.name == CLIP:
+            return values if values[0] else None
         return [value for value in values if value] or None
 
     def updates_for(self, value: Any) -> dict[Any, Any]:
@@ -175,6 +180,12 @@ class Form:
             several = flag.name in SLOTS
             with gr.Row(elem_classes="files", elem_id=id) if several else gr.Column(min_width=240, elem_id=id):
                 components = tuple(self.file_component(flag, number) for number in range(SLOTS.get(flag.name, 1)))
+                if flag.name == CLIP:
+                    with gr.Row(elem_classes="cut"):
+                        components += tuple(
+                            gr.Textbox(label=label, placeholder=text, min_width=100, elem_id=f"{id}-{label.lower()}")
+                            for label, text in (("From", "0 s"), ("To", "the end"))
+                        )
         else:
             components = (value_component(flag, id, initial, self.models),)
         self.fields.append(Field(flag, components, initial))
