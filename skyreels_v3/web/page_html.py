@@ -29,15 +29,15 @@ def actions(job: Job, buttons: Iterable[str]) -> str:
 
 
 def notice(text: str, field: str = "") -> str:
-    """An error above the buttons; the page's script also shows it at the field with the id, each time anew."""
-    at = f'data-field="{escape(field)}" data-time="{monotonic_ns()}"' if field else ""
-    return f'<p class="notice" role="alert" {at}>{escape(text)}</p>'
+    """An error above the buttons; the page's script also shows it at the field with the id."""
+    at = f'data-field="{escape(field)}"' if field else ""
+    return f'<p class="notice" role="alert" data-time="{monotonic_ns()}" {at}>{escape(text)}</p>'
 
 
 def message(text: str, link: str = "") -> str:
-    """A message above the buttons, and a link to where on the page it is."""
+    """A message above the buttons, new each time, and a link to where on the page it is."""
     more = f' <a href="#{link}">Show it</a>' if link else ""
-    return f'<p class="message" role="status">{escape(text)}{more}</p>'
+    return f'<p class="message" role="status" data-time="{monotonic_ns()}">{escape(text)}{more}</p>'
 
 
 def plan_html(plan: Mapping[str, Any]) -> str:

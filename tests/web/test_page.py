@@ -187,10 +187,10 @@ LIST = "async () => (await (await fetch('/v1/videos?limit=100')).json()).data.ma
 
 def start(page: Any, task: str) -> str:
     """Start the form's video; returns its id."""
-    before = page.evaluate(LIST)
+    message = f"#{task}-notice .message"
+    before = page.locator(message).get_attribute("data-time") if page.locator(message).count() else ""
     page.click(f"#{task}-start")
-    page.wait_for_function(f"async (before) => (await ({LIST})()).length > before", arg=len(before))
-    page.wait_for_selector(f"#{task}-notice .message")
+    page.wait_for_function(f"![undefined, '{before}'].includes(document.querySelector('{message}')?.dataset.time)")
     return page.evaluate(LIST)[0]
 
 
@@ -199,6 +199,12 @@ def wait_for_end(page: Any, id: str) -> str:
     card = f"#gallery li[data-job='{id}']"
     page.wait_for_selector(f"{card} video", timeout=120_000)
     return card
+
+
+def cancel(server: str, id: str) -> None:
+    sent = urllib.request.Request(f"{server}/v1/videos/{id}/cancel", method="POST")
+    with urllib.request.urlopen(sent, timeout=60) as answer:
+        assert answer.status == 200
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
@@ -245,7 +251,7 @@ def test_from_prompt_to_video_and_back(server, browse, size):
 
 
 @pytest.mark.parametrize("task", list(FILES))
-def test_each_task(server, browse, task):
+def test_each_task(server, browse, folder, task):
     page = browse(server, PHONE if task == "i2v" else DESKTOP)
     fill(page, task, "A boat sails on")
     page.click(f"#{task}-plan")
@@ -259,7 +265,9 @@ def test_each_task(server, browse, task):
         page.wait_for_selector(f"#{task}-{name} :is(img, video, .waveform-container):visible")
     page.fill(f"#{task}-seed input", "8")
     again = start(page, task)  # with the files of the first one
-    wait_for_end(page, again)
+    assert all([*(folder / "jobs" / again).glob(f"{name.rpartition('-')[0]}*")] for name in FILES[task])
+    cancel(server, again)
+    page.wait_for_selector(f"#gallery li[data-job='{again}'][data-state=cancelled]")
 
 
 def test_extend_and_metadata(server, browse, tmp_path):
@@ -317,12 +325,6 @@ def test_trimmed_files_are_sent(server, browse, folder):
     cancel(server, id)
 
 
-def cancel(server: str, id: str) -> None:
-    sent = urllib.request.Request(f"{server}/v1/videos/{id}/cancel", method="POST")
-    with urllib.request.urlopen(sent, timeout=60) as answer:
-        assert answer.status == 200
-
-
 def test_errors_stand_at_their_fields(server, browse):
     page = browse(server)
     fill(page, "t2v", "A cat", num_frames=5000)
@@ -358,19 +360,19 @@ def test_the_keyboard_is_enough(server, browse):
     seen = []
     for _ in range(60):
         page.keyboard.press("Tab")
-        id, marked, uncovered = page.evaluate("""() => {
+        id, marked = page.evaluate("""() => {
             const node = document.activeElement;
             const styles = [node, node.closest('.wrap') ?? node].map((part) => getComputedStyle(part));
             const marked = styles.some((style) => style.outlineStyle != 'none' || style.boxShadow != 'none');
-            const { x, y, width, height } = node.getBoundingClientRect();
-            const top = document.elementFromPoint(x + width / 2, y + height / 2);
-            return [
-                node.closest('[id^=reference_to_video]')?.id, marked,
-                top && (node.contains(top) || top.contains(node)),
-            ];
+            return [node.closest('[id^=reference_to_video]')?.id, marked];
         }""")
+        assert marked, page.evaluate("document.activeElement.outerHTML")
+        page.wait_for_function("""() => {
+            const node = document.activeElement, { x, y, width, height } = node.getBoundingClientRect();
+            const top = document.elementFromPoint(x + width / 2, y + height / 2);
+            return top && (node.contains(top) || top.contains(node));
+        }""")  # it is in view, with nothing over it
         seen.append(id)
-        assert marked and uncovered, (id, marked, uncovered, page.evaluate("document.activeElement.outerHTML")[:200])
         if id == "reference_to_video-examples" and seen.count(id) == 1:
             page.keyboard.press("Enter")
             for number in (0, 1):
