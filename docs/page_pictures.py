@@ -19,7 +19,8 @@ from playwright.sync_api import sync_playwright
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
-EXAMPLES = (("t2v", 1), ("i2v", 0), ("reference_to_video", 0), ("single_shot_extension", 0))  # tabs, and which of each
+EXAMPLES = (("t2v", 1), ("i2v", 1), ("reference_to_video", 1), ("reference_to_video", 0))  # tabs, and which of each
+FRAMES = "25"
 WAITING = ("reference_to_video", 2)
 MAX_COLORS = 256  # pictures of a page have few, and are a third as large
 
@@ -30,8 +31,10 @@ def run_example(page: Any, task: str, number: int) -> None:
     page.locator(f"#{task}-examples button").nth(number).click()
     page.wait_for_function(f"document.querySelector('#{task}-prompt textarea').value")
     page.wait_for_timeout(1000)  # its files
+    page.fill(f"#{task}-num_frames textarea", FRAMES)
     page.click(f"#{task}-start")
     page.wait_for_selector(f"#{task}-notice .message")
+    page.wait_for_timeout(1000)
 
 
 def take(page: Any, name: str) -> None:
