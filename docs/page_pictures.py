@@ -55,7 +55,7 @@ def take_all(address: str, chromium: Any) -> None:
     for _ in range(2):
         run_example(page, *WAITING)
     page.wait_for_selector("#queue img", timeout=120_000)
-    page.evaluate("document.activeElement.blur()")
+    page.evaluate("document.activeElement.blur(), scrollTo(0, 0)")
     take(page, "page_desktop")
     page.emulate_media(color_scheme="dark")
     page.reload()
