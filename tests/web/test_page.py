@@ -317,6 +317,8 @@ def test_trimmed_files_are_sent(server, browse, folder):
     fill(page, "talking_avatar", "A woman talks")
     sound = "#talking_avatar-input_audio-0"
     page.click(f"{sound} button[aria-label^='Trim audio']")
+    page.wait_for_function(f"/[1-9]$/.test(document.querySelector('{sound} #trim-duration').textContent)")
+    page.wait_for_timeout(1000)  # until the sound is decoded, which nothing shows
     page.click(f"{sound} button:text-is('Trim')")
     page.wait_for_function(f"parseInt(document.querySelector('{sound} #duration').textContent.slice(-2)) < 3")
     id = start(page, "talking_avatar")
