@@ -142,10 +142,10 @@ def onednn_convolution(layer: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor
 
 
 def set_up_vae(vae: Any, runtime: Runtime) -> None:
-    """Prepare the VAE: memory format and kernels, tiles, and the ranks that share them."""
-    if runtime.device.type in ("cuda", "cpu"):  # the format of cuDNN's and oneDNN's kernels; others are converted to it
+    """Prepare the VAE: memory format or kernels, tiles, and the ranks that share them."""
+    if runtime.device.type == "cuda":  # the format of cuDNN's kernels, which would otherwise convert each input
         use_channels_last(vae.module)
-    if runtime.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    elif runtime.device.type == "cpu" and torch.backends.mkldnn.is_available():
         use_onednn(vae.module)
     vae.tiles = runtime.policy.tiles
     vae.group = runtime.parallel.group("world")
