@@ -59,6 +59,7 @@ EXTENSION, AVATAR = ("--task_type", "single_shot_extension"), ("--task_type", "t
 SETS: dict[str, dict[str, Entry]] = {
     "cpu": {
         "transformer_step": Entry("transformer_step", ("--rounds", "7"), 120),
+        "traffic": Entry("traffic", (), 20),
         "offload": Entry("offload", ("--rounds", "7", "--frames", "2"), 60),
         "vae": Entry("vae", ("--rounds", "3"), 60),
         "end_to_end": Entry("end_to_end", ("--num_frames", "25"), 20),

@@ -32,8 +32,8 @@ from training import encoders, layouts, networks, sound  # noqa: E402
 from training.run import TRANSFORMERS  # noqa: E402
 
 TASKS = {  # a task of each checkpoint, and the name of its transformer in the training
-    "reference_to_video": "reference_to_video",
-    "single_shot_extension": "video_extension",
+    "reference_to_video": "video",
+    "single_shot_extension": "video",
     "talking_avatar": "talking_avatar",
     "t2v": "t2v",
     "i2v": "i2v",

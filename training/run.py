@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from training import tasks
 
 TRANSFORMERS = {  # and the family of each
-    "reference_to_video": "wan",
-    "video_extension": "wan",
+    "video": "wan",  # reference_to_video and both extensions
     "talking_avatar": "wan",
     "t2v": "hunyuan",
     "i2v": "hunyuan",

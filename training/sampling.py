@@ -17,47 +17,38 @@ from skyreels_v3.tasks import task_spec
 from skyreels_v3.wan.key_maps import TEXT_TOKENS
 from training import networks
 from training.layouts import SCHEDULER
-from training.tasks import CONDITION_FRAMES, Avatar, Extension, Hunyuan, References, Sample, Task
+from training.tasks import Avatar, Hunyuan, Sample, Task, Video
 
 GUIDANCE, HUNYUAN_STEPS = 3.0, 12  # of V1's samples here, which are to take a few seconds
 
 
-def sample(
-    name: str, task: Task, model: Any, kind: str, chosen: Sample, steps: int | None = None
-) -> tuple[Tensor, Tensor]:
+def sample(task: Task, model: Any, kind: str, chosen: Sample, steps: int | None = None) -> tuple[Tensor, Tensor]:
     """Latents (B, 16, F, h, w) made from noise under the conditions of encoded samples, and the true ones.
 
     For an extension in the same shot both begin with the frames that are seen.
     """
     truth = chosen["video"]
-    generator = torch.Generator().manual_seed(0)
-    prefix = truth[:, :, :0]
-    conditions: dict[str, Any] = {}
-    guidance = Guidance(((FULL, 1.0),))
     if isinstance(task, Hunyuan):
         # samples have texts of several lengths: one by one
         made = [
             sample_hunyuan(task, model, {k: v[i : i + 1] for k, v in chosen.items()}, steps) for i in range(len(truth))
         ]
         return torch.cat(made), truth
-    spec = task_spec(name if name != "video_extension" else "single_shot_extension")
-    scheduler: Any = (euler if isinstance(task, Avatar) else unipc)(
-        steps or spec.num_inference_steps, spec.shift or 1.0
-    )
-    if isinstance(task, References):
-        conditions[FULL] = task.condition(chosen, truth.shape[2], drop=False)
-    elif isinstance(task, Extension):
-        conditions[FULL] = task.condition(kind, chosen, drop=False)
-        if kind == "single":
-            seen = (CONDITION_FRAMES - 1) // 4 + 1
-            prefix, truth = truth[:, :, :seen], truth[:, :, seen:]
+    if isinstance(task, Video):
+        spec = task_spec("reference_to_video" if kind == "references" else "single_shot_extension")
+        truth = truth[:, :, :13] if kind == "references" else truth
+        condition = task.condition(kind, chosen, truth.shape[2], drop=False)
     else:
         assert isinstance(task, Avatar)
-        conditions[FULL] = task.condition(chosen, drop=False)
-    text = F.pad(conditions[FULL].text, (0, 0, 0, TEXT_TOKENS - conditions[FULL].text.shape[1]))
-    conditions[FULL] = replace(conditions[FULL], text=text)
-    noise = torch.randn(truth.shape, generator=generator).to(truth.device)
-    made = last(denoise(model, scheduler, noise, conditions, guidance))
+        spec = task_spec("talking_avatar")
+        condition = task.condition(chosen, drop=False)
+    make = euler if isinstance(task, Avatar) else unipc
+    scheduler: Any = make(steps or spec.num_inference_steps, spec.shift or 1.0)
+    prefix, truth = truth[:, :, : condition.start_frame], truth[:, :, condition.start_frame :]
+    text = F.pad(condition.text, (0, 0, 0, TEXT_TOKENS - condition.text.shape[1]))
+    noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(0)).to(truth.device)
+    conditions = {FULL: replace(condition, text=text)}
+    made = last(denoise(model, scheduler, noise, conditions, Guidance(((FULL, 1.0),))))
     return torch.cat((prefix, made), dim=2), torch.cat((prefix, truth), dim=2)
 
 

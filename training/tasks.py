@@ -31,9 +31,10 @@ from training.networks import TEXT_ROWS
 
 AUDIO_REACH = 2  # frames before and after a frame, whose sound it sees
 FPS = 24
-CONDITION_FRAMES = 25  # of a single-shot extension
-ROLL_FRAMES = 4 * 33  # that are new in its first roll-out
+CONDITION_FRAMES, CONDITION_LATENTS = 25, 7  # of a single-shot extension
+SHORT_FRAMES, ROLL_FRAMES = 4 * 9, 4 * 33  # that are new in it; the longer in its first roll-out
 CUT_LENGTHS = {2: 9, 5: 33}  # of a shot switch: seconds, and frames that are seen
+CUTS = {f"cut {seconds}": (seconds, seen) for seconds, seen in CUT_LENGTHS.items()}
 VOICE_SECONDS = 12.0
 DROPPED = 0.1  # of the prompts
 MOUTH_WEIGHT = 6.0
@@ -132,9 +133,15 @@ class Bank:
 
 
 class Task:
-    """One transformer's training data; `kinds` are its kinds of samples."""
+    """One transformer's training data.
+
+    Attributes:
+        kinds: of conditions.
+        drawn: the kinds of samples, in the order in which they are drawn.
+    """
 
     kinds: tuple[str, ...] = ("",)
+    drawn: tuple[str, ...] = ("",)
     vae = "wan"
     shift = 5.0
     floor = True  # timesteps are whole numbers
@@ -142,7 +149,7 @@ class Task:
 
     def __init__(self, name: str, sizes: Sizes, device: torch.device, folder: Path) -> None:
         self.name, self.sizes, self.device = name, sizes, device
-        self.banks = {kind: Bank(sizes.kept // len(self.kinds)) for kind in self.kinds}
+        self.banks = {kind: Bank(sizes.kept * self.drawn.count(kind) // len(self.drawn)) for kind in self.drawn}
         self.generator = torch.Generator(device).manual_seed(1)
         self.random = np.random.default_rng(1)
         self.prepare(folder)
@@ -207,15 +214,36 @@ class Task:
         return to_bytes(world.render(scenes, frames, *self.sizes.scene, self.device, start))
 
 
-class References(Task):
-    """reference_to_video: 2 s of a scene, and pictures of its things on white."""
+class Video(Task):
+    """reference_to_video and both extensions, which share a transformer.
 
-    shift = 5.0
+    A sample is a shot, its caption, and pictures of its things on white; before a cut there is another shot. The VAE is
+    causal: the first latents of any shot serve as a whole video.
+    """
+
+    kinds = ("references", "short", "long", "cut 2", "cut 5")
+    drawn = ("short", "cut 2", "long", "short", "cut 2", "short", "cut 5", "cut 2")
+    shift = 6.0  # the samplers have 5 and 8
 
     def draw(self, kind: str, seeds: Sequence[int]) -> Sample:
         scenes = self.scenes(seeds)
+        begins = [float(np.random.default_rng([6, seed]).uniform(0, 2.5)) for seed in seeds]
+        if kind not in CUTS:
+            frames = CONDITION_FRAMES + (ROLL_FRAMES if kind == "long" else SHORT_FRAMES)
+            return self.described(scenes) | {"video": self.render(scenes, frames, begins)}
+        seconds, seen = CUTS[kind]
+        cuts = [begin + seen / FPS for begin in begins]
+        kinds = [world.CUTS[seed % len(world.CUTS)] for seed in seeds]
+        shots = [world.cut_to(*values) for values in zip(scenes, cuts, kinds, strict=True)]
+        return self.described(shots) | {
+            "before video": self.render(scenes, seen, begins),
+            "video": self.render(shots, seconds * FPS + 1, cuts),
+        }
+
+    def described(self, scenes: Sequence[world.Scene]) -> Sample:
+        """Captions and reference pictures."""
         height, width = self.sizes.scene
-        pictures = torch.full((len(seeds), 2, 3, 1, height, width), 255, dtype=torch.uint8, device=self.device)
+        pictures = torch.full((len(scenes), 2, 3, 1, height, width), 255, dtype=torch.uint8, device=self.device)
         for index, scene in enumerate(scenes):
             shown = world.references(scene)
             wide = height if scene.seed % 2 else height * 3 // 4
@@ -223,7 +251,6 @@ class References(Task):
             left = (width - wide) // 2
             pictures[index, : len(shown), ..., left : left + wide] = made
         return {
-            "video": self.render(scenes, 49),
             "pictures": pictures,
             "count": torch.tensor([len(scene.things) for scene in scenes], device=self.device),
             "text": self.encode_texts([scene.caption for scene in scenes]),
@@ -239,65 +266,36 @@ class References(Task):
         }
 
     def batch(self, progress: float) -> Batch:
-        short = progress < 0.45 and self.random.random() < 0.85
-        frames, size = (7, 56) if short else (13, 36)
-        chosen = self.pick("", size)
-        target = chosen["video"][:, :, :frames]
-        return target, self.condition(chosen, frames)
+        early = progress < 0.4
+        shares = (0.4, 0.35, 0.0, 0.25, 0.0) if early else (0.4, 0.2, 0.12, 0.18, 0.1)
+        kind = str(self.random.choice(self.kinds, p=shares))
+        frames, size = {
+            "references": (7, 56) if early and self.random.random() < 0.85 else (13, 36),
+            "short": (16, 40),
+            "long": (40, 16),
+            "cut 2": (13, 40),
+            "cut 5": (31, 18),
+        }[kind]
+        chosen = self.pick(str(self.random.choice(self.drawn)) if kind == "references" else kind, size)
+        condition = self.condition(kind, chosen, frames)
+        return chosen["video"][:, :, condition.start_frame : frames], condition
 
-    def condition(self, chosen: Sample, frames: int, drop: bool = True) -> Conditioning:
+    def condition(self, kind: str, chosen: Sample, frames: int, drop: bool = True) -> Conditioning:
+        text = self.drop_text(chosen["text"]) if drop else chosen["text"]
+        if kind in CUTS:
+            return Conditioning(text, after=(Segment(chosen["before video"], CUT_POSITION, clean=True),))
+        if kind != "references":
+            prefix = chosen["video"][:, :, :CONDITION_LATENTS]
+            return Conditioning(text, CONDITION_LATENTS, before=(Segment(prefix, clean=True),))
         pictures = chosen["pictures"] + chosen["deviation"] * self.normal(chosen["pictures"])
         there = torch.arange(2, device=self.device) < chosen["count"][:, None]
         pictures = pictures * there[:, :, None, None, None]
-        text = chosen["text"]
         if drop:
             swapped = self.chance(len(pictures), 0.5) & (chosen["count"] == 2)
             pictures = torch.where(swapped[:, None, None, None, None], pictures.flip(1), pictures)
-            text = self.drop_text(text)
             pictures = pictures * (~self.chance(len(pictures), 0.05))[:, None, None, None, None]
         slots = F.pad(pictures.transpose(1, 2), (0, 0, 0, 0, 0, REFERENCE_SLOTS - 2))  # (B, 16, 4, h, w)
         return Conditioning(text, after=(Segment(slots, frames),))
-
-
-class Extension(Task):
-    """Both extensions: a shot that goes on, and a shot after a cut."""
-
-    kinds = ("single", "cut 2", "cut 5")
-    shift = 8.0
-
-    def draw(self, kind: str, seeds: Sequence[int]) -> Sample:
-        scenes = self.scenes(seeds)
-        begins = [float(np.random.default_rng([6, seed]).uniform(0, 2.5)) for seed in seeds]
-        if kind == "single":
-            video = self.render(scenes, CONDITION_FRAMES + ROLL_FRAMES, begins)
-            return {"video": video, "text": self.encode_texts([scene.caption for scene in scenes])}
-        seconds = int(kind.split()[1])
-        seen = CUT_LENGTHS[seconds]
-        cuts = [begin + seen / FPS for begin in begins]
-        kinds = [world.CUTS[seed % len(world.CUTS)] for seed in seeds]
-        shots = [world.cut_to(*values) for values in zip(scenes, cuts, kinds, strict=True)]
-        return {
-            "before video": self.render(scenes, seen, begins),
-            "video": self.render(shots, seconds * FPS + 1, cuts),
-            "text": self.encode_texts([shot.caption for shot in shots]),
-        }
-
-    def batch(self, progress: float) -> Batch:
-        early = progress < 0.4
-        kind = self.kinds[int(self.random.choice(3, p=(0.5, 0.5, 0.0) if early else (0.5, 0.32, 0.18)))]
-        if kind != "single":
-            chosen = self.pick(kind, 40 if kind == "cut 2" else 18)
-            return chosen["video"], self.condition(kind, chosen)
-        new = 9 if early or self.random.random() < 0.2 else 33
-        chosen = self.pick(kind, 40 if new == 9 else 16)
-        return chosen["video"][:, :, 7 : 7 + new], self.condition(kind, chosen)
-
-    def condition(self, kind: str, chosen: Sample, drop: bool = True) -> Conditioning:
-        text = self.drop_text(chosen["text"]) if drop else chosen["text"]
-        if kind == "single":
-            prefix = chosen["video"][:, :, :7]
-            return Conditioning(text, prefix.shape[2], before=(Segment(prefix, clean=True),))
-        return Conditioning(text, after=(Segment(chosen["before video"], CUT_POSITION, clean=True),))
 
 
 class Avatar(Task):
@@ -459,8 +457,7 @@ class Hunyuan(Task):
 
 
 TASKS: dict[str, Callable[..., Task]] = {
-    "reference_to_video": References,
-    "video_extension": Extension,
+    "video": Video,
     "talking_avatar": Avatar,
     "t2v": Hunyuan,
     "i2v": Hunyuan,

@@ -43,7 +43,7 @@ class TransformerTraining:
     def train(self) -> None:
         run, task, trainer = self.run, self.task, self.trainer
         latents = self.wait_for_latents()
-        for _ in range(min(len(self.drawn), FIRST_CHUNKS * len(task.kinds))):
+        for _ in range(min(len(self.drawn), FIRST_CHUNKS * len(task.banks))):
             self.encode(latents)
         schedule = Schedule(PEAK_RATE, run.end)
         logged, written, before = schedule.start, schedule.start, 0
@@ -88,7 +88,7 @@ class TransformerTraining:
                 self.draw(len(self.drawn))
             else:
                 time.sleep(0.1)
-        while len(self.drawn) < 4 * len(self.task.kinds):
+        while len(self.drawn) < max(4, len(self.task.drawn)):
             self.draw(len(self.drawn))
         logger.info("%d samples are drawn", len(self.drawn) * self.run.sizes.chunk)
         return tasks.Latents(self.read_vae(), self.run.device)
@@ -100,7 +100,7 @@ class TransformerTraining:
 
     def draw(self, number: int) -> None:
         """Draw some samples, of the kinds in turn."""
-        kind = self.task.kinds[number % len(self.task.kinds)]
+        kind = self.task.drawn[number % len(self.task.drawn)]
         chunk = self.run.sizes.chunk
         self.drawn.append((kind, self.task.draw(kind, range(self.seed, self.seed + chunk))))
         self.seed += chunk
@@ -119,10 +119,11 @@ class TransformerTraining:
         task, vae = self.task, self.read_vae().to(self.run.device)
         rows: list[list[Tensor]] = []
         for kind in task.kinds:
-            samples = task.encode(task.draw(kind, range(HELD_OUT + 10, HELD_OUT + 14)), latents)
-            made, truth = sampling.sample(self.name, task, self.averaged.eval(), kind, samples)
+            drawn = kind if kind in task.drawn else task.drawn[0]
+            samples = task.encode(task.draw(drawn, range(HELD_OUT + 10, HELD_OUT + 14)), latents)
+            made, truth = sampling.sample(task, self.averaged.eval(), kind, samples)
             some = [sampling.decode(vae, part).clamp(-1, 1) for part in (truth, made)]
-            seen = tasks.CONDITION_FRAMES if kind == "single" else 0
+            seen = tasks.CONDITION_FRAMES if kind in ("short", "long") else 0
             error = (some[0] - some[1])[:, :, seen:].square().mean((1, 3, 4)) / 4  # (B, F)
             video, first = float(error.mean()), float((-10 * error[:, 0].log10()).mean())
             logger.info("%s: %.2f dB to the truth, first frame %.2f", kind or self.name, -10 * math.log10(video), first)

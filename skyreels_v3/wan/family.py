@@ -54,7 +54,7 @@ AUDIO_ENCODER_PARAMETERS = 94_371_712
 # values and output, and the rotary tables), per token while a chunk of them is worked on, and per token of the chunk.
 ATTENTION_BYTES = {"bfloat16": 10.12, "float32": 20.2}
 WAITING_BYTES = {"bfloat16": 8.0, "float32": 16.0}
-WORKING_BYTES = {"bfloat16": 18.8, "float32": 29.3}
+WORKING_BYTES = {"bfloat16": 12.8, "float32": 23.3}
 EXCHANGE_TENSORS = 4  # as large as a rank's tokens, while ranks exchange queries, keys and values
 
 # Live bytes at the VAE's peak: per pixel of a whole frame; with tiles per pixel of the frame, and per pixel of a tile

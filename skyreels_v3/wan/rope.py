@@ -77,8 +77,9 @@ def rotations(angle: Tensor) -> Rotary:
 def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotate each adjacent channel pair of x (B, L, N, D) by its token's angle; computed and returned in float32."""
     pairs = x.float().unflatten(-1, (-1, 2))  # (B, L, N, D/2, 2)
-    if torch.compiler.is_compiling():  # the compiler fuses real arithmetic only
-        (even, odd), (cos, sin) = pairs.unbind(-1), rotary.unbind(-1)
-        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    if torch.compiler.is_compiling():  # the compiler fuses real arithmetic only, and no stack
+        cos, sin = (part.unsqueeze(-1) for part in rotary.unbind(-1))
+        signs = 2 * torch.arange(2, device=x.device) - 1
+        return (pairs * cos + pairs.flip(-1) * sin * signs).flatten(-2)
     # one pass over x; in real arithmetic it would take seven
     return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotary)).flatten(-2)

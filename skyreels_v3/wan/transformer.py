@@ -344,15 +344,19 @@ class TransformerBlock(nn.Module):
         """Queries, keys and values (B, L, N, D) of all tokens."""
         whole = [x.new_empty(*x.shape[:2], self.attn1.heads, x.shape[2] // self.attn1.heads) for _ in range(3)]
         for tokens, part in spans:
-            chunk = self.project(x[:, tokens], of_frames(modulation, part), rotary[tokens])
-            for tensor, piece in zip(whole, chunk, strict=True):
-                tensor[:, tokens] = piece
+            out = [tensor[:, tokens] for tensor in whole]
+            self.project(x[:, tokens], of_frames(modulation, part), rotary[tokens], out)
         return whole
 
-    def project(self, x: Tensor, modulation: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-        """Everything before self-attention: queries, keys and values (B, l, N, D) of a chunk of tokens x (B, l, D)."""
+    def project(self, x: Tensor, modulation: Tensor, rotary: Rotary, out: Sequence[Tensor]) -> None:
+        """Everything before self-attention: queries, keys and values (B, l, N, D) of a chunk of tokens x (B, l, D).
+
+        They are written to `out`, so that compiled code needs no copies.
+        """
         shift, scale = modulation[:, :, 0], modulation[:, :, 1]
-        return self.attn1.project(modulate(self.norm1(x.float()), shift, scale).type_as(x), rotary)
+        made = self.attn1.project(modulate(self.norm1(x.float()), shift, scale).type_as(x), rotary)
+        for target, values in zip(out, made, strict=True):
+            target.copy_(values)
 
     def finish(
         self,

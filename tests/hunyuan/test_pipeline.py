@@ -127,7 +127,8 @@ def test_a_picture_of_another_shape_and_more_than_a_tile(main, stock, tmp_path, 
     ).frames  # fmt: skip
     size = ["--height", height, "--width", width, "--num_frames", 1, "--num_inference_steps", 2]
     flags = [*size, "--image", "fox.png", "--negative_prompt", NEGATIVE, *FLAGS[way]]
-    torch.testing.assert_close(made(main, "i2v", *flags), latents, atol=TOLERANCE, rtol=0)
+    # the library's pipeline has torch's slow convolutions, whose rounding differs, and this small VAE amplifies it
+    torch.testing.assert_close(made(main, "i2v", *flags), latents, atol=3 * TOLERANCE, rtol=0)
 
 
 @pytest.mark.slow
