@@ -1,4 +1,4 @@
-"""Pictures of a video that is being made: of its noisy latents, and of the frames that are done.
+"""Pictures of a video that is being made: of what its latents will become, and of the frames that are done.
 
 Latents become a picture by a linear projection of their channels to RGB, at their own size, an eighth of the video's:
 that costs nothing beside a step. The idea is keturn's, https://discuss.huggingface.co/t/23204, and is how ComfyUI
@@ -9,6 +9,7 @@ each pass whose frames are decoded; before the first one the colors are arbitrar
 from __future__ import annotations
 
 from io import BytesIO
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -17,6 +18,19 @@ from skyreels_v3.tasks import LATENT_CHANNELS
 
 MAX_SIDE = 640  # pixels of the picture of a frame
 CONTRAST = 32.0  # levels for a latent of 1, before the first fit
+
+
+class Noisy(NamedTuple):
+    """Latents (C, h, w) and the level of the noise in them, 1 for nothing else."""
+
+    latents: np.ndarray
+    sigma: float
+
+    def denoised(self, before: Noisy | None) -> np.ndarray:
+        """What will come of them if they go on as they did in the step from `before`, on a straight line to 0."""
+        if before is None or before.sigma <= self.sigma:
+            return self.latents
+        return self.latents + (self.latents - before.latents) * (self.sigma / (before.sigma - self.sigma))
 
 
 class Projection:

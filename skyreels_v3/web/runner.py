@@ -39,7 +39,7 @@ from skyreels_v3.parallel.launch import USER_ERROR, launch
 from skyreels_v3.parallel.ranks import SINGLE, Ranks, ranks_of
 from skyreels_v3.plan import Plan
 from skyreels_v3.resolve import downloads_folder
-from skyreels_v3.web.preview import Projection, png
+from skyreels_v3.web.preview import Noisy, Projection, png
 from skyreels_v3.web.queue import Job, Progress, Queue, State, lock_worker
 from skyreels_v3.worker import Worker
 
@@ -117,6 +117,7 @@ class Reporter(Follower):
         self.projection = Projection()
         self._frames = 1  # of a pass
         self._reported = self._shown = -REPORT_SECONDS
+        self._noisy: Noisy | None = None  # after the last step
         self._begun: tuple[float, float] | None = None  # the time of the first step, and the part done then
 
     def report(self, facts: Mapping[str, Any] | None = None, **changes: Any) -> None:
@@ -142,8 +143,9 @@ class Reporter(Follower):
         self.report(stage="writing", part=1.0, seconds_left=None)
 
     def step(self, step: Step, done: int) -> None:
+        before, self._noisy = self._noisy, Noisy(last_of(step.latents), step.sigma)
         if monotonic() - self._shown >= REPORT_SECONDS:
-            self._show(self.projection.picture(last_of(step.latents)))
+            self._show(self.projection.picture(self._noisy.denoised(before if step.number > 1 else None)))
         part = self._part(done, DENOISING * step.number / step.total)
         self.report(stage="denoising", window=done + 1, step=step.number, steps=step.total, **part)
 

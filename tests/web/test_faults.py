@@ -114,7 +114,8 @@ def served(tmp_path, cache, monkeypatch) -> Iterator[Served]:
     wait(lambda: not any(map(is_alive, served.seen)), 20)
 
 
-@pytest.mark.parametrize("what", ["server", "worker", "both"])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["worker", "both", pytest.param("server", marks=pytest.mark.extended)])
 def test_kills_at_each_stage(served, what):
     made = {"queued": served.post()}  # the worker takes seconds to start
     assert served.queue.get(made["queued"]).state == State.QUEUED

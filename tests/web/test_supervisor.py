@@ -262,7 +262,7 @@ def test_a_group_makes_each_video_together(queue, supervise):
     assert ranks_of(group) == ranks
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_a_group_whose_ranks_fail(queue, supervise):
     """All its processes end, a job without an error of its own is made once more, and the next one is made."""
     group = supervise(flags=GROUP, hang_seconds=5)
@@ -282,7 +282,7 @@ def test_a_group_whose_ranks_fail(queue, supervise):
     assert other.state == State.COMPLETED and not any(is_alive(rank.pid) for rank in ranks)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_no_rank_without_the_launcher(queue, supervise):
     """A job that loses two groups fails, says why, and leaves no state."""
     group = supervise(flags=GROUP)
