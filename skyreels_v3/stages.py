@@ -50,7 +50,12 @@ Encoded = dict[str, Tensor]  # what a text encoder makes of a text
 
 @dataclass(frozen=True)
 class Step:
-    """A step of the pass `name` is done, `number` of `total`; its latents (B, C, F, H, W) have the noise level `sigma`."""
+    """Denoising step `number` of `total` in the pass `name` is done.
+
+    Attributes:
+        latents: (B, C, F, H, W).
+        sigma: the level of the noise that is still in them.
+    """
 
     name: str
     number: int
