@@ -168,11 +168,12 @@ NOT_BASE = {"model_id": f", or {TINY}", "base_model_id": ""}
 def listen(host: str, port: int) -> socket.socket:
     """A socket that is bound to an address; raises UserError if that cannot be."""
     try:
-        (family, kind, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         reason = f"{format_value(host)} is not an address of this machine ({reason_of(error)})"
         raise UserError("--host", f"{reason}; give 127.0.0.1, 0.0.0.0 or another one") from error
-    listener = socket.socket(family, kind)
+    # asyncio sends small answers at once only where the protocol is named
+    listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
