@@ -1,16 +1,22 @@
-"""What runs a server elsewhere fits it: the image, the systemd unit and the Compose file."""
+"""What runs a server elsewhere fits it: the image, the systemd unit, the Compose file, the balancer."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from time import monotonic
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
@@ -18,6 +24,8 @@ from benchmarks.serve_load import running_server
 from skyreels_v3.cli import parse_flags
 from skyreels_v3.parallel.processes import GRACE, INTERRUPTED
 from skyreels_v3.web import serve
+from skyreels_v3.web.queue import Queue
+from skyreels_v3.web.security import owner_of
 from skyreels_v3.web.serve import check_access, listen
 from tests.conftest import ROOT
 from tests.web.conftest import HINT
@@ -121,3 +129,113 @@ def test_small_answers_are_sent_at_once():
     """asyncio turns Nagle's algorithm off only for sockets that name their protocol; it costs 40 ms an answer."""
     with listen("127.0.0.1", 0) as listener:
         assert listener.proto == socket.IPPROTO_TCP
+
+
+# The balancer
+
+NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+# what a distribution's nginx.conf has around it, for anybody and in any folder
+AROUND = """
+daemon off;
+pid {folder}/nginx.pid;
+error_log {folder}/error.log;
+events {{}}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    include {folder}/skyreels.conf;
+}}
+"""
+KEYS = [f"client-{number}" for number in range(8)]
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+@contextmanager
+def running_balancer(folder: Path, addresses: list[str]) -> Iterator[str]:
+    """nginx with the configuration, for servers on this machine; gives its address."""
+    names = ("-keyout", str(folder / "privkey.pem"), "-out", str(folder / "fullchain.pem"))
+    certificate = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", *names]
+    subprocess.run(certificate, check=True, capture_output=True)
+    port = free_port()
+    text = (ROOT / "cluster" / "nginx.conf").read_text(encoding="utf-8")
+    changes = {"listen 443": f"listen 127.0.0.1:{port}", "video.example.com": "localhost"}
+    changes |= {"/etc/ssl/skyreels": str(folder), "10.0.0.11:8000": addresses[0], "10.0.0.12:8000": addresses[1]}
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "skyreels.conf").write_text(text, encoding="utf-8")
+    (folder / "nginx.conf").write_text(AROUND.format(folder=folder), encoding="utf-8")
+    command = [NGINX, "-e", str(folder / "error.log"), "-c", str(folder / "nginx.conf")]
+    subprocess.run([*command, "-t"], check=True, capture_output=True)
+    process = subprocess.Popen(command)
+    try:
+        yield f"https://localhost:{port}"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def balanced(tmp_path_factory, cache) -> Iterator[tuple[str, list[Queue]]]:
+    """Two servers behind nginx: the address, and their queues."""
+    pytest.importorskip("fastapi", reason=HINT)
+    if NGINX is None or shutil.which("openssl") is None:
+        pytest.skip("needs nginx and openssl")
+    folders = [tmp_path_factory.mktemp(name) for name in ("one", "two", "balancer")]
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        patch.setenv("SKYREELS_CACHE", str(cache))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        addresses = []
+        for folder in folders[:2]:
+            (folder / "keys").write_text("\n".join(KEYS), encoding="utf-8")
+            _, address = stack.enter_context(running_server(folder, workers=1))
+            addresses.append(address.removeprefix("http://"))
+        address = stack.enter_context(running_balancer(folders[2], addresses))
+        queues = [stack.enter_context(closing(Queue(folder / "server"))) for folder in folders[:2]]
+        yield address, queues
+
+
+@pytest.mark.slow
+def test_two_servers_behind_a_balancer(balanced):
+    """Each client finds its videos again, and follows, downloads and sends files through the balancer."""
+    address, queues = balanced
+    for key in KEYS:
+        headers = {"Authorization": f"Bearer {key}", "Origin": address}
+        with httpx.Client(base_url=address, headers=headers, verify=False, timeout=60, trust_env=False) as client:
+            files = {"input_reference": ("fox.png", (ROOT / "assets" / "fox.png").read_bytes())}
+            asked = {"prompt": "a fox", "num_frames": 5, "size": "32x32", "num_inference_steps": 1, "task_type": "i2v"}
+            made = client.post("/v1/videos", data=asked, files=files)
+            assert made.status_code == 200, made.text
+            id = made.json()["id"]
+            arrived = []
+            with client.stream("GET", f"/v1/videos/{id}/events") as events:
+                arrived = [(line, monotonic()) for line in events.iter_lines() if line.startswith("event: ")]
+            assert arrived[0][0] == "event: progress" and arrived[-1][0] == "event: end"
+            assert arrived[-1][1] - arrived[0][1] > 0.4  # not all at once in the end
+            assert [video["id"] for video in client.get("/v1/videos").json()["data"]] == [id]
+            content = client.get(f"/v1/videos/{id}/content", headers={"Range": "bytes=4-7"})
+            assert (content.status_code, content.content) == (206, b"ftyp")
+    jobs = [[job.owner for job in queue.list(limit=100)[0]] for queue in queues]
+    assert sorted(jobs[0] + jobs[1]) == sorted(map(owner_of, KEYS)) and all(jobs)
+
+
+@pytest.mark.slow
+def test_the_balancer_refuses_what_a_server_refuses(balanced):
+    address, _ = balanced
+    with httpx.Client(base_url=address, verify=False, trust_env=False) as client:
+        assert client.get("/v1/videos").status_code == 401
+        assert client.get("/health").status_code == 200
+        assert client.get("/health", headers={"Origin": "https://example.com"}).status_code == 403
+        assert client.get("/health", headers={"Host": "example.com"}).status_code == 403
+        signed_in = client.post("/", data={"key": KEYS[0]}, headers={"Origin": address})
+        assert signed_in.status_code == 303
+        assert "Secure" in signed_in.headers["set-cookie"] and "HttpOnly" in signed_in.headers["set-cookie"]
