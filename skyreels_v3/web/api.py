@@ -110,7 +110,8 @@ class Api:
 
     def __init__(self, settings: Settings, queue: Queue) -> None:
         self.settings, self.queue = settings, queue
-        self.metrics = Metrics(queue.counts)
+        self.reader = Queue(queue.folder)  # reads do not wait until a change is on the disk
+        self.metrics = Metrics(self.reader.counts)
         self.planner = Planner(settings.limits.plan_seconds)
         self.uploads = self.streams = 0
 
@@ -118,6 +119,7 @@ class Api:
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         yield
         await self.planner.close()
+        self.reader.close()
 
     # New jobs
 
@@ -203,12 +205,12 @@ class Api:
         headers = {POLL: POLL_MS[job.state]} if job.state in POLL_MS else {}
         video = video_of(job, self.settings)
         if job.state is State.QUEUED:
-            video["details"]["place"] = await run_in_threadpool(self.queue.place, job.id)
+            video["details"]["place"] = await run_in_threadpool(self.reader.place, job.id)
         return JSONResponse(video, headers=headers)
 
     async def find(self, id: str, owner: str) -> Job:
         """A job of an owner's; raises ApiError."""
-        job = await run_in_threadpool(self.queue.get, id) if ID.fullmatch(id) else None
+        job = await run_in_threadpool(self.reader.get, id) if ID.fullmatch(id) else None
         if job is None or job.owner != owner:
             raise ApiError(404, f"there is no video {format_value(id)}", "id")
         return job
@@ -219,16 +221,16 @@ class Api:
         after: str | None = None,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         order: Literal["asc", "desc"] = "desc",
-    ) -> dict[str, Any]:
+    ) -> JSONResponse:
         """Your videos, those behind `after`, newest first unless `order` is asc."""
         owner = owner_of(request)
         if after is not None:
             await self.find(after, owner)
         newest = order == "desc"
-        jobs, more = await run_in_threadpool(self.queue.list, owner, (), after, limit, newest)
+        jobs, more = await run_in_threadpool(self.reader.list, owner, (), after, limit, newest)
         data = [video_of(job, self.settings) for job in jobs]
         ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-        return {"object": "list", "data": data, **ends, "has_more": more}
+        return JSONResponse({"object": "list", "data": data, **ends, "has_more": more})
 
     async def get(self, id: str, request: Request) -> JSONResponse:
         """A video; the header openai-poll-after-ms says when to ask again."""
@@ -326,7 +328,7 @@ class Api:
 
     async def health(self) -> dict[str, str]:
         """Whether the server answers, and reaches its queue."""
-        await run_in_threadpool(self.queue.counts)
+        await run_in_threadpool(self.reader.counts)
         return {"status": "ok", "version": __version__}
 
     async def show_metrics(self) -> Response:

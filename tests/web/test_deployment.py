@@ -239,3 +239,26 @@ def test_the_balancer_refuses_what_a_server_refuses(balanced):
         signed_in = client.post("/", data={"key": KEYS[0]}, headers={"Origin": address})
         assert signed_in.status_code == 303
         assert "Secure" in signed_in.headers["set-cookie"] and "HttpOnly" in signed_in.headers["set-cookie"]
+
+
+@pytest.mark.slow
+def test_the_page_behind_a_balancer(balanced):
+    """From signing in to a video, with no request to another address than the balancer's."""
+    from tests.web import test_page  # skips where what it needs is not installed
+
+    if test_page.CHROMIUM is None:
+        pytest.skip("no chromium is installed")
+    address, _ = balanced
+    asked = []
+    with test_page.playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=test_page.CHROMIUM, args=test_page.FLAGS)
+        page = browser.new_page(ignore_https_errors=True)
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(address)
+        page.fill("#key", KEYS[0])
+        page.click("button")
+        page.wait_for_selector("#t2v-start", timeout=60_000)
+        test_page.fill(page, "t2v", "a boat")
+        test_page.wait_for_end(page, test_page.start(page, "t2v"))
+        browser.close()
+    assert all(url.startswith((f"{address}/", f"blob:{address}/", "data:")) for url in asked)
