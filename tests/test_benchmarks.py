@@ -104,7 +104,7 @@ def test_load_ends_in_json(tmp_path, monkeypatch, capsys):
     assert line.keys() >= COMMON | {"loads", "limits", "met"}
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_a_server_under_load(tmp_path, cache):
     """All jobs are completed once and no process is left, else it fails; a busy machine may answer slowly."""
     pytest.importorskip(

@@ -115,7 +115,9 @@ def served(tmp_path, cache, monkeypatch) -> Iterator[Served]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["worker", "both", pytest.param("server", marks=pytest.mark.extended)])
+@pytest.mark.parametrize(
+    "what", ["both", *(pytest.param(what, marks=pytest.mark.extended) for what in ("server", "worker"))]
+)
 def test_kills_at_each_stage(served, what):
     made = {"queued": served.post()}  # the worker takes seconds to start
     assert served.queue.get(made["queued"]).state == State.QUEUED
@@ -138,6 +140,7 @@ def test_kills_at_each_stage(served, what):
     served.make()
 
 
+@pytest.mark.slow
 def test_clients_that_are_gone_and_folders_that_are_taken(served):
     """Clients that hang up at streams of events, a second server, a killed upload, then a damaged database."""
     set_faults(served.queue, ("denoising 1 2", "hang"))

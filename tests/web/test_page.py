@@ -43,6 +43,7 @@ FILES = {
     "single_shot_extension": {"input_video-0": "boat.mp4"},
     "shot_switching_extension": {"input_video-0": "boat.mp4"},
 }
+EXTENSIONS = ("single_shot_extension", "shot_switching_extension")
 SMALL = {"width": 48, "height": 32, "num_inference_steps": 2}
 LENGTH = {
     **{"t2v": {"num_frames": 5}, "i2v": {"num_frames": 5}, "reference_to_video": {"num_frames": 5}},
@@ -250,7 +251,14 @@ def test_from_prompt_to_video_and_back(server, browse, size):
     assert ask(server, f"/v1/videos/{made['id']}")[0] == 404
 
 
-@pytest.mark.parametrize("task", list(FILES))
+@pytest.mark.parametrize(
+    "task",
+    [
+        "reference_to_video",
+        "talking_avatar",
+        *(pytest.param(task, marks=pytest.mark.extended) for task in ("i2v", *EXTENSIONS)),
+    ],
+)
 def test_each_task(server, browse, folder, task):
     page = browse(server, PHONE if task == "i2v" else DESKTOP)
     fill(page, task, "A boat sails on")
@@ -390,7 +398,7 @@ def test_the_keyboard_is_enough(server, browse):
     assert page.input_value("#reference_to_video-prompt textarea") == "A fox carries a red lantern through the snow"
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("theme", [pytest.param("light", marks=pytest.mark.extended), "dark"])
 def test_contrast_motion_and_shifts(server, browse, theme):
     page = browse(server, PHONE, color_scheme=theme, reduced_motion="reduce")
     page.wait_for_selector("#gallery :is(li, .empty)")

@@ -33,7 +33,7 @@ JOINED = {
     "include_input": True,
 }  # fmt: skip
 FAULTY = (sys.executable, str(Path(__file__).with_name("faulty_runner.py")))
-PLACES = ["claimed", "loading", "denoising 1 2", "decoding 1", "denoising 2 1", "writing", "written"]
+PLACES, MORE_PLACES = ("denoising 2 1", "written"), ("claimed", "loading", "denoising 1 2", "decoding 1", "writing")
 
 
 @pytest.fixture
@@ -143,7 +143,9 @@ def test_jobs_that_succeed_and_jobs_that_fail(queue, start):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place", [*PLACES, *(pytest.param(place, marks=pytest.mark.extended) for place in MORE_PLACES)]
+)
 def test_a_killed_worker_goes_on_where_it_was(queue, start, whole, place):
     """To the video that the command makes, from the last finished pass; what was finished is not made again."""
     set_faults(queue, (place, "kill"))
