@@ -66,7 +66,7 @@ def script(text: str) -> tuple[str, ...]:
     return (sys.executable, "-c", f"import os, sys, time\nfrom pathlib import Path\n{text}")
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_a_job_whose_worker_is_killed_is_made_once_more(queue, supervise):
     """From where it was; the second time it fails, and the next one is made."""
     goes_on, fails, other = add(queue, TWO_PASSES), add(queue), add(queue, seed=9)
