@@ -25,10 +25,11 @@ from skyreels_v3.cli import parse_flags
 from skyreels_v3.parallel.processes import GRACE, INTERRUPTED
 from skyreels_v3.web import serve
 from skyreels_v3.web.queue import Queue
-from skyreels_v3.web.security import owner_of
 from skyreels_v3.web.serve import check_access, listen
 from tests.conftest import ROOT
 from tests.web.conftest import HINT
+
+pytest.importorskip("fastapi", reason=HINT)
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 UNIT = (ROOT / "cluster" / "skyreels.service").read_text(encoding="utf-8")
@@ -74,7 +75,6 @@ def test_the_image_has_all_that_a_server_needs():
 
 @pytest.mark.slow
 def test_the_health_of_a_server(tmp_path, cache, monkeypatch):
-    pytest.importorskip("fastapi", reason=HINT)
     monkeypatch.setenv("SKYREELS_CACHE", str(cache))
     (tmp_path / "keys").write_text("a-key", encoding="utf-8")
     _, option, code = healthcheck()
@@ -92,8 +92,9 @@ def test_the_health_of_a_server(tmp_path, cache, monkeypatch):
 def test_systemd_takes_the_unit(tmp_path):
     unit = tmp_path / "skyreels.service"
     unit.write_text(UNIT.replace(PYTHON, sys.executable), encoding="utf-8")
-    checked = subprocess.run([ANALYZE, "verify", str(unit)], capture_output=True, text=True, check=False)
-    assert (checked.returncode, checked.stderr) == (0, "")
+    verify = [ANALYZE, "verify", "--recursive-errors=no", str(unit)]  # other units of this machine may have errors
+    checked = subprocess.run(verify, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
     hardened = [ANALYZE, "security", "--offline=true", "--threshold=25", str(unit)]  # 2.5 of 10
     assert subprocess.run(hardened, capture_output=True, check=False).returncode == 0
 
@@ -187,7 +188,6 @@ def running_balancer(folder: Path, addresses: list[str]) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def balanced(tmp_path_factory, cache) -> Iterator[tuple[str, list[Queue]]]:
     """Two servers behind nginx: the address, and their queues."""
-    pytest.importorskip("fastapi", reason=HINT)
     if NGINX is None or shutil.which("openssl") is None:
         pytest.skip("needs nginx and openssl")
     folders = [tmp_path_factory.mktemp(name) for name in ("one", "two", "balancer")]
@@ -206,7 +206,10 @@ def balanced(tmp_path_factory, cache) -> Iterator[tuple[str, list[Queue]]]:
 
 @pytest.mark.slow
 def test_two_servers_behind_a_balancer(balanced):
-    """Each client finds its videos again, and follows, downloads and sends files through the balancer."""
+    """Each client, and its page, finds its videos again; it follows, downloads and sends files through the balancer."""
+    from skyreels_v3.web.page_access import COOKIE
+    from skyreels_v3.web.security import owner_of
+
     address, queues = balanced
     for key in KEYS:
         headers = {"Authorization": f"Bearer {key}", "Origin": address}
@@ -224,6 +227,8 @@ def test_two_servers_behind_a_balancer(balanced):
             assert [video["id"] for video in client.get("/v1/videos").json()["data"]] == [id]
             content = client.get(f"/v1/videos/{id}/content", headers={"Range": "bytes=4-7"})
             assert (content.status_code, content.content) == (206, b"ftyp")
+        with httpx.Client(base_url=address, cookies={COOKIE: key}, verify=False, trust_env=False) as page:
+            assert [video["id"] for video in page.get("/v1/videos").json()["data"]] == [id]
     jobs = [[job.owner for job in queue.list(limit=100)[0]] for queue in queues]
     assert sorted(jobs[0] + jobs[1]) == sorted(map(owner_of, KEYS)) and all(jobs)
 
