@@ -45,6 +45,7 @@ LATENCY_LIMIT = 0.1  # seconds, 95 % of GETs
 GROWTH_LIMIT = 1.1  # end of the run / its middle
 SAMPLE_SECONDS = 0.5
 STOP_SECONDS = 60
+LISTED = 100  # videos in one answer, at most
 GETS = ("list", "get")
 FRAMES, SIDE = 5, 32
 
@@ -105,8 +106,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=at_least(1), default=300, help="of all clients; at least one for each")
     parser.add_argument("--workers", type=at_least(1), default=2)
     args = parser.parse_args()
-    if args.jobs < args.clients:
-        parser.error("--jobs must be at least --clients")
+    if not args.clients <= args.jobs <= LISTED * args.clients:
+        parser.error(f"--jobs must be 1 to {LISTED} for each of --clients")
     return args
 
 
@@ -127,7 +128,10 @@ def running_server(folder: Path, workers: int) -> Iterator[tuple[subprocess.Pope
             yield process, address
         finally:
             process.send_signal(signal.SIGINT)
-            process.wait(STOP_SECONDS)
+            try:
+                process.wait(STOP_SECONDS)
+            finally:
+                process.kill()  # does nothing to one that has ended
 
 
 # The clients
@@ -188,7 +192,7 @@ class Client:
 
     async def list(self) -> dict[str, Any]:
         """All videos of this client."""
-        return (await self.ask("list", "GET", "/v1/videos?limit=100")).json()
+        return (await self.ask("list", "GET", f"/v1/videos?limit={LISTED}")).json()
 
     async def look(self, id: str) -> float:
         """Poll a job; returns the seconds to wait before the next time."""
@@ -254,11 +258,11 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def middle_and_end(values: Sequence[int]) -> dict[str, float]:
-    """Medians of the middle tenth and of the last one, and their ratio."""
+    """The first value, medians of the middle tenth and of the last one, and the ratio of these."""
     size = max(1, len(values) // 10)
     start = (len(values) - size) // 2
     middle, end = statistics.median(values[start : start + size]), statistics.median(values[-size:])
-    return {"middle": middle, "end": end, "max": max(values), "ratio": round(end / middle, 4)}
+    return {"start": values[0], "middle": middle, "end": end, "max": max(values), "ratio": round(end / middle, 4)}
 
 
 def tell(record: Record, seconds: float, problems: Sequence[str], args: argparse.Namespace) -> None:
@@ -277,7 +281,7 @@ def tell(record: Record, seconds: float, problems: Sequence[str], args: argparse
         f"{seconds:.0f} s: {60 * args.jobs / seconds:.1f} jobs a minute, {len(gets) / seconds:.1f} GETs a second, "
         f"{record.refused} requests sent again after a 429",
         f"resident memory: {rss['middle'] / MB:.1f} MB in the middle, {rss['end'] / MB:.1f} MB at the end",
-        f"open files: {files['middle']:g} in the middle, {files['end']:g} at the end",
+        f"open files: {files['start']:g} at the start, {files['middle']:g} in the middle, {files['end']:g} at the end",
         f"each job completed once, no process left: {'; '.join(problems[:10]) or 'yes'}",
         f"p95 of GETs within {1000 * LATENCY_LIMIT:g} ms, no growth beyond {GROWTH_LIMIT}: {'yes' if met else 'NO'}",
     ]

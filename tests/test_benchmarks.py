@@ -44,6 +44,7 @@ WRONG = (
     ("load", "--size-gb", "-1"),
     ("memory_vs_length", "--side", "20"),
     ("serve_load", "--jobs", "5"),
+    ("serve_load", "--jobs", "101", "--clients", "1"),
 )
 
 
