@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,15 +24,15 @@ from skyreels_v3.tasks import TASK_NAMES, task_spec
 from skyreels_v3.version import __version__
 from skyreels_v3.web.docs import docs_page
 from skyreels_v3.web.errors import ApiError, from_status, from_user_error, response_of, without_paths
-from skyreels_v3.web.fields import FlagReader, files_of, link, schema
+from skyreels_v3.web.fields import FlagReader, files_of, link, published, schema
 from skyreels_v3.web.metrics import Metrics
 from skyreels_v3.web.pictures import picture_of
 from skyreels_v3.web.planning import PlanFailed, Planner
-from skyreels_v3.web.queue import Job, Queue, QueueFull, State
+from skyreels_v3.web.queue import FINAL, Job, Queue, QueueFull, State
 from skyreels_v3.web.security import Guard
 from skyreels_v3.web.settings import Settings
-from skyreels_v3.web.uploads import FORM, JSON, read_fields
-from skyreels_v3.web.views import is_final, partial_of, progress_of, video_of
+from skyreels_v3.web.uploads import FORM, JSON, Fields, read_fields
+from skyreels_v3.web.views import progress_of, video_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,6 @@ EVENT_SECONDS = 0.5  # between looks at a job
 PING_SECONDS = 15
 EXTENSIONS = tuple(name for name in TASK_NAMES if task_spec(name).condition_frames)
 KINDS = {"video": "video/mp4", "partial": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg"}
-PREVIEW = "preview.png"
 ERROR = {"error": {"message": "", "type": "", "param": None, "code": ""}}
 
 
@@ -110,8 +109,7 @@ class Api:
 
     def __init__(self, settings: Settings, queue: Queue) -> None:
         self.settings, self.queue = settings, queue
-        self.reader = Queue(queue.folder)  # reads do not wait until a change is on the disk
-        self.metrics = Metrics(self.reader.counts)
+        self.metrics = Metrics(queue.counts)
         self.planner = Planner(settings.limits.plan_seconds)
         self.uploads = self.streams = 0
 
@@ -119,7 +117,6 @@ class Api:
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         yield
         await self.planner.close()
-        self.reader.close()
 
     # New jobs
 
@@ -132,10 +129,10 @@ class Api:
         fields = {"input_video": "video", "duration": "seconds"}
         return await self.submit(request, fields, task_type=EXTENSIONS[-1], include_input=True)
 
-    async def submit(self, request: Request, names: dict[str, str] | None = None, **preset: Any) -> JSONResponse:
+    async def submit(self, request: Request, names: Mapping[str, str] | None = None, **preset: Any) -> JSONResponse:
         owner = owner_of(request)
         async with self.new_folder() as (id, folder):
-            reader = FlagReader(self.settings, folder, lambda id: self.find(id, owner), dict(names or {}))
+            reader = self.flag_reader(folder, owner, names)
             with user_errors(reader):
                 flags, made = await reader.read(await read_fields(request, folder, self.settings.limits), **preset)
                 if names is not None and made.task.name not in EXTENSIONS:
@@ -148,27 +145,40 @@ class Api:
         source = await self.find(id, owner)
         if source.state is not State.COMPLETED:
             raise ApiError(409, f"{id} is {source.state.value}; remix a completed video", "id")
-        async with self.new_folder() as (new, folder):
-            reader = FlagReader(self.settings, folder, lambda id: self.find(id, owner))
+        return await self.repeat(source, owner, lambda folder: read_fields(request, folder, self.settings.limits))
+
+    async def repeat(self, source: Job, owner: str, read: Callable[[Path], Awaitable[Fields]]) -> JSONResponse:
+        """Queue a video of the same inputs and flags as another, with the changes that `read` finds for its folder."""
+        async with self.new_folder() as (id, folder):
+            reader = self.flag_reader(folder, owner)
             with user_errors(reader):
-                fields = await read_fields(request, folder, self.settings.limits)
+                fields = await read(folder)
                 for name in files_of(source.flags):
                     await run_in_threadpool(link, source.folder / name, folder / name)
                 flags, _ = reader.read_changes(fields, source)
-            return await self.add(new, flags, owner, source.id)
+            return await self.add(id, flags, owner, source.id)
 
     async def plan(self, request: Request) -> dict[str, Any]:
         """What a request for a video would take: the text of --dry_run, and its numbers. Nothing is queued."""
         owner = owner_of(request)
         async with self.new_folder(keep=False) as (_, folder):
-            reader = FlagReader(self.settings, folder, lambda id: self.find(id, owner))
+            reader = self.flag_reader(folder, owner)
             with user_errors(reader):
                 flags, _ = await reader.read(await read_fields(request, folder, self.settings.limits))
-                try:
-                    made = await self.planner.plan(flags, folder)
-                except PlanFailed as error:
-                    raise ApiError(503, f"{without_paths(str(error))}; try again", code="no_plan") from error
-        return {"object": "video.plan", **made, "text": without_paths(made["text"])}
+            return {"object": "video.plan", **await self.make_plan(flags, reader)}
+
+    async def make_plan(self, flags: dict[str, Any], reader: FlagReader) -> dict[str, Any]:
+        """The plan of what has been read; raises ApiError."""
+        with user_errors(reader):
+            try:
+                made = await self.planner.plan(flags, reader.folder)
+            except PlanFailed as error:
+                raise ApiError(503, f"{without_paths(str(error))}; try again", code="no_plan") from error
+        return {**made, "text": without_paths(made["text"])}
+
+    def flag_reader(self, folder: Path, owner: str, names: Mapping[str, str] | None = None) -> FlagReader:
+        """Reads a request of an owner's whose files are in a folder."""
+        return FlagReader(self.settings, folder, lambda id: self.find(id, owner), dict(names or {}))
 
     @asynccontextmanager
     async def new_folder(self, keep: bool = True) -> AsyncIterator[tuple[str, Path]]:
@@ -205,12 +215,12 @@ class Api:
         headers = {POLL: POLL_MS[job.state]} if job.state in POLL_MS else {}
         video = video_of(job, self.settings)
         if job.state is State.QUEUED:
-            video["details"]["place"] = await run_in_threadpool(self.reader.place, job.id)
+            video["details"]["place"] = await run_in_threadpool(self.queue.place, job.id)
         return JSONResponse(video, headers=headers)
 
     async def find(self, id: str, owner: str) -> Job:
         """A job of an owner's; raises ApiError."""
-        job = await run_in_threadpool(self.reader.get, id) if ID.fullmatch(id) else None
+        job = await run_in_threadpool(self.queue.get, id) if ID.fullmatch(id) else None
         if job is None or job.owner != owner:
             raise ApiError(404, f"there is no video {format_value(id)}", "id")
         return job
@@ -227,7 +237,7 @@ class Api:
         if after is not None:
             await self.find(after, owner)
         newest = order == "desc"
-        jobs, more = await run_in_threadpool(self.reader.list, owner, (), after, limit, newest)
+        jobs, more = await run_in_threadpool(self.queue.list, owner, (), after, limit, newest)
         data = [video_of(job, self.settings) for job in jobs]
         ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
         return JSONResponse({"object": "list", "data": data, **ends, "has_more": more})
@@ -260,7 +270,7 @@ class Api:
         """The bytes of a completed video or of pictures of it; `partial`: of what a job had finished when it ended."""
         job = await self.find(id, owner_of(request))
         if variant == "partial":
-            return await send_file(partial_of(job), KINDS[variant], request, f"{id}-partial.mp4")
+            return await send_file(job.partial, KINDS[variant], request, f"{id}-partial.mp4")
         if job.state is not State.COMPLETED:
             raise ApiError(
                 409, f"{id} is {job.state.value}; its content is there once it is completed", "id", "not_ready"
@@ -276,7 +286,7 @@ class Api:
     async def preview(self, id: str, request: Request, number: int = 0) -> Response:
         """The newest preview of a video that is being made; `number` only keeps caches from showing an older one."""
         job = await self.find(id, owner_of(request))
-        return await send_file(job.folder / PREVIEW, "image/png", request)
+        return await send_file(job.preview, "image/png", request)
 
     # Events
 
@@ -300,7 +310,7 @@ class Api:
                 except ApiError:
                     yield event("end", {"id": id, "object": "video.deleted", "deleted": True})
                     return
-                if is_final(job):
+                if job.state in FINAL:
                     yield event("end", video_of(job, self.settings))
                     return
                 video = video_of(job, self.settings)
@@ -319,7 +329,9 @@ class Api:
 
     async def models(self) -> dict[str, Any]:
         """The models that `model` may name, the default first."""
-        tasks = {name: [task for task in TASK_NAMES if serves(name, task)] for name in self.settings.models}
+        tasks = {
+            name: [task for task in TASK_NAMES if name in published(task_spec(task))] for name in self.settings.models
+        }
         data = [
             {"id": name, "object": "model", "created": 0, "owned_by": "skyreels", "tasks": tasks[name] or [*TASK_NAMES]}
             for name in self.settings.models
@@ -328,19 +340,13 @@ class Api:
 
     async def health(self) -> dict[str, str]:
         """Whether the server answers, and reaches its queue."""
-        await run_in_threadpool(self.reader.counts)
+        await run_in_threadpool(self.queue.counts)
         return {"status": "ok", "version": __version__}
 
     async def show_metrics(self) -> Response:
         """Figures for Prometheus."""
         text = await run_in_threadpool(self.metrics.text)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-def serves(model: str, task: str) -> bool:
-    """Whether a published model is for a task."""
-    spec = task_spec(task)
-    return model in (spec.model_id, *spec.also_published_as)
 
 
 def owner_of(request: Request) -> str:

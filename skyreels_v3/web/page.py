@@ -25,7 +25,7 @@ from skyreels_v3.media.video_reader import probe_video
 from skyreels_v3.request import Flag
 from skyreels_v3.tasks import TASK_NAMES, task_spec
 from skyreels_v3.web.api import Api, user_errors
-from skyreels_v3.web.errors import ApiError, from_user_error, without_paths
+from skyreels_v3.web.errors import ApiError
 from skyreels_v3.web.fields import INPUTS, FlagReader, files_of, link
 from skyreels_v3.web.page_access import Drops, protect
 from skyreels_v3.web.page_form import CLIP, KEYFRAMES, TABS, Form, label_of, title_of
@@ -38,11 +38,11 @@ from skyreels_v3.web.page_html import (
     queue_html,
     status_html,
 )
-from skyreels_v3.web.planning import PlanFailed
 from skyreels_v3.web.queue import FINAL, Job, State
 from skyreels_v3.web.uploads import PROBE_FPS, Fields, Upload, check_kind
 
 HERE = Path(__file__).parent
+SCRIPT = (HERE / "page.js").read_text(encoding="utf-8")
 BUSY_SECONDS, IDLE_SECONDS = 2.0, 6.0  # between looks at the queue
 SHOWN_JOBS = 24  # in the gallery, and 24 more with each click
 MAX_WAITING = 100
@@ -176,40 +176,32 @@ class Page:
         owner = owner_of(request)
         try:
             async with self.api.new_folder(keep=False) as (_, folder):
-                flags = await self.read(form, data, folder, owner)
-                made = await self.api.planner.plan(flags, folder)
-        except PlanFailed as error:
-            return {form.notice: notice(f"{without_paths(str(error))}; try again")}
-        except UserError as error:
-            return self.describe(form, from_user_error(error, {}))
+                reader = self.api.flag_reader(folder, owner)
+                made = await self.api.make_plan(await self.read(form, data, reader, owner), reader)
         except ApiError as error:
             return self.describe(form, error)
-        return {form.notice: plan_html({**made, "text": without_paths(made["text"])})}
+        return {form.notice: plan_html(made)}
 
     async def start(self, form: Form, data: dict[Any, Any], request: gr.Request) -> dict[Any, Any]:
         """Queue a form's video."""
         owner = owner_of(request)
         try:
             async with self.api.new_folder() as (id, folder):
-                flags = await self.read(form, data, folder, owner)
+                flags = await self.read(form, data, self.api.flag_reader(folder, owner), owner)
                 await self.api.add(id, flags, owner, "")
         except ApiError as error:
             return self.describe(form, error)
         return {form.notice: message("It is in the queue.", "jobs"), **await self.refresh(data, request)}
 
-    def reader(self, folder: Path, owner: str) -> FlagReader:
-        return FlagReader(self.api.settings, folder, lambda id: self.api.find(id, owner))
-
-    async def read(self, form: Form, data: Mapping[Any, Any], folder: Path, owner: str) -> dict[str, Any]:
-        """The flags that a form makes; its files are linked into the folder. Raises ApiError."""
+    async def read(self, form: Form, data: Mapping[Any, Any], reader: FlagReader, owner: str) -> dict[str, Any]:
+        """The flags that a form makes; its files are linked into the reader's folder. Raises ApiError."""
         fields: Fields = {"task_type": form.task.name}
-        reader = self.reader(folder, owner)
         with user_errors(reader):
             for each in form.fields:
                 if (value := each.value_of(data)) is not None:
                     name = each.flag.name
                     if name in INPUTS:
-                        value = await run_in_threadpool(self.take, each.flag, value, folder, owner)
+                        value = await run_in_threadpool(self.take, each.flag, value, reader.folder, owner)
                     fields[name] = value
             return (await reader.read(fields))[0]
 
@@ -250,18 +242,17 @@ class Page:
 
     def changes(self, data: dict[Any, Any], owner: str) -> dict[Any, Any]:
         queue, settings = self.api.queue, self.api.settings
-        places = {job.id: number for number, job in enumerate(self.queued())}
+        places = {id: number for number, id in enumerate(queue.order())}
         waiting, _ = queue.list(owner, WAITING, limit=MAX_WAITING, newest_first=False)
         waiting.sort(key=lambda job: places.get(job.id, -1))
         ended, more = queue.list(owner, FINAL, limit=data[self.count])
-        chosen = tuple(id for id in data[self.chosen] if (job := queue.get(id)) is not None and job.owner == owner)
-        by_id = {job.id: job for job in ended}
-        compared = [by_id.get(id) or queue.get(id) for id in chosen]
+        compared = [job for job in map(queue.get, data[self.chosen]) if job is not None and job.owner == owner]
+        chosen = tuple(job.id for job in compared)
         htmls = {
             self.status: status_html(waiting, ended),
             self.queue: queue_html(waiting, places),
             self.gallery: gallery_html(ended, chosen, settings),
-            self.compare: compare_html([job for job in compared if job is not None], settings),
+            self.compare: compare_html(compared, settings),
         }
         signature = tuple(map(hash, htmls.values()))
         if signature == data[self.seen]:
@@ -278,11 +269,6 @@ class Page:
             self.timer: timer,
             self.more: gr.Button(visible=more),
         }
-
-    def queued(self) -> list[Job]:
-        """All jobs that wait, in order."""
-        jobs, _ = self.api.queue.list(None, (State.QUEUED,), limit=self.api.queue.max_jobs, newest_first=False)
-        return sorted(jobs, key=lambda job: (-job.priority, job.order))
 
     async def show_more(self, data: dict[Any, Any], request: gr.Request) -> dict[Any, Any]:
         data = {**data, self.count: data[self.count] + SHOWN_JOBS}
@@ -316,26 +302,24 @@ class Page:
 
     def move(self, job: Job, by: int) -> None:
         """Let a job change places with its owner's next one before it (-1) or behind it (1); others' stay in place."""
-        order = self.queued()
-        mine = [number for number, each in enumerate(order) if each.owner == job.owner]
-        index = next((place for place, number in enumerate(mine) if order[number].id == job.id), None)
-        if index is None or not 0 <= index + by < len(mine):
+        order = self.api.queue.order()
+        ids, mine = [*order], [id for id, owner in order.items() if owner == job.owner]
+        index = mine.index(job.id) if job.id in mine else -1
+        if index < 0 or not 0 <= index + by < len(mine):
             return
-        first, second = sorted((mine[index], mine[index + by]))
-        behind = order[second + 1].id if second + 1 < len(order) else None
-        self.api.queue.move(order[second].id, order[first].id)
+        first, second = sorted((ids.index(job.id), ids.index(mine[index + by])))
+        behind = ids[second + 1] if second + 1 < len(ids) else None
+        self.api.queue.move(ids[second], ids[first])
         if second - first > 1:
-            self.api.queue.move(order[first].id, behind)
+            self.api.queue.move(ids[first], behind)
 
     async def repeat(self, job: Job, owner: str) -> None:
         """Queue a job again, with a random seed."""
-        async with self.api.new_folder() as (id, folder):
-            for name in files_of(job.flags):
-                await run_in_threadpool(link, job.folder / name, folder / name)
-            reader = self.reader(folder, owner)
-            with user_errors(reader):
-                flags, _ = reader.read_changes({"prompt": job.flags["prompt"], "seed": -1}, job)
-            await self.api.add(id, flags, owner, job.id)
+
+        async def changes(folder: Path) -> Fields:
+            return {"prompt": job.flags["prompt"], "seed": -1}
+
+        await self.api.repeat(job, owner, changes)
 
     # Settings into forms
 
@@ -424,8 +408,7 @@ def cut(clip: Upload, start: str, end: str) -> Upload:
 
 def live_html(id: str) -> gr.HTML:
     """HTML that the page's script keeps up to date, without losing the focus or stopping a video that plays."""
-    script = (HERE / "page.js").read_text(encoding="utf-8")
-    return gr.HTML(elem_id=id, html_template='<div class="live"></div>', js_on_load=script)
+    return gr.HTML(elem_id=id, html_template='<div class="live"></div>', js_on_load=SCRIPT)
 
 
 def for_form(form: Form, do: Callable[[Form, dict[Any, Any], gr.Request], Awaitable[dict[Any, Any]]]) -> Any:

@@ -11,7 +11,7 @@ from skyreels_v3.media.files import giga
 from skyreels_v3.web.page_form import label_of, title_of
 from skyreels_v3.web.queue import Job, State
 from skyreels_v3.web.settings import Settings
-from skyreels_v3.web.views import error_of, partial_of, progress_of, size_of
+from skyreels_v3.web.views import error_of, progress_of, size_of
 
 SHOWN = ("task_type", "prompt", "include_input", "memory")  # flags that are shown elsewhere, or say nothing here
 ENDS = {State.COMPLETED: "Completed", State.CANCELLED: "Cancelled", State.FAILED: "Failed"}
@@ -149,7 +149,7 @@ def card(job: Job, chosen: bool, settings: Settings) -> str:
         why = error_of(job) if job.state is State.FAILED else None
         text = f": {why['message']}" if why else ""
         head, buttons = f'<p class="ended"><b>{ENDS[job.state]}</b>{escape(text)}</p>', [reload, delete]
-        if partial_of(job).exists():
+        if job.partial.exists():
             head += player(f"{content(job)}?variant=partial", "The windows that were finished", "metadata")
     return (
         f'<li data-job="{escape(job.id)}" data-state="{job.state.value}">{head}'

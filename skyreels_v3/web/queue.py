@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from itertools import count
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 from typing import IO, Any
 
 from skyreels_v3.errors import UserError, format_value
@@ -46,7 +46,8 @@ SCHEMA = """CREATE TABLE IF NOT EXISTS jobs (
     created REAL NOT NULL DEFAULT 0, started REAL, ended REAL
 )"""
 VISIBLE = f"NOT deleted AND state != '{UPLOADING}'"
-IN_ORDER = "SELECT * FROM jobs WHERE state = 'queued' ORDER BY priority DESC, place, number"
+ORDERED = "FROM jobs WHERE state = 'queued' ORDER BY priority DESC, place, number"
+IN_ORDER = f"SELECT * {ORDERED}"
 OF_WORKER = "worker = ? AND state = 'in_progress'"
 DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
@@ -72,7 +73,7 @@ class Progress:
         window, windows: which pass of how many, from 1; 0 before the first.
         step, steps: of that pass, from 1.
         seconds_left: an estimate, or None.
-        preview: number of the newest preview, from 1; 0 for none. It is `preview.png` in the job's folder.
+        preview: number of the newest preview, from 1; 0 for none. Its file is `Job.preview`.
     """
 
     stage: str = ""
@@ -128,6 +129,16 @@ class Job:
     def video(self) -> Path:
         return self.folder / "video.mp4"
 
+    @property
+    def partial(self) -> Path:
+        """The windows that were finished before it was cancelled or failed, if there are any."""
+        return self.folder / "video.partial.mp4"
+
+    @property
+    def preview(self) -> Path:
+        """The newest picture of what is being made."""
+        return self.folder / "preview.png"
+
 
 class Queue:
     """The queue in a folder. Threads may share one.
@@ -147,13 +158,14 @@ class Queue:
     ) -> None:
         self.folder = folder.absolute()
         self.max_jobs, self.max_owner_jobs = max_jobs, max_owner_jobs
-        self._mutex = RLock()
+        self._mutex, self._reading = RLock(), Lock()
         self._lock: IO[str] | None = None
         try:
             (self.folder / JOBS).mkdir(parents=True, exist_ok=True)
             if server:
                 self._lock = lock_server(self.folder)
             self._db = self._open()
+            self._reader = self._connect()  # reads do not wait until a change is on the disk
         except OSError as error:
             reason = f"{format_value(folder)} cannot be used ({reason_of(error, self.folder / DATABASE)})"
             raise UserError("--outdir", f"{reason}; give another folder") from error
@@ -163,6 +175,7 @@ class Queue:
             self._purge()
 
     def close(self) -> None:
+        self._reader.close()
         self._db.close()
         if self._lock is not None:
             self._lock.close()
@@ -220,8 +233,12 @@ class Queue:
 
     def place(self, id: str) -> int:
         """How many queued jobs are before a queued one; 0 for any other."""
-        ids = [row["id"] for row in self._rows(IN_ORDER)]
+        ids = [*self.order()]
         return ids.index(id) if id in ids else 0
+
+    def order(self) -> dict[str, str]:
+        """The ids of the queued jobs in their order, and the owner of each."""
+        return {row["id"]: row["owner"] for row in self._rows(f"SELECT id, owner {ORDERED}")}
 
     def move(self, id: str, before: str | None) -> bool:
         """Put a queued job before another queued one, or last; it takes that one's priority.
@@ -348,11 +365,7 @@ class Queue:
 
     def _open(self) -> sqlite3.Connection:
         """The database, made if need be; raises UserError if it is damaged, or of another version."""
-        path = self.folder / DATABASE
-        with explain_errors(path):
-            # transactions are begun and ended by `_change` alone, which also keeps threads apart
-            db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-        db.row_factory = sqlite3.Row
+        path, db = self.folder / DATABASE, self._connect()
         try:
             with explain_errors(path):
                 db.execute("PRAGMA journal_mode = WAL")
@@ -370,6 +383,14 @@ class Queue:
             if isinstance(error, Damaged):
                 self._put_aside(path, error)
             raise
+        return db
+
+    def _connect(self) -> sqlite3.Connection:
+        """A connection; `_change` and `_rows` keep threads apart, and `_change` alone begins and ends transactions."""
+        path = self.folder / DATABASE
+        with explain_errors(path):
+            db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        db.row_factory = sqlite3.Row
         return db
 
     def _put_aside(self, path: Path, damage: Damaged) -> None:
@@ -402,8 +423,8 @@ class Queue:
                 raise
 
     def _rows(self, query: str, *values: Any) -> Sequence[sqlite3.Row]:
-        with self._mutex, explain_errors(self.folder / DATABASE):
-            return self._db.execute(query, values).fetchall()
+        with self._reading, explain_errors(self.folder / DATABASE):
+            return self._reader.execute(query, values).fetchall()
 
     def _update(self, db: sqlite3.Connection, id: str, **values: Any) -> None:
         columns = ", ".join(f"{name} = ?" for name in values)

@@ -51,7 +51,6 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.5  # between looks for a job
 REPORT_SECONDS = 1.0  # between reports within a stage other than denoising, and between previews
 DENOISING = 0.9  # of the time of a pass, about
-PREVIEW = "preview.png"
 MODULE = ("-m", "skyreels_v3.web.runner")
 OUT_OF_STEP = USER_ERROR  # a rank's exit code that `launch` passes on once it has ended the others
 
@@ -175,7 +174,7 @@ class Reporter(Follower):
         """Make a picture the preview. A job goes on without one."""
         self._shown = monotonic()
         try:
-            replace_file(self.job.folder / PREVIEW, png(picture))
+            replace_file(self.job.preview, png(picture))
         except OSError as error:
             logger.debug("no preview: %s", error)
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from skyreels_v3.checks import request_of
@@ -11,7 +10,7 @@ from skyreels_v3.cli import convert_flags
 from skyreels_v3.errors import UserError
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.web.errors import without_paths
-from skyreels_v3.web.queue import FINAL, Job, State
+from skyreels_v3.web.queue import Job, State
 from skyreels_v3.web.retention import DAY_SECONDS
 from skyreels_v3.web.settings import Settings
 
@@ -116,12 +115,3 @@ def error_of(job: Job) -> dict[str, str] | None:
     code, message = job.error or ("failed", "it failed")
     folder = str(job.folder)
     return {"code": code, "message": without_paths(message.replace(f"{folder}/", "").replace(folder, ""))}
-
-
-def partial_of(job: Job) -> Path:
-    """The file with the windows that were finished before a job was cancelled or failed, if there are any."""
-    return job.video.with_name(f"{job.video.stem}.partial{job.video.suffix}")
-
-
-def is_final(job: Job) -> bool:
-    return job.state in FINAL
