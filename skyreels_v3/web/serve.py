@@ -33,6 +33,7 @@ MAX_KEYS_BYTES = 64 << 10
 GRACE = 5  # seconds for open answers at the end
 MAX_HEADER_BYTES = 64 << 10
 MAX_CONNECTIONS = 1000
+KEEP_ALIVE = 75  # seconds; longer than balancers keep an idle connection (60), which would send into a closed one
 
 
 def serve(flags: Mapping[str, Any]) -> int:
@@ -115,7 +116,7 @@ def server_of(app: FastAPI) -> uvicorn.Server:
     config = uvicorn.Config(
         app, http=Connection, ws="none", log_config=None, access_log=False, proxy_headers=False, server_header=False,
         limit_concurrency=MAX_CONNECTIONS, h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-        timeout_graceful_shutdown=GRACE,
+        timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=GRACE,
     )  # fmt: skip
     return uvicorn.Server(config)
 
