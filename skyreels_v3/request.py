@@ -223,6 +223,8 @@ class GenerationRequest:
         group="Server")
     host: str = server("127.0.0.1", "address to listen on (default: 127.0.0.1); another one needs --api_key",
         metavar="ADDRESS")
+    allowed_hosts: tuple[str, ...] = server((), "other names that clients reach it by, such as that of a proxy",
+        metavar="NAME[,NAME]", several=True)
     port: int = server(8000, "port to listen on; 0: any free one (default: 8000)", int, low=0, high=65535)
     api_key: str | None = server(None, "key that clients must send, or a file with one per line", metavar="KEY")
     no_auth: bool = server(False, "serve other machines without a key", bool)

@@ -110,7 +110,7 @@ class Api:
     def __init__(self, settings: Settings, queue: Queue) -> None:
         self.settings, self.queue = settings, queue
         self.metrics = Metrics(queue.counts)
-        self.planner = Planner(settings.limits.plan_seconds)
+        self.planner = Planner(settings.limits.plan_seconds, settings.group)
         self.uploads = self.streams = 0
 
     @asynccontextmanager

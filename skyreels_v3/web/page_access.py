@@ -10,7 +10,7 @@ import re
 import shutil
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
-from urllib.parse import parse_qs, quote, unquote
+from urllib.parse import parse_qs
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
@@ -20,7 +20,7 @@ from starlette.routing import Match, Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from skyreels_v3.web.errors import ApiError, from_status, response_of
-from skyreels_v3.web.security import Guard
+from skyreels_v3.web.security import KEY, Guard
 from skyreels_v3.web.settings import Settings
 
 COOKIE = "skyreels_key"
@@ -124,8 +124,7 @@ def key_of(headers: Headers) -> str:
         found = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
     except CookieError:
         return ""
-    key = unquote(found.value) if found is not None else ""
-    return key if key.isascii() and key.isprintable() else ""
+    return found.value if found is not None and KEY.fullmatch(found.value) else ""
 
 
 class PageAccess:
@@ -198,8 +197,9 @@ class PageAccess:
         if not known:
             return HTMLResponse(SIGN_IN.format(problem='<p role="alert">This is not a key of the server.</p>'), 401)
         answer = RedirectResponse("/", 303)
-        secure = request.url.scheme == "https"
-        answer.set_cookie(COOKIE, quote(key), MONTH, httponly=True, samesite="strict", secure=secure)
+        # as it is in the header, for balancers: set_cookie would put "/" and "=" into quotation marks
+        kind = f"Max-Age={MONTH}; Path=/; HttpOnly; SameSite=strict"
+        answer.headers["Set-Cookie"] = f"{COOKIE}={key}; {kind}{'; Secure' * (request.url.scheme == 'https')}"
         return answer
 
 

@@ -80,9 +80,9 @@ def queue_html(jobs: Sequence[Job], places: Mapping[str, int]) -> str:
 def status_html(waiting: Sequence[Job], ended: Sequence[Job]) -> str:
     """The state of all in a line. It changes with the stage, not with each step: it is read aloud."""
     running = [job for job in waiting if job.state is State.IN_PROGRESS]
-    parts = [f"{len(running)} running", f"{len(waiting) - len(running)} waiting"] if waiting else []
-    parts += [stage_of(job) for job in running[:1]]
-    parts += [f"last one {ENDS[job.state].lower()}" for job in ended[:1]]
+    stage = f" ({stage_of(running[0])})" if running else ""
+    parts = [f"{len(running)} running{stage}", f"{len(waiting) - len(running)} waiting"] if waiting else []
+    parts += [f"last video {ENDS[job.state].lower()}" for job in ended[:1]]
     return f'<p role="status">{escape(", ".join(parts))}</p>'
 
 

@@ -1,6 +1,7 @@
 """Plans for clients, made by a process of their own: planning imports torch, and may take seconds.
 
-`python -m skyreels_v3.web.planning` reads a line of JSON, {"flags", "folder"}, and answers with one, again and again.
+`python -m skyreels_v3.web.planning` reads a line of JSON, {"flags", "group", "folder"}, and answers with one, again and
+again.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import asyncio
 import json
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,10 +27,15 @@ class PlanFailed(Exception):
 
 
 class Planner:
-    """Makes one plan at a time."""
+    """Makes one plan at a time.
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    Args:
+        seconds: for each.
+        group: see `Settings`.
+    """
+
+    def __init__(self, seconds: float, group: Mapping[str, Any]) -> None:
+        self.seconds, self.group = seconds, dict(group)
         self.lock = asyncio.Lock()
         self.process: Process | None = None
         self.timer: asyncio.TimerHandle | None = None
@@ -45,7 +52,7 @@ class Planner:
                 self.timer.cancel()
             try:
                 async with asyncio.timeout(self.seconds):
-                    answer = await self.ask({"flags": flags, "folder": str(folder)})
+                    answer = await self.ask({"flags": flags, "group": self.group, "folder": str(folder)})
             except BaseException as error:
                 self.end()
                 if isinstance(error, TimeoutError | OSError | ValueError):
@@ -91,14 +98,16 @@ def answer_to(question: dict[str, Any]) -> dict[str, Any]:
     from skyreels_v3.cli import job_flags
     from skyreels_v3.dry_run import describe, plan_of
     from skyreels_v3.errors import cause_of
-    from skyreels_v3.parallel.ranks import SINGLE
+    from skyreels_v3.parallel.ranks import Ranks
     from skyreels_v3.resolve import preflight
 
-    folder = Path(question["folder"])
+    folder, group = Path(question["folder"]), question["group"]
+    size = group.pop("gpu_num", 1)
+    ranks = Ranks(0, size, 0, size)
     try:
-        request = request_of(job_flags(question["flags"], {}, str(folder)))
+        request = request_of(job_flags(question["flags"], group, str(folder)))
         request = replace(request, output=folder / "video.mp4")
-        plan = plan_of(preflight(request, folder, SINGLE), folder, SINGLE)
+        plan = plan_of(preflight(request, folder, ranks), folder, ranks)
         return {"text": describe(plan), **numbers_of(plan)}
     except UserError as error:
         return {"flag": error.flag, "message": error.message}

@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import ipaddress
 import logging
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -36,6 +37,7 @@ HEADERS = {
 SCHEMES = ("http", "https")  # the latter before a proxy
 MINUTE = 60.0
 MAX_BUCKETS = 10_000
+KEY = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # what a header and a cookie can hold as it is (RFC 6750)
 WRONG_KEY = "this server needs a key: send it as 'Authorization: Bearer KEY'"
 
 
@@ -74,7 +76,7 @@ class Guard:
         self.app, self.settings, self.finished = app, settings, finished
         self.owners = [(hashlib.sha256(key.encode()).digest(), owner_of(key)) for key in settings.keys]
         self.requests, self.posts = Buckets(settings.limits.requests), Buckets(settings.limits.posts)
-        self.names = {"localhost", settings.host.lower()}
+        self.names = {"localhost", *(name.lower() for name in (settings.host, *settings.allowed_hosts))}
         if not is_loopback(settings.host):
             self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
 
@@ -126,7 +128,7 @@ class Guard:
         """Refuse names that are not this server's, and pages of other sites."""
         hosts, origin = headers.getlist("host"), headers.get("origin")
         if len(hosts) != 1 or not self.is_own(hosts[0]):
-            raise ApiError(403, "Host is not a name of this server; ask by its address, or by the name given as --host")
+            raise ApiError(403, "Host is not a name of this server; ask by its address, or a name in --allowed_hosts")
         if origin is not None and origin.lower() not in [f"{scheme}://{hosts[0].lower()}" for scheme in SCHEMES]:
             raise ApiError(403, "Origin is another site; only this server's own pages may ask")
         if headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":

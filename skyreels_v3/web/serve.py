@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import socket
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,8 @@ from skyreels_v3.checkpoints.hub import local_folder
 from skyreels_v3.console import show
 from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.media.files import check_readable, reason_of
+from skyreels_v3.parallel.ranks import choose_degrees
+from skyreels_v3.plan import terms_of
 from skyreels_v3.request import BY_NAME, GenerationRequest
 from skyreels_v3.runtime import check_device, likely_device
 from skyreels_v3.tasks import TASK_NAMES, TINY, task_spec
@@ -30,6 +34,7 @@ logger = logging.getLogger(__name__)
 PACKAGES = ("fastapi", "uvicorn", "python_multipart", "sse_starlette", "prometheus_client")
 FOLDER = "result/server"
 MAX_KEYS_BYTES = 64 << 10
+NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
 GRACE = 5  # seconds for open answers at the end
 MAX_HEADER_BYTES = 64 << 10
 MAX_CONNECTIONS = 1000
@@ -49,6 +54,7 @@ def serve(flags: Mapping[str, Any]) -> int:
     host, port = flags.get("host", GenerationRequest.host), flags.get("port", GenerationRequest.port)
     keys = keys_of(flags)
     check_access(host, keys, flags.get("no_auth", False))
+    check_names(flags.get("allowed_hosts", ()))
     check_device(flags.get("device", GenerationRequest.device))
     defaults = defaults_of(flags)
     workers = workers_of(flags)
@@ -72,7 +78,10 @@ def run(
 
     host, port = flags.get("host", GenerationRequest.host), listener.getsockname()[1]
     folder, private = Path(os.path.expanduser(flags.get("outdir", FOLDER))), flags.get("allow_private_urls", False)
-    settings = Settings(folder.absolute(), defaults, host, keys, private, keep_days=flags.get("keep_days"))
+    settings = Settings(
+        folder.absolute(), defaults, host, keys, private,
+        keep_days=flags.get("keep_days"), allowed_hosts=flags.get("allowed_hosts", ()), group=workers[1],
+    )  # fmt: skip
     queue = Queue(settings.folder, server=True)
     app = app_of(settings, queue)
     if find_spec("gradio") is not None:
@@ -98,6 +107,7 @@ def workers_of(flags: Mapping[str, Any]) -> tuple[list[Slot], dict[str, Any]]:
     if not flags.get("use_usp"):
         return slots_of(gpus, flags.get("workers")), {}
     size = group_size(gpus, flags.get("gpu_num"))
+    check_degrees(flags, size)
     shared = {name: value for name, value in flags.items() if BY_NAME[name].usp}
     return slots_of([",".join(gpus[:size])] if gpus else []), {
         **shared,
@@ -105,6 +115,24 @@ def workers_of(flags: Mapping[str, Any]) -> tuple[list[Slot], dict[str, Any]]:
         "gpu_num": size,
         "device": device,
     }
+
+
+def check_degrees(flags: Mapping[str, Any], size: int) -> None:
+    """Raise UserError if a group of `size` processes cannot divide any video in the way that is asked for.
+
+    Heads are left to each job: they depend on its model.
+    """
+    requests = [GenerationRequest(task_spec(name)) for name in TASK_NAMES]
+    degrees: dict[str, Any] = {name: flags.get(name) for name in ("cfg_degree", "ring_degree", "ulysses_degree")}
+    errors = []
+    for terms in sorted({1, *map(terms_of, requests)}):
+        try:
+            choose_degrees(replace(requests[0], **degrees), size, heads=size, terms=terms)
+        except UserError as error:
+            errors.append(error)
+        else:
+            return
+    raise errors[0]
 
 
 def server_of(app: FastAPI) -> uvicorn.Server:
@@ -123,6 +151,8 @@ def server_of(app: FastAPI) -> uvicorn.Server:
 
 def keys_of(flags: Mapping[str, Any]) -> tuple[str, ...]:
     """The keys in --api_key, or in the file that it names; raises UserError."""
+    from skyreels_v3.web.security import KEY
+
     given = flags.get("api_key")
     if given is None:
         return ()
@@ -138,8 +168,8 @@ def keys_of(flags: Mapping[str, Any]) -> tuple[str, ...]:
             )
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         keys, place = [line.strip() for line in lines if line.strip() and not line.startswith("#")], "a line"
-    if not keys or not all(key.isascii() and key.isprintable() and " " not in key and key for key in keys):
-        raise UserError("--api_key", f"{place} is not a key; give letters, digits and signs without spaces")
+    if not keys or not all(map(KEY.fullmatch, keys)):
+        raise UserError("--api_key", f"{place} is not a key; give letters, digits and any of - . _ ~ + /")
     return tuple(dict.fromkeys(keys))
 
 
@@ -151,6 +181,13 @@ def check_access(host: str, keys: tuple[str, ...], no_auth: bool) -> None:
         raise UserError(
             "--host", f"{format_value(host)}: other machines could use this server; add --api_key, or --no_auth"
         )
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise UserError for what no client sends as a host."""
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise UserError("--allowed_hosts", f"{format_value(name)} is not a host name; give video.example.com or so")
 
 
 def defaults_of(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,8 @@ class Settings:
     Attributes:
         folder: with the queue and the jobs' files.
         defaults: flags for all jobs that do not say otherwise, converted.
-        host: address to listen on.
+        host: address to listen on; allowed_hosts: other names that clients reach it by.
+        group: --use_usp and related flags for all jobs, if each is made by several processes.
         keys: clients must send one of them; empty: none is needed.
         allow_private_urls: also fetch inputs from private networks.
         keep_days: days that a job stays after it has ended; None: forever.
@@ -61,6 +62,8 @@ class Settings:
     keys: tuple[str, ...] = ()
     allow_private_urls: bool = False
     keep_days: float | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    group: Mapping[str, Any] = field(default_factory=dict)
     limits: Limits = Limits()
 
     @cached_property

@@ -249,6 +249,19 @@ def test_content(served):
     assert served.client.get(f"/v1/videos/{id}/preview").content == png()
 
 
+def test_content_of_what_has_not_finished(served):
+    """The windows that were finished before a job failed."""
+    id = served.post(**SMALL)["id"]
+    url = f"/v1/videos/{id}/content?variant=partial"
+    error_of(served.client.get(url), 404)
+    job = served.queue.claim("0")
+    (job.folder / "video.partial.mp4").write_bytes(served.video)
+    served.queue.fail(id, "0", "internal_error", "it broke")
+    answer = served.client.get(url)
+    assert answer.content == served.video and f"{id}-partial.mp4" in answer.headers["content-disposition"]
+    error_of(served.client.get(f"/v1/videos/{id}/content"), 409)
+
+
 def test_cancel_and_delete(served):
     queued, running, done = served.post(**SMALL)["id"], None, None
     assert served.client.post(f"/v1/videos/{queued}/cancel").json()["error"]["code"] == "cancelled"
@@ -380,9 +393,19 @@ def test_plan(served):
     assert plan["object"] == "video.plan" and "latents [1, 16, 2, 4, 4]" in plan["text"]
     assert (plan["task_type"], plan["frames"], plan["passes"][0]["tokens"]) == ("i2v", 5, 8)
     assert plan["memory_bytes"]["resident"]["whole"] > 0 and str(served.folder) not in json.dumps(plan)
+    assert "processes" not in plan["text"]
     answer = served.client.post("/v1/videos/plan", json={"prompt": "a", "model": "Skywork/SkyReels-V1-Hunyuan-T2V"})
     assert answer.status_code == 200, answer.text
     assert not [*(served.folder / "jobs").iterdir()] and served.client.get("/v1/videos").json()["data"] == []
+
+
+@pytest.mark.slow
+def test_plan_of_a_group(serve):
+    """What each of two processes does, not what one alone would do; or why two cannot divide this video."""
+    served = serve(defaults={"model_id": "tiny"}, group={"use_usp": True, "gpu_num": 2, "device": "cpu"})
+    fields = {"prompt": "a", "task_type": "t2v", "guidance_scale": 6, **SMALL}
+    plan = served.client.post("/v1/videos/plan", json=fields).json()
+    assert "2: guidance 2 x ring 1 x Ulysses 1" in plan["text"]
 
 
 # The command
@@ -404,6 +427,12 @@ BUSY = "--port: {port} cannot be listened on"
         (["--output", "a.mp4"], "--output: a.mp4: does not go with --serve"),
         (["--jobs", "a.jsonl"], "--jobs: a.jsonl: does not go with --serve"),
         (["--gpu_num", "2", "--workers", "2"], "--workers: conflicts with --use_usp"),
+        (["--api_key", "a,b"], "--api_key: it is not a key"),
+        (["--allowed_hosts", "https://a.example"], "--allowed_hosts: https://a.example is not a host name"),
+        (
+            ["--use_usp", "--device", "cpu", "--gpu_num", "4", "--ulysses_degree", "3"],
+            "--ulysses_degree: 3: ring x Ulysses must be 4",
+        ),
         (["--ring_degree", "2"], "--ring_degree: is for several processes; add --use_usp"),
         (["--use_usp", "--device", "cpu"], "--use_usp: this machine has no GPUs"),
         (["--keep_days", "0"], "--keep_days: 0 is out of range"),

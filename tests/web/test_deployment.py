@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import httpx
@@ -151,7 +151,7 @@ http {{
     include {folder}/skyreels.conf;
 }}
 """
-KEYS = [f"client-{number}" for number in range(16)]  # that one server gets all is less likely than 1 to 10,000
+KEYS = [f"client+/{number}==" for number in range(16)]  # that one server gets all is less likely than 1 to 10,000
 FOLLOWED = 5  # whose videos are waited for
 
 
@@ -159,6 +159,11 @@ def free_port() -> int:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return taken.getsockname()[1]
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 @contextmanager
@@ -180,6 +185,10 @@ def running_balancer(folder: Path, addresses: list[str]) -> Iterator[str]:
     subprocess.run([*command, "-t"], check=True, capture_output=True)
     process = subprocess.Popen(command)
     try:
+        end = monotonic() + 30
+        while not is_open(port):
+            assert process.poll() is None and monotonic() < end
+            sleep(0.05)
         yield f"https://localhost:{port}"
     finally:
         process.terminate()

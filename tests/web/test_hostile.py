@@ -161,6 +161,12 @@ HEADERS = [
 ]  # fmt: skip
 
 
+def test_names_of_a_proxy(serve):
+    served = serve(defaults={"model_id": "tiny"}, allowed_hosts=("Video.example",))
+    for host, status in (("video.example:443", 200), ("www.video.example", 403), ("example", 403)):
+        assert served.client.get("/health", headers={"Host": host}).status_code == status
+
+
 @pytest.fixture
 def small(serve) -> Served:
     """A server with small limits."""

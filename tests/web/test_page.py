@@ -421,7 +421,7 @@ def test_queue_by_keyboard(server, browse):
     page.wait_for_selector("#queue progress")
     page.wait_for_function("/step [0-9]+ of 200/.test(document.querySelector('#queue').innerText)", timeout=120_000)
     page.wait_for_selector("#queue img")
-    assert "1 running, 2 waiting, denoising" in page.inner_text("#status [role=status]").lower()
+    assert "1 running (denoising), 2 waiting" in page.inner_text("#status [role=status]").lower()
     row = f"#queue li[data-job='{last}']"
     for do, place in (("up", 1), ("down", 2), ("up", 1)):
         page.locator(f"{row} button[data-do={do}]").focus()
@@ -463,11 +463,11 @@ def test_scripts_in_names_are_text(server, browse):
 
 def test_keys_do_not_see_each_other(serve, browse, tmp_path):
     keys = tmp_path / "keys.txt"
-    keys.write_text("first-key\nsecond-key\n")
+    keys.write_text("first/key+==\nsecond-key\n")
     address = serve("--outdir", str(tmp_path / "server"), "--api_key", str(keys))
     assert ask(address, "/config")[0] == 401 and ask(address, "/gradio_api/startup-events")[0] == 401
     pages = []
-    for key in ("first-key", "second-key"):
+    for key in ("first/key+==", "second-key"):
         page = browse(address, PHONE, "#key")
         page.fill("#key", key)
         page.keyboard.press("Enter")
@@ -475,7 +475,7 @@ def test_keys_do_not_see_each_other(serve, browse, tmp_path):
         pages.append(page)
     first, second = pages
     (cookie,) = first.context.cookies()
-    assert cookie["httpOnly"] and cookie["sameSite"] == "Strict"
+    assert cookie["httpOnly"] and cookie["sameSite"] == "Strict" and cookie["value"] == "first/key+=="
     fill(first, "i2v", "A square", {"name": "own.png", "mimeType": "image/png", "buffer": png(40)})
     id = start(first, "i2v")
     dropped = first.get_attribute("#i2v-image-0 img", "src")
