@@ -19,19 +19,21 @@ from playwright.sync_api import sync_playwright
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
-EXAMPLES = (("t2v", 1), ("i2v", 1), ("reference_to_video", 1), ("reference_to_video", 0))  # tabs, and which of each
-FRAMES = "25"
-WAITING = ("reference_to_video", 2)
+# tabs, and which of their examples
+EXAMPLES = (("talking_avatar", 0), ("i2v", 0), ("reference_to_video", 0), ("single_shot_extension", 0))
+RUNNING = ("single_shot_extension", 0)
+SECONDS = "30"  # of that one: long enough for a picture
 MAX_COLORS = 256  # pictures of a page have few, and are a third as large
 
 
-def run_example(page: Any, task: str, number: int) -> None:
-    """Start an example of a tab."""
+def run_example(page: Any, task: str, number: int, seconds: str = "") -> None:
+    """Start an example of a tab, of some length if that is given."""
     page.click(f"#tab-{task}-button")
     page.locator(f"#{task}-examples button").nth(number).click()
     page.wait_for_function(f"document.querySelector('#{task}-prompt textarea').value")
     page.wait_for_timeout(1000)  # its files
-    page.fill(f"#{task}-num_frames textarea", FRAMES)
+    if seconds:
+        page.fill(f"#{task}-duration input", seconds)
     page.click(f"#{task}-start")
     page.wait_for_selector(f"#{task}-notice .message")
     page.wait_for_timeout(1000)
@@ -53,7 +55,7 @@ def take_all(address: str, chromium: Any) -> None:
         run_example(page, task, number)
     page.wait_for_function(f"document.querySelectorAll('#gallery video').length == {len(EXAMPLES)}", timeout=900_000)
     for _ in range(2):
-        run_example(page, *WAITING)
+        run_example(page, *RUNNING, SECONDS)
     page.wait_for_selector("#queue img", timeout=120_000)
     page.evaluate("document.activeElement.blur(), scrollTo(0, 0)")
     take(page, "page_desktop")
@@ -76,20 +78,14 @@ def take_all(address: str, chromium: Any) -> None:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "generate_video.py",
-            "--serve",
-            "--port",
-            "0",
-            "--model_id",
-            "tiny",
-            "--outdir",
-            folder,
-        ]
+        flags = ["--serve", "--port", "0", "--model_id", "tiny", "--outdir", folder]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         server = subprocess.Popen(
-            [*command, *sys.argv[1:]], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+            [sys.executable, "generate_video.py", *flags, *sys.argv[1:]],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         try:
             assert server.stdout is not None
