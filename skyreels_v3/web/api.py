@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ from skyreels_v3.web.fields import FlagReader, files_of, link, published, schema
 from skyreels_v3.web.metrics import Metrics
 from skyreels_v3.web.pictures import picture_of
 from skyreels_v3.web.planning import PlanFailed, Planner
-from skyreels_v3.web.queue import FINAL, Job, Queue, QueueFull, State
+from skyreels_v3.web.queue import FINAL, STATES, Job, Queue, QueueFull, State
 from skyreels_v3.web.security import Guard
 from skyreels_v3.web.settings import Settings
 from skyreels_v3.web.uploads import FORM, JSON, Fields, read_fields
@@ -74,7 +75,7 @@ def app_of(settings: Settings, queue: Queue) -> FastAPI:
         ("/v1/videos/{id}/preview", "GET,HEAD", api.preview),
         ("/v1/videos/{id}/events", "GET", api.events),
         ("/v1/models", "GET", api.models),
-        ("/health", "GET", api.health),
+        ("/health", "GET,HEAD", api.health),
         ("/metrics", "GET", api.show_metrics),
     ):
         reads = endpoint in (api.create, api.extend, api.plan, api.remix)
@@ -111,7 +112,7 @@ class Api:
         self.settings, self.queue = settings, queue
         self.metrics = Metrics(queue.counts)
         self.planner = Planner(settings.limits.plan_seconds, settings.group)
-        self.uploads = self.streams = 0
+        self.uploads, self.streams = Counter[str](), Counter[str]()  # of each owner
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -131,7 +132,7 @@ class Api:
 
     async def submit(self, request: Request, names: Mapping[str, str] | None = None, **preset: Any) -> JSONResponse:
         owner = owner_of(request)
-        async with self.new_folder() as (id, folder):
+        async with self.new_folder(owner) as (id, folder):
             reader = self.flag_reader(folder, owner, names)
             with user_errors(reader):
                 flags, made = await reader.read(await read_fields(request, folder, self.settings.limits), **preset)
@@ -144,24 +145,24 @@ class Api:
         owner = owner_of(request)
         source = await self.find(id, owner)
         if source.state is not State.COMPLETED:
-            raise ApiError(409, f"{id} is {source.state.value}; remix a completed video", "id")
+            raise ApiError(409, f"{id} {STATES[source.state]}; remix a completed video", "id")
         return await self.repeat(source, owner, lambda folder: read_fields(request, folder, self.settings.limits))
 
     async def repeat(self, source: Job, owner: str, read: Callable[[Path], Awaitable[Fields]]) -> JSONResponse:
         """Queue a video of the same inputs and flags as another, with the changes that `read` finds for its folder."""
-        async with self.new_folder() as (id, folder):
+        async with self.new_folder(owner) as (id, folder):
             reader = self.flag_reader(folder, owner)
             with user_errors(reader):
                 fields = await read(folder)
                 for name in files_of(source.flags):
                     await run_in_threadpool(link, source.folder / name, folder / name)
-                flags, _ = reader.read_changes(fields, source)
+                flags, _ = await reader.read_changes(fields, source)
             return await self.add(id, flags, owner, source.id)
 
     async def plan(self, request: Request) -> dict[str, Any]:
         """What a request for a video would take: the text of --dry_run, and its numbers. Nothing is queued."""
         owner = owner_of(request)
-        async with self.new_folder(keep=False) as (_, folder):
+        async with self.new_folder(owner, keep=False) as (_, folder):
             reader = self.flag_reader(folder, owner)
             with user_errors(reader):
                 flags, _ = await reader.read(await read_fields(request, folder, self.settings.limits))
@@ -174,18 +175,17 @@ class Api:
                 made = await self.planner.plan(flags, reader.folder)
             except PlanFailed as error:
                 raise ApiError(503, f"{without_paths(str(error))}; try again", code="no_plan") from error
-        return {**made, "text": without_paths(made["text"])}
+        return {**made, "text": without_paths(made["text"].replace(f"{reader.folder}/", ""))}
 
     def flag_reader(self, folder: Path, owner: str, names: Mapping[str, str] | None = None) -> FlagReader:
         """Reads a request of an owner's whose files are in a folder."""
         return FlagReader(self.settings, folder, lambda id: self.find(id, owner), dict(names or {}))
 
     @asynccontextmanager
-    async def new_folder(self, keep: bool = True) -> AsyncIterator[tuple[str, Path]]:
+    async def new_folder(self, owner: str, keep: bool = True) -> AsyncIterator[tuple[str, Path]]:
         """An id and its folder, which is removed if anything goes wrong."""
-        if self.uploads >= self.settings.limits.uploads:
-            raise ApiError(429, "too many requests are being read; try again", headers={"Retry-After": "5"})
-        self.uploads += 1
+        self.check_share(self.uploads, owner, self.settings.limits.uploads, "requests are being read")
+        self.uploads[owner] += 1
         try:
             id, folder = await run_in_threadpool(self.queue.new_id)
             try:
@@ -197,7 +197,12 @@ class Api:
                 if not keep:
                     self.queue.delete(id)  # not awaited: this may be a cancelled task
         finally:
-            self.uploads -= 1
+            self.uploads[owner] -= 1
+
+    def check_share(self, counts: Counter[str], owner: str, most: int, what: str) -> None:
+        """Raise ApiError if all owners have `most` open, or one who has a key a quarter of it."""
+        if counts.total() >= most or (owner and counts[owner] >= max(1, most // 4)):
+            raise ApiError(429, f"too many {what}; try again", headers={"Retry-After": "5"})
 
     async def add(self, id: str, flags: dict[str, Any], owner: str, parent: str) -> JSONResponse:
         """Queue a job."""
@@ -218,11 +223,11 @@ class Api:
             video["details"]["place"] = await run_in_threadpool(self.queue.place, job.id)
         return JSONResponse(video, headers=headers)
 
-    async def find(self, id: str, owner: str) -> Job:
-        """A job of an owner's; raises ApiError."""
+    async def find(self, id: str, owner: str, param: str = "id") -> Job:
+        """A job of an owner's; raises ApiError that names `param`."""
         job = await run_in_threadpool(self.queue.get, id) if ID.fullmatch(id) else None
         if job is None or job.owner != owner:
-            raise ApiError(404, f"there is no video {format_value(id)}", "id")
+            raise ApiError(404, f"there is no video {format_value(id)}", param)
         return job
 
     async def list(
@@ -235,7 +240,7 @@ class Api:
         """Your videos, those behind `after`, newest first unless `order` is asc."""
         owner = owner_of(request)
         if after is not None:
-            await self.find(after, owner)
+            await self.find(after, owner, "after")
         newest = order == "desc"
         jobs, more = await run_in_threadpool(self.queue.list, owner, (), after, limit, newest)
         data = [video_of(job, self.settings) for job in jobs]
@@ -272,9 +277,9 @@ class Api:
         if variant == "partial":
             return await send_file(job.partial, KINDS[variant], request, f"{id}-partial.mp4")
         if job.state is not State.COMPLETED:
-            raise ApiError(
-                409, f"{id} is {job.state.value}; its content is there once it is completed", "id", "not_ready"
-            )
+            hint = "variant=partial is what it had finished" if job.partial.exists() else "it has no video"
+            hint = hint if job.state in FINAL else "its content is there once it is completed"
+            raise ApiError(409, f"{id} {STATES[job.state]}; {hint}", "id", "not_ready")
         path = job.video
         if variant != "video":
             try:
@@ -294,13 +299,12 @@ class Api:
         """Server-sent events: `progress`, `preview` with a URL, and `end` with the video."""
         owner = owner_of(request)
         await self.find(id, owner)
-        if self.streams >= self.settings.limits.streams:
-            raise ApiError(429, "too many event streams are open; ask for the video instead")
+        self.check_share(self.streams, owner, self.settings.limits.streams, "event streams are open")
         return EventSourceResponse(self.follow(id, owner), ping=PING_SECONDS)
 
     async def follow(self, id: str, owner: str) -> AsyncIterator[ServerSentEvent]:
         """A job's changes until it ends or is deleted."""
-        self.streams += 1
+        self.streams[owner] += 1
         try:
             shown: Any = None
             preview = 0
@@ -323,7 +327,7 @@ class Api:
                     yield event("preview", {"id": id, "number": preview, "url": now["preview"]})
                 await asyncio.sleep(EVENT_SECONDS)
         finally:
-            self.streams -= 1
+            self.streams[owner] -= 1
 
     # The server
 

@@ -19,6 +19,8 @@ CODES = {
 # an absolute path, which is no part of a URL; what remains is its last part
 PATH = re.compile(r"(?<![\w:/.~-])~?/(?:[^\s/'\",;]+/)+([^\s/'\",;]*)")
 
+FLAG = re.compile(r"(?<![\w-])--([a-z]\w*)")
+
 
 class ApiError(Exception):
     """A request that is refused.
@@ -63,7 +65,8 @@ def from_user_error(error: UserError, fields: Mapping[str, str], status: int = 4
     """
     flag = error.flag.removeprefix("--")
     name = fields.get(flag, flag)
-    return ApiError(status, f"{name}: {without_paths(error.message)}", name)
+    message = FLAG.sub(lambda match: fields.get(match[1], match[1]), without_paths(error.message))
+    return ApiError(status, f"{name}: {message}", name)
 
 
 def from_status(status: int, detail: str, headers: Mapping[str, str] | None = None) -> ApiError:

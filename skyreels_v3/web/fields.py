@@ -17,18 +17,20 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from skyreels_v3.checkpoints.hub import HUB_LORA
+from skyreels_v3.checkpoints.hub import HUB_LORA, refuse_other_tasks
 from skyreels_v3.checks import describe_value, parse_lora, request_of
 from skyreels_v3.cli import convert_from_file, job_flags, split, unknown_key, without_overruled
 from skyreels_v3.config_text import read_json_text
 from skyreels_v3.errors import UserError, format_value
+from skyreels_v3.families import pipeline_of
 from skyreels_v3.hints import SEE_HELP
+from skyreels_v3.inputs import open_inputs
 from skyreels_v3.media.download import download_async
-from skyreels_v3.request import ALIKE, BY_NAME, FLAGS, Flag, GenerationRequest
+from skyreels_v3.request import ALIKE, BY_NAME, FLAGS, Flag, GenerationRequest, ResolvedRequest
 from skyreels_v3.runtime import check_compute, check_device
 from skyreels_v3.tasks import TASK_NAMES, TaskSpec, task_spec
 from skyreels_v3.web.errors import ApiError
-from skyreels_v3.web.queue import Job
+from skyreels_v3.web.queue import STATES, Job
 from skyreels_v3.web.settings import Settings
 from skyreels_v3.web.uploads import Fields, Upload, check_kind, decode_data_url, max_bytes
 
@@ -79,9 +81,9 @@ class FlagReader:
         for name in INPUTS:
             if name in values:
                 values[name] = await self.take_inputs(BY_NAME[name], values[name])
-        return self.check(values, self.settings.defaults)
+        return await self.check(values, self.settings.defaults)
 
-    def read_changes(self, given: Fields, job: Job) -> tuple[dict[str, Any], GenerationRequest]:
+    async def read_changes(self, given: Fields, job: Job) -> tuple[dict[str, Any], GenerationRequest]:
         """The same for another job's flags with changes; its input files have to be in the folder.
 
         Raises:
@@ -90,17 +92,28 @@ class FlagReader:
         values = self.rename(merge_extra(given))
         for name in filter(values.__contains__, (REFERENCE, *INPUTS)):
             raise UserError(f"--{name}", "inputs are those of the first video; leave it out, or make a new one")
+        if "prompt" not in values:
+            raise UserError("--prompt", "missing; say what the new video shows")
         self.parent = job.id
-        return self.check({"prompt": None, **values}, job.flags)
+        return await self.check(values, job.flags)
 
-    def check(self, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[dict[str, Any], GenerationRequest]:
+    async def check(
+        self, values: Mapping[str, Any], defaults: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], GenerationRequest]:
         """Flags with `defaults` beside them, and the request that they make; raises UserError."""
         converted = {name: convert_from_file(name, as_switch(name, value), "") for name, value in values.items()}
         flags = without_overruled(defaults, converted) | converted
         request = request_of(job_flags(flags, {}, str(self.folder)))
         check_device(request.device)
         check_compute(request)
+        await run_in_threadpool(self.check_inputs, request)
         return flags | {"seed": request.seed}, request  # one that was drawn is kept
+
+    def check_inputs(self, request: GenerationRequest) -> None:
+        """What would fail in its turn, perhaps hours later; raises UserError."""
+        refuse_other_tasks(request)
+        opened, inputs = open_inputs(request, self.folder)
+        pipeline_of(request.task).check_inputs(ResolvedRequest.of(opened, output=self.folder / "video.mp4"), inputs)
 
     def rename(self, given: Fields) -> Fields:
         """Fields by the names of flags; without those that are null."""
@@ -138,6 +151,8 @@ class FlagReader:
             if name not in BY_NAME and name != REFERENCE:
                 meant = unknown_key(name, value).replace(SEE_HELP, "see /docs")
                 raise ApiError(400, meant, self.fields[name], "unknown_parameter")
+            if name not in (*INPUTS, REFERENCE) and isinstance(value, Upload):
+                raise UserError(f"--{name}", "is a file; send its value")
 
     def check_models(self, values: Fields) -> None:
         """A model that the server has, in the place of its name; LoRAs from a hub only."""
@@ -214,14 +229,18 @@ class FlagReader:
     async def fetch(self, url: str, name: str, most: int) -> Upload:
         """Download an input, by the command line's rules."""
         seconds = self.settings.defaults.get("url_timeout", GenerationRequest.url_timeout)
-        path = await download_async(url, name, self.folder, seconds, most, False, self.settings.allow_private_urls)
+        private = self.settings.allow_private_urls
+        try:
+            path = await download_async(url, name, self.folder, seconds, most, False, private)
+        except UserError as error:  # its advice is for the server's own user
+            raise UserError(name, f"{error.message.partition('; ')[0]}; send the file itself") from error
         return Upload(path, path.name)
 
     async def take_video(self, id: str, stem: str) -> str:
         """Take the video of another job of this client's."""
         job = await self.find(id)
         if not job.video.is_file():
-            raise ApiError(409, f"{job.id} is {job.state.value}: it has no video; wait until it is completed", "video")
+            raise ApiError(409, f"{job.id} {STATES[job.state]}: it has no video", "video")
         self.parent = job.id
         name = f"{stem}.mp4"
         await run_in_threadpool(link, job.video, self.folder / name)

@@ -175,7 +175,7 @@ class Page:
         """Show what a form's video would take."""
         owner = owner_of(request)
         try:
-            async with self.api.new_folder(keep=False) as (_, folder):
+            async with self.api.new_folder(owner, keep=False) as (_, folder):
                 reader = self.api.flag_reader(folder, owner)
                 made = await self.api.make_plan(await self.read(form, data, reader, owner), reader)
         except ApiError as error:
@@ -186,7 +186,7 @@ class Page:
         """Queue a form's video."""
         owner = owner_of(request)
         try:
-            async with self.api.new_folder() as (id, folder):
+            async with self.api.new_folder(owner) as (id, folder):
                 flags = await self.read(form, data, self.api.flag_reader(folder, owner), owner)
                 await self.api.add(id, flags, owner, "")
         except ApiError as error:

@@ -5,16 +5,18 @@ A browser sends its key as a cookie, which no script can read and no other site 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Match, Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,9 +25,11 @@ from skyreels_v3.web.errors import ApiError, from_status, response_of
 from skyreels_v3.web.security import KEY, Guard
 from skyreels_v3.web.settings import Settings
 
-COOKIE = "skyreels_key"
+COOKIE, SIGN_OUT = "skyreels_key", "/sign_out"
 MONTH = 30 * 24 * 3600
 MAX_SIGN_IN_BYTES = 4096
+MAX_EVENT_BYTES = 4 << 20
+BODY_SECONDS = 20
 OF_API = re.compile(r"/(v1|docs|openapi\.json|health|metrics)(/|$)")
 STATIC = re.compile(r"/(assets|static|svelte)/|/(theme\.css|favicon\.ico)$")
 # what the page's own scripts ask for
@@ -33,6 +37,8 @@ GRADIO = re.compile(
     r"/$|/config$|/gradio_api/(heartbeat/\w+$|file=/|((queue/(join|data)|run/predict|upload|upload_progress|cancel|reset"
     r"|startup-events|info|app_id|theme\.css)/?$))"
 )
+EVENTS = re.compile(r"/gradio_api/(queue/join|run/predict)/?$")
+ADDRESS = re.compile(r"\s*[\w+.-]+:", re.ASCII)
 FILE, UPLOAD = "/gradio_api/file=", "/gradio_api/upload"
 # Gradio makes functions of texts, and loads WebAssembly in a worker for clips
 POLICY = (
@@ -154,6 +160,11 @@ class PageAccess:
                     headers["Cache-Control"] = "private, max-age=3600"
             await send(message)
 
+        if path == SIGN_OUT:
+            answer = RedirectResponse("/", 303)
+            answer.delete_cookie(COOKIE)
+            await answer(scope, receive, with_policy)
+            return
         if path == "/" and self.keys:
             if scope["method"] == "POST":
                 await (await self.sign_in(Request(scope, receive)))(scope, receive, with_policy)
@@ -165,7 +176,29 @@ class PageAccess:
         if not self.is_needed(path, scope["owner"]):
             await response_of(from_status(404, ""))(scope, receive, send)
             return
+        if EVENTS.match(path):
+            try:
+                receive = await self.checked(Request(scope, receive))
+            except ApiError as error:
+                await response_of(error)(scope, receive, send)
+                return
         await self.app(scope, receive, with_policy)
+
+    async def checked(self, request: Request) -> Receive:
+        """What Gradio receives of an event, once it has been looked at; raises ApiError."""
+        body = await read_all(request, MAX_EVENT_BYTES)
+        try:
+            foreign = names_address(json.loads(body))
+        except (ValueError, RecursionError) as error:
+            raise ApiError(400, "the body is not JSON") from error
+        if foreign:
+            raise ApiError(403, "files are sent, not fetched from an address")
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Message:
+            return messages.pop() if messages else await request.receive()
+
+        return receive
 
     def is_needed(self, path: str, owner: str) -> bool:
         """Whether the page needs a route; of files it needs only what its user has dropped into it."""
@@ -184,11 +217,10 @@ class PageAccess:
 
     async def sign_in(self, request: Request) -> Response:
         """Give the browser its cookie."""
-        body = b""
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_SIGN_IN_BYTES:
-                return response_of(from_status(413, ""))
+        try:
+            body = await read_all(request, MAX_SIGN_IN_BYTES)
+        except ApiError as error:
+            return response_of(error)
         key = parse_qs(body.decode("latin-1")).get("key", [""])[0].strip()
         try:
             known = self.is_key(key, request.scope)
@@ -201,6 +233,32 @@ class PageAccess:
         kind = f"Max-Age={MONTH}; Path=/; HttpOnly; SameSite=strict"
         answer.headers["Set-Cookie"] = f"{COOKIE}={key}; {kind}{'; Secure' * (request.url.scheme == 'https')}"
         return answer
+
+
+async def read_all(request: Request, most: int) -> bytes:
+    """A small body; raises ApiError if it is large or slow."""
+    body = b""
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > most:
+                    raise ApiError(413, "the body is too large")
+    except TimeoutError:
+        raise ApiError(408, "the body arrives too slowly", headers={"Connection": "close"}) from None
+    except ClientDisconnect as error:
+        raise ApiError(400, "the body was broken off") from error
+    return body
+
+
+def names_address(value: Any) -> bool:
+    """Whether an event of a page has a file that Gradio would fetch from elsewhere, without any limit."""
+    if isinstance(value, list):
+        return any(map(names_address, value))
+    if not isinstance(value, dict):
+        return False
+    path = value.get("path")
+    return (isinstance(path, str) and ADDRESS.match(path) is not None) or any(map(names_address, value.values()))
 
 
 def client_of(scope: Scope) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import gradio as gr
 
-from skyreels_v3.checks import MAX_SPEAKERS, request_of
+from skyreels_v3.checks import MAX_SPEAKERS
 from skyreels_v3.cli import build_parser, convert_entries
 from skyreels_v3.request import BY_NAME, FLAGS, SHORTHANDS, Flag
 from skyreels_v3.tasks import CONFIG_DIR, REFERENCE_SLOTS, TASK_NAMES, TaskSpec, task_spec
@@ -270,9 +270,7 @@ def grouped() -> list[tuple[str, list[Flag]]]:
 
 def initial_values(task: str, settings: Settings) -> dict[str, Any]:
     """What each flag is if nothing is given: as the server's defaults and the preset have it."""
-    flags = {name: value for name, value in settings.defaults.items() if BY_NAME[name].is_for(task_spec(task))}
-    needed = {name: ["x"] if BY_NAME[name].several else "x" for name in task_spec(task).inputs}
-    made = request_of({**flags, "task_type": task, "prompt": "x", **needed})
+    flags, made = settings.initial_request(task)
     values: dict[str, Any] = {}
     for flag in FLAGS:
         value = flags.get(flag.name, getattr(made, flag.name))

@@ -61,6 +61,13 @@ class State(StrEnum):
 
 
 FINAL = (State.COMPLETED, State.FAILED, State.CANCELLED)
+STATES = {  # for messages, after a job's id
+    State.QUEUED: "is queued",
+    State.IN_PROGRESS: "is being made",
+    State.COMPLETED: "is completed",
+    State.FAILED: "has failed",
+    State.CANCELLED: "was cancelled",
+}
 
 
 @dataclass(frozen=True)
@@ -187,7 +194,7 @@ class Queue:
         id = f"video_{secrets.token_hex(16)}"
         with self._change() as db:
             db.execute("INSERT INTO jobs (id, state) VALUES (?, ?)", (id, UPLOADING))
-            self.folder_of(id).mkdir()
+            self.folder_of(id).mkdir(parents=True)
         return id, self.folder_of(id)
 
     def add(self, id: str, flags: Mapping[str, Any], owner: str = "", parent: str = "", priority: int = 0) -> Job:

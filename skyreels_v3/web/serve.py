@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skyreels_v3.checkpoints.hub import local_folder
+from skyreels_v3.checkpoints.hub import local_folder, locate_lora
 from skyreels_v3.console import show
 from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.media.files import check_readable, reason_of
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 PACKAGES = ("fastapi", "uvicorn", "python_multipart", "sse_starlette", "prometheus_client")
 FOLDER = "result/server"
 MAX_KEYS_BYTES = 64 << 10
+MIN_KEY = 16  # characters of a key on the command line
+FILE_NAME = re.compile(r".+\.\w{1,5}")
 NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
 GRACE = 5  # seconds for open answers at the end
 MAX_HEADER_BYTES = 64 << 10
@@ -52,6 +54,8 @@ def serve(flags: Mapping[str, Any]) -> int:
     if missing:
         raise UserError("--serve", f"needs pip install -r requirements-web.txt ({', '.join(missing)} not found)")
     host, port = flags.get("host", GenerationRequest.host), flags.get("port", GenerationRequest.port)
+    if not flags.get("outdir", FOLDER).strip():
+        raise UserError("--outdir", "an empty value; give a folder for the server's files")
     keys = keys_of(flags)
     check_access(host, keys, flags.get("no_auth", False))
     check_names(flags.get("allowed_hosts", ()))
@@ -82,6 +86,9 @@ def run(
         folder.absolute(), defaults, host, keys, private,
         keep_days=flags.get("keep_days"), allowed_hosts=flags.get("allowed_hosts", ()), group=workers[1],
     )  # fmt: skip
+    for task in TASK_NAMES:
+        for lora in settings.initial_request(task)[1].lora:
+            locate_lora(lora.source)
     queue = Queue(settings.folder, server=True)
     app = app_of(settings, queue)
     if find_spec("gradio") is not None:
@@ -159,24 +166,38 @@ def keys_of(flags: Mapping[str, Any]) -> tuple[str, ...]:
     if flags.get("no_auth"):
         raise UserError("--api_key", "conflicts with --no_auth; give one of them")
     keys, place = [given], "it"
-    if os.path.exists(os.path.expanduser(given)):
+    if not os.path.exists(os.path.expanduser(given)):
+        check_literal(given)
+    else:
         path = Path(os.path.expanduser(given))
         check_readable(path, "--api_key")
         if path.stat().st_size > MAX_KEYS_BYTES:
             raise UserError(
                 "--api_key", f"{format_value(path)} has more than {MAX_KEYS_BYTES >> 10} KiB; give a key per line"
             )
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        keys, place = [line.strip() for line in lines if line.strip() and not line.startswith("#")], "a line"
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()]
+        keys = [line for line in lines if line and not line.startswith("#")]
+        wrong = next((key for key in keys if not KEY.fullmatch(key)), None)
+        place = f"{format_value(path)} has none; it" if wrong is None else f"line {lines.index(wrong) + 1}"
     if not keys or not all(map(KEY.fullmatch, keys)):
         raise UserError("--api_key", f"{place} is not a key; give letters, digits and any of - . _ ~ + /")
     return tuple(dict.fromkeys(keys))
+
+
+def check_literal(key: str) -> None:
+    """Raise UserError for what is rather the name of a file that is missing, or easily guessed."""
+    if "/" in key or FILE_NAME.fullmatch(key):
+        raise UserError("--api_key", f"there is no file {format_value(key)}; give the path of one, or a key without /")
+    if len(key) < MIN_KEY:
+        reason = f"it is no file, and a key of less than {MIN_KEY} characters is easily guessed"
+        raise UserError("--api_key", f"{reason}; give one such as openssl rand -hex 16 makes")
 
 
 def check_access(host: str, keys: tuple[str, ...], no_auth: bool) -> None:
     """Raise UserError if other machines could use the server without a key, and nobody has said that they may."""
     from skyreels_v3.web.security import is_loopback
 
+    host = host.strip("[]")
     if not is_loopback(host) and not keys and not no_auth:
         raise UserError(
             "--host", f"{format_value(host)}: other machines could use this server; add --api_key, or --no_auth"
@@ -206,7 +227,7 @@ NOT_BASE = {"model_id": f", or {TINY}", "base_model_id": ""}
 def listen(host: str, port: int) -> socket.socket:
     """A socket that is bound to an address; raises UserError if that cannot be."""
     try:
-        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         reason = f"{format_value(host)} is not an address of this machine ({reason_of(error)})"
         raise UserError("--host", f"{reason}; give 127.0.0.1, 0.0.0.0 or another one") from error

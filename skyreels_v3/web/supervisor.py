@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 HANG_SECONDS = 1800.0  # a step on a slow GPU takes minutes
+CANCEL_SECONDS = 10.0
+LOADING, CANCELLED = ("", "loading"), "cancelled"  # stages, and what stands for a job in `Slot.seen`
 START_SECONDS = 30.0  # who fails before that has not got far: it is started again later and later
 MAX_DELAY = 60.0  # seconds
 RUNNER = (sys.executable, "-m", "skyreels_v3.web.runner")
@@ -94,6 +96,7 @@ class Supervisor:
         flags: for all jobs that do not contradict them, as beside --jobs.
         command: starts a worker; folder, name and flags are added.
         hang_seconds: a worker without progress for so long is killed; not while it loads, which may be a download.
+        cancel_seconds: a worker that goes on loading for so long after its job was cancelled is killed.
         retention: applied now and then.
     """
 
@@ -105,8 +108,10 @@ class Supervisor:
         command: Sequence[str] = RUNNER,
         hang_seconds: float = HANG_SECONDS,
         retention: Retention | None = None,
+        cancel_seconds: float = CANCEL_SECONDS,
     ) -> None:
-        self.queue, self.slots, self.hang_seconds = queue, slots, hang_seconds
+        self.queue, self.slots = queue, slots
+        self.hang_seconds, self.cancel_seconds = hang_seconds, cancel_seconds
         self.flags = json.dumps(dict(flags or {}))
         self.command = command
         self.retention = retention
@@ -191,7 +196,14 @@ class Supervisor:
 
     def _check_progress(self, slot: Slot, process: subprocess.Popen[bytes], job: Job | None) -> None:
         """Kill a worker that has made no progress for too long."""
-        if job is None or job.progress.stage in ("", "loading") or slot.seen[:2] != (job.id, job.reports):
+        if job is not None and job.cancelling and job.progress.stage in LOADING:
+            # it hears of that after the download, which may take hours; what has been downloaded stays
+            if slot.seen[0] != CANCELLED:
+                slot.seen = (CANCELLED, 0, monotonic())
+            elif monotonic() - slot.seen[2] > self.cancel_seconds:
+                slot.killed_for = "the job was cancelled while it was loading"
+                kill(process)
+        elif job is None or job.progress.stage in LOADING or slot.seen[:2] != (job.id, job.reports):
             slot.seen = ("", 0, 0.0) if job is None else (job.id, job.reports, monotonic())
         elif monotonic() - slot.seen[2] > self.hang_seconds:
             slot.killed_for = f"the worker made no progress for {self.hang_seconds:.0f} s"

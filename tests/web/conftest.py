@@ -33,6 +33,7 @@ class Served:
     client: Any
     queue: Queue
     video: bytes
+    short: bytes  # a video of 5 frames
 
     @property
     def folder(self) -> Path:
@@ -68,8 +69,15 @@ def clip(tmp_path_factory, write_lossless) -> bytes:
     return write_lossless(tmp_path_factory.mktemp("clip") / "clip.mp4", frames).read_bytes()
 
 
+@pytest.fixture(scope="session")
+def short_clip(tmp_path_factory, write_lossless) -> bytes:
+    """Five frames."""
+    frames = np.random.default_rng(0).integers(0, 255, (5, 32, 32, 3), np.uint8)
+    return write_lossless(tmp_path_factory.mktemp("clip") / "short.mp4", frames).read_bytes()
+
+
 @pytest.fixture
-def serve(tmp_path, clip) -> Iterator[Callable[..., Served]]:
+def serve(tmp_path, clip, short_clip) -> Iterator[Callable[..., Served]]:
     """Make an application with settings."""
     pytest.importorskip("fastapi", reason=HINT)
     pytest.importorskip("httpx2", reason=HINT)
@@ -80,13 +88,17 @@ def serve(tmp_path, clip) -> Iterator[Callable[..., Served]]:
 
     opened: list[Any] = []
 
-    def serve(**settings: Any) -> Served:
+    def serve(page: bool = False, **settings: Any) -> Served:
         queue = Queue(tmp_path / "server", server=True)
         app = app_of(Settings(tmp_path / "server", **settings), queue)
+        if page:
+            from skyreels_v3.web.page import mount_page
+
+            mount_page(app)
         client = TestClient(app, BASE, raise_server_exceptions=False)
         client.__enter__()
         opened.extend((client, queue))
-        return Served(client, queue, clip)
+        return Served(client, queue, clip, short_clip)
 
     yield serve
     for each in opened:

@@ -118,7 +118,7 @@ def test_defaults_give_way(serve):
         ({"seconds": "99"}, "seconds", "1 to 16 whole seconds"),
         ({"duration": 99}, "duration", "1 to 16 whole seconds"),
         ({"seconds": "4", "duration": 4}, "duration", "give one of them"),
-        ({"seconds": "4", "num_frames": 5}, "seconds", "conflicts with --num_frames"),
+        ({"seconds": "4", "num_frames": 5}, "seconds", "conflicts with num_frames"),
         ({"size": "big"}, "size", "WIDTHxHEIGHT"),
         ({"size": "100x100"}, "size", "not a multiple of 16"),
         ({"size": "64x64", "width": 64}, "size", "conflicts with width"),
@@ -229,7 +229,7 @@ def test_polling(served):
     answer = served.client.get(f"/v1/videos/{id}")
     assert "openai-poll-after-ms" not in answer.headers
     assert answer.json()["error"] == {"code": "internal_error", "message": "image.png broke passwd"}
-    error_of(served.client.get(f"/v1/videos/{id}/content"), 409)
+    assert error_of(served.client.get(f"/v1/videos/{id}/content"), 409)["message"].endswith("failed; it has no video")
 
 
 def test_content(served):
@@ -259,7 +259,7 @@ def test_content_of_what_has_not_finished(served):
     served.queue.fail(id, "0", "internal_error", "it broke")
     answer = served.client.get(url)
     assert answer.content == served.video and f"{id}-partial.mp4" in answer.headers["content-disposition"]
-    error_of(served.client.get(f"/v1/videos/{id}/content"), 409)
+    assert "variant=partial" in error_of(served.client.get(f"/v1/videos/{id}/content"), 409)["message"]
 
 
 def test_cancel_and_delete(served):
@@ -305,6 +305,44 @@ def test_events(served, monkeypatch):
     assert events[1][1]["step"] == 4 and events[2][1]["url"] == f"/v1/videos/{id}/preview?number=1"
     assert events[3][1]["error"]["message"] == "broke"
     error_of(served.client.get("/v1/videos/video_1/events"), 404)
+
+
+def test_what_cannot_work_is_refused_at_once(served):
+    """Not in its turn, perhaps hours later."""
+    clip = served.done()  # of 48 frames
+    small = {"prompt": "a", "task_type": "shot_switching_extension"}
+    for fields, param, words in (
+        ({"task_type": "t2v", "model": "Skywork/SkyReels-V3-R2V-14B"}, "model", "is the checkpoint of reference_to"),
+        ({"task_type": "i2v", "image": {"id": clip}}, "image", "is not a picture"),
+        ({"task_type": "i2v", "image": {"url": "http://10.0.0.1/a.png"}}, "image", "; send the file itself"),
+        ({"task_type": "t2v", "negative_prompt": "a", "text_guidance_scale": 3}, "text_guidance_scale", "does not"),
+    ):
+        error = error_of(served.client.post("/v1/videos", json={"prompt": "a", **fields}), 400)
+        assert error["param"] == param and words in error["message"] and "--" not in error["message"], error
+    (served.job(clip).video).write_bytes(served.short)
+    error = error_of(served.client.post("/v1/videos/extensions", json={**small, "video": {"id": clip}}), 400)
+    assert "frames" in error["message"] and error["param"] == "video"
+    error = error_of(served.client.post(f"/v1/videos/{clip}/remix", json={}), 400)
+    assert error["message"] == "prompt: missing; say what the new video shows"
+    files = {"prompt": ("a.png", png())}
+    assert "prompt: is a file" in error_of(served.client.post("/v1/videos", files=files), 400)["message"]
+    error = error_of(served.client.get("/v1/videos?after=video_1"), 404)
+    assert error["param"] == "after" and served.client.head("/health").status_code == 200
+
+
+def test_nobody_takes_all(serve):
+    """With a key, at most a quarter of the requests that are read, and of the event streams."""
+    served = serve(keys=("first", "second"))
+    api = served.client.app.state.api
+    first, second = ({"Authorization": f"Bearer {key}"} for key in ("first", "second"))
+    id = served.client.post("/v1/videos", json={"prompt": "a"}, headers=first).json()["id"]
+    owner = served.job(id).owner
+    api.uploads[owner], api.streams[owner] = 4, 25
+    for path in ("/v1/videos", f"/v1/videos/{id}/events"):
+        ask = served.client.get if path.endswith("events") else served.client.post
+        answer = ask(path, headers=first, **({} if path.endswith("events") else {"json": {"prompt": "a"}}))
+        assert error_of(answer, 429) and answer.headers["retry-after"] == "5"
+    assert served.client.post("/v1/videos", json={"prompt": "a"}, headers=second).status_code == 200
 
 
 # Keys
@@ -411,6 +449,16 @@ def test_plan_of_a_group(serve):
 # The command
 
 
+def test_a_file_of_keys(tmp_path, refuse):
+    from skyreels_v3.web.serve import keys_of
+
+    path = tmp_path / "keys"
+    path.write_text("\ufeff# mine\n  # and others\n\n one \ntwo\none\n", encoding="utf-8")
+    assert keys_of({"api_key": str(path)}) == ("one", "two")
+    path.write_text("one\n\ntwo words\n")
+    assert "--api_key: line 3 is not a key" in refuse(["--serve", "--api_key", str(path)])
+
+
 BUSY = "--port: {port} cannot be listened on"
 
 
@@ -421,13 +469,19 @@ BUSY = "--port: {port} cannot be listened on"
         (["--port", "65536"], "--port: 65536 is out of range"),
         (["--host", "0.0.0.0"], "--host: 0.0.0.0: other machines could use this server; add --api_key, or --no_auth"),
         (["--host", "no such host", "--no_auth"], "--host: no such host is not an address of this machine"),
-        (["--api_key", "two words"], "--api_key: it is not a key"),
+        (["--api_key", "two words of a key"], "--api_key: it is not a key"),
+        (["--api_key", "a-long-key-with,a-comma"], "--api_key: it is not a key"),
+        (["--api_key", "/no/such/file"], "--api_key: there is no file /no/such/file"),
+        (["--api_key", "keys-of-my-server.txt"], "--api_key: there is no file keys-of-my-server.txt"),
+        (["--api_key", "api_key"], "--api_key: it is no file, and a key of less than 16 characters"),
+        (["--outdir", ""], "--outdir: an empty value"),
+        (["--num_frames", "7"], "--num_frames: 7: not 4k+1"),
+        (["--lora", "/nope.safetensors"], "--lora: /nope.safetensors is not a file or folder"),
         (["--api_key", "a", "--no_auth"], "--api_key: conflicts with --no_auth"),
         (["--prompt", "a"], "--prompt: a: does not go with --serve"),
         (["--output", "a.mp4"], "--output: a.mp4: does not go with --serve"),
         (["--jobs", "a.jsonl"], "--jobs: a.jsonl: does not go with --serve"),
         (["--gpu_num", "2", "--workers", "2"], "--workers: conflicts with --use_usp"),
-        (["--api_key", "a,b"], "--api_key: it is not a key"),
         (["--allowed_hosts", "https://a.example"], "--allowed_hosts: https://a.example is not a host name"),
         (
             ["--use_usp", "--device", "cpu", "--gpu_num", "4", "--ulysses_degree", "3"],

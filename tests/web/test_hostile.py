@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
@@ -159,6 +160,36 @@ HEADERS = [
     case("GET", "/v1/videos", 403, "another site", headers={"Sec-Fetch-Site": "cross-site"}),
     case("POST", f"/v1/videos/{ID}/cancel", 403, "", headers={"Host": "evil.example"}),
 ]  # fmt: skip
+
+
+def test_what_a_page_sends(serve, monkeypatch):
+    """Gradio would fetch a file from any address, whole, without a limit; and a body may never end."""
+    pytest.importorskip("gradio", reason=HINT)
+    from starlette.requests import Request
+
+    from skyreels_v3.web import page_access
+    from skyreels_v3.web.errors import ApiError
+
+    served = serve(page=True, defaults={"model_id": "tiny", "device": "cpu"}, keys=("first",))
+    cookies = {"Cookie": f"{page_access.COOKIE}=first"}
+    for path in ("/gradio_api/run/predict", "/gradio_api/queue/join", "/gradio_api/queue/join/"):
+        for address in ("https://1.1.1.1/", " HTTP://name.example/a", "ftp://name.example/a", "file:///etc/passwd"):
+            data = [{"list": [{"path": address, "meta": {"_type": "gradio.FileData"}}]}]
+            answer = served.client.post(path, json={"fn_index": 0, "data": data}, headers=cookies)
+            assert "not fetched" in error_of(answer, 403)["message"]
+        assert error_of(served.client.post(path, content=b"[" * 100_000, headers=cookies), 400)
+    monkeypatch.setattr(page_access, "MAX_EVENT_BYTES", 1000)
+    assert error_of(served.client.post("/gradio_api/queue/join", json={"a": "a" * 1000}, headers=cookies), 413)
+    monkeypatch.setattr(page_access, "BODY_SECONDS", 0.1)
+
+    async def stalled() -> Any:
+        await asyncio.sleep(60)
+
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(page_access.read_all(Request({"type": "http", "method": "POST"}, stalled), 100))
+    assert caught.value.status == 408
+    signed_out = served.client.get(page_access.SIGN_OUT, headers=cookies, follow_redirects=False)
+    assert signed_out.status_code == 303 and "Max-Age=0" in signed_out.headers["set-cookie"]
 
 
 def test_names_of_a_proxy(serve):
