@@ -57,7 +57,7 @@ def run(name: str, arguments: tuple[str, ...], cache: Path) -> subprocess.Comple
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_the_gpus_set_at_toy_size(tmp_path, cache):
     """The whole set, each on the path it takes on a GPU; each writes its line when it ends."""
     made = run("run_all", ("gpu", "--toy", "--out", str(tmp_path)), cache)
@@ -92,7 +92,7 @@ def test_what_does_not_fit_is_skipped(tmp_path, monkeypatch):
     assert (record["name"], record["status"]) == ("a", "no time left")
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_load_ends_in_json(tmp_path, monkeypatch, capsys):
     load = importlib.import_module("benchmarks.load")
     monkeypatch.setattr(load, "BLOCKS", {"14B": load.Blocks(128, 1, 128)})

@@ -140,7 +140,7 @@ def test_kills_at_each_stage(served, what):
     served.make()
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_clients_that_are_gone_and_folders_that_are_taken(served):
     """Clients that hang up at streams of events, a second server, a killed upload, then a damaged database."""
     set_faults(served.queue, ("denoising 1 2", "hang"))

@@ -33,7 +33,7 @@ JOINED = {
     "include_input": True,
 }  # fmt: skip
 FAULTY = (sys.executable, str(Path(__file__).with_name("faulty_runner.py")))
-PLACES, MORE_PLACES = ("denoising 2 1", "written"), ("claimed", "loading", "denoising 1 2", "decoding 1", "writing")
+PLACE, MORE_PLACES = "denoising 2 1", ("claimed", "loading", "denoising 1 2", "decoding 1", "writing", "written")
 
 
 @pytest.fixture
@@ -143,9 +143,7 @@ def test_jobs_that_succeed_and_jobs_that_fail(queue, start):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "place", [*PLACES, *(pytest.param(place, marks=pytest.mark.extended) for place in MORE_PLACES)]
-)
+@pytest.mark.parametrize("place", [PLACE, *(pytest.param(place, marks=pytest.mark.extended) for place in MORE_PLACES)])
 def test_a_killed_worker_goes_on_where_it_was(queue, start, whole, place):
     """To the video that the command makes, from the last finished pass; what was finished is not made again."""
     set_faults(queue, (place, "kill"))
@@ -179,7 +177,7 @@ def test_a_killed_worker_goes_on_where_it_was(queue, start, whole, place):
             *("oom", "out_of_memory", "out of memory while denoising: some host memory more were requested"),
             marks=pytest.mark.extended,
         ),
-        ("error", "internal_error", "ValueError: a fault"),
+        pytest.param("error", "internal_error", "ValueError: a fault", marks=pytest.mark.extended),
     ],
 )
 def test_an_error_ends_the_job_and_the_worker(queue, start, action, code, message):
@@ -256,7 +254,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_two_workers_of_one_name(queue, start, monkeypatch):
     """The second waits for the first, which may be about to end; so a job is never in two hands."""
     first, second = start(), start()

@@ -82,7 +82,7 @@ def test_a_job_whose_worker_is_killed_is_made_once_more(queue, supervise):
     assert ended(queue, other).state == State.COMPLETED
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_a_worker_that_hangs_is_killed(queue, supervise):
     set_faults(queue, ("denoising 1 2", "hang"))
     id = add(queue)
