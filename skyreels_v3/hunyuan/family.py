@@ -48,12 +48,11 @@ ATTENTION_BYTES = {"bfloat16": 22.4, "float32": 44.4}
 # and the output on its way back
 EXCHANGE_TENSORS = 8
 
-# Live bytes at the VAE's peak, whose tiles always have the same size: of encoding a picture per pixel of a tile and per
-# pixel, of decoding per tile and per pixel of a frame
+# Live bytes at the VAE's peak: per pixel of a tile, and per pixel of a frame
 TILE_SIDE = 256
 VAE_ENCODE_TILE = {"float32": 3_620, "bfloat16": 1_820}
 VAE_ENCODE = 20
-VAE_TILE = {"float32": 5_150_000_000, "bfloat16": 2_580_000_000}
+VAE_DECODE_TILE = {"float32": 78_600, "bfloat16": 39_400}
 VAE_DECODE = {"float32": 580, "bfloat16": 340}
 
 
@@ -131,10 +130,10 @@ def context_bytes(config: Mapping[str, Any], frames: int, speakers: int, dtype: 
 
 def vae_bytes(size: tuple[int, int], dtype: str, part: str, tiles: Tiles) -> int:
     """Live bytes at the VAE's peak for frames of `size` (height, width), without weights; `tiles` has no effect."""
-    pixels = math.prod(size)
+    pixels, of_tile = math.prod(size), math.prod(min(side, TILE_SIDE) for side in size)
     if part == "encode":
-        return math.prod(min(side, TILE_SIDE) for side in size) * VAE_ENCODE_TILE[dtype] + pixels * VAE_ENCODE
-    return VAE_TILE[dtype] + pixels * VAE_DECODE[dtype]
+        return of_tile * VAE_ENCODE_TILE[dtype] + pixels * VAE_ENCODE
+    return of_tile * VAE_DECODE_TILE[dtype] + pixels * VAE_DECODE[dtype]
 
 
 def build_transformer(sizes: dict[str, Any]) -> HunyuanTransformer3DModel:
