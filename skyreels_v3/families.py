@@ -8,6 +8,7 @@ find them, and nothing else names a family. Importing a family imports no torch.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -141,6 +142,7 @@ class Family(Protocol):
         dtype: torch.dtype,
         vae_dtype: torch.dtype,
         values: bool = True,
+        transformer: Path | None = None,
     ) -> dict[str, Callable[[], Any]]:
         """What loads each field of `Components`, by its name.
 
@@ -148,6 +150,7 @@ class Family(Protocol):
             checkpoint: the folder of --model_id.
             base: that of the other components, the same for a family with one repository.
             values: read weights; otherwise everything but their values is checked, and they stay on meta.
+            transformer: a file with that network's weights, if they are not in its folder.
         """
 
 
@@ -164,6 +167,19 @@ def family_of(task: TaskSpec) -> Family:
 def family_named(name: str) -> Family:
     """The family in a folder of the package."""
     return cast(Family, import_module(f"skyreels_v3.{name}.family"))
+
+
+def repositories_of(request: GenerationRequest) -> tuple[Repository, ...]:
+    """What a request needs of --model_id, and of --base_model_id if other components come from there."""
+    first, *others = family_of(request.task).repositories(request.task)
+    return (first if request.transformer is None else first.without("transformer"), *others)
+
+
+def transformer_files(request: GenerationRequest, checkpoint: Path) -> list[Path]:
+    """The files of a request's transformer, which are on this machine: in its checkpoint's folder, or elsewhere."""
+    if request.transformer is not None:
+        return [Path(os.path.expanduser(request.transformer))]
+    return repositories_of(request)[0].weights(checkpoint, "transformer")
 
 
 class Pipeline:

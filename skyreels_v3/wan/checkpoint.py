@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import cast
 
 import torch
 import transformers
 from diffusers import AutoencoderKLWan
+from torch import Tensor
 
 from skyreels_v3.checkpoints import load
+from skyreels_v3.checkpoints.files import read_json
 from skyreels_v3.checkpoints.key_maps import IDENTITY
-from skyreels_v3.checkpoints.load import Tensors, load_model, read_config, read_tensors, shape_of
+from skyreels_v3.checkpoints.load import Weights, load_model, read_config, read_tensors, shape_of
 from skyreels_v3.errors import CheckpointError
 from skyreels_v3.wan import key_maps
 from skyreels_v3.wan.conditioning import AudioEncoder, ImageEncoder, TextEncoder
@@ -21,19 +24,29 @@ from skyreels_v3.wan.vae import VideoVAE
 CLIP_HEADS = 16  # ViT-H/14
 
 
-def load_transformer(folder: Path, dtype: torch.dtype, values: bool = True) -> SkyReelsTransformer3DModel:
-    """The transformer in `folder` (config.json and safetensors), under diffusers' names or Wan-native ones."""
-    model = SkyReelsTransformer3DModel
-    tensors = read_tensors(folder, values)
+def load_transformer(
+    folder: Path, dtype: torch.dtype, values: bool = True, file: Path | None = None
+) -> SkyReelsTransformer3DModel:
+    """The transformer in `folder`, or with the config there and the weights in `file`.
+
+    Config and weights may each have diffusers' names or Wan-native ones.
+    """
+    model, source = SkyReelsTransformer3DModel, file or folder
+    tensors = read_tensors(source, values)
     native = "head.modulation" in tensors
-    names = model._get_init_keys(model)
-    arguments = native_arguments(folder, tensors) if native else read_config(folder, tensors, key_maps.CONSTANTS, names)
+    if "num_attention_heads" in read_json(folder / "config.json"):
+        arguments = read_config(folder, tensors, key_maps.CONSTANTS, model._get_init_keys(model))
+    else:
+        arguments = native_arguments(folder, tensors)
+    for key, tensor in tensors.items():
+        if key.endswith("modulation") and tensor.ndim == 2 and isinstance(tensor, Tensor):
+            tensors[key] = tensor[None]  # some writers of GGUF drop axes of one entry
     key_map = key_maps.NATIVE_TRANSFORMER if native else IDENTITY
     float32_names = model._keep_in_fp32_modules
-    return load_model(lambda: model(**arguments), tensors, folder, dtype, key_map, float32_names)
+    return load_model(lambda: model(**arguments), tensors, source, dtype, key_map, float32_names)
 
 
-def native_arguments(folder: Path, tensors: Tensors) -> dict[str, float]:
+def native_arguments(folder: Path, tensors: Weights) -> dict[str, float]:
     """Arguments of the transformer, from a Wan-native config and, where that lacks them, from the tensors."""
     names = {*key_maps.NATIVE_SIZES, "eps", "text_dim", "model_type"}
     config = read_config(folder, tensors, key_maps.NATIVE_CONSTANTS, names)
@@ -82,7 +95,7 @@ def load_text_encoder(root: Path, dtype: torch.dtype, values: bool = True) -> Te
     return TextEncoder(module, load.load_tokenizer(tokenizer, transformers.AutoTokenizer))
 
 
-def native_text_sizes(tensors: Tensors, source: Path) -> dict[str, int | str | bool]:
+def native_text_sizes(tensors: Weights, source: Path) -> dict[str, int | str | bool]:
     """The config of a UMT5 encoder, from its tensors."""
     vocabulary, width = shape_of("token_embedding.weight", 2, tensors, source)
     buckets, heads = shape_of("blocks.0.pos_embedding.embedding.weight", 2, tensors, source)
@@ -118,7 +131,7 @@ def load_image_encoder(root: Path, dtype: torch.dtype, values: bool = True, head
     )
     # class and position embeddings have leading axes of size 1 in the file
     for key, axes in (("visual.cls_embedding", 1), ("visual.pos_embedding", 2)):
-        tensors[key] = tensors[key].reshape(tensors[key].shape[-axes:])
+        tensors[key] = cast(Tensor, tensors[key]).reshape(tensors[key].shape[-axes:])
     buffers = {"embeddings.position_ids": torch.arange(positions)[None]}
     key_map = key_maps.NATIVE_IMAGE_ENCODER
     module = load_model(lambda: transformers.CLIPVisionModel(config), tensors, source, dtype, key_map, buffers=buffers)

@@ -166,7 +166,13 @@ def divide_tokens(transformer: SkyReelsTransformer3DModel, group: Group, usp: Us
 
 
 def loaders(
-    task: TaskSpec, checkpoint: Path, base: Path, dtype: torch.dtype, vae_dtype: torch.dtype, values: bool = True
+    task: TaskSpec,
+    checkpoint: Path,
+    base: Path,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+    values: bool = True,
+    transformer: Path | None = None,
 ) -> dict[str, Callable[[], Any]]:
     """What loads each component."""
     import torch
@@ -176,7 +182,7 @@ def loaders(
     folder = checkpoint
     made: dict[str, Callable[[], Any]] = {
         "vae": lambda: load.load_vae(folder, vae_dtype, values),
-        "transformer": lambda: load.load_transformer(folder / task.transformer_folder, dtype, values),
+        "transformer": lambda: load.load_transformer(folder / task.transformer_folder, dtype, values, transformer),
         "text_encoder": lambda: load.load_text_encoder(folder, dtype, values),
     }
     if "input_audio" in task.inputs:
