@@ -148,8 +148,8 @@ class GenerationRequest:
     model_id: str = flag("", "hub id or folder of the checkpoint (default: the task's own); 'tiny': the built-in one",
         group="Checkpoint", path="hub")
     transformer: str | None = flag(None,
-        "file with the transformer's weights, instead of the checkpoint's own: safetensors or GGUF, quantized or not",
-        metavar="FILE|OWNER/NAME/FILE", path="hub")
+        "its transformer from another file, a path or a hub's OWNER/NAME/FILE: safetensors or GGUF, quantized or not",
+        metavar="FILE", path="hub")
     base_model_id: str | None = task_flag(None, "hub id or folder of HunyuanVideo, for its encoders and VAE (t2v, i2v)",
         path="hub")
     model_source: str = flag("huggingface", "hub to download from (default: huggingface)",

@@ -250,10 +250,11 @@ def load_model(
         CheckpointError: missing, unexpected or misshapen keys, by name; dtypes that hold no weights; or sizes that no
             model can have.
     """
-    weights = rename(tensors, key_map, source)
     with config_errors(source), torch.device("meta"):
         model = build()
-    check_keys(dict(model.named_parameters()), weights, source, key_map)
+    expected = dict(model.named_parameters())
+    weights = rename(tensors, key_map, source, expected)
+    check_keys(expected, weights, source, key_map)
     check_dtypes(weights, source)
     float32_names = {*float32_names, SCALE}
     whole = set_quantized_layers(model, weights, float32_names)
@@ -297,8 +298,14 @@ def config_errors(source: Path) -> Iterator[None]:
         raise CheckpointError(f"{source}: no model has the sizes of its config ({error}); {OWN_CONFIG}") from error
 
 
-def rename(tensors: Mapping[str, Tensor | Packed], key_map: KeyMap, source: Path) -> Weights:
-    """Tensors under their model's names; stacked ones are split into views, whose shapes are checked later."""
+def rename(
+    tensors: Mapping[str, Tensor | Packed], key_map: KeyMap, source: Path, expected: Mapping[str, Tensor]
+) -> Weights:
+    """Tensors under their model's names; stacked ones are split into views, whose shapes are checked later.
+
+    Args:
+        expected: the model's parameters, which tell how many rows each part has.
+    """
     renamed: Weights = {}
     unknown = []
     for key, tensor in tensors.items():
@@ -309,7 +316,9 @@ def rename(tensors: Mapping[str, Tensor | Packed], key_map: KeyMap, source: Path
             continue
         if isinstance(target, tuple):
             whole = torch.atleast_1d(tensor) if isinstance(tensor, Tensor) else tensor
-            renamed.update(zip(target, whole.tensor_split(len(target)), strict=True))
+            rows = [len(expected[part]) if part in expected else 0 for part in target]
+            fits = sum(rows) == whole.shape[0]
+            renamed.update(zip(target, whole.split(rows) if fits else [whole] * len(target), strict=True))
         elif target is not None:
             renamed[target] = tensor
     if unknown:

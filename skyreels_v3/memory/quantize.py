@@ -72,10 +72,10 @@ class Packed:
         scale = None if self.scale is None else self.scale.to("meta")
         return replace(self, data=self.data.to("meta"), scale=scale)
 
-    def tensor_split(self, parts: int) -> list[Packed]:
-        """A stacked matrix as the matrices it is made of, like the tensors' method of that name."""
-        scales = [None] * parts if self.scale is None else self.scale.tensor_split(parts)
-        made = zip(self.data.tensor_split(parts), scales, strict=True)
+    def split(self, rows: Sequence[int]) -> list[Packed]:
+        """A stacked matrix as the matrices that it is made of, with so many rows each."""
+        scales = [None] * len(rows) if self.scale is None else self.scale.split([*rows])
+        made = zip(self.data.split([*rows]), scales, strict=True)
         return [Packed(data, (len(data), *self.shape[1:]), scale, self.kind) for data, scale in made]
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:

@@ -37,7 +37,7 @@ def load_transformer(
     if "num_attention_heads" in read_json(folder / "config.json"):
         arguments = read_config(folder, tensors, key_maps.CONSTANTS, model._get_init_keys(model))
     else:
-        arguments = native_arguments(folder, tensors)
+        arguments = native_arguments(folder, tensors, source)
     for key, tensor in tensors.items():
         if key.endswith("modulation") and tensor.ndim == 2 and isinstance(tensor, Tensor):
             tensors[key] = tensor[None]  # some writers of GGUF drop axes of one entry
@@ -46,16 +46,16 @@ def load_transformer(
     return load_model(lambda: model(**arguments), tensors, source, dtype, key_map, float32_names)
 
 
-def native_arguments(folder: Path, tensors: Weights) -> dict[str, float]:
+def native_arguments(folder: Path, tensors: Weights, source: Path) -> dict[str, float]:
     """Arguments of the transformer, from a Wan-native config and, where that lacks them, from the tensors."""
     names = {*key_maps.NATIVE_SIZES, "eps", "text_dim", "model_type"}
     config = read_config(folder, tensors, key_maps.NATIVE_CONSTANTS, names)
     arguments = key_maps.config_sizes(folder) | {"eps": config.get("eps", 1e-6)}
-    arguments["text_dim"] = shape_of("text_embedding.0.weight", 2, tensors, folder)[1]
+    arguments["text_dim"] = shape_of("text_embedding.0.weight", 2, tensors, source)[1]
     if "img_emb.proj.1.weight" in tensors:
-        arguments["image_dim"] = shape_of("img_emb.proj.1.weight", 2, tensors, folder)[1]
+        arguments["image_dim"] = shape_of("img_emb.proj.1.weight", 2, tensors, source)[1]
     if "audio_window" in arguments:
-        width = shape_of("audio_proj.proj1.weight", 2, tensors, folder)[1]
+        width = shape_of("audio_proj.proj1.weight", 2, tensors, source)[1]
         arguments["audio_features"] = width // arguments["audio_window"]
     return arguments
 

@@ -24,6 +24,7 @@ from urllib.parse import unquote
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 from skyreels_v3.checkpoints import hub
 from skyreels_v3.cli import parse_request
@@ -31,6 +32,7 @@ from skyreels_v3.errors import UserError
 from skyreels_v3.families import family_of
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.tasks import TASK_NAMES, task_spec
+from tests.checkpoints.writers import write_cast
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -403,6 +405,34 @@ def test_a_lora_is_fetched_alone_and_found_again_offline(serve, fetch_lora, file
     again = fetch_lora(NOWHERE, name)
     assert (again.stdout, again.stderr) == (run.stdout, "")
     assert fetch_lora(NOWHERE, name, HF_HUB_OFFLINE="1").stdout == run.stdout
+
+
+@pytest.mark.slow
+def test_a_transformer_is_fetched_instead_of_the_models_own(serve, fetch, tmp_path):
+    server, file = serve("reference_to_video"), tmp_path / "cast.safetensors"
+    weights = {name for name in server.files if name.startswith("transformer/") and name.endswith(".safetensors")}
+    for name in weights:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(server.files[name])
+    tensors = {key: tensor for name in weights for key, tensor in load_file(tmp_path / name).items()}
+    write_cast(file, tensors)
+    server.files["r2v/cast.safetensors"] = file.read_bytes()
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    main = "import sys; from skyreels_v3.main import main; sys.exit(main(sys.argv[1:]))"
+    argv = (*REFERENCE, "--device", "cpu", "--height", "32", "--width", "32", "--num_frames", "5", "--quiet")
+    argv += ("--num_inference_steps", "1", "--transformer", "some/model/r2v/cast.safetensors")
+    plan = fetch(server.url, *argv, "--dry_run", driver=main)
+    assert plan.returncode == 0, plan.stderr
+    assert "transformer   some/model/r2v/cast.safetensors: to be fetched" in plan.stdout
+    assert not weights & {*server.asked}
+    run = fetch(server.url, *argv, driver=main)
+    assert run.returncode == 0, run.stderr
+    assert "r2v/cast.safetensors" in server.asked and "transformer/config.json" in server.asked
+    assert not weights & {*server.asked}
+    assert fetch(NOWHERE, *argv, driver=main).returncode == 0
+    wrong = fetch(server.url, *argv[:-1], "some/model/r2v/none.gguf", driver=main)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: --transformer: some/model on huggingface has no r2v/none.gguf")
 
 
 def test_loras_on_this_machine(tmp_path, monkeypatch):
