@@ -14,6 +14,7 @@ that only quantized files have is matched with a matrix, or the file is refused 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -81,7 +82,7 @@ class Format:
 
     Attributes:
         name: for users, such as "scaled FP8"; empty if nothing is quantized.
-        kinds: the types of its tensors, the most frequent first.
+        kinds: the types of its tensors, that of most weights first.
         scales: the keys of quantized matrices, with those of their scales.
         unused: keys that are no weights.
         ours: whether it is what --save_quantized writes.
@@ -178,8 +179,10 @@ def recognize(header: Header, source: Path) -> Format:
     for key, stored in tensors.items():
         if (scales or unused) and stored.kind in SCALED and len(stored.shape) == 2 and key not in scales:
             raise CheckpointError(f"{source}: {format_value(key)} is quantized, and its scale is missing; {REMEDY}")
-    weights = Counter(stored.kind for key, stored in tensors.items() if key not in {*scales.values(), *unused})
-    kinds = tuple(kind for kind, _ in weights.most_common())
+    elements: Counter[str] = Counter()
+    for key in tensors.keys() - {*scales.values(), *unused}:
+        elements[tensors[key].kind] += math.prod(tensors[key].shape)
+    kinds = tuple(kind for kind, _ in elements.most_common())
     name = "scaled INT8" if "I8" in kinds else "scaled FP8" if scales else CAST if {*FLOAT8} & {*kinds} else ""
     by_rows = (
         scale.endswith(f".{SCALE}") and tensors[scale].shape == tensors[key].shape[:1] for key, scale in scales.items()

@@ -27,6 +27,7 @@ from skyreels_v3.memory.quantize import UNPACKED_AT_ONCE, Packed, QuantizedLinea
 from skyreels_v3.memory.stream import BlockStream, tensors_of
 from skyreels_v3.plan import count_quantized
 from skyreels_v3.tasks import TASK_NAMES, TaskSpec, task_spec
+from skyreels_v3.wan import key_maps
 from skyreels_v3.wan.checkpoint import load_transformer
 from skyreels_v3.wan.rope import Segment
 from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
@@ -243,9 +244,9 @@ def test_what_is_said_of_a_file(checkpoints, tmp_path):
     said = {}
     for name, write in EIGHT_BITS.items():
         write(tmp_path / name, native)
-        said[name] = describe([tmp_path / name]).partition(", ")[0] + "..."
+        said[name] = describe([tmp_path / name])
         assert read_format([tmp_path / name]).is_quantized
-    assert said["scale_weight.safetensors"].startswith("scaled FP8 (F32")
+    assert said["scale_weight.safetensors"].startswith("scaled FP8 (F8_E4M3, F32)")
     assert said["header.safetensors"].startswith("scaled FP8 (") and said["int8.safetensors"].startswith(
         "scaled INT8 ("
     )
@@ -305,6 +306,22 @@ def test_blocks_stream_as_they_are_stored(q6_k, pin):
     assert len(slots) == 2 and all(stored <= size <= 1.1 * stored for size in slots)
     elements = sum(np.prod(entry.shape) for name, entry in entries.items() if name.startswith("blocks.0."))
     assert stored < 0.9 * elements  # 6.6 bits a weight, where bfloat16 would take 2 bytes
+
+
+@pytest.mark.parametrize(("kind", "size", "streamed"), [("Q6_K", 12.5e9, 1.4e9), ("F8_E4M3", 14.5e9, 1.7e9)])
+def test_a_plan_of_the_published_size(kind, size, streamed, tmp_path):
+    """By headers alone: the files have no data but holes."""
+    with torch.device("meta"):
+        model = family_of(SINGLE).build_transformer(dict(SINGLE.transformer))
+    model.save_config(tmp_path / "transformer")
+    native = layouts.native(layouts.weights(model), key_maps.NATIVE_TRANSFORMER)
+    file = tmp_path / f"a.{'gguf' if kind == 'Q6_K' else 'safetensors'}"
+    write = writers.write_hollow_gguf if kind == "Q6_K" else writers.write_hollow_safetensors
+    write(file, native, kind)
+    assert file.stat().st_size == pytest.approx(size, rel=0.03) and file.stat().st_blocks * 512 < 1e8
+    weights = count_quantized(SINGLE.name, tmp_path, file, "bfloat16", None)
+    assert weights.total == pytest.approx(size, rel=0.1)
+    assert weights.on_device(0) == pytest.approx(streamed, rel=0.1)
 
 
 # Whole runs

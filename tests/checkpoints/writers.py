@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -167,3 +168,48 @@ def write_gguf(file: Path, tensors: Tensors, kind: str, architecture: str = "wan
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_hollow_gguf(file: Path, tensors: Tensors, kind: str) -> None:
+    """A file with the header of `write_gguf`, and holes for data."""
+    import gguf
+
+    types, size = gguf.GGMLQuantizationType, 0
+    writer = gguf.GGUFWriter(str(file), "wan")
+    for key, tensor in tensors.items():
+        made, shape = types[kind] if is_matrix(key, tensor) else types.F32, [*tensor.shape]
+        if tensor.ndim > 4:
+            writer.add_array(f"comfy.gguf.orig_shape.{key}", shape)
+            shape = [shape[0], tensor.numel() // shape[0]]
+        elements, block = gguf.GGML_QUANT_SIZES[made]
+        nbytes = tensor.numel() // elements * block
+        writer.add_tensor_info(key, shape, np.dtype(np.float32), nbytes, made)
+        size += -(-nbytes // 32) * 32
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with file.open("r+b") as handle:
+        handle.truncate(-(-file.stat().st_size // 32) * 32 + size)
+
+
+def write_hollow_safetensors(file: Path, tensors: Tensors, kind: str) -> None:
+    """A file with the header of older scaled FP8, and holes for data."""
+    header: dict[str, object] = {}
+    end = 0
+
+    def add(key: str, dtype: str, shape: list[int], nbytes: int) -> None:
+        nonlocal end
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + nbytes]}
+        end += nbytes
+
+    for key, tensor in tensors.items():
+        matrix = is_matrix(key, tensor)
+        add(key, kind if matrix else "BF16", [*tensor.shape], tensor.numel() * (1 if matrix else 2))
+        if matrix:
+            add(key.replace(".weight", ".scale_weight"), "F32", [], 4)
+    add("scaled_fp8", kind, [2], 2)
+    content = json.dumps(header).encode()
+    with file.open("wb") as handle:
+        handle.write(struct.pack("<Q", len(content)) + content)
+        handle.truncate(8 + len(content) + end)
