@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast
 
 from skyreels_v3.checkpoints.files import Repository
+from skyreels_v3.checkpoints.hub import COMPONENTS, components_of
 from skyreels_v3.denoising.guidance import Guidance, text_guidance
 from skyreels_v3.inputs import Inputs
 from skyreels_v3.memory.policy import BYTES, Tiles
@@ -142,7 +143,7 @@ class Family(Protocol):
         dtype: torch.dtype,
         vae_dtype: torch.dtype,
         values: bool = True,
-        transformer: Path | None = None,
+        files: Mapping[str, Path] | None = None,
     ) -> dict[str, Callable[[], Any]]:
         """What loads each field of `Components`, by its name.
 
@@ -150,7 +151,7 @@ class Family(Protocol):
             checkpoint: the folder of --model_id.
             base: that of the other components, the same for a family with one repository.
             values: read weights; otherwise everything but their values is checked, and they stay on meta.
-            transformer: a file with that network's weights, if they are not in its folder.
+            files: with the weights of some components, by the names that are returned, which are then not in a folder.
         """
 
 
@@ -172,14 +173,18 @@ def family_named(name: str) -> Family:
 def repositories_of(request: GenerationRequest) -> tuple[Repository, ...]:
     """What a request needs of --model_id, and of --base_model_id if other components come from there."""
     first, *others = family_of(request.task).repositories(request.task)
-    return (first if request.transformer is None else first.without("transformer"), *others)
+    for field in components_of(request):
+        first = first.without(COMPONENTS[field].name)
+    return (first, *others)
 
 
-def transformer_files(request: GenerationRequest, checkpoint: Path) -> list[Path]:
-    """The files of a request's transformer, which are on this machine: in its checkpoint's folder, or elsewhere."""
-    if request.transformer is not None:
-        return [Path(os.path.expanduser(request.transformer))]
-    return repositories_of(request)[0].weights(checkpoint, "transformer")
+def component_files(request: GenerationRequest, folder: Path, name: str) -> list[Path]:
+    """The files of a component's weights, which are on this machine: in the folder that it belongs to, or elsewhere."""
+    own = {COMPONENTS[field].name: file for field, file in components_of(request).items()}
+    if name in own:
+        return [Path(os.path.expanduser(own[name]))]
+    (repository,) = (one for one in repositories_of(request) if name in one.components)
+    return repository.weights(folder, name)
 
 
 class Pipeline:

@@ -14,18 +14,16 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from skyreels_v3.checkpoints.files import Repository
 from skyreels_v3.checkpoints.formats import read_format
 from skyreels_v3.families import (
     Elements,
     TextEncoderSizes,
+    component_files,
     family_named,
     family_of,
     pipeline_of,
     published_elements,
     published_transformer_bytes,
-    repositories_of,
-    transformer_files,
     width_of,
 )
 from skyreels_v3.inputs import Inputs
@@ -258,7 +256,7 @@ def quantized_weights(request: GenerationRequest, checkpoint: Path | None, dtype
     own = None if request.transformer is None else Path(request.transformer)
     if (checkpoint is None and own is None) or (own is not None and not own.is_file()):
         return None
-    files = transformer_files(request, checkpoint or Path())
+    files = component_files(request, checkpoint or Path(), "transformer")
     if request.lora or not read_format(files).is_quantized:  # a LoRA is added to dequantized weights
         return None
     if checkpoint is not None:
@@ -278,7 +276,8 @@ def count_quantized(task: str, checkpoint: Path, own: Path | None, dtype: str, q
 
     spec = task_spec(task)
     family, kind = family_of(spec), getattr(torch, dtype)
-    model = family.loaders(spec, checkpoint, checkpoint, kind, kind, False, own)["transformer"]()
+    files = {} if own is None else {"transformer": own}
+    model = family.loaders(spec, checkpoint, checkpoint, kind, kind, False, files)["transformer"]()
     if quant is not None:
         quantize(model.blocks, torch.device("meta"), quant == "fp8_dynamic")
     blocks = tuple(sum(weight.nbytes for weight in block.parameters()) for block in model.blocks)
@@ -332,7 +331,11 @@ def component_bytes(plan: Plan, sizes: Mapping[str, int], weights: Weights, term
     others = component_weights(request, plan.checkpoint, dtype)
     vae = others.pop("VAE")
     made = {name: ComponentBytes(size, size) for name, size in others.items()}
-    made["text encoder"] = text_encoder_bytes(family.TEXT_ENCODER, others["text encoder"], dtype, request.quant)
+    own = request.text_encoder  # what is quantized already stays so
+    quant = (
+        request.quant if own is None or not Path(own).is_file() or not read_format([Path(own)]).is_quantized else None
+    )
+    made["text encoder"] = text_encoder_bytes(family.TEXT_ENCODER, others["text encoder"], dtype, quant)
     if request.task.inputs:
         made["VAE encode"] = ComponentBytes(vae, vae, vae_bytes(request, "encode", TILINGS[0]))
     made["transformer"] = ComponentBytes(held, weights.on_device(request.stream_blocks), activations)
@@ -346,8 +349,7 @@ def component_weights(request: GenerationRequest, checkpoint: Path | None, dtype
     parameters = family.component_parameters(request.task)
     folder = checkpoint if request.base_model_id is None else Path(request.base_model_id)
     if folder is not None and folder.is_dir():
-        *_, repository = repositories_of(request)
-        return {name: file_bytes(repository, folder, name) for name in parameters}
+        return {name: file_bytes(request, folder, name) for name in parameters}
     if request.model_id == TINY:
         return dict.fromkeys(parameters, TINY_BYTES)
     return {name: count * BYTES[component_dtype(request, name, dtype)] for name, count in parameters.items()}
@@ -360,12 +362,12 @@ def transformer_file_bytes(request: GenerationRequest, checkpoint: Path | None) 
         return TINY_BYTES
     if checkpoint is None if own is None else not Path(own).is_file():
         return family_of(request.task).published_bytes(request.task)["transformer"]
-    return sum(file.stat().st_size for file in transformer_files(request, checkpoint or Path()))
+    return file_bytes(request, checkpoint or Path(), "transformer")
 
 
-def file_bytes(repository: Repository, folder: Path, component: str) -> int:
+def file_bytes(request: GenerationRequest, folder: Path, component: str) -> int:
     """Bytes of the files of a component."""
-    return sum(file.stat().st_size for file in repository.weights(folder, component))
+    return sum(file.stat().st_size for file in component_files(request, folder, component))
 
 
 def text_encoder_bytes(encoder: TextEncoderSizes, size: int, dtype: str, quant: str | None) -> ComponentBytes:

@@ -150,6 +150,9 @@ class GenerationRequest:
     transformer: str | None = flag(None,
         "its transformer from another file, a path or a hub's OWNER/NAME/FILE: safetensors or GGUF, quantized or not",
         metavar="FILE", path="hub")
+    text_encoder: str | None = task_flag(None, "its text encoder (UMT5) from another safetensors file", metavar="FILE",
+        path="hub")
+    vae: str | None = task_flag(None, "its VAE from another safetensors file", metavar="FILE", path="hub")
     base_model_id: str | None = task_flag(None, "hub id or folder of HunyuanVideo, for its encoders and VAE (t2v, i2v)",
         path="hub")
     model_source: str = flag("huggingface", "hub to download from (default: huggingface)",

@@ -11,14 +11,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from skyreels_v3.checkpoints.files import errors_about
 from skyreels_v3.checkpoints.formats import CAST, GGUF, read_format
 from skyreels_v3.checkpoints.hub import (
+    COMPONENTS,
     LORA,
-    TRANSFORMER,
     FileKind,
     check_on_hub,
+    components_of,
     download,
     download_file,
     locate,
@@ -26,7 +28,7 @@ from skyreels_v3.checkpoints.hub import (
 )
 from skyreels_v3.checkpoints.tiny import make_tiny
 from skyreels_v3.errors import UserError, cause_of, format_value
-from skyreels_v3.families import family_of, pipeline_of, repositories_of, transformer_files
+from skyreels_v3.families import component_files, family_of, pipeline_of, repositories_of
 from skyreels_v3.inputs import open_inputs
 from skyreels_v3.media.ffmpeg import check_ffmpeg
 from skyreels_v3.media.files import run_folder
@@ -103,8 +105,7 @@ def locate_checkpoint(request: Request) -> tuple[Request, Path | None]:
     family = family_of(request.task)
     first, *others = repositories_of(request)
     checkpoint, base = None if request.model_id == TINY else locate(request, first), None
-    if checkpoint is not None or request.transformer is not None:
-        request = follow_weights(request, checkpoint)
+    request = follow_weights(request, checkpoint)
     for repository in others:
         base = locate(request, repository, checkpoint)
     family.check_configs(request.task, checkpoint, base)
@@ -112,23 +113,22 @@ def locate_checkpoint(request: Request) -> tuple[Request, Path | None]:
 
 
 def follow_weights(request: Request, checkpoint: Path | None) -> Request:
-    """The request for the transformer's weights, where they are on this machine.
+    """The request for the weights that are on this machine, with the paths of their files.
 
     Our own FP8 weights make it one in FP8, with the text encoder, as when they were saved.
 
     Raises:
         UserError: the weights are in a form that is not read, or quantized and more is asked for than they allow.
     """
-    flag = "--model_id"
-    if request.transformer is not None:
-        flag, found = "--transformer", locate_file(request.transformer, TRANSFORMER)
-        if found is None:
-            return request
-        request = replace(request, transformer=str(found))
-    elif checkpoint is None:
+    for field, name in components_of(request).items():
+        if (found := locate_file(name, COMPONENTS[field])) is not None:
+            request = with_files(request, {field: str(found)})
+            with errors_about(COMPONENTS[field].flag):
+                read_format([found])
+    if checkpoint is None if request.transformer is None else not Path(request.transformer).is_file():
         return request
-    with errors_about(flag):
-        form = read_format(transformer_files(request, checkpoint or Path()))
+    with errors_about("--model_id"):
+        form = read_format(component_files(request, checkpoint or Path(), "transformer"))
     if not form.is_quantized:
         return request
     if request.lora and form.name != CAST:
@@ -140,13 +140,18 @@ def follow_weights(request: Request, checkpoint: Path | None) -> Request:
     return replace(request, quant=request.quant or "fp8") if form.ours else request
 
 
+def with_files(request: Request, files: Mapping[str, Any]) -> Request:
+    """The request with other files of components, by the keys of COMPONENTS."""
+    return replace(request, **files)
+
+
 def networks(request: GenerationRequest) -> tuple[object, ...]:
     """What decides which networks are loaded, and what is done to them: requests alike in it can share them.
 
     Where they live is the memory policy's choice, which depends on sizes too.
     """
     task, device = request.task, likely_device(request)
-    files = (request.model_id, request.transformer, request.base_model_id, request.model_source)
+    files = (request.model_id, *components_of(request).items(), request.base_model_id, request.model_source)
     parts = (task.layout, task.transformer_folder, "input_audio" in task.inputs)
     numbers = (device, request.dtype or default_dtype(device), request.vae_dtype, request.quant, request.lora)
     work = (request.attention, request.compile, request.no_cache, request.shard_weights, request.broadcast_weights)
@@ -165,11 +170,10 @@ class AssetResolver:
         Args:
             checkpoint: its folder, None if it must be fetched or made.
         """
-        source, transformer = request.model_source, request.transformer
+        source = request.model_source
         loras = tuple(lora._replace(source=self.file(lora.source, request, LORA)) for lora in request.lora)
-        if transformer is not None:
-            transformer = self.file(transformer, request, TRANSFORMER)
-        request = replace(request, lora=loras, transformer=transformer)
+        own = {field: self.file(name, request, COMPONENTS[field]) for field, name in components_of(request).items()}
+        request = with_files(replace(request, lora=loras), own)
         first, *others = repositories_of(request)
         if checkpoint is None:
             task, tiny = request.task, request.model_id == TINY
@@ -178,7 +182,7 @@ class AssetResolver:
 
                 check_components(request, None)
             make = (lambda: make_tiny(task)) if tiny else (lambda: download(request, first))
-            key = f"{source} {request.model_id} {task.name}{' without weights' if transformer else ''}"
+            key = " ".join((source, request.model_id, task.name, *own))  # of which not all is fetched
             checkpoint = Path(self.fetch(key, make))
         for repository in others:
             base = locate(request, repository, checkpoint)

@@ -63,7 +63,8 @@ class Repository:
     def without(self, component: str) -> Repository:
         """What is needed where the weights of a component come from elsewhere: of its folders, the configs."""
         others = {name: paths for name, paths in self.components.items() if name != component}
-        configs = (Path(path, "config.json").as_posix() for path in self.components[component])
+        folders = (path for path in self.components[component] if path in self.folders)
+        configs = (Path(path, "config.json").as_posix() for path in folders)
         return replace(self, components=others, files=(*self.files, *configs))
 
     def weights(self, folder: Path, component: str) -> list[Path]:

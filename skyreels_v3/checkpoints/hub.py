@@ -38,7 +38,7 @@ class FileKind:
     """A flag for a single file of weights.
 
     Attributes:
-        name: what such a file is.
+        name: what such a file is, for a component as in `Repository`.
         suffixes: of such files.
         usual: names that are taken where a folder holds several; without any, a hub id must name the file.
         beside: another file that is needed, if it is there.
@@ -61,7 +61,12 @@ class FileKind:
 LORA = FileKind(
     "--lora", "LoRA", (".safetensors",), ("pytorch_lora_weights.safetensors", "adapter_model.safetensors"), LORA_CONFIG
 )
-TRANSFORMER = FileKind("--transformer", "transformer", (".safetensors", ".gguf"))
+# by the fields of a request, which are also the names of what is loaded
+COMPONENTS = {
+    "transformer": FileKind("--transformer", "transformer", (".safetensors", ".gguf")),
+    "text_encoder": FileKind("--text_encoder", "text encoder", (".safetensors",)),
+    "vae": FileKind("--vae", "VAE", (".safetensors",)),
+}
 
 
 def locate(request: GenerationRequest, repository: Repository, beside: Path | None = None) -> Path | None:
@@ -267,7 +272,8 @@ def list_files(request: GenerationRequest, model_id: str, flag: str) -> list[str
 
 def check_on_hub(request: GenerationRequest) -> None:
     """Raise UserError for files and a base model that the hub does not have, or does not give to this user."""
-    for name, kind in files_of(request):
+    components = ((name, COMPONENTS[field]) for field, name in components_of(request).items())
+    for name, kind in (*components, *((lora.source, LORA) for lora in request.lora)):
         if locate_file(name, kind) is None:
             file_on_hub(name, request, kind)
     base = request.base_model_id
@@ -275,10 +281,9 @@ def check_on_hub(request: GenerationRequest) -> None:
         list_files(request, base, "--base_model_id")
 
 
-def files_of(request: GenerationRequest) -> list[tuple[str, FileKind]]:
-    """The single files that a request names."""
-    transformer = [] if request.transformer is None else [(request.transformer, TRANSFORMER)]
-    return [*transformer, *((lora.source, LORA) for lora in request.lora)]
+def components_of(request: GenerationRequest) -> dict[str, str]:
+    """What a request gives for the components that it takes from files of their own, by the keys of COMPONENTS."""
+    return {field: name for field in COMPONENTS if (name := getattr(request, field)) is not None}
 
 
 def locate_file(name: str, kind: FileKind) -> Path | None:

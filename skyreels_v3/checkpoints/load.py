@@ -231,6 +231,7 @@ def load_model(
     key_map: KeyMap = IDENTITY,
     float32_names: Collection[str] = (),
     buffers: Mapping[str, Tensor] | None = None,
+    blocks: Callable[[Any], Iterable[nn.Module]] = lambda model: getattr(model, "blocks", ()),
 ) -> Any:
     """Build a model on meta and give it its weights.
 
@@ -242,6 +243,7 @@ def load_model(
         key_map: from the checkpoint's names to the model's.
         float32_names: weights with one of these in their dotted name are float32, whatever `dtype` is.
         buffers: values of the model's buffers, by name.
+        blocks: the parts of a model whose linear layers may stay quantized; a model that has blocks names them itself.
 
     Returns:
         The model in eval mode, without gradients. Quantized matrices in its blocks become quantized layers.
@@ -257,7 +259,8 @@ def load_model(
     check_keys(expected, weights, source, key_map)
     check_dtypes(weights, source)
     float32_names = {*float32_names, SCALE}
-    whole = set_quantized_layers(model, weights, float32_names)
+    inside = {part for block in blocks(model) for part in block.modules()}
+    whole = set_quantized_layers(model, inside, weights, float32_names)
     parameters = dict(model.named_parameters())  # tied weights once, under their first name
     loaded: dict[int, Tensor] = {id(buffer): (buffers or {})[name] for name, buffer in model.named_buffers()}
     for name, parameter in parameters.items():
@@ -271,12 +274,14 @@ def load_model(
     return model.eval()
 
 
-def set_quantized_layers(model: nn.Module, weights: Weights, float32_names: Collection[str]) -> Weights:
-    """Replace linear layers in the blocks of `model` whose weights are quantized; returns the tensors of all layers.
+def set_quantized_layers(
+    model: nn.Module, inside: Collection[nn.Module], weights: Weights, float32_names: Collection[str]
+) -> Weights:
+    """Replace those of a model's linear layers whose weights are quantized; returns the tensors of all layers.
 
-    Elsewhere weights are small, and some layers are asked for their dtype, so that quantized ones are dequantized.
+    Args:
+        inside: the layers that may be replaced. Elsewhere weights are small, and some layers are asked for their dtype.
     """
-    inside = {part for block in getattr(model, "blocks", ()) for part in block.modules()}
     whole: Weights = {}
     for name, weight in weights.items():
         path, _, parameter = name.rpartition(".")

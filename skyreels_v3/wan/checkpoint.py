@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import transformers
 from diffusers import AutoencoderKLWan
-from torch import Tensor
+from torch import Tensor, nn
 
 from skyreels_v3.checkpoints import load
 from skyreels_v3.checkpoints.files import read_json
@@ -60,11 +61,13 @@ def native_arguments(folder: Path, tensors: Weights, source: Path) -> dict[str, 
     return arguments
 
 
-def load_vae(root: Path, dtype: torch.dtype, values: bool = True) -> VideoVAE:
-    """The VAE of the checkpoint at `root`."""
-    native = (root / key_maps.NATIVE_VAE_FILE).is_file()
-    source, key_map = (root / key_maps.NATIVE_VAE_FILE, key_maps.NATIVE_VAE) if native else (root / "vae", IDENTITY)
+def load_vae(root: Path, dtype: torch.dtype, values: bool = True, file: Path | None = None) -> VideoVAE:
+    """The VAE of the checkpoint at `root`, or with the weights in `file`."""
+    native_file, folder = root / key_maps.NATIVE_VAE_FILE, root / "vae"
+    source = file or (native_file if native_file.is_file() else folder)
     tensors = read_tensors(source, values)
+    native = "decoder.head.0.gamma" in tensors or not folder.is_dir()
+    key_map = key_maps.NATIVE_VAE if native else IDENTITY
     if native:
         arguments = {
             "base_dim": shape_of("encoder.conv1.weight", 5, tensors, source)[0],
@@ -73,7 +76,7 @@ def load_vae(root: Path, dtype: torch.dtype, values: bool = True) -> VideoVAE:
         }
     else:
         names = AutoencoderKLWan._get_init_keys(AutoencoderKLWan)
-        arguments = read_config(source, tensors, key_maps.VAE_CONSTANTS, names)
+        arguments = read_config(folder, tensors, key_maps.VAE_CONSTANTS, names)
     module = load_model(lambda: AutoencoderKLWan(**arguments), tensors, source, dtype, key_map)
     for name in ("latents_mean", "latents_std"):
         numbers = module.config[name]
@@ -82,29 +85,40 @@ def load_vae(root: Path, dtype: torch.dtype, values: bool = True) -> VideoVAE:
     return VideoVAE(module)
 
 
-def load_text_encoder(root: Path, dtype: torch.dtype, values: bool = True) -> TextEncoder:
-    """The UMT5 text encoder of the checkpoint at `root`, with its tokenizer."""
-    native = (root / key_maps.NATIVE_TEXT_ENCODER_FILE).is_file()
-    source = root / (key_maps.NATIVE_TEXT_ENCODER_FILE if native else "text_encoder")
-    key_map = key_maps.NATIVE_TEXT_ENCODER if native else key_maps.TRANSFORMERS_TEXT_ENCODER
+def load_text_encoder(root: Path, dtype: torch.dtype, values: bool = True, file: Path | None = None) -> TextEncoder:
+    """The UMT5 text encoder of the checkpoint at `root`, or with the weights in `file`; with its tokenizer there."""
+    native_file, folder = root / key_maps.NATIVE_TEXT_ENCODER_FILE, root / "text_encoder"
+    source = file or (native_file if native_file.is_file() else folder)
     tensors = read_tensors(source, values)
-    sizes = native_text_sizes(tensors, source) if native else read_config(source, tensors, {"model_type": "umt5"})
+    native = "token_embedding.weight" in tensors or source == native_file
+    key_map = key_maps.NATIVE_TEXT_ENCODER if native else key_maps.TRANSFORMERS_TEXT_ENCODER
+    if native or not folder.is_dir():
+        sizes = text_sizes(tensors, source, key_maps.NATIVE_TEXT_SIZES if native else key_maps.TRANSFORMERS_TEXT_SIZES)
+    else:
+        sizes = read_config(folder, tensors, {"model_type": "umt5"})
     model, config = transformers.UMT5EncoderModel, transformers.UMT5Config
-    module = load_model(lambda: model(config(**sizes)), tensors, source, dtype, key_map)
-    tokenizer = root / (key_maps.NATIVE_TOKENIZER if native else "tokenizer")
+    module = load_model(lambda: model(config(**sizes)), tensors, source, dtype, key_map, blocks=text_layers)
+    tokenizer = root / key_maps.NATIVE_TOKENIZER
+    tokenizer = tokenizer if tokenizer.is_dir() else root / "tokenizer"
     return TextEncoder(module, load.load_tokenizer(tokenizer, transformers.AutoTokenizer))
 
 
-def native_text_sizes(tensors: Weights, source: Path) -> dict[str, int | str | bool]:
-    """The config of a UMT5 encoder, from its tensors."""
-    vocabulary, width = shape_of("token_embedding.weight", 2, tensors, source)
-    buckets, heads = shape_of("blocks.0.pos_embedding.embedding.weight", 2, tensors, source)
+def text_layers(model: Any) -> Iterator[nn.Module]:
+    """The parts of UMT5's blocks that may stay quantized: of a layer `wo`, transformers asks the dtype."""
+    for block in model.encoder.block:
+        yield from (part for name, part in block.named_modules() if isinstance(part, nn.Linear) and "wo" not in name)
+
+
+def text_sizes(tensors: Weights, source: Path, names: Mapping[str, str]) -> dict[str, Any]:
+    """The config of a UMT5 encoder, from its tensors under these names."""
+    vocabulary, width = shape_of(names["embedding"], 2, tensors, source)
+    buckets, heads = shape_of(names["positions"], 2, tensors, source)
     return {
         "vocab_size": vocabulary,
         "d_model": width,
-        "d_kv": shape_of("blocks.0.attn.q.weight", 2, tensors, source)[0] // heads,
-        "d_ff": shape_of("blocks.0.ffn.fc1.weight", 2, tensors, source)[0],
-        "num_layers": sum(key.endswith("attn.q.weight") for key in tensors),
+        "d_kv": shape_of(names["query"], 2, tensors, source)[0] // heads,
+        "d_ff": shape_of(names["hidden"], 2, tensors, source)[0],
+        "num_layers": sum(key.endswith(".".join(names["query"].split(".")[-3:])) for key in tensors),
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
         "feed_forward_proj": "gated-gelu",

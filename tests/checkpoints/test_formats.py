@@ -20,7 +20,7 @@ from torch import Tensor
 from skyreels_v3.attention.backends import sdpa
 from skyreels_v3.checkpoints import gguf as reader
 from skyreels_v3.checkpoints.formats import describe, read_format
-from skyreels_v3.checkpoints.load import read_tensors
+from skyreels_v3.checkpoints.load import read_tensors, rename
 from skyreels_v3.errors import CheckpointError
 from skyreels_v3.families import family_of
 from skyreels_v3.memory.quantize import UNPACKED_AT_ONCE, Packed, QuantizedLinear, quantize
@@ -38,6 +38,7 @@ from training import layouts
 
 gguf = pytest.importorskip("gguf")  # of requirements-dev.txt
 
+SHOT = task_spec("shot_switching_extension")
 R2V, SINGLE, AVATAR, T2V = map(task_spec, ("reference_to_video", "single_shot_extension", "talking_avatar", "t2v"))
 FLOAT8 = torch.float8_e4m3fn
 K_TYPES = ("Q6_K", "Q5_K", "Q4_K")
@@ -75,7 +76,8 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
 
 
 def load(folder: Path, task: TaskSpec, file: Path | None = None, values: bool = True) -> Any:
-    made = family_of(task).loaders(task, folder, folder, torch.float32, torch.float32, values, file)
+    files = {} if file is None else {"transformer": file}
+    made = family_of(task).loaders(task, folder, folder, torch.float32, torch.float32, values, files)
     return made["transformer"]()
 
 
@@ -329,7 +331,7 @@ def test_a_plan_of_the_published_size(kind, size, streamed, tmp_path):
 BASE = ("--device", "cpu", "--prompt", "a boat", "--height", 64, "--width", 96, "--num_inference_steps", 2, "--quiet")
 INPUTS: dict[str, tuple[object, ...]] = {
     "reference_to_video": ("--ref_imgs", ASSETS / "fox.png", "--num_frames", 5),
-    "single_shot_extension": ("--input_video", ASSETS / "boat.mp4"),
+    "shot_switching_extension": ("--input_video", ASSETS / "boat.mp4", "--duration", 2),
     "talking_avatar": ("--input_image", ASSETS / "portrait.png", "--input_audio", "{sound}"),
     "t2v": ("--num_frames", 5),
 }
@@ -360,7 +362,7 @@ def psnr(made: np.ndarray, expected: np.ndarray) -> float:
     ("task", "names"),
     [
         ("reference_to_video", [*EIGHT_BITS]),
-        ("single_shot_extension", ["comfy_quant.safetensors"]),
+        ("shot_switching_extension", ["comfy_quant.safetensors"]),
         ("talking_avatar", ["scale_weight.safetensors", "Q8_0.gguf"]),
         ("t2v", ["comfy_quant.safetensors", "int8_rows.safetensors", "Q8_0.gguf"]),
     ],
@@ -375,6 +377,57 @@ def test_frames_with_8_bits(make, checkpoints, task, names, tmp_path):
         assert made.shape == plain.shape and psnr(made, plain) > 30, name
     for flags in (("--memory", "stream"), ("--memory", "offload")):
         assert np.array_equal(make(task, "--transformer", tmp_path / names[-1], *flags), made)
+
+
+def companions(root: Path, task: TaskSpec, to: Path) -> dict[str, Path]:
+    """Text encoders and VAE as single files: FP8 with transformers' names as ComfyUI has it, others with Wan's."""
+    if task.layout == "diffusers":
+        text = load_file(root / "text_encoder" / "model.safetensors")
+        native = layouts.native(text, key_maps.NATIVE_TEXT_ENCODER)
+        vae = layouts.native(load_file(root / "vae" / "diffusion_pytorch_model.safetensors"), key_maps.NATIVE_VAE)
+    else:
+        native = torch.load(root / key_maps.NATIVE_TEXT_ENCODER_FILE, weights_only=True)
+        text = rename(native, key_maps.NATIVE_TEXT_ENCODER, root, {})
+        vae = torch.load(root / key_maps.NATIVE_VAE_FILE, weights_only=True)
+    made: dict[str, Tensor] = {"scaled_fp8": torch.zeros(0, dtype=FLOAT8), "spiece_model": torch.ones(9).byte()}
+    for key, tensor in text.items():
+        made[key] = tensor.half() if key == "shared.weight" else tensor
+        if re.search(r"SelfAttention\.[qkvo]\.weight|DenseReluDense\.w\w+\.weight", key):
+            made[key], made[key.replace(".weight", ".scale_weight")] = writers.scaled(tensor, FLOAT8)
+    files = {name: to / f"{name}.safetensors" for name in ("fp8_scaled", "native", "vae")}
+    for tensors, file in zip((made, native, vae), files.values(), strict=True):
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
+    return files
+
+
+@pytest.mark.parametrize("task", [R2V, SHOT], ids=lambda task: task.name)
+def test_companions(make, main, checkpoints, task, tmp_path):
+    """UMT5 and the VAE from single files, in both layouts of the checkpoint, which then needs none of its own."""
+    root = tmp_path / "root"
+    toys.write(root, task)
+    files = companions(root, task, tmp_path)
+    for weights in (*root.glob("text_encoder/*.safetensors"), *root.glob("vae/*.safetensors"), *root.glob("*.pth")):
+        weights.unlink()
+    plain = make(task.name)
+    own = ("--model_id", root, "--vae", files["vae"], "--text_encoder")
+    assert np.array_equal(make(task.name, *own, files["native"]), plain)
+    made = make(task.name, *own, files["fp8_scaled"])
+    assert psnr(made, plain) > 30 and not np.array_equal(made, plain)
+    assert np.array_equal(make(task.name, *own, files["fp8_scaled"], "--memory", "stream"), made)
+    argv = ("--task_type", task.name, *BASE, *INPUTS[task.name], *own, files["fp8_scaled"], "--dry_run")
+    code, stdout, stderr = main(*argv)
+    assert code == 0, stderr
+    assert (
+        f"text encoder  {files['fp8_scaled']}: scaled FP8 (" in stdout
+        and f"VAE           {files['vae']}: (F32)" in stdout
+    )
+    code, _, stderr = main(*argv, "--vae", files["native"])
+    assert code == 2 and stderr.startswith("error: --vae: ")
+    encoder = family_of(task).loaders(
+        task, root, root, torch.float32, torch.float32, False, {"text_encoder": files["fp8_scaled"]}
+    )["text_encoder"]()
+    kept = {name for name, part in encoder.module.named_modules() if isinstance(part, QuantizedLinear)}
+    assert len(kept) == 12 and not any(name.endswith("wo") for name in kept)
 
 
 def test_dry_run_says_what_it_found(main, checkpoints, tmp_path):
