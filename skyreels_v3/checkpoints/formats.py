@@ -195,14 +195,14 @@ def check_settings(layer: str, settings: object, source: Path) -> str:
     """The type that a quantized layer's settings give its matrix; raises CheckpointError for others."""
     if not isinstance(settings, dict):
         raise left_over(source, f"the settings of {layer}")
-    name = settings.get("format")
+    name = str(settings.get("format"))
     if name not in LAYER_FORMATS:
-        raise refusal(source, FORMAT_NAMES.get(str(name), format_value(name)), layer)
+        raise refusal(source, FORMAT_NAMES.get(name, format_value(name)), layer)
     if settings.get("convrot"):
         raise refusal(source, "rotated INT8 (convrot)", layer)
     if unknown := settings.keys() - {*LAYER_ENTRIES}:
         raise left_over(source, f"{min(unknown)} in the settings of {layer}")
-    return LAYER_FORMATS[str(name)]
+    return LAYER_FORMATS[name]
 
 
 def check_scale(key: str, scale: Stored, weight: Stored, source: Path) -> None:
@@ -211,7 +211,9 @@ def check_scale(key: str, scale: Stored, weight: Stored, source: Path) -> None:
     if scale.kind in ("F8_E8M0", "U8"):
         raise refusal(source, "MXFP8", key)
     if len(weight.shape) != 2 or scale.kind not in PLAIN or scale.shape not in ((), (1,), (1, 1), rows, (*rows, 1)):
-        raise refusal(source, "FP8 that is scaled otherwise than as a whole or by rows", f"{key} {list(scale.shape)}")
+        raise refusal(
+            source, "a form that is scaled otherwise than as a whole or by rows", f"{key} {list(scale.shape)}"
+        )
 
 
 def refusal(source: Path, name: str, key: str) -> CheckpointError:

@@ -587,6 +587,7 @@ SETTINGS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]
     "MXFP8": (settings_of(format="mxfp8"), f"holds weights in MXFP8 ({LAYER})"),
     "AWQ": (settings_of(format="awq_w4a16"), f"holds weights in AWQ ({LAYER})"),
     "one that nobody knows": (settings_of(format="int3"), f"holds weights in int3 ({LAYER})"),
+    "a list": (settings_of(format=["nvfp4"]), f"holds weights in ['nvfp4'] ({LAYER})"),
     "no format": (settings_of(), f"holds weights in None ({LAYER})"),
     "rotated": (
         settings_of(format="int8_tensorwise", convrot=True, convrot_groupsize=256),

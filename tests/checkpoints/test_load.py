@@ -202,7 +202,7 @@ FORMATS: dict[str, tuple[Callable[[Tensors], Tensors], str, bool]] = {
     "scales for blocks of a row": (lambda t: scaled(t, "weight_scale_inv"), "in FP8 scaled by blocks (blocks.0.", True),
     "two scales for each": (
         lambda t: scaled(t, "weight_scale") | {f"{QUERY}.weight_scale": torch.ones(2)},
-        f"FP8 that is scaled otherwise than as a whole or by rows ({QUERY}.weight_scale [2])", True,
+        f"a form that is scaled otherwise than as a whole or by rows ({QUERY}.weight_scale [2])", True,
     ),
     "MXFP8": (
         lambda t: scaled(t, "weight_scale") | {f"{QUERY}.weight_scale": torch.ones(96, 3, dtype=torch.uint8)},
