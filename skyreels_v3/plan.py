@@ -331,10 +331,9 @@ def component_bytes(plan: Plan, sizes: Mapping[str, int], weights: Weights, term
     others = component_weights(request, plan.checkpoint, dtype)
     vae = others.pop("VAE")
     made = {name: ComponentBytes(size, size) for name, size in others.items()}
-    own = request.text_encoder  # what is quantized already stays so
-    quant = (
-        request.quant if own is None or not Path(own).is_file() or not read_format([Path(own)]).is_quantized else None
-    )
+    own, quant = Path(request.text_encoder or ""), request.quant
+    if own.is_file() and read_format([own]).is_quantized:  # it stays as it is
+        quant = None
     made["text encoder"] = text_encoder_bytes(family.TEXT_ENCODER, others["text encoder"], dtype, quant)
     if request.task.inputs:
         made["VAE encode"] = ComponentBytes(vae, vae, vae_bytes(request, "encode", TILINGS[0]))

@@ -132,8 +132,11 @@ def follow_weights(request: Request, checkpoint: Path | None) -> Request:
     if not form.is_quantized:
         return request
     if request.lora and form.name != CAST:
-        reason = f"{format_value(request.lora[0].source)}: the checkpoint's weights are quantized already"
-        raise UserError("--lora", f"{reason}; give it to the run that quantizes them, with --save_quantized")
+        reason = (
+            f"{format_value(request.lora[0].source)}: the transformer's weights are quantized already ({form.name})"
+        )
+        remedy = "give weights in bfloat16 and --quant fp8, which adds it first (--save_quantized keeps both)"
+        raise UserError("--lora", f"{reason}; {remedy}")
     if request.save_quantized is not None and form.name == GGUF:
         reason = f"{format_value(request.save_quantized)}: GGUF's blocks are not quantized again"
         raise UserError("--save_quantized", f"{reason}; leave it out, and use the GGUF file itself")
