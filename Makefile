@@ -4,14 +4,18 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python generate_video.py --model_id tiny
 
-.PHONY: demo test test-quick test-extended lint bench bench-gpu quality clean
+.PHONY: demo serve test test-quick test-extended lint bench bench-gpu quality clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+$(VENV)/installed-web: $(VENV)/installed requirements-web.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-web.txt
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-web.txt requirements-dev.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
@@ -27,6 +31,10 @@ demo: $(VENV)/installed
 	$(RUN) --task_type t2v --num_frames 49 --prompt "FPS-24, A cat wearing sunglasses works as a lifeguard at a pool"
 	$(VENV)/bin/python benchmarks/frames.py result/reference_to_video result/single_shot_extension \
 	    result/shot_switching_extension result/talking_avatar result/t2v --out result/demo.png
+
+# make serve, or with flags: make serve FLAGS="--model_id tiny --port 9000"
+serve: $(VENV)/installed-web
+	$(VENV)/bin/python generate_video.py --serve $(FLAGS)
 
 # pytest starts a worker for each core
 PYTEST = $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder

@@ -10,5 +10,5 @@ CONFIGS = "skyreels_v3.configs"
 setup(
     packages=[*find_packages(include=["skyreels_v3", "skyreels_v3.*"]), CONFIGS],
     package_dir={CONFIGS: "configs"},
-    package_data={CONFIGS: ["*.yaml"], "skyreels_v3": ["py.typed", "weights/*.safetensors"]},
+    package_data={CONFIGS: ["*.yaml"], "skyreels_v3": ["py.typed", "weights/*.safetensors", "web/page.*"]},
 )

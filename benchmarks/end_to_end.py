@@ -45,7 +45,6 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-import skyreels_v3.main
 from benchmarks.common import at_least, environment, gigabytes, parser_of, report, wait_for
 from benchmarks.models import random_model, random_transformer
 from skyreels_v3 import components, runtime
@@ -53,8 +52,8 @@ from skyreels_v3 import generate as session
 from skyreels_v3.cache import TensorCache
 from skyreels_v3.checkpoints.hub import TINY
 from skyreels_v3.cli import parse_request
+from skyreels_v3.console import set_up_logging
 from skyreels_v3.errors import UserError
-from skyreels_v3.parallel.ranks import SINGLE
 from skyreels_v3.plan import Plan, plan, vae_bytes
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.resolve import AssetResolver, preflight
@@ -112,7 +111,7 @@ END = object()
 def main() -> int:
     """Run and print; 2 if the request is invalid."""
     args, rest = parse_arguments()
-    skyreels_v3.main.set_up_logging(-1, SINGLE)
+    set_up_logging(-1)
     record = Record()
     try:
         with tempfile.TemporaryDirectory(prefix="end-to-end-benchmark-") as folder:

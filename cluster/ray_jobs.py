@@ -25,9 +25,8 @@ import ray
 
 from skyreels_v3.batch import Job, Results, choose_jobs, failure, read_jobs, results_file, run_job
 from skyreels_v3.cli import parse_flags, verbosity_of
-from skyreels_v3.console import escape_unknown, say
+from skyreels_v3.console import escape_unknown, say, set_up_logging
 from skyreels_v3.errors import UserError
-from skyreels_v3.main import set_up_logging
 from skyreels_v3.parallel.processes import INTERRUPTED, handle_signals
 from skyreels_v3.parallel.ranks import SINGLE
 from skyreels_v3.worker import Worker
@@ -45,7 +44,7 @@ class Actor:
 
     def __init__(self, folder: str) -> None:
         os.chdir(folder)
-        set_up_logging(-1, SINGLE)
+        set_up_logging(-1)
         self.worker = Worker()
 
     def run_job(self, job: Job) -> Mapping[str, Any]:
@@ -61,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     handle_signals(SINGLE)
     try:
         flags = parse_flags(argv)
-        set_up_logging(verbosity_of(flags), SINGLE)
+        set_up_logging(verbosity_of(flags))
         return run(flags)
     except UserError as error:
         say(f"error: {error}\n")

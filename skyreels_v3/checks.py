@@ -106,6 +106,8 @@ def check_flags(spec: TaskSpec, values: Mapping[str, Any]) -> None:
             refuse(values, name, f"{spec.name} does not take it; {remedy}")
         if BY_NAME[name].usp and not values.get("use_usp"):
             refuse(values, name, "is for several processes; add --use_usp, and start with torchrun")
+        if BY_NAME[name].server:
+            raise UserError(f"--{name}", "is for a server; add --serve")  # without its value: it may be a key
     for name in spec.inputs:
         dubbed = name == "input_image" and "input_video" in values  # an existing video instead of a portrait
         if name not in values and not dubbed:

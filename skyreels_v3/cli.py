@@ -79,7 +79,11 @@ def parse_flags(argv: Sequence[str], default_task: str | None = None, command: s
         values = without_overruled(read_config_file(config), values) | values
     if default_task is not None:
         values.setdefault("task_type", default_task)
-    if "jobs" in values:
+    if is_set(values, "serve"):
+        check_beside_serve(values)
+        if values.get("gpu_num", 1) > 1:
+            values["use_usp"] = True
+    elif "jobs" in values:
         check_beside_jobs(values)
     elif values.get("gpu_num", 1) > 1:
         values["use_usp"] = True
@@ -367,6 +371,24 @@ def check_beside_jobs(values: Mapping[str, Any]) -> None:
         if value is not False and (remedy := BY_NAME[name].only_in_line):
             shown = "" if value is True else f"{describe_value(value)}: "
             raise UserError(f"--{name}", f"{shown}is for one video, --jobs makes several; {remedy}")
+
+
+def check_beside_serve(values: Mapping[str, Any]) -> None:
+    """Raise UserError for a flag of one video, or one that needs another, beside --serve."""
+    allowed = ("serve", "outdir", "allow_private_urls", "quiet", "verbose", "gpu_num", "use_usp")
+    together = is_set(values, "use_usp") or values.get("gpu_num", 1) > 1
+    if together and "workers" in values:
+        raise UserError("--workers", "conflicts with --use_usp, by which all processes make each video; leave it out")
+    for name, value in values.items():
+        flag = BY_NAME[name]
+        if flag.usp and is_set(values, name) and not together:
+            raise UserError(f"--{name}", "is for several processes; add --use_usp")
+        one_video = flag.path in ("input", "output") or name == "prompt" or not (flag.in_line or flag.usp)
+        if is_set(values, name) and one_video and not flag.server and name not in allowed:
+            shown = "" if value is True else f"{describe_value(value)}: "
+            raise UserError(
+                f"--{name}", f"{shown}does not go with --serve, whose requests say what to make; leave it out"
+            )
 
 
 def job_flags(line: Mapping[str, Any], defaults: Mapping[str, Any], folder: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""stdout and stderr. Either may be closed, or unable to encode a file name; that must not cost a finished video."""
+"""stdout, stderr and the log. A stream may be closed, or lack a character; that must not cost a finished video."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
+
+from skyreels_v3.errors import redact
 
 logger = logging.getLogger(__name__)
 
@@ -58,3 +60,19 @@ def redirect_to_null(stream: TextIO) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)
+
+
+class RedactingFormatter(logging.Formatter):
+    """Redacts URLs in all that is logged, tracebacks of libraries included."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def set_up_logging(verbosity: int, is_main: bool = True) -> None:
+    """Log to stderr on the main process; libraries log errors only."""
+    level = {-1: logging.WARNING, 0: logging.INFO, 1: logging.DEBUG}[verbosity] if is_main else logging.ERROR
+    handler = logging.StreamHandler(Stderr())
+    handler.setFormatter(RedactingFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.ERROR)
+    logging.getLogger("skyreels_v3").setLevel(level)

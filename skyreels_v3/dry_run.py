@@ -14,7 +14,7 @@ from skyreels_v3.families import component_files, family_of, repositories_of
 from skyreels_v3.media.files import existing_folder, giga
 from skyreels_v3.memory.policy import TILINGS
 from skyreels_v3.parallel.ranks import Ranks
-from skyreels_v3.plan import Plan, component_dtype, output_bytes, plan
+from skyreels_v3.plan import Checked, Plan, component_dtype, output_bytes, plan
 from skyreels_v3.request import GenerationRequest, ResolvedRequest
 from skyreels_v3.resolve import preflight
 from skyreels_v3.runtime import find_machine
@@ -26,6 +26,15 @@ def dry_run(request: GenerationRequest, downloads: Path, ranks: Ranks) -> str:
     checked = preflight(request, downloads, ranks)
     if checked.done:
         return f"{'done':14}{checked.request.output}"
+    return describe(plan_of(checked, downloads, ranks))
+
+
+def plan_of(checked: Checked, downloads: Path, ranks: Ranks) -> Plan:
+    """The plan of a request that `preflight` has checked, which loads and downloads no weights.
+
+    Raises:
+        UserError: its checkpoint or a LoRA does not fit.
+    """
     if checked.request.model_id == TINY:
         checkpoint = tiny.folder_of(checked.request.task)
         if not checkpoint.is_dir():  # nothing is left in the cache
@@ -36,7 +45,7 @@ def dry_run(request: GenerationRequest, downloads: Path, ranks: Ranks) -> str:
         from skyreels_v3.components import check_components  # imports all libraries that load models
 
         check_components(checked.request, checked.checkpoint)
-    return describe(plan(checked, find_machine(checked.request, ranks), ranks))
+    return plan(checked, find_machine(checked.request, ranks), ranks)
 
 
 def describe(plan: Plan) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import abc, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -59,14 +59,17 @@ class Generator:
         self.components.vae.tiles = plan.policy.tiles
         return pipeline_of(plan.request.task).run(Stages(self.components, self.runtime, plan, state))
 
-    def write(self, plan: Plan) -> Video:
+    def write(self, plan: Plan, watch: Callable[[Iterator[Event]], Iterator[Event]] = iter) -> Video:
         """Make the video of a plan that fits and write it.
 
         With several ranks all make it together, and the main rank writes it.
+
+        Args:
+            watch: passes this rank's events on; what it raises ends the video, as an interrupt does.
         """
         request, inputs = plan.request, plan.inputs
         if not self.runtime.parallel.is_main:
-            for event in self.events(plan):
+            for event in watch(self.events(plan)):
                 if isinstance(event, Pass):
                     deque(event.frames, maxlen=0)
             return Video(request.output)
@@ -81,7 +84,7 @@ class Generator:
             # closed before the outcome is logged: an open progress bar would write after it
             made_by = "" if request.no_metadata else comment(record)
             meter = Meter(request.task.fps) if request.check else None
-            frames = all_frames(plan, self.events(plan, state), latents, meter)
+            frames = all_frames(plan, watch(self.events(plan, state)), latents, meter)
             with closing(frames), explain_full_disk(request.output):
                 path = write(plan, frames, made_by, state.folder)
             quality = None if meter is None else judge(meter, plan)

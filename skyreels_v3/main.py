@@ -17,8 +17,8 @@ from typing import Any
 from skyreels_v3.batch import run_jobs
 from skyreels_v3.checks import request_of
 from skyreels_v3.cli import SCRIPT, parse_flags, verbosity_of
-from skyreels_v3.console import Stderr, escape_unknown, say, show
-from skyreels_v3.errors import IncompleteOutput, UserError, cause_of, format_value, redact
+from skyreels_v3.console import escape_unknown, say, set_up_logging, show
+from skyreels_v3.errors import IncompleteOutput, UserError, cause_of, format_value
 from skyreels_v3.media.files import is_url
 from skyreels_v3.parallel import processes
 from skyreels_v3.parallel.ranks import SINGLE, Ranks, check_ranks, ranks_of
@@ -73,6 +73,12 @@ def make_videos(request: GenerationRequest, downloads: Path, ranks: Ranks) -> It
 
 def act_on(flags: Mapping[str, Any], ranks: Ranks) -> int:
     """Carry out what flags ask for; returns the exit code."""
+    if flags.get("serve"):
+        if ranks.world_size > 1:
+            raise UserError("--serve", "starts its processes itself; leave out torchrun, and give --use_usp")
+        from skyreels_v3.web.serve import serve
+
+        return serve(flags)
     if "jobs" in flags:
         return run_jobs(flags, ranks)
     run(request_of(flags), ranks)
@@ -97,22 +103,6 @@ def start_processes(flags: Mapping[str, Any], argv: Sequence[str], wanted: int) 
 
     task = [f"--task_type={flags['task_type']}"] if "task_type" in flags else []
     return launch([str(Path(__file__).with_name("__main__.py")), "generate", *argv, *task], wanted)
-
-
-class RedactingFormatter(logging.Formatter):
-    """Redacts URLs in all that is logged, tracebacks of libraries included."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
-
-
-def set_up_logging(verbosity: int, ranks: Ranks = SINGLE) -> None:
-    """Log to stderr on the main process; libraries log errors only."""
-    level = {-1: logging.WARNING, 0: logging.INFO, 1: logging.DEBUG}[verbosity] if ranks.is_main else logging.ERROR
-    handler = logging.StreamHandler(Stderr())
-    handler.setFormatter(RedactingFormatter("%(levelname)s: %(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.ERROR)
-    logger.setLevel(level)
 
 
 def check_current_folder() -> None:
@@ -145,8 +135,8 @@ def main(argv: Sequence[str], default_task: str | None = None, command: str = SC
         if not ranks.is_main:
             flags = {name: value for name, value in flags.items() if name != "verbose"} | {"quiet": True}
         verbosity = verbosity_of(flags)
-        set_up_logging(verbosity, ranks)
-        wanted = flags.pop("gpu_num", 1)
+        set_up_logging(verbosity, ranks.is_main)
+        wanted = 1 if flags.get("serve") else flags.pop("gpu_num", 1)
         check_current_folder()
         if wanted > 1 and ranks.world_size == 1:
             return start_processes(flags, argv, wanted)
@@ -186,9 +176,14 @@ def convert_command(argv: Sequence[str]) -> int:
     return 0
 
 
+def serve_command(argv: Sequence[str]) -> int:
+    return main(["--serve", *argv], command=f"{PROGRAM} serve")
+
+
 COMMANDS = {
     "generate": (generate_command, "make one video, several, or those of a jobs file"),
     "convert": (convert_command, "write a transformer of another format as a folder of ours, or as one file"),
+    "serve": (serve_command, "an HTTP API that makes videos, OpenAI's for videos"),
 }
 
 

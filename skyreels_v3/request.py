@@ -40,11 +40,13 @@ class Flag:
         group: the heading of --help that begins with this flag; "": that of the flag before.
         task_specific: only for tasks whose preset lists it in `takes`.
         usp: only with --use_usp.
+        server: only with --serve.
         path: "input" (a path or URL), "output" or "hub" (a folder or a hub's id); "" for other values.
         several: takes several entries: comma-separated, given several times, or a list in a file.
         recorded: needed to make the same video again.
         in_line: allowed in a line of --jobs.
         only_in_line: not allowed beside --jobs; says what to do instead.
+        in_request: allowed in a client's request to a server, if in a line of --jobs; others are the server's to set.
     """
 
     name: str
@@ -58,15 +60,22 @@ class Flag:
     group: str = ""
     task_specific: bool = False
     usp: bool = False
+    server: bool = False
     path: str = ""
     several: bool = False
     recorded: bool = True
     in_line: bool = True
     only_in_line: str = ""
+    in_request: bool = True
 
     def is_for(self, task: TaskSpec) -> bool:
         """Whether a task takes it."""
         return not self.task_specific or self.name in task.takes
+
+    @property
+    def is_for_clients(self) -> bool:
+        """Whether a client of a server may set it."""
+        return self.in_line and self.in_request
 
 
 def flag(default: Any, help: str, kind: type = str, **more: Any) -> Any:
@@ -78,6 +87,7 @@ task_flag = partial(flag, task_specific=True)  # for some tasks
 unrecorded = partial(flag, recorded=False)
 run_flag = partial(flag, recorded=False, in_line=False)  # for a whole run, not for a line of --jobs
 parallel = partial(run_flag, usp=True)
+server = partial(run_flag, server=True)
 
 
 class Lora(NamedTuple):
@@ -149,17 +159,19 @@ class GenerationRequest:
         group="Checkpoint", path="hub")
     transformer: str | None = flag(None,
         "its transformer from another file, a path or a hub's OWNER/NAME/FILE: safetensors or GGUF, quantized or not",
-        metavar="FILE", path="hub")
+        metavar="FILE", path="hub", in_request=False)
     text_encoder: str | None = task_flag(None, "its text encoder (UMT5) from another safetensors file", metavar="FILE",
-        path="hub")
-    vae: str | None = task_flag(None, "its VAE from another safetensors file", metavar="FILE", path="hub")
+        path="hub", in_request=False)
+    vae: str | None = task_flag(None, "its VAE from another safetensors file", metavar="FILE", path="hub",
+        in_request=False)
     base_model_id: str | None = task_flag(None, "hub id or folder of HunyuanVideo, for its encoders and VAE (t2v, i2v)",
-        path="hub")
+        path="hub", in_request=False)
     model_source: str = flag("huggingface", "hub to download from (default: huggingface)",
-        choices=("huggingface", "modelscope"))
+        choices=("huggingface", "modelscope"), in_request=False)
     lora: tuple[Lora, ...] = flag((), "LoRAs to apply: files, folders or hub ids, each with a scale",
         metavar="LORA[:SCALE[:partial]][,...]", path="hub", several=True)
-    device: str = flag("auto", "device to compute on (default: auto)", choices=DEVICES, group="Memory and speed")
+    device: str = flag("auto", "device to compute on (default: auto)", choices=DEVICES, group="Memory and speed",
+        in_request=False)
     dtype: str | None = flag(None, "dtype of matrix products (default: bfloat16 on a GPU, float32 on a CPU)",
         choices=DTYPES)
     memory: str = unrecorded("auto", "what stays on the device (default: auto, depending on free memory)",
@@ -170,12 +182,12 @@ class GenerationRequest:
         int, low=0, high=999)
     parameters_level: bool = flag(False, "with --offload: same as --memory stream", bool)
     high_cpu_memory: bool = unrecorded(False, "pin everything that is streamed, however much host memory it takes",
-        bool)
+        bool, in_request=False)
     quant: str | None = flag(None,
         "weights in FP8 (fp8, the default value); fp8_dynamic also computes in FP8 (Ada GPUs and later)",
         choices=QUANTIZATIONS, bare="fp8")
     save_quantized: Path | None = unrecorded(None, "also save the FP8 checkpoint, as a folder for --model_id",
-        metavar="FOLDER", path="output", only_in_line="write it into the lines, a name for each")
+        metavar="FOLDER", path="output", only_in_line="write it into the lines, a name for each", in_request=False)
     vae_dtype: str = flag("float32", "dtype of the VAE (default: float32)", choices=DTYPES)
     attention: str = flag("auto", "attention kernel (default: auto)", choices=ATTENTIONS)
     compile: bool = flag(False, "compile the transformer's blocks; makes the first step slower", bool)
@@ -195,24 +207,42 @@ class GenerationRequest:
     broadcast_weights: bool = parallel(False, "read the weights in one process and broadcast them to the others", bool)
     output: Path | None = unrecorded(None,
         "an .mp4, or a folder ending in / for PNG frames (default: result/TASK/SEED_TIME.mp4)", metavar="PATH",
-        group="Output", path="output", only_in_line="write it into the lines, a name for each")
-    outdir: str | None = unrecorded(None, "put the video into results/FOLDER, named after prompt, seed and number",
-        metavar="FOLDER")
+        group="Output", path="output", only_in_line="write it into the lines, a name for each", in_request=False)
+    outdir: str | None = unrecorded(None,
+        "put the video into results/FOLDER, named after prompt, seed and number; with --serve: its jobs and videos",
+        metavar="FOLDER", in_request=False)
     include_input: bool = task_flag(False, "write the input clip and the extension as one video", bool)
     check: bool = unrecorded(False, "measure the new frames: log their figures, and warn of a bad video", bool)
     no_metadata: bool = unrecorded(False, "do not store the flags in the video's metadata", bool)
     save_latents: Path | None = unrecorded(None, "also save the final latents of each pass",
-        metavar="FILE.safetensors", path="output", only_in_line="write it into the lines, a name for each")
+        metavar="FILE.safetensors", path="output", only_in_line="write it into the lines, a name for each",
+        in_request=False)
     resume: bool = run_flag(False, "continue an interrupted run of the same command, or start it",
         bool, only_in_line="leave it out, the same command goes on by itself")
     checkpoint_every: float = unrecorded(60.0,
-        "seconds between saved states while denoising, for resuming (default: 60; 0: none)", float, low=0, high=86400)
+        "seconds between saved states while denoising, for resuming (default: 60; 0: none)", float, low=0, high=86400,
+        in_request=False)
     video_num: int = run_flag(1, "make this many videos, with consecutive seeds", int, low=1, high=10000,
         group="Many videos", only_in_line="write a line for each")
     jobs: str | None = run_flag(None,
         "make one video per line of the file, a JSON object of flags", metavar="FILE.jsonl", path="input")
+    serve: bool = run_flag(False, "serve an HTTP API, OpenAI's for videos, instead of making one", bool,
+        group="Server")
+    host: str = server("127.0.0.1", "address to listen on (default: 127.0.0.1); another one needs --api_key",
+        metavar="ADDRESS")
+    allowed_hosts: tuple[str, ...] = server((), "other names that clients reach it by, such as that of a proxy",
+        metavar="NAME[,NAME]", several=True)
+    port: int = server(8000, "port to listen on; 0: any free one (default: 8000)", int, low=0, high=65535)
+    api_key: str | None = server(None, "key that clients must send, or a file with one per line", metavar="KEY")
+    no_auth: bool = server(False, "serve other machines without a key", bool)
+    workers: int | None = server(None, "processes that make videos (default: one for each GPU)", int, low=1, high=64)
+    keep_days: float | None = server(None, "days to keep a job that has ended (default: forever)", float, low=0.01,
+        high=36500)
+    keep_gb: float | None = server(None,
+        "gigabytes for the files of all jobs; beyond that the oldest that have ended go (default: no limit)", float,
+        low=0.01, high=1000000)
     url_timeout: float = flag(1.2, "seconds to wait for a server to respond (default: 1.2)", float, low=0.05, high=600,
-        group="Other")
+        group="Other", in_request=False)
     allow_private_urls: bool = run_flag(False, "also fetch inputs from this machine and private networks", bool)
     dry_run: bool = run_flag(False, "check everything and print the plan, without loading or downloading weights", bool)
     quiet: bool = run_flag(False, "print only warnings and the result", bool)

@@ -50,12 +50,18 @@ Encoded = dict[str, Tensor]  # what a text encoder makes of a text
 
 @dataclass(frozen=True)
 class Step:
-    """Denoising step `number` of `total` in the pass `name` is done; its latents (B, C, F, H, W)."""
+    """Denoising step `number` of `total` in the pass `name` is done.
+
+    Attributes:
+        latents: (B, C, F, H, W).
+        sigma: the level of the noise that is still in them.
+    """
 
     name: str
     number: int
     total: int
     latents: Tensor
+    sigma: float
 
 
 @dataclass(frozen=True)
@@ -222,7 +228,7 @@ class Stages:
                         assert self.state is not None
                         self.state.save_step(latents, generator, scheduler_state(scheduler))
                         last_copy = perf_counter()
-                    yield Step(name, step, total, latents)
+                    yield Step(name, step, total, latents, float(scheduler.sigmas[step]))
             except FloatingPointError:
                 check_finite(transformer, "transformer")  # only now: it reads all weights
                 raise

@@ -39,6 +39,7 @@ if hasattr(signal, "SIGHUP"):
 LONGEST = (
     "test_distributed.py", "test_memory_modes.py", "test_generate_video.py", "test_resume.py", "test_packaging.py",
     "test_compile.py", "test_recorded_runs.py", "test_launch.py", "test_save.py", "test_devices.py",
+    "test_runner.py", "test_supervisor.py",
 )  # fmt: skip
 
 

@@ -43,6 +43,8 @@ WRONG = (
     ("step_cache", "--width", "5"),
     ("load", "--size-gb", "-1"),
     ("memory_vs_length", "--side", "20"),
+    ("serve_load", "--jobs", "5"),
+    ("serve_load", "--jobs", "101", "--clients", "1"),
 )
 
 
@@ -55,7 +57,7 @@ def run(name: str, arguments: tuple[str, ...], cache: Path) -> subprocess.Comple
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_the_gpus_set_at_toy_size(tmp_path, cache):
     """The whole set, each on the path it takes on a GPU; each writes its line when it ends."""
     made = run("run_all", ("gpu", "--toy", "--out", str(tmp_path)), cache)
@@ -90,7 +92,7 @@ def test_what_does_not_fit_is_skipped(tmp_path, monkeypatch):
     assert (record["name"], record["status"]) == ("a", "no time left")
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_load_ends_in_json(tmp_path, monkeypatch, capsys):
     load = importlib.import_module("benchmarks.load")
     monkeypatch.setattr(load, "BLOCKS", {"14B": load.Blocks(128, 1, 128)})
@@ -101,6 +103,20 @@ def test_load_ends_in_json(tmp_path, monkeypatch, capsys):
         load.main()
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line.keys() >= COMMON | {"loads", "limits", "met"}
+
+
+@pytest.mark.extended
+def test_a_server_under_load(tmp_path, cache):
+    """All jobs are completed once and no process is left, else it fails; a busy machine may answer slowly."""
+    pytest.importorskip(
+        "fastapi", reason="the server's packages are not installed: pip install -r requirements-dev.txt"
+    )
+    made = run("serve_load", ("--clients", "5", "--jobs", "6", "--json", str(tmp_path / "line.json")), cache)
+    assert made.returncode == 0, made.stdout + made.stderr
+    line = json.loads((tmp_path / "line.json").read_text(encoding="utf-8"))
+    assert line.keys() >= COMMON | {"latency_ms", "rss_bytes", "open_files", "limits", "met"}
+    assert line["problems"] == [] and line["latency_ms"]["POST a video"]["requests"] == 6
+    assert line["open_files"]["ratio"] <= line["limits"]["growth"]
 
 
 @pytest.mark.parametrize("arguments", WRONG, ids=" ".join)

@@ -200,8 +200,8 @@ def test_help_names_every_flag_and_task(monkeypatch):
         assert name in text
     assert max(map(len, text.splitlines())) <= 80
     groups = re.findall(r"^([A-Z][\w ]+):$", text, re.MULTILINE)
-    assert len(groups) == 9
-    assert len({*groups}) == 9
+    assert len(groups) == 10
+    assert len({*groups}) == 10
 
 
 def test_help_has_a_command_for_each_task():

@@ -19,7 +19,9 @@ LAYERS = (
     ("families", "plan", "components", "stages", "runtime", "throughput", "resume", "outputs"),
     ("wan", "hunyuan"),
     ("resolve", "dry_run", "generate", "worker"),
-    ("api", "batch", "checks", "cli", "convert", "main", "__main__"),
+    ("api", "batch", "checks", "cli", "convert"),
+    ("web",),
+    ("main", "__main__"),
 )
 NOT_IN_THE_WHEEL = ("training", "benchmarks", "tests")
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

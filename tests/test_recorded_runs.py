@@ -182,7 +182,7 @@ def test_exact_memory_modes(run, recording, task, case):
         check_latents(run(*recorded.flags, "--dtype", "float32", *mode)[0], recorded)
 
 
-@pytest.mark.parametrize(("task", "case"), [*SHORT, ("talking_avatar", "5p8s")])
+@pytest.mark.parametrize(("task", "case"), [*SHORT, pytest.param("talking_avatar", "5p8s", marks=pytest.mark.extended)])
 def test_fp8(run, recording, task, case):
     """FP8's distance from float32 in units of bfloat16's, which has this CPU's rounding too."""
     flags = recording(task, case).flags

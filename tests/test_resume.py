@@ -80,7 +80,10 @@ def frames_of(path: Path, fps: int) -> np.ndarray:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "passes", "fps", "stop"),
-    [("talking_avatar", 3, 25, signal.SIGINT), ("single_shot_extension", 2, 24, signal.SIGKILL)],
+    [
+        ("talking_avatar", 3, 25, signal.SIGINT),
+        pytest.param("single_shot_extension", 2, 24, signal.SIGKILL, marks=pytest.mark.extended),
+    ],
 )
 def test_an_ended_run_goes_on_to_the_same_video(start, main, command, tmp_path, caplog, task, passes, fps, stop):
     """From the middle of a pass, with the weights folder it has written, to the same latents."""

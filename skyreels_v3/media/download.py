@@ -48,12 +48,19 @@ class Refused(Exception):
 def download(
     url: str, flag: str, folder: Path, timeout: float, max_bytes: int, progress: bool, allow_private: bool
 ) -> Path:
+    """`download_async` in an event loop of its own."""
+    return asyncio.run(download_async(url, flag, folder, timeout, max_bytes, progress, allow_private))
+
+
+async def download_async(
+    url: str, flag: str, folder: Path, timeout: float, max_bytes: int, progress: bool, allow_private: bool
+) -> Path:
     """Download a URL into a new file of `folder`, which is created if need be; a failure leaves no file.
 
     Args and Raises: as in `files.local_file`.
     """
     try:
-        path = asyncio.run(fetch(url, folder, timeout, max_bytes, progress, allow_private))
+        path = await fetch(url, folder, timeout, max_bytes, progress, allow_private)
     except Refused as error:
         reason = str(error)
     except TimeoutError:

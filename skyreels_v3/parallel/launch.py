@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -25,8 +25,16 @@ USER_ERROR = 2
 MONITOR_INTERVAL = 0.2  # seconds
 
 
-def launch(command: Sequence[str], processes: int) -> int:
+def show_below(text: str) -> None:
+    """Write to stderr, below the main process's progress bar."""
+    say(f"\n{text}\n")
+
+
+def launch(command: Sequence[str], processes: int, report: Callable[[str], object] = show_below) -> int:
     """Run a Python script with its arguments in several processes.
+
+    Args:
+        report: is given what none of the processes could say itself, such as which one was killed.
 
     Returns:
         The exit code of the first one that failed, or 0.
@@ -61,7 +69,7 @@ def launch(command: Sequence[str], processes: int) -> int:
         except SignalException:
             code, text = INTERRUPTED, "interrupted"
     if text:
-        say(f"\n{text}\n")  # below the main process's progress bar
+        report(text)
     return code
 
 

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from threading import Thread
@@ -84,8 +85,11 @@ def end_with_launcher() -> None:
 
 
 def exit_process(code: int) -> NoReturn:
-    """End this process; after an interrupt, without waiting for threads, which may be downloading."""
-    if code == INTERRUPTED:
+    """End this process; after an interrupt, without waiting for threads, which may be downloading.
+
+    Nor does it wait for other processes that it is still connected to: they may be gone.
+    """
+    if code == INTERRUPTED or _store is not None:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):
                 stream.flush()
@@ -143,6 +147,26 @@ def broadcast_object(key: str, value: Any, ranks: Ranks) -> Any:
         store_set(key, value)
         return value
     return store_get(key)
+
+
+def connect_flags(ranks: Ranks) -> Callable[[bool], bool]:
+    """A function that says whether its argument is true on any rank; all call it together.
+
+    Other collectives may be at work meanwhile, in another thread.
+    """
+    if ranks.world_size == 1:
+        return bool
+    import torch
+    import torch.distributed as dist
+
+    group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+
+    def is_any(flag: bool) -> bool:
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group)
+        return bool(flags)
+
+    return is_any
 
 
 def report_exit(text: str, code: int, ranks: Ranks, error: BaseException | None = None) -> int:

@@ -39,7 +39,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NOWHERE = "http://127.0.0.1:9"
 DRIVER = """
 import sys
-from skyreels_v3.main import set_up_logging
+from skyreels_v3.console import set_up_logging
 from skyreels_v3.checkpoints.hub import LORA, download, download_file
 from skyreels_v3.cli import parse_request
 from skyreels_v3.errors import UserError

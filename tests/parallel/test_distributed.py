@@ -142,7 +142,7 @@ WAYS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...], str]] = {
 }
 
 
-EXTENDED = ("2 by Ulysses, all terms", "3, guidance by 3")
+EXTENDED = ("2 by Ulysses", "2 by Ulysses, all terms", "4, guidance by 2", "3, guidance by 3")
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ TROUBLES = {
 }
 
 
-@pytest.mark.parametrize("name", TROUBLES)
+@pytest.mark.parametrize("name", ["out of memory", "killed", pytest.param("a bug", marks=pytest.mark.extended)])
 def test_one_process_fails_and_all_end(name, begin, tmp_path):
     trouble, message = TROUBLES[name]
     run = begin(*troubled(tmp_path, 2, trouble))
@@ -269,7 +269,7 @@ def test_one_process_fails_and_all_end(name, begin, tmp_path):
     assert not left and not any((tmp_path / "temporary").glob("skyreels-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.extended)])
 def test_interrupted_all_end(number, begin, tmp_path):
     """By Ctrl-C, which the terminal sends to all of them; by a scheduler, which sends SIGTERM to the launcher."""
     run = begin(*troubled(tmp_path, 2, "import time; time.sleep(600)"))

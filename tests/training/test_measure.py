@@ -78,7 +78,7 @@ def test_what_is_named_is_found(scenes):
     assert 0.8 < np.quantile(sizes, 0.05) and 0.9 < np.median(sizes) < 1.05
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_what_is_named_is_found_in_blurred_frames(scenes):
     found = [find_thing(blurred(rendered(scene)), scene, fps=FPS) for scene in scenes]
     assert min(agreement(found, scenes)) >= 0.85

@@ -1,0 +1,79 @@
+"""Errors as OpenAI's API answers them. No answer has a path of the server, a secret or a traceback."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from http import HTTPStatus
+
+from starlette.responses import JSONResponse
+
+from skyreels_v3.errors import UserError, format_value, one_line, redact
+
+TYPES = {429: "rate_limit_error", 401: "authentication_error", 403: "permission_error"}
+CODES = {
+    **{400: "invalid_value", 401: "invalid_api_key", 403: "forbidden", 404: "not_found", 405: "method_not_allowed"},
+    **{408: "request_timeout", 409: "conflict", 413: "too_large", 415: "unsupported_media_type"},
+    **{416: "range_not_satisfiable", 429: "rate_limit_exceeded", 507: "insufficient_storage"},
+}
+# an absolute path, which is no part of a URL; what remains is its last part
+PATH = re.compile(r"(?<![\w:/.~-])~?/(?:[^\s/'\",;]+/)+([^\s/'\",;]*)")
+
+FLAG = re.compile(r"(?<![\w-])--([a-z]\w*)")
+
+
+class ApiError(Exception):
+    """A request that is refused.
+
+    Args:
+        param: the field at fault.
+        code: a word for programs; by default the status's.
+        headers: of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param = status, message, param
+        self.code = code or CODES.get(status, "error")
+        self.headers = headers
+
+
+def response_of(error: ApiError) -> JSONResponse:
+    """The answer to a request that is refused."""
+    kind = TYPES.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
+    content = {
+        "message": one_line(redact(error.message)),
+        "type": kind,
+        "param": None if error.param is None else format_value(error.param),
+        "code": error.code,
+    }
+    return JSONResponse({"error": content}, error.status, dict(error.headers or {}))
+
+
+def from_user_error(error: UserError, fields: Mapping[str, str], status: int = 400) -> ApiError:
+    """A `UserError` for a client.
+
+    Args:
+        fields: the names that the client has used for flags.
+    """
+    flag = error.flag.removeprefix("--")
+    name = fields.get(flag, flag)
+    message = FLAG.sub(lambda match: fields.get(match[1], match[1]), without_paths(error.message))
+    return ApiError(status, f"{name}: {message}", name)
+
+
+def from_status(status: int, detail: str, headers: Mapping[str, str] | None = None) -> ApiError:
+    """An error of the framework's."""
+    return ApiError(status, without_paths(detail) or HTTPStatus(status).phrase, headers=headers)
+
+
+def without_paths(text: str) -> str:
+    """A text with nothing but the last part of each absolute path in it."""
+    return PATH.sub(r"\1", text)

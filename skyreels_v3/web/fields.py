@@ -1,0 +1,346 @@
+"""From a body's fields, OpenAI's names and ours, to the flags of a job: those of a line of --jobs.
+
+The table of flags in request.py says what there is; the command line's checks say what is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+
+from skyreels_v3.checkpoints.hub import HUB_FILE, refuse_other_tasks
+from skyreels_v3.checks import describe_value, parse_lora, request_of
+from skyreels_v3.cli import convert_from_file, job_flags, split, unknown_key, without_overruled
+from skyreels_v3.config_text import read_json_text
+from skyreels_v3.errors import UserError, format_value
+from skyreels_v3.families import pipeline_of
+from skyreels_v3.hints import SEE_HELP
+from skyreels_v3.inputs import open_inputs
+from skyreels_v3.media.download import download_async
+from skyreels_v3.request import ALIKE, BY_NAME, FLAGS, Flag, GenerationRequest, ResolvedRequest
+from skyreels_v3.runtime import check_compute, check_device
+from skyreels_v3.tasks import TASK_NAMES, TaskSpec, task_spec
+from skyreels_v3.web.errors import ApiError
+from skyreels_v3.web.queue import STATES, Job
+from skyreels_v3.web.settings import Settings
+from skyreels_v3.web.uploads import Fields, Upload, check_kind, decode_data_url, max_bytes
+
+NAMES = {"model": "model_id", "seconds": "duration", "video": "input_video"}  # OpenAI's names of flags
+EXTRA = ("extra_body", "extra_json")  # fields within a field
+REFERENCE = "input_reference"
+LINKS = ("image_url", "url", "video_url", "audio_url")  # keys of an object that stands for a file
+SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+KEYFRAME_FIELD = re.compile(r"keyframes@([\d.]+)")
+SWITCH = {"true": True, "false": False, "1": True, "0": False}  # in a form
+OWN = tuple(flag.name for flag in FLAGS if not flag.is_for_clients)  # the server's
+INPUTS = tuple(flag.name for flag in FLAGS if flag.path == "input" and flag.in_line)
+
+FindJob = Callable[[str], Awaitable[Job]]  # a client's own job; raises ApiError
+
+
+@dataclass
+class FlagReader:
+    """Makes flags of the fields of one request.
+
+    Attributes:
+        folder: of the job; its files get their names in it.
+        find: a job of this client's.
+        fields: the names that the client has used for flags.
+        parent: id of the job whose video was named as an input.
+    """
+
+    settings: Settings
+    folder: Path
+    find: FindJob
+    fields: dict[str, str] = field(default_factory=dict)
+    parent: str = ""
+
+    async def read(self, given: Fields, **preset: Any) -> tuple[dict[str, Any], GenerationRequest]:
+        """The flags of a job, the server's defaults among them, and the request that they make.
+
+        Args:
+            preset: flags where the client gives none.
+
+        Raises:
+            UserError, ApiError: the first thing that is wrong.
+        """
+        values = self.rename(merge_extra(given))
+        self.place_reference(values)
+        for name, value in preset.items():
+            values.setdefault(name, value)
+        values.setdefault("task_type", self.settings.defaults.get("task_type") or guess_task(values))
+        for name in INPUTS:
+            if name in values:
+                values[name] = await self.take_inputs(BY_NAME[name], values[name])
+        return await self.check(values, self.settings.defaults)
+
+    async def read_changes(self, given: Fields, job: Job) -> tuple[dict[str, Any], GenerationRequest]:
+        """The same for another job's flags with changes; its input files have to be in the folder.
+
+        Raises:
+            UserError, ApiError: the first thing that is wrong.
+        """
+        values = self.rename(merge_extra(given))
+        for name in filter(values.__contains__, (REFERENCE, *INPUTS)):
+            raise UserError(f"--{name}", "inputs are those of the first video; leave it out, or make a new one")
+        if "prompt" not in values:
+            raise UserError("--prompt", "missing; say what the new video shows")
+        self.parent = job.id
+        return await self.check(values, job.flags)
+
+    async def check(
+        self, values: Mapping[str, Any], defaults: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], GenerationRequest]:
+        """Flags with `defaults` beside them, and the request that they make; raises UserError."""
+        converted = {name: convert_from_file(name, as_switch(name, value), "") for name, value in values.items()}
+        flags = without_overruled(defaults, converted) | converted
+        request = request_of(job_flags(flags, {}, str(self.folder)))
+        check_device(request.device)
+        check_compute(request)
+        await run_in_threadpool(self.check_inputs, request)
+        return flags | {"seed": request.seed}, request  # one that was drawn is kept
+
+    def check_inputs(self, request: GenerationRequest) -> None:
+        """What would fail in its turn, perhaps hours later; raises UserError."""
+        refuse_other_tasks(request)
+        opened, inputs = open_inputs(request, self.folder)
+        pipeline_of(request.task).check_inputs(ResolvedRequest.of(opened, output=self.folder / "video.mp4"), inputs)
+
+    def rename(self, given: Fields) -> Fields:
+        """Fields by the names of flags; without those that are null."""
+        values: Fields = {}
+        for key, value in given.items():
+            name = NAMES.get(key, key)
+            if match := KEYFRAME_FIELD.fullmatch(key):
+                name, value = "keyframes", [*values.get("keyframes", []), {"file": value, "seconds": match[1]}]
+            elif name in values:
+                raise ApiError(400, f"{key}: is given as {self.fields[name]} as well; give one of them", key)
+            if value is not None:
+                self.fields[name], values[name] = key, value
+        self.check_size(values)
+        self.check_names(values)
+        self.check_models(values)
+        return values
+
+    def check_size(self, values: Fields) -> None:
+        """Replace size by width and height."""
+        if (size := values.pop("size", None)) is None:
+            return
+        sides = SIZE.fullmatch(size) if isinstance(size, str) else None
+        if sides is None:
+            raise UserError("--size", f"{describe_value(size)}: give WIDTHxHEIGHT in pixels, such as 1280x720")
+        for name, side in zip(("width", "height"), sides.groups(), strict=True):
+            if name in values:
+                raise UserError("--size", f"conflicts with {name}; give one of them")
+            self.fields[name], values[name] = "size", int(side)
+
+    def check_names(self, values: Fields) -> None:
+        """Refuse fields that are no flags, or not for clients to set."""
+        for name, value in values.items():
+            if name in OWN or name == "config":
+                raise UserError(f"--{name}", "is the server's to say; leave it out")
+            if name not in BY_NAME and name != REFERENCE:
+                meant = unknown_key(name, value).replace(SEE_HELP, "see /docs")
+                raise ApiError(400, meant, self.fields[name], "unknown_parameter")
+            if name not in (*INPUTS, REFERENCE) and isinstance(value, Upload):
+                raise UserError(f"--{name}", "is a file; send its value")
+
+    def check_models(self, values: Fields) -> None:
+        """A model that the server has, in the place of its name; LoRAs from a hub only."""
+        if "model_id" in values:
+            name = values["model_id"]
+            if not isinstance(name, str) or name not in self.settings.models:
+                message = (
+                    f"model: {describe_value(name)} is not served; choose one of {', '.join(self.settings.models)}"
+                )
+                raise ApiError(400, message, self.fields["model_id"], "model_not_found")
+            values["model_id"] = self.settings.models[name]
+        entries = values.get("lora", [])
+        for entry in [entries] if isinstance(entries, str) else entries if isinstance(entries, list) else []:
+            for source in (parse_lora(part.strip()).source for part in str(entry).split(",")):
+                if not HUB_FILE.fullmatch(source) or os.path.exists(source):
+                    raise UserError("--lora", f"{format_value(source)} is no id of a hub; give OWNER/NAME")
+
+    def place_reference(self, values: Fields) -> None:
+        """Give input_reference to the flag that the task has for a picture."""
+        if (reference := values.pop(REFERENCE, None)) is None:
+            return
+        name = "image"
+        task = values.get("task_type") or task_of_model(values.get("model_id"))
+        if isinstance(task, str) and task in TASK_NAMES:
+            name = next((other for other in ALIKE[0] if BY_NAME[other].is_for(task_spec(task))), name)
+        if name in values:
+            raise UserError(f"--{REFERENCE}", f"conflicts with {name}; give one of them")
+        self.fields[name], values[name] = REFERENCE, reference
+
+    # Files
+
+    async def take_inputs(self, flag: Flag, value: Any) -> Any:
+        """The names in the job's folder of what a client gives for a flag of input files."""
+        if not flag.several:
+            return await self.take(flag, value, flag.name)
+        entries = (
+            split(flag.name, value, "") if isinstance(value, str) else value if isinstance(value, list) else [value]
+        )
+        taken = []
+        for number, entry in enumerate(entries[: self.settings.limits.parts], start=1):
+            time = ""
+            if flag.name == "keyframes":
+                entry, time = part_keyframe(entry)
+            taken.append(await self.take(flag, entry, f"{flag.name}-{number}") + time)
+        return taken
+
+    async def take(self, flag: Flag, value: Any, stem: str) -> str:
+        """The name of an input in the job's folder: an upload, a URL that is fetched, or another job's video."""
+        name = f"--{flag.name}"
+        if isinstance(value, dict):
+            if isinstance(value.get("id"), str):
+                return await self.take_video(value["id"], stem)
+            value = next((value[key] for key in LINKS if key in value), value.get("file"))
+            if isinstance(value, dict) and "url" in value:
+                value = value["url"]
+        param = self.fields.get(flag.name, flag.name)
+        if isinstance(value, str) and value[:5].lower() == "data:":
+            value = await run_in_threadpool(decode_data_url, value, self.folder, param, self.settings.limits)
+        if isinstance(value, Upload):
+            upload, status = value, 415
+        elif isinstance(value, str) and re.match(r"https?://", value.strip(), re.IGNORECASE):
+            upload, status = await self.fetch(value.strip(), name, max_bytes(flag.name)), 400
+        else:
+            shown = format_value(value) if isinstance(value, str | int | float) else "this"
+            raise UserError(name, f"{shown} is not a file; send the file itself, or an http or https address")
+        if upload.path.stat().st_size > (most := max_bytes(flag.name)):
+            raise ApiError(413, f"{param}: larger than {most >> 20} MiB; send a smaller file", param)
+        try:
+            await run_in_threadpool(check_kind, flag.name, upload.path, upload.name)
+        except UserError as error:
+            raise ApiError(status, f"{param}: {error.message}", param) from error
+        return upload.path.rename(self.folder / f"{stem}{upload.suffix}").name
+
+    async def fetch(self, url: str, name: str, most: int) -> Upload:
+        """Download an input, by the command line's rules."""
+        seconds = self.settings.defaults.get("url_timeout", GenerationRequest.url_timeout)
+        private = self.settings.allow_private_urls
+        try:
+            path = await download_async(url, name, self.folder, seconds, most, False, private)
+        except UserError as error:  # its advice is for the server's own user
+            raise UserError(name, f"{error.message.partition('; ')[0]}; send the file itself") from error
+        return Upload(path, path.name)
+
+    async def take_video(self, id: str, stem: str) -> str:
+        """Take the video of another job of this client's."""
+        job = await self.find(id)
+        if not job.video.is_file():
+            raise ApiError(409, f"{job.id} {STATES[job.state]}: it has no video", "video")
+        self.parent = job.id
+        name = f"{stem}.mp4"
+        await run_in_threadpool(link, job.video, self.folder / name)
+        return name
+
+
+def merge_extra(given: Fields) -> Fields:
+    """Fields with those in `extra_body`, a JSON object or its text, beside them."""
+    merged = {name: value for name, value in given.items() if name not in EXTRA}
+    for name in EXTRA:
+        more = given.get(name)
+        if isinstance(more, str):
+            with suppress(ValueError, RecursionError):
+                more = read_json_text(more)
+        if more is None:
+            continue
+        if not isinstance(more, dict):
+            raise UserError(f"--{name}", "is not a JSON object; give one, with flags as keys")
+        merged |= more
+    return merged
+
+
+def guess_task(values: Mapping[str, Any]) -> str:
+    """The task for the inputs that are given; the model's, where that has another one."""
+    guess = next((task for name, task in TASKS.items() if name in values), "t2v")
+    model = values.get("model_id")
+    owned = [spec.name for spec in map(task_spec, TASK_NAMES) if model in published(spec)]
+    return guess if guess in owned or not owned else owned[0]
+
+
+# the first one that is given decides
+TASKS = {
+    "input_audio": "talking_avatar",
+    "input_image": "talking_avatar",
+    "ref_imgs": "reference_to_video",
+    "input_video": "single_shot_extension",
+    "image": "i2v",
+}
+
+
+def task_of_model(model: Any) -> str | None:
+    """The task that a published model is for; None for others."""
+    return next((spec.name for spec in map(task_spec, TASK_NAMES) if model in published(spec)), None)
+
+
+def published(spec: TaskSpec) -> tuple[str, ...]:
+    return (spec.model_id, *spec.also_published_as)
+
+
+def as_switch(name: str, value: Any) -> Any:
+    """A field's value; the text of a form as a truth value for a switch."""
+    flag = BY_NAME.get(name)
+    is_switch = flag is not None and flag.kind is bool and isinstance(value, str)
+    return SWITCH.get(value.lower(), value) if is_switch else value
+
+
+def part_keyframe(entry: Any) -> tuple[Any, str]:
+    """A keyframe's picture, and its time as the flag has it."""
+    if isinstance(entry, dict):
+        return {key: value for key, value in entry.items() if key != "seconds"}, f"@{entry.get('seconds', '')}"
+    image, mark, seconds = entry.rpartition("@") if isinstance(entry, str) else (entry, "", "")
+    if not mark:
+        raise UserError(
+            "--keyframes", "a picture has no time; give it as URL@SECONDS, or as the field keyframes@SECONDS"
+        )
+    return image, f"@{seconds}"
+
+
+def link(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy of it."""
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+
+
+def files_of(flags: Mapping[str, Any]) -> list[str]:
+    """The names of the files in a job's folder that its flags name."""
+    names: list[str] = []
+    for name in filter(flags.__contains__, INPUTS):
+        entries = flags[name] if isinstance(flags[name], list | tuple) else [flags[name]]
+        names += [str(entry).rpartition("@")[0] if name == "keyframes" else str(entry) for entry in entries]
+    return names
+
+
+def schema() -> dict[str, Any]:
+    """The fields of a request as a JSON schema, for the OpenAPI page."""
+    kinds = {str: "string", int: "integer", float: "number", bool: "boolean"}
+    properties: dict[str, Any] = {
+        "model": {"type": "string", "description": "one of GET /v1/models"},
+        "seconds": {"type": "string", "description": BY_NAME["duration"].help},
+        "size": {"type": "string", "description": "WIDTHxHEIGHT in pixels"},
+        REFERENCE: {"type": "string", "format": "binary", "description": "a picture: a file, or {image_url}"},
+    }
+    for flag in FLAGS:
+        if flag.name in (*OWN, "model_id"):
+            continue
+        entry: dict[str, Any] = {"type": kinds[flag.kind], "description": flag.help}
+        entry |= {"enum": list(flag.choices)} if flag.choices else {}
+        entry |= {"format": "binary"} if flag.name in INPUTS else {}
+        entry |= {"minimum": flag.low, "maximum": flag.high} if abs(flag.low) != float("inf") else {}
+        properties[flag.name] = {"type": "array", "items": entry} if flag.several else entry
+    return json.loads(json.dumps({"type": "object", "properties": properties, "required": ["prompt"]}))

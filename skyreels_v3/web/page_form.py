@@ -1,0 +1,294 @@
+"""The form of a task: a component for each flag in request.py that the task takes, and what its values say."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from skyreels_v3.checks import MAX_SPEAKERS
+from skyreels_v3.cli import build_parser, convert_entries
+from skyreels_v3.request import BY_NAME, FLAGS, SHORTHANDS, Flag
+from skyreels_v3.tasks import CONFIG_DIR, REFERENCE_SLOTS, TASK_NAMES, TaskSpec, task_spec
+from skyreels_v3.web.fields import INPUTS, OWN, published
+from skyreels_v3.web.settings import Settings
+from skyreels_v3.web.uploads import IMAGES, SOUNDS
+
+TITLES = {"t2v": "Text to video", "i2v": "Image to video"}  # of tasks whose names are no words
+TABS = {
+    **{"t2v": "Text", "i2v": "Image", "reference_to_video": "References", "talking_avatar": "Avatar"},
+    **{"single_shot_extension": "Extend", "shot_switching_extension": "New shot"},
+}  # short titles, in order
+# flags that are always in view, besides prompt and inputs
+OPEN = (
+    *("resolution", "width", "height", "duration", "num_frames", "num_inference_steps", "seed", "model_id"),
+    *("include_input",),
+)
+HIDDEN = (*OWN, *SHORTHANDS, "task_type", "url_timeout")  # the page sends files, no URLs
+# in a flag's help: what the form shows anyway
+SHOWN = re.compile(rf",? *\((default|{'|'.join(TASK_NAMES)})\b[^()]*\)|; needs --[^;]*")
+LABELS = {
+    **{"model_id": "Model", "ref_imgs": "Reference", "num_frames": "Frames", "num_inference_steps": "Steps"},
+    **{"fps": "Frames per second", "lora": "LoRA", "vae_dtype": "VAE dtype", "no_riflex": "No RIFLEx"},
+    **{"high_cpu_memory": "High CPU memory", "quant": "Quantization", "input_image": "Portrait"},
+    **{"input_audio": "Speech", "input_video": "Clip", "include_input": "Join with the clip"},
+}  # of flags whose names are abbreviations, or say less
+SLOTS = {"ref_imgs": REFERENCE_SLOTS, "input_audio": MAX_SPEAKERS}  # files of flags that take several
+KEYFRAMES, CLIP = "keyframes", "input_video"
+WAVEFORM = {"waveform_color": "#64748b", "waveform_progress_color": "#0d9488", "trim_region_color": "#0d948855"}
+ASSETS = CONFIG_DIR.parent / "assets"  # in a clone
+MORE_PROMPTS = {  # of words that the built-in model knows
+    "t2v": (
+        "A red lantern floats up into the night",
+        "A white sailboat drifts to the left on the sea",
+        "A cat wearing sunglasses sits at the pool",
+    ),
+    "i2v": ("The camera zooms in", "The fox walks to the right through the snow"),
+    "reference_to_video": (
+        "A fox walks through falling snow, next to a red lantern",
+        "A fox rests beside a lantern at night",
+    ),
+    "single_shot_extension": (
+        "The boat drifts to the right across the bay",
+        "The boat sails into the sunset. The camera pans left.",
+    ),
+    "shot_switching_extension": (
+        "[ZOOM_OUT_CUT] Wide view of the boat on the sea",
+        "[CUT_AWAY] We see a red lantern at night",
+    ),
+    "talking_avatar": ("A woman in a red coat talks to the camera", "A lady speaks to the camera in a room"),
+}
+
+
+def title_of(task: str) -> str:
+    return TITLES.get(task, task.replace("_", " ").capitalize())
+
+
+def label_of(flag: str) -> str:
+    return LABELS.get(flag, flag.replace("_", " ").capitalize())
+
+
+@dataclass(frozen=True)
+class Field:
+    """A flag's part of a form.
+
+    Attributes:
+        initial: its value if the user does nothing; then it is not sent, and the server's default holds.
+    """
+
+    flag: Flag
+    components: tuple[gr.components.Component, ...]
+    initial: Any
+
+    def value_of(self, data: Mapping[Any, Any]) -> Any:
+        """The value to send; None for none.
+
+        Files are lists of paths, keyframes with a text of seconds at the end, a clip with those where it is cut.
+        """
+        values = [data[component] for component in self.components]
+        if self.flag.name not in INPUTS:
+            value = values[0].strip() if isinstance(values[0], str) else values[0]
+            return None if value in (None, self.initial) else value
+        if self.flag.name == KEYFRAMES:
+            return [*values[0], values[1]] if values[0] else None
+        if self.flag.name == CLIP:
+            return values if values[0] else None
+        return [value for value in values if value] or None
+
+    def updates_for(self, value: Any) -> dict[Any, Any]:
+        """What makes the components show a value; None: the initial one."""
+        if self.flag.name == KEYFRAMES:
+            paths, times = value or ([], [])
+            return dict(zip(self.components, (gr.update(value=paths), gr.update(value=", ".join(times))), strict=True))
+        if self.flag.name in INPUTS:
+            files = [*(value or ()), *[None] * len(self.components)]
+            return {component: gr.update(value=path) for component, path in zip(self.components, files, strict=False)}
+        shown = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+        return {self.components[0]: gr.update(value=self.initial if shown is None else shown)}
+
+
+@dataclass
+class Form:
+    """A task's form, to be made within a tab."""
+
+    task: TaskSpec
+    settings: Settings
+    fields: list[Field] = field(default_factory=list)
+    folded: dict[str, gr.Accordion] = field(default_factory=dict)  # by the names of the flags in them
+    notice: Any = None
+    plan_button: Any = None
+    start_button: Any = None
+
+    @property
+    def components(self) -> set[Any]:
+        return {component for each in self.fields for component in each.components}
+
+    def build(self) -> None:
+        """Make the components."""
+        self.defaults = initial_values(self.task.name, self.settings)
+        mine = [flag for flag in FLAGS if self.has(flag)]
+        self.add(BY_NAME["prompt"])
+        inputs = [flag for flag in mine if flag.name in INPUTS and flag.name != KEYFRAMES]
+        inputs.sort(key=lambda flag: (flag.name in SLOTS, flag.name not in self.task.inputs))  # what is needed first
+        if single := [flag for flag in inputs if flag.name not in SLOTS]:
+            with gr.Row(elem_classes="files"):
+                for flag in single:
+                    self.add(flag)
+        for flag in inputs[len(single) :]:
+            self.add(flag)
+        components = [component for each in self.example_fields for component in each.components]
+        rows = self.examples()
+        prompts = [str(row[0]) for row in rows]  # as labels they make buttons, which the keyboard reaches
+        gr.Examples(rows, components, label="Examples", example_labels=prompts, elem_id=f"{self.task.name}-examples")
+        with gr.Row(elem_classes=["numbers", "common"]):
+            for name in OPEN:
+                if BY_NAME[name] in mine:
+                    self.add(BY_NAME[name])
+        placed = {each.flag.name for each in self.fields}
+        for group, flags in grouped():
+            rest = [flag for flag in flags if flag in mine and flag.name not in placed]
+            if rest:
+                self.build_group(group, sorted(rest, key=lambda flag: flag.name == KEYFRAMES))
+
+    def build_group(self, name: str, flags: list[Flag]) -> None:
+        """A folded group of flags."""
+        id = f"{self.task.name}-{name.lower().replace(' ', '-')}"
+        with gr.Accordion(name, open=False, elem_id=id) as group, gr.Row(elem_classes="numbers"):
+            for flag in flags:
+                self.add(flag)
+                self.folded[flag.name] = group
+
+    def has(self, flag: Flag) -> bool:
+        """Whether the form has a flag: of the task, for a client to set, and no other spelling of another one."""
+        return flag.in_line and flag.is_for(self.task) and flag.name not in HIDDEN
+
+    def add(self, flag: Flag) -> None:
+        """Make the components of a flag."""
+        id = f"{self.task.name}-{flag.name}"
+        initial = self.defaults[flag.name]
+        if flag.name == KEYFRAMES:
+            pictures = gr.File(label="Keyframes", file_count="multiple", file_types=["image"], height=150, elem_id=id)
+            times = gr.Textbox(label="Times of keyframes", info="seconds, one for each: 2, 4.5", elem_id=f"{id}-times")
+            components: tuple[Any, ...] = (pictures, times)
+        elif flag.name in INPUTS:
+            several = flag.name in SLOTS
+            with gr.Row(elem_classes="files", elem_id=id) if several else gr.Column(min_width=240, elem_id=id):
+                components = tuple(self.file_component(flag, number) for number in range(SLOTS.get(flag.name, 1)))
+                if flag.name == CLIP:
+                    with gr.Row(elem_classes="cut"):
+                        components += tuple(
+                            gr.Textbox(label=label, placeholder=text, min_width=100, elem_id=f"{id}-{label.lower()}")
+                            for label, text in (("From", "0 s"), ("To", "the end"))
+                        )
+        else:
+            components = (value_component(flag, id, initial, self.models),)
+        self.fields.append(Field(flag, components, initial))
+
+    def file_component(self, flag: Flag, number: int) -> Any:
+        """A place to drop a file."""
+        many = f" {number + 1}" if flag.name in SLOTS else ""
+        options: dict[str, Any] = {
+            "label": f"{label_of(flag.name)}{many}",
+            "elem_id": f"{self.task.name}-{flag.name}-{number}",
+            "buttons": [],
+        }
+        if flag.name in IMAGES:
+            options |= {"height": 150 if flag.name in SLOTS else 200, "min_width": 120}
+            return gr.Image(type="filepath", image_mode=None, sources=["upload"], **options)
+        if flag.name in SOUNDS:
+            return gr.Audio(type="filepath", sources=["upload"], min_width=240, waveform_options=WAVEFORM, **options)
+        return gr.Video(sources=["upload"], include_audio=True, height=200, **options)
+
+    @property
+    def models(self) -> list[str]:
+        """Models of the server for this task."""
+        others = {name for task in map(task_spec, TASK_NAMES) for name in published(task)} - {*published(self.task)}
+        return [name for name in self.settings.models if name not in others]
+
+    def examples(self) -> list[list[Any]]:
+        """Values of prompt and inputs: the preset's own example, and more prompts for the same inputs."""
+        names = [each.flag.name for each in self.example_fields]
+        values = example_of(self.task.name)
+        prompts = [values["prompt"], *MORE_PROMPTS.get(self.task.name, ())]
+        rows: list[list[Any]] = []
+        for prompt in prompts:
+            row: list[Any] = []
+            for each in self.example_fields:
+                files = [str(path) for path in values.get(each.flag.name, ())] if each.flag.name in INPUTS else []
+                row += (
+                    [prompt]
+                    if each.flag.name == "prompt"
+                    else [*files, *[None] * len(each.components)][: len(each.components)]
+                )
+            rows.append(row)
+        return rows if names else []
+
+    @property
+    def example_fields(self) -> list[Field]:
+        """Prompt and required inputs."""
+        return [each for each in self.fields if each.flag.name in ("prompt", *self.task.inputs)]
+
+
+def value_component(flag: Flag, id: str, initial: Any, models: list[str]) -> Any:
+    """The component of a flag that is no file."""
+    help = re.sub(r"--(\w+)", lambda found: label_of(found[1]).lower(), SHOWN.sub("", flag.help))
+    if abs(flag.low) != float("inf"):
+        help += f"; {flag.low} to {flag.high}"
+    options: dict[str, Any] = {"label": label_of(flag.name), "info": help, "elem_id": id, "min_width": 150}
+    if flag.kind is bool:
+        return gr.Checkbox(value=initial, **options)
+    if flag.name == "model_id":
+        return gr.Dropdown(models, value=initial, **options | {"min_width": 310})
+    if flag.choices:
+        unset = [("default", "")] if initial == "" else []
+        return gr.Dropdown([*unset, *((choice, choice) for choice in flag.choices)], value=initial, **options)
+    if flag.kind in (int, float) and initial != "":  # an empty one would show 0
+        return gr.Number(value=initial, precision=0 if flag.kind is int else None, **options)
+    if flag.name == "prompt":
+        options |= {"info": None, "placeholder": f"{help[0].upper()}{help[1:]}", "lines": 3}
+    else:
+        options["placeholder"] = flag.metavar or ("default" if flag.kind is not str else "")
+    return gr.Textbox(value=initial, max_lines=8, **options)
+
+
+@cache
+def grouped() -> list[tuple[str, list[Flag]]]:
+    """The flags by their headings."""
+    groups: list[tuple[str, list[Flag]]] = []
+    for flag in FLAGS:
+        if flag.group:
+            groups.append((flag.group, []))
+        groups[-1][1].append(flag)
+    return groups
+
+
+def initial_values(task: str, settings: Settings) -> dict[str, Any]:
+    """What each flag is if nothing is given: as the server's defaults and the preset have it."""
+    flags, made = settings.initial_request(task)
+    values: dict[str, Any] = {}
+    for flag in FLAGS:
+        value = flags.get(flag.name, getattr(made, flag.name))
+        if value is None or flag.path == "input" or flag.name == "prompt" or isinstance(value, tuple):
+            value = ""
+        values[flag.name] = value
+    values["model_id"] = settings.model_name(made.model_id)
+    return values
+
+
+@cache
+def example_of(task: str) -> dict[str, Any]:
+    """The flags of a preset's example, with the paths of their files, where those are there."""
+    found, _ = build_parser().parse_known_args(shlex.split(" ".join(task_spec(task).example)))
+    given = {name: value for name, value in vars(found).items() if value is not None}
+    values: dict[str, Any] = {"prompt": given["prompt"].removeprefix(task_spec(task).prompt_prefix)}  # it is put back
+    for name in filter(given.__contains__, INPUTS):
+        entries = convert_entries(BY_NAME[name], given[name]) if BY_NAME[name].several else [given[name]]
+        paths = [ASSETS / Path(entry).name for entry in entries]
+        values[name] = [path for path in paths if path.is_file()]
+    return values

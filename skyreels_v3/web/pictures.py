@@ -1,0 +1,66 @@
+"""Pictures of a finished video: its first frame small, and a sheet of frames. Made when first asked for, then kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from threading import Lock
+
+from PIL import Image
+
+from skyreels_v3.media.files import temporary_name
+from skyreels_v3.media.video_reader import probe_video, read_frames
+
+THUMBNAIL_SIDE = 512  # pixels, at most
+SHEET_COLUMNS, SHEET_FRAMES, SHEET_SIDE = 5, 25, 320
+SHEET_FPS = 4  # of the frames that are looked at
+PICTURES = {"thumbnail": "thumbnail.webp", "spritesheet": "spritesheet.jpg"}
+
+_lock = Lock()  # one at a time: ffmpeg takes a core
+
+
+def picture_of(video: Path, variant: str) -> Path:
+    """The file with a picture of a video, "thumbnail" or "spritesheet".
+
+    Raises:
+        OSError, RuntimeError: the video is gone, or the disk is full.
+    """
+    path = video.with_name(PICTURES[variant])
+    with _lock:
+        if not path.exists():
+            temporary = temporary_name(path)
+            try:
+                (thumbnail if variant == "thumbnail" else spritesheet)(video).save(temporary)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+    return path
+
+
+def thumbnail(video: Path) -> Image.Image:
+    """The first frame."""
+    return next(small_frames(video, THUMBNAIL_SIDE))
+
+
+def spritesheet(video: Path) -> Image.Image:
+    """Frames from all of the video, row by row."""
+    step = max(1, math.ceil(probe_video(video, SHEET_FPS).frames / SHEET_FRAMES))
+    frames = [frame for number, frame in enumerate(small_frames(video, SHEET_SIDE)) if number % step == 0]
+    width, height = frames[0].size
+    columns = min(SHEET_COLUMNS, len(frames))
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(frames) / columns) * height))
+    for number, frame in enumerate(frames):
+        row, column = divmod(number, columns)
+        sheet.paste(frame, (column * width, row * height))
+    return sheet
+
+
+def small_frames(video: Path, side: int) -> Iterator[Image.Image]:
+    """Some frames a second, no side longer than `side` pixels."""
+    with closing(read_frames(video, SHEET_FPS)) as frames:  # type: ignore[type-var]  # generators have `close`
+        for frame in frames:
+            image = Image.fromarray(frame)
+            image.thumbnail((side, side))
+            yield image

@@ -1,0 +1,392 @@
+"""A worker of a server: `python -m skyreels_v3.web.runner FOLDER NAME [FLAGS]` makes the jobs of a queue, one by one.
+
+What a job needs stays loaded for the next one. A job that was begun before goes on where it stopped, as with --resume.
+The process ends with its parent, the other end of its stdin, and on SIGTERM: then its job is queued again. It also ends
+when a job failed for a reason that may have left the device in disorder; the supervisor starts a new one.
+
+FLAGS, in JSON, are for all jobs that do not contradict them. With `gpu_num` above 1 among them the worker is a group of
+so many processes, which make each video together: this one starts and ends the others. Rank 0 claims jobs and says how
+they get on; the others follow it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+from time import monotonic
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from skyreels_v3 import throughput
+from skyreels_v3.checks import request_of
+from skyreels_v3.cli import job_flags
+from skyreels_v3.console import escape_unknown, set_up_logging
+from skyreels_v3.errors import OutOfMemory, UserError, cause_of, one_line, redact
+from skyreels_v3.media.files import reason_of, replace_file
+from skyreels_v3.memory.policy import requested_size
+from skyreels_v3.parallel import processes
+from skyreels_v3.parallel.launch import USER_ERROR, launch
+from skyreels_v3.parallel.ranks import SINGLE, Ranks, ranks_of
+from skyreels_v3.plan import Plan
+from skyreels_v3.resolve import downloads_folder
+from skyreels_v3.web.preview import Noisy, Projection, png
+from skyreels_v3.web.queue import Job, Progress, Queue, State, lock_worker
+from skyreels_v3.worker import Worker
+
+if TYPE_CHECKING:
+    from skyreels_v3.stages import Event, Pass, Step
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5  # between looks for a job
+REPORT_SECONDS = 1.0  # between reports within a stage other than denoising, and between previews
+DENOISING = 0.9  # of the time of a pass, about
+MODULE = ("-m", "skyreels_v3.web.runner")
+OUT_OF_STEP = USER_ERROR  # a rank's exit code that `launch` passes on once it has ended the others
+
+
+class Ended(Exception):
+    """The job is to end: it was cancelled, or is not this worker's any more."""
+
+
+class Follower:
+    """A rank's part in the end of a job: all ranks end it after the same step or frame.
+
+    Args:
+        is_any: whether something is so on any rank, see `processes.connect_flags`.
+    """
+
+    def __init__(self, is_any: Callable[[bool], bool] = bool) -> None:
+        self.is_any = is_any
+        self.ended = False  # as far as this rank knows
+
+    def check(self) -> None:
+        """Raise Ended, on all ranks, if the job is to end."""
+        if self.is_any(self.ended):
+            raise Ended
+
+    def begin(self, plan: Plan, projection: Projection) -> None:
+        """Everything is loaded."""
+
+    def watch(self, events: Iterator[Event]) -> Iterator[Event]:
+        """The same events; a job that is to end raises Ended after a step or a frame."""
+        from skyreels_v3.stages import Step
+
+        done = 0  # passes
+        for event in events:
+            if isinstance(event, Step):
+                self.step(event, done)
+                self.check()
+                yield event
+            else:
+                yield replace(event, frames=self.frames(event, done))
+                done += 1
+
+    def step(self, step: Step, done: int) -> None:
+        """A step is made, after `done` passes."""
+
+    def frames(self, made: Pass, done: int) -> Iterator[np.ndarray]:
+        """The frames of a pass, after `done` others."""
+        for frame in made.frames:
+            yield frame
+            self.check()
+
+
+class Reporter(Follower):
+    """Tells the queue how a job is getting on, on the main process.
+
+    Attributes:
+        projection: for previews; fitted to the passes that are made.
+    """
+
+    def __init__(self, queue: Queue, job: Job, worker: str, is_any: Callable[[bool], bool] = bool) -> None:
+        super().__init__(is_any)
+        self.queue, self.job, self.worker = queue, job, worker
+        self.progress = Progress(preview=job.progress.preview)
+        self.projection = Projection()
+        self._frames = 1  # of a pass
+        self._reported = self._shown = -REPORT_SECONDS
+        self._noisy: Noisy | None = None  # after the last step
+        self._begun: tuple[float, float] | None = None  # the time of the first step, and the part done then
+
+    def report(self, facts: Mapping[str, Any] | None = None, **changes: Any) -> None:
+        """Record changes of the progress, and see whether the job is to end."""
+        self.progress = replace(self.progress, **changes)
+        self._reported = monotonic()
+        try:
+            self.ended |= not self.queue.report(self.job.id, self.worker, self.progress, facts)
+        except OSError as error:  # of the disk: the video matters more
+            logger.warning("the progress of %s cannot be recorded (%s)", self.job.id, reason_of(error))
+
+    def begin(self, plan: Plan, projection: Projection) -> None:
+        request, windows = plan.request, len(plan.passes)
+        facts = {"seed": request.seed, "width": request.width, "height": request.height}
+        before = plan.inputs.clip.frames if request.include_input and plan.inputs.clip is not None else 0
+        facts |= {"frames": before + request.frames_out, "fps": request.task.fps}
+        self.projection = projection
+        self._frames = max(1, request.frames_out // windows)
+        self.report(facts, stage="encoding", windows=windows, seconds_left=throughput.seconds_of(plan))
+
+    def watch(self, events: Iterator[Event]) -> Iterator[Event]:
+        yield from super().watch(events)
+        self.report(stage="writing", part=1.0, seconds_left=None)
+
+    def step(self, step: Step, done: int) -> None:
+        before, self._noisy = self._noisy, Noisy(last_of(step.latents), step.sigma)
+        if monotonic() - self._shown >= REPORT_SECONDS:
+            self._show(self.projection.picture(self._noisy.denoised(before if step.number > 1 else None)))
+        part = self._part(done, DENOISING * step.number / step.total)
+        self.report(stage="denoising", window=done + 1, step=step.number, steps=step.total, **part)
+
+    def frames(self, made: Pass, done: int) -> Iterator[np.ndarray]:
+        frame = None
+        for number, frame in enumerate(super().frames(made, done), start=1):
+            yield frame
+            if monotonic() - self._reported >= REPORT_SECONDS:
+                part = self._part(done, DENOISING + (1 - DENOISING) * min(1.0, number / self._frames))
+                self.report(stage="decoding", window=done + 1, **part)
+        if frame is not None:
+            self.projection.fit(last_of(made.latents), frame)
+            self._show(frame)
+            self.report(stage="decoding", window=done + 1, **self._part(done, 1.0))
+
+    def _part(self, done: int, of_pass: float) -> dict[str, Any]:
+        """How much is done, and an estimate of the seconds left."""
+        part = min(1.0, (done + of_pass) / self.progress.windows)
+        if self._begun is None:  # what was loaded from an interrupted run says nothing of the speed
+            self._begun = monotonic(), part
+            return {"part": part}
+        start, before = self._begun
+        left = (monotonic() - start) / (part - before) * (1 - part) if part > before else None
+        return {"part": part, "seconds_left": left}
+
+    def _show(self, picture: np.ndarray) -> None:
+        """Make a picture the preview. A job goes on without one."""
+        self._shown = monotonic()
+        try:
+            replace_file(self.job.preview, png(picture))
+        except OSError as error:
+            logger.debug("no preview: %s", error)
+        else:
+            self.progress = replace(self.progress, preview=self.progress.preview + 1)
+
+
+def last_of(latents: Any) -> np.ndarray:
+    """The last frame (C, h, w) of latents (1, C, F, h, w)."""
+    return np.asarray(latents[0, :, -1].float().cpu().numpy())
+
+
+class Runner:
+    """Makes the jobs that it claims from a queue. Several ranks make each one together.
+
+    Args:
+        flags: for all jobs that do not contradict them, as beside --jobs.
+        ranks: this process among those of the worker.
+    """
+
+    def __init__(self, queue: Queue, name: str, flags: Mapping[str, Any], ranks: Ranks = SINGLE) -> None:
+        self.queue, self.name = queue, name
+        self.flags = {**flags, "quiet": True}
+        self.ranks = ranks
+        self.worker = Worker(ranks, ranks)
+        if ranks.world_size > 1:
+            processes.init_process_group(ranks, self.flags.get("device", "auto"))
+        self.is_any = processes.connect_flags(ranks)
+        self.jobs = 0  # that were begun
+        self.in_step = True
+        self.projections: dict[Path | None, Projection] = {}
+
+    def run(self) -> int:
+        """Make jobs until one leaves the device in disorder, or the ranks; returns the exit code."""
+        if self.ranks.is_main:
+            self.queue.release(self.name)  # what a process of this name had when it was killed
+        in_order = True
+        while in_order:
+            if (job := self.next_job()) is None:
+                time.sleep(POLL_SECONDS)
+            else:
+                logger.info("%s: begun", job.id)
+                in_order = self.run_job(job)
+        return 0 if self.in_step else OUT_OF_STEP
+
+    def next_job(self) -> Job | None:
+        """The next job, the main process's on all ranks; None, on that only, if there is none."""
+        job = self.claim() if self.ranks.is_main else None
+        if job is not None or not self.ranks.is_main:
+            self.jobs += 1
+            announced = None if job is None else (job.id, dict(job.flags))
+            id, flags = processes.broadcast_object(f"job/{self.jobs}", announced, self.ranks)
+            job = job or Job(id, flags, State.IN_PROGRESS, self.queue.folder_of(id))
+        return job
+
+    def claim(self) -> Job | None:
+        """The next job whose video is to be made."""
+        while (job := self.queue.claim(self.name)) is not None and job.video.exists():
+            # under its name only when whole: an earlier worker ended before it could say so
+            self.end(job)
+        return job
+
+    def run_job(self, job: Job) -> bool:
+        """Make a job's video and end the job; returns False after an error that may have left anything behind."""
+        code, message, facts = "", "", dict[str, Any]()
+        try:
+            facts = self.make_video(job)
+        except Ended:  # on all ranks
+            code = message = "cancelled"
+            self.in_step = True
+        except UserError as error:
+            code, message = "invalid_request", str(error)
+        except OutOfMemory as error:
+            code, message = "out_of_memory", redact(str(error))
+        except Exception as error:
+            logger.debug("%s", job.id, exc_info=True)
+            code = "internal_error" if requested_size(error) is None else "out_of_memory"
+            message = one_line(cause_of(error))
+        if not self.in_step:  # maybe because another rank has ended: then the launcher interrupts this
+            time.sleep(processes.LAUNCHER_ENDS)
+        if self.ranks.is_main or not self.in_step:  # the first rank to say why; the others change nothing
+            self.end(job, code, message, facts)
+        return self.in_step and code not in ("out_of_memory", "internal_error")
+
+    def end(self, job: Job, code: str = "", message: str = "", facts: Mapping[str, Any] | None = None) -> None:
+        """Complete a job, or with a code fail it."""
+        if code:
+            logger.warning("%s: %s", job.id, message)
+            self.queue.fail(job.id, self.name, code, message)
+        else:
+            self.queue.complete(job.id, self.name, facts or {})
+
+    def make_video(self, job: Job) -> dict[str, Any]:
+        """Make the video of a job, from where an earlier worker stopped; returns facts of it.
+
+        Raises:
+            Ended: the job is to end; the finished passes are in `video.partial.mp4`.
+        """
+        start, alone = monotonic(), self.ranks.world_size == 1
+        follower = Follower(self.is_any)
+        self.in_step = alone
+        if self.ranks.is_main:
+            follower = reporter = Reporter(self.queue, job, self.name, self.is_any)
+            reporter.report(stage="loading")
+            for partial in job.folder.glob(f"{job.video.stem}.partial*"):
+                partial.unlink()
+        with downloads_folder(self.ranks) as downloads:
+            try:
+                request = request_of(job_flags(job.flags, self.flags, str(job.folder)))
+                request = replace(request, output=job.video, outdir=None, frame_folder=False, resume_if_same=True)
+                checked = self.worker.resolve(request, downloads, str(self.jobs))
+            except Exception:  # on all ranks
+                self.in_step = True
+                raise
+            if self.ranks.is_main:
+                reporter.report()
+            follower.check()
+            generator, plan = self.worker.load(checked)
+            follower.begin(plan, self.projections.setdefault(plan.checkpoint, Projection()))
+            follower.check()
+            video = generator.write(plan, follower.watch)
+        self.in_step = True
+        facts = {"seconds": round(monotonic() - start, 1), **peak_memory()}
+        return facts if video.quality is None else facts | {"quality": video.quality.figures()}
+
+
+def peak_memory() -> dict[str, int]:
+    """The most bytes that this process has had on the device since the last call, where that has its own memory."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        return {}
+    peak = torch.accelerator.max_memory_allocated()
+    torch.accelerator.reset_peak_memory_stats()
+    return {"peak_bytes": peak}
+
+
+def end_with_parent() -> None:
+    """End this process in time when the other end of its stdin is closed, if only by the end of its parent."""
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(processes.GRACE)
+        os._exit(processes.INTERRUPTED)
+
+    Thread(target=watch, daemon=True).start()
+
+
+def wait_for_lock(folder: Path, name: str) -> IO[str]:
+    """The worker's lock, once an earlier process of that name has ended; raises BlockingIOError if it does not."""
+    end = monotonic() + 2 * processes.GRACE
+    while True:
+        try:
+            return lock_worker(folder, name)
+        except BlockingIOError:
+            if monotonic() > end:
+                raise
+            time.sleep(POLL_SECONDS)
+
+
+def launch_group(queue: Queue, name: str, command: Sequence[str], count: int) -> int:
+    """Run the ranks of a worker until one ends, and see to its job; returns the exit code."""
+
+    said: list[str] = []
+    code = launch(command, count, said.append)
+    if code == processes.INTERRUPTED:
+        queue.release(name)
+        return code
+    had_job = False
+    for text in said:  # which rank was killed
+        logger.warning("worker %s: %s", name, text)
+        had_job = queue.lose(name, text.removeprefix("error: "))
+    return 0 if had_job or code == OUT_OF_STEP else code
+
+
+def main(argv: Sequence[str], command: Sequence[str] = MODULE) -> int:
+    """Run a worker; returns the exit code, 0 if it is to be started again.
+
+    Args:
+        command: what Python runs in each process of a group, before `argv`.
+    """
+    folder, name, *texts = argv
+    flags = json.loads(texts[0]) if texts else {}
+    count = flags.pop("gpu_num", 1)
+    ranks = ranks_of(os.environ)
+    escape_unknown()
+    set_up_logging(0, ranks.is_main)
+    processes.handle_signals(ranks)
+    if ranks.world_size == 1:
+        end_with_parent()
+    try:
+        queue = Queue(Path(folder))
+        if count > ranks.world_size:
+            return launch_group(queue, name, [*command, *argv], count)
+        with wait_for_lock(queue.folder, name) if ranks.is_main else nullcontext():
+            try:
+                return Runner(queue, name, flags, ranks).run()
+            except KeyboardInterrupt:
+                if ranks.world_size == 1:  # else the launcher does, unless it is due to a rank that was killed
+                    queue.release(name)
+                return processes.INTERRUPTED
+    except KeyboardInterrupt:
+        return processes.INTERRUPTED
+    except (UserError, OSError) as error:
+        logger.error("worker %s: %s", name, cause_of(error))
+    except RuntimeError:
+        if ranks.is_main:
+            raise
+        logger.debug("rank %d: the main process is gone", ranks.rank, exc_info=True)
+    return 1
+
+
+if __name__ == "__main__":
+    processes.exit_process(main(sys.argv[1:]))

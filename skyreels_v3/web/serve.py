@@ -1,0 +1,244 @@
+"""--serve: the flags of a server, checked, and its run until Ctrl-C."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skyreels_v3.checkpoints.hub import LORA, local_folder, locate_file
+from skyreels_v3.console import show
+from skyreels_v3.errors import UserError, format_value
+from skyreels_v3.media.files import check_readable, reason_of
+from skyreels_v3.parallel.ranks import choose_degrees
+from skyreels_v3.plan import terms_of
+from skyreels_v3.request import BY_NAME, GenerationRequest
+from skyreels_v3.runtime import check_device, likely_device
+from skyreels_v3.tasks import TASK_NAMES, TINY, task_spec
+
+if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
+
+    from skyreels_v3.web.supervisor import Slot
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("fastapi", "uvicorn", "python_multipart", "sse_starlette", "prometheus_client")
+FOLDER = "result/server"
+MAX_KEYS_BYTES = 64 << 10
+MIN_KEY = 16  # characters of a key on the command line
+FILE_NAME = re.compile(r".+\.\w{1,5}")
+NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
+GRACE = 5  # seconds for open answers at the end
+MAX_HEADER_BYTES = 64 << 10
+MAX_CONNECTIONS = 1000
+KEEP_ALIVE = 75  # seconds; longer than balancers keep an idle connection (60), which would send into a closed one
+
+
+def serve(flags: Mapping[str, Any]) -> int:
+    """Serve until the process is told to end; returns the exit code.
+
+    Raises:
+        UserError: it cannot start.
+        KeyboardInterrupt: it was told to end, and all is closed.
+    """
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise UserError("--serve", f"needs pip install -r requirements-web.txt ({', '.join(missing)} not found)")
+    host, port = flags.get("host", GenerationRequest.host), flags.get("port", GenerationRequest.port)
+    if not flags.get("outdir", FOLDER).strip():
+        raise UserError("--outdir", "an empty value; give a folder for the server's files")
+    keys = keys_of(flags)
+    check_access(host, keys, flags.get("no_auth", False))
+    check_names(flags.get("allowed_hosts", ()))
+    check_device(flags.get("device", GenerationRequest.device))
+    defaults = defaults_of(flags)
+    workers = workers_of(flags)
+    with listen(host, port) as listener:
+        return run(flags, defaults, workers, keys, listener)
+
+
+def run(
+    flags: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    workers: tuple[Sequence[Slot], Mapping[str, Any]],
+    keys: tuple[str, ...],
+    listener: socket.socket,
+) -> int:
+    """Serve on a socket. The packages are imported only now."""
+    from skyreels_v3.web.api import app_of
+    from skyreels_v3.web.queue import Queue
+    from skyreels_v3.web.retention import Retention
+    from skyreels_v3.web.settings import Settings
+    from skyreels_v3.web.supervisor import Supervisor
+
+    host, port = flags.get("host", GenerationRequest.host), listener.getsockname()[1]
+    folder, private = Path(os.path.expanduser(flags.get("outdir", FOLDER))), flags.get("allow_private_urls", False)
+    settings = Settings(
+        folder.absolute(), defaults, host, keys, private,
+        keep_days=flags.get("keep_days"), allowed_hosts=flags.get("allowed_hosts", ()), group=workers[1],
+    )  # fmt: skip
+    for task in TASK_NAMES:
+        for lora in settings.initial_request(task)[1].lora:
+            locate_file(lora.source, LORA)
+    queue = Queue(settings.folder, server=True)
+    app = app_of(settings, queue)
+    if find_spec("gradio") is not None:
+        from skyreels_v3.web.page import mount_page
+
+        mount_page(app)
+    try:
+        retention = Retention(queue, flags.get("keep_days"), flags.get("keep_gb"))
+        with Supervisor(queue, *workers, retention=retention):
+            show(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            server_of(app).run(sockets=[listener])
+    finally:
+        queue.close()
+    return 0
+
+
+def workers_of(flags: Mapping[str, Any]) -> tuple[list[Slot], dict[str, Any]]:
+    """The slots of the workers, and flags for all jobs; raises UserError."""
+    from skyreels_v3.web.supervisor import gpus_of, group_size, slots_of
+
+    device = likely_device(GenerationRequest(task_spec(TASK_NAMES[0]), device=flags.get("device", "auto")))
+    gpus = gpus_of(device)
+    if not flags.get("use_usp"):
+        return slots_of(gpus, flags.get("workers")), {}
+    size = group_size(gpus, flags.get("gpu_num"))
+    check_degrees(flags, size)
+    shared = {name: value for name, value in flags.items() if BY_NAME[name].usp}
+    return slots_of([",".join(gpus[:size])] if gpus else []), {
+        **shared,
+        "use_usp": True,
+        "gpu_num": size,
+        "device": device,
+    }
+
+
+def check_degrees(flags: Mapping[str, Any], size: int) -> None:
+    """Raise UserError if a group of `size` processes cannot divide any video in the way that is asked for.
+
+    Heads are left to each job: they depend on its model.
+    """
+    requests = [GenerationRequest(task_spec(name)) for name in TASK_NAMES]
+    degrees: dict[str, Any] = {name: flags.get(name) for name in ("cfg_degree", "ring_degree", "ulysses_degree")}
+    errors = []
+    for terms in sorted({1, *map(terms_of, requests)}):
+        try:
+            choose_degrees(replace(requests[0], **degrees), size, heads=size, terms=terms)
+        except UserError as error:
+            errors.append(error)
+        else:
+            return
+    raise errors[0]
+
+
+def server_of(app: FastAPI) -> uvicorn.Server:
+    """The HTTP server of an application."""
+    import uvicorn
+
+    from skyreels_v3.web.connection import Connection
+
+    config = uvicorn.Config(
+        app, http=Connection, ws="none", log_config=None, access_log=False, proxy_headers=False, server_header=False,
+        limit_concurrency=MAX_CONNECTIONS, h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=GRACE,
+    )  # fmt: skip
+    return uvicorn.Server(config)
+
+
+def keys_of(flags: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys in --api_key, or in the file that it names; raises UserError."""
+    from skyreels_v3.web.security import KEY
+
+    given = flags.get("api_key")
+    if given is None:
+        return ()
+    if flags.get("no_auth"):
+        raise UserError("--api_key", "conflicts with --no_auth; give one of them")
+    keys, place = [given], "it"
+    if not os.path.exists(os.path.expanduser(given)):
+        check_literal(given)
+    else:
+        path = Path(os.path.expanduser(given))
+        check_readable(path, "--api_key")
+        if path.stat().st_size > MAX_KEYS_BYTES:
+            raise UserError(
+                "--api_key", f"{format_value(path)} has more than {MAX_KEYS_BYTES >> 10} KiB; give a key per line"
+            )
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()]
+        keys = [line for line in lines if line and not line.startswith("#")]
+        wrong = next((key for key in keys if not KEY.fullmatch(key)), None)
+        place = f"{format_value(path)} has none; it" if wrong is None else f"line {lines.index(wrong) + 1}"
+    if not keys or not all(map(KEY.fullmatch, keys)):
+        raise UserError("--api_key", f"{place} is not a key; give letters, digits and any of - . _ ~ + /")
+    return tuple(dict.fromkeys(keys))
+
+
+def check_literal(key: str) -> None:
+    """Raise UserError for what is rather the name of a file that is missing, or easily guessed."""
+    if "/" in key or FILE_NAME.fullmatch(key):
+        raise UserError("--api_key", f"there is no file {format_value(key)}; give the path of one, or a key without /")
+    if len(key) < MIN_KEY:
+        reason = f"it is no file, and a key of less than {MIN_KEY} characters is easily guessed"
+        raise UserError("--api_key", f"{reason}; give one such as openssl rand -hex 16 makes")
+
+
+def check_access(host: str, keys: tuple[str, ...], no_auth: bool) -> None:
+    """Raise UserError if other machines could use the server without a key, and nobody has said that they may."""
+    from skyreels_v3.web.security import is_loopback
+
+    host = host.strip("[]")
+    if not is_loopback(host) and not keys and not no_auth:
+        raise UserError(
+            "--host", f"{format_value(host)}: other machines could use this server; add --api_key, or --no_auth"
+        )
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise UserError for what no client sends as a host."""
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise UserError("--allowed_hosts", f"{format_value(name)} is not a host name; give video.example.com or so")
+
+
+def defaults_of(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that are for the jobs; a folder is named from the root."""
+    defaults = {name: value for name, value in flags.items() if BY_NAME[name].in_line and name != "outdir"}
+    for name in ("model_id", "base_model_id"):
+        model = defaults.get(name, TINY)
+        if model != TINY and local_folder(model, f"--{name}", f"give a folder, or an id of a hub{NOT_BASE[name]}"):
+            defaults[name] = os.path.abspath(os.path.expanduser(model))
+    return defaults
+
+
+NOT_BASE = {"model_id": f", or {TINY}", "base_model_id": ""}
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound to an address; raises UserError if that cannot be."""
+    try:
+        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = f"{format_value(host)} is not an address of this machine ({reason_of(error)})"
+        raise UserError("--host", f"{reason}; give 127.0.0.1, 0.0.0.0 or another one") from error
+    # asyncio sends small answers at once only where the protocol is named
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        flag, value = ("--host", host) if error.errno == errno.EADDRNOTAVAIL else ("--port", port)
+        raise UserError(flag, f"{value} cannot be listened on ({reason_of(error)}); give another one") from error
+    return listener

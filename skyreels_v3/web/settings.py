@@ -1,0 +1,89 @@
+"""What a server was started with, and its limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from skyreels_v3.checks import request_of
+from skyreels_v3.media.files import MAX_VIDEO_BYTES
+from skyreels_v3.request import BY_NAME, GenerationRequest
+from skyreels_v3.tasks import TASK_NAMES, TINY, task_spec
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What clients may do.
+
+    Attributes:
+        file_bytes, body_bytes, json_bytes: of one file, of a form with its files, of a body in JSON.
+        parts: files and fields of a form.
+        field_bytes: of one field that is no file.
+        stall_seconds: without a byte of the body; body_seconds: for all of it.
+        slowest: bytes per second that a body must arrive with, once `stall_seconds` are over.
+        uploads: bodies read at one time; streams: of events, open at one time.
+        requests, posts: per minute, for each key, or for each address where no key is needed.
+        plan_seconds: for one plan.
+    """
+
+    file_bytes: int = MAX_VIDEO_BYTES
+    body_bytes: int = 2 * MAX_VIDEO_BYTES
+    json_bytes: int = 32 << 20
+    parts: int = 100
+    field_bytes: int = 64 << 10
+    stall_seconds: float = 20.0
+    body_seconds: float = 1800.0
+    slowest: int = 1024
+    uploads: int = 16
+    streams: int = 100
+    requests: int = 1200
+    posts: int = 120
+    plan_seconds: float = 120.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A server's settings.
+
+    Attributes:
+        folder: with the queue and the jobs' files.
+        defaults: flags for all jobs that do not say otherwise, converted.
+        host: address to listen on; allowed_hosts: other names that clients reach it by.
+        group: --use_usp and related flags for all jobs, if each is made by several processes.
+        keys: clients must send one of them; empty: none is needed.
+        allow_private_urls: also fetch inputs from private networks.
+        keep_days: days that a job stays after it has ended; None: forever.
+    """
+
+    folder: Path
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    host: str = "127.0.0.1"
+    keys: tuple[str, ...] = ()
+    allow_private_urls: bool = False
+    keep_days: float | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    group: Mapping[str, Any] = field(default_factory=dict)
+    limits: Limits = Limits()
+
+    @cached_property
+    def models(self) -> dict[str, str]:
+        """What clients may ask for as `model`, and the --model_id that it stands for; the default first."""
+        default = self.defaults.get("model_id", TINY)
+        names = {Path(default).name if Path(default).is_dir() else default: default}
+        for spec in map(task_spec, TASK_NAMES):
+            names |= {name: name for name in (spec.model_id, *spec.also_published_as)}
+        return names | {TINY: TINY}
+
+    def initial_request(self, task: str) -> tuple[dict[str, Any], GenerationRequest]:
+        """The defaults that are for a task, and what is made if nothing else is given; raises UserError."""
+        spec = task_spec(task)
+        flags = {name: value for name, value in self.defaults.items() if BY_NAME[name].is_for(spec)}
+        needed = {name: ["x"] if BY_NAME[name].several else "x" for name in spec.inputs}
+        return flags, request_of({**flags, "task_type": task, "prompt": "x", **needed})
+
+    def model_name(self, model_id: str) -> str:
+        """The name of a --model_id for clients, who see no folder of the server."""
+        return next((name for name, id in self.models.items() if id == model_id), Path(model_id).name)
