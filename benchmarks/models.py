@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.common import Work, at_least, measure_peak
 from skyreels_v3.families import pipeline_of, width_of
 from skyreels_v3.memory.offload import replace_tensors
-from skyreels_v3.memory.quantize import SCALE, set_fp8_layers
+from skyreels_v3.memory.quantize import QuantizedLinear
 from skyreels_v3.memory.stream import tensors_of
 from skyreels_v3.plan import build_on_meta
 from skyreels_v3.request import ResolvedRequest
@@ -179,7 +179,9 @@ def twin(model: SkyReelsTransformer3DModel, home: torch.device | None = None) ->
     weights = {name: tensor.to(home or tensor.device) for name, tensor in model.state_dict().items()}
     with torch.device("meta"):
         made = SkyReelsTransformer3DModel.from_config(model.config)
-        set_fp8_layers(made, [name for name in weights if name.endswith(SCALE)])
+        for path, layer in model.named_modules():
+            if isinstance(layer, QuantizedLinear):
+                made.set_submodule(path, QuantizedLinear(layer.packed.on_meta(), made.get_submodule(path).bias))
     made.load_state_dict(weights, assign=True)
     return made.requires_grad_(False).eval()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from skyreels_v3.cache import TensorCache, cache_folder, identity_of
 from skyreels_v3.checkpoints.files import errors_about
-from skyreels_v3.checkpoints.hub import locate_lora
+from skyreels_v3.checkpoints.hub import COMPONENTS, LORA, components_of, locate_file
 from skyreels_v3.checkpoints.load import read_ahead
 from skyreels_v3.checkpoints.lora import apply_loras, read_lora, shapes_of
-from skyreels_v3.families import Transformer, family_of
-from skyreels_v3.memory.quantize import cache_dequantized, quantize
+from skyreels_v3.families import Transformer, component_files, family_of
+from skyreels_v3.memory.quantize import cache_dequantized, dequantize_layers, quantize
 from skyreels_v3.parallel.groups import broadcast_weights, shard_weights
 from skyreels_v3.parallel.usp import choose_usp
 from skyreels_v3.plan import Plan, build_on_meta, transformer_sizes
@@ -53,19 +53,18 @@ def load_components(plan: Plan, runtime: Runtime) -> Components:
     family = family_of(task)
     others = others_of(folder, request)
     reads = main or not request.broadcast_weights
-    loaders = family.loaders(task, folder, others, runtime.dtype, getattr(torch, request.vae_dtype), reads)
+    vae_dtype, own = getattr(torch, request.vae_dtype), own_files(request)
+    loaders = family.loaders(task, folder, others, runtime.dtype, vae_dtype, reads, own)
     loaded: dict[str, Any] = {}
     with runtime.bar("loading", len(loaders)) as bar:
         for name, load in loaders.items():
             if main or name not in ENCODERS:
-                with errors_about(flag_of(name, folder, others)):
+                with errors_about(flag_of(name, folder, others, own)):
                     loaded[name] = load()
             bar.update()
-    first, last = (repositories := family.repositories(task))[0], repositories[-1]
-    weights = first.weights(folder, "transformer")
-    known_prompts = identity_of(last.weights(others, "text encoder"), runtime.dtype, request.quant)
+    known_prompts = identity_of(component_files(request, others, "text encoder"), runtime.dtype, request.quant)
     if reads:
-        read_ahead(weights)  # while the prompt and the pictures are encoded
+        read_ahead(component_files(request, folder, "transformer"))  # while the prompt and the pictures are encoded
     components = Components(
         **loaded,
         prompt_cache=TensorCache(None if request.no_cache else cache_folder() / "prompts", known_prompts),
@@ -85,8 +84,16 @@ def others_of(folder: Path, request: GenerationRequest) -> Path:
     return Path(request.base_model_id) if request.base_model_id is not None else folder
 
 
-def flag_of(component: str, folder: Path, others: Path) -> str:
-    """The flag that names the folder of a component."""
+def own_files(request: GenerationRequest) -> dict[str, Path]:
+    """The files of single components that a request names and that are on this machine."""
+    found = {field: locate_file(name, COMPONENTS[field]) for field, name in components_of(request).items()}
+    return {field: file for field, file in found.items() if file is not None}
+
+
+def flag_of(component: str, folder: Path, others: Path, own: Container[str]) -> str:
+    """The flag that names the weights of a component."""
+    if component in own:
+        return COMPONENTS[component].flag
     return "--model_id" if component == "transformer" or others == folder else "--base_model_id"
 
 
@@ -98,9 +105,10 @@ def check_components(request: GenerationRequest, folder: Path | None) -> None:
     Args:
         folder: of the checkpoint; None where it is not on this machine, and the published sizes tell what fits.
     """
-    files = [(file, lora.partial) for lora in request.lora if (file := locate_lora(lora.source)) is not None]
-    if folder is not None:
-        model = load_on_meta(request.task.name, folder, others_of(folder, request))
+    files = [(file, lora.partial) for lora in request.lora if (file := locate_file(lora.source, LORA)) is not None]
+    own = own_files(request)
+    if folder is not None and own.keys() == components_of(request).keys():
+        model = load_on_meta(request.task.name, folder, others_of(folder, request), tuple(own.items()))
     elif files:
         model = build_on_meta(request.task.family, transformer_sizes(request, None))
     for file, some in files:
@@ -108,11 +116,12 @@ def check_components(request: GenerationRequest, folder: Path | None) -> None:
 
 
 @cache
-def load_on_meta(task: str, folder: Path, others: Path) -> Any:
+def load_on_meta(task: str, folder: Path, others: Path, own: tuple[tuple[str, Path], ...]) -> Any:
     """A task's transformer on meta, after all components have been checked by loading them on meta."""
     spec, loaded = task_spec(task), {}
-    for name, load in family_of(spec).loaders(spec, folder, others, torch.float32, torch.float32, False).items():
-        with errors_about(flag_of(name, folder, others)):
+    loaders = family_of(spec).loaders(spec, folder, others, torch.float32, torch.float32, False, dict(own))
+    for name, load in loaders.items():
+        with errors_about(flag_of(name, folder, others, dict(own))):
             loaded[name] = load()
     return loaded["transformer"]
 
@@ -155,11 +164,12 @@ def set_up_transformer(transformer: Transformer, request: GenerationRequest, run
     """Prepare the transformer: LoRAs, quantization, attention, ranks, compilation, sharding or streaming."""
     module = cast(nn.Module, transformer)
     if request.lora:  # their sources were replaced by files when they were fetched
+        dequantize_layers(module, runtime.dtype)
         apply_loras(module, request.lora, fuse=request.quant is not None)
     if request.quant is not None:
         quantize_blocks(transformer.blocks, "quantizing the transformer", request.quant, runtime)
-        if family_of(request.task).CHUNKS_TOKENS:
-            cache_dequantized(transformer.blocks)
+    if family_of(request.task).CHUNKS_TOKENS:
+        cache_dequantized(transformer.blocks)
     transformer.set_attention(runtime.attention)
     if runtime.parallel.degrees.sequence > 1:
         usp = choose_usp(runtime.kernel, runtime.attention, runtime.parallel)

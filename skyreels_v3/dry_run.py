@@ -9,7 +9,8 @@ from pathlib import Path
 from skyreels_v3 import throughput
 from skyreels_v3.checkpoints import hub, tiny
 from skyreels_v3.checkpoints.files import Repository
-from skyreels_v3.families import family_of
+from skyreels_v3.checkpoints.formats import describe as describe_weights
+from skyreels_v3.families import component_files, family_of, repositories_of
 from skyreels_v3.media.files import existing_folder, giga
 from skyreels_v3.memory.policy import TILINGS
 from skyreels_v3.parallel.ranks import Ranks
@@ -55,6 +56,11 @@ def describe(plan: Plan) -> str:
     lines = [("task", f"{request.task.name}: {request.task.summary}"), ("video", video)]
     own = request.model_id if plan.checkpoint is None else f"{plan.checkpoint} (on this machine)"
     lines += [("checkpoint", f"{TINY} (built in)" if request.model_id == TINY else own)]
+    if request.transformer is None and plan.checkpoint is not None:
+        lines += [("weights", describe_weights(component_files(request, plan.checkpoint, "transformer")))]
+    for field, file in hub.components_of(request).items():
+        state = f"{describe_weights([Path(file)])} (on this machine)" if Path(file).is_file() else "to be fetched"
+        lines += [(hub.COMPONENTS[field].name, f"{file}: {state}")]
     if request.base_model_id is not None and Path(request.base_model_id).is_dir():
         lines += [("base model", f"{request.base_model_id} (on this machine)")]
     lines += [describe_download(request, repository) for repository in missing_repositories(plan)]
@@ -79,7 +85,7 @@ def describe(plan: Plan) -> str:
 def missing_repositories(plan: Plan) -> list[Repository]:
     """The repositories that must be downloaded, at least in part."""
     request = plan.request
-    first, *others = family_of(request.task).repositories(request.task)
+    first, *others = repositories_of(request)
     if request.model_id == TINY:
         return []
     base_is_here = request.base_model_id is not None and Path(request.base_model_id).is_dir()

@@ -8,6 +8,7 @@ find them, and nothing else names a family. Importing a family imports no torch.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast
 
 from skyreels_v3.checkpoints.files import Repository
+from skyreels_v3.checkpoints.hub import COMPONENTS, components_of
 from skyreels_v3.denoising.guidance import Guidance, text_guidance
 from skyreels_v3.inputs import Inputs
 from skyreels_v3.memory.policy import BYTES, Tiles
@@ -141,6 +143,7 @@ class Family(Protocol):
         dtype: torch.dtype,
         vae_dtype: torch.dtype,
         values: bool = True,
+        files: Mapping[str, Path] | None = None,
     ) -> dict[str, Callable[[], Any]]:
         """What loads each field of `Components`, by its name.
 
@@ -148,6 +151,7 @@ class Family(Protocol):
             checkpoint: the folder of --model_id.
             base: that of the other components, the same for a family with one repository.
             values: read weights; otherwise everything but their values is checked, and they stay on meta.
+            files: with the weights of some components, by the names that are returned, which are then not in a folder.
         """
 
 
@@ -164,6 +168,23 @@ def family_of(task: TaskSpec) -> Family:
 def family_named(name: str) -> Family:
     """The family in a folder of the package."""
     return cast(Family, import_module(f"skyreels_v3.{name}.family"))
+
+
+def repositories_of(request: GenerationRequest) -> tuple[Repository, ...]:
+    """What a request needs of --model_id, and of --base_model_id if other components come from there."""
+    first, *others = family_of(request.task).repositories(request.task)
+    for field in components_of(request):
+        first = first.without(COMPONENTS[field].name)
+    return (first, *others)
+
+
+def component_files(request: GenerationRequest, folder: Path, name: str) -> list[Path]:
+    """The files of a component's weights, which are on this machine: in the folder that it belongs to, or elsewhere."""
+    own = {COMPONENTS[field].name: file for field, file in components_of(request).items()}
+    if name in own:
+        return [Path(os.path.expanduser(own[name]))]
+    (repository,) = (one for one in repositories_of(request) if name in one.components)
+    return repository.weights(folder, name)
 
 
 class Pipeline:

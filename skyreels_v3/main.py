@@ -158,12 +158,31 @@ def generate_command(argv: Sequence[str]) -> int:
     return main(argv, command=f"{PROGRAM} generate")
 
 
+def convert_command(argv: Sequence[str]) -> int:
+    """Convert a transformer and print where it is."""
+    from skyreels_v3.convert import convert
+
+    escape_unknown()
+    set_up_logging(0)
+    try:
+        check_current_folder()
+        show(convert(argv))
+    except UserError as error:
+        return processes.report_exit(f"error: {error}\n", 2, SINGLE)
+    except KeyboardInterrupt as error:
+        return processes.report_exit("interrupted\n", processes.INTERRUPTED, SINGLE, error)
+    except Exception as error:
+        return processes.report_exit(f"error: {cause_of(error)}\n", 1, SINGLE)
+    return 0
+
+
 def serve_command(argv: Sequence[str]) -> int:
     return main(["--serve", *argv], command=f"{PROGRAM} serve")
 
 
 COMMANDS = {
     "generate": (generate_command, "make one video, several, or those of a jobs file"),
+    "convert": (convert_command, "write a transformer of another format as a folder of ours, or as one file"),
     "serve": (serve_command, "an HTTP API that makes videos, OpenAI's for videos"),
 }
 

@@ -10,18 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from skyreels_v3.checkpoints.files import Repository
+from skyreels_v3.checkpoints.formats import read_format
 from skyreels_v3.families import (
     Elements,
     TextEncoderSizes,
+    component_files,
     family_named,
     family_of,
     pipeline_of,
     published_elements,
+    published_transformer_bytes,
     width_of,
 )
 from skyreels_v3.inputs import Inputs
@@ -38,7 +40,7 @@ from skyreels_v3.memory.policy import (
 )
 from skyreels_v3.parallel.ranks import SINGLE, UNDIVIDED, ParallelConfig, Ranks, choose_degrees
 from skyreels_v3.request import GenerationRequest, ResolvedRequest
-from skyreels_v3.tasks import LATENT_CHANNELS, PATCH_SIZE, TINY, VAE_STRIDE, TaskSpec
+from skyreels_v3.tasks import LATENT_CHANNELS, PATCH_SIZE, TINY, VAE_STRIDE, TaskSpec, task_spec
 
 OUTPUT_BYTES = {False: 0.5, True: 3}  # per pixel, about at most: mp4, PNG files
 TINY_BYTES = 1 << 20  # of each component of the built-in model, roughly
@@ -176,7 +178,8 @@ def plan(checked: Checked, machine: Machine, ranks: Ranks = SINGLE) -> Plan:
     request, dtype = checked.request, machine.dtype
     family = family_of(request.task)
     sizes = transformer_sizes(request, checked.checkpoint)
-    weights = weights_of(request.task, sizes, dtype, request.quant)
+    weights = quantized_weights(request, checked.checkpoint, dtype)
+    weights = weights or weights_of(request.task, sizes, dtype, request.quant)
     degrees, terms = degrees_of(request, checked.checkpoint, ranks), terms_of(request)
     forwards = request.num_inference_steps * terms
     latent_size = (request.height // VAE_STRIDE[1], request.width // VAE_STRIDE[2])
@@ -248,6 +251,46 @@ def weights_of(task: TaskSpec, sizes: Mapping[str, int], dtype: str, quant: str 
     )
 
 
+def quantized_weights(request: GenerationRequest, checkpoint: Path | None, dtype: str) -> Weights | None:
+    """Bytes of a transformer whose files are on this machine and hold quantized weights; None for any other."""
+    own = None if request.transformer is None else Path(request.transformer)
+    if (checkpoint is None and own is None) or (own is not None and not own.is_file()):
+        return None
+    files = component_files(request, checkpoint or Path(), "transformer")
+    if request.lora or not read_format(files).is_quantized:  # a LoRA is added to dequantized weights
+        return None
+    if checkpoint is not None:
+        return count_quantized(request.task.name, checkpoint, own, dtype, request.quant)
+    outside, blocks = published_elements(request.task)  # without a config, as much of it as the file is of all
+    share = sum(file.stat().st_size for file in files) / published_transformer_bytes(request.task)
+    sizes = [int(share * each.bytes("bfloat16", None)) for each in (outside, *blocks)]
+    return Weights(tuple(sizes[1:]), sizes[0], max(each.fp8 + each.others for each in blocks) * BYTES[dtype])
+
+
+@cache
+def count_quantized(task: str, checkpoint: Path, own: Path | None, dtype: str, quant: str | None) -> Weights:
+    """Bytes of a transformer with quantized weights, as it is loaded."""
+    import torch
+
+    from skyreels_v3.memory.quantize import UNPACKED_AT_ONCE, QuantizedLinear, quantize
+
+    spec = task_spec(task)
+    family, kind = family_of(spec), getattr(torch, dtype)
+    files = {} if own is None else {"transformer": own}
+    model = family.loaders(spec, checkpoint, checkpoint, kind, kind, False, files)["transformer"]()
+    if quant is not None:
+        quantize(model.blocks, torch.device("meta"), quant == "fp8_dynamic")
+    blocks = tuple(sum(weight.nbytes for weight in block.parameters()) for block in model.blocks)
+    layers = [[part for part in block.modules() if isinstance(part, QuantizedLinear)] for block in model.blocks]
+    widths = [
+        [BYTES[dtype] * part.in_features * part.out_features for part in parts if not part.dynamic] for parts in layers
+    ]
+    most = sum if family.CHUNKS_TOKENS else partial(max, default=0)
+    unpacking = 8 * UNPACKED_AT_ONCE if any(part.kind for parts in layers for part in parts) else 0
+    outside = sum(weight.nbytes for weight in model.parameters()) - sum(blocks)
+    return Weights(blocks, outside, max(map(most, widths)) + unpacking)
+
+
 @cache
 def count_elements(family: str, sizes: tuple[tuple[str, int], ...], dynamic: bool) -> tuple[Elements, list[Elements]]:
     """The elements of a transformer's weights: outside of the blocks, and of each block."""
@@ -288,7 +331,10 @@ def component_bytes(plan: Plan, sizes: Mapping[str, int], weights: Weights, term
     others = component_weights(request, plan.checkpoint, dtype)
     vae = others.pop("VAE")
     made = {name: ComponentBytes(size, size) for name, size in others.items()}
-    made["text encoder"] = text_encoder_bytes(family.TEXT_ENCODER, others["text encoder"], dtype, request.quant)
+    own, quant = Path(request.text_encoder or ""), request.quant
+    if own.is_file() and read_format([own]).is_quantized:  # it stays as it is
+        quant = None
+    made["text encoder"] = text_encoder_bytes(family.TEXT_ENCODER, others["text encoder"], dtype, quant)
     if request.task.inputs:
         made["VAE encode"] = ComponentBytes(vae, vae, vae_bytes(request, "encode", TILINGS[0]))
     made["transformer"] = ComponentBytes(held, weights.on_device(request.stream_blocks), activations)
@@ -302,8 +348,7 @@ def component_weights(request: GenerationRequest, checkpoint: Path | None, dtype
     parameters = family.component_parameters(request.task)
     folder = checkpoint if request.base_model_id is None else Path(request.base_model_id)
     if folder is not None and folder.is_dir():
-        *_, repository = family.repositories(request.task)
-        return {name: file_bytes(repository, folder, name) for name in parameters}
+        return {name: file_bytes(request, folder, name) for name in parameters}
     if request.model_id == TINY:
         return dict.fromkeys(parameters, TINY_BYTES)
     return {name: count * BYTES[component_dtype(request, name, dtype)] for name, count in parameters.items()}
@@ -311,17 +356,17 @@ def component_weights(request: GenerationRequest, checkpoint: Path | None, dtype
 
 def transformer_file_bytes(request: GenerationRequest, checkpoint: Path | None) -> int:
     """Bytes of the transformer's files, the published ones unless they are on this machine. No torch."""
-    if request.model_id == TINY:
+    own = request.transformer
+    if own is None and request.model_id == TINY:
         return TINY_BYTES
-    family = family_of(request.task)
-    if checkpoint is None:
-        return family.published_bytes(request.task)["transformer"]
-    return file_bytes(family.repositories(request.task)[0], checkpoint, "transformer")
+    if checkpoint is None if own is None else not Path(own).is_file():
+        return family_of(request.task).published_bytes(request.task)["transformer"]
+    return file_bytes(request, checkpoint or Path(), "transformer")
 
 
-def file_bytes(repository: Repository, folder: Path, component: str) -> int:
+def file_bytes(request: GenerationRequest, folder: Path, component: str) -> int:
     """Bytes of the files of a component."""
-    return sum(file.stat().st_size for file in repository.weights(folder, component))
+    return sum(file.stat().st_size for file in component_files(request, folder, component))
 
 
 def text_encoder_bytes(encoder: TextEncoderSizes, size: int, dtype: str, quant: str | None) -> ComponentBytes:

@@ -157,6 +157,13 @@ class GenerationRequest:
         metavar="fbcache[:THRESHOLD]")
     model_id: str = flag("", "hub id or folder of the checkpoint (default: the task's own); 'tiny': the built-in one",
         group="Checkpoint", path="hub")
+    transformer: str | None = flag(None,
+        "its transformer from another file, a path or a hub's OWNER/NAME/FILE: safetensors or GGUF, quantized or not",
+        metavar="FILE", path="hub", in_request=False)
+    text_encoder: str | None = task_flag(None, "its text encoder (UMT5) from another safetensors file", metavar="FILE",
+        path="hub", in_request=False)
+    vae: str | None = task_flag(None, "its VAE from another safetensors file", metavar="FILE", path="hub",
+        in_request=False)
     base_model_id: str | None = task_flag(None, "hub id or folder of HunyuanVideo, for its encoders and VAE (t2v, i2v)",
         path="hub", in_request=False)
     model_source: str = flag("huggingface", "hub to download from (default: huggingface)",

@@ -11,12 +11,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from skyreels_v3.checkpoints.files import is_quantized
-from skyreels_v3.checkpoints.hub import check_on_hub, download, download_lora, locate, locate_lora
+from skyreels_v3.checkpoints.files import errors_about
+from skyreels_v3.checkpoints.formats import CAST, GGUF, read_format
+from skyreels_v3.checkpoints.hub import (
+    COMPONENTS,
+    LORA,
+    FileKind,
+    check_on_hub,
+    components_of,
+    download,
+    download_file,
+    locate,
+    locate_file,
+)
 from skyreels_v3.checkpoints.tiny import make_tiny
 from skyreels_v3.errors import UserError, cause_of, format_value
-from skyreels_v3.families import family_of, pipeline_of
+from skyreels_v3.families import component_files, family_of, pipeline_of, repositories_of
 from skyreels_v3.inputs import open_inputs
 from skyreels_v3.media.ffmpeg import check_ffmpeg
 from skyreels_v3.media.files import run_folder
@@ -91,24 +103,49 @@ def locate_checkpoint(request: Request) -> tuple[Request, Path | None]:
     Where the other components are on this machine, the request names their folder.
     """
     family = family_of(request.task)
-    first, *others = family.repositories(request.task)
+    first, *others = repositories_of(request)
     checkpoint, base = None if request.model_id == TINY else locate(request, first), None
-    if checkpoint is not None:
-        request = follow_checkpoint(request, checkpoint)
+    request = follow_weights(request, checkpoint)
     for repository in others:
         base = locate(request, repository, checkpoint)
     family.check_configs(request.task, checkpoint, base)
     return request if base is None else replace(request, base_model_id=str(base)), checkpoint
 
 
-def follow_checkpoint(request: Request, checkpoint: Path) -> Request:
-    """The request for the checkpoint in a folder: FP8 weights make it one in FP8, which takes no more LoRAs."""
-    if not is_quantized(checkpoint / request.task.transformer_folder):
+def follow_weights(request: Request, checkpoint: Path | None) -> Request:
+    """The request for the weights that are on this machine, with the paths of their files.
+
+    Our own FP8 weights make it one in FP8, with the text encoder, as when they were saved.
+
+    Raises:
+        UserError: the weights are in a form that is not read, or quantized and more is asked for than they allow.
+    """
+    for field, name in components_of(request).items():
+        if (found := locate_file(name, COMPONENTS[field])) is not None:
+            request = with_files(request, {field: str(found)})
+            with errors_about(COMPONENTS[field].flag):
+                read_format([found])
+    if checkpoint is None if request.transformer is None else not Path(request.transformer).is_file():
         return request
-    if request.lora:
-        reason = f"{format_value(request.lora[0].source)}: the checkpoint's weights are quantized already"
-        raise UserError("--lora", f"{reason}; give it to the run that quantizes them, with --save_quantized")
-    return replace(request, quant=request.quant or "fp8")  # the text encoder too, as when it was saved
+    with errors_about("--model_id"):
+        form = read_format(component_files(request, checkpoint or Path(), "transformer"))
+    if not form.is_quantized:
+        return request
+    if request.lora and form.name != CAST:
+        reason = (
+            f"{format_value(request.lora[0].source)}: the transformer's weights are quantized already ({form.name})"
+        )
+        remedy = "give weights in bfloat16 and --quant fp8, which adds it first (--save_quantized keeps both)"
+        raise UserError("--lora", f"{reason}; {remedy}")
+    if request.save_quantized is not None and form.name == GGUF:
+        reason = f"{format_value(request.save_quantized)}: GGUF's blocks are not quantized again"
+        raise UserError("--save_quantized", f"{reason}; leave it out, and use the GGUF file itself")
+    return replace(request, quant=request.quant or "fp8") if form.ours else request
+
+
+def with_files(request: Request, files: Mapping[str, Any]) -> Request:
+    """The request with other files of components, by the keys of COMPONENTS."""
+    return replace(request, **files)
 
 
 def networks(request: GenerationRequest) -> tuple[object, ...]:
@@ -117,7 +154,7 @@ def networks(request: GenerationRequest) -> tuple[object, ...]:
     Where they live is the memory policy's choice, which depends on sizes too.
     """
     task, device = request.task, likely_device(request)
-    files = (request.model_id, request.base_model_id, request.model_source)
+    files = (request.model_id, *components_of(request).items(), request.base_model_id, request.model_source)
     parts = (task.layout, task.transformer_folder, "input_audio" in task.inputs)
     numbers = (device, request.dtype or default_dtype(device), request.vae_dtype, request.quant, request.lora)
     work = (request.attention, request.compile, request.no_cache, request.shard_weights, request.broadcast_weights)
@@ -137,9 +174,10 @@ class AssetResolver:
             checkpoint: its folder, None if it must be fetched or made.
         """
         source = request.model_source
-        loras = tuple(lora._replace(source=self.lora(lora.source, request)) for lora in request.lora)
-        request = replace(request, lora=loras)
-        first, *others = family_of(request.task).repositories(request.task)
+        loras = tuple(lora._replace(source=self.file(lora.source, request, LORA)) for lora in request.lora)
+        own = {field: self.file(name, request, COMPONENTS[field]) for field, name in components_of(request).items()}
+        request = with_files(replace(request, lora=loras), own)
+        first, *others = repositories_of(request)
         if checkpoint is None:
             task, tiny = request.task, request.model_id == TINY
             if loras and not tiny:  # they weigh less than what would have been fetched in vain
@@ -147,19 +185,21 @@ class AssetResolver:
 
                 check_components(request, None)
             make = (lambda: make_tiny(task)) if tiny else (lambda: download(request, first))
-            checkpoint = Path(self.fetch(f"{source} {request.model_id} {task.name}", make))
+            key = " ".join((source, request.model_id, task.name, *own))  # of which not all is fetched
+            checkpoint = Path(self.fetch(key, make))
         for repository in others:
             base = locate(request, repository, checkpoint)
             if base is None:
                 name = request.base_model_id or repository.model_id
                 base = Path(self.fetch(f"{source} {name} base", lambda: download(request, repository)))  # noqa: B023
             request = replace(request, base_model_id=str(base))
-        return follow_checkpoint(request, checkpoint), checkpoint
+        return follow_weights(request, checkpoint), checkpoint
 
-    def lora(self, name: str, request: GenerationRequest) -> str:
-        """The file of a LoRA."""
-        file = locate_lora(name)
-        return str(file) if file else self.fetch(f"{request.model_source} {name}", lambda: download_lora(name, request))
+    def file(self, name: str, request: GenerationRequest, kind: FileKind) -> str:
+        """The path of a single file."""
+        found = locate_file(name, kind)
+        key = f"{request.model_source} {name}"
+        return str(found or self.fetch(key, lambda: download_file(name, request, kind)))
 
     def fetch(self, key: str, fetch: Callable[[], Path]) -> str:
         """The path that `fetch` gives, which is called once for a key."""

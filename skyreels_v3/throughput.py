@@ -34,7 +34,7 @@ def seconds_of(plan: Plan) -> float | None:
 def key_of(plan: Plan) -> str:
     """What runs of about the same FLOP/s have in common."""
     request = plan.request
-    model = (request.model_id, request.task.name, plan.device.partition(":")[0], plan.dtype)
+    model = (request.model_id, request.transformer, request.task.name, plan.device.partition(":")[0], plan.dtype)
     return " ".join(map(str, (*model, request.quant, request.memory, request.attention, plan.degrees)))
 
 

@@ -258,7 +258,7 @@ def test_what_is_fetched_is_fetched_once(monkeypatch, tmp_path):
         return tmp_path
 
     monkeypatch.setattr(resolve, "download", download)
-    monkeypatch.setattr(resolve, "follow_checkpoint", lambda request, _: request)
+    monkeypatch.setattr(resolve, "follow_weights", lambda request, _: request)
     request = parse_request(["--task_type", "reference_to_video", "--prompt", "a", "--ref_imgs", "a.png"])
     stock, other = AssetResolver(), AssetResolver()
     wanted = [replace(request, model_id=name) for name in ("a/b", "no/where", "a/b", "no/where", "c/d")]

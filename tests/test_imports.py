@@ -19,7 +19,7 @@ LAYERS = (
     ("families", "plan", "components", "stages", "runtime", "throughput", "resume", "outputs"),
     ("wan", "hunyuan"),
     ("resolve", "dry_run", "generate", "worker"),
-    ("api", "batch", "checks", "cli"),
+    ("api", "batch", "checks", "cli", "convert"),
     ("web",),
     ("main", "__main__"),
 )

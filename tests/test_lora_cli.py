@@ -120,7 +120,7 @@ def test_a_lora_that_does_not_fit(main, tmp_path, name, flags):
 def test_a_hubs_lora_is_looked_at_before_the_checkpoint_is_fetched(main, tmp_path, monkeypatch):
     """By what the published model is known to be."""
     file = write_lora(tmp_path / "small.safetensors")
-    monkeypatch.setattr("skyreels_v3.resolve.download_lora", lambda name, request: file)
+    monkeypatch.setattr("skyreels_v3.resolve.download_file", lambda name, request, kind: file)
     monkeypatch.setattr("skyreels_v3.resolve.download", lambda *_: pytest.fail("the checkpoint is fetched"))
     code, stdout, stderr = main(*BASE, "--model_id", "some/model", "--lora", "a/b", "--output", "out/a.mp4")
     assert (code, stdout) == (2, "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import string
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
 from skyreels_v3.checkpoints.files import MAIN_FILES
-from skyreels_v3.checkpoints.key_maps import KeyMap, invert, translate
+from skyreels_v3.checkpoints.save import native
 from skyreels_v3.hunyuan.conditioning import CLIP_TOKENS
 from skyreels_v3.wan import key_maps
 from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
@@ -104,18 +103,6 @@ def write_native_image_encoder(file: Path, model: CLIPVisionModel) -> None:
     tensors["visual.cls_embedding"] = tensors["visual.cls_embedding"][None, None]
     tensors["visual.pos_embedding"] = tensors["visual.pos_embedding"][None]
     torch.save(tensors, file)
-
-
-def native(tensors: Mapping[str, Tensor], key_map: KeyMap) -> dict[str, Tensor]:
-    """Tensors under the names that the published file has for them, and stacked where it stacks them."""
-    found: dict[str, list[Tensor]] = {}
-    stacked = [(pattern, target) for pattern, target in key_map if isinstance(target, tuple)]
-    parts = [tuple((pattern, target[n]) for pattern, target in stacked if n < len(target)) for n in range(3)]
-    for inverse in map(invert, (key_map, *parts)):
-        for name, tensor in tensors.items():
-            with contextlib.suppress(KeyError):  # no way back in this map
-                found.setdefault(str(translate(name, inverse)), []).append(tensor)
-    return {key: torch.cat(parts) for key, parts in found.items()}
 
 
 def write_umt5_tokenizer(folder: Path, pieces: Mapping[str, float]) -> None:

@@ -6,19 +6,19 @@ import json
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from skyreels_v3.checkpoints.gguf import read_gguf
 from skyreels_v3.errors import CheckpointError, UserError, format_value
-from skyreels_v3.memory.policy import SCALE
 
 MAIN_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 PICKLE = "pytorch_model.bin"  # transformers' older format, read where there is no safetensors file
-OTHER_FORMATS = (".gguf", ".bin", ".pt", ".pth", ".ckpt")
+OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt")
 FLAT_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json")
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # one of them is needed
 
@@ -59,6 +59,13 @@ class Repository:
         """Glob patterns of all files."""
         folders = [f"{folder}/*" for folder in (*self.folders, *self.tokenizers) if folder != "."]
         return [*(FLAT_PATTERNS if "." in self.folders else ()), *folders, *self.single_files]
+
+    def without(self, component: str) -> Repository:
+        """What is needed where the weights of a component come from elsewhere: of its folders, the configs."""
+        others = {name: paths for name, paths in self.components.items() if name != component}
+        folders = (path for path in self.components[component] if path in self.folders)
+        configs = (Path(path, "config.json").as_posix() for path in folders)
+        return replace(self, components=others, files=(*self.files, *configs))
 
     def weights(self, folder: Path, component: str) -> list[Path]:
         """The files of a component's weights in `folder`, which has been checked."""
@@ -102,10 +109,11 @@ def weight_files(path: Path) -> list[Path]:
         return [path]
     for index in sorted(path.glob("*.safetensors.index*.json"), key=lambda index: (len(index.name), index.name)):
         return indexed_files(index)  # of the shortest name: variants are read only where there is nothing else
-    found = [file for file in sorted(path.glob("*.safetensors")) if file.is_file()] or [*path.glob(PICKLE)]
+    patterns = ("*.safetensors", "*.gguf", PICKLE)
+    found = next(filter(None, ([file for file in sorted(path.glob(one)) if file.is_file()] for one in patterns)), [])
     files = [file for file in found if file.name in MAIN_FILES] or found
     if len(files) > 1:
-        reason = f"{path} holds {len(files)} safetensors files and no index"
+        reason = f"{path} holds {len(files)} {files[0].suffix[1:]} files and no index"
         raise CheckpointError(f"{reason}; download {MAIN_FILES[0]}.index.json as well, or leave one file there")
     for other in () if files else sorted(path.glob("*")):
         if other.suffix in OTHER_FORMATS:
@@ -165,19 +173,11 @@ def check_file(file: Path) -> None:
     """Raise CheckpointError if a file is truncated, or not what its name says."""
     if file.suffix == ".json":
         read_json(file)
+    elif file.suffix == ".gguf":
+        read_gguf(file)
     elif file.suffix in (".pth", ".bin"):
         if not zipfile.is_zipfile(file):  # what torch writes
             raise CheckpointError(f"{file} is truncated or no {file.suffix} checkpoint; download it again")
     else:
         with open_safetensors(file):
             pass
-
-
-def is_quantized(transformer: Path) -> bool:
-    """Whether the weights in a transformer's folder, which has been checked, are FP8, see memory/quantize.py."""
-    for file in weight_files(transformer):
-        if file.suffix == ".safetensors":
-            with open_safetensors(file) as handle:
-                if any(key.endswith(f".{SCALE}") for key in handle.keys()):  # noqa: SIM118  not a mapping
-                    return True
-    return False

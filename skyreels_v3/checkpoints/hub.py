@@ -14,6 +14,7 @@ import re
 from collections.abc import Collection, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 
@@ -27,11 +28,45 @@ logger = logging.getLogger(__name__)
 
 CACHES = {"huggingface": "HF_HOME", "modelscope": "MODELSCOPE_CACHE"}  # what moves the caches of the hubs' clients
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-HUB_LORA = re.compile(rf"({HUB_ID.pattern})(?:/((?:[^/.][^/]*/)*[^/.][^/]*\.safetensors))?", re.ASCII)
-LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # as diffusers and PEFT name theirs
-LORA_CONFIG = "adapter_config.json"  # PEFT's settings, beside its weights
-LORA_REMEDY = "give a .safetensors file, a folder with one, or a hub id: OWNER/NAME or OWNER/NAME/FILE.safetensors"
+HUB_FILE = re.compile(rf"({HUB_ID.pattern})(?:/((?:[^/.][^/]*/)*[^/.][^/]*\.(?:safetensors|gguf)))?", re.ASCII)
+LORA_CONFIG = "adapter_config.json"
 LIST_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """A flag for a single file of weights.
+
+    Attributes:
+        name: what such a file is, for a component as in `Repository`.
+        suffixes: of such files.
+        usual: names that are taken where a folder holds several; without any, a hub id must name the file.
+        beside: another file that is needed, if it is there.
+    """
+
+    flag: str
+    name: str
+    suffixes: tuple[str, ...]
+    usual: tuple[str, ...] = ()
+    beside: str = ""
+
+    @property
+    def remedy(self) -> str:
+        file = f"a {' or '.join(self.suffixes)} file"
+        ids = "OWNER/NAME or OWNER/NAME/FILE" if self.usual else "OWNER/NAME/FILE"
+        return f"give {file}, a folder with one, or a hub id: {ids}{self.suffixes[0]}"
+
+
+# the usual names are those that diffusers and PEFT give; PEFT has its settings beside the weights
+LORA = FileKind(
+    "--lora", "LoRA", (".safetensors",), ("pytorch_lora_weights.safetensors", "adapter_model.safetensors"), LORA_CONFIG
+)
+# by the fields of a request, which are also the names of what is loaded
+COMPONENTS = {
+    "transformer": FileKind("--transformer", "transformer", (".safetensors", ".gguf")),
+    "text_encoder": FileKind("--text_encoder", "text encoder", (".safetensors",)),
+    "vae": FileKind("--vae", "VAE", (".safetensors",)),
+}
 
 
 def locate(request: GenerationRequest, repository: Repository, beside: Path | None = None) -> Path | None:
@@ -236,20 +271,26 @@ def list_files(request: GenerationRequest, model_id: str, flag: str) -> list[str
 
 
 def check_on_hub(request: GenerationRequest) -> None:
-    """Raise UserError for LoRAs and a base model that the hub does not have, or does not give to this user."""
-    for lora in request.lora:
-        if locate_lora(lora.source) is None:
-            lora_on_hub(lora.source, request)
+    """Raise UserError for files and a base model that the hub does not have, or does not give to this user."""
+    components = ((name, COMPONENTS[field]) for field, name in components_of(request).items())
+    for name, kind in (*components, *((lora.source, LORA) for lora in request.lora)):
+        if locate_file(name, kind) is None:
+            file_on_hub(name, request, kind)
     base = request.base_model_id
     if base is not None and not os.path.isdir(os.path.expanduser(base)) and cached(request, base) is None:
         list_files(request, base, "--base_model_id")
 
 
-def locate_lora(name: str) -> Path | None:
-    """The file of a LoRA that is on this machine, checked; None if it must be fetched from a hub.
+def components_of(request: GenerationRequest) -> dict[str, str]:
+    """What a request gives for the components that it takes from files of their own, by the keys of COMPONENTS."""
+    return {field: name for field in COMPONENTS if (name := getattr(request, field)) is not None}
+
+
+def locate_file(name: str, kind: FileKind) -> Path | None:
+    """A file that is on this machine, checked; None if it must be fetched from a hub.
 
     Args:
-        name: a safetensors file, a folder that holds one, or a hub id (OWNER/NAME or OWNER/NAME/FILE.safetensors).
+        name: a file, a folder that holds one, or a hub id (OWNER/NAME or OWNER/NAME/FILE).
 
     Raises:
         UserError: it is none of these, or the file is damaged.
@@ -257,76 +298,78 @@ def locate_lora(name: str) -> Path | None:
     given = format_value(name) if name.strip() else "an empty value"
     path = Path(os.path.expanduser(name))
     if name.strip() and os.path.isdir(path):  # unlike Path's, it takes impossible names
-        with errors_about("--lora"):
-            path = path / choose_lora(os.listdir(path), given)
+        with errors_about(kind.flag):
+            path = path / choose_file(os.listdir(path), given, kind)
     elif not os.path.isfile(path):
-        match = HUB_LORA.fullmatch(name)
-        mistyped = Path(name).suffix in (".safetensors", *OTHER_FORMATS)  # rather a file's name than a hub id
+        match = HUB_FILE.fullmatch(name)
+        mistyped = Path(name).suffix in (".safetensors", ".gguf", *OTHER_FORMATS)  # rather a file's name than a hub id
         if match is not None and match[2] is not None:
-            mistyped = os.path.isdir(os.path.dirname(name))
-        if match is None or mistyped:
-            raise UserError("--lora", f"{given} is not a file or folder; {LORA_REMEDY}")
+            mistyped = os.path.isdir(os.path.dirname(name)) or Path(name).suffix not in kind.suffixes
+        if match is None or mistyped or not (match[2] or kind.usual):
+            raise UserError(kind.flag, f"{given} is not a file or folder; {kind.remedy}")
         return None
-    check_lora_file(path)
+    check_single_file(path, kind)
     return path
 
 
-def choose_lora(names: Collection[str], where: str) -> str:
-    """The LoRA among the files of a folder or of a hub's model: the one with a usual name, or the only one."""
-    found = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
-    usual = [name for name in LORA_FILES if name in found]
+def choose_file(names: Collection[str], where: str, kind: FileKind) -> str:
+    """The file among those of a folder or of a hub's model: the one with a usual name, or the only one."""
+    found = sorted(name for name in names if name.endswith(kind.suffixes) and "/" not in name)
+    usual = [name for name in kind.usual if name in found]
     if not usual and len(found) != 1:
         some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-        held = f"{len(found)} .safetensors files ({some})" if found else "no .safetensors file"
-        remedy = f"give the LoRA's own file, {where.rstrip('/')}/FILE.safetensors"
-        raise UserError("--lora", f"{where} holds {held}; {remedy}")
+        wanted = " or ".join(kind.suffixes)
+        held = f"{len(found)} {wanted} files ({some})" if found else f"no {wanted} file"
+        remedy = f"give the {kind.name}'s own file, {where.rstrip('/')}/FILE{kind.suffixes[0]}"
+        raise UserError(kind.flag, f"{where} holds {held}; {remedy}")
     return (usual or found)[0]
 
 
-def check_lora_file(file: Path) -> None:
-    """Raise UserError unless `file` is a complete safetensors file."""
-    if file.suffix != ".safetensors":
-        reason = f"{format_value(file)} is not a .safetensors file"
-        raise UserError("--lora", f"{reason}; other formats can run code, convert it to this one")
-    with errors_about("--lora"):
+def check_single_file(file: Path, kind: FileKind) -> None:
+    """Raise UserError unless `file` is complete and in a format of its kind."""
+    if file.suffix not in kind.suffixes:
+        reason = f"{format_value(file)} is not a {' or '.join(kind.suffixes)} file"
+        raise UserError(kind.flag, f"{reason}; other formats can run code, convert it to this one")
+    with errors_about(kind.flag):
         check_file(file)
 
 
-def lora_on_hub(name: str, request: GenerationRequest) -> tuple[str, str | None]:
-    """The model that a LoRA's hub id names, and the file in it, None where only the download can tell.
+def file_on_hub(name: str, request: GenerationRequest, kind: FileKind) -> tuple[str, str | None]:
+    """The model that a file's hub id names, and the file in it, None where only the download can tell.
 
     Raises:
         UserError: there is no such model or file, or several files may be meant.
     """
     check_client(request)
-    match = HUB_LORA.fullmatch(name)
-    assert match, f"{name} is no hub id of a LoRA"
+    match = HUB_FILE.fullmatch(name)
+    assert match, f"{name} is no hub id of a file"
     model_id, file = match[1], match[2]
     if file is not None and (folder := cached(request, model_id)) is not None and (folder / file).is_file():
         return model_id, file
-    listed = list_files(request, model_id, "--lora")
+    listed = list_files(request, model_id, kind.flag)
     if listed and file is None:
-        file = choose_lora(listed, name)
+        file = choose_file(listed, name, kind)
     if listed and file not in listed:
-        raise UserError("--lora", f"{model_id} on {request.model_source} has no {file}; check the file's name")
+        raise UserError(kind.flag, f"{model_id} on {request.model_source} has no {file}; check the file's name")
     return model_id, file
 
 
-def download_lora(name: str, request: GenerationRequest) -> Path:
-    """Fetch a LoRA from the request's hub, with PEFT's settings beside it, and return its file, checked.
+def download_file(name: str, request: GenerationRequest, kind: FileKind) -> Path:
+    """Fetch a file from the request's hub, with what is needed beside it, and return its path, checked.
 
     Args:
-        name: a hub id for which `locate_lora` gave None.
+        name: a hub id for which `locate_file` gave None.
 
     Raises:
         UserError: the hub cannot be reached or does not have the file; says what to do.
     """
-    model_id, file = lora_on_hub(name, request)
+    model_id, file = file_on_hub(name, request, kind)
     folder = cached(request, model_id)
     if folder is None or file is None or not (folder / file).is_file():
-        settings = (Path(file or LORA_CONFIG).parent / LORA_CONFIG).as_posix()
-        wanted = [*(LORA_FILES if file is None else [file]), settings]
-        folder = fetch(request, model_id, map(glob.escape, wanted), "--lora")
-    path = folder / (file or choose_lora(os.listdir(folder), name))
-    check_lora_file(path)
+        wanted = [glob.escape(one) for one in ([file] if file else kind.usual)]
+        if kind.beside:
+            wanted.append(glob.escape((Path(file or kind.beside).parent / kind.beside).as_posix()))
+        folder = fetch(request, model_id, wanted, kind.flag)
+    path = folder / (file or choose_file(os.listdir(folder), name, kind))
+    check_single_file(path, kind)
     return path

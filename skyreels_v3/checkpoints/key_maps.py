@@ -1,7 +1,7 @@
 """Key maps: what a checkpoint file calls a weight, and what our models and the libraries call it.
 
 A map is a tuple of (pattern, target) pairs. The first pattern that matches a whole key applies, and its groups may be
-used in the target. A tuple of targets is for a tensor of several weights, stacked in equal parts along its first axis.
+used in the target. A tuple of targets is for a tensor of several weights, stacked along its first axis.
 Target None drops a key that is known but not part of the model.
 """
 

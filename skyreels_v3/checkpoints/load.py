@@ -14,33 +14,24 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
 from torch import Tensor, nn
 
 from skyreels_v3.checkpoints.files import open_safetensors, read_json, weight_files
+from skyreels_v3.checkpoints.formats import PREFIXES, REMEDY, read_format
+from skyreels_v3.checkpoints.gguf import read_gguf
 from skyreels_v3.checkpoints.key_maps import IDENTITY, KeyMap, invert, restore, translate
 from skyreels_v3.errors import CheckpointError, format_value
 from skyreels_v3.memory.offload import replace_tensors
 from skyreels_v3.memory.policy import SCALE
-from skyreels_v3.memory.quantize import set_fp8_layers
+from skyreels_v3.memory.quantize import QUANTIZED_DTYPES, Packed, QuantizedLinear
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 WEIGHTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8)  # dtypes of weights
-REMEDY = "give weights in float32, float16 or bfloat16, and --quant fp8 to have them in FP8"
 OWN_CONFIG = "give the model's own config"
-# Keys of quantized formats that are not ours, and their names. Ours has a `weight_scale` for each row.
-QUANTIZED = (
-    (r"(?:.+\.)?scaled_fp8|.+\.(?:scale_weight|scale_input)", "ComfyUI's scaled FP8"),
-    (r".+\.comfy_quant", "ComfyUI's mixed precision"),
-    (r".+\.(?:weight_scale_2|input_scale|pre_quant_scale)", "ModelOpt's FP8 or NVFP4"),
-    (r".+\.weight_scale_inv", "FP8 scaled by blocks"),
-    (r".+\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+|SCB)", "bitsandbytes' format"),
-    (r".+\.(?:qweight|qzeros|g_idx|wscales|smooth_factor)", "4-bit integers"),
-)
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of all keys in repackaged transformers
 # Entries of configs that are sizes: at most the number of tensors, or the length of the longest axis of one.
 COUNT = re.compile(r"num_(?:\w+_)?layers|layers_per_block|num_res_blocks")
 WIDTH = re.compile(
@@ -51,31 +42,84 @@ WIDTH = re.compile(
 )
 POSITIVE = re.compile(r"(?:\w+_)?eps(?:ilon)?|rope_theta|scaling_factor")
 NAMED_KEYS = 5  # in an error message
+GGUF_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 Tensors = dict[str, Tensor]
+Weights = dict[str, Tensor | Packed]  # matrices of quantized files as they are
 
 
-def read_tensors(path: Path, values: bool = True) -> Tensors:
-    """All tensors of a weight file, or of a folder with one file or an index of shards; memory-mapped.
+def read_tensors(path: Path, values: bool = True) -> Weights:
+    """All weights of a file, or of a folder with one file or an index of shards; memory-mapped.
 
     Args:
         values: False for tensors on meta, for which only the files' headers are read.
 
     Raises:
         CheckpointError: a file is missing, damaged, or holds something other than tensors, or weights that are
-            quantized in a format other than ours.
+            quantized in a form that is not read (see formats.py).
     """
-    tensors: Tensors = {}
-    for file in weight_files(path):
-        tensors.update(read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file))
-    for key in tensors:
-        for pattern, name in QUANTIZED:
-            if re.fullmatch(pattern, key):
-                raise CheckpointError(f"{path} holds weights in {name} ({format_value(key)}), not supported; {REMEDY}")
+    files = weight_files(path)
+    form = read_format(files)
+    tensors: Weights = {}
+    not_weights = form.unused | {*form.scales.values()}
+    for file in files:
+        if file.suffix == ".gguf":
+            tensors.update(map_gguf(file))
+        else:
+            tensors.update(read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file))
+    made: Weights = {}
+    for key, weight in tensors.items():
+        if key in not_weights:
+            continue
+        made[key] = weight
+        if key in form.scales or (weight.dtype in FP8 and weight.ndim == 2):
+            scale = tensors[form.scales[key]] if key in form.scales else torch.ones(1)
+            made[key] = with_scale(cast(Tensor, weight), cast(Tensor, scale))
+    if values and not form.scales:
+        check_cast(made, path)
     for prefix in PREFIXES:
-        if tensors and all(key.startswith(prefix) for key in tensors):
-            tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-    return tensors if values else {key: tensor.to("meta") for key, tensor in tensors.items()}
+        if made and all(key.startswith(prefix) for key in made):
+            made = {key.removeprefix(prefix): tensor for key, tensor in made.items()}
+    return made if values else {key: on_meta(tensor) for key, tensor in made.items()}
+
+
+def with_scale(weight: Tensor, scale: Tensor) -> Packed:
+    """A quantized matrix with its scale, or one for each row."""
+    scales = scale.float().flatten().expand(len(weight)).contiguous()
+    return Packed(weight, tuple(weight.shape), scales)
+
+
+def on_meta(weight: Tensor | Packed) -> Tensor | Packed:
+    return weight.on_meta() if isinstance(weight, Packed) else weight.to("meta")
+
+
+def check_cast(weights: Weights, source: Path) -> None:
+    """Raise CheckpointError for FP8 weights that lost their scale.
+
+    Weights that were merely cast to FP8 are accepted: published ones stay far below the end of its range, while those
+    that were divided by a scale fill it. The first matrix tells.
+    """
+    for name, weight in weights.items():
+        if isinstance(weight, Packed) and weight.dtype in FP8:
+            if weight.data.float().abs().max() > torch.finfo(weight.dtype).max / 2:
+                raise CheckpointError(
+                    f"{source}: {name} is FP8 that was divided by a scale, and there is none; {REMEDY}"
+                )
+            return
+
+
+def map_gguf(file: Path) -> Weights:
+    """The tensors of a GGUF file, memory-mapped."""
+    entries = read_gguf(file)
+    content = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
+    made: Weights = {}
+    for key, entry in entries.items():
+        data = content[entry.start : entry.start + entry.nbytes]
+        if entry.kind in GGUF_DTYPES:
+            made[key] = data.view(GGUF_DTYPES[entry.kind]).view(entry.shape)
+        else:
+            made[key] = Packed(data.view(math.prod(entry.shape) // entry.columns, -1), entry.shape, kind=entry.kind)
+    return made
 
 
 def read_safetensors(file: Path) -> Tensors:
@@ -114,7 +158,7 @@ def read_ahead(files: Sequence[Path]) -> None:
 
 
 def read_config(
-    folder: Path, tensors: Tensors, constants: Mapping[str, object], names: Collection[str] | None = None
+    folder: Path, tensors: Weights, constants: Mapping[str, object], names: Collection[str] | None = None
 ) -> dict[str, Any]:
     """The arguments of a model in the config.json of `folder`, checked against the tensors beside it.
 
@@ -138,7 +182,7 @@ def read_config(
     return arguments
 
 
-def check_sizes(config: Mapping[str, Any], tensors: Tensors, source: Path) -> None:
+def check_sizes(config: Mapping[str, Any], tensors: Weights, source: Path) -> None:
     """Raise CheckpointError for entries of a config that are no valid numbers, or larger than the tensors allow."""
     longest = max((axis for tensor in tensors.values() for axis in tensor.shape), default=0)
     if config.get("quantization_config"):
@@ -166,7 +210,7 @@ def load_tokenizer(folder: Path, kind: Any) -> Any:
         raise CheckpointError(f"the tokenizer in {folder} cannot be read ({error}); download it again") from error
 
 
-def shape_of(key: str, axes: int, tensors: Tensors, source: Path) -> tuple[int, ...]:
+def shape_of(key: str, axes: int, tensors: Weights, source: Path) -> tuple[int, ...]:
     """The shape of the tensor `key`, from which a model's sizes are derived; it must have so many axes."""
     if key not in tensors:
         raise CheckpointError(f"{source} lacks {key}, which the model's sizes are read from; give the model's own file")
@@ -181,12 +225,13 @@ def shape_of(key: str, axes: int, tensors: Tensors, source: Path) -> tuple[int, 
 
 def load_model(
     build: Callable[[], nn.Module],
-    tensors: Tensors,
+    tensors: Mapping[str, Tensor | Packed],
     source: Path,
     dtype: torch.dtype,
     key_map: KeyMap = IDENTITY,
     float32_names: Collection[str] = (),
     buffers: Mapping[str, Tensor] | None = None,
+    blocks: Callable[[Any], Iterable[nn.Module]] = lambda model: getattr(model, "blocks", ()),
 ) -> Any:
     """Build a model on meta and give it its weights.
 
@@ -198,33 +243,55 @@ def load_model(
         key_map: from the checkpoint's names to the model's.
         float32_names: weights with one of these in their dotted name are float32, whatever `dtype` is.
         buffers: values of the model's buffers, by name.
+        blocks: the parts of a model whose linear layers may stay quantized; a model that has blocks names them itself.
 
     Returns:
-        The model in eval mode, without gradients. Matrices with scales beside them become FP8 layers.
+        The model in eval mode, without gradients. Quantized matrices in its blocks become quantized layers.
 
     Raises:
         CheckpointError: missing, unexpected or misshapen keys, by name; dtypes that hold no weights; or sizes that no
             model can have.
     """
-    tensors = rename(tensors, key_map, source)
-    scales = scales_of(tensors, source)
     with config_errors(source), torch.device("meta"):
         model = build()
-        if scales:
-            set_fp8_layers(model, scales)
-    parameters = dict(model.named_parameters())  # tied weights once, under their first name
-    check_keys(parameters, tensors, source, key_map)
-    check_dtypes(tensors, source)
-    check_fp8(parameters, tensors, source)
-    loaded: dict[int, Tensor] = {id(buffer): (buffers or {})[name] for name, buffer in model.named_buffers()}
+    expected = dict(model.named_parameters())
+    weights = rename(tensors, key_map, source, expected)
+    check_keys(expected, weights, source, key_map)
+    check_dtypes(weights, source)
     float32_names = {*float32_names, SCALE}
+    inside = {part for block in blocks(model) for part in block.modules()}
+    whole = set_quantized_layers(model, inside, weights, float32_names)
+    parameters = dict(model.named_parameters())  # tied weights once, under their first name
+    loaded: dict[int, Tensor] = {id(buffer): (buffers or {})[name] for name, buffer in model.named_buffers()}
     for name, parameter in parameters.items():
-        target = parameter.dtype if parameter.dtype in FP8 else dtype
+        target = parameter.dtype if parameter.dtype in QUANTIZED_DTYPES else dtype
         if not float32_names.isdisjoint(name.split(".")):
             target = torch.float32
-        loaded[id(parameter)] = nn.Parameter(tensors[name].to(target), requires_grad=False)
+        weight = whole[name]
+        made = weight.dequantized(target) if isinstance(weight, Packed) else weight.to(target)
+        loaded[id(parameter)] = nn.Parameter(made, requires_grad=False)
     replace_tensors(model, lambda tensor: loaded[id(tensor)])
     return model.eval()
+
+
+def set_quantized_layers(
+    model: nn.Module, inside: Collection[nn.Module], weights: Weights, float32_names: Collection[str]
+) -> Weights:
+    """Replace those of a model's linear layers whose weights are quantized; returns the tensors of all layers.
+
+    Args:
+        inside: the layers that may be replaced. Elsewhere weights are small, and some layers are asked for their dtype.
+    """
+    whole: Weights = {}
+    for name, weight in weights.items():
+        path, _, parameter = name.rpartition(".")
+        whole[name] = weight
+        if isinstance(weight, Packed) and parameter == "weight" and set(float32_names).isdisjoint(path.split(".")):
+            layer = model.get_submodule(path)
+            if type(layer) is nn.Linear and layer in inside:
+                model.set_submodule(path, QuantizedLinear(weight.on_meta(), layer.bias))
+                whole |= {name: weight.data} | ({} if weight.scale is None else {f"{path}.{SCALE}": weight.scale})
+    return whole
 
 
 @contextmanager
@@ -236,9 +303,15 @@ def config_errors(source: Path) -> Iterator[None]:
         raise CheckpointError(f"{source}: no model has the sizes of its config ({error}); {OWN_CONFIG}") from error
 
 
-def rename(tensors: Tensors, key_map: KeyMap, source: Path) -> Tensors:
-    """Tensors under their model's names; stacked ones are split into views, whose shapes are checked later."""
-    renamed: Tensors = {}
+def rename(
+    tensors: Mapping[str, Tensor | Packed], key_map: KeyMap, source: Path, expected: Mapping[str, Tensor]
+) -> Weights:
+    """Tensors under their model's names; stacked ones are split into views, whose shapes are checked later.
+
+    Args:
+        expected: the model's parameters, which tell how many rows each part has.
+    """
+    renamed: Weights = {}
     unknown = []
     for key, tensor in tensors.items():
         try:
@@ -247,7 +320,10 @@ def rename(tensors: Tensors, key_map: KeyMap, source: Path) -> Tensors:
             unknown.append(key)
             continue
         if isinstance(target, tuple):
-            renamed.update(zip(target, torch.atleast_1d(tensor).tensor_split(len(target)), strict=True))
+            whole = torch.atleast_1d(tensor) if isinstance(tensor, Tensor) else tensor
+            rows = [len(expected[part]) if part in expected else 0 for part in target]
+            fits = sum(rows) == whole.shape[0]
+            renamed.update(zip(target, whole.split(rows) if fits else [whole] * len(target), strict=True))
         elif target is not None:
             renamed[target] = tensor
     if unknown:
@@ -255,18 +331,7 @@ def rename(tensors: Tensors, key_map: KeyMap, source: Path) -> Tensors:
     return renamed
 
 
-def scales_of(tensors: Tensors, source: Path) -> list[str]:
-    """The keys of FP8 scales; raises CheckpointError unless each has an entry for every row of the matrix beside it."""
-    keys = [key for key in tensors if key.endswith(f".{SCALE}")]
-    for key in keys:
-        scale, weight = tensors[key], tensors.get(f"{key.removesuffix(SCALE)}weight")
-        if weight is None or weight.ndim != 2 or scale.shape != weight.shape[:1]:
-            reason = f"{source} holds weights in FP8 that is scaled otherwise than by rows"
-            raise CheckpointError(f"{reason} ({format_value(key)} {list(scale.shape)}), not supported; {REMEDY}")
-    return keys
-
-
-def check_keys(expected: Mapping[str, Tensor], found: Tensors, source: Path, key_map: KeyMap) -> None:
+def check_keys(expected: Mapping[str, Tensor], found: Weights, source: Path, key_map: KeyMap) -> None:
     """Raise CheckpointError, in the checkpoint's own names, unless `found` has the keys and shapes of `expected`."""
     inverse = invert(key_map)
     problems = {
@@ -283,24 +348,13 @@ def check_keys(expected: Mapping[str, Tensor], found: Tensors, source: Path, key
         raise CheckpointError(f"{source} does not fit its model: {named}")
 
 
-def check_fp8(parameters: Mapping[str, Tensor], tensors: Tensors, source: Path) -> None:
-    """Raise CheckpointError for FP8 layers without FP8 weights, and for FP8 weights that lost their scale.
-
-    Weights that were merely cast to FP8 are accepted: published ones stay far below the end of its range, while those
-    that were divided by a scale fill it. The first matrix tells.
-    """
-    check_dtypes({key: tensor for key, tensor in tensors.items() if parameters[key].dtype in FP8}, source, FP8)
-    for name, tensor in tensors.items():
-        if tensor.dtype in FP8 and parameters[name].dtype not in FP8 and tensor.ndim == 2 and not tensor.is_meta:
-            if tensor.float().abs().max() > torch.finfo(tensor.dtype).max / 2:
-                reason = f"{source}: {name} is FP8 that was divided by a scale, and there is none"
-                raise CheckpointError(f"{reason}; give it in bfloat16, and --quant fp8 to have it in FP8")
-            return
-
-
-def check_dtypes(tensors: Tensors, source: Path, allowed: Collection[torch.dtype] = WEIGHTS) -> None:
+def check_dtypes(tensors: Mapping[str, Tensor | Packed], source: Path) -> None:
     """Raise CheckpointError for tensors whose dtype does not hold weights."""
-    wrong = {key: tensor.dtype for key, tensor in tensors.items() if tensor.dtype not in allowed}
+    wrong = {
+        key: tensor.dtype
+        for key, tensor in tensors.items()
+        if isinstance(tensor, Tensor) and tensor.dtype not in WEIGHTS
+    }
     if wrong:
         named = name_some(f"{key} ({str(dtype).removeprefix('torch.')})" for key, dtype in wrong.items())
         raise CheckpointError(f"{source}: weights cannot have this dtype: {named}; {REMEDY}")

@@ -1,21 +1,24 @@
-"""Saving a quantized checkpoint: a folder like the one it came from, with the transformer's weights in FP8."""
+"""Saving checkpoints: a folder like the one it came from, with the transformer's weights in FP8; or a transformer."""
 
 from __future__ import annotations
 
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
 from huggingface_hub import save_torch_state_dict
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from skyreels_v3.checkpoints.files import Repository
-from skyreels_v3.media.files import existing_folder, follow_umask, publish, temporary_name
+from skyreels_v3.checkpoints.key_maps import KeyMap, invert, translate
+from skyreels_v3.media.files import existing_folder, follow_umask, publish, remove, temporary_name
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +53,7 @@ def save_quantized(
         for name, file in needed.items():
             if file.parent.resolve() != own or not any(fnmatch(file.name, pattern) for pattern in TRANSFORMER_FILES):
                 link_or_copy(file, temporary / name)
-        target = temporary / transformer_folder
-        target.mkdir(parents=True, exist_ok=True)
-        transformer.save_config(target)
-        state = {name: contiguous_copy(parameter.detach()) for name, parameter in transformer.named_parameters()}
-        save_torch_state_dict(state, target, filename_pattern=WEIGHTS)
+        write_transformer(transformer, temporary / transformer_folder)
         follow_umask(temporary)
         folder.parent.mkdir(parents=True, exist_ok=True)
         made = publish(temporary, folder)
@@ -62,6 +61,50 @@ def save_quantized(
         shutil.rmtree(temporary, ignore_errors=True)
     logger.info("the quantized checkpoint is in %s", made)
     return made
+
+
+def save_transformer(transformer: ModelMixin, path: Path, key_map: KeyMap | None) -> Path:
+    """Write a transformer's weights and config to a new folder; returns it, as `save_quantized` does.
+
+    Args:
+        key_map: from the names of the model's own code to ours: write one safetensors file under those names instead.
+    """
+    temporary = temporary_name(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if key_map is None:
+            write_transformer(transformer, temporary)
+        else:
+            state = native(weights_of(transformer), key_map)
+            save_file({name: contiguous_copy(tensor) for name, tensor in state.items()}, temporary)
+        follow_umask(temporary)
+        return publish(temporary, path)
+    finally:
+        remove(temporary)
+
+
+def write_transformer(transformer: ModelMixin, folder: Path) -> None:
+    """Write a transformer in diffusers' layout, under our own names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    transformer.save_config(folder)
+    state = {name: contiguous_copy(weight) for name, weight in weights_of(transformer).items()}
+    save_torch_state_dict(state, folder, filename_pattern=WEIGHTS)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def native(tensors: Mapping[str, Tensor], key_map: KeyMap) -> dict[str, Tensor]:
+    """Tensors under the names that the published file has for them, and stacked where it stacks them."""
+    found: dict[str, list[Tensor]] = {}
+    stacked = [(pattern, target) for pattern, target in key_map if isinstance(target, tuple)]
+    parts = [tuple((pattern, target[n]) for pattern, target in stacked if n < len(target)) for n in range(3)]
+    for inverse in map(invert, (key_map, *parts)):
+        for name, tensor in tensors.items():
+            with suppress(KeyError):  # no way back in this map
+                found.setdefault(str(translate(name, inverse)), []).append(tensor)
+    return {key: torch.cat(parts) if len(parts) > 1 else parts[0] for key, parts in found.items()}
 
 
 def contiguous_copy(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -10,23 +11,35 @@ from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from skyreels_v3.checkpoints.key_maps import IDENTITY
 from skyreels_v3.checkpoints.load import config_errors, load_model, load_tokenizer, read_config, read_tensors
-from skyreels_v3.errors import CheckpointError
 from skyreels_v3.hunyuan import key_maps
 from skyreels_v3.hunyuan.conditioning import HunyuanTextEncoder
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.hunyuan.vae import HunyuanVAE
+from skyreels_v3.memory.quantize import Packed
 
 
-def load_transformer(folder: Path, dtype: torch.dtype, values: bool = True) -> HunyuanTransformer3DModel:
-    """The transformer in `folder` (config.json and safetensors)."""
-    model = HunyuanTransformer3DModel
-    tensors = read_tensors(folder, values)
-    if any(key.startswith("double_blocks.0.") for key in tensors):
-        reason = f"{folder} holds the transformer under HunyuanVideo's own names (double_blocks.0...), not supported"
-        raise CheckpointError(f"{reason}; give one under diffusers' names, as the published one is")
+def load_transformer(
+    folder: Path, dtype: torch.dtype, values: bool = True, file: Path | None = None
+) -> HunyuanTransformer3DModel:
+    """The transformer in `folder`, or with the config there and the weights in `file`.
+
+    Weights may have diffusers' names, HunyuanVideo's own or ComfyUI's.
+    """
+    model, source = HunyuanTransformer3DModel, file or folder
+    tensors = read_tensors(source, values)
     arguments = read_config(folder, tensors, key_maps.TRANSFORMER_CONSTANTS, model._get_init_keys(model))
-    return load_model(lambda: model(**arguments), tensors, folder, dtype)
+    key_map = IDENTITY
+    if any(key.startswith("double_blocks.") for key in tensors):
+        key_map = key_maps.NATIVE_CHECKPOINT
+        # ComfyUI calls the weight of a norm `scale`
+        tensors = {re.sub(r"(?<=_norm\.)scale$", "weight", key): weight for key, weight in tensors.items()}
+        for key in key_maps.SWAPPED & tensors.keys():
+            weight = tensors[key]
+            whole = weight.dequantized(dtype) if isinstance(weight, Packed) else weight
+            tensors[key] = whole.roll(len(whole) // 2, 0)
+    return load_model(lambda: model(**arguments), tensors, source, dtype, key_map)
 
 
 def load_vae(base: Path, dtype: torch.dtype, values: bool = True) -> HunyuanVAE:

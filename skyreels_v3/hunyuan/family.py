@@ -151,14 +151,23 @@ def divide_tokens(transformer: HunyuanTransformer3DModel, group: Group, usp: Usp
 
 
 def loaders(
-    task: TaskSpec, checkpoint: Path, base: Path, dtype: torch.dtype, vae_dtype: torch.dtype, values: bool = True
+    task: TaskSpec,
+    checkpoint: Path,
+    base: Path,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+    values: bool = True,
+    files: Mapping[str, Path] | None = None,
 ) -> dict[str, Callable[[], Any]]:
     """What loads each component."""
     from skyreels_v3.hunyuan import checkpoint as load
 
+    own = files or {}
     return {
         "vae": lambda: load.load_vae(base, vae_dtype, values),
-        "transformer": lambda: load.load_transformer(checkpoint / task.transformer_folder, dtype, values),
+        "transformer": lambda: load.load_transformer(
+            checkpoint / task.transformer_folder, dtype, values, own.get("transformer")
+        ),
         "text_encoder": lambda: load.load_text_encoder(base, dtype, values),
         "scheduler": lambda: read_json(base / SCHEDULER),
     }

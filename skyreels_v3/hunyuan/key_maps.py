@@ -7,7 +7,7 @@ from skyreels_v3.checkpoints.key_maps import IDENTITY, KeyMap, rename_layers
 TEXT_TOKENS = 256  # of a prompt, at most
 
 # HunyuanVideo's own names and ComfyUI's -> HunyuanTransformer3DModel. `final_layer.adaLN_modulation.1` is missing: its
-# halves, shift and scale, are swapped there.
+# halves, shift and scale, are swapped there (`SWAPPED`), so that no LoRA can be applied to it.
 _EMBEDDING = {r"(?:mlp\.0|in_layer|linear_1)": "linear_1", r"(?:mlp\.2|out_layer|linear_2)": "linear_2"}
 _REFINER_LAYERS = {
     r"self_attn[_.]qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -51,6 +51,13 @@ NATIVE_TRANSFORMER: KeyMap = (
     *_stream("img", ("to_q", "to_k", "to_v"), "norm_", "to_out.0"),
     *_stream("txt", ("add_q_proj", "add_k_proj", "add_v_proj"), "norm_added_", "to_add_out", "_context"),
     *rename_layers("single_blocks.#.", "single_transformer_blocks.#.", _SINGLE_LAYERS),
+)
+
+_FINAL_MODULATION = "final_layer.adaLN_modulation.1."
+SWAPPED = {f"{_FINAL_MODULATION}{parameter}" for parameter in ("weight", "bias")}
+NATIVE_CHECKPOINT: KeyMap = (
+    *rename_layers(_FINAL_MODULATION.removesuffix("1."), "norm_out.", {"1": "linear"}),
+    *NATIVE_TRANSFORMER,
 )
 
 # Llama and CLIP may be stored alone, or as part of the model that they were trained in, with its head

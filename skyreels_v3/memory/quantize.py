@@ -1,62 +1,122 @@
-"""FP8 weights: half the bytes of bfloat16, in plain tensors that stream and save like any others.
+"""Quantized weights: fewer bytes than bfloat16, in plain tensors that stream and save like any others.
 
-Each row of a weight matrix is stored as float8 (e4m3, with 3 bits of mantissa) times a power of two. Such a scale costs
-no accuracy, since float8 is a floating-point format, and it is exact in bfloat16: the result is that of a bfloat16
-model whose weights were rounded to 4 significant bits.
+`quantize` stores each row of a weight matrix as float8 (e4m3, with 3 bits of mantissa) times a power of two. Such a
+scale costs no accuracy, since float8 is a floating-point format, and it is exact in bfloat16: the result is that of a
+bfloat16 model whose weights were rounded to 4 significant bits. Checkpoint files hold other forms as well (see
+checkpoints/formats.py): float8 and int8 with any scales, and GGUF's blocks. They all become `QuantizedLinear` layers,
+which dequantize their weight whenever they use it.
 
 `fp8` multiplies in the activations' dtype, on any device. `fp8_dynamic` rounds the activations too, with a scale for
 each token, for the FP8 matrix units of recent GPUs. No work is repeated: an input that several layers share (queries,
 keys and values) is rounded once, and `cache_dequantized` keeps a block's dequantized weights while it works on its
 tokens in chunks.
 
-Only matrices in the repeated blocks are quantized, except `SKIP_MODULES`. Norms, modulation, embeddings and the output
-head, which are small and affect everything, keep their dtype.
+Only matrices in the repeated blocks are quantized, by `quantize` except `SKIP_MODULES`. Norms, modulation, embeddings
+and the output head, which are small and affect everything, keep their dtype.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from skyreels_v3.memory.gguf_blocks import unpack
 from skyreels_v3.memory.policy import SCALE
 
 FP8 = torch.float8_e4m3fn
+QUANTIZED_DTYPES = (FP8, torch.float8_e5m2, torch.int8, torch.uint8)  # of the weights of quantized layers
 LARGEST = torch.finfo(FP8).max  # 448
 MIN_EXPONENT = -126  # of a scale: smaller numbers are subnormal, which not every device computes with
 MULTIPLE = 16  # FP8 matrix units take multiples of it
+UNPACKED_AT_ONCE = 1 << 24  # elements of GGUF's blocks, which take 4 bytes each while they are unpacked
 # Cross-attention, whose output is added without a gate, so that its error shows most; `wo` of UMT5, since transformers
 # casts the input of that layer to the dtype of its weight; and the norms of HunyuanVideo's blocks, large matrices that
 # compute the modulation from the timestep.
 SKIP_MODULES = ("attn2", "attn_audio", "wo", "norm1", "norm1_context", "norm")
 
 
-class Fp8Linear(nn.Module):
-    """A linear layer whose weight is float8 times a scale per row.
+@dataclass(frozen=True)
+class Packed:
+    """A weight as a quantized file holds it.
 
     Attributes:
-        weight: (out, in) float8_e4m3fn.
-        weight_scale: (out,) float32, powers of two.
+        data: (out, in) float8 or int8; or a GGUF type's blocks, (out, bytes of a row) uint8.
+        shape: of the weight, (out, in) for a matrix.
+        scale: (out,) float32, what each row is multiplied by; None for a GGUF type.
+        kind: the GGUF type, such as Q6_K; empty for others.
+    """
+
+    data: Tensor
+    shape: tuple[int, ...]
+    scale: Tensor | None = None
+    kind: str = ""
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    def on_meta(self) -> Packed:
+        """The same without values."""
+        scale = None if self.scale is None else self.scale.to("meta")
+        return replace(self, data=self.data.to("meta"), scale=scale)
+
+    def split(self, rows: Sequence[int]) -> list[Packed]:
+        """A stacked matrix as the matrices that it is made of, with so many rows each."""
+        scales = [None] * len(rows) if self.scale is None else self.scale.split([*rows])
+        made = zip(self.data.split([*rows]), scales, strict=True)
+        return [Packed(data, (len(data), *self.shape[1:]), scale, self.kind) for data, scale in made]
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight as `dtype`."""
+        if self.scale is not None:  # in place, for the product is rounded once, however wide the scale is
+            return self.data.to(dtype).mul_(self.scale[:, None])
+        columns = math.prod(self.shape) // len(self.data)
+        weight = torch.empty(len(self.data), columns, dtype=dtype, device=self.data.device)
+        at_once = max(1, UNPACKED_AT_ONCE // columns)
+        for part, rows in zip(weight.split(at_once), self.data.split(at_once), strict=True):
+            part.copy_(unpack(rows, self.kind, columns))
+        return weight.view(self.shape)
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose weight stays as a quantized file holds it.
+
+    Attributes:
+        weight, weight_scale, kind: see `Packed`.
         bias: (out,) in the dtype of the activations, or None.
         dynamic: multiply in FP8, with activations rounded token by token.
         caching: keep the dequantized weight in `cached` from one forward to the next.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, dynamic: bool = False) -> None:
+    def __init__(self, packed: Packed, bias: nn.Parameter | None, dynamic: bool = False) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.out_features, self.in_features = packed.shape
+        self.kind = packed.kind
         self.dynamic = dynamic
         self.caching = False
         self.cached: Tensor | None = None
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=FP8), requires_grad=False)
-        self.weight_scale = nn.Parameter(torch.empty(out_features, dtype=torch.float32), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self.weight = nn.Parameter(packed.data, requires_grad=False)
+        scale = None if packed.scale is None else nn.Parameter(packed.scale, requires_grad=False)
+        self.weight_scale: Tensor | None
+        self.register_parameter(SCALE, scale)
+        self.bias = bias
+
+    @property
+    def packed(self) -> Packed:
+        """The weight."""
+        return Packed(self.weight, (self.out_features, self.in_features), self.weight_scale, self.kind)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of x."""
@@ -69,13 +129,14 @@ class Fp8Linear(nn.Module):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) as `dtype`."""
-        return self.weight.to(dtype).mul_(self.weight_scale.to(dtype)[:, None])
+        return self.packed.dequantized(dtype)
 
     def fp8_product(self, x: Tensor) -> Tensor:
         """(..., in) -> (L, out): float8 factors, both scales applied to the sums.
 
         Fast accumulation keeps about 14 significant bits: enough for the rounded factors, and twice as fast as float32.
         """
+        assert self.weight_scale is not None
         rounded, scale = rounded_once(x)
         bias = None if self.bias is None else self.bias.to(torch.bfloat16)
         options: dict[str, Any] = {"bias": bias, "out_dtype": torch.bfloat16, "use_fast_accum": True}
@@ -107,18 +168,18 @@ def round_tokens(x: Tensor) -> Rounded:
 
 
 def cache_dequantized(blocks: Iterable[nn.Module]) -> None:
-    """Have FP8 layers dequantize once per forward of their block, however many chunks the block works in.
+    """Have quantized layers dequantize once per forward of their block, however many chunks the block works in.
 
     While a block works, its dequantized matrices take memory.
     """
     for block in blocks:
-        layers = [layer for layer in block.modules() if isinstance(layer, Fp8Linear) and not layer.dynamic]
+        layers = [layer for layer in block.modules() if isinstance(layer, QuantizedLinear) and not layer.dynamic]
         if layers:
             block.register_forward_pre_hook(partial(_set_caching, layers, True))
             block.register_forward_hook(partial(_set_caching, layers, False), always_call=True)
 
 
-def _set_caching(layers: Sequence[Fp8Linear], caching: bool, *_: object) -> None:
+def _set_caching(layers: Sequence[QuantizedLinear], caching: bool, *_: object) -> None:
     for layer in layers:
         layer.caching, layer.cached = caching, None
 
@@ -126,36 +187,29 @@ def _set_caching(layers: Sequence[Fp8Linear], caching: bool, *_: object) -> None
 def quantize(blocks: Iterable[nn.Module], device: torch.device, dynamic: bool = False) -> None:
     """Replace the linear layers in `blocks` by FP8 ones, computed on `device` and stored where the weights were.
 
-    Layers that are FP8 already, as in a quantized checkpoint, only take on `dynamic`. With `dynamic`, layers whose
-    sizes FP8 matrix units do not take keep their dtype.
+    Layers that are quantized already, as in a quantized checkpoint, only take on `dynamic`. With `dynamic`, layers that
+    FP8 matrix units do not take keep their dtype.
     """
     skipped = {*SKIP_MODULES}
     for block in blocks:
         for path, layer in [*block.named_modules()]:
-            if isinstance(layer, Fp8Linear):
-                layer.dynamic = dynamic and fits(layer)
+            if isinstance(layer, QuantizedLinear):
+                layer.dynamic = dynamic and layer.weight.dtype == FP8 and fits(layer)
             elif type(layer) is nn.Linear and skipped.isdisjoint(path.split(".")) and (fits(layer) or not dynamic):
                 block.set_submodule(path, quantized(layer, device, dynamic))
 
 
-def fits(layer: nn.Linear | Fp8Linear) -> bool:
+def fits(layer: nn.Linear | QuantizedLinear) -> bool:
     """Whether FP8 matrix units take a layer of this size."""
     return layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0
 
 
-def quantized(layer: nn.Linear, device: torch.device, dynamic: bool) -> Fp8Linear:
+def quantized(layer: nn.Linear, device: torch.device, dynamic: bool) -> QuantizedLinear:
     """The FP8 layer closest to `layer`; the bias is shared."""
-    made = empty_like(layer, dynamic)
-    for name, tensor in zip(("weight", SCALE), round_rows(layer.weight.detach().to(device)), strict=True):
-        setattr(made, name, nn.Parameter(tensor.to(layer.weight.device), requires_grad=False))
-    made.bias = layer.bias
-    return made.eval()
-
-
-def empty_like(layer: nn.Linear, dynamic: bool = False) -> Fp8Linear:
-    """An FP8 layer of the same size, on meta."""
-    with torch.device("meta"):
-        return Fp8Linear(layer.in_features, layer.out_features, layer.bias is not None, dynamic)
+    home = layer.weight.device
+    weight, scale = round_rows(layer.weight.detach().to(device))
+    packed = Packed(weight.to(home), tuple(weight.shape), scale.to(home))
+    return QuantizedLinear(packed, layer.bias, dynamic).eval()
 
 
 def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,8 +222,12 @@ def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight.float() / scale[:, None]).to(FP8), scale
 
 
-def set_fp8_layers(model: nn.Module, scales: Iterable[str]) -> None:
-    """Replace linear layers of `model`, on meta, by FP8 ones: those whose scales are the `scales` of a checkpoint."""
-    for key in scales:
-        path = key.removesuffix(f".{SCALE}")
-        model.set_submodule(path, empty_like(cast(nn.Linear, model.get_submodule(path))))
+def dequantize_layers(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace the quantized layers of a model by plain linear ones with weights of `dtype`."""
+    for path, layer in [*model.named_modules()]:
+        if isinstance(layer, QuantizedLinear):
+            with torch.device("meta"):
+                plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+            plain.weight = nn.Parameter(layer.dequantized(dtype), requires_grad=False)
+            plain.bias = layer.bias  # type: ignore[assignment]  # None in a layer without
+            model.set_submodule(path, plain.eval())

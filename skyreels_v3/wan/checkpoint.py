@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import transformers
 from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
 
 from skyreels_v3.checkpoints import load
+from skyreels_v3.checkpoints.files import read_json
 from skyreels_v3.checkpoints.key_maps import IDENTITY
-from skyreels_v3.checkpoints.load import Tensors, load_model, read_config, read_tensors, shape_of
+from skyreels_v3.checkpoints.load import Weights, load_model, read_config, read_tensors, shape_of
 from skyreels_v3.errors import CheckpointError
 from skyreels_v3.wan import key_maps
 from skyreels_v3.wan.conditioning import AudioEncoder, ImageEncoder, TextEncoder
@@ -21,37 +25,49 @@ from skyreels_v3.wan.vae import VideoVAE
 CLIP_HEADS = 16  # ViT-H/14
 
 
-def load_transformer(folder: Path, dtype: torch.dtype, values: bool = True) -> SkyReelsTransformer3DModel:
-    """The transformer in `folder` (config.json and safetensors), under diffusers' names or Wan-native ones."""
-    model = SkyReelsTransformer3DModel
-    tensors = read_tensors(folder, values)
+def load_transformer(
+    folder: Path, dtype: torch.dtype, values: bool = True, file: Path | None = None
+) -> SkyReelsTransformer3DModel:
+    """The transformer in `folder`, or with the config there and the weights in `file`.
+
+    Config and weights may each have diffusers' names or Wan-native ones.
+    """
+    model, source = SkyReelsTransformer3DModel, file or folder
+    tensors = read_tensors(source, values)
     native = "head.modulation" in tensors
-    names = model._get_init_keys(model)
-    arguments = native_arguments(folder, tensors) if native else read_config(folder, tensors, key_maps.CONSTANTS, names)
+    if "num_attention_heads" in read_json(folder / "config.json"):
+        arguments = read_config(folder, tensors, key_maps.CONSTANTS, model._get_init_keys(model))
+    else:
+        arguments = native_arguments(folder, tensors, source)
+    for key, tensor in tensors.items():
+        if key.endswith("modulation") and tensor.ndim == 2 and isinstance(tensor, Tensor):
+            tensors[key] = tensor[None]  # some writers of GGUF drop axes of one entry
     key_map = key_maps.NATIVE_TRANSFORMER if native else IDENTITY
     float32_names = model._keep_in_fp32_modules
-    return load_model(lambda: model(**arguments), tensors, folder, dtype, key_map, float32_names)
+    return load_model(lambda: model(**arguments), tensors, source, dtype, key_map, float32_names)
 
 
-def native_arguments(folder: Path, tensors: Tensors) -> dict[str, float]:
+def native_arguments(folder: Path, tensors: Weights, source: Path) -> dict[str, float]:
     """Arguments of the transformer, from a Wan-native config and, where that lacks them, from the tensors."""
     names = {*key_maps.NATIVE_SIZES, "eps", "text_dim", "model_type"}
     config = read_config(folder, tensors, key_maps.NATIVE_CONSTANTS, names)
     arguments = key_maps.config_sizes(folder) | {"eps": config.get("eps", 1e-6)}
-    arguments["text_dim"] = shape_of("text_embedding.0.weight", 2, tensors, folder)[1]
+    arguments["text_dim"] = shape_of("text_embedding.0.weight", 2, tensors, source)[1]
     if "img_emb.proj.1.weight" in tensors:
-        arguments["image_dim"] = shape_of("img_emb.proj.1.weight", 2, tensors, folder)[1]
+        arguments["image_dim"] = shape_of("img_emb.proj.1.weight", 2, tensors, source)[1]
     if "audio_window" in arguments:
-        width = shape_of("audio_proj.proj1.weight", 2, tensors, folder)[1]
+        width = shape_of("audio_proj.proj1.weight", 2, tensors, source)[1]
         arguments["audio_features"] = width // arguments["audio_window"]
     return arguments
 
 
-def load_vae(root: Path, dtype: torch.dtype, values: bool = True) -> VideoVAE:
-    """The VAE of the checkpoint at `root`."""
-    native = (root / key_maps.NATIVE_VAE_FILE).is_file()
-    source, key_map = (root / key_maps.NATIVE_VAE_FILE, key_maps.NATIVE_VAE) if native else (root / "vae", IDENTITY)
+def load_vae(root: Path, dtype: torch.dtype, values: bool = True, file: Path | None = None) -> VideoVAE:
+    """The VAE of the checkpoint at `root`, or with the weights in `file`."""
+    native_file, folder = root / key_maps.NATIVE_VAE_FILE, root / "vae"
+    source = file or (native_file if native_file.is_file() else folder)
     tensors = read_tensors(source, values)
+    native = "decoder.head.0.gamma" in tensors or not folder.is_dir()
+    key_map = key_maps.NATIVE_VAE if native else IDENTITY
     if native:
         arguments = {
             "base_dim": shape_of("encoder.conv1.weight", 5, tensors, source)[0],
@@ -60,7 +76,7 @@ def load_vae(root: Path, dtype: torch.dtype, values: bool = True) -> VideoVAE:
         }
     else:
         names = AutoencoderKLWan._get_init_keys(AutoencoderKLWan)
-        arguments = read_config(source, tensors, key_maps.VAE_CONSTANTS, names)
+        arguments = read_config(folder, tensors, key_maps.VAE_CONSTANTS, names)
     module = load_model(lambda: AutoencoderKLWan(**arguments), tensors, source, dtype, key_map)
     for name in ("latents_mean", "latents_std"):
         numbers = module.config[name]
@@ -69,29 +85,40 @@ def load_vae(root: Path, dtype: torch.dtype, values: bool = True) -> VideoVAE:
     return VideoVAE(module)
 
 
-def load_text_encoder(root: Path, dtype: torch.dtype, values: bool = True) -> TextEncoder:
-    """The UMT5 text encoder of the checkpoint at `root`, with its tokenizer."""
-    native = (root / key_maps.NATIVE_TEXT_ENCODER_FILE).is_file()
-    source = root / (key_maps.NATIVE_TEXT_ENCODER_FILE if native else "text_encoder")
-    key_map = key_maps.NATIVE_TEXT_ENCODER if native else key_maps.TRANSFORMERS_TEXT_ENCODER
+def load_text_encoder(root: Path, dtype: torch.dtype, values: bool = True, file: Path | None = None) -> TextEncoder:
+    """The UMT5 text encoder of the checkpoint at `root`, or with the weights in `file`; with its tokenizer there."""
+    native_file, folder = root / key_maps.NATIVE_TEXT_ENCODER_FILE, root / "text_encoder"
+    source = file or (native_file if native_file.is_file() else folder)
     tensors = read_tensors(source, values)
-    sizes = native_text_sizes(tensors, source) if native else read_config(source, tensors, {"model_type": "umt5"})
+    native = "token_embedding.weight" in tensors or source == native_file
+    key_map = key_maps.NATIVE_TEXT_ENCODER if native else key_maps.TRANSFORMERS_TEXT_ENCODER
+    if native or not folder.is_dir():
+        sizes = text_sizes(tensors, source, key_maps.NATIVE_TEXT_SIZES if native else key_maps.TRANSFORMERS_TEXT_SIZES)
+    else:
+        sizes = read_config(folder, tensors, {"model_type": "umt5"})
     model, config = transformers.UMT5EncoderModel, transformers.UMT5Config
-    module = load_model(lambda: model(config(**sizes)), tensors, source, dtype, key_map)
-    tokenizer = root / (key_maps.NATIVE_TOKENIZER if native else "tokenizer")
+    module = load_model(lambda: model(config(**sizes)), tensors, source, dtype, key_map, blocks=text_layers)
+    tokenizer = root / key_maps.NATIVE_TOKENIZER
+    tokenizer = tokenizer if tokenizer.is_dir() else root / "tokenizer"
     return TextEncoder(module, load.load_tokenizer(tokenizer, transformers.AutoTokenizer))
 
 
-def native_text_sizes(tensors: Tensors, source: Path) -> dict[str, int | str | bool]:
-    """The config of a UMT5 encoder, from its tensors."""
-    vocabulary, width = shape_of("token_embedding.weight", 2, tensors, source)
-    buckets, heads = shape_of("blocks.0.pos_embedding.embedding.weight", 2, tensors, source)
+def text_layers(model: Any) -> Iterator[nn.Module]:
+    """The parts of UMT5's blocks that may stay quantized: of a layer `wo`, transformers asks the dtype."""
+    for block in model.encoder.block:
+        yield from (part for name, part in block.named_modules() if isinstance(part, nn.Linear) and "wo" not in name)
+
+
+def text_sizes(tensors: Weights, source: Path, names: Mapping[str, str]) -> dict[str, Any]:
+    """The config of a UMT5 encoder, from its tensors under these names."""
+    vocabulary, width = shape_of(names["embedding"], 2, tensors, source)
+    buckets, heads = shape_of(names["positions"], 2, tensors, source)
     return {
         "vocab_size": vocabulary,
         "d_model": width,
-        "d_kv": shape_of("blocks.0.attn.q.weight", 2, tensors, source)[0] // heads,
-        "d_ff": shape_of("blocks.0.ffn.fc1.weight", 2, tensors, source)[0],
-        "num_layers": sum(key.endswith("attn.q.weight") for key in tensors),
+        "d_kv": shape_of(names["query"], 2, tensors, source)[0] // heads,
+        "d_ff": shape_of(names["hidden"], 2, tensors, source)[0],
+        "num_layers": sum(key.endswith(".".join(names["query"].split(".")[-3:])) for key in tensors),
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
         "feed_forward_proj": "gated-gelu",
@@ -118,7 +145,7 @@ def load_image_encoder(root: Path, dtype: torch.dtype, values: bool = True, head
     )
     # class and position embeddings have leading axes of size 1 in the file
     for key, axes in (("visual.cls_embedding", 1), ("visual.pos_embedding", 2)):
-        tensors[key] = tensors[key].reshape(tensors[key].shape[-axes:])
+        tensors[key] = cast(Tensor, tensors[key]).reshape(tensors[key].shape[-axes:])
     buffers = {"embeddings.position_ids": torch.arange(positions)[None]}
     key_map = key_maps.NATIVE_IMAGE_ENCODER
     module = load_model(lambda: transformers.CLIPVisionModel(config), tensors, source, dtype, key_map, buffers=buffers)

@@ -166,18 +166,26 @@ def divide_tokens(transformer: SkyReelsTransformer3DModel, group: Group, usp: Us
 
 
 def loaders(
-    task: TaskSpec, checkpoint: Path, base: Path, dtype: torch.dtype, vae_dtype: torch.dtype, values: bool = True
+    task: TaskSpec,
+    checkpoint: Path,
+    base: Path,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+    values: bool = True,
+    files: Mapping[str, Path] | None = None,
 ) -> dict[str, Callable[[], Any]]:
     """What loads each component."""
     import torch
 
     from skyreels_v3.wan import checkpoint as load
 
-    folder = checkpoint
+    folder, own = checkpoint, files or {}
     made: dict[str, Callable[[], Any]] = {
-        "vae": lambda: load.load_vae(folder, vae_dtype, values),
-        "transformer": lambda: load.load_transformer(folder / task.transformer_folder, dtype, values),
-        "text_encoder": lambda: load.load_text_encoder(folder, dtype, values),
+        "vae": lambda: load.load_vae(folder, vae_dtype, values, own.get("vae")),
+        "transformer": lambda: load.load_transformer(
+            folder / task.transformer_folder, dtype, values, own.get("transformer")
+        ),
+        "text_encoder": lambda: load.load_text_encoder(folder, dtype, values, own.get("text_encoder")),
     }
     if "input_audio" in task.inputs:
         made["image_encoder"] = lambda: load.load_image_encoder(folder, dtype, values)

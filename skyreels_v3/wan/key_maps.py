@@ -57,7 +57,23 @@ NATIVE_TEXT_ENCODER: KeyMap = (
 )
 
 # transformers' own files may hold the tied token embedding once or twice
-TRANSFORMERS_TEXT_ENCODER: KeyMap = ((r"encoder\.embed_tokens\.weight", r"shared.weight"), *IDENTITY)
+TRANSFORMERS_TEXT_ENCODER: KeyMap = (
+    (r"encoder\.embed_tokens\.weight", r"shared.weight"),
+    (r"spiece_model", None),  # the tokenizer, in ComfyUI's files
+    *IDENTITY,
+)
+
+# Tensors whose shapes tell the sizes of a UMT5 encoder, under both names
+NATIVE_TEXT_SIZES = {
+    **{"embedding": "token_embedding.weight", "positions": "blocks.0.pos_embedding.embedding.weight"},
+    **{"query": "blocks.0.attn.q.weight", "hidden": "blocks.0.ffn.fc1.weight"},
+}
+TRANSFORMERS_TEXT_SIZES = {
+    "embedding": "shared.weight",
+    "positions": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    "query": "encoder.block.0.layer.0.SelfAttention.q.weight",
+    "hidden": "encoder.block.0.layer.1.DenseReluDense.wi_1.weight",
+}
 
 # Wan-native CLIP -> transformers' CLIPVisionModel; no task uses the text tower in the same file
 _VISION_ATTENTION = {

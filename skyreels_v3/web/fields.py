@@ -17,7 +17,7 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from skyreels_v3.checkpoints.hub import HUB_LORA, refuse_other_tasks
+from skyreels_v3.checkpoints.hub import HUB_FILE, refuse_other_tasks
 from skyreels_v3.checks import describe_value, parse_lora, request_of
 from skyreels_v3.cli import convert_from_file, job_flags, split, unknown_key, without_overruled
 from skyreels_v3.config_text import read_json_text
@@ -167,7 +167,7 @@ class FlagReader:
         entries = values.get("lora", [])
         for entry in [entries] if isinstance(entries, str) else entries if isinstance(entries, list) else []:
             for source in (parse_lora(part.strip()).source for part in str(entry).split(",")):
-                if not HUB_LORA.fullmatch(source) or os.path.exists(source):
+                if not HUB_FILE.fullmatch(source) or os.path.exists(source):
                     raise UserError("--lora", f"{format_value(source)} is no id of a hub; give OWNER/NAME")
 
     def place_reference(self, values: Fields) -> None:

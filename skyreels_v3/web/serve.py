@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skyreels_v3.checkpoints.hub import local_folder, locate_lora
+from skyreels_v3.checkpoints.hub import LORA, local_folder, locate_file
 from skyreels_v3.console import show
 from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.media.files import check_readable, reason_of
@@ -88,7 +88,7 @@ def run(
     )  # fmt: skip
     for task in TASK_NAMES:
         for lora in settings.initial_request(task)[1].lora:
-            locate_lora(lora.source)
+            locate_file(lora.source, LORA)
     queue = Queue(settings.folder, server=True)
     app = app_of(settings, queue)
     if find_spec("gradio") is not None:

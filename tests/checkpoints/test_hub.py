@@ -24,6 +24,7 @@ from urllib.parse import unquote
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 from skyreels_v3.checkpoints import hub
 from skyreels_v3.cli import parse_request
@@ -31,6 +32,7 @@ from skyreels_v3.errors import UserError
 from skyreels_v3.families import family_of
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.tasks import TASK_NAMES, task_spec
+from tests.checkpoints.writers import write_cast
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -38,7 +40,7 @@ NOWHERE = "http://127.0.0.1:9"
 DRIVER = """
 import sys
 from skyreels_v3.console import set_up_logging
-from skyreels_v3.checkpoints.hub import download, download_lora
+from skyreels_v3.checkpoints.hub import LORA, download, download_file
 from skyreels_v3.cli import parse_request
 from skyreels_v3.errors import UserError
 from skyreels_v3.families import family_of
@@ -46,7 +48,7 @@ request = parse_request(sys.argv[1:])
 set_up_logging(request.verbosity)
 try:
     if request.lora:
-        print(download_lora(request.lora[0].source, request))
+        print(download_file(request.lora[0].source, request, LORA))
     else:
         print(download(request, family_of(request.task).repositories(request.task)[0]))
 except UserError as error:
@@ -353,14 +355,14 @@ def test_modelscope_gets_the_same_patterns(monkeypatch, reference, tmp_path):
     (repository,) = family_of(request.task).repositories(request.task)
     monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: object())
     assert hub.download(request, repository) == root
-    assert hub.download_lora("a/b/style.safetensors", request) == tmp_path / "style.safetensors"
+    assert hub.download_file("a/b/style.safetensors", request, hub.LORA) == tmp_path / "style.safetensors"
     assert calls == [
         ("some/model", {"allow_patterns": ["transformer/*", "vae/*", "text_encoder/*", "tokenizer/*"]}),
         ("a/b", {"allow_patterns": ["style.safetensors", "adapter_config.json"]}),
     ]
     monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--model_source: modelscope needs its package"):
-        hub.download_lora("a/style", request)
+        hub.download_file("a/style", request, hub.LORA)
 
 
 def tensor_file(*names: str) -> bytes:
@@ -405,21 +407,49 @@ def test_a_lora_is_fetched_alone_and_found_again_offline(serve, fetch_lora, file
     assert fetch_lora(NOWHERE, name, HF_HUB_OFFLINE="1").stdout == run.stdout
 
 
+@pytest.mark.slow
+def test_a_transformer_is_fetched_instead_of_the_models_own(serve, fetch, tmp_path):
+    server, file = serve("reference_to_video"), tmp_path / "cast.safetensors"
+    weights = {name for name in server.files if name.startswith("transformer/") and name.endswith(".safetensors")}
+    for name in weights:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(server.files[name])
+    tensors = {key: tensor for name in weights for key, tensor in load_file(tmp_path / name).items()}
+    write_cast(file, tensors)
+    server.files["r2v/cast.safetensors"] = file.read_bytes()
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    main = "import sys; from skyreels_v3.main import main; sys.exit(main(sys.argv[1:]))"
+    argv = (*REFERENCE, "--device", "cpu", "--height", "32", "--width", "32", "--num_frames", "5", "--quiet")
+    argv += ("--num_inference_steps", "1", "--transformer", "some/model/r2v/cast.safetensors")
+    plan = fetch(server.url, *argv, "--dry_run", driver=main)
+    assert plan.returncode == 0, plan.stderr
+    assert "transformer   some/model/r2v/cast.safetensors: to be fetched" in plan.stdout
+    assert not weights & {*server.asked}
+    run = fetch(server.url, *argv, driver=main)
+    assert run.returncode == 0, run.stderr
+    assert "r2v/cast.safetensors" in server.asked and "transformer/config.json" in server.asked
+    assert not weights & {*server.asked}
+    assert fetch(NOWHERE, *argv, driver=main).returncode == 0
+    wrong = fetch(server.url, *argv[:-1], "some/model/r2v/none.gguf", driver=main)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: --transformer: some/model on huggingface has no r2v/none.gguf")
+
+
 def test_loras_on_this_machine(tmp_path, monkeypatch):
     file = tmp_path / "owner" / "style" / "b.safetensors"
     file.parent.mkdir(parents=True)
     file.write_bytes(tensor_file())
     (file.parent / "optimizer.pt").write_bytes(b"x")
-    assert hub.locate_lora(str(file)) == file
-    assert hub.locate_lora(str(file.parent)) == file
-    assert hub.locate_lora(f"{file.parent}/") == file
+    assert hub.locate_file(str(file), hub.LORA) == file
+    assert hub.locate_file(str(file.parent), hub.LORA) == file
+    assert hub.locate_file(f"{file.parent}/", hub.LORA) == file
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert hub.locate_lora("owner/style") == Path("owner/style/b.safetensors")  # before any hub
-    assert hub.locate_lora("~/owner/style/b.safetensors") == file
+    assert hub.locate_file("owner/style", hub.LORA) == Path("owner/style/b.safetensors")  # before any hub
+    assert hub.locate_file("~/owner/style/b.safetensors", hub.LORA) == file
     for usual in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
         (file.parent / usual).write_bytes(tensor_file())
-        assert hub.locate_lora("owner/style") == Path("owner/style") / usual
+        assert hub.locate_file("owner/style", hub.LORA) == Path("owner/style") / usual
 
 
 @pytest.mark.parametrize(
@@ -428,7 +458,7 @@ def test_loras_on_this_machine(tmp_path, monkeypatch):
 def test_loras_on_a_hub(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()  # a folder of that name alone makes no difference
-    assert hub.locate_lora(name) is None
+    assert hub.locate_file(name, hub.LORA) is None
 
 
 @pytest.mark.parametrize(
@@ -462,7 +492,7 @@ def test_loras_that_are_nowhere(name, message, tmp_path, monkeypatch):
         file.write_bytes(tensor_file())
     (tmp_path / "here/cut/a.safetensors").write_bytes(tensor_file() + b"x")
     with pytest.raises(UserError) as caught:
-        hub.locate_lora(name)
+        hub.locate_file(name, hub.LORA)
     assert str(caught.value).startswith(f"--lora: {message}")
 
 
@@ -474,4 +504,4 @@ def test_a_lora_that_may_not_be_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr("skyreels_v3.checkpoints.files.safe_open", refuse)
     with pytest.raises(UserError, match=r"--lora: .*a\.safetensors cannot be read \(Permission denied\)"):
-        hub.locate_lora(str(tmp_path / "a.safetensors"))
+        hub.locate_file(str(tmp_path / "a.safetensors"), hub.LORA)

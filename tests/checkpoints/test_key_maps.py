@@ -8,6 +8,7 @@ import torch
 from skyreels_v3.checkpoints.key_maps import invert, translate
 from skyreels_v3.checkpoints.load import read_tensors, rename
 from skyreels_v3.wan import key_maps
+from skyreels_v3.wan.checkpoint import load_transformer
 
 FILES = [
     ("extension_dit/diffusion_pytorch_model.safetensors", key_maps.NATIVE_TRANSFORMER),
@@ -32,7 +33,8 @@ def test_every_key_has_its_own_place(reference, file, key_map):
 def test_stacked_weights_are_split_in_order(reference):
     folder = reference / "pipelines" / "checkpoints" / "talking_avatar"
     tensors = read_tensors(folder)
-    renamed = rename(tensors, key_maps.NATIVE_TRANSFORMER, folder)
+    parameters = dict(load_transformer(folder, torch.float32).named_parameters())
+    renamed = rename(tensors, key_maps.NATIVE_TRANSFORMER, folder, parameters)
     stacked = tensors["blocks.1.audio_cross_attn.kv_linear.weight"]
     parts = [renamed[f"blocks.1.attn_audio.to_{part}.weight"] for part in "kv"]
     assert torch.equal(torch.cat(parts), stacked)

@@ -192,24 +192,49 @@ def scaled(tensors: Tensors, suffix: str, *shape: int) -> Tensors:
     return made
 
 
+def without(tensors: Tensors, key: str) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if name != key}
+
+
 QUERY = "blocks.0.attn1.to_q"
 # how the transformer's tensors are changed, what is said, and whether the headers alone tell
 FORMATS: dict[str, tuple[Callable[[Tensors], Tensors], str, bool]] = {
-    "ComfyUI's older": (
-        lambda t: scaled(t, "scale_weight", 1) | {"scaled_fp8": torch.zeros(2, dtype=FP8)},
-        "holds weights in ComfyUI's scaled FP8 (", True,
+    "scales for blocks of a row": (lambda t: scaled(t, "weight_scale_inv"), "in FP8 scaled by blocks (blocks.0.", True),
+    "two scales for each": (
+        lambda t: scaled(t, "weight_scale") | {f"{QUERY}.weight_scale": torch.ones(2)},
+        f"a form that is scaled otherwise than as a whole or by rows ({QUERY}.weight_scale [2])", True,
     ),
-    "ComfyUI's": (
-        lambda t: scaled(t, "weight_scale") | {f"{QUERY}.comfy_quant": torch.zeros(9, dtype=torch.uint8)},
-        f"holds weights in ComfyUI's mixed precision ({QUERY}.comfy_quant)", True,
+    "MXFP8": (
+        lambda t: scaled(t, "weight_scale") | {f"{QUERY}.weight_scale": torch.ones(96, 3, dtype=torch.uint8)},
+        f"holds weights in MXFP8 ({QUERY}.weight_scale)", True,
     ),
-    "one scale for each": (
-        lambda t: scaled(t, "weight_scale"), "FP8 that is scaled otherwise than by rows (blocks.0.attn1", True,
+    "NVFP4": (lambda t: t | {f"{QUERY}.weight_scale_2": torch.ones(())}, "holds weights in NVFP4", True),
+    "nunchaku's": (
+        lambda t: t | {f"{QUERY}.qweight": torch.ones(9), f"{QUERY}.wscales": torch.ones(9)},
+        f"in nunchaku's SVDQuant ({QUERY}.wscales)", True,
     ),
-    "ModelOpt's": (lambda t: t | {f"{QUERY}.input_scale": torch.ones(())}, "in ModelOpt's FP8 or NVFP4", True),
+    "smoothed": (lambda t: t | {f"{QUERY}.pre_quant_scale": torch.ones(96)}, "holds weights in AWQ", True),
+    "a scale of inputs that are not rounded": (
+        lambda t: t | {f"{QUERY}.input_scale": torch.ones(())}, f"{QUERY}.input_scale belongs to no weight", True,
+    ),
     "bitsandbytes'": (lambda t: t | {f"{QUERY}.weight.absmax": torch.ones(9)}, "in bitsandbytes' format", True),
     "GPTQ's": (lambda t: t | {f"{QUERY}.qweight": torch.ones(9)}, "in 4-bit integers", True),
-    "a scale of nothing": (lambda t: t | {"blocks.0.attn9.weight_scale": torch.ones(9)}, "scaled otherwise", True),
+    "a scale of nothing": (
+        lambda t: t | {"blocks.0.attn9.weight_scale": torch.ones(9)}, "blocks.0.attn9.weight_scale belongs to no", True,
+    ),
+    "a scale of weights that are not quantized": (
+        lambda t: t | {f"{QUERY}.scale_weight": torch.ones(1)}, f"{QUERY}.scale_weight belongs to no weight", True,
+    ),
+    "two scales of one matrix": (
+        lambda t: scaled(t, "weight_scale") | {f"{QUERY}.scale_weight": torch.ones(1)}, " belongs to no weight", True,
+    ),
+    "one that lost its scale": (
+        lambda t: without(scaled(t, "scale_weight", 1), f"{QUERY}.scale_weight"),
+        f"{QUERY}.weight is quantized, and its scale is missing", True,
+    ),
+    "a mark that there are scales": (
+        lambda t: scaled(t, "") | {"scaled_fp8": torch.zeros(2, dtype=FP8)}, "and its scale is missing", True,
+    ),
     "FP8 that lost its scales": (
         lambda t: scaled(t, ""), "is FP8 that was divided by a scale, and there is none", False,
     ),
@@ -233,7 +258,7 @@ def test_weights_in_a_format_that_is_not_read(copy, name):
 def test_a_plain_cast_to_fp8_is_taken(copy, checkpoints):
     folder = copy(R2V) / "transformer"
     change(folder / WEIGHTS, lambda t: {k: w.to(FP8) if w.ndim == 2 else w for k, w in t.items()})
-    made = load_transformer(folder, torch.float32).blocks[0].attn1.to_q.weight
+    made = load_transformer(folder, torch.float32).blocks[0].attn1.to_q.dequantized(torch.float32)
     plain = load(checkpoints[R2V.name], R2V).blocks[0].attn1.to_q.weight
     torch.testing.assert_close(made, plain.to(FP8).float(), atol=0, rtol=0)
 
@@ -254,7 +279,7 @@ def test_other_components(copy, task, component, folder, layers):
     key = max(key for key, tensor in whole.items() if tensor.ndim == 2 or component == "vae")
     for tensors, entries, says in (
         (whole | {key: whole[key].to(torch.int16)}, {}, "cannot have this dtype: "),
-        (whole | {f"{key}.scale_weight": torch.ones(1)}, {}, "ComfyUI's scaled FP8"),
+        (whole | {f"{key}.scale_weight": torch.ones(1)}, {}, "scale_weight belongs to no weight"),
         (whole, {layers: 10**6}, f"{layers} = 1000000 is more than"),
     ):
         save_file(tensors, file)
@@ -284,14 +309,6 @@ def test_configs_are_held_against_the_headers(copy, task, entries, says):
     change_config(root / task.transformer_folder, **entries)
     with pytest.raises(CheckpointError, match=re.escape(says)):
         load(root, task, values=False)
-
-
-def test_hunyuans_own_names(copy):
-    root = copy(T2V)
-    name = "model.diffusion_model.double_blocks.0.img_attn.proj.weight"
-    change(root / WEIGHTS, lambda t: {name: next(iter(t.values()))})
-    with pytest.raises(CheckpointError, match=r"own names .* not supported; give one under diffusers' names"):
-        load(root, T2V)
 
 
 def test_files_of_a_variant(copy):

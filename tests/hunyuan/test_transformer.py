@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from skyreels_v3.attention.backends import sdpa
 from skyreels_v3.components import compile_blocks
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
-from skyreels_v3.memory.quantize import Fp8Linear, quantize
+from skyreels_v3.memory.quantize import QuantizedLinear, quantize
 from skyreels_v3.memory.stream import BlockStream
 
 SMALL = {
@@ -117,7 +117,7 @@ def test_what_is_quantized():
     quantize(model.blocks, CPU)
     names = {f"transformer_blocks.{index}.{name}" for index in range(2) for name in MATRICES[0]}
     names |= {f"single_transformer_blocks.{index}.{name}" for index in range(3) for name in MATRICES[1]}
-    assert {name for name, part in model.named_modules() if type(part) is Fp8Linear} == names
+    assert {name for name, part in model.named_modules() if type(part) is QuantizedLinear} == names
     left = {name for name, part in model.named_modules() if type(part) is nn.Linear}
     assert left == linear - names
     assert {"transformer_blocks.0.norm1.linear", "transformer_blocks.1.norm1_context.linear"} < left

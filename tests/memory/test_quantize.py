@@ -16,7 +16,7 @@ from skyreels_v3.memory import quantize as module
 from skyreels_v3.memory.quantize import (
     FP8,
     SCALE,
-    Fp8Linear,
+    QuantizedLinear,
     cache_dequantized,
     quantize,
     quantized,
@@ -45,7 +45,7 @@ def float8_numbers() -> np.ndarray:
     return np.array([*(-number for number in positive[:0:-1]), *positive])
 
 
-def dequantized(layer: Fp8Linear) -> torch.Tensor:
+def dequantized(layer: QuantizedLinear) -> torch.Tensor:
     return layer.weight.double() * layer.weight_scale.double()[:, None]
 
 
@@ -153,7 +153,7 @@ def test_what_is_quantized_in_the_transformer():
     before = dict(model.named_parameters())
     weights = {name: (parameter, parameter.clone()) for name, parameter in before.items()}
     quantize(model.blocks, CPU)
-    assert layers_of(model, Fp8Linear) == names
+    assert layers_of(model, QuantizedLinear) == names
     assert layers_of(model, nn.Linear) == linear - names
     after = dict(model.named_parameters())
     assert after.keys() - before.keys() == {f"{name}.{SCALE}" for name in names}
@@ -175,7 +175,7 @@ def test_the_text_encoder():
     exact = model(ids).last_hidden_state
     quantize(model.bfloat16().encoder.block, CPU)
     parts = [*(f"0.SelfAttention.{name}" for name in "qkvo"), "1.DenseReluDense.wi_0", "1.DenseReluDense.wi_1"]
-    assert layers_of(model, Fp8Linear) == {f"encoder.block.{i}.layer.{name}" for i in range(2) for name in parts}
+    assert layers_of(model, QuantizedLinear) == {f"encoder.block.{i}.layer.{name}" for i in range(2) for name in parts}
     assert layers_of(model, nn.Linear) == {f"encoder.block.{i}.layer.1.DenseReluDense.wo" for i in range(2)}
     out = model(ids).last_hidden_state
     assert out.dtype == torch.bfloat16
@@ -243,7 +243,7 @@ def test_weights_are_dequantized_once_a_block(monkeypatch, pieces):
     model, forward = pieces
     quantize(model.blocks, CPU)
     out = forward()
-    calls = counted(monkeypatch, Fp8Linear, "dequantized")
+    calls = counted(monkeypatch, QuantizedLinear, "dequantized")
     forward()
     assert len(calls) == 2 * 3 * 6
     cache_dequantized(model.blocks)
@@ -251,7 +251,7 @@ def test_weights_are_dequantized_once_a_block(monkeypatch, pieces):
         calls.clear()
         assert torch.equal(forward(), out)
         assert len(calls) == len({id(layer) for layer in calls}) == 2 * 6
-    layers = [layer for layer in model.modules() if isinstance(layer, Fp8Linear)]
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
     model.blocks[1].ffn.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         forward()
@@ -262,7 +262,7 @@ def test_what_is_quantized_stays_so():
     """The sizes of b are no multiples of 16: FP8 units do not take them."""
     block = nn.ModuleDict({"a": random_layer(), "b": random_layer(out=40)})
     quantize([block], CPU, dynamic=True)
-    assert type(block["a"]) is Fp8Linear and type(block["b"]) is nn.Linear
+    assert type(block["a"]) is QuantizedLinear and type(block["b"]) is nn.Linear
     quantize([block], CPU)
     layers = {name: (layer, layer.weight, layer.weight_scale) for name, layer in block.items()}
     for dynamic in (True, False):
