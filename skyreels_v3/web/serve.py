@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skyreels_v3.checkpoints.hub import LORA, local_folder, locate_file
+from skyreels_v3.checkpoints.hub import COMPONENTS, LORA, components_of, local_folder, locate_file
 from skyreels_v3.console import show
 from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.media.files import check_readable, reason_of
@@ -86,9 +86,10 @@ def run(
         folder.absolute(), defaults, host, keys, private,
         keep_days=flags.get("keep_days"), allowed_hosts=flags.get("allowed_hosts", ()), group=workers[1],
     )  # fmt: skip
-    for task in TASK_NAMES:
-        for lora in settings.initial_request(task)[1].lora:
-            locate_file(lora.source, LORA)
+    for _, made in map(settings.initial_request, TASK_NAMES):
+        files = [(lora.source, LORA) for lora in made.lora]
+        for name, kind in (*files, *((file, COMPONENTS[field]) for field, file in components_of(made).items())):
+            locate_file(name, kind)
     queue = Queue(settings.folder, server=True)
     app = app_of(settings, queue)
     if find_spec("gradio") is not None:

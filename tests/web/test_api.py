@@ -476,6 +476,7 @@ BUSY = "--port: {port} cannot be listened on"
         (["--api_key", "api_key"], "--api_key: it is no file, and a key of less than 16 characters"),
         (["--outdir", ""], "--outdir: an empty value"),
         (["--num_frames", "7"], "--num_frames: 7: not 4k+1"),
+        (["--transformer", "/nope.gguf"], "--transformer: /nope.gguf is not a file or folder"),
         (["--lora", "/nope.safetensors"], "--lora: /nope.safetensors is not a file or folder"),
         (["--api_key", "a", "--no_auth"], "--api_key: conflicts with --no_auth"),
         (["--prompt", "a"], "--prompt: a: does not go with --serve"),
