@@ -47,6 +47,7 @@ function render() {
 	const focused = live.contains(document.activeElement) ? document.activeElement : null;
 	const row = focused?.closest('[data-job]');
 	const following = row?.nextElementSibling || row?.previousElementSibling;
+	clear();
 	const template = document.createElement('template');
 	template.innerHTML = props.value || '';
 	updateChildren(live, template.content);
@@ -54,16 +55,18 @@ function render() {
 		const near = [row, following, live].find((each) => each?.isConnected);
 		(focused.isConnected ? focused : near.querySelector('button, a'))?.focus({ preventScroll: true });
 	}
-	clear();
+	const target = live.querySelector('[data-scroll]');
+	if (target) scrollTo(target.dataset.scroll);
 	const wrong = live.querySelector('[data-field]');
-	if (wrong) setTimeout(() => mark(wrong.dataset.field, wrong.textContent), 100); // once its group is open
+	if (wrong) setTimeout(() => mark(wrong), 100); // once its group is open
 }
 
-function mark(id, text) { // an error, at its field
+function mark(notice) { // moves an error to its field
+	const id = notice.dataset.field;
 	const field = document.getElementById(id);
-	const input = field?.querySelector('textarea, input');
-	if (!input) return;
-	const error = Object.assign(document.createElement('p'), { className: 'field-error', id: `${id}-error`, textContent: text });
+	const input = field?.querySelector('textarea, input:not([type=file]), button');
+	if (!input) return notice.removeAttribute('data-field'); // it is shown where it is
+	const error = Object.assign(document.createElement('p'), { className: 'field-error', id: `${id}-error`, textContent: notice.textContent });
 	field.append(error);
 	input.setAttribute('aria-invalid', 'true');
 	input.setAttribute('aria-describedby', error.id);
@@ -72,16 +75,21 @@ function mark(id, text) { // an error, at its field
 	const types = ['input', 'change', 'drop'];
 	clear = () => {
 		error.remove();
+		notice.remove();
 		input.removeAttribute('aria-invalid');
 		input.removeAttribute('aria-describedby');
-		for (const type of types) field.removeEventListener(type, clear);
+		for (const type of types) field.removeEventListener(type, clear, true);
 		clear = () => {};
 	};
-	for (const type of types) field.addEventListener(type, clear);
+	for (const type of types) field.addEventListener(type, clear, true);
 }
 
+// A double click means one, and so does a key that is held
+const area = element.closest('.go') ?? element;
+area.addEventListener('click', (event) => { if (event.detail > 1) event.stopPropagation(); }, true);
+area.addEventListener('keydown', (event) => { if (event.repeat && event.target.closest('button')) event.preventDefault(); }, true);
 element.addEventListener('click', (event) => {
-	const button = event.target.closest('button[data-do]');
+	const button = event.target.closest('button[data-do]:not([aria-disabled="true"])');
 	if (!button) return;
 	const what = button.dataset.do;
 	if (what === 'play') {
@@ -96,8 +104,6 @@ element.addEventListener('click', (event) => {
 		setTimeout(() => { button.textContent = 'Delete'; }, 4000);
 		return;
 	}
-	if (Date.now() - (button.clicked || 0) < 1000) return; // a double click means one
-	button.clicked = Date.now();
 	if (what === 'reload' || what === 'extend') scrollTo('head');
 	if (what === 'compare') setTimeout(() => scrollTo('compare'), 1000);
 	trigger('click', { do: what, id: button.dataset.id });

@@ -6,6 +6,7 @@ a form. Nothing is fetched from other hosts: neither by the server, nor by the b
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
@@ -28,7 +29,7 @@ from skyreels_v3.web.api import Api, user_errors
 from skyreels_v3.web.errors import ApiError
 from skyreels_v3.web.fields import INPUTS, FlagReader, files_of, link
 from skyreels_v3.web.page_access import Drops, protect
-from skyreels_v3.web.page_form import CLIP, KEYFRAMES, TABS, Form, label_of, title_of
+from skyreels_v3.web.page_form import CLIP, KEYFRAMES, TABS, Form, label_of, one_size, title_of, without_dashes
 from skyreels_v3.web.page_html import (
     compare_html,
     gallery_html,
@@ -43,7 +44,7 @@ from skyreels_v3.web.uploads import PROBE_FPS, Fields, Upload, check_kind
 
 HERE = Path(__file__).parent
 SCRIPT = (HERE / "page.js").read_text(encoding="utf-8")
-BUSY_SECONDS, IDLE_SECONDS = 2.0, 6.0  # between looks at the queue
+BUSY_SECONDS, IDLE_SECONDS = 2.0, 6.0  # between looks at the queue; Gradio's timer rests while the tab is hidden
 SHOWN_JOBS = 24  # in the gallery, and 24 more with each click
 MAX_WAITING = 100
 CLEAN_SECONDS = (3600, 24 * 3600)  # how often dropped files are looked at, and how old they may get
@@ -52,6 +53,23 @@ HEAD = """<h1>SkyReels</h1><nav aria-label="Page"><a class="narrow" href="#jobs"
 <a class="narrow" href="#videos">Videos</a><a href="/docs">HTTP API</a></nav>"""
 SANS = ("ui-sans-serif", "system-ui", "sans-serif")
 MONO = ("ui-monospace", "Consolas", "monospace")
+# In the browser: what is in the forms stays when Gradio loads the page again, as it does once a server is back
+KEEP = """(...values) => {
+    if (!window.forms) return; // not yet loaded
+    const { ids, initial } = window.forms;
+    const changed = ids.map((id, i) => [id, values[i]]).filter(([, value], i) => value !== initial[i]);
+    sessionStorage.setItem('forms', JSON.stringify(Object.fromEntries(changed)));
+}"""
+RESTORE = """(...initial) => {
+    const ids = IDS, kept = JSON.parse(sessionStorage.getItem('forms') ?? '{}');
+    const selected = sessionStorage.getItem('tab') ?? ids[0].split('-')[0];
+    window.forms = { ids, initial };
+    addEventListener('pagehide', () => {
+        const tab = document.querySelector('#tasks [role=tab].selected');
+        if (tab) sessionStorage.setItem('tab', tab.id.slice('tab-'.length, -'-button'.length));
+    });
+    return [{ selected, __type__: 'update' }, ...ids.map((id, i) => id in kept ? kept[id] : initial[i])];
+}"""
 
 
 def mount_page(app: FastAPI) -> None:
@@ -116,10 +134,8 @@ class Page:
                 with gr.Tab(TABS.get(task, title_of(task)), id=task, elem_id=f"tab-{task}"):
                     self.build_form(task)
         with gr.Accordion("Settings from a video", open=False, elem_id="record-box"):
-            self.record = gr.File(
-                label="A video made here: its settings are put into the form", file_types=["video"], height=110,
-                elem_id="record",
-            )  # fmt: skip
+            gr.HTML('<p class="summary">The settings of a video made here are put into the form.</p>', js_on_load=None)
+            self.record = gr.File(label="Video", file_types=["video"], height=130, elem_id="record")
             self.record_notice = live_html("record-notice")
 
     def build_form(self, task: str) -> None:
@@ -157,6 +173,10 @@ class Page:
         for html in (self.queue, self.gallery, self.compare):
             html.click(self.act, view, shown | everything, trigger_mode="multiple", **quiet)
         self.record.upload(self.read_record, self.record, everything | {self.record, self.record_notice}, **quiet)
+        typed = [part for form in self.forms.values() for part in form.typed]
+        ids = json.dumps([part.elem_id for part in typed])
+        gr.on([part.change for part in typed], None, typed, None, js=KEEP, **quiet)
+        blocks.load(None, typed, [self.tabs, *typed], js=RESTORE.replace("IDS", ids), **quiet)
         for form in self.forms.values():
             inputs = form.components
             options: dict[str, Any] = {
@@ -229,8 +249,8 @@ class Page:
         """Show an error in a form, and open the group that its field is in."""
         name = error.param or ""
         if name not in {each.flag.name for each in form.fields}:
-            return {form.notice: notice(error.message)}
-        text = f"{label_of(name)}{error.message.removeprefix(name)}"
+            return {form.notice: notice(without_dashes(error.message))}
+        text = f"{label_of(name)}{without_dashes(error.message.removeprefix(name))}"
         opened = {form.folded[name]: gr.Accordion(open=True)} if name in form.folded else {}
         return {form.notice: notice(text, f"{form.task.name}-{name}"), **opened}
 
@@ -339,7 +359,7 @@ class Page:
     def fill_form(self, flags: Mapping[str, Any], files: Mapping[str, Any]) -> dict[Any, Any]:
         """Open the form that flags are for, and put them into it."""
         form = self.forms[flags["task_type"]]
-        values = written_out(flags)
+        values = one_size(written_out(flags))
         if "model_id" in values:
             name = self.api.settings.model_name(values["model_id"])
             values["model_id"] = name if name in form.models else None
@@ -367,7 +387,7 @@ class Page:
 
     async def read_record(self, path: str | None) -> dict[Any, Any]:
         """Put the settings in a video's metadata into a form; its inputs are not in it."""
-        empty: dict[Any, Any] = {self.record: None}
+        empty: dict[Any, Any] = {self.record: None, self.record_notice: ""}
         if path is None:
             return empty
         try:
@@ -375,10 +395,14 @@ class Page:
             if flags.get("task_type") not in self.forms:
                 raise UserError("--config", "the video does not name its task")
         except UserError as error:
-            return empty | {self.record_notice: notice(error.message.replace(f"{Path(path).parent}/", ""))}
+            what = error.message.replace(f"{Path(path).parent}/", "").partition(";")[
+                0
+            ]  # it goes on with files of flags
+            return empty | {self.record_notice: notice(f"{what}; give a video that was made here")}
         inputs = ", ".join(label_of(name).lower() for name in INPUTS if name in flags)
         text = f"The settings are in the form.{f' Add its inputs: {inputs}.' if inputs else ''}"
-        return empty | {self.record_notice: message(text)} | self.fill_form(flags, {})
+        form = self.forms[flags["task_type"]]
+        return empty | self.fill_form(flags, {}) | {form.notice: message(text, scroll="head")}
 
 
 def cut(clip: Upload, start: str, end: str) -> Upload:

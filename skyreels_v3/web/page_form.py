@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+from abc import ABCMeta
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,7 +16,7 @@ import gradio as gr
 
 from skyreels_v3.checks import MAX_SPEAKERS
 from skyreels_v3.cli import build_parser, convert_entries
-from skyreels_v3.request import BY_NAME, FLAGS, SHORTHANDS, Flag
+from skyreels_v3.request import BY_NAME, EXCLUSIVE, FLAGS, SHORTHANDS, Flag
 from skyreels_v3.tasks import CONFIG_DIR, REFERENCE_SLOTS, TASK_NAMES, TaskSpec, task_spec
 from skyreels_v3.web.fields import INPUTS, OWN, published
 from skyreels_v3.web.settings import Settings
@@ -41,6 +43,7 @@ LABELS = {
 }  # of flags whose names are abbreviations, or say less
 SLOTS = {"ref_imgs": REFERENCE_SLOTS, "input_audio": MAX_SPEAKERS}  # files of flags that take several
 KEYFRAMES, CLIP = "keyframes", "input_video"
+SIZE = ("resolution", "width", "height")  # either the first or the others
 WAVEFORM = {"waveform_color": "#64748b", "waveform_progress_color": "#0d9488", "trim_region_color": "#0d948855"}
 ASSETS = CONFIG_DIR.parent / "assets"  # in a clone
 MORE_PROMPTS = {  # of words that the built-in model knows
@@ -74,12 +77,26 @@ def label_of(flag: str) -> str:
     return LABELS.get(flag, flag.replace("_", " ").capitalize())
 
 
+def without_dashes(text: str) -> str:
+    """A text about flags as the page has it: with the labels of their fields."""
+    return re.sub(r"--(\w+)", lambda found: label_of(found[1]).lower(), text)
+
+
+# A gr.Image that leaves it to our own checks to say what is wrong with a file, where Gradio's would just fail. Not by
+# `class`, since then Gradio writes a .pyi file beside this one.
+Picture: Any = ABCMeta.__new__(
+    type(gr.Image), "Picture", (gr.Image,),
+    {"is_template": True, "preprocess": lambda self, payload: payload and payload.path},
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Field:
     """A flag's part of a form.
 
     Attributes:
-        initial: its value if the user does nothing; then it is not sent, and the server's default holds.
+        initial: its value if the user does nothing; then it is not sent, and the server's default holds. Of the size
+            all that is shown is sent: it holds for any model.
     """
 
     flag: Flag
@@ -94,7 +111,7 @@ class Field:
         values = [data[component] for component in self.components]
         if self.flag.name not in INPUTS:
             value = values[0].strip() if isinstance(values[0], str) else values[0]
-            return None if value in (None, self.initial) else value
+            return None if value in (None, "" if self.flag.name in SIZE else self.initial) else value
         if self.flag.name == KEYFRAMES:
             return [*values[0], values[1]] if values[0] else None
         if self.flag.name == CLIP:
@@ -102,15 +119,16 @@ class Field:
         return [value for value in values if value] or None
 
     def updates_for(self, value: Any) -> dict[Any, Any]:
-        """What makes the components show a value; None: the initial one."""
+        """What makes the components show a value; None: the initial one, "": none."""
         if self.flag.name == KEYFRAMES:
             paths, times = value or ([], [])
             return dict(zip(self.components, (gr.update(value=paths), gr.update(value=", ".join(times))), strict=True))
         if self.flag.name in INPUTS:
             files = [*(value or ()), *[None] * len(self.components)]
             return {component: gr.update(value=path) for component, path in zip(self.components, files, strict=False)}
-        shown = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
-        return {self.components[0]: gr.update(value=self.initial if shown is None else shown)}
+        shown = self.initial if value is None else value
+        shown = ",".join(map(str, shown)) if isinstance(shown, list | tuple) else shown
+        return {self.components[0]: gr.update(value=None if shown == "" else shown)}
 
 
 @dataclass
@@ -128,6 +146,11 @@ class Form:
     @property
     def components(self) -> set[Any]:
         return {component for each in self.fields for component in each.components}
+
+    @property
+    def typed(self) -> list[Any]:
+        """The components that hold no files."""
+        return [part for each in self.fields for part in each.components if not hasattr(part, "upload")]
 
     def build(self) -> None:
         """Make the components."""
@@ -155,6 +178,24 @@ class Form:
             rest = [flag for flag in flags if flag in mine and flag.name not in placed]
             if rest:
                 self.build_group(group, sorted(rest, key=lambda flag: flag.name == KEYFRAMES))
+        self.keep_one_size()
+
+    def keep_one_size(self) -> None:
+        """Let the fields show the size that is made, by resolution or by width and height. All in the browser."""
+        fields = [each for each in self.fields if each.flag.name in SIZE]
+        parts: list[Any] = [each.components[0] for each in fields]
+        *resolution, width, height = parts
+        options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        same = "{__type__: 'update'}"
+        for part in resolution:  # this comes when the field is left, too
+            chosen = f"(resolution) => resolution ? ['', ''] : [{same}, {same}]"
+            part.input(None, part, [width, height], js=chosen, **options)
+        left = (
+            f"(...shown) => shown.some(Boolean) ? shown.map(() => ({same})) : {json.dumps([x.initial for x in fields])}"
+        )
+        for side in (width, height):  # its `input` does not come with all that is typed
+            side.change(None, side, resolution, js=f"(side) => side ? [null] : [{same}]", **options)
+            side.blur(None, parts, parts, js=left, **options)
 
     def build_group(self, name: str, flags: list[Flag]) -> None:
         """A folded group of flags."""
@@ -193,14 +234,17 @@ class Form:
     def file_component(self, flag: Flag, number: int) -> Any:
         """A place to drop a file."""
         many = f" {number + 1}" if flag.name in SLOTS else ""
+        instead = [label_of(a if b == flag.name else b).lower() for a, b in EXCLUSIVE if flag.name in (a, b)]
+        note = f" (instead of the {instead[0]})" if instead else " (optional)"
+        needed = flag.name in self.task.inputs and not number
         options: dict[str, Any] = {
-            "label": f"{label_of(flag.name)}{many}",
+            "label": f"{label_of(flag.name)}{many}{'' if needed else note}",
             "elem_id": f"{self.task.name}-{flag.name}-{number}",
             "buttons": [],
         }
         if flag.name in IMAGES:
             options |= {"height": 150 if flag.name in SLOTS else 200, "min_width": 120}
-            return gr.Image(type="filepath", image_mode=None, sources=["upload"], **options)
+            return Picture(type="filepath", image_mode=None, sources=["upload"], **options)
         if flag.name in SOUNDS:
             return gr.Audio(type="filepath", sources=["upload"], min_width=240, waveform_options=WAVEFORM, **options)
         return gr.Video(sources=["upload"], include_audio=True, height=200, **options)
@@ -237,7 +281,7 @@ class Form:
 
 def value_component(flag: Flag, id: str, initial: Any, models: list[str]) -> Any:
     """The component of a flag that is no file."""
-    help = re.sub(r"--(\w+)", lambda found: label_of(found[1]).lower(), SHOWN.sub("", flag.help))
+    help = without_dashes(SHOWN.sub("", flag.help))
     if abs(flag.low) != float("inf"):
         help += f"; {flag.low} to {flag.high}"
     options: dict[str, Any] = {"label": label_of(flag.name), "info": help, "elem_id": id, "min_width": 150}
@@ -248,7 +292,7 @@ def value_component(flag: Flag, id: str, initial: Any, models: list[str]) -> Any
     if flag.choices:
         unset = [("default", "")] if initial == "" else []
         return gr.Dropdown([*unset, *((choice, choice) for choice in flag.choices)], value=initial, **options)
-    if flag.kind in (int, float) and initial != "":  # an empty one would show 0
+    if flag.kind in (int, float) and initial != "" and flag.name not in SIZE:  # an empty one would show 0
         return gr.Number(value=initial, precision=0 if flag.kind is int else None, **options)
     if flag.name == "prompt":
         options |= {"info": None, "placeholder": f"{help[0].upper()}{help[1:]}", "lines": 3}
@@ -278,7 +322,15 @@ def initial_values(task: str, settings: Settings) -> dict[str, Any]:
             value = ""
         values[flag.name] = value
     values["model_id"] = settings.model_name(made.model_id)
-    return values
+    return {**values, "resolution": None} if values["width"] else values
+
+
+def one_size(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values for a form with one size: that of width and height, where both that and a resolution are given."""
+    sides = dict.fromkeys(SIZE[1:], "")
+    if any(values.get(side) for side in sides):
+        return {**sides, **values, "resolution": ""}
+    return {**values, **sides} if values.get("resolution") else {**values}
 
 
 @cache

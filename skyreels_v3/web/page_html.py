@@ -13,7 +13,14 @@ from skyreels_v3.web.queue import Job, State
 from skyreels_v3.web.settings import Settings
 from skyreels_v3.web.views import error_of, progress_of, size_of
 
-SHOWN = ("task_type", "prompt", "include_input", "memory")  # flags that are shown elsewhere, or say nothing here
+SHOWN = (
+    "task_type",
+    "prompt",
+    "include_input",
+    "memory",
+    "width",
+    "height",
+)  # flags that are shown elsewhere, or say nothing here
 ENDS = {State.COMPLETED: "Completed", State.CANCELLED: "Cancelled", State.FAILED: "Failed"}
 
 
@@ -29,15 +36,16 @@ def actions(job: Job, buttons: Iterable[str]) -> str:
 
 
 def notice(text: str, field: str = "") -> str:
-    """An error above the buttons; the page's script also shows it at the field with the id."""
+    """An error above the buttons, or at the field with the id: the page's script puts it there."""
     at = f'data-field="{escape(field)}"' if field else ""
     return f'<p class="notice" role="alert" data-time="{monotonic_ns()}" {at}>{escape(text)}</p>'
 
 
-def message(text: str, link: str = "") -> str:
-    """A message above the buttons, new each time, and a link to where on the page it is."""
+def message(text: str, link: str = "", scroll: str = "") -> str:
+    """A message above the buttons, new each time, with a link to where it is on the page, or scrolling there."""
     more = f' <a href="#{link}">Show it</a>' if link else ""
-    return f'<p class="message" role="status" data-time="{monotonic_ns()}">{escape(text)}{more}</p>'
+    to = f'data-scroll="{scroll}"' if scroll else ""
+    return f'<p class="message" role="status" data-time="{monotonic_ns()}" {to}>{escape(text)}{more}</p>'
 
 
 def plan_html(plan: Mapping[str, Any]) -> str:
@@ -74,7 +82,9 @@ def queue_html(jobs: Sequence[Job], places: Mapping[str, int]) -> str:
     """Jobs that wait or run, in order; `places` says how many are before each that waits."""
     if not jobs:
         return '<p class="empty">Nothing is waiting. Videos that you start appear here.</p>'
-    return f'<ol class="queue">{"".join(queue_entry(job, places.get(job.id)) for job in jobs)}</ol>'
+    movable = [job.id for job in jobs if job.id in places]
+    entries = "".join(queue_entry(job, places.get(job.id), movable) for job in jobs)
+    return f'<ol class="queue">{entries}</ol>'
 
 
 def status_html(waiting: Sequence[Job], ended: Sequence[Job]) -> str:
@@ -86,18 +96,19 @@ def status_html(waiting: Sequence[Job], ended: Sequence[Job]) -> str:
     return f'<p role="status">{escape(", ".join(parts))}</p>'
 
 
-def queue_entry(job: Job, place: int | None) -> str:
-    progress = progress_of(job)
-    picture = f'<img src="{escape(progress["preview"])}" alt="Preview">' if progress["preview"] else ""
+def queue_entry(job: Job, place: int | None, movable: Sequence[str]) -> str:
+    """A job among those that wait or run; `movable` has the ids of those that wait, in order."""
+    preview = progress_of(job)["preview"]
+    picture = f'<img class="picture" src="{escape(preview)}" alt="Preview">' if preview else ""
     part = round(100 * min(1.0, max(0.0, job.progress.part)))
     bar = f'<progress max="100" value="{part}" aria-label="Progress">{part} %</progress>' if place is None else ""
     moves = (
-        button("up", job.id, "\u2191", aria_label="Move up"),
-        button("down", job.id, "\u2193", aria_label="Move down"),
+        button("up", job.id, "\u2191", aria_label="Move up", aria_disabled=str(movable[:1] == [job.id]).lower()),
+        button("down", job.id, "\u2193", aria_label="Move down", aria_disabled=str(movable[-1:] == [job.id]).lower()),
     )
     buttons = [*(moves if place is not None else ()), "" if job.cancelling else button("cancel", job.id, "Cancel")]
     return (
-        f'<li data-job="{escape(job.id)}" data-state="{job.state.value}"><div class="picture">{picture}</div>'
+        f'<li data-job="{escape(job.id)}" data-state="{job.state.value}">{picture}'
         f'<div class="body"><b>{escape(title_of(task_of(job)))}</b><p class="prompt">{escape(prompt_of(job))}</p>'
         f'<p class="state">{escape(state_text(job, place))}</p>{bar}</div>{actions(job, buttons)}</li>'
     )

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -218,6 +217,7 @@ def test_from_prompt_to_video_and_back(server, browse, size):
     plan = page.wait_for_selector("#t2v-notice .plan").inner_text()
     assert "48 x 32" in plan and "5 (0.21 s at 24 fps)" in plan
     page.click("#t2v-notice summary")
+    assert size == DESKTOP or page.locator("#t2v-notice summary").bounding_box()["height"] >= 40
     assert "passes" not in plan and "latents [1, 16, 2, 4, 6]" in page.inner_text("#t2v-notice pre")
     assert len(videos(server)) == before
     id = start(page, "t2v")
@@ -230,7 +230,7 @@ def test_from_prompt_to_video_and_back(server, browse, size):
     page.fill("#t2v-prompt textarea", "something else")
     page.click(f"{card} button[data-do=reload]")
     page.wait_for_function(f"document.querySelector('#t2v-prompt textarea').value == {json.dumps(made['prompt'])}")
-    assert page.input_value("#t2v-seed input") == "7" and page.input_value("#t2v-width input") == "48"
+    assert page.input_value("#t2v-seed input") == "7" and page.input_value("#t2v-width textarea") == "48"
     page.click(f"{card} button[data-do=again]")
     page.wait_for_function(f"document.querySelectorAll('#gallery li').length == {before + 2}", timeout=120_000)
     again = videos(server)[0]
@@ -299,9 +299,11 @@ def test_extend_and_metadata(server, browse, tmp_path):
     page.set_input_files("#record input[type=file]", str(file))
     page.wait_for_selector("#t2v-prompt textarea:visible")
     page.wait_for_function("document.querySelector('#t2v-num_frames input, #t2v-num_frames textarea').value == '49'")
+    page.wait_for_function("document.querySelector('#head').getBoundingClientRect().top >= 0")  # the form is in view
+    assert page.inner_text("#t2v-notice .message") == "The settings are in the form."
     page.set_input_files("#record input[type=file]", str(ASSETS / "boat.mp4"))
     page.wait_for_selector("#record-notice .notice")
-    assert "does not say how it was made" in page.inner_text("#record-notice")
+    assert page.inner_text("#record-notice").endswith("does not say how it was made; give a video that was made here")
 
 
 def test_trimmed_files_are_sent(server, browse, folder):
@@ -337,14 +339,17 @@ def test_trimmed_files_are_sent(server, browse, folder):
 
 def test_errors_stand_at_their_fields(server, browse):
     page = browse(server)
+    browse.refused = re.compile("^Waveform load error")  # of what is no sound
     fill(page, "t2v", "A cat", num_frames=5000)
     page.click("#t2v-start")
     text = "Frames: 5000: out of range; t2v makes up to 385 frames"
     assert page.wait_for_selector("#t2v-notice .notice").inner_text().startswith(text)
     assert page.wait_for_selector("#t2v-num_frames .field-error").inner_text().startswith(text)
+    assert page.evaluate("document.querySelector('#t2v-notice').offsetHeight") == 0  # it is seen once
+    assert page.evaluate("getComputedStyle(document.querySelector('#t2v-num_frames .info-text')).opacity") == "0"
     assert page.evaluate("document.activeElement.getAttribute('aria-describedby')") == "t2v-num_frames-error"
     page.keyboard.press("Backspace")
-    assert not page.locator(".field-error, [aria-invalid]").count()
+    assert not page.locator(".field-error, .notice, [aria-invalid]").count()
     page.fill("#t2v-num_frames textarea", "5")
 
     page.click("#t2v-sampling .label-wrap")
@@ -358,6 +363,37 @@ def test_errors_stand_at_their_fields(server, browse):
     page.click("#reference_to_video-plan")
     error = page.wait_for_selector("#reference_to_video-ref_imgs .field-error")
     assert error.inner_text().startswith("Reference: missing")
+    picture, sound = "#reference_to_video-ref_imgs-0", "#talking_avatar-input_audio-0"
+    fox = (ASSETS / "fox.png").read_bytes()
+    for name, content, text in (
+        ("cut.png", fox[:3000], "is damaged or cut off"),
+        ("empty.png", b"", "is empty (0 bytes)"),
+        ("phone.heic", b"\0\0\0\x18ftypheic" + bytes(300), "is HEIC"),
+    ):
+        page.set_input_files(f"{picture} input[type=file]", {"name": name, "mimeType": "image/png", "buffer": content})
+        page.wait_for_selector(f"{picture} img", state="attached")
+        assert not page.locator(
+            "#tab-reference_to_video :is(.field-error, .notice)"
+        ).count()  # of what was there before
+        page.click("#reference_to_video-plan")
+        error = page.wait_for_selector("#reference_to_video-ref_imgs .field-error").inner_text()
+        assert error.startswith(f"Reference: {name} {text}")
+        page.click(f"{picture} button")
+    open_tab(page, "talking_avatar")
+    labels = page.locator("#tab-talking_avatar [data-testid=block-label]").all_inner_texts()
+    assert [label.strip() for label in labels[:4]] == [
+        *("Portrait", "Clip (instead of the portrait)", "Speech 1", "Speech 2 (optional)"),
+    ]
+    page.fill("#talking_avatar-prompt textarea", "A woman")
+    page.set_input_files("#talking_avatar-input_image-0 input[type=file]", str(ASSETS / "portrait.png"))
+    page.wait_for_selector("#talking_avatar-input_image-0 img")
+    page.set_input_files(f"{sound} input[type=file]", {"name": "a.mp3", "mimeType": "audio/mpeg", "buffer": b"a" * 99})
+    page.wait_for_selector(f"{sound} :is(audio, .waveform-container)", state="attached")
+    page.click("#talking_avatar-plan")
+    page.wait_for_selector("#talking_avatar-input_audio .field-error")
+    assert page.locator("#talking_avatar-input_video-from").is_hidden()  # there is no clip to cut
+    under = "document.querySelector('#talking_avatar-input_audio .field-error').getBoundingClientRect().top"
+    assert page.evaluate(under) > page.evaluate(f"document.querySelector('{sound}').getBoundingClientRect().bottom")
     assert not page.locator("#reference_to_video-fps").count()  # not for this task
 
 
@@ -398,6 +434,42 @@ def test_the_keyboard_is_enough(server, browse):
     assert page.input_value("#reference_to_video-prompt textarea") == "A fox carries a red lantern through the snow"
 
 
+def test_one_size_is_shown_and_made(server, browse):
+    page = browse(server)
+    fill(page, "reference_to_video", "A fox")
+    parts = [f"#reference_to_video-{name}" for name in ("resolution", "width", "height")]
+
+    def shows(*values: str) -> None:
+        for part, value in zip(parts, values, strict=True):
+            playwright.expect(page.locator(f"{part} :is(input, textarea)").first).to_have_value(value)
+
+    def plan() -> str:
+        page.click("#reference_to_video-plan")
+        return page.wait_for_selector("#reference_to_video-notice .plan").inner_text()
+
+    page.reload()
+    page.wait_for_selector("#reference_to_video-start:visible")  # the same tab
+    shows("", "48", "32")  # what was typed is still there
+    assert page.input_value("#reference_to_video-prompt textarea") == "A fox"
+    for part in parts[1:]:
+        page.fill(f"{part} textarea", "")
+    page.click("#reference_to_video-prompt textarea")
+    shows("", "160", "96")  # as at first
+    page.click(f"{parts[0]} input")
+    page.click(f"{parts[0]} [role=option]:has-text('480P')")
+    shows("480P", "", "")
+    for number in (0, 1):
+        page.set_input_files(f"#reference_to_video-ref_imgs-{number} input[type=file]", str(ASSETS / "fox.png"))
+        page.wait_for_selector(f"#reference_to_video-ref_imgs-{number} img")
+    assert "640 x 640" in plan()
+    page.fill(f"{parts[1]} textarea", "64")
+    shows("", "64", "")
+    page.fill(f"{parts[2]} textarea", "48")
+    page.wait_for_timeout(500)
+    page.click("#reference_to_video-plan")
+    page.wait_for_function("document.querySelector('#reference_to_video-notice').innerText.includes('64 x 48')")
+
+
 @pytest.mark.parametrize("theme", [pytest.param("light", marks=pytest.mark.extended), "dark"])
 def test_contrast_motion_and_shifts(server, browse, theme):
     page = browse(server, PHONE, color_scheme=theme, reduced_motion="reduce")
@@ -417,23 +489,32 @@ def test_contrast_motion_and_shifts(server, browse, theme):
 def test_queue_by_keyboard(server, browse):
     page = browse(server)
     fill(page, "t2v", "A cat", num_frames=97, num_inference_steps=200, width=320, height=192)
-    first, second, last = (start(page, "t2v") for _ in range(3))
+    first, second = (start(page, "t2v") for _ in range(2))
+    page.dblclick("#t2v-start")  # means one
+    page.wait_for_function("document.querySelectorAll('#queue li').length >= 3")
+    last = page.evaluate(LIST)[0]
     page.wait_for_selector("#queue progress")
     page.wait_for_function("/step [0-9]+ of 200/.test(document.querySelector('#queue').innerText)", timeout=120_000)
     page.wait_for_selector("#queue img")
+    assert not page.locator("#queue [data-state=queued] .picture").count()
     assert "1 running (denoising), 2 waiting" in page.inner_text("#status [role=status]").lower()
     row = f"#queue li[data-job='{last}']"
+    useless = [page.locator("#queue [aria-disabled=true]").nth(number).get_attribute("data-id") for number in (0, 1)]
+    assert useless == [second, last]  # up for the first that waits, down for the last
     for do, place in (("up", 1), ("down", 2), ("up", 1)):
         page.locator(f"{row} button[data-do={do}]").focus()
         page.keyboard.press("Enter")
         page.wait_for_function(f"document.querySelectorAll('#queue li')[{place}].dataset.job == '{last}'")
         assert page.evaluate("[document.activeElement.dataset.do, document.activeElement.dataset.id]") == [do, last]
-        time.sleep(1)  # two clicks within a second count as one
     for id in (second, last, first):
         page.locator(f"#queue li[data-job='{id}'] button[data-do=cancel]").focus()
         page.keyboard.press("Enter")
         card = page.wait_for_selector(f"#gallery li[data-job='{id}']")
         assert card.inner_text().startswith("Cancelled")
+    assert (
+        page.evaluate("getComputedStyle(document.querySelector('#gallery [data-state=cancelled]')).alignSelf")
+        == "start"
+    )
     assert {video["details"]["state"] for video in videos(server)[:3]} == {"cancelled"}
 
 
