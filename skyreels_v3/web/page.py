@@ -395,9 +395,7 @@ class Page:
             if flags.get("task_type") not in self.forms:
                 raise UserError("--config", "the video does not name its task")
         except UserError as error:
-            what = error.message.replace(f"{Path(path).parent}/", "").partition(";")[
-                0
-            ]  # it goes on with files of flags
+            what, *_ = error.message.replace(f"{Path(path).parent}/", "").partition(";")  # then it names YAML
             return empty | {self.record_notice: notice(f"{what}; give a video that was made here")}
         inputs = ", ".join(label_of(name).lower() for name in INPUTS if name in flags)
         text = f"The settings are in the form.{f' Add its inputs: {inputs}.' if inputs else ''}"
