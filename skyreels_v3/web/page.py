@@ -28,7 +28,7 @@ from skyreels_v3.tasks import TASK_NAMES, task_spec
 from skyreels_v3.web.api import Api, user_errors
 from skyreels_v3.web.errors import ApiError
 from skyreels_v3.web.fields import INPUTS, FlagReader, files_of, link
-from skyreels_v3.web.page_access import Drops, protect
+from skyreels_v3.web.page_access import SIGN_OUT, Drops, protect
 from skyreels_v3.web.page_form import CLIP, KEYFRAMES, TABS, Form, label_of, one_size, title_of, without_dashes
 from skyreels_v3.web.page_html import (
     compare_html,
@@ -50,7 +50,7 @@ MAX_WAITING = 100
 CLEAN_SECONDS = (3600, 24 * 3600)  # how often dropped files are looked at, and how old they may get
 WAITING = (State.QUEUED, State.IN_PROGRESS)
 HEAD = """<h1>SkyReels</h1><nav aria-label="Page"><a class="narrow" href="#jobs">Queue</a>
-<a class="narrow" href="#videos">Videos</a><a href="/docs">HTTP API</a></nav>"""
+<a class="narrow" href="#videos">Videos</a><a href="/docs">HTTP API</a>{more}</nav>"""
 SANS = ("ui-sans-serif", "system-ui", "sans-serif")
 MONO = ("ui-monospace", "Consolas", "monospace")
 # In the browser: what is in the forms stays when Gradio loads the page again, as it does once a server is back
@@ -118,7 +118,8 @@ class Page:
         with gr.Blocks(
             analytics_enabled=False, title="SkyReels", delete_cache=CLEAN_SECONDS, fill_width=True
         ) as blocks:
-            gr.HTML(HEAD, elem_id="head", js_on_load=None)
+            more = f'<a href="{SIGN_OUT}">Sign out</a>' if self.api.settings.keys else ""
+            gr.HTML(HEAD.format(more=more), elem_id="head", js_on_load=None)
             with gr.Row(elem_id="columns"):
                 with gr.Column(scale=6, min_width=320, elem_id="forms"):
                     self.build_forms()

@@ -161,7 +161,7 @@ class PageAccess:
             await send(message)
 
         if path == SIGN_OUT:
-            answer = RedirectResponse("/", 303)
+            answer = RedirectResponse("/", 303, {"Clear-Site-Data": '"storage"'})  # what was typed
             answer.delete_cookie(COOKIE)
             await answer(scope, receive, with_policy)
             return

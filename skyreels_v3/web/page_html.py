@@ -13,14 +13,8 @@ from skyreels_v3.web.queue import Job, State
 from skyreels_v3.web.settings import Settings
 from skyreels_v3.web.views import error_of, progress_of, size_of
 
-SHOWN = (
-    "task_type",
-    "prompt",
-    "include_input",
-    "memory",
-    "width",
-    "height",
-)  # flags that are shown elsewhere, or say nothing here
+# flags that are shown elsewhere, or say nothing here
+SHOWN = ("task_type", "prompt", "include_input", "memory", "width", "height")
 ENDS = {State.COMPLETED: "Completed", State.CANCELLED: "Cancelled", State.FAILED: "Failed"}
 
 

@@ -586,6 +586,10 @@ def test_keys_do_not_see_each_other(serve, browse, tmp_path):
     second.click("#i2v-start")
     assert "drop the file again" in second.wait_for_selector("#i2v-image .field-error").inner_text()
     assert second.evaluate(LIST) == []
+    assert "A lantern" in second.evaluate("sessionStorage.forms")
+    second.click("text=Sign out")
+    second.wait_for_selector("#key")
+    assert not second.context.cookies() and second.evaluate("sessionStorage.forms") is None
 
 
 def test_gradio_gives_no_other_files(server):
