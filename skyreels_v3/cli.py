@@ -23,7 +23,7 @@ from skyreels_v3.checks import KEYFRAME, describe_value, is_set, parse_lora, req
 from skyreels_v3.config_text import read_yaml_text
 from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.hints import SEE_HELP, suggest_flag, suggest_value
-from skyreels_v3.request import BY_NAME, EXCLUSIVE, FLAGS, Flag, GenerationRequest
+from skyreels_v3.request import BY_NAME, EXCLUSIVE, FLAGS, INSTEAD, Flag, GenerationRequest
 from skyreels_v3.tasks import TASK_NAMES, TINY, task_spec
 from skyreels_v3.version import __version__
 
@@ -292,7 +292,8 @@ def convert_flags(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def without_overruled(values: Mapping[str, Any], winners: Mapping[str, Any]) -> dict[str, Any]:
     """Values without those that contradict a flag that wins over them."""
-    overruled = {pair[1 - side] for pair in EXCLUSIVE for side in (0, 1) if is_set(winners, pair[side])}
+    pairs = (*EXCLUSIVE, *INSTEAD)
+    overruled = {pair[1 - side] for pair in pairs for side in (0, 1) if is_set(winners, pair[side])}
     return {name: value for name, value in values.items() if name not in overruled}
 
 

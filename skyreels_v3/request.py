@@ -315,6 +315,7 @@ BY_NAME = {each.name: each for each in FLAGS}
 OUTPUTS = tuple(sorted(each.name for each in FLAGS if each.path == "output"))
 # flags for the same thing in different tasks
 ALIKE = (("image", "input_image", "ref_imgs"), ("guidance_scale", "text_guidance_scale"), ("num_frames", "duration"))
+INSTEAD = (("resolution", "height"), ("resolution", "width"))  # of two that are given together, the second decides
 EXCLUSIVE = (
     ("duration", "num_frames"),
     ("quiet", "verbose"),

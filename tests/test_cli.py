@@ -301,3 +301,11 @@ def test_secrets_behind_commas_are_not_recorded(url):
 def test_a_switch_that_is_off_overrules_nothing(config):
     assert parse_request([*REFERENCE, "--verbose", *config("quiet: false\n")]).verbosity == 1
     assert without_overruled({"offload": True}, {"low_vram": False}) == {"offload": True}
+
+
+def test_a_size_overrules_a_size(config):
+    sized = config("width: 320\nheight: 192\n")
+    request = parse_request([*REFERENCE, *sized, "--resolution", "480P"])
+    assert (request.resolution, request.width, request.height) == ("480P", None, None)
+    request = parse_request([*REFERENCE, *config("resolution: 540P\n"), "--width", "320", "--height", "192"])
+    assert (request.width, request.height) == (320, 192)
