@@ -109,6 +109,15 @@ def compiled(tmp_path_factory) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
 
 
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """The level that a program sets is its own: later tests read what is logged."""
+    logger = logging.getLogger("skyreels_v3")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> Path:
     """A cache folder with random toys in the place of the built-in model, which takes longer."""
@@ -156,7 +165,6 @@ def main(tmp_path, cache, monkeypatch, capsys) -> Callable[..., tuple[int, str, 
     yield main
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    logging.getLogger("skyreels_v3").setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -166,7 +166,7 @@ def keys_of(flags: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
     if flags.get("no_auth"):
         raise UserError("--api_key", "conflicts with --no_auth; give one of them")
-    keys, place = [given], "it"
+    lines, place = [given], "it"
     if not os.path.exists(os.path.expanduser(given)):
         check_literal(given)
     else:
@@ -176,19 +176,24 @@ def keys_of(flags: Mapping[str, Any]) -> tuple[str, ...]:
             raise UserError(
                 "--api_key", f"{format_value(path)} has more than {MAX_KEYS_BYTES >> 10} KiB; give a key per line"
             )
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()]
-        keys = [line for line in lines if line and not line.startswith("#")]
-        wrong = next((key for key in keys if not KEY.fullmatch(key)), None)
-        place = f"{format_value(path)} has none; it" if wrong is None else f"line {lines.index(wrong) + 1}"
-    if not keys or not all(map(KEY.fullmatch, keys)):
-        raise UserError("--api_key", f"{place} is not a key; give letters, digits and any of - . _ ~ + /")
+        lines, place = path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), "line {}"
+    keys = []
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        if line and not line.startswith("#"):
+            if not KEY.fullmatch(line):
+                reason = f"{place.format(number)} is not a key"
+                raise UserError("--api_key", f"{reason}; give letters, digits and any of - . _ ~ + /")
+            keys.append(line)
+    if not keys:
+        raise UserError("--api_key", f"{format_value(given)} holds no key; give one")
     return tuple(dict.fromkeys(keys))
 
 
 def check_literal(key: str) -> None:
     """Raise UserError for what is rather the name of a file that is missing, or easily guessed."""
     if "/" in key or FILE_NAME.fullmatch(key):
-        raise UserError("--api_key", f"there is no file {format_value(key)}; give the path of one, or a key without /")
+        shown = f" {format_value(key)}" if key[0] in "/.~" or FILE_NAME.fullmatch(key) else ""  # else maybe a secret
+        raise UserError("--api_key", f"there is no such file{shown}; put a key with / or a suffix into one")
     if len(key) < MIN_KEY:
         reason = f"it is no file, and a key of less than {MIN_KEY} characters is easily guessed"
         raise UserError("--api_key", f"{reason}; give one such as openssl rand -hex 16 makes")

@@ -455,6 +455,8 @@ def test_a_file_of_keys(tmp_path, refuse):
     path = tmp_path / "keys"
     path.write_text("\ufeff# mine\n  # and others\n\n one \ntwo\none\n", encoding="utf-8")
     assert keys_of({"api_key": str(path)}) == ("one", "two")
+    path.write_text("# none\n")
+    assert "holds no key" in refuse(["--serve", "--api_key", str(path)])
     path.write_text("one\n\ntwo words\n")
     assert "--api_key: line 3 is not a key" in refuse(["--serve", "--api_key", str(path)])
 
@@ -471,8 +473,9 @@ BUSY = "--port: {port} cannot be listened on"
         (["--host", "no such host", "--no_auth"], "--host: no such host is not an address of this machine"),
         (["--api_key", "two words of a key"], "--api_key: it is not a key"),
         (["--api_key", "a-long-key-with,a-comma"], "--api_key: it is not a key"),
-        (["--api_key", "/no/such/file"], "--api_key: there is no file /no/such/file"),
-        (["--api_key", "keys-of-my-server.txt"], "--api_key: there is no file keys-of-my-server.txt"),
+        (["--api_key", "/no/such/file"], "--api_key: there is no such file /no/such/file"),
+        (["--api_key", "keys-of-my-server.txt"], "--api_key: there is no such file keys-of-my-server.txt"),
+        (["--api_key", "c2VjcmV0/c2VjcmV0=="], "--api_key: there is no such file; put a key with /"),
         (["--api_key", "api_key"], "--api_key: it is no file, and a key of less than 16 characters"),
         (["--outdir", ""], "--outdir: an empty value"),
         (["--num_frames", "7"], "--num_frames: 7: not 4k+1"),
