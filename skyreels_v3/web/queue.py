@@ -234,6 +234,10 @@ class Queue:
         rows = self._rows(query, *values, limit + 1)
         return [self._job(row) for row in rows[:limit]], len(rows) > limit
 
+    def running(self) -> dict[str, Job]:
+        """What each worker has, deleted or not."""
+        return {row["worker"]: self._job(row) for row in self._rows("SELECT * FROM jobs WHERE state = 'in_progress'")}
+
     def counts(self) -> dict[State, int]:
         rows = self._rows(f"SELECT state, COUNT(*) AS jobs FROM jobs WHERE {VISIBLE} GROUP BY state")
         return dict.fromkeys(State, 0) | {State(row["state"]): row["jobs"] for row in rows}

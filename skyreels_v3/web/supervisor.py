@@ -23,7 +23,7 @@ import psutil
 
 from skyreels_v3.errors import UserError
 from skyreels_v3.parallel.processes import GRACE
-from skyreels_v3.web.queue import Job, Queue, State, lock_worker
+from skyreels_v3.web.queue import Job, Queue, lock_worker
 from skyreels_v3.web.retention import Retention
 from skyreels_v3.web.subprocesses import module_environment
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
 HANG_SECONDS = 1800.0  # a step on a slow GPU takes minutes
 CANCEL_SECONDS = 10.0
-LOADING, CANCELLED = ("", "loading"), "cancelled"  # stages, and what stands for a job in `Slot.seen`
+LOADING, CANCELLED = ("", "loading"), -1  # stages, and what stands for a number of reports in `Slot.seen`
 START_SECONDS = 30.0  # who fails before that has not got far: it is started again later and later
 MAX_DELAY = 60.0  # seconds
 RUNNER = (sys.executable, "-m", "skyreels_v3.web.runner")
@@ -153,7 +153,7 @@ class Supervisor:
 
     def look_after(self) -> None:
         """Start what is to be started, end what hangs, and see what has ended."""
-        jobs = {job.worker: job for job in self.queue.list(states=[State.IN_PROGRESS], limit=1000)[0]}
+        jobs = self.queue.running()
         for worker in jobs.keys() - {slot.name for slot in self.slots}:
             self._release_left(worker)
         for slot in self.slots:
@@ -198,8 +198,8 @@ class Supervisor:
         """Kill a worker that has made no progress for too long."""
         if job is not None and job.cancelling and job.progress.stage in LOADING:
             # it hears of that after the download, which may take hours; what has been downloaded stays
-            if slot.seen[0] != CANCELLED:
-                slot.seen = (CANCELLED, 0, monotonic())
+            if slot.seen[:2] != (job.id, CANCELLED):
+                slot.seen = (job.id, CANCELLED, monotonic())
             elif monotonic() - slot.seen[2] > self.cancel_seconds:
                 slot.killed_for = "the job was cancelled while it was loading"
                 kill(process)

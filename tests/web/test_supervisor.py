@@ -91,18 +91,20 @@ def test_a_worker_that_hangs_is_killed(queue, supervise):
     assert (job.state, job.losses) == (State.COMPLETED, 1)
 
 
-def test_a_job_that_is_cancelled_while_it_loads(queue, supervise):
-    """Such a worker may be in the middle of a long download."""
-    id = add(queue)
+@pytest.mark.parametrize("end", ["cancel", "delete"])
+def test_a_job_that_is_ended_while_it_loads(queue, supervise, end):
+    """Such a worker may be in the middle of a long download; it is killed, and the next job's turn comes."""
+    id, other = add(queue), add(queue)
     claim = "from skyreels_v3.web.queue import *; from pathlib import Path; q = Queue(Path(sys.argv[1]))"
     loading = "q.report(job.id, sys.argv[2], Progress('loading'))"
     supervise(
         command=script(f"{claim}; job = q.claim(sys.argv[2]); job and {loading}; time.sleep(100)"), cancel_seconds=0.5
     )
     wait(lambda: queue.get(id).progress.stage == "loading")
-    queue.cancel(id)
-    job = ended(queue, id)
-    assert (job.state, job.error) == (State.CANCELLED, None)
+    getattr(queue, end)(id)
+    wait(lambda: queue.get(other).progress.stage == "loading")
+    job = queue.get(id)
+    assert job is None if end == "delete" else (job.state, job.error) == (State.CANCELLED, None)
 
 
 def test_a_worker_that_does_not_start_is_started_later_and_later(queue, supervise, monkeypatch, caplog):
