@@ -20,7 +20,7 @@ from playwright.sync_api import sync_playwright
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 # tabs, and which of their examples
-EXAMPLES = (("talking_avatar", 0), ("i2v", 0), ("reference_to_video", 0), ("single_shot_extension", 0))
+EXAMPLES = (("reference_to_video", 0), ("i2v", 0), ("single_shot_extension", 0), ("talking_avatar", 0))
 RUNNING = ("single_shot_extension", 0)
 SECONDS = "30"  # of that one: long enough for a picture
 MAX_COLORS = 256  # pictures of a page have few, and are a third as large
