@@ -26,6 +26,7 @@ class ApiError(Exception):
     """A request that is refused.
 
     Args:
+        message: what is wrong; fields in it begin with "--", which each client is shown in its own way.
         param: the field at fault.
         code: a word for programs; by default the status's.
         headers: of the answer.
@@ -49,7 +50,7 @@ def response_of(error: ApiError) -> JSONResponse:
     """The answer to a request that is refused."""
     kind = TYPES.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
     content = {
-        "message": one_line(redact(error.message)),
+        "message": one_line(redact(FLAG.sub(r"\1", error.message))),
         "type": kind,
         "param": None if error.param is None else format_value(error.param),
         "code": error.code,
@@ -65,7 +66,7 @@ def from_user_error(error: UserError, fields: Mapping[str, str], status: int = 4
     """
     flag = error.flag.removeprefix("--")
     name = fields.get(flag, flag)
-    message = FLAG.sub(lambda match: fields.get(match[1], match[1]), without_paths(error.message))
+    message = FLAG.sub(lambda match: f"--{fields.get(match[1], match[1])}", without_paths(error.message))
     return ApiError(status, f"{name}: {message}", name)
 
 

@@ -318,7 +318,7 @@ class Page:
                 elif do == "delete":
                     await run_in_threadpool(self.api.queue.delete, id)
         except ApiError as error:
-            raise gr.Error(error.message, print_exception=False) from error
+            raise gr.Error(without_dashes(error.message), print_exception=False) from error
         return {self.chosen: data[self.chosen], **changed, **await self.refresh(data, request)}
 
     def move(self, job: Job, by: int) -> None:

@@ -18,6 +18,7 @@ from skyreels_v3.checks import MAX_SPEAKERS
 from skyreels_v3.cli import build_parser, convert_entries
 from skyreels_v3.request import BY_NAME, EXCLUSIVE, FLAGS, SHORTHANDS, Flag
 from skyreels_v3.tasks import CONFIG_DIR, REFERENCE_SLOTS, TASK_NAMES, TaskSpec, task_spec
+from skyreels_v3.web.errors import FLAG
 from skyreels_v3.web.fields import INPUTS, OWN, published
 from skyreels_v3.web.settings import Settings
 from skyreels_v3.web.uploads import IMAGES, SOUNDS
@@ -79,7 +80,7 @@ def label_of(flag: str) -> str:
 
 def without_dashes(text: str) -> str:
     """A text about flags as the page has it: with the labels of their fields."""
-    return re.sub(r"--(\w+)", lambda found: label_of(found[1]).lower(), text)
+    return FLAG.sub(lambda found: label_of(found[1]).lower(), text)
 
 
 # A gr.Image that leaves it to our own checks to say what is wrong with a file, where Gradio's would just fail. Not by

@@ -351,6 +351,11 @@ def test_errors_stand_at_their_fields(server, browse):
     page.keyboard.press("Backspace")
     assert not page.locator(".field-error, .notice, [aria-invalid]").count()
     page.fill("#t2v-num_frames textarea", "5")
+    page.fill("#t2v-duration input", "3")
+    page.click("#t2v-start")
+    error = page.wait_for_selector("#t2v-duration .field-error").inner_text()
+    assert error.startswith("Duration: 3: conflicts with frames;")  # by its label
+    page.fill("#t2v-duration input", "5")
 
     page.click("#t2v-sampling .label-wrap")
     page.fill("#t2v-shift :is(input, textarea)", "1000")
