@@ -272,8 +272,7 @@ def list_files(request: GenerationRequest, model_id: str, flag: str) -> list[str
 
 def check_on_hub(request: GenerationRequest) -> None:
     """Raise UserError for files and a base model that the hub does not have, or does not give to this user."""
-    components = ((name, COMPONENTS[field]) for field, name in components_of(request).items())
-    for name, kind in (*components, *((lora.source, LORA) for lora in request.lora)):
+    for name, kind in single_files(request):
         if locate_file(name, kind) is None:
             file_on_hub(name, request, kind)
     base = request.base_model_id
@@ -284,6 +283,12 @@ def check_on_hub(request: GenerationRequest) -> None:
 def components_of(request: GenerationRequest) -> dict[str, str]:
     """What a request gives for the components that it takes from files of their own, by the keys of COMPONENTS."""
     return {field: name for field in COMPONENTS if (name := getattr(request, field)) is not None}
+
+
+def single_files(request: GenerationRequest) -> list[tuple[str, FileKind]]:
+    """All that a request takes from files of their own: components, and LoRAs."""
+    components = [(name, COMPONENTS[field]) for field, name in components_of(request).items()]
+    return [*components, *((lora.source, LORA) for lora in request.lora)]
 
 
 def locate_file(name: str, kind: FileKind) -> Path | None:

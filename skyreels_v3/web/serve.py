@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skyreels_v3.checkpoints.hub import COMPONENTS, LORA, components_of, local_folder, locate_file
+from skyreels_v3.checkpoints.hub import local_folder, locate_file, single_files
 from skyreels_v3.console import show
 from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.media.files import check_readable, reason_of
@@ -53,7 +53,7 @@ def serve(flags: Mapping[str, Any]) -> int:
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise UserError("--serve", f"needs pip install -r requirements-web.txt ({', '.join(missing)} not found)")
-    host, port = flags.get("host", GenerationRequest.host), flags.get("port", GenerationRequest.port)
+    host, port = flags.get("host", GenerationRequest.host).strip("[]"), flags.get("port", GenerationRequest.port)
     if not flags.get("outdir", FOLDER).strip():
         raise UserError("--outdir", "an empty value; give a folder for the server's files")
     keys = keys_of(flags)
@@ -63,11 +63,12 @@ def serve(flags: Mapping[str, Any]) -> int:
     defaults = defaults_of(flags)
     workers = workers_of(flags)
     with listen(host, port) as listener:
-        return run(flags, defaults, workers, keys, listener)
+        return run(flags, host, defaults, workers, keys, listener)
 
 
 def run(
     flags: Mapping[str, Any],
+    host: str,
     defaults: Mapping[str, Any],
     workers: tuple[Sequence[Slot], Mapping[str, Any]],
     keys: tuple[str, ...],
@@ -80,15 +81,14 @@ def run(
     from skyreels_v3.web.settings import Settings
     from skyreels_v3.web.supervisor import Supervisor
 
-    host, port = flags.get("host", GenerationRequest.host), listener.getsockname()[1]
+    port = listener.getsockname()[1]
     folder, private = Path(os.path.expanduser(flags.get("outdir", FOLDER))), flags.get("allow_private_urls", False)
     settings = Settings(
         folder.absolute(), defaults, host, keys, private,
         keep_days=flags.get("keep_days"), allowed_hosts=flags.get("allowed_hosts", ()), group=workers[1],
     )  # fmt: skip
     for _, made in map(settings.initial_request, TASK_NAMES):
-        files = [(lora.source, LORA) for lora in made.lora]
-        for name, kind in (*files, *((file, COMPONENTS[field]) for field, file in components_of(made).items())):
+        for name, kind in single_files(made):
             locate_file(name, kind)
     queue = Queue(settings.folder, server=True)
     app = app_of(settings, queue)
@@ -203,7 +203,6 @@ def check_access(host: str, keys: tuple[str, ...], no_auth: bool) -> None:
     """Raise UserError if other machines could use the server without a key, and nobody has said that they may."""
     from skyreels_v3.web.security import is_loopback
 
-    host = host.strip("[]")
     if not is_loopback(host) and not keys and not no_auth:
         raise UserError(
             "--host", f"{format_value(host)}: other machines could use this server; add --api_key, or --no_auth"
@@ -233,7 +232,7 @@ NOT_BASE = {"model_id": f", or {TINY}", "base_model_id": ""}
 def listen(host: str, port: int) -> socket.socket:
     """A socket that is bound to an address; raises UserError if that cannot be."""
     try:
-        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         reason = f"{format_value(host)} is not an address of this machine ({reason_of(error)})"
         raise UserError("--host", f"{reason}; give 127.0.0.1, 0.0.0.0 or another one") from error
