@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from skyreels_v3.batch import run_jobs
 from skyreels_v3.checks import request_of
 from skyreels_v3.cli import SCRIPT, parse_flags, verbosity_of
 from skyreels_v3.console import escape_unknown, say, set_up_logging, show
@@ -80,6 +79,8 @@ def act_on(flags: Mapping[str, Any], ranks: Ranks) -> int:
 
         return serve(flags)
     if "jobs" in flags:
+        from skyreels_v3.batch import run_jobs
+
         return run_jobs(flags, ranks)
     run(request_of(flags), ranks)
     return 0

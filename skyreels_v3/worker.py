@@ -6,6 +6,8 @@ torch is imported when the first request has been checked.
 from __future__ import annotations
 
 import gc
+import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,8 @@ from skyreels_v3.runtime import find_machine, free_memory, set_environment
 
 if TYPE_CHECKING:
     from skyreels_v3.generate import Generator, Video
+
+logger = logging.getLogger(__name__)
 
 
 class Worker:
@@ -42,6 +46,8 @@ class Worker:
 
     def load(self, checked: Checked) -> tuple[Generator, Plan]:
         """The plan of a resolved request, and a generator that fits it."""
+        if "skyreels_v3.generate" not in sys.modules:
+            logger.info("importing torch, diffusers and transformers")  # seconds
         from skyreels_v3.generate import Generator
 
         if self.generator is None:
