@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python generate_video.py --model_id tiny
 
-.PHONY: demo serve test test-quick test-extended lint bench bench-gpu quality clean
+.PHONY: demo serve test test-quick test-extended lint bench bench-gpu bench-check quality clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -55,7 +55,7 @@ lint: $(VENV)/installed-dev
 	$(VENV)/bin/hadolint Dockerfile
 
 bench: $(VENV)/installed
-	$(VENV)/bin/python benchmarks/run_all.py cpu
+	$(VENV)/bin/python benchmarks/run_all.py cpu --out $(OUT)/cpu
 
 # on scenes of the drawn world that the built-in model was not trained on; hours
 quality: $(VENV)/installed
@@ -66,9 +66,13 @@ quality: $(VENV)/installed
 # with a Python that has all packages already: make bench-gpu PY=python3 OUT=results-here
 PY ?= $(VENV)/bin/python
 MINUTES ?= 6
-OUT ?= benchmarks/results/gpu
+OUT ?= result/bench
 bench-gpu: $(if $(filter $(VENV)/%,$(PY)),$(VENV)/installed)
-	$(PY) benchmarks/run_all.py gpu --minutes $(MINUTES) --out $(OUT)
+	$(PY) benchmarks/run_all.py gpu --minutes $(MINUTES) --out $(OUT)/gpu
+
+# what make bench or make bench-gpu has found, next to the committed results of the same device
+bench-check: $(if $(filter $(VENV)/%,$(PY)),$(VENV)/installed)
+	for file in $(OUT)/*/results.jsonl; do $(PY) benchmarks/check.py $$file || exit 1; done
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build *.egg-info

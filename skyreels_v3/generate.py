@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from collections import abc, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -47,7 +48,8 @@ class Generator:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.runtime = runtime.start(plan)
-        self.components = load_components(plan, self.runtime)
+        with self.runtime.usage.stage("loading"):
+            self.components = load_components(plan, self.runtime)
 
     def fits(self, plan: Plan) -> bool:
         """Whether another plan needs the same networks in the same places."""
@@ -55,7 +57,8 @@ class Generator:
 
     def events(self, plan: Plan, state: RunState | None = None) -> Iterator[Event]:
         """Make the video of a plan that fits: the events of its pipeline, see stages.py."""
-        self.runtime = replace(self.runtime, plan=plan)
+        usage = self.runtime.usage if plan is self.plan else runtime.Usage(self.runtime.device)
+        self.runtime = replace(self.runtime, plan=plan, usage=usage)
         self.components.vae.tiles = plan.policy.tiles
         return pipeline_of(plan.request.task).run(Stages(self.components, self.runtime, plan, state))
 
@@ -82,11 +85,11 @@ class Generator:
             latents: list[Tensor] = []
             logger.info("seed %d, %d x %d", request.seed, request.width, request.height)
             # closed before the outcome is logged: an open progress bar would write after it
-            made_by = "" if request.no_metadata else comment(record)
             meter = Meter(request.task.fps) if request.check else None
             frames = all_frames(plan, watch(self.events(plan, state)), latents, meter)
             with closing(frames), explain_full_disk(request.output):
-                path = write(plan, frames, made_by, state.folder)
+                path = write(plan, frames, record, self.runtime.usage, state.folder)
+            logger.info("%s", summary(self.runtime.usage))
             quality = None if meter is None else judge(meter, plan)
             completed = request.save_latents is None or state.failed
             if request.save_latents is not None:
@@ -112,11 +115,12 @@ def needs(plan: Plan) -> tuple[object, ...]:
     return (plan.checkpoint, *networks(plan.request), *place)
 
 
-def write(plan: Plan, frames: Iterator[np.ndarray], made_by: str, workspace: Path) -> Path:
+def write(plan: Plan, frames: Iterator[np.ndarray], record: RunRecord, usage: runtime.Usage, workspace: Path) -> Path:
     """Write the frames as the request wants them; returns the path."""
     request, inputs = plan.request, plan.inputs
     if request.frame_folder:
-        return write_frame_folder(frames, request.output, comment=made_by, workspace=workspace)
+        text = "" if request.no_metadata else comment(record)
+        return write_frame_folder(frames, request.output, comment=text, workspace=workspace)
     size = {"height": request.height, "width": request.width, "fps": request.task.fps}
     sound: Path | ClipInfo | None = inputs.audio[0].path if inputs.audio else None
     if len(inputs.audio) > 1:
@@ -124,6 +128,10 @@ def write(plan: Plan, frames: Iterator[np.ndarray], made_by: str, workspace: Pat
         sound = mix(paths, request.audio_type == "sequential", workspace / "mixed.wav")
     if request.include_input and inputs.clip is not None and inputs.clip.has_sound:
         sound = inputs.clip
+
+    def made_by() -> str:
+        return "" if request.no_metadata else comment(record, usage.figures())
+
     return write_video(frames, request.output, **size, comment=made_by, audio=sound, workspace=workspace)
 
 
@@ -197,9 +205,17 @@ def write_latents(latents: Sequence[Tensor], path: Path, video: Path, kept: bool
         raise IncompleteOutput(message, video) from error
 
 
-def comment(record: RunRecord) -> str:
-    """What made a video, as JSON: put `flags` into a file for --config to make it again."""
-    content = {"skyreels_v3": __version__, "flags": dict(record.flags), "inputs": record.digests}
+def summary(usage: runtime.Usage) -> str:
+    """What a video took, in a line."""
+    figures = usage.figures()
+    everything = figures["seconds"].pop("everything")
+    stages = ", ".join(f"{name} {taken:.1f}" for name, taken in figures["seconds"].items())
+    return f"{everything:.1f} s ({stages}), at most {figures['peak_gb']:.1f} GB"
+
+
+def comment(record: RunRecord, figures: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """What made a video, and what it took, as JSON: put `flags` into a file for --config to make it again."""
+    content = {"skyreels_v3": __version__, "flags": dict(record.flags), "inputs": record.digests, **figures}
     text = json.dumps(content, ensure_ascii=False)
     if len(text.encode()) > COMMENT_BYTES:
         logger.warning("the flags are too long for the file's comment, which is left empty")

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from skyreels_v3.attention.kernels import check_attention
@@ -89,6 +90,55 @@ def default_dtype(device: str) -> str:
     return "float32" if device == "cpu" else "bfloat16"
 
 
+class Usage:
+    """What a video takes, from now on.
+
+    Attributes:
+        seconds: of each stage. Frames are encoded to mp4 while later ones are decoded.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self.seconds: dict[str, float] = {}
+        self._device = device
+        self._start = perf_counter()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of a `with` block to a stage."""
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak bytes of the device's memory; without any of its own, of this process's."""
+        import psutil
+        import torch
+
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        if sys.platform == "win32":
+            return int(psutil.Process().memory_info().peak_wset)
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def figures(self) -> dict[str, Any]:
+        """Seconds of each stage and of everything so far, and the peak memory in GB."""
+        seconds = self.seconds | {"everything": perf_counter() - self._start}
+        return {
+            "seconds": {name: round(taken, 2) for name, taken in seconds.items()},
+            "peak_gb": round(self.peak_bytes / 1e9, 2),
+        }
+
+
 @dataclass(frozen=True)
 class Runtime:
     """The device, dtype, attention kernel and ranks of a run."""
@@ -100,6 +150,7 @@ class Runtime:
     kernel: str
     attention: AttentionFn
     parallel: Parallel
+    usage: Usage
     streams: dict[nn.Module, BlockStream] = field(default_factory=dict)
     logged_stages: set[str] = field(default_factory=set)
 
@@ -123,7 +174,7 @@ class Runtime:
         if stage.startswith("encoding") and stage not in self.logged_stages:  # other stages have a bar
             logger.info(stage)
             self.logged_stages.add(stage)
-        with explain_oom(stage, self.plan, self.free_memory), ExitStack() as stack:
+        with explain_oom(stage, self.plan, self.free_memory), self.usage.stage(stage), ExitStack() as stack:
             if is_sharded(module):
                 pass  # the shards are on the device
             elif self.policy.mode == "resident":
@@ -246,7 +297,7 @@ def start(plan: Plan) -> Runtime:
     set_convolutions(dtype)
     kernel, attention = choose_attention(plan.request.attention, device, dtype)
     parallel = Parallel(plan.ranks, plan.degrees, device)
-    return Runtime(device, dtype, plan.request.verbosity >= 0, plan, kernel, attention, parallel)
+    return Runtime(device, dtype, plan.request.verbosity >= 0, plan, kernel, attention, parallel, Usage(device))
 
 
 def set_convolutions(dtype: torch.dtype) -> None:

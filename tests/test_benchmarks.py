@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import run_all
+from benchmarks import check, run_all
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = {"benchmark", "command", "torch", "device", "threads", "title", "table", "notes"}
@@ -152,3 +152,46 @@ def test_tables_as_markdown(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run_all", "--table", str(file)])
     assert run_all.main() == 0
     assert "|  | s |\n| --- | ---: |\n| ours | 1.0 |\n\nfine\n" in capsys.readouterr().out
+
+
+def results_with(file, device, **line):
+    line = {"device": device, **line}
+    file.write_text(json.dumps({"name": "run", "status": "done", "line": line}) + "\n", encoding="utf-8")
+    return file
+
+
+FASTER_AND_SLOWER = (  # seconds of a whole run, of its denoising, peak bytes, ratio to a peer; what is worse
+    ((100, 50, 1000, 1.0), 0),
+    ((50, 20, 500, 0.5), 0),
+    ((114, 54, 1019, 1.2), 0),
+    ((116, 50, 1000, 1.0), 1),
+    ((100, 56, 1000, 1.0), 1),
+    ((100, 50, 1021, 1.0), 1),
+    ((100, 50, 1000, 1.3), 1),
+)
+
+
+@pytest.mark.parametrize("device", ["H100", "cpu"])
+@pytest.mark.parametrize(("figures", "worse"), FASTER_AND_SLOWER)
+def test_what_got_worse(figures, worse, device, tmp_path, monkeypatch, capsys):
+    def of(file, total, denoising, peak, ratio):
+        stages = {"denoising": {"seconds": denoising, "peak_bytes": peak}}
+        return results_with(
+            tmp_path / file, device, total=total, stages=stages, modes={"exact": {"ratio": {"median": ratio}}}
+        )
+
+    before, now = of("before", 100, 50, 1000, 1.0), of("now", *figures)
+    monkeypatch.setattr(sys, "argv", ["check", str(now), "--baseline", str(before)])
+    only_time = figures[2:] == (1000, 1.0)
+    worse = 0 if device == "cpu" and only_time else worse  # seconds of another CPU say nothing
+    assert check.main() == worse
+    assert f"{worse} of {2 if device == 'cpu' else 4} figures are worse" in capsys.readouterr().out
+
+
+def test_nothing_to_compare_with(tmp_path, monkeypatch, capsys):
+    now = results_with(tmp_path / "now", "a GPU that nobody has", total=1.0)
+    monkeypatch.setattr(sys, "argv", ["check", str(now)])
+    with pytest.raises(SystemExit) as stop:
+        check.main()
+    assert stop.value.code == 2
+    assert "no results of a GPU that nobody has" in capsys.readouterr().err

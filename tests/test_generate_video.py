@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -31,6 +32,8 @@ from skyreels_v3.inputs import Inputs
 from skyreels_v3.media.video_reader import probe_video, read_frames
 from skyreels_v3.media.video_writer import read_comment, write_video
 from skyreels_v3.plan import Plan, plan
+from skyreels_v3.resume import RunRecord
+from skyreels_v3.runtime import Usage
 from tests.conftest import files_in, stop_at
 
 SMALL = ("--device", "cpu", "--height", "32", "--width", "48", "--num_inference_steps", "2")
@@ -77,7 +80,12 @@ def test_a_run_and_its_repetition_twice_at_once(start, toy, tmp_path):
     assert probe_video(working / path, 24).frames == 5
 
     comment = comment_of(working / path)
-    assert comment.keys() == {"skyreels_v3", "flags", "inputs"}
+    assert comment.keys() == {"skyreels_v3", "flags", "inputs", "seconds", "peak_gb"}
+    stages = ("loading", "encoding the prompt", "encoding with the VAE", "denoising", "decoding with the VAE")
+    assert comment["seconds"].keys() >= {*stages, "everything"}
+    assert 0 < sum(comment["seconds"][stage] for stage in stages) <= comment["seconds"]["everything"] + 0.1
+    assert 0.1 < comment["peak_gb"] < 10
+    assert re.search(r"INFO: [\d.]+ s \(loading [\d.]+, .*denoising [\d.]+, .*\), at most [\d.]+ GB", stderr)
     assert comment["flags"]["prompt"] == REFERENCE[3]
     assert comment["flags"]["seed"] == int(seed) != 42
     (working / "again.yaml").write_text(json.dumps(comment["flags"]))
@@ -172,10 +180,12 @@ def test_sound_of_the_input_clip(write_lossless, tmp_path):
     subprocess.run([get_ffmpeg_exe(), "-v", "error", *sound, "sine=d=1", tmp_path / "a.mp4"], check=True)
     argv = ["--task_type", "single_shot_extension", "--prompt", "a", "--input_video", str(tmp_path / "a.mp4"), *SMALL]
     clip = probe_video(tmp_path / "a.mp4", 24)
+    unrecorded = RunRecord(tmp_path, {}), Usage(torch.device("cpu"))
     for include in ([], ["--include_input"]):
         request = parse_request([*argv, *include, "--output", str(tmp_path / f"{len(include)}.mp4")])
         frames = iter(np.zeros((48, 32, 48, 3), np.uint8))
-        path = session.write(SimpleNamespace(request=request, inputs=Inputs(clip=clip)), frames, "", tmp_path)
+        made = SimpleNamespace(request=request, inputs=Inputs(clip=clip))
+        path = session.write(made, frames, *unrecorded, tmp_path)
         command = [get_ffmpeg_exe(), "-hide_banner", "-i", path, "-af", "silencedetect=d=0.5", "-f", "null", "-"]
         log = subprocess.run(command, capture_output=True, text=True, check=False).stderr
         assert ("Audio: aac" in log) == bool(include)
@@ -274,16 +284,16 @@ def test_videos_that_do_not_say_how_they_were_made(main, tmp_path):
     frames = [np.zeros((32, 32, 3), np.uint8)] * 3
     comments = {"none": "", "text": "holiday", "list": "[1]", "odd": '{"flags": 3}', "deep": "[" * 100_000}
     for name, comment in comments.items():
-        path = write_video(frames, tmp_path / f"{name}.mp4", height=32, width=32, fps=24, comment=comment)
+        path = write_video(frames, tmp_path / f"{name}.mp4", height=32, width=32, fps=24, comment=partial(str, comment))
         code, _, err = main("--config", path)
         assert (code, err.count("\n")) == (2, 1)
         assert err.startswith(f"error: --config: {path} does not say how it was made; give a video")
     made = json.dumps({"flags": {"prompt": "a", "output": "/etc/a.mp4", "jobs": "x.jsonl", "task": "t2v"}})
-    path = write_video(frames, tmp_path / "hostile.mp4", height=32, width=32, fps=24, comment=made)
+    path = write_video(frames, tmp_path / "hostile.mp4", height=32, width=32, fps=24, comment=lambda: made)
     assert "unknown key task" in main("--config", path)[2]
     flags = {"task_type": "t2v", "model_id": "tiny", "prompt": "a", "output": "x.mp4", "jobs": "j"}
     made = json.dumps({"flags": flags})
-    path = write_video(frames, tmp_path / "more.mp4", height=32, width=32, fps=24, comment=made)
+    path = write_video(frames, tmp_path / "more.mp4", height=32, width=32, fps=24, comment=lambda: made)
     code, out, _ = main("--config", path, "--dry_run")
     assert code == 0
     assert "x.mp4" not in out

@@ -49,7 +49,7 @@ def write_video(
     height: int,
     width: int,
     fps: int,
-    comment: str,
+    comment: Callable[[], str],
     audio: Path | ClipInfo | None = None,
     workspace: Path | None = None,
 ) -> Path:
@@ -61,7 +61,8 @@ def write_video(
     Args:
         frames: up to `FRAMES_AHEAD` wait to be encoded, so do not change a frame after yielding it.
         height, width: even numbers.
-        comment: the file's comment, the record of how it was made.
+        comment: called when all frames are encoded for the file's comment, the record of how it was made, of at most
+            `COMMENT_BYTES`.
         audio: a sound file, or a clip for its sound track, that `probe_audio` has accepted. It is encoded as AAC from
             the first frame on, at its own sample rate (the nearest that AAC has), in mono or stereo, and cut or padded
             with silence to the length of the frames. Or a clip whose frames come first: its sound keeps its timestamps.
@@ -74,12 +75,9 @@ def write_video(
         RuntimeError: there are no frames, or ffmpeg fails. If only the sound could not be added, the silent video is
             kept as a partial file; for the sound of a clip that is only a warning.
     """
-    if len(comment.encode()) > COMMENT_BYTES:
-        raise ValueError(f"comment of more than {COMMENT_BYTES} bytes")
     temporary = temporary_name((workspace or path.parent) / path.name)
-    output = ["-metadata", f"comment={comment}", "-movflags", "+faststart", "-f", "mp4"]
-    sink = video_file(temporary, height, width, fps, output)
-    return write_frames(frames, temporary, path, sink, partial(add_sound, temporary, audio, fps, output))
+    sink = video_file(temporary, height, width, fps)
+    return write_frames(frames, temporary, path, sink, partial(complete, temporary, audio, fps, comment))
 
 
 def write_frame_folder(
@@ -199,15 +197,15 @@ class FrameQueue:
 
 
 @contextmanager
-def video_file(path: Path, height: int, width: int, fps: int, output: Sequence[str]) -> Iterator[AddFrame]:
-    """An ffmpeg process that encodes the frames it gets into a new file, with ffmpeg's options `output`.
+def video_file(path: Path, height: int, width: int, fps: int) -> Iterator[AddFrame]:
+    """An ffmpeg process that encodes the frames it gets into a new mp4 file.
 
     Raises:
         RuntimeError: ffmpeg fails.
     """
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "pipe:0"]
     codec = ["-vf", TO_YUV, "-c:v", "libx264", "-crf", str(CRF), "-preset", PRESET]
-    arguments = [*source, *codec, *output, f"file:{path}"]
+    arguments = [*source, *codec, "-f", "mp4", f"file:{path}"]
     with ffmpeg_process(arguments, f"write {path.name}", stdin=PIPE) as process:
         assert process.stdin is not None
         pipe = process.stdin
@@ -222,35 +220,51 @@ def video_file(path: Path, height: int, width: int, fps: int, output: Sequence[s
             pipe.close()
 
 
-def add_sound(video: Path, audio: Path | ClipInfo | None, fps: int, output: Sequence[str], frames: int) -> None:
-    """Replace a silent video of so many frames by one with sound; see `write_video`.
+def complete(video: Path, audio: Path | ClipInfo | None, fps: int, comment: Callable[[], str], frames: int) -> None:
+    """Give a silent video of so many frames its sound and its comment, and move the index to the front.
 
     A second process does it. So the length is known, no process waits for two inputs at once, and sound that cannot be
     encoded does not cost the frames.
     """
+    text = comment()
+    if len(text.encode()) > COMMENT_BYTES:
+        raise ValueError(f"comment of more than {COMMENT_BYTES} bytes")
+    output = ["-metadata", f"comment={text}", "-movflags", "+faststart", "-f", "mp4"]
     if audio is None:
+        rewrite(video, ["-i", f"file:{video}", "-c", "copy", *output], "complete the video")
         return
-    both = temporary_name(video)
+    try:
+        add_sound(video, audio, fps, output, frames)
+    except RuntimeError as error:
+        rewrite(video, ["-i", f"file:{video}", "-c", "copy", *output], "complete the video")
+        if not isinstance(audio, ClipInfo):
+            raise
+        logger.warning("%s; the video has no sound", error)
+
+
+def add_sound(video: Path, audio: Path | ClipInfo, fps: int, output: Sequence[str], frames: int) -> None:
+    """Replace a silent video of so many frames by one with sound; see `write_video`."""
     clip, path = (audio, audio.path) if isinstance(audio, ClipInfo) else (None, audio)
     timing = [FROM_ZERO]
     if clip is not None:
         end = clip.frames / fps
         timing = [f"asetpts=PTS-({clip.start:.6f})/TB", "aresample=async=1:min_hard_comp=0.04:first_pts=0"]
         timing += [f"atrim=end={end:.6f}", f"afade=out:st={max(0, end - SOUND_FADE):.6f}:d={SOUND_FADE}"]
+    track = find_track(path, AUDIO)
+    filters = ",".join([*timing, *downmix_filters(track), CLIPPED, "apad", f"atrim=end={frames / fps:.6f}"])
+    inputs = ["-i", f"file:{video}", *input_options(path, AUDIO)]
+    streams = ["-map", "0:v", "-map", f"1:{track.number}", "-map_chapters", "-1", "-c:v", "copy", "-c:a", "aac"]
+    rewrite(video, [*inputs, *streams, "-b:a", AAC_BITS, "-af", filters, *output], f"add the sound of {path}")
+
+
+def rewrite(video: Path, arguments: Sequence[str], purpose: str) -> None:
+    """Replace a video by what ffmpeg makes of it."""
+    made = temporary_name(video)
     try:
-        track = find_track(path, AUDIO)
-        filters = ",".join([*timing, *downmix_filters(track), CLIPPED, "apad", f"atrim=end={frames / fps:.6f}"])
-        inputs = ["-i", f"file:{video}", *input_options(path, AUDIO)]
-        streams = ["-map", "0:v", "-map", f"1:{track.number}", "-map_chapters", "-1", "-c:v", "copy", "-c:a", "aac"]
-        sound = ["-b:a", AAC_BITS, "-af", filters]
-        write_file([*inputs, *streams, *sound, *output, f"file:{both}"], f"add the sound of {path}")
-        both.replace(video)
-    except RuntimeError as error:
-        if clip is None:
-            raise
-        logger.warning("%s; the video has no sound", error)
+        write_file([*arguments, f"file:{made}"], purpose)
+        made.replace(video)
     finally:
-        both.unlink(missing_ok=True)
+        made.unlink(missing_ok=True)
 
 
 @contextmanager

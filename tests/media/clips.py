@@ -53,9 +53,10 @@ def smooth(count: int, height: int = 64, width: int = 96) -> np.ndarray:
     return (127.5 + 100 * np.sin(phases)).round().astype(np.uint8)
 
 
-def write(frames: np.ndarray | Iterator[np.ndarray], path: Path, fps: int = 24, **options) -> Path:
+def write(frames: np.ndarray | Iterator[np.ndarray], path: Path, fps: int = 24, comment: str = "", **options) -> Path:
     """Our own writer on 64 x 96 frames."""
-    return write_video(iter(frames), path, **({"height": 64, "width": 96, "fps": fps, "comment": ""} | options))
+    size = {"height": 64, "width": 96, "fps": fps}
+    return write_video(iter(frames), path, **(size | options), comment=lambda: comment)
 
 
 def clicks(path: Path, rate: int, seconds: float, times: tuple[float, ...], channels: int = 1) -> Path:

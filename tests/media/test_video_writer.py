@@ -188,7 +188,7 @@ def frames():
     while True:
         print("frame", flush=True)
         yield frame
-write_video(frames(), Path(sys.argv[1]), height=480, width=640, fps=24, comment="")
+write_video(frames(), Path(sys.argv[1]), height=480, width=640, fps=24, comment=str)
 """
 
 
