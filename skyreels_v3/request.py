@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from skyreels_v3.attention.kernels import ATTENTIONS
+from skyreels_v3.attention.kernels import ATTENTIONS, INEXACT
 from skyreels_v3.tasks import (
     DEVICES,
     DTYPES,
@@ -190,6 +190,8 @@ class GenerationRequest:
         metavar="FOLDER", path="output", only_in_line="write it into the lines, a name for each", in_request=False)
     vae_dtype: str = flag("float32", "dtype of the VAE (default: float32)", choices=DTYPES)
     attention: str = flag("auto", "attention kernel (default: auto)", choices=ATTENTIONS)
+    exact_steps: int = flag(0, "first and last steps that use an exact attention kernel, with --attention sage", int,
+        low=1, high=100)
     compile: bool = flag(False, "compile the transformer's blocks; makes the first step slower", bool)
     compiler_transformer: bool = flag(False, "same as --compile", bool)
     no_cache: bool = unrecorded(False, "do not cache encoded prompts or use cached ones", bool)
@@ -331,6 +333,7 @@ EXCLUSIVE = (
     ("shard_weights", "low_vram"),
     ("shard_weights", "parameters_level"),
     ("shard_weights", "cache"),
+    ("exact_steps", "use_usp"),
     ("output", "outdir"),
 )
 # flags that need another one of a certain value, and what to say without it
@@ -345,6 +348,11 @@ REQUIRED = (
         "save_quantized",
         tuple(("quant", kind) for kind in QUANTIZATIONS),
         "nothing is quantized; add --quant fp8 or --low_vram",
+    ),
+    (
+        "exact_steps",
+        tuple(("attention", name) for name in INEXACT),
+        f"all steps are exact; add --attention {' or '.join(INEXACT)}, or leave it out",
     ),
 )
 # other spellings of flags

@@ -283,7 +283,7 @@ def start(plan: Plan) -> Runtime:
     """
     import torch
 
-    from skyreels_v3.attention.backends import choose_attention
+    from skyreels_v3.attention.backends import AttentionByStep, choose_attention
     from skyreels_v3.parallel.groups import Parallel
 
     device, dtype, policy = torch.device(plan.device), getattr(torch, plan.dtype), plan.policy
@@ -295,7 +295,10 @@ def start(plan: Plan) -> Runtime:
     if policy.mode == "stream" and device.type == "cuda" and not policy.pinned:
         logger.warning("too little host memory is free to pin the transformer; it streams unpinned, which is slower")
     set_convolutions(dtype)
-    kernel, attention = choose_attention(plan.request.attention, device, dtype)
+    tokens = max(each.tokens for each in plan.passes)
+    kernel, attention = choose_attention(plan.request.attention, device, dtype, tokens)
+    if plan.request.exact_steps:
+        attention = AttentionByStep(attention, choose_attention("auto", device, dtype)[1])
     parallel = Parallel(plan.ranks, plan.degrees, device)
     return Runtime(device, dtype, plan.request.verbosity >= 0, plan, kernel, attention, parallel, Usage(device))
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from skyreels_v3 import throughput
+from skyreels_v3.attention.backends import AttentionByStep
 from skyreels_v3.checkpoints.load import check_finite
 from skyreels_v3.components import Components, quantize_blocks
 from skyreels_v3.denoising.guidance import NEGATIVE_PROMPT, Guidance
@@ -221,6 +222,7 @@ class Stages:
             last_copy = ends[0]
             try:
                 steps = denoise(transformer, scheduler, latents, made, guidance, constraint, predictions, done)
+                self.choose_precision(done, total)
                 for step, latents in steps:
                     ends.append(perf_counter())
                     bar.update()
@@ -229,6 +231,7 @@ class Stages:
                         self.state.save_step(latents, generator, scheduler_state(scheduler))
                         last_copy = perf_counter()
                     yield Step(name, step, total, latents, float(scheduler.sigmas[step]))
+                    self.choose_precision(step, total)
             except FloatingPointError:
                 check_finite(transformer, "transformer")  # only now: it reads all weights
                 raise
@@ -240,6 +243,11 @@ class Stages:
         if self.state is not None:
             self.state.save(latents, generator)
         return latents
+
+    def choose_precision(self, done: int, total: int) -> None:
+        """Choose the attention of the next step: an exact one in the first and last --exact_steps."""
+        if isinstance(self.runtime.attention, AttentionByStep):
+            self.runtime.attention.use_exact = min(done, total - 1 - done) < self.request.exact_steps
 
     def start_pass(self, noise: Tensor, generator: torch.Generator, scheduler: Any) -> tuple[Tensor, int]:
         """The latents that a pass starts from, on the device, and how many steps an interrupted run has made of it.

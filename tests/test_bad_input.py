@@ -197,6 +197,7 @@ CONFLICTS = [
     *bad(AVATAR, "--negative_prompt", {"blur": "give --text_guidance_scale above 1"}),
     *bad([*AVATAR, "--audio_guidance_scale", "3"], "--negative_prompt", {"dark": "give --text_guidance_scale above 1"}),
     *bad(REFERENCE, "--stream_blocks", {("0", "3"): "add --memory stream or --low_vram"}),
+    *bad(REFERENCE, "--exact_steps", {"2": "all steps are exact; add --attention sage, or leave it out"}),
     *bad([*REFERENCE, "--offload"], "--stream_blocks", {"1": "add --memory stream or --low_vram"}),
     case([*REFERENCE, "--offload", "--low_vram"], "--offload", "--low_vram", ONE),
     *bad([*REFERENCE, "--offload"], "--memory", {"stream": f"conflicts with --offload; {ONE}"}),

@@ -1,4 +1,4 @@
-"""Frames from the device: their memory layout, and the thread that prepares the next ones."""
+"""Frames from the device: their memory layout, and the thread that prepares the next ones. Attention step by step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Generator
 import pytest
 import torch
 
+from skyreels_v3 import Step, load
+from skyreels_v3.attention import backends
+from skyreels_v3.attention.kernels import KERNELS, Kernel
 from skyreels_v3.stages import prefetch, video_to_frames
 
 
@@ -61,3 +64,27 @@ def test_left_in_the_middle():
     next(items)
     items.close()
     assert source.closed and not source.made[2].is_set()
+
+
+@pytest.mark.parametrize(("exact", "rounded"), [(0, [1, 2, 3, 4, 5]), (1, [2, 3, 4]), (2, [3]), (3, [])])
+def test_exact_attention_in_the_first_and_last_steps(exact, rounded, monkeypatch, caplog):
+    """An 8-bit kernel that counts its calls stands in for SageAttention, which needs a GPU."""
+    calls = []
+
+    def rounding(query, key, value):
+        calls.append(query.shape)
+        return backends.sdpa(query.bfloat16(), key.bfloat16(), value.bfloat16()).type_as(query)
+
+    monkeypatch.setitem(KERNELS, "sage", Kernel("native", devices=("cpu",), half_only=False, exact=False))
+    monkeypatch.setattr(backends, "dispatched", lambda backend: rounding)
+    monkeypatch.setattr(backends, "MANY_TOKENS", 11)
+    flags = {"attention": "sage", "num_inference_steps": 5} | ({"exact_steps": exact} if exact else {})
+    events = load("t2v", model_id="tiny", device="cpu", height=32, width=48, num_frames=5)(prompt="a fox", **flags)
+    found, before = [], 1
+    for event in events:
+        if isinstance(event, Step):
+            found += [event.number] if len(calls) > before else []
+            before = len(calls)
+    assert calls[0] == (1, 256, 1, 128)  # tried on the device
+    assert found == rounded
+    assert "with more than 11 tokens (here 12) that can show as noise; --exact_steps 2" in caplog.text

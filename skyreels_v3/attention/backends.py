@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from skyreels_v3.attention.kernels import FLAG, KERNELS, check_attention, is_installed
+from skyreels_v3.attention.kernels import FLAG, INEXACT, KERNELS, check_attention, is_installed
 from skyreels_v3.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 MIN_CUDNN = 91501  # 9.15.1, the first that torch itself prefers; older ones access invalid memory
 PROBE_SHAPE = (1, 256, 2, 128)  # (B, L, N, D); D as in all published checkpoints
+MANY_TOKENS = 100_000  # beyond which users of 8-bit kernels have seen noise
 TOLERANCE = 0.1  # the values are up to 0.7, and 8-bit kernels are off by 0.02
 MAX_REASON = 300  # characters of a library's own error message
 
@@ -65,8 +66,22 @@ def dispatched(backend: str) -> AttentionFn:
         return partial(dispatch_attention_fn, backend=chosen)
 
 
-def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, AttentionFn]:
+class AttentionByStep:
+    """A kernel, or instead of it an exact one in the steps in which `use_exact` is set."""
+
+    def __init__(self, kernel: AttentionFn, exact: AttentionFn) -> None:
+        self.kernel, self.exact = kernel, exact
+        self.use_exact = False
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return (self.exact if self.use_exact else self.kernel)(query, key, value)
+
+
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype, tokens: int = 0) -> tuple[str, AttentionFn]:
     """The kernel `name`, one of `kernels.ATTENTIONS`, tried on the device; for "auto" the fastest exact one.
+
+    Args:
+        tokens: of the longest sequence; an 8-bit kernel is tried on as many.
 
     Returns:
         The kernel's name (for "auto", of the one chosen) and its function.
@@ -79,13 +94,21 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tup
         capability, version = gpu_facts(device)
         chosen = preferred(capability, version, [kernel for kernel in KERNELS if is_installed(kernel)], dtype)
     try:
-        attention = load_kernel(chosen, device, dtype)
+        attention = load_kernel(chosen, device, dtype, tokens)
     except UserError as error:
         if name != "auto":
             raise
         logger.info("%s attention is preferred here, but unusable: %s", chosen, error.__cause__ or error)
         chosen = "sdpa"
     logger.info("attention %s", chosen)
+    if chosen in INEXACT and tokens > MANY_TOKENS:
+        logger.warning(
+            "attention %s rounds to 8 bits, and with more than %d tokens (here %d) that can show as noise; "
+            "--exact_steps 2 or --attention auto is safer",
+            chosen,
+            MANY_TOKENS,
+            tokens,
+        )
     return chosen, attention
 
 
@@ -112,7 +135,7 @@ def preferred(
     return "flash3" if capability[0] == 9 and "flash3" in installed else "sdpa"
 
 
-def load_kernel(name: str, device: torch.device, dtype: torch.dtype) -> AttentionFn:
+def load_kernel(name: str, device: torch.device, dtype: torch.dtype, tokens: int = 0) -> AttentionFn:
     """A kernel, after comparing its values on the device with those of `sdpa` in float32.
 
     Raises:
@@ -121,9 +144,11 @@ def load_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Attentio
     check_attention(name, device.type, str(dtype).removeprefix("torch."))
     if name == "sdpa":
         return sdpa
-    backend = KERNELS[name].backend
+    backend, shape = KERNELS[name].backend, PROBE_SHAPE
+    if not KERNELS[name].exact:
+        shape = (1, max(tokens, PROBE_SHAPE[1]), 1, PROBE_SHAPE[3])
     generator = torch.Generator().manual_seed(0)  # of its own, to leave the run's random numbers alone
-    inputs = torch.randn((3, *PROBE_SHAPE), generator=generator).to(device, dtype)
+    inputs = torch.randn((3, *shape), generator=generator).to(device, dtype)
     try:
         attention = cudnn if backend is None else dispatched(backend)
         difference = (attention(*inputs) - sdpa(*inputs.float())).abs().max().item()

@@ -23,6 +23,7 @@ class Kernel:
         install: the arguments of `pip install` for it.
         devices: the types of device it works on.
         half_only: it does not support float32.
+        exact: False for kernels that round queries, keys or values to 8 bits.
     """
 
     backend: str | None = None
@@ -30,6 +31,7 @@ class Kernel:
     install: str | None = None
     devices: tuple[str, ...] = ("cuda",)
     half_only: bool = True
+    exact: bool = True
 
 
 KERNELS = {
@@ -38,10 +40,13 @@ KERNELS = {
     "flash": Kernel("flash", "flash_attn", "flash-attn --no-build-isolation"),
     "flash3": Kernel("_flash_3", "flash_attn_3", "flash-attn-3 --index-url https://download.pytorch.org/whl/cu130"),
     # PyPI has only version 1, which diffusers does not support
-    "sage": Kernel("sage", "sageattention", "git+https://github.com/thu-ml/SageAttention --no-build-isolation"),
+    "sage": Kernel(
+        "sage", "sageattention", "git+https://github.com/thu-ml/SageAttention --no-build-isolation", exact=False
+    ),
     "xformers": Kernel("xformers", "xformers", "xformers", half_only=False),
 }
 ATTENTIONS = ("auto", *KERNELS)
+INEXACT = tuple(name for name, kernel in KERNELS.items() if not kernel.exact)
 
 
 def is_installed(name: str) -> bool:
