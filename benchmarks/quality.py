@@ -40,7 +40,7 @@ from skyreels_v3.checkpoints.tiny import make_tiny
 from skyreels_v3.families import family_of
 from skyreels_v3.quality import Meter
 from skyreels_v3.tasks import TINY, task_spec
-from training import measure, networks, sound, world
+from training import captions, measure, networks, sound, world
 from training.run import HELD_OUT
 from training.tasks import CONDITION_FRAMES, CUT_LENGTHS, from_bytes, to_bytes
 
@@ -153,7 +153,8 @@ def from_references(seed: int, folder: Path, wrong: bool) -> Case:
     shown = world.references(scene_of(seed + 1) if wrong else scene)
     pictures = world.render(shown, 1, HEIGHT, HEIGHT, fine=True)
     names = [str(write_picture(folder / f"{n}.png", picture)) for n, picture in enumerate(pictures)]
-    return Case({"prompt": scene.caption, "ref_imgs": names, "num_frames": 49}, lambda video: told_apart(video, scene))
+    prompt = captions.without_colours(scene.caption)  # which only the references tell
+    return Case({"prompt": prompt, "ref_imgs": names, "num_frames": 49}, lambda video: told_apart(video, scene))
 
 
 def extension(seed: int, folder: Path, wrong: bool) -> Case:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from training.drawing import COLOURS
+
 # Words that mean the same are one to the text encoder too
 SAME: dict[str, tuple[str, ...]] = {
     "fox": ("fox", "vixen"),
@@ -155,6 +157,13 @@ def describe(
     sentence = one_of(random, CAMERAS[camera])
     end = "." if sentence or random.random() < 0.5 else ""
     return f"{text[0].upper()}{text[1:]}{end} {sentence}".strip()
+
+
+def without_colours(caption: str) -> str:
+    """The same without colours, which only reference pictures tell then."""
+    first, *others = caption.split(" ")
+    kept = [word for word in others if meaning_of(word.strip(".,")) not in COLOURS]
+    return " ".join([first, *kept])
 
 
 def describe_cut(random: np.random.Generator, kind: str, thing: str, colour: str, natural: bool, ground: str) -> str:

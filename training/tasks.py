@@ -25,7 +25,7 @@ from skyreels_v3.wan.key_maps import TEXT_TOKENS
 from skyreels_v3.wan.rope import Segment
 from skyreels_v3.wan.shot_switching_extension import CUT_POSITION
 from skyreels_v3.wan.windows import MOTION_FRAMES, WINDOW_FRAMES
-from training import encoders, networks, sound, world
+from training import captions, encoders, networks, sound, world
 from training.layouts import SCHEDULER, random_image_encoder
 from training.networks import TEXT_ROWS
 
@@ -37,6 +37,7 @@ CUT_LENGTHS = {2: 9, 5: 33}  # of a shot switch: seconds, and frames that are se
 CUTS = {f"cut {seconds}": (seconds, seen) for seconds, seen in CUT_LENGTHS.items()}
 VOICE_SECONDS = 12.0
 DROPPED = 0.1  # of the prompts
+COLOURLESS = 0.6  # of the prompts beside reference pictures
 MOUTH_WEIGHT = 6.0
 
 Sample = dict[str, Tensor]
@@ -254,6 +255,7 @@ class Video(Task):
             "pictures": pictures,
             "count": torch.tensor([len(scene.things) for scene in scenes], device=self.device),
             "text": self.encode_texts([scene.caption for scene in scenes]),
+            "colourless text": self.encode_texts([captions.without_colours(scene.caption) for scene in scenes]),
         }
 
     def encode(self, drawn: Sample, latents: Latents) -> Sample:
@@ -267,7 +269,7 @@ class Video(Task):
 
     def batch(self, progress: float) -> Batch:
         early = progress < 0.4
-        shares = (0.4, 0.35, 0.0, 0.25, 0.0) if early else (0.4, 0.2, 0.12, 0.18, 0.1)
+        shares = (0.5, 0.2, 0.0, 0.3, 0.0) if early else (0.45, 0.15, 0.1, 0.22, 0.08)
         kind = str(self.random.choice(self.kinds, p=shares))
         frames, size = {
             "references": (7, 56) if early and self.random.random() < 0.85 else (13, 36),
@@ -290,7 +292,9 @@ class Video(Task):
         pictures = chosen["pictures"] + chosen["deviation"] * self.normal(chosen["pictures"])
         there = torch.arange(2, device=self.device) < chosen["count"][:, None]
         pictures = pictures * there[:, :, None, None, None]
-        if drop:
+        if drop:  # where the prompt says all, nothing is learned from pictures
+            colourless = self.chance(len(text), COLOURLESS)[:, None, None]
+            text = torch.where(colourless, chosen["colourless text"], text)
             swapped = self.chance(len(pictures), 0.5) & (chosen["count"] == 2)
             pictures = torch.where(swapped[:, None, None, None, None], pictures.flip(1), pictures)
             pictures = pictures * (~self.chance(len(pictures), 0.05))[:, None, None, None, None]

@@ -41,6 +41,10 @@ def test_captions_name_what_is_seen(seed):
     for thing in scene.things:
         assert thing.kind.split()[0] in words
         assert thing.colour in words or thing.colour == drawing.NATURAL.get(thing.kind)
+    colourless = {
+        captions.meaning_of(word.strip(".,").lower()) for word in captions.without_colours(scene.caption).split()
+    }
+    assert colourless == words - drawing.COLOURS.keys()
     if scene.told and scene.direction in ("left", "right"):
         assert scene.direction in words
     x, y, _ = scene.on_screen(0, np.array([0.0, 1.9])).T
