@@ -1,4 +1,4 @@
-"""The user's cache folder: the tiny model, compiled code, encoded prompts, measured throughput.
+"""The user's cache folder: the tiny model, compiled code, rewritten and encoded prompts, measured throughput.
 
 Imports torch only when tensors are stored or recalled.
 """
@@ -13,7 +13,7 @@ import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from skyreels_v3.media.files import replace_file
 
@@ -53,41 +53,59 @@ def identity_of(files: Iterable[Path], *more: object) -> str:
 
 
 @dataclass(frozen=True)
-class TensorCache:
-    """Tensors on disk, computed from a text such as a prompt by an encoder of a known identity.
+class FileCache:
+    """Files on disk, made from a text such as a prompt by a model of a known identity.
 
-    Nothing is stored if `folder` is None. A file that cannot be read or written only costs computing it again.
+    Nothing is stored if `folder` is None. A file that cannot be read or written only costs making it again.
     """
 
     folder: Path | None
     identity: str
+    suffix: ClassVar[str] = ".txt"
 
-    def recall(self, text: str) -> dict[str, Tensor] | None:
-        """The tensors stored for a text, on the CPU."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
+    def read(self, text: str) -> bytes | None:
+        """The content stored for a text."""
         try:
             if self.folder is not None and (file := self.folder / self._name(text)).is_file():
-                return load_file(file)
-        except (OSError, SafetensorError) as error:
+                return file.read_bytes()
+        except OSError as error:
             logger.debug("a cached file cannot be read: %s", error)
         return None
 
-    def store(self, text: str, tensors: Mapping[str, Tensor]) -> None:
-        """Store the tensors for a text, and remove the oldest files beyond `MAX_FILES`."""
-        from safetensors.torch import save
-
+    def write(self, text: str, content: bytes) -> None:
+        """Store the content for a text, and remove the oldest files beyond `MAX_FILES`."""
         if self.folder is None:
             return
         try:
-            content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
             replace_file(self.folder / self._name(text), content)
-            by_age = sorted(self.folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+            by_age = sorted(self.folder.glob(f"*{self.suffix}"), key=lambda path: path.stat().st_mtime_ns)
             for old in by_age[:-MAX_FILES]:
                 old.unlink(missing_ok=True)
         except OSError as error:
             logger.debug("a file cannot be cached: %s", error)
 
     def _name(self, text: str) -> str:
-        return f"{hashlib.sha256(json.dumps([self.identity, text]).encode()).hexdigest()}.safetensors"
+        return hashlib.sha256(json.dumps([self.identity, text]).encode()).hexdigest() + self.suffix
+
+
+class TensorCache(FileCache):
+    """Tensors on disk, computed from a text by an encoder."""
+
+    suffix = ".safetensors"
+
+    def recall(self, text: str) -> dict[str, Tensor] | None:
+        """The tensors stored for a text, on the CPU."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            return None if (content := self.read(text)) is None else load(content)
+        except SafetensorError as error:
+            logger.debug("a cached file cannot be read: %s", error)
+        return None
+
+    def store(self, text: str, tensors: Mapping[str, Tensor]) -> None:
+        """Store the tensors for a text."""
+        from safetensors.torch import save
+
+        self.write(text, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))

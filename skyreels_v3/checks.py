@@ -10,15 +10,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 from skyreels_v3.errors import UserError, format_value, redact_url
+from skyreels_v3.prompts.model_prompt import model_prompt
 from skyreels_v3.request import (
     ALIKE,
     BY_NAME,
+    DEFAULT_ENHANCER,
+    ENHANCER_KEY,
+    ENHANCER_LOCAL,
+    ENHANCER_OFF,
     EXCLUSIVE,
     MAX_SEED,
     OUTPUTS,
     REQUIRED,
+    SAME_PROMPT,
     SHORTHANDS,
     GenerationRequest,
     Lora,
@@ -29,9 +36,9 @@ MAX_SPEAKERS = 2
 KEYFRAME = re.compile(r".+@\d{1,4}(\.\d{1,6})?", re.DOTALL)
 BOX = re.compile(r" *\d{1,6} *(, *\d{1,6} *){3}")
 PARTIAL = ":partial"
-SAME_PROMPT = "same"
 MAX_PIXELS = 1920 * 1088
 MIN_CACHED_STEPS = 12  # with fewer, neighboring steps differ too much
+IN_PROMPT = ("transition", "enhance_prompt", "enhancer_model")  # flags that show in the model's prompt
 CACHE_THRESHOLD = 0.1  # of fbcache; a common choice for HunyuanVideo
 
 
@@ -154,10 +161,42 @@ def check_values(spec: TaskSpec, values: Mapping[str, Any]) -> None:
         if steps < MIN_CACHED_STEPS:
             way_out = f"give --num_inference_steps {MIN_CACHED_STEPS} or more, or leave it out"
             refuse(values, "cache", f"{steps} steps are too few to skip any; {way_out}")
+    check_enhancer(values)
     check_size(values)
     check_inputs(values)
     check_outputs(values)
     parse_loras(values)
+
+
+def check_enhancer(values: Mapping[str, Any]) -> None:
+    """--enhance_prompt and what belongs to it."""
+    way, model = values.get("enhance_prompt", ENHANCER_OFF), values.get("enhancer_model")
+    if way == ENHANCER_OFF:
+        if model is not None:
+            refuse(values, "enhancer_model", "no prompt is rewritten; add --enhance_prompt local or a URL")
+        return
+    if way != ENHANCER_LOCAL:
+        check_endpoint(values)
+        if model is None:
+            raise UserError("--enhancer_model", "missing; give the name that the model has at --enhance_prompt's URL")
+    if model is not None and not model.strip():
+        refuse(values, "enhancer_model", "give a hub id or a folder, or the name of a model at the URL")
+
+
+def check_endpoint(values: Mapping[str, Any]) -> None:
+    """The URL of --enhance_prompt, and its key."""
+    choices = f"choose {ENHANCER_OFF}, {ENHANCER_LOCAL} or an address such as http://127.0.0.1:8080/v1"
+    try:
+        parts = urlsplit(values["enhance_prompt"])
+        complete = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        complete = False
+    if not complete or not values["enhance_prompt"].isprintable() or " " in values["enhance_prompt"]:
+        refuse(values, "enhance_prompt", choices)
+    if parts.query or parts.fragment or "@" in parts.netloc:
+        refuse(values, "enhance_prompt", f"leave out user, password and query; set {ENHANCER_KEY} to the key")
+    if not re.fullmatch(r"[!-~]*", os.environ.get(ENHANCER_KEY, "")):
+        raise UserError("--enhance_prompt", f"{ENHANCER_KEY} is no key: it has spaces or other characters; set it anew")
 
 
 def check_size(values: Mapping[str, Any]) -> None:
@@ -284,11 +323,11 @@ def make_request(spec: TaskSpec, values: Mapping[str, Any], notes: Sequence[str]
     drawn = values.get("seed") == -1
     seed = secrets.randbelow(MAX_SEED - values.get("video_num", 1) + 2)  # the last video has a seed, too
     given["seed"] = seed if drawn else values.get("seed", 42)
-    values, changes = as_trained(spec, {**presets(spec, given), **given})
+    values, original, changes = as_trained(spec, {**presets(spec, given), **given})
     recorded = {"task_type": spec.name} | {
         name: without_secrets(name, value)
         for name, value in values.items()
-        if BY_NAME[name].recorded and value is not None and BY_NAME[name].is_for(spec)
+        if BY_NAME[name].recorded and value is not None and BY_NAME[name].is_for(spec) and name not in IN_PROMPT
     }
     if values.get("window_prompt") == SAME_PROMPT:
         values["window_prompt"] = values["prompt"]
@@ -303,7 +342,9 @@ def make_request(spec: TaskSpec, values: Mapping[str, Any], notes: Sequence[str]
     for name in filter(values.__contains__, OUTPUTS):
         values[name] = Path(os.path.expanduser(values[name]))
     values = {name: value for name, value in values.items() if name not in ("gpu_num", "fps")}
-    return GenerationRequest(task=spec, flags=recorded, notes=(*notes, *changes), seed_drawn=drawn, **values)
+    return GenerationRequest(
+        task=spec, flags=recorded, given=original, notes=(*notes, *changes), seed_drawn=drawn, **values
+    )
 
 
 def without_secrets(name: str, value: Any) -> Any:
@@ -347,16 +388,25 @@ def presets(spec: TaskSpec, values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in made.items() if value != ""}
 
 
-def as_trained(spec: TaskSpec, values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Values in the form that V1's models were trained with, and notes on what was changed.
+def as_trained(spec: TaskSpec, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:
+    """Values in the form that the models were trained with, and notes on what was changed.
 
-    The prompt begins with certain words, and the number of frames is 4k+1.
+    The prompt is the model's, see `model_prompt`, and the number of frames is 4k+1. Between the two results are the
+    flags that another prompt was made from, or will be.
     """
-    made, notes = dict(values), []
-    if not made["prompt"].lstrip().startswith(spec.prompt_prefix.strip()):
-        made["prompt"] = spec.prompt_prefix + made["prompt"]
-        notes.append(f'--prompt now begins with "{spec.prompt_prefix.strip()}", as in training')
+    made, original = dict(values), {}
+    notes: list[str] = []
+    made["prompt"], changes = model_prompt(spec, values["prompt"], values.get("transition"))
+    way = values.get("enhance_prompt", ENHANCER_OFF)
+    if way == ENHANCER_OFF:
+        notes += changes
+    elif way == ENHANCER_LOCAL:
+        made.setdefault("enhancer_model", DEFAULT_ENHANCER)
+    if way != ENHANCER_OFF or made["prompt"] != values["prompt"]:
+        original = {name: made[name] for name in IN_PROMPT if name in made} | {"prompt": values["prompt"]}
+    if way not in (ENHANCER_OFF, ENHANCER_LOCAL):
+        original["enhance_prompt"] = "remote"  # those who get the video need not know the address
     if (frames := made.get("num_frames", 1)) % 4 != 1:
         made["num_frames"] = max(1, (frames - 1) // 4 * 4 + 1)
         notes.append(f"--num_frames {frames} becomes {made['num_frames']}: the VAE makes 4k+1 frames")
-    return made, tuple(notes)
+    return made, original, tuple(notes)

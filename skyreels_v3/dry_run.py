@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from skyreels_v3 import throughput
 from skyreels_v3.checkpoints import hub, tiny
 from skyreels_v3.checkpoints.files import Repository
 from skyreels_v3.checkpoints.formats import describe as describe_weights
+from skyreels_v3.errors import one_line
 from skyreels_v3.families import component_files, family_of, repositories_of
+from skyreels_v3.inputs import Inputs
 from skyreels_v3.media.files import existing_folder, giga
 from skyreels_v3.memory.policy import TILINGS
 from skyreels_v3.parallel.ranks import Ranks
@@ -27,6 +30,20 @@ def dry_run(request: GenerationRequest, downloads: Path, ranks: Ranks) -> str:
     if checked.done:
         return f"{'done':14}{checked.request.output}"
     return describe(plan_of(checked, downloads, ranks))
+
+
+def describe_prompt(request: GenerationRequest, inputs: Inputs) -> Iterator[tuple[str, str]]:
+    """The prompt that the model gets, what it is made from, and whether it is still to be rewritten."""
+    if request.to_enhance:
+        from skyreels_v3.prompts.enhance import recall
+
+        model = f"{request.enhancer_model}, {request.given['enhance_prompt']}"
+        request = recall(request, inputs)
+        known = "it is asked for a better prompt" if request.to_enhance else "the prompt is known from an earlier run"
+        yield "enhancer", f"{model}: {known}"
+    yield "prompt", one_line(request.prompt)
+    if (given := request.given.get("prompt", request.prompt)) != request.prompt:
+        yield "given prompt", one_line(given)
 
 
 def plan_of(checked: Checked, downloads: Path, ranks: Ranks) -> Plan:
@@ -65,6 +82,7 @@ def describe(plan: Plan) -> str:
         lines += [("base model", f"{request.base_model_id} (on this machine)")]
     lines += [describe_download(request, repository) for repository in missing_repositories(plan)]
     shift = "the scheduler's shift" if request.shift is None else f"shift {request.shift:g}"
+    lines += describe_prompt(request, plan.inputs)
     lines += [("steps", f"{request.num_inference_steps}, {shift}, {plan.forwards} forwards a pass")]
     for number, made in enumerate(plan.passes, start=1):
         work = f"{format_flop(made.flop / plan.forwards)} a forward, {format_flop(made.flop)} in all"

@@ -215,8 +215,7 @@ def summary(usage: runtime.Usage) -> str:
 
 def comment(record: RunRecord, figures: Mapping[str, Any] = MappingProxyType({})) -> str:
     """What made a video, and what it took, as JSON: put `flags` into a file for --config to make it again."""
-    content = {"skyreels_v3": __version__, "flags": dict(record.flags), "inputs": record.digests, **figures}
-    text = json.dumps(content, ensure_ascii=False)
+    text = json.dumps({"skyreels_v3": __version__, **record.made_by(), **figures}, ensure_ascii=False)
     if len(text.encode()) > COMMENT_BYTES:
         logger.warning("the flags are too long for the file's comment, which is left empty")
         return ""

@@ -55,8 +55,11 @@ def make_videos(request: GenerationRequest, downloads: Path, ranks: Ranks) -> It
     checked = preflight(first, downloads, ranks) if ranks.is_local_main else None  # before the ranks meet
     if ranks.world_size > 1:
         processes.init_process_group(ranks, request.device)
+    prompt = None
     for video in (first, *others):
-        checked = worker.resolve(video, downloads, f"video/{video.number}", checked)
+        name = f"video/{video.number}"
+        checked = worker.resolve(video if prompt is None else video.with_prompt(prompt), downloads, name, checked)
+        prompt = checked.request.prompt  # rewritten once for all
         if checked.done:
             logger.info("%s is done already", checked.request.output)
             yield checked.request.output

@@ -117,7 +117,7 @@ def record_of(request: ResolvedRequest, inputs: Inputs, **more: Any) -> RunRecor
     """What identifies the run for a request; `more` are flags that are only known later."""
     flags = recorded_flags(request) | more
     made = (request.save_quantized, request.frame_folder, request.seed_drawn, request.resume_if_same)
-    return RunRecord(request.output, flags, inputs.digests, *made)
+    return RunRecord(request.output, flags, inputs.digests, *made, request.given, request.to_enhance)
 
 
 def continue_earlier(request: ResolvedRequest, inputs: Inputs, named: bool) -> tuple[ResolvedRequest, bool]:
@@ -150,6 +150,8 @@ def continue_earlier(request: ResolvedRequest, inputs: Inputs, named: bool) -> t
     if request.seed_drawn:
         seed = before["flags"]["seed"]
         request = replace(request, seed=seed, flags={**request.flags, "seed": seed})
+    if request.to_enhance:
+        request = request.with_prompt(before["flags"]["prompt"])
     quantized = request.save_quantized
     own = quantized is not None and str(quantized) == before["save_quantized"]
     check_outputs(replace(request, output=output, save_quantized=None if own else quantized))

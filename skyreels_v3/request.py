@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 from skyreels_v3.attention.kernels import ATTENTIONS, INEXACT
+from skyreels_v3.prompts.model_prompt import AUTO, transitions
 from skyreels_v3.tasks import (
     DEVICES,
     DTYPES,
@@ -26,6 +27,10 @@ from skyreels_v3.tasks import (
     TaskSpec,
 )
 
+DEFAULT_ENHANCER = "Qwen/Qwen3-VL-4B-Instruct"
+ENHANCER_OFF, ENHANCER_LOCAL = "off", "local"  # values of --enhance_prompt that are no URL
+ENHANCER_KEY = "SKYREELS_ENHANCER_API_KEY"  # the environment variable
+SAME_PROMPT = "same"  # as --window_prompt
 MAX_SIDE = 2048
 MAX_SEED = 2**32 - 1  # a CPU's generator of noise takes 32 bits, and drops those above them without a word
 
@@ -108,6 +113,17 @@ class GenerationRequest:
         group="Input")
     prompt: str = flag("", "what happens in the video")
     negative_prompt: str = flag("", "what to avoid; needs --guidance_scale above 1")
+    transition: str | None = task_flag(None,
+        "how the new shot begins; the prompt then begins with a sentence that says so, for cut_in and cut_out with "
+        "the tags that the model's authors document. auto: what the prompt's words mean, or what the enhancer chooses",
+        choices=(AUTO, *transitions()))
+    enhance_prompt: str = flag(ENHANCER_OFF,
+        "have the prompt rewritten in more detail (default: off): by a model on this machine, or by an "
+        f"OpenAI-compatible endpoint, which gets the pictures too; its key is read from {ENHANCER_KEY}",
+        metavar=f"{ENHANCER_OFF}|{ENHANCER_LOCAL}|URL", in_request=False)
+    enhancer_model: str | None = flag(None,
+        f"hub id or folder of the model for --enhance_prompt local (default: {DEFAULT_ENHANCER}), or its name "
+        "at the URL", metavar="MODEL", path="hub", in_request=False)
     image: str | None = task_flag(None, "first frame of the video (i2v), path or URL", metavar="IMAGE",
         path="input")
     ref_imgs: tuple[str, ...] = task_flag((), "1-4 reference images, paths or URLs", metavar="IMAGE[,IMAGE...]",
@@ -256,13 +272,30 @@ class GenerationRequest:
     frame_folder: bool = False  # the output is a folder of PNG files
     resume_if_same: bool = False  # resume an interrupted run of just this request, if there is one
     seed_drawn: bool = False
-    flags: Mapping[str, Any] = field(default_factory=dict)  # as given, to run it again
+    flags: Mapping[str, Any] = field(default_factory=dict)  # to run it again
+    given: Mapping[str, Any] = field(default_factory=dict)  # flags that the prompt is made from, if it is another one
     notes: tuple[str, ...] = ()  # for the user, on what was changed
 
     @property
     def verbosity(self) -> int:
         """-1 for warnings and the result only, 1 for everything."""
         return self.verbose - self.quiet
+
+    @property
+    def to_enhance(self) -> bool:
+        """Whether the prompt is still to be rewritten."""
+        return self.enhance_prompt != ENHANCER_OFF
+
+    def with_prompt(self, prompt: str) -> Self:
+        """The request with the prompt that the model gets in the end."""
+        same = self.flags.get("window_prompt") == SAME_PROMPT
+        return replace(
+            self,
+            prompt=prompt,
+            window_prompt=prompt if same else self.window_prompt,
+            enhance_prompt=ENHANCER_OFF,
+            flags={**self.flags, "prompt": prompt},
+        )
 
     @property
     def sources(self) -> tuple[tuple[str, str], ...]:

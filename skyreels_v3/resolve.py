@@ -17,6 +17,7 @@ from skyreels_v3.checkpoints.files import errors_about
 from skyreels_v3.checkpoints.formats import CAST, GGUF, read_format
 from skyreels_v3.checkpoints.hub import (
     COMPONENTS,
+    ENHANCER,
     LORA,
     FileKind,
     check_on_hub,
@@ -36,7 +37,7 @@ from skyreels_v3.outputs import check_outputs, check_room, continue_earlier, fre
 from skyreels_v3.parallel import processes
 from skyreels_v3.parallel.ranks import SINGLE, Ranks
 from skyreels_v3.plan import Checked, degrees_of
-from skyreels_v3.request import BY_NAME, GenerationRequest, Request, ResolvedRequest
+from skyreels_v3.request import BY_NAME, ENHANCER_LOCAL, GenerationRequest, Request, ResolvedRequest
 from skyreels_v3.runtime import check_compute, check_device, default_dtype, likely_device
 from skyreels_v3.tasks import TINY
 
@@ -61,6 +62,8 @@ def preflight(request: GenerationRequest, downloads: Path, ranks: Ranks = SINGLE
     with explain_commas(request):
         request, checkpoint = locate_checkpoint(request)
         if ranks.is_main:
+            if request.enhance_prompt == ENHANCER_LOCAL:
+                locate(request, ENHANCER)
             check_on_hub(request)
         resumes = ranks.is_main and (request.resume or request.resume_if_same)
         if not resumes:
@@ -193,6 +196,11 @@ class AssetResolver:
                 name = request.base_model_id or repository.model_id
                 base = Path(self.fetch(f"{source} {name} base", lambda: download(request, repository)))  # noqa: B023
             request = replace(request, base_model_id=str(base))
+        if request.enhance_prompt == ENHANCER_LOCAL:
+            folder = locate(request, ENHANCER)
+            key = f"{source} {request.enhancer_model} enhancer"
+            folder = folder or Path(self.fetch(key, lambda: download(request, ENHANCER)))
+            request = replace(request, enhancer_model=str(folder))
         return follow_weights(request, checkpoint), checkpoint
 
     def file(self, name: str, request: GenerationRequest, kind: FileKind) -> str:
@@ -244,7 +252,9 @@ def resolve(
     name: str,
     checked: Checked | None = None,
 ) -> Checked:
-    """Check a request and download what is missing. What goes wrong on one rank is raised on all.
+    """Check a request, download what is missing, and have the prompt rewritten if that is asked for.
+
+    What goes wrong on one rank is raised on all.
 
     Args:
         downloads: a folder for inputs that are URLs, for as long as the video is being made.
@@ -257,7 +267,12 @@ def resolve(
         found = checked or preflight(request, downloads, ranks)
         if found.done:
             return found
-        resolved, checkpoint = resolver.resolve(found.request, found.checkpoint)
+        asked = found.request if ranks.is_main else found.request.with_prompt(found.request.prompt)
+        resolved, checkpoint = resolver.resolve(asked, found.checkpoint)
+        if resolved.to_enhance:
+            from skyreels_v3.prompts.enhance import enhance  # it opens pictures
+
+            resolved = enhance(resolved, found.inputs)
         return replace(found, request=resolved, checkpoint=checkpoint)
 
     if ranks.world_size == 1:
@@ -273,14 +288,15 @@ def resolve(
         own, problem = error, to_remote(error)
     if ranks.is_local_main:
         processes.store_set(f"found/{name}/{ranks.node}", [str(downloads), resolver.outcomes, problem])
-    state = None if found is None else [found.request.seed, found.done]  # the main rank's: maybe of an earlier run
+    # the main rank's: maybe of an earlier run
+    state = None if found is None else [found.request.seed, found.request.prompt, found.done]
     processes.store_set(f"ready/{name}/{ranks.rank}", [state, problem])
     everyone = [processes.store_get(f"ready/{name}/{rank}") for rank in range(ranks.world_size)]
     if (problem := next((problem for _, problem in everyone if problem), None)) is not None:
         raise own or from_remote(problem)
     assert found is not None
-    (seed, done), _ = everyone[0]
-    return replace(found, request=replace(found.request, seed=seed), done=done)
+    (seed, prompt, done), _ = everyone[0]
+    return replace(found, request=replace(found.request, seed=seed).with_prompt(prompt), done=done)
 
 
 def to_remote(error: Exception) -> RemoteError:

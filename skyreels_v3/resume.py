@@ -18,7 +18,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -51,6 +51,8 @@ class RunRecord:
         save_quantized: the folder of a checkpoint that it also saves.
         seed_drawn: the seed was drawn; a resumed run takes that of the interrupted one.
         resume_if_same: the same command resumes without --resume.
+        given: flags that the prompt was made from, if it is another one than the user's.
+        to_enhance: the prompt is still to be rewritten; a resumed run takes that of the interrupted one.
     """
 
     output: Path
@@ -60,12 +62,18 @@ class RunRecord:
     frame_folder: bool = False
     seed_drawn: bool = False
     resume_if_same: bool = False
+    given: Mapping[str, Any] = field(default_factory=dict)
+    to_enhance: bool = False
 
     def to_json(self) -> str:
         output = f"{self.output}/" if self.frame_folder else str(self.output)
         quantized = None if self.save_quantized is None else str(self.save_quantized)
-        record = {"output": output, "flags": dict(self.flags), "inputs": self.digests, "save_quantized": quantized}
-        return json.dumps(record)
+        return json.dumps({"output": output, **self.made_by(), "save_quantized": quantized})
+
+    def made_by(self) -> dict[str, Any]:
+        """What made the video, for JSON."""
+        given = {"given": dict(self.given)} if self.given else {}
+        return {"flags": dict(self.flags), **given, "inputs": self.digests}
 
     @property
     def digests(self) -> list[list[str]]:
@@ -78,6 +86,8 @@ class RunRecord:
         now.setdefault("dtype", before.get("dtype"))  # not known before torch is imported
         if self.seed_drawn:
             now["seed"] = before.get("seed")
+        if self.to_enhance:  # the prompt is not known: that which it is made from has to be the same
+            before, now = {**before, **left.get("given", {})}, {**now, **self.given}
         different = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if different:
             changes = ", ".join(
@@ -268,6 +278,8 @@ def claim(folder: Path, record: RunRecord) -> Left:
         record.check_same(left)
         if record.seed_drawn and not isinstance(left["flags"]["seed"], int):
             raise ValueError("no seed")
+        if record.to_enhance and not isinstance(left["flags"]["prompt"], str):
+            raise ValueError("no prompt")
     except BlockingIOError as error:
         request.close()
         reason = f"{format_value(folder)} is in use by a run that has not ended"

@@ -13,7 +13,7 @@ import yaml
 PACKAGE = Path(__file__).resolve().parent
 # inside an installed package; beside it in a clone and in an editable install
 CONFIG_DIR = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
-NO_PRESETS = ("size_buckets.yaml", "synonyms.yaml")
+NO_PRESETS = ("prompts.yaml", "size_buckets.yaml", "synonyms.yaml")
 TINY = "tiny"  # the built-in model, in the place of a checkpoint's id
 RESOLUTIONS = ("480P", "540P", "720P")
 
@@ -57,6 +57,7 @@ class TaskSpec:
     guidance_scale: float = 1.0
     size: tuple[int, int] | None = None  # height and width, where neither is given and no input has a shape
     prompt_prefix: str = ""
+    enhancer_rules: str = ""  # what --enhance_prompt has to know of the task
     default_duration: int = 0  # 0 where the length is that of the sound
     min_duration: int = 0
     max_duration: int = 0

@@ -35,6 +35,7 @@ class Repository:
             repository's root), and .pth files.
         tokenizers: folders with a tokenizer.
         files: other files that are needed.
+        extras: patterns of files that are fetched where there are such.
     """
 
     flag: str
@@ -43,6 +44,7 @@ class Repository:
     components: Mapping[str, tuple[str, ...]]
     tokenizers: tuple[str, ...]
     files: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
 
     @property
     def folders(self) -> list[str]:
@@ -58,7 +60,7 @@ class Repository:
     def patterns(self) -> list[str]:
         """Glob patterns of all files."""
         folders = [f"{folder}/*" for folder in (*self.folders, *self.tokenizers) if folder != "."]
-        return [*(FLAT_PATTERNS if "." in self.folders else ()), *folders, *self.single_files]
+        return [*(FLAT_PATTERNS if "." in self.folders else ()), *folders, *self.single_files, *self.extras]
 
     def without(self, component: str) -> Repository:
         """What is needed where the weights of a component come from elsewhere: of its folders, the configs."""

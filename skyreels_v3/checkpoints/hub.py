@@ -21,7 +21,7 @@ from threading import Thread
 from skyreels_v3.checkpoints.files import OTHER_FORMATS, Repository, check_file, errors_about
 from skyreels_v3.console import say
 from skyreels_v3.errors import UserError, format_value
-from skyreels_v3.request import GenerationRequest
+from skyreels_v3.request import DEFAULT_ENHANCER, ENHANCER_LOCAL, GenerationRequest
 from skyreels_v3.tasks import TASK_NAMES, TINY, task_spec
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,16 @@ COMPONENTS = {
     "text_encoder": FileKind("--text_encoder", "text encoder", (".safetensors",)),
     "vae": FileKind("--vae", "VAE", (".safetensors",)),
 }
+# a vision-language model in transformers' format
+ENHANCER = Repository(
+    flag="--enhancer_model",
+    kind="vision-language model",
+    model_id=DEFAULT_ENHANCER,
+    components={"enhancer": (".",)},
+    tokenizers=(".",),
+    files=("preprocessor_config.json",),
+    extras=("*.json", "*.jinja", "merges.txt"),
+)
 
 
 def locate(request: GenerationRequest, repository: Repository, beside: Path | None = None) -> Path | None:
@@ -271,13 +281,16 @@ def list_files(request: GenerationRequest, model_id: str, flag: str) -> list[str
 
 
 def check_on_hub(request: GenerationRequest) -> None:
-    """Raise UserError for files and a base model that the hub does not have, or does not give to this user."""
+    """Raise UserError for files and models that the hub does not have, or does not give to this user."""
     for name, kind in single_files(request):
         if locate_file(name, kind) is None:
             file_on_hub(name, request, kind)
-    base = request.base_model_id
-    if base is not None and not os.path.isdir(os.path.expanduser(base)) and cached(request, base) is None:
-        list_files(request, base, "--base_model_id")
+    models = {"--base_model_id": request.base_model_id}
+    if request.enhance_prompt == ENHANCER_LOCAL:
+        models[ENHANCER.flag] = request.enhancer_model
+    for flag, model in models.items():
+        if model is not None and not os.path.isdir(os.path.expanduser(model)) and cached(request, model) is None:
+            list_files(request, model, flag)
 
 
 def components_of(request: GenerationRequest) -> dict[str, str]:

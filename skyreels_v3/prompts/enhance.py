@@ -1,0 +1,187 @@
+"""--enhance_prompt: a prompt rewritten in more detail by a model that sees the pictures, on the main process.
+
+What goes wrong with the model costs only the new prompt: the video is made with the user's own, after a warning.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import re
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from skyreels_v3.cache import FileCache, cache_folder, identity_of
+from skyreels_v3.checkpoints.hub import ENHANCER, cached
+from skyreels_v3.errors import one_line
+from skyreels_v3.inputs import Inputs, condition_clip
+from skyreels_v3.media.video_reader import read_frames
+from skyreels_v3.prompts.model_prompt import AUTO, TAG, model_prompt, texts, transitions
+from skyreels_v3.request import ENHANCER_LOCAL, Request
+
+logger = logging.getLogger(__name__)
+
+MAX_SIDE = 512  # pixels of a picture that the enhancer sees
+CLIP_FRAMES = 3  # of those that the video goes on from
+MAX_LENGTH = 2000  # characters of an answer, far more than the rules ask for
+THOUGHTS = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
+NAMED = re.compile(r"\s*\[?(\w+)\]?[\s:.-]*")  # a transition, at the beginning of an answer
+QUOTED = re.compile(r'"([^"]+)"|\u201c([^\u201d]+)\u201d|\u00ab([^\u00bb]+)\u00bb|(?<!\w)\'([^\']+)\'(?!\w)')
+WORD = re.compile(r"[^\W\d_][\w-]*")
+SENTENCE_START = re.compile(r"(^|[.!?:;\]\n])[\s\"'(\u201c\u2018\u00ab]*$")
+
+
+class EnhancerError(Exception):
+    """Why there is no new prompt."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the enhancer is asked: rules, the prompt, and pictures as JPEG files."""
+
+    rules: str
+    prompt: str
+    pictures: tuple[bytes, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The same for equal questions."""
+        return json.dumps([self.rules, self.prompt, [hashlib.sha256(each).hexdigest() for each in self.pictures]])
+
+    @property
+    def urls(self) -> list[str]:
+        """The pictures as `data:` URLs."""
+        return [f"data:image/jpeg;base64,{base64.b64encode(each).decode()}" for each in self.pictures]
+
+
+def enhance(request: Request, inputs: Inputs) -> Request:
+    """The request with the enhancer's prompt, or with its own where there is none to be had.
+
+    Raises:
+        UserError: --enhancer_model cannot be loaded.
+    """
+    question, cache = question_of(request, inputs), cache_of(request)
+    try:
+        stored = cache.read(question.key)
+        answer = ask(request, question) if stored is None else stored.decode(errors="replace")
+        enhanced, notes = read_answer(request, answer)
+    except EnhancerError as error:
+        logger.warning("--enhance_prompt: %s; the prompt stays as it was", error)
+        return request.with_prompt(request.prompt)
+    cache.write(question.key, answer.encode())
+    for note in notes:
+        logger.info(note)
+    logger.info("the prompt is now: %s", one_line(enhanced))
+    return request.with_prompt(enhanced)
+
+
+def recall(request: Request, inputs: Inputs) -> Request:
+    """The request with the enhancer's prompt if that is known from an earlier run; else as it is."""
+    stored = cache_of(request).read(question_of(request, inputs).key)
+    try:
+        return request if stored is None else request.with_prompt(read_answer(request, stored.decode())[0])
+    except (EnhancerError, ValueError):
+        return request
+
+
+def cache_of(request: Request) -> FileCache:
+    """Where the answers to a request's enhancer are kept."""
+    folder: Path | None = None if request.no_cache else cache_folder() / "enhanced"
+    if request.enhance_prompt != ENHANCER_LOCAL:
+        return FileCache(folder, f"{request.enhance_prompt} {request.enhancer_model}")
+    assert request.enhancer_model is not None
+    model = Path(request.enhancer_model).expanduser()
+    found = model if model.is_dir() else cached(request, request.enhancer_model)
+    if found is None:
+        return FileCache(None, "")
+    return FileCache(folder, identity_of(ENHANCER.weights(found, "enhancer")))
+
+
+def ask(request: Request, question: Question) -> str:
+    """The enhancer's answer."""
+    assert request.enhancer_model is not None
+    if request.enhance_prompt == ENHANCER_LOCAL:
+        from skyreels_v3.prompts.local import ask_local
+
+        return ask_local(Path(request.enhancer_model), request, question)
+    from skyreels_v3.prompts.remote import ask_remote
+
+    return ask_remote(request.enhance_prompt, request.enhancer_model, question)
+
+
+# The question
+
+
+def question_of(request: Request, inputs: Inputs) -> Question:
+    rules = [texts()["enhancer"], request.task.enhancer_rules]
+    prompt = str(request.given["prompt"]).strip().removeprefix(request.task.prompt_prefix.strip()).strip()
+    if request.transition is not None and TAG.search(prompt) is None:
+        known = transitions()
+        if request.transition == AUTO:
+            choices = "; ".join(f"[{name}] {transition.sentence}" for name, transition in known.items())
+            rules.append(texts()["choose_transition"].format(choices.rstrip(".")))
+        else:
+            rules.append(texts()["transition"].format(known[request.transition].sentence))
+    return Question(" ".join(rules), prompt, tuple(map(small_jpeg, pictures_of(request, inputs))))
+
+
+def pictures_of(request: Request, inputs: Inputs) -> list[Image.Image]:
+    """The pictures that the video begins with, goes on from or is to show."""
+    if inputs.clip is None:
+        return [*inputs.images]
+    if not request.condition_frames:  # it is dubbed
+        return [Image.fromarray(next(read_frames(inputs.clip.path, request.task.fps)))]
+    frames = condition_clip(request, inputs)
+    return [Image.fromarray(frames[int(index)]) for index in np.linspace(0, len(frames) - 1, CLIP_FRAMES)]
+
+
+def small_jpeg(picture: Image.Image) -> bytes:
+    small, file = picture.convert("RGB"), BytesIO()
+    small.thumbnail((MAX_SIDE, MAX_SIDE))
+    small.save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+# The answer
+
+
+def read_answer(request: Request, answer: str) -> tuple[str, tuple[str, ...]]:
+    """The model's prompt from the enhancer's answer, and notes on what was added.
+
+    Raises:
+        EnhancerError: it is empty or too long, or has lost something of the user's prompt.
+    """
+    text, transition = " ".join(THOUGHTS.sub("", answer, count=1).split()), request.transition
+    given = " ".join(str(request.given["prompt"]).split()).removeprefix(request.task.prompt_prefix.strip())
+    if transition == AUTO and (named := NAMED.match(text)) and named[1].lower() in transitions():
+        transition, text = named[1].lower(), text[named.end() :]
+    if text[:1] == text[-1:] == '"' and '"' not in text[1:-1]:
+        text = text[1:-1].strip()
+    if not text:
+        raise EnhancerError("the answer is empty")
+    if len(text) > MAX_LENGTH:
+        raise EnhancerError(f"the answer has {len(text)} characters, more than {MAX_LENGTH}")
+    if sorted(TAG.findall(text)) != sorted(TAG.findall(given)):
+        raise EnhancerError("the answer has other tags than the prompt")
+    lost = [each for each in to_keep(given) if re.search(rf"(?<!\w){re.escape(each)}(?!\w)", text) is None]
+    if lost:
+        raise EnhancerError(f"the answer has lost {one_line(', '.join(lost[:3]))}")
+    return model_prompt(request.task, text, transition)
+
+
+def to_keep(prompt: str) -> list[str]:
+    """What a new prompt must still have: words in quotes, and names, which begin with a capital within a sentence."""
+    quoted = [next(filter(None, match.groups())).strip() for match in QUOTED.finditer(prompt)]
+    rest = TAG.sub(lambda tag: "]" * len(tag[0]), prompt)
+    names = [
+        word[0]
+        for word in WORD.finditer(rest)
+        if word[0][0].isupper() and word[0] != "I" and SENTENCE_START.search(rest[: word.start()]) is None
+    ]
+    return [*dict.fromkeys((*quoted, *names))]

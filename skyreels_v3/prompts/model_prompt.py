@@ -1,0 +1,88 @@
+"""From a user's prompt to the model's. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from skyreels_v3.errors import format_value
+from skyreels_v3.tasks import CONFIG_DIR, TaskSpec, load_yaml
+
+AUTO = "auto"
+TAG = re.compile(r"\[[A-Z][A-Z0-9_]*\]")
+
+
+@dataclass(frozen=True)
+class Transition:
+    """How a new shot begins.
+
+    Attributes:
+        sentence: says so in plain words.
+        words: those in a prompt that mean it.
+        tag: documented by the model's authors; "": there is none.
+    """
+
+    sentence: str
+    words: tuple[str, ...]
+    tag: str = ""
+
+
+@cache
+def texts() -> Mapping[str, Any]:
+    """What configs/prompts.yaml says."""
+    return load_yaml(CONFIG_DIR / "prompts.yaml")
+
+
+@cache
+def transitions() -> Mapping[str, Transition]:
+    """All transitions by their names."""
+    return {
+        name: Transition(**{**parts, "words": tuple(parts["words"])}) for name, parts in texts()["transitions"].items()
+    }
+
+
+def model_prompt(task: TaskSpec, prompt: str, transition: str | None = None) -> tuple[str, tuple[str, ...]]:
+    """A prompt as a task's model gets it, and notes on what was changed.
+
+    Args:
+        transition: one of `transitions`, or AUTO for the one that the prompt's words mean.
+    """
+    notes = []
+    if transition is not None:
+        prompt, note = with_transition(prompt, transition)
+        notes.append(note)
+    if not prompt.lstrip().startswith(task.prompt_prefix.strip()):
+        prompt = task.prompt_prefix + prompt
+        notes.append(f'--prompt now begins with "{task.prompt_prefix.strip()}", as in training')
+    return prompt, tuple(notes)
+
+
+def with_transition(prompt: str, transition: str) -> tuple[str, str]:
+    """A prompt that begins with a transition's tag and sentence, and a note on it. A tag in the prompt wins."""
+    given = f"--transition {transition}"
+    if (tag := TAG.search(prompt)) is not None:
+        return prompt, f"{given} is not used: the prompt says {format_value(tag[0])}"
+    if transition == AUTO:
+        found = find_words(prompt)
+        if found is None:
+            return prompt, f"{given}: no word of the prompt means one; it stays as it is"
+        transition, word = found
+        given += f': {transition}, for "{word}"'
+    chosen = transitions()[transition]
+    prompt = " ".join(filter(None, (chosen.tag, chosen.sentence, prompt)))
+    return prompt, f"{given}; the prompt begins with: {chosen.tag} {chosen.sentence}".replace(":  ", ": ")
+
+
+def find_words(prompt: str) -> tuple[str, str] | None:
+    """The transition that the first telling words of a prompt mean, and these words."""
+    text = re.sub(r"[-\s]+", " ", prompt.lower().replace("\u2019", "'"))
+    found = [
+        (match.start(), name, word)
+        for name, transition in transitions().items()
+        for word in transition.words
+        if (match := re.search(rf"\b{re.escape(word)}\b", text)) is not None
+    ]
+    return min(found)[1:] if found else None
