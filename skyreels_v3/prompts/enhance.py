@@ -159,8 +159,9 @@ def read_answer(request: Request, answer: str) -> tuple[str, tuple[str, ...]]:
     """
     text, transition = " ".join(THOUGHTS.sub("", answer, count=1).split()), request.transition
     given = " ".join(str(request.given["prompt"]).split()).removeprefix(request.task.prompt_prefix.strip())
-    if transition == AUTO and (named := NAMED.match(text)) and named[1].lower() in transitions():
-        transition, text = named[1].lower(), text[named.end() :]
+    chosen = NAMED.match(text) if transition == AUTO and TAG.search(given) is None else None
+    if chosen is not None and chosen[1].lower() in transitions():
+        transition, text = chosen[1].lower(), text[chosen.end() :]
     if text[:1] == text[-1:] == '"' and '"' not in text[1:-1]:
         text = text[1:-1].strip()
     if not text:
@@ -178,7 +179,7 @@ def read_answer(request: Request, answer: str) -> tuple[str, tuple[str, ...]]:
 def to_keep(prompt: str) -> list[str]:
     """What a new prompt must still have: words in quotes, and names, which begin with a capital within a sentence."""
     quoted = [next(filter(None, match.groups())).strip() for match in QUOTED.finditer(prompt)]
-    rest = TAG.sub(lambda tag: "]" * len(tag[0]), prompt)
+    rest = QUOTED.sub(" , ", TAG.sub("]", prompt))
     names = [
         word[0]
         for word in WORD.finditer(rest)

@@ -18,6 +18,7 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils.logging import disable_progress_bar
 
 from skyreels_v3.checkpoints.hub import ENHANCER
 from skyreels_v3.errors import UserError, cause_of
@@ -41,19 +42,23 @@ def ask_local(folder: Path, request: GenerationRequest, question: Question) -> s
         EnhancerError: it has not come to an end, or this machine cannot run it.
     """
     device = choose_device(folder, request)
+    disable_progress_bar()
     logger.info("asking %s on %s for a better prompt", folder, device)
     try:
         config = AutoConfig.from_pretrained(folder, **SAFE)
         processor = load_processor(folder, config)
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            folder, config=config, dtype="auto", use_safetensors=True, **SAFE
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            folder, config=config, dtype="auto", use_safetensors=True, output_loading_info=True, **SAFE
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        model, info = loaded
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"no weights for {missing[0]}")
+    except Exception as error:  # of libraries, which raise anything for a folder that is something else
         reason = f"{folder} is no vision-language model that transformers can load ({cause_of(error)})"
         raise UserError("--enhancer_model", f"{reason}; give such a model, for example {ENHANCER.model_id}") from error
     try:
         return generate(model.to(device), processor, question)
-    except RuntimeError as error:  # out of memory, mostly
+    except Exception as error:  # out of memory, or anything that the model's template raises
         problem = cause_of(error)
     finally:
         del model
