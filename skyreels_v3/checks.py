@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from skyreels_v3.errors import UserError, format_value, redact_url
-from skyreels_v3.prompts.model_prompt import model_prompt
+from skyreels_v3.prompts import model_prompt
 from skyreels_v3.request import (
     ALIKE,
     BY_NAME,

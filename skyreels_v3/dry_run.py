@@ -35,7 +35,7 @@ def dry_run(request: GenerationRequest, downloads: Path, ranks: Ranks) -> str:
 def describe_prompt(request: GenerationRequest, inputs: Inputs) -> Iterator[tuple[str, str]]:
     """The prompt that the model gets, what it is made from, and whether it is still to be rewritten."""
     if request.to_enhance:
-        from skyreels_v3.prompts.enhance import recall
+        from skyreels_v3.enhancer.enhance import recall
 
         model = f"{request.enhancer_model}, {request.given['enhance_prompt']}"
         request = recall(request, inputs)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 from skyreels_v3.attention.kernels import ATTENTIONS, INEXACT
-from skyreels_v3.prompts.model_prompt import AUTO, transitions
+from skyreels_v3.prompts import AUTO, transitions
 from skyreels_v3.tasks import (
     DEVICES,
     DTYPES,

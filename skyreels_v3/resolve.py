@@ -270,7 +270,7 @@ def resolve(
         asked = found.request if ranks.is_main else found.request.with_prompt(found.request.prompt)
         resolved, checkpoint = resolver.resolve(asked, found.checkpoint)
         if resolved.to_enhance:
-            from skyreels_v3.prompts.enhance import enhance  # it opens pictures
+            from skyreels_v3.enhancer.enhance import enhance  # it opens pictures
 
             resolved = enhance(resolved, found.inputs)
         return replace(found, request=resolved, checkpoint=checkpoint)

@@ -13,10 +13,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "skyreels_v3"
 # folders and modules of the package, from below; those of one row may import each other if that makes no circle
 LAYERS = (
     ("version", "errors", "console", "vector_kernels", "progress", "config_text"),
-    ("tasks", "hints", "attention"),
+    ("tasks", "prompts", "hints", "attention"),
     ("request",),
     ("media", "cache", "memory", "parallel", "denoising", "checkpoints", "inputs", "quality"),
-    ("families", "plan", "components", "stages", "runtime", "throughput", "resume", "outputs"),
+    ("families", "plan", "components", "stages", "runtime", "throughput", "resume", "outputs", "enhancer"),
     ("wan", "hunyuan"),
     ("resolve", "dry_run", "generate", "worker"),
     ("api", "batch", "checks", "cli", "convert"),

@@ -21,9 +21,9 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils.logging import disable_progress_bar
 
 from skyreels_v3.checkpoints.hub import ENHANCER
+from skyreels_v3.enhancer.question import EnhancerError, Question
 from skyreels_v3.errors import UserError, cause_of
 from skyreels_v3.parallel.ranks import ranks_of
-from skyreels_v3.prompts.enhance import EnhancerError, Question
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.runtime import likely_device
 

@@ -8,7 +8,7 @@ import pytest
 
 from skyreels_v3.checks import request_of
 from skyreels_v3.errors import UserError
-from skyreels_v3.prompts.model_prompt import transitions
+from skyreels_v3.prompts import transitions
 from skyreels_v3.request import GenerationRequest
 
 TAGS = {"cut_in": "[ZOOM_IN_CUT]", "cut_out": "[ZOOM_OUT_CUT]"}

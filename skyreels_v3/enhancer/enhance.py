@@ -5,12 +5,8 @@ What goes wrong with the model costs only the new prompt: the video is made with
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import logging
 import re
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -19,10 +15,11 @@ from PIL import Image
 
 from skyreels_v3.cache import FileCache, cache_folder, identity_of
 from skyreels_v3.checkpoints.hub import ENHANCER, cached
+from skyreels_v3.enhancer.question import EnhancerError, Question
 from skyreels_v3.errors import one_line
 from skyreels_v3.inputs import Inputs, condition_clip
 from skyreels_v3.media.video_reader import read_frames
-from skyreels_v3.prompts.model_prompt import AUTO, TAG, model_prompt, texts, transitions
+from skyreels_v3.prompts import AUTO, TAG, model_prompt, texts, transitions
 from skyreels_v3.request import ENHANCER_LOCAL, Request
 
 logger = logging.getLogger(__name__)
@@ -31,33 +28,11 @@ MAX_SIDE = 512  # pixels of a picture that the enhancer sees
 CLIP_FRAMES = 3  # of those that the video goes on from
 MAX_LENGTH = 2000  # characters of an answer, far more than the rules ask for
 THOUGHTS = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
+NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and halves of others
 NAMED = re.compile(r"\s*\[?(\w+)\]?[\s:.-]*")  # a transition, at the beginning of an answer
 QUOTED = re.compile(r'"([^"]+)"|\u201c([^\u201d]+)\u201d|\u00ab([^\u00bb]+)\u00bb|(?<!\w)\'([^\']+)\'(?!\w)')
 WORD = re.compile(r"[^\W\d_][\w-]*")
 SENTENCE_START = re.compile(r"(^|[.!?:;\]\n])[\s\"'(\u201c\u2018\u00ab]*$")
-
-
-class EnhancerError(Exception):
-    """Why there is no new prompt."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """What the enhancer is asked: rules, the prompt, and pictures as JPEG files."""
-
-    rules: str
-    prompt: str
-    pictures: tuple[bytes, ...] = ()
-
-    @property
-    def key(self) -> str:
-        """The same for equal questions."""
-        return json.dumps([self.rules, self.prompt, [hashlib.sha256(each).hexdigest() for each in self.pictures]])
-
-    @property
-    def urls(self) -> list[str]:
-        """The pictures as `data:` URLs."""
-        return [f"data:image/jpeg;base64,{base64.b64encode(each).decode()}" for each in self.pictures]
 
 
 def enhance(request: Request, inputs: Inputs) -> Request:
@@ -74,7 +49,8 @@ def enhance(request: Request, inputs: Inputs) -> Request:
     except EnhancerError as error:
         logger.warning("--enhance_prompt: %s; the prompt stays as it was", error)
         return request.with_prompt(request.prompt)
-    cache.write(question.key, answer.encode())
+    if stored is None:
+        cache.write(question.key, answer.encode(errors="replace"))
     for note in notes:
         logger.info(note)
     logger.info("the prompt is now: %s", one_line(enhanced))
@@ -107,10 +83,10 @@ def ask(request: Request, question: Question) -> str:
     """The enhancer's answer."""
     assert request.enhancer_model is not None
     if request.enhance_prompt == ENHANCER_LOCAL:
-        from skyreels_v3.prompts.local import ask_local
+        from skyreels_v3.enhancer.local import ask_local
 
         return ask_local(Path(request.enhancer_model), request, question)
-    from skyreels_v3.prompts.remote import ask_remote
+    from skyreels_v3.enhancer.remote import ask_remote
 
     return ask_remote(request.enhance_prompt, request.enhancer_model, question)
 
@@ -157,7 +133,8 @@ def read_answer(request: Request, answer: str) -> tuple[str, tuple[str, ...]]:
     Raises:
         EnhancerError: it is empty or too long, or has lost something of the user's prompt.
     """
-    text, transition = " ".join(THOUGHTS.sub("", answer, count=1).split()), request.transition
+    text, transition = THOUGHTS.sub("", answer, count=1), request.transition
+    text = " ".join(NO_TEXT.sub(" ", text).split())
     given = " ".join(str(request.given["prompt"]).split()).removeprefix(request.task.prompt_prefix.strip())
     chosen = NAMED.match(text) if transition == AUTO and TAG.search(given) is None else None
     if chosen is not None and chosen[1].lower() in transitions():

@@ -27,12 +27,14 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from skyreels_v3.checkpoints.hub import ENHANCER
 from skyreels_v3.checks import request_of
+from skyreels_v3.enhancer import local, remote
+from skyreels_v3.enhancer.enhance import enhance, question_of, read_answer, recall, to_keep
+from skyreels_v3.enhancer.question import EnhancerError
 from skyreels_v3.errors import UserError
 from skyreels_v3.inputs import Inputs
 from skyreels_v3.media.video_reader import read_frames
 from skyreels_v3.media.video_writer import read_comment
-from skyreels_v3.prompts import local, remote
-from skyreels_v3.prompts.enhance import EnhancerError, enhance, question_of, read_answer, recall, to_keep
+from skyreels_v3.prompts import transitions
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.resume import RunRecord
 
@@ -275,12 +277,10 @@ def test_what_has_to_survive(prompt, kept):
         ("The sail", {"transition": "auto"}, "Wide view of it.", "[ZOOM_OUT_CUT] {cut_out} Wide view of it."),
         ("The sail", {"transition": "cut_in"}, "The sail swells.", "[ZOOM_IN_CUT] {cut_in} The sail swells."),
         ("[CUT_AWAY] A", {"transition": "auto"}, "[CUT_AWAY] A gull.", "[CUT_AWAY] A gull."),
-        ("[CUT_AWAY] A", {}, "[CUT_AWAY]   A\ngull.", "[CUT_AWAY] A gull."),
+        ("[CUT_AWAY] A", {}, "[CUT_AWAY]   A\n\x1b\ud83dgull.", "[CUT_AWAY] A gull."),
     ],
 )
 def test_transitions_of_answers(given, flags, answer, expected):
-    from skyreels_v3.prompts.model_prompt import transitions
-
     request = asking("http://127.0.0.1", given, "shot_switching_extension", **flags)
     sentences = {name: transition.sentence for name, transition in transitions().items()}
     assert read_answer(request, answer)[0] == expected.format(**sentences)
@@ -288,7 +288,7 @@ def test_transitions_of_answers(given, flags, answer, expected):
 
 def test_the_words_of_training_are_not_rewritten():
     request = asking("http://127.0.0.1", "FPS-24, A cat", "t2v")
-    assert question_of(request, Inputs()).prompt == ", A cat".lstrip(", ")
+    assert question_of(request, Inputs()).prompt == "A cat"
     assert read_answer(request, "A grey cat.")[0] == "FPS-24, A grey cat."
     with pytest.raises(EnhancerError, match="other tags"):
         read_answer(request, "[A_TAG] A grey cat.")
@@ -406,7 +406,9 @@ def test_files_that_are_fetched():
 # Whole runs
 
 
-def test_a_run_and_its_repetition(main, quick, write_lossless, tmp_path, cache, monkeypatch):
+def test_a_run_its_continuation_and_its_repetition(
+    main, quick, interrupt, write_lossless, tmp_path, cache, monkeypatch
+):
     monkeypatch.setattr(remote, "TOTAL_SECONDS", 60.0)
     monkeypatch.setenv("SKYREELS_CACHE", str(cache))  # with the toys
     frames = np.random.default_rng(1).integers(0, 256, (12, 32, 48, 3), np.uint8)
@@ -419,11 +421,17 @@ def test_a_run_and_its_repetition(main, quick, write_lossless, tmp_path, cache, 
         code, plan, stderr = main(*command, *enhanced, "--dry_run")
         assert code == 0 and not endpoint.asked, stderr
         assert "enhancer      m, remote: it is asked for a better prompt\nprompt        The sail\n" in plan
-        code, _, stderr = main(*command, *enhanced, "--output", "a.mp4")
-        assert code == 0, stderr
+        interrupt(1)
+        code, _, stderr = main(*command, *enhanced, "--output", "a.mp4", "--checkpoint_every", "0.001", "--no_cache")
+        assert code == 130 and len(endpoint.asked) == 1, stderr
+        interrupt(0)
+        code, _, stderr = main(*command, *enhanced, "--output", "a.mp4", "--resume", "--no_cache")
+        assert code == 0 and len(endpoint.asked) == 1, stderr
+        code, _, stderr = main(*command, *enhanced, "--output", "b/")
+        assert code == 0 and len(endpoint.asked) == 2, stderr
         code, plan, _ = main(*command, *enhanced, "--dry_run")
         assert f"from an earlier run\nprompt        {expected}\ngiven prompt  The sail\n" in plan
-    assert len(endpoint.asked) == 1
+    assert len(endpoint.asked) == 2
     *pictures, _ = endpoint.asked[0][2]["messages"][1]["content"]
     assert len(pictures) == 3
     comment = json.loads(read_comment(tmp_path / "a.mp4"))

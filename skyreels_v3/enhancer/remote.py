@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from skyreels_v3.prompts.enhance import EnhancerError, Question
+from skyreels_v3.enhancer.question import EnhancerError, Question
 from skyreels_v3.request import ENHANCER_KEY
 
 logger = logging.getLogger(__name__)
