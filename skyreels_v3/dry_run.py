@@ -18,7 +18,7 @@ from skyreels_v3.media.files import existing_folder, giga
 from skyreels_v3.memory.policy import TILINGS
 from skyreels_v3.parallel.ranks import Ranks
 from skyreels_v3.plan import Checked, Plan, component_dtype, output_bytes, plan
-from skyreels_v3.request import GenerationRequest, ResolvedRequest
+from skyreels_v3.request import ENHANCER_LOCAL, GenerationRequest, ResolvedRequest
 from skyreels_v3.resolve import preflight
 from skyreels_v3.runtime import find_machine
 from skyreels_v3.tasks import MEMORY_MODES, TINY
@@ -35,11 +35,16 @@ def dry_run(request: GenerationRequest, downloads: Path, ranks: Ranks) -> str:
 def describe_prompt(request: GenerationRequest, inputs: Inputs) -> Iterator[tuple[str, str]]:
     """The prompt that the model gets, what it is made from, and whether it is still to be rewritten."""
     if request.to_enhance:
-        from skyreels_v3.enhancer.enhance import recall
+        from skyreels_v3.enhancer.enhance import model_folder, recall
 
         model = f"{request.enhancer_model}, {request.given['enhance_prompt']}"
+        local = request.enhance_prompt == ENHANCER_LOCAL
+        sizes = (
+            hub.bytes_to_fetch(request, hub.ENHANCER) if local and not Path(request.enhancer_model).is_dir() else None
+        )
+        fetched = f" ({giga(sizes[1])} of {giga(sizes[0])} to fetch)" if sizes else ""
         request = recall(request, inputs)
-        known = "it is asked for a better prompt" if request.to_enhance else "the prompt is known from an earlier run"
+        known = "asked for a better prompt" if request.to_enhance else "the prompt is known from an earlier run"
         yield "enhancer", f"{model}: {known}"
     yield "prompt", one_line(request.prompt)
     if (given := request.given.get("prompt", request.prompt)) != request.prompt:

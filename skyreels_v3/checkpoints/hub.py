@@ -74,7 +74,6 @@ ENHANCER = Repository(
     model_id=DEFAULT_ENHANCER,
     components={"enhancer": (".",)},
     tokenizers=(".",),
-    files=("preprocessor_config.json",),
     extras=("*.json", "*.jinja", "merges.txt"),
 )
 

@@ -71,12 +71,15 @@ def cache_of(request: Request) -> FileCache:
     folder: Path | None = None if request.no_cache else cache_folder() / "enhanced"
     if request.enhance_prompt != ENHANCER_LOCAL:
         return FileCache(folder, f"{request.enhance_prompt} {request.enhancer_model}")
+    found = model_folder(request)
+    return FileCache(folder if found else None, identity_of(ENHANCER.weights(found, "enhancer") if found else ()))
+
+
+def model_folder(request: Request) -> Path | None:
+    """The folder of the model for `local`; None if it must be fetched."""
     assert request.enhancer_model is not None
-    model = Path(request.enhancer_model).expanduser()
-    found = model if model.is_dir() else cached(request, request.enhancer_model)
-    if found is None:
-        return FileCache(None, "")
-    return FileCache(folder, identity_of(ENHANCER.weights(found, "enhancer")))
+    folder = Path(request.enhancer_model).expanduser()
+    return folder if folder.is_dir() else cached(request, request.enhancer_model)
 
 
 def ask(request: Request, question: Question) -> str:

@@ -58,6 +58,8 @@ def ask_local(folder: Path, request: GenerationRequest, question: Question) -> s
         raise UserError("--enhancer_model", f"{reason}; give such a model, for example {ENHANCER.model_id}") from error
     try:
         return generate(model.to(device), processor, question)
+    except EnhancerError:
+        raise
     except Exception as error:  # out of memory, or anything that the model's template raises
         problem = cause_of(error)
     finally:

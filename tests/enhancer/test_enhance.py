@@ -385,7 +385,7 @@ def test_an_endless_answer_and_models_that_are_none(qwen, quick, monkeypatch, tm
     monkeypatch.setattr(local, "MAX_TOKENS", 4)
     asked = asking("local", "wind", enhancer_model=str(qwen), device="cpu")
     assert enhance(asked, Inputs()).prompt == "wind"
-    assert "the answer does not end within 4 tokens" in caplog.text
+    assert "--enhance_prompt: the answer does not end within 4 tokens" in caplog.text
     other = tmp_path / "other"
     other.mkdir()
     for file in qwen.iterdir():
@@ -420,7 +420,7 @@ def test_a_run_its_continuation_and_its_repetition(
         enhanced = ("--transition", "auto", "--enhance_prompt", endpoint.url, "--enhancer_model", "m")
         code, plan, stderr = main(*command, *enhanced, "--dry_run")
         assert code == 0 and not endpoint.asked, stderr
-        assert "enhancer      m, remote: it is asked for a better prompt\nprompt        The sail\n" in plan
+        assert "enhancer      m, remote: asked for a better prompt\nprompt        The sail\n" in plan
         interrupt(1)
         code, _, stderr = main(*command, *enhanced, "--output", "a.mp4", "--checkpoint_every", "0.001", "--no_cache")
         assert code == 130 and len(endpoint.asked) == 1, stderr
