@@ -38,11 +38,9 @@ def describe_prompt(request: GenerationRequest, inputs: Inputs) -> Iterator[tupl
         from skyreels_v3.enhancer.enhance import model_folder, recall
 
         model = f"{request.enhancer_model}, {request.given['enhance_prompt']}"
-        local = request.enhance_prompt == ENHANCER_LOCAL
-        sizes = (
-            hub.bytes_to_fetch(request, hub.ENHANCER) if local and not Path(request.enhancer_model).is_dir() else None
-        )
-        fetched = f" ({giga(sizes[1])} of {giga(sizes[0])} to fetch)" if sizes else ""
+        if request.enhance_prompt == ENHANCER_LOCAL and model_folder(request) is None:
+            sizes = hub.bytes_to_fetch(request, hub.ENHANCER)
+            model += f" ({giga(sizes[1])} to fetch)" if sizes else " (to be fetched)"
         request = recall(request, inputs)
         known = "asked for a better prompt" if request.to_enhance else "the prompt is known from an earlier run"
         yield "enhancer", f"{model}: {known}"

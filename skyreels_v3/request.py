@@ -114,8 +114,9 @@ class GenerationRequest:
     prompt: str = flag("", "what happens in the video")
     negative_prompt: str = flag("", "what to avoid; needs --guidance_scale above 1")
     transition: str | None = task_flag(None,
-        "how the new shot begins; the prompt then begins with a sentence that says so, for cut_in and cut_out with "
-        "the tags that the model's authors document. auto: what the prompt's words mean, or what the enhancer chooses",
+        "how the new shot begins: a sentence before the prompt says so, and for cut_in and cut_out [ZOOM_IN_CUT] and "
+        "[ZOOM_OUT_CUT], the only tags that the model's authors document; auto: by the prompt's words, or as the "
+        "enhancer chooses (default: the prompt is used as it is)",
         choices=(AUTO, *transitions()))
     enhance_prompt: str = flag(ENHANCER_OFF,
         "have the prompt rewritten in more detail (default: off): by a model on this machine, or by an "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from PIL import Image
 from skyreels_v3.cache import FileCache, cache_folder, identity_of
 from skyreels_v3.checkpoints.hub import ENHANCER, cached
 from skyreels_v3.enhancer.question import EnhancerError, Question
-from skyreels_v3.errors import one_line
+from skyreels_v3.errors import UserError, one_line
 from skyreels_v3.inputs import Inputs, condition_clip
 from skyreels_v3.media.video_reader import read_frames
 from skyreels_v3.prompts import AUTO, TAG, model_prompt, texts, transitions
@@ -79,7 +80,12 @@ def model_folder(request: Request) -> Path | None:
     """The folder of the model for `local`; None if it must be fetched."""
     assert request.enhancer_model is not None
     folder = Path(request.enhancer_model).expanduser()
-    return folder if folder.is_dir() else cached(request, request.enhancer_model)
+    found = folder if folder.is_dir() else cached(request, request.enhancer_model)
+    with suppress(UserError):  # not complete
+        if found is not None:
+            ENHANCER.check(found, ENHANCER.flag)
+            return found
+    return None
 
 
 def ask(request: Request, question: Question) -> str:
