@@ -30,7 +30,7 @@ from skyreels_v3.media.files import check_readable, check_writable
 from skyreels_v3.parallel import processes
 from skyreels_v3.parallel.ranks import SINGLE, Ranks
 from skyreels_v3.plan import terms_of
-from skyreels_v3.request import FLAGS, OUTPUTS, GenerationRequest
+from skyreels_v3.request import FLAGS, IN_PROMPT, OUTPUTS, GenerationRequest
 from skyreels_v3.resolve import downloads_folder, networks
 from skyreels_v3.worker import Worker
 
@@ -50,7 +50,7 @@ NOT_IDENTITY = {
     "parameters_level",
     "sequence_batch",
     "url_timeout",
-} - {*OUTPUTS, "outdir"}
+} - {*OUTPUTS, "outdir", *IN_PROMPT}
 
 
 # Jobs and results

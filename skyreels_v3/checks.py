@@ -22,6 +22,7 @@ from skyreels_v3.request import (
     ENHANCER_LOCAL,
     ENHANCER_OFF,
     EXCLUSIVE,
+    IN_PROMPT,
     MAX_SEED,
     OUTPUTS,
     REQUIRED,
@@ -38,7 +39,6 @@ BOX = re.compile(r" *\d{1,6} *(, *\d{1,6} *){3}")
 PARTIAL = ":partial"
 MAX_PIXELS = 1920 * 1088
 MIN_CACHED_STEPS = 12  # with fewer, neighboring steps differ too much
-IN_PROMPT = ("transition", "enhance_prompt", "enhancer_model")  # flags that show in the model's prompt
 CACHE_THRESHOLD = 0.1  # of fbcache; a common choice for HunyuanVideo
 
 
@@ -327,7 +327,7 @@ def make_request(spec: TaskSpec, values: Mapping[str, Any], notes: Sequence[str]
     recorded = {"task_type": spec.name} | {
         name: without_secrets(name, value)
         for name, value in values.items()
-        if BY_NAME[name].recorded and value is not None and BY_NAME[name].is_for(spec) and name not in IN_PROMPT
+        if BY_NAME[name].recorded and value is not None and BY_NAME[name].is_for(spec)
     }
     if values.get("window_prompt") == SAME_PROMPT:
         values["window_prompt"] = values["prompt"]

@@ -59,7 +59,8 @@ def make_videos(request: GenerationRequest, downloads: Path, ranks: Ranks) -> It
     for video in (first, *others):
         name = f"video/{video.number}"
         checked = worker.resolve(video if prompt is None else video.with_prompt(prompt), downloads, name, checked)
-        prompt = checked.request.prompt  # rewritten once for all
+        if not checked.done:
+            prompt = checked.request.prompt  # rewritten once for all
         if checked.done:
             logger.info("%s is done already", checked.request.output)
             yield checked.request.output

@@ -30,6 +30,7 @@ from skyreels_v3.tasks import (
 DEFAULT_ENHANCER = "Qwen/Qwen3-VL-4B-Instruct"
 ENHANCER_OFF, ENHANCER_LOCAL = "off", "local"  # values of --enhance_prompt that are no URL
 ENHANCER_KEY = "SKYREELS_ENHANCER_API_KEY"  # the environment variable
+IN_PROMPT = ("transition", "enhance_prompt", "enhancer_model")  # not recorded: the prompt that they make is
 SAME_PROMPT = "same"  # as --window_prompt
 MAX_SIDE = 2048
 MAX_SEED = 2**32 - 1  # a CPU's generator of noise takes 32 bits, and drops those above them without a word
@@ -117,12 +118,12 @@ class GenerationRequest:
         "how the new shot begins: a sentence before the prompt says so, and for cut_in and cut_out [ZOOM_IN_CUT] and "
         "[ZOOM_OUT_CUT], the only tags that the model's authors document; auto: by the prompt's words, or as the "
         "enhancer chooses (default: the prompt is used as it is)",
-        choices=(AUTO, *transitions()))
-    enhance_prompt: str = flag(ENHANCER_OFF,
+        choices=(AUTO, *transitions()), recorded=False)
+    enhance_prompt: str = unrecorded(ENHANCER_OFF,
         "have the prompt rewritten in more detail (default: off): by a model on this machine, or by an "
         f"OpenAI-compatible endpoint, which gets the pictures too; its key is read from {ENHANCER_KEY}",
         metavar=f"{ENHANCER_OFF}|{ENHANCER_LOCAL}|URL", in_request=False)
-    enhancer_model: str | None = flag(None,
+    enhancer_model: str | None = unrecorded(None,
         f"hub id or folder of the model for --enhance_prompt local (default: {DEFAULT_ENHANCER}), or its name "
         "at the URL", metavar="MODEL", path="hub", in_request=False)
     image: str | None = task_flag(None, "first frame of the video (i2v), path or URL", metavar="IMAGE",

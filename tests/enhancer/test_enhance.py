@@ -20,13 +20,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
+from skyreels_v3.batch import identity_of
 from skyreels_v3.checkpoints.hub import ENHANCER
 from skyreels_v3.checks import request_of
+from skyreels_v3.cli import read_config_file
 from skyreels_v3.enhancer import local, remote
 from skyreels_v3.enhancer.enhance import enhance, question_of, read_answer, recall, to_keep
 from skyreels_v3.enhancer.question import EnhancerError
@@ -309,6 +312,20 @@ def test_an_interrupted_run_keeps_its_prompt():
         RunRecord(Path("a.mp4"), asked.flags, given=asked.given, to_enhance=True).check_same(plain)
 
 
+def test_a_video_from_elsewhere_does_not_say_who_gets_the_key(tmp_path):
+    made = {"flags": {"prompt": PROMPT, "enhance_prompt": "http://127.0.0.1:1", "enhancer_model": "m"}}
+    comment = PngInfo()
+    comment.add_text("comment", json.dumps(made))
+    noise((8, 8)).save(tmp_path / "a.png", pnginfo=comment)
+    assert read_config_file(str(tmp_path / "a.png")) == {"prompt": PROMPT}
+
+
+def test_jobs_with_another_transition_are_other_jobs():
+    line = {"task_type": "shot_switching_extension", "prompt": "a"}
+    assert identity_of(line) != identity_of(line | {"transition": "cut_in"})
+    assert identity_of(line) != identity_of(line | {"enhance_prompt": "local"})
+
+
 # A model on this machine
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -406,9 +423,7 @@ def test_files_that_are_fetched():
 # Whole runs
 
 
-def test_a_run_its_continuation_and_its_repetition(
-    main, quick, interrupt, write_lossless, tmp_path, cache, monkeypatch
-):
+def test_runs_of_the_command(main, quick, interrupt, write_lossless, tmp_path, cache, monkeypatch):
     monkeypatch.setattr(remote, "TOTAL_SECONDS", 60.0)
     monkeypatch.setenv("SKYREELS_CACHE", str(cache))  # with the toys
     frames = np.random.default_rng(1).integers(0, 256, (12, 32, 48, 3), np.uint8)
@@ -429,9 +444,13 @@ def test_a_run_its_continuation_and_its_repetition(
         assert code == 0 and len(endpoint.asked) == 1, stderr
         code, _, stderr = main(*command, *enhanced, "--output", "b/")
         assert code == 0 and len(endpoint.asked) == 2, stderr
+        code, _, stderr = main(*command, *enhanced, "--outdir", "two", "--video_num", 2, "--no_cache")
+        assert code == 0 and len(endpoint.asked) == 3, stderr
+        videos = (tmp_path / "results" / "two").glob("*.mp4")
+        assert [json.loads(read_comment(each))["flags"]["prompt"] for each in videos] == [expected] * 2
         code, plan, _ = main(*command, *enhanced, "--dry_run")
         assert f"from an earlier run\nprompt        {expected}\ngiven prompt  The sail\n" in plan
-    assert len(endpoint.asked) == 2
+    assert len(endpoint.asked) == 3
     *pictures, _ = endpoint.asked[0][2]["messages"][1]["content"]
     assert len(pictures) == 3
     comment = json.loads(read_comment(tmp_path / "a.mp4"))
