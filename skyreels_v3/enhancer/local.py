@@ -93,7 +93,7 @@ def load_processor(folder: Path, config: PretrainedConfig) -> ProcessorMixin:
         return AutoProcessor.from_pretrained(folder, **SAFE)
 
     def init(self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
-        whole.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+        whole.__init__(self, image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     pictures_only: Any = type(whole.__name__, (whole,), {"__init__": init})
     return pictures_only.from_pretrained(folder, **SAFE)

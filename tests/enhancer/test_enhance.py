@@ -23,7 +23,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from skyreels_v3.batch import identity_of
@@ -349,7 +348,12 @@ def qwen(tmp_path_factory) -> Path:
     )
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessorPil(patch_size=16).save_pretrained(folder)
+    pictures = {  # as published
+        **{"size": {"longest_edge": 16777216, "shortest_edge": 4096}, "patch_size": 16, "merge_size": 2},
+        **{"temporal_patch_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+        **{"processor_class": "Qwen3VLProcessor", "image_processor_type": "Qwen2VLImageProcessorFast"},
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
     end, _, _, *vision = (tokenizer.convert_tokens_to_ids(token) for token in SPECIAL)
     names = ("vision_start_token_id", "vision_end_token_id", "image_token_id")
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "mrope_interleaved": True, "rope_theta": 1e4}
