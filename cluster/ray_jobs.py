@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 import ray
 
-from skyreels_v3.batch import Job, Results, choose_jobs, failure, read_jobs, results_file, run_job
+from skyreels_v3.batch import (
+    Results,
+    choose_jobs,
+    failure,
+    film_of,
+    find_inputs,
+    group_by_model,
+    join_videos,
+    read_jobs,
+    results_file,
+    run_job,
+)
 from skyreels_v3.cli import parse_flags, verbosity_of
-from skyreels_v3.console import escape_unknown, say, set_up_logging
+from skyreels_v3.concat import check_film
+from skyreels_v3.console import escape_unknown, say, set_up_logging, show
 from skyreels_v3.errors import UserError
 from skyreels_v3.parallel.processes import INTERRUPTED, handle_signals
 from skyreels_v3.parallel.ranks import SINGLE
+from skyreels_v3.story import Job, with_inputs
 from skyreels_v3.worker import Worker
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,13 +89,20 @@ def run(flags: Mapping[str, Any]) -> int:
             raise UserError(f"--{name}", "does not work with one video per actor; use generate_video.py")
     if "jobs" not in flags:
         raise UserError("--jobs", "missing; give a file with one request per line")
-    defaults = {name: value for name, value in flags.items() if name not in ("jobs", "verbose")}
-    jobs = read_jobs(flags["jobs"], defaults | {"quiet": True})  # no progress bars: several would mix
+    defaults = {name: value for name, value in flags.items() if name not in ("jobs", "concat", "verbose")}
+    quiet = defaults | {"quiet": True}  # no progress bars: several would mix
+    film = film_of(flags)
+    jobs = read_jobs(flags["jobs"], quiet, keep_frames=film is not None)
+    if film is not None and check_film(film, group_by_model(jobs)):
+        show(film)
+        return 0
     results = Results(results_file(flags["jobs"]))
     todo = choose_jobs(jobs, results, SINGLE)
     failed = run_on_actors(todo, results, on_cpu=flags.get("device") == "cpu") if todo else 0
     if failed:
         say(f"error: {failed} of {len(jobs)} jobs failed; {results.path} says why\n")
+    elif film is not None:
+        show(join_videos(film, jobs, results, flags.get("check", False)))
     return 1 if failed else 0
 
 
@@ -94,14 +113,15 @@ def run_on_actors(todo: Sequence[Job], results: Results, on_cpu: bool) -> int:
     count = int(ray.cluster_resources().get(kind, 0))
     if count == 0:
         raise UserError("--device", f"the Ray cluster has no {kind}; {'add some' if on_cpu else 'add --device cpu'}")
-    waiting, failed = deque(todo), 0
+    waiting, failed = list(todo), 0
     idle = [start(options) for _ in range(min(count, len(todo)))]
     running: dict[ray.ObjectRef, tuple[Any, Job]] = {}
     while waiting or running:
-        while waiting and idle:
-            if results.claim(job := waiting.popleft()):
+        while idle and (job := next_job(waiting, [job for _, job in running.values()])) is not None:
+            waiting.remove(job)
+            if results.claim(job):
                 actor = idle.pop()
-                running[actor.run_job.remote(job)] = actor, job
+                running[actor.run_job.remote(with_inputs(job, find_inputs(job, results)))] = actor, job
         if not running:
             break
         (ended,), _ = ray.wait([*running])
@@ -116,6 +136,12 @@ def run_on_actors(todo: Sequence[Job], results: Results, on_cpu: bool) -> int:
         idle.append(actor)
     ray.shutdown()  # the actors' output arrives late, and the last line is ours
     return failed
+
+
+def next_job(waiting: Sequence[Job], running: Sequence[Job]) -> Job | None:
+    """The first job whose inputs no other one has yet to make."""
+    unmade = {job.id for job in (*waiting, *running)}
+    return next((job for job in waiting if not any(need.id in unmade for need in job.needs)), None)
 
 
 def start(options: Mapping[str, int]) -> Any:

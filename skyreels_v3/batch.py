@@ -13,25 +13,40 @@ import hashlib
 import json
 import logging
 import os
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from graphlib import TopologicalSorter
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 from skyreels_v3.checks import request_of
 from skyreels_v3.cli import job_flags, without_overruled
+from skyreels_v3.concat import check_film, make_film
 from skyreels_v3.config_text import read_json_text
 from skyreels_v3.console import say, show
 from skyreels_v3.errors import IncompleteOutput, UserError, cause_of, format_value
-from skyreels_v3.media.files import check_readable, check_writable
+from skyreels_v3.media.files import check_readable, check_writable, run_folder
 from skyreels_v3.parallel import processes
 from skyreels_v3.parallel.ranks import SINGLE, Ranks
 from skyreels_v3.plan import terms_of
-from skyreels_v3.request import FLAGS, IN_PROMPT, OUTPUTS, GenerationRequest
+from skyreels_v3.request import FLAGS, IN_PROMPT, OUTPUTS
 from skyreels_v3.resolve import downloads_folder, networks
+from skyreels_v3.story import (
+    SIZES,
+    Job,
+    Line,
+    Need,
+    failure_of,
+    frames_file,
+    inputs_from,
+    link_lines,
+    plan_job,
+    replace_references,
+    with_inputs,
+)
 from skyreels_v3.worker import Worker
 
 try:
@@ -42,6 +57,8 @@ except ImportError:  # Windows: appending in one piece has to do, and one run at
 logger = logging.getLogger(__name__)
 
 MAX_JOBS_BYTES = 1 << 24
+POLL_SECONDS, IDLE_POLLS = 0.5, 20  # while another process does a job that one here needs
+COLORS = "color_correction_strength"
 EXAMPLE = '{"task_type": "talking_avatar", "input_image": "a.png", "input_audio": "a.wav", "prompt": "a man talks"}'
 # flags that say how a job is done, not what it makes: they are not part of its identity
 NOT_IDENTITY = {
@@ -56,23 +73,11 @@ NOT_IDENTITY = {
 # Jobs and results
 
 
-@dataclass(frozen=True)
-class Job:
-    """A line of the file: a request, or its error.
-
-    Attributes:
-        number: of the line.
-        id: depends on the flags alone, not on the line's place.
-    """
-
-    number: int
-    id: str
-    request: GenerationRequest | None
-    problem: str = ""
-
-
-def read_jobs(name: str, defaults: Mapping[str, Any]) -> list[Job]:
+def read_jobs(name: str, defaults: Mapping[str, Any], keep_frames: bool = False) -> list[Job]:
     """The jobs in a file; `defaults` are flags for lines that do not contradict them.
+
+    Args:
+        keep_frames: of all videos, not only of those that others need.
 
     Raises:
         UserError: the file cannot be read, or has no jobs.
@@ -83,36 +88,69 @@ def read_jobs(name: str, defaults: Mapping[str, Any]) -> list[Job]:
         reason = f"{format_value(name)} has {size} bytes, at most {MAX_JOBS_BYTES} are read"
         raise UserError("--jobs", f"{reason}; divide it into several files")
     lines = path.read_bytes().split(b"\n")
-    seen: Counter[str] = Counter()
-    folder = os.path.dirname(path)
-    jobs = [
-        make_job(number, line, defaults, seen, folder) for number, line in enumerate(lines, start=1) if line.strip()
-    ]
     if not any(line.lstrip().startswith(b"{") for line in lines):
         raise UserError("--jobs", f"{format_value(name)} has no lines of JSON; write some, such as {EXAMPLE}")
-    return without_clashes(jobs)
+    seen: Counter[str] = Counter()
+    made: dict[int, Job] = {}
+    for line in link_lines([read_line(number, line) for number, line in enumerate(lines, start=1) if line.strip()]):
+        made[line.number] = make_job(line, defaults, seen, path, made)
+    jobs = without_clashes(made[number] for number in sorted(made))
+    needed = {need.id for job in jobs for need in job.needs}
+    return [
+        replace(job, request=replace(job.request, frames_copy=frames_file(path, job.id)))
+        if job.request is not None and (keep_frames or job.id in needed)
+        else job
+        for job in jobs
+    ]
 
 
-def make_job(number: int, line: bytes, defaults: Mapping[str, Any], seen: Counter[str], folder: str) -> Job:
-    """The job of a line of a file in `folder`; `seen` counts equal lines."""
-    request, problem, text = None, "", line.decode(errors="replace").strip()
-    identity = identity_of(text)
+def read_line(number: int, content: bytes) -> Line:
+    """A line of a file."""
+    text, flags, problem = content.decode(errors="replace").strip(), None, ""
     try:
-        given = read_json_text(line)
-        if not isinstance(given, dict):
-            raise UserError(
-                "--jobs", f"{format_value(text)} is not a JSON object; write flags as keys, such as {EXAMPLE}"
-            )
-        identity = identity_of(without_overruled(defaults, given) | given)
-        request = replace(request_of(job_flags(given, defaults, folder)), resume_if_same=True)
+        flags = read_json_text(content)
     except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
         problem = (
             f"--jobs: {format_value(text)} is not JSON ({format_value(error)}); write flags as keys, such as {EXAMPLE}"
         )
+    if not problem and not isinstance(flags, dict):
+        problem = f"--jobs: {format_value(text)} is not a JSON object; write flags as keys, such as {EXAMPLE}"
+        flags = None
+    return Line(number, text, flags, problem)
+
+
+def make_job(line: Line, defaults: Mapping[str, Any], seen: Counter[str], path: Path, made: Mapping[int, Job]) -> Job:
+    """The job of a line of the file `path`.
+
+    Args:
+        seen: counts equal lines.
+        made: the jobs of the lines that it needs.
+    """
+    request, problem, follows_size = None, line.problem, False
+    needs = {
+        reference: Need(number, made[number].id, frames_file(path, made[number].id))
+        for reference, number in line.needs.items()
+    }
+    identity = identity_of(line.text)
+    if line.flags is not None:
+        ids = replace_references(line.flags, lambda _, text: f"{{{needs[text].id}}}" if text in needs else text)
+        identity = identity_of(without_overruled(defaults, ids) | ids)
+    failed = (need.number for need in needs.values() if made[need.number].request is None)
+    problem = problem or next((failure_of(number) for number in failed), "")
+    try:
+        if not problem:
+            assert line.flags is not None
+            flags = job_flags(line.flags, defaults, os.path.dirname(path))
+            follows_size = bool(needs) and not any(name in flags for name in SIZES)
+            request = request_of(replace_references(flags, lambda flag, text: needs[text].input(flag)))
+            request = replace(request, resume_if_same=True)
+            if needs and COLORS in request.task.takes and COLORS not in flags:  # along a chain, differences add up
+                request = replace(request, color_correction_strength=1.0, flags={**request.flags, COLORS: 1.0})
     except UserError as error:
         problem = str(error)
     seen[identity] += 1
-    return Job(number, hashlib.sha256(f"{identity} {seen[identity]}".encode()).hexdigest(), request, problem)
+    id = hashlib.sha256(f"{identity} {seen[identity]}".encode()).hexdigest()
+    return Job(line.number, id, request, problem, tuple(needs.values()), follows_size)
 
 
 def identity_of(flags: dict[str, Any] | str) -> str:
@@ -191,6 +229,19 @@ class Results:
         """Whether there is a video, and its file."""
         return video is not None and os.path.lexists(self.path.parent / video)
 
+    def wait(self, id: str) -> str | None:
+        """The path of a job's video when no run is doing it any more; None if it has failed."""
+        idle = 0
+        while True:
+            entries = self.read()[id]
+            if (done := self.exists(video_of(entries))) or len(entries) > len(self.before[id]) or idle > IDLE_POLLS:
+                return str(self.path.parent / str(video_of(entries))) if done else None
+            # it may have been given to a process that has not claimed it yet, or to one that is gone
+            if mine := self._lock(id):
+                self._unlock(id)
+            idle = idle + 1 if mine and self._has_locks else 0
+            sleep(POLL_SECONDS)
+
     def claim(self, job: Job) -> bool:
         """Claim a job; False if another run is doing it, or has done it since this one began."""
         mine = self._lock(job.id)
@@ -247,16 +298,31 @@ def lock_offset(id: str) -> int:
 
 
 def group_by_model(jobs: Iterable[Job]) -> list[Job]:
-    """The jobs that are no requests, then the others, those together that can use the same networks."""
-    groups: dict[tuple[object, ...], list[Job]] = {(): []}
-    for job in jobs:
-        key: tuple[object, ...] = ()
-        if (request := job.request) is not None:
-            # ranks are divided by the terms of the guidance
-            terms = terms_of(request) if request.use_usp else 1
-            key = (*networks(request), request.memory, request.stream_blocks, terms)
-        groups.setdefault(key, []).append(job)
-    return [job for group in groups.values() for job in group]
+    """The jobs that are no requests, then the others, those together that can use the same networks.
+
+    A job comes after those that it needs, which takes precedence.
+    """
+    known = {job.id: job for job in jobs}
+    sorter = TopologicalSorter({id: [need.id for need in job.needs if need.id in known] for id, job in known.items()})
+    sorter.prepare()
+    groups: dict[tuple[object, ...], deque[Job]] = {(): deque()}
+    group, order = groups[()], []
+    while sorter.is_active():
+        for id in sorter.get_ready():
+            groups.setdefault(group_of(known[id]), deque()).append(known[id])
+        group = group or next(filter(None, groups.values()))
+        order.append(group.popleft())
+        sorter.done(order[-1].id)
+    return order
+
+
+def group_of(job: Job) -> tuple[object, ...]:
+    """What is the same for jobs that can use the same networks."""
+    request = job.request
+    if request is None:
+        return ()
+    terms = terms_of(request) if request.use_usp else 1  # ranks are divided by the terms of the guidance
+    return (*networks(request), request.memory, request.stream_blocks, terms)
 
 
 # A run
@@ -264,13 +330,19 @@ def group_by_model(jobs: Iterable[Job]) -> list[Job]:
 
 def run_jobs(flags: Mapping[str, Any], ranks: Ranks) -> int:
     """Carry out --jobs with the other flags of the command line; returns the exit code."""
-    name = flags["jobs"]
-    jobs = read_jobs(name, {flag: value for flag, value in flags.items() if flag != "jobs"})
+    name, film = flags["jobs"], film_of(flags)
+    defaults = {flag: value for flag, value in flags.items() if flag not in ("jobs", "concat")}
+    jobs = read_jobs(name, defaults, keep_frames=film is not None)
     together = flags.get("use_usp", False)
     video_ranks = ranks if together else SINGLE
+    film_is_made = film is not None and check_film(film, group_by_model(jobs))
     if flags.get("dry_run"):
         if ranks.is_main:
             show_plans(name, jobs, video_ranks)
+        return 0
+    if film_is_made:
+        if ranks.is_main:
+            show(film)
         return 0
     results = Results(results_file(name))
     worker = Worker(ranks, video_ranks)
@@ -292,7 +364,26 @@ def run_jobs(flags: Mapping[str, Any], ranks: Ranks) -> int:
     if ranks.is_main and failed:
         say(f"error: {failed} of {len(jobs)} jobs failed; {results.path} says why\n")
     processes.destroy()
+    if ranks.is_main and film is not None and not failed:
+        worker.unload()
+        show(join_videos(film, jobs, results, flags.get("check", False)))
     return 1 if failed else 0
+
+
+def film_of(flags: Mapping[str, Any]) -> Path | None:
+    """The file that --concat names."""
+    return Path(os.path.expanduser(flags["concat"])) if "concat" in flags else None
+
+
+def join_videos(film: Path, jobs: Sequence[Job], results: Results, check: bool) -> Path:
+    """Join the videos of jobs, see `make_film`; raises UserError where one is missing."""
+    entries = results.read()
+    videos = {job.id: video_of(entries[job.id]) for job in jobs}
+    if missing := [job.number for job in jobs if not results.exists(videos[job.id])]:
+        reason = f"{format_value(film)}: the video of line {missing[0]} is not there yet"
+        raise UserError("--concat", f"{reason}; repeat the command when the other run has ended")
+    paths = {id: results.path.parent / str(video) for id, video in videos.items()}
+    return make_film(film, jobs, paths, check)
 
 
 def choose_jobs(jobs: Sequence[Job], results: Results, ranks: Ranks) -> list[Job]:
@@ -307,8 +398,12 @@ def choose_jobs(jobs: Sequence[Job], results: Results, ranks: Ranks) -> list[Job
             gone = format_value(results.path.parent / video)
             logger.warning("line %d: %s is gone; it is made again", job.number, gone)
     failed = {job.id for job in left if results.before[job.id] and videos[job.id] is None}
-    todo = group_by_model(job for job in left if job.id not in failed)
-    todo += group_by_model(job for job in left if job.id in failed)
+    last: set[str] = set()
+    for job in group_by_model(left):  # with those that need one
+        if job.id in failed or any(need.id in last for need in job.needs):
+            last.add(job.id)
+    todo = group_by_model(job for job in left if job.id not in last)
+    todo += group_by_model(job for job in left if job.id in last)
     if len(todo) < len(jobs):
         logger.info("%d of %d jobs are done already, according to %s", len(jobs) - len(todo), len(jobs), results.path)
     if ranks.world_size == 1:
@@ -337,10 +432,30 @@ def claim_jobs(jobs: Sequence[Job], results: Results, ranks: Ranks, video_ranks:
     for number in (processes.store_next("job") for _ in jobs) if alone else range(len(jobs)):
         if number >= len(jobs):  # other processes have the rest
             return
-        job = jobs[number]
-        mine = results.claim(job) if video_ranks.is_main else False
-        if mine if video_ranks.world_size == 1 else processes.broadcast_object(f"claimed/{job.id}", mine, video_ranks):
-            yield job
+        job, found = jobs[number], None
+        if video_ranks.is_main and results.claim(job):
+            found = find_inputs(job, results)
+        if video_ranks.world_size > 1:
+            found = processes.broadcast_object(f"claimed/{job.id}", found, video_ranks)
+        if found is not None:
+            yield with_inputs(job, found)
+
+
+def find_inputs(job: Job, results: Results) -> dict[str, Any]:
+    """What `with_inputs` takes, when all that a job needs has ended."""
+    clips: dict[Need, Path] = {}
+    if job.request is None:
+        return {}
+    for need in job.needs:
+        if (video := results.wait(need.id)) is None:
+            return {"problem": failure_of(need.number)}
+        clips[need] = need.frames if need.frames.is_file() else Path(video)
+        if clips[need] != need.frames:
+            logger.warning("line %d: the frames of line %d were not kept; %s is read", job.number, need.number, video)
+    try:
+        return inputs_from(job, clips)
+    except (UserError, OSError) as error:
+        return {"problem": str(error)}
 
 
 def run_job(job: Job, worker: Worker, record: Callable[[Mapping[str, Any]], object]) -> bool:
@@ -393,21 +508,30 @@ def failure(error: Exception) -> dict[str, Any]:
 
 def show_plans(name: str, jobs: Sequence[Job], video_ranks: Ranks) -> None:
     """Print the plan of each job, that it is done, or what is wrong; raise UserError if there is a wrong one."""
-    from skyreels_v3.dry_run import dry_run
-
     path, wrong = results_file(name), 0
     results = parse_results(path.read_bytes() if path.is_file() else b"")
+    texts: dict[str, str] = {}
+    with run_folder() as folder:
+        clips: dict[str, Path] = {}
+        for job in group_by_model(jobs):
+            video, problem = video_of(results[job.id]), job.problem
+            texts[job.id] = ""
+            if video is not None and os.path.lexists(path.parent / video):
+                clips[job.id] = path.parent / video
+                texts[job.id] = f"{'done':14}{clips[job.id]}"
+            elif failed := [need.number for need in job.needs if need.id not in clips]:
+                problem = problem or failure_of(failed[0])
+            elif job.request is not None:
+                with downloads_folder(video_ranks) as downloads:
+                    try:
+                        texts[job.id], clips[job.id] = plan_job(job, clips, folder, downloads, video_ranks)
+                    except UserError as error:
+                        problem = str(error)
+            wrong += not texts[job.id]
+            texts[job.id] = texts[job.id] or "error".ljust(14) + problem
     for job in jobs:
-        video, problem = video_of(results[job.id]), job.problem
-        text = "" if video is None or not os.path.lexists(path.parent / video) else f"{'done':14}{path.parent / video}"
-        if not text and job.request is not None:
-            with downloads_folder(video_ranks) as downloads:
-                try:
-                    text = dry_run(job.request, downloads, video_ranks)
-                except UserError as error:
-                    problem = str(error)
-        wrong += not text
-        show(f"{'line':14}{job.number}\n{text or 'error'.ljust(14) + problem}\n")
+        before = "".join(f"{'goes on from':14}line {need.number}\n" for need in job.needs)
+        show(f"{'line':14}{job.number}\n{before}{texts[job.id]}\n")
     if wrong:
         raise UserError(
             "--jobs", f"{format_value(name)}: {wrong} of {len(jobs)} lines have errors; fix them as described above"

@@ -35,6 +35,7 @@ from skyreels_v3.tasks import REFERENCE_SLOTS, SIZE_MULTIPLE, TASK_NAMES, TINY, 
 
 MAX_SPEAKERS = 2
 KEYFRAME = re.compile(r".+@\d{1,4}(\.\d{1,6})?", re.DOTALL)
+REFERENCE = re.compile(r"\{prev\}|\{job:([^{}]*)\}")  # in a line of --jobs, the video of another one
 BOX = re.compile(r" *\d{1,6} *(, *\d{1,6} *){3}")
 PARTIAL = ":partial"
 MAX_PIXELS = 1920 * 1088
@@ -113,6 +114,8 @@ def check_flags(spec: TaskSpec, values: Mapping[str, Any]) -> None:
             refuse(values, name, f"{spec.name} does not take it; {remedy}")
         if BY_NAME[name].usp and not values.get("use_usp"):
             refuse(values, name, "is for several processes; add --use_usp, and start with torchrun")
+        if name == "concat":
+            refuse(values, name, "joins the videos of several lines; give these in a file as --jobs")
         if BY_NAME[name].server:
             raise UserError(f"--{name}", "is for a server; add --serve")  # without its value: it may be a key
     for name in spec.inputs:
@@ -374,6 +377,7 @@ def presets(spec: TaskSpec, values: Mapping[str, Any]) -> dict[str, Any]:
     made: dict[str, Any] = {
         **{name: getattr(spec, name) for name in ("model_id", "resolution", "num_inference_steps", "shift")},
         "guidance_scale": spec.guidance_scale if spec.guidance_scale != 1.0 else "",
+        "color_correction_strength": spec.color_correction_strength if spec.color_correction_strength != 1.0 else "",
         "negative_prompt": spec.negative_prompt if is_guided(spec, values) else "",
         "window_prompt": spec.window_prompt if "input_video" not in values else "",
         "duration": spec.default_duration or "",

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from skyreels_v3.checks import KEYFRAME, describe_value, is_set, parse_lora, request_of
+from skyreels_v3.checks import KEYFRAME, REFERENCE, describe_value, is_set, parse_lora, request_of
 from skyreels_v3.config_text import read_yaml_text
 from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.hints import SEE_HELP, suggest_flag, suggest_value
@@ -225,7 +225,7 @@ def from_folder(flag: Flag, entry: Any, folder: str) -> Any:
     A path that exists only from the current folder is meant as it stands, as a run has recorded it; and so is what may
     be a hub's id.
     """
-    if not folder or not flag.path or not entry.strip():
+    if not folder or not flag.path or not entry.strip() or REFERENCE.fullmatch(entry):
         return entry
     if "://" in entry or entry == TINY or os.path.isabs(os.path.expanduser(entry)):
         return entry

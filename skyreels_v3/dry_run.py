@@ -26,7 +26,11 @@ from skyreels_v3.tasks import MEMORY_MODES, TINY
 
 def dry_run(request: GenerationRequest, downloads: Path, ranks: Ranks) -> str:
     """Check a request; returns what it would do, as text."""
-    checked = preflight(request, downloads, ranks)
+    return describe_checked(preflight(request, downloads, ranks), downloads, ranks)
+
+
+def describe_checked(checked: Checked, downloads: Path, ranks: Ranks) -> str:
+    """What a request would do that `preflight` has checked, as text."""
     if checked.done:
         return f"{'done':14}{checked.request.output}"
     return describe(plan_of(checked, downloads, ranks))

@@ -23,7 +23,7 @@ from skyreels_v3.families import family_of, pipeline_of
 from skyreels_v3.media.audio import mix
 from skyreels_v3.media.files import is_full, reason_of
 from skyreels_v3.media.video_reader import ClipInfo, read_frames, resize_frames
-from skyreels_v3.media.video_writer import COMMENT_BYTES, write_frame_folder, write_video
+from skyreels_v3.media.video_writer import COMMENT_BYTES, copy_frames, write_frame_folder, write_video
 from skyreels_v3.outputs import record_of, save_latents
 from skyreels_v3.plan import Plan
 from skyreels_v3.quality import Meter, Quality, report, warnings
@@ -87,6 +87,8 @@ class Generator:
             # closed before the outcome is logged: an open progress bar would write after it
             meter = Meter(request.task.fps) if request.check else None
             frames = all_frames(plan, watch(self.events(plan, state)), latents, meter)
+            if request.frames_copy is not None:
+                frames = copy_frames(frames, request.frames_copy, request.task.fps)
             with closing(frames), explain_full_disk(request.output):
                 path = write(plan, frames, record, self.runtime.usage, state.folder)
             logger.info("%s", summary(self.runtime.usage))

@@ -98,6 +98,8 @@ def bytes_to_write(request: ResolvedRequest, checkpoint: Path | None) -> Iterato
     size = 4 * LATENT_CHANNELS * (request.height // VAE_STRIDE[1]) * (request.width // VAE_STRIDE[2])
     passes = [frames * size for frames, _ in pipeline_of(request.task).passes(request)]
     yield "--output", request.output, 0, output_bytes(request) + sum(passes) + COPIES * max(passes)
+    if request.frames_copy is not None:
+        yield "--jobs", request.frames_copy, 0, output_bytes(replace(request, frame_folder=True))
     if request.save_latents is not None:
         yield "--save_latents", request.save_latents, sum(passes), sum(passes)
     if request.save_quantized is not None:

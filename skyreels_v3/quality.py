@@ -320,9 +320,14 @@ def report(quality: Quality) -> Iterator[str]:
         f"levels, color drift {quality.drift:.1f} ({quality.drift_per_minute:.0f} a minute)"
     )
     yield f"cuts: {len(quality.cuts)}" + (f", at frame {cuts}" if cuts else "")
-    if (seam := quality.seam) is not None:
-        jumps = f"luma {seam.luma:.1f} and chroma {seam.chroma:.1f} times the usual change"
-        yield f"seam at frame {seam.frame}: {jumps}, color shift {seam.shift:.1f}"
+    if quality.seam is not None:
+        yield report_seam(quality.seam)
+
+
+def report_seam(seam: Seam) -> str:
+    """The figures of a seam as a short line."""
+    jumps = f"luma {seam.luma:.1f} and chroma {seam.chroma:.1f} times the usual change"
+    return f"seam at frame {seam.frame}: {jumps}, color shift {seam.shift:.1f}"
 
 
 def warnings(quality: Quality, cut_at_seam: bool = False, cuts_known: bool = True) -> Iterator[str]:

@@ -166,7 +166,8 @@ class GenerationRequest:
         high=100)
     audio_guidance_scale: float = task_flag(1.0, "audio guidance of talking_avatar; 1 is off (default)", float,
         low=0, high=100)
-    color_correction_strength: float = task_flag(1.0, "1 keeps the portrait's colors (default), 0 is off", float, low=0,
+    color_correction_strength: float = task_flag(1.0,
+        "1 keeps the colors of the portrait (default), or those that the clip ends in (default: 0, off)", float, low=0,
         high=1)
     sequence_batch: bool = flag(False, "accepted as in V1, no effect: guidance terms always run one after the other",
         bool)
@@ -246,6 +247,8 @@ class GenerationRequest:
         group="Many videos", only_in_line="write a line for each")
     jobs: str | None = run_flag(None,
         "make one video per line of the file, a JSON object of flags", metavar="FILE.jsonl", path="input")
+    concat: Path | None = run_flag(None, "with --jobs: also join all videos, in the order of the lines, into one",
+        metavar="FILM.mp4", path="output")
     serve: bool = run_flag(False, "serve an HTTP API, OpenAI's for videos, instead of making one", bool,
         group="Server")
     host: str = server("127.0.0.1", "address to listen on (default: 127.0.0.1); another one needs --api_key",
@@ -273,6 +276,7 @@ class GenerationRequest:
     number: int = 0  # of this video among `video_num`
     frame_folder: bool = False  # the output is a folder of PNG files
     resume_if_same: bool = False  # resume an interrupted run of just this request, if there is one
+    frames_copy: Path | None = None  # a clip that also gets the frames, without any loss, for videos that go on from it
     seed_drawn: bool = False
     flags: Mapping[str, Any] = field(default_factory=dict)  # to run it again
     given: Mapping[str, Any] = field(default_factory=dict)  # flags that the prompt is made from, if it is another one

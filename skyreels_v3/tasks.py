@@ -64,6 +64,7 @@ class TaskSpec:
     condition_frames: int | Mapping[int, int] = 0
     negative_prompt: str = ""
     window_prompt: str = ""
+    color_correction_strength: float = 1.0
     cut_at_seam: bool = False  # a new shot begins after the input clip
     lenient: bool = False  # flags without effect are accepted, with a note
     example: tuple[str, ...] = ()  # lines of flags for --help

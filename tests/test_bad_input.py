@@ -218,7 +218,7 @@ CONFLICTS = [
             ("--num_frames", "5", (AVATAR,)),
             ("--text_guidance_scale", "2.0", (REFERENCE, EXTENSION)),
             ("--audio_guidance_scale", "2.0", (REFERENCE, EXTENSION)),
-            ("--color_correction_strength", "0.5", (REFERENCE, EXTENSION)),
+            ("--color_correction_strength", "0.5", (REFERENCE, SHOT)),
             ("--window_prompt", "b", (REFERENCE, EXTENSION)),
             ("--audio_type", "parallel", (REFERENCE, EXTENSION)),
             ("--speaker_boxes", "0,0,9,9;9,0,19,9", (REFERENCE, EXTENSION)),

@@ -1,7 +1,9 @@
 """Color matching: frames take on the colors of a reference picture.
 
 Reinhard's transfer (doi:10.1109/38.946629): in CIE Lab, each channel of each frame gets the mean and the standard
-deviation of the reference's channel. Windows of a long video drift in color; matched to the portrait, they do not.
+deviation of the reference's channel. Windows of a long video drift in color; matched to the portrait, they do not. A
+scene that changes may not be held to one picture: its frames are all changed in the same way, by which the first ones
+match those before.
 
 The conversions agree with kornia's, but have no tensors of constants: each of those would be copied to the GPU, and the
 copy would wait until the GPU is idle.
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 STD_FLOOR = 1e-6
+SAMPLE_STD = 1.0  # added on both sides
 # sRGB's primaries in CIE XYZ, with the white point D65 at 1
 WHITE = np.array([0.95047, 1.0, 1.08883])
 RGB_IN_XYZ = [[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]]
@@ -23,18 +26,24 @@ FROM_XYZ = (np.linalg.inv(RGB_IN_XYZ) * WHITE).tolist()
 SRGB_KNEE, LINEAR_KNEE, XYZ_KNEE, LAB_KNEE = 0.04045, 0.0031308, 0.008856, 0.2068966
 
 
-def match_color(video: Tensor, reference: Tensor, strength: float) -> Tensor:
-    """Video (B, 3, F, H, W) in [-1, 1] with the colors of reference (B, 3, 1, H', W').
+def match_color(video: Tensor, reference: Tensor, strength: float, sample: Tensor | None = None) -> Tensor:
+    """Video (B, 3, F, H, W) in [-1, 1] with the colors of reference (B, 3, N, H', W').
 
     Args:
         strength: 0 leaves the video alone, 1 takes the matched colors, values in between blend them.
+        sample: frames (B, 3, N, H, W) whose change to the reference's colors all frames get; by default each has its
+            own.
     """
     if strength == 0:
         return video
-    target, own = rgb_to_lab(reference / 2 + 0.5), rgb_to_lab(video / 2 + 0.5)
-    mean, std = statistics(target)
+    target, lab = rgb_to_lab(reference / 2 + 0.5), rgb_to_lab(video / 2 + 0.5)
+    own = lab if sample is None else rgb_to_lab(sample / 2 + 0.5)
+    mean, std = (each.mean(2, keepdim=True) for each in statistics(target))
     own_mean, own_std = statistics(own)
-    lab = (own - own_mean) / own_std.clamp(min=STD_FLOOR) * std + mean
+    if sample is not None:  # a gray sample says nothing of how colors deviate
+        own_mean, own_std = (each.mean(2, keepdim=True) for each in (own_mean, own_std + SAMPLE_STD))
+        std = std + SAMPLE_STD
+    lab = (lab - own_mean) / own_std.clamp(min=STD_FLOOR) * std + mean
     return video.lerp(lab_to_rgb(lab) * 2 - 1, strength)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
@@ -29,7 +29,8 @@ TO_YUV = (
     "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709"
 )
 CRF = 16  # x264's constant quality: 0 is lossless, 18 is usually called visually lossless
-PRESET = "medium"
+H264 = ("-vf", TO_YUV, "-c:v", "libx264", "-crf", str(CRF), "-preset", "medium")
+LOSSLESS = ("-c:v", "libx264rgb", "-qp", "0", "-preset", "ultrafast")
 AAC_BITS = "256k"  # per second; the encoder uses less where the sample rate allows no more
 FROM_ZERO = "asetpts=N/SR/TB"  # samples one after the other, whatever their timestamps, as the model hears them
 CLIPPED = "aformat=sample_fmts=s32:channel_layouts=mono|stereo"  # float files may leave [-1, 1]
@@ -76,7 +77,7 @@ def write_video(
             kept as a partial file; for the sound of a clip that is only a warning.
     """
     temporary = temporary_name((workspace or path.parent) / path.name)
-    sink = video_file(temporary, height, width, fps)
+    sink = video_file(temporary, height, width, fps, H264)
     return write_frames(frames, temporary, path, sink, partial(complete, temporary, audio, fps, comment))
 
 
@@ -90,6 +91,32 @@ def write_frame_folder(
     """
     temporary = temporary_name((workspace or folder.parent) / folder.name)
     return write_frames(frames, temporary, folder, png_folder(temporary, comment))
+
+
+def copy_frames(frames: Generator[np.ndarray, None, None], path: Path, fps: int) -> Generator[np.ndarray, None, None]:
+    """The same frames; when all have been read, `path` is a clip of them that `read_frames` reads without any loss.
+
+    An older file of that name is replaced then; so is the unfinished one of a run that was killed.
+
+    Raises:
+        RuntimeError: ffmpeg fails.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    with closing(frames):
+        first = next(frames, None)
+        if first is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(temporary)
+        try:
+            height, width, _ = first.shape
+            with video_file(temporary, height, width, fps, LOSSLESS) as add:
+                for frame in chain([first], frames):
+                    add(frame)
+                    yield frame
+            temporary.replace(path)
+        finally:
+            remove(temporary)
 
 
 def read_comment(path: Path) -> str:
@@ -197,14 +224,13 @@ class FrameQueue:
 
 
 @contextmanager
-def video_file(path: Path, height: int, width: int, fps: int) -> Iterator[AddFrame]:
+def video_file(path: Path, height: int, width: int, fps: int, codec: Sequence[str]) -> Iterator[AddFrame]:
     """An ffmpeg process that encodes the frames it gets into a new mp4 file.
 
     Raises:
         RuntimeError: ffmpeg fails.
     """
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "pipe:0"]
-    codec = ["-vf", TO_YUV, "-c:v", "libx264", "-crf", str(CRF), "-preset", PRESET]
     arguments = [*source, *codec, "-f", "mp4", f"file:{path}"]
     with ffmpeg_process(arguments, f"write {path.name}", stdin=PIPE) as process:
         assert process.stdin is not None

@@ -51,7 +51,7 @@ class SingleShotExtension(Pipeline):
             latents = yield from stages.denoise(noise, partial(dict, conditions), guidance, generator, scheduler, name)
             tail: deque[Frame] = deque(maxlen=len(clip))
             last, wanted = number == len(rolls), max(0, missing)
-            new = new_frames(stages, prefix, latents, tail, wanted if last else None)
+            new = new_frames(stages, clip, prefix, latents, tail, wanted if last else None)
             yield Pass(latents.cpu(), new if last else islice(new, wanted), clip)
             missing -= 4 * frames
             if not last:
@@ -60,20 +60,39 @@ class SingleShotExtension(Pipeline):
 
 
 def new_frames(
-    stages: Stages, prefix: Tensor, latents: Tensor, tail: deque[Frame], wanted: int | None
+    stages: Stages, clip: np.ndarray, prefix: Tensor, latents: Tensor, tail: deque[Frame], wanted: int | None
 ) -> Iterator[Frame]:
     """Decode condition and new frames together and yield the new ones; `tail` ends up with the last of them.
 
     Args:
+        clip: uint8 [F, H, W, 3], the condition frames before they were encoded.
         wanted: how many new frames, None for all.
     """
     condition_frames = 4 * (prefix.shape[2] - 1) + 1
     frames = None if wanted is None else condition_frames + wanted
     joined = latents.new_empty((*latents.shape[:2], prefix.shape[2] + latents.shape[2], *latents.shape[3:]))
     joined[:, :, : prefix.shape[2]], joined[:, :, prefix.shape[2] :] = prefix, latents
-    for frame in islice(stages.decode(joined, rounding=False, frames=frames), condition_frames, None):
+    strength = stages.request.color_correction_strength
+    video = in_colors_of(clip, stages.decode_video(joined, frames), strength)
+    for frame in islice(stages.frames_of(video, rounding=strength > 0), condition_frames, None):
         tail.append(frame)
         yield frame
+
+
+def in_colors_of(clip: np.ndarray, video: Iterator[Tensor], strength: float) -> Iterator[Tensor]:
+    """The pieces of a video that begins with a clip; the others get the colors that the clip ends in."""
+    from skyreels_v3.media.color import match_color
+    from skyreels_v3.stages import frames_to_video
+
+    sample, decoded = None, 0
+    for piece in video:
+        if decoded >= len(clip) and strength > 0:
+            sample = piece if sample is None else sample
+            end = frames_to_video(clip[-sample.shape[2] :]).to(piece)
+            yield match_color(piece, end, strength, sample)
+        else:
+            yield piece
+        decoded += piece.shape[2]
 
 
 PIPELINE = SingleShotExtension()

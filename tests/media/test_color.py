@@ -48,3 +48,19 @@ def test_nothing_is_copied_to_the_device():
     with Watch():
         match_color(video, video[:, :, :1], 1.0)
     assert "where" in made and not {"_to_copy", "lift_fresh", "_local_scalar_dense"} & {*made}
+
+
+def test_one_change_for_all():
+    """What makes the sample's colors those of the reference is undone in all frames, which differ from each other."""
+    torch.manual_seed(0)
+    scene = torch.rand(1, 3, 12, 16, 16) * 0.6 + 0.1
+    scene = scene * torch.linspace(1, 0.7, 12)[:, None, None]
+    lab = color.rgb_to_lab(scene)
+    off = color.lab_to_rgb(0.95 * lab + torch.tensor([2.0, -3.0, 4.0])[:, None, None, None])
+    made = match_color(off * 2 - 1, scene[:, :, :4] * 2 - 1, 1.0, sample=off[:, :, :4] * 2 - 1) / 2 + 0.5
+    assert (off - scene).abs().mean() > 0.015 and (made - scene).abs().mean() < 0.003
+
+
+def test_a_black_sample_changes_nothing():
+    video, black = torch.rand(1, 3, 4, 8, 8) * 2 - 1, torch.full((1, 3, 4, 8, 8), -1.0)
+    torch.testing.assert_close(match_color(video, black, 1.0, sample=black), video, atol=1e-4, rtol=0)

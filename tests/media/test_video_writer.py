@@ -21,7 +21,7 @@ from PIL import Image
 
 from skyreels_v3.media import video_writer
 from skyreels_v3.media.video_reader import probe_video, read_frames, resize_frames
-from skyreels_v3.media.video_writer import FRAMES_AHEAD, read_comment, write_frame_folder
+from skyreels_v3.media.video_writer import FRAMES_AHEAD, copy_frames, read_comment, write_frame_folder
 from tests.media.clips import (
     LOSSLESS,
     click_times,
@@ -122,6 +122,20 @@ def test_frame_folder_is_lossless(tmp_path: Path) -> None:
 
 
 # Failures and interruptions
+
+
+def test_copied_frames_are_the_same(tmp_path: Path) -> None:
+    """Once all have passed; what a killed run has left is replaced."""
+    frames = [*np.random.default_rng(0).integers(0, 256, (7, 32, 48, 3), np.uint8)]
+    copy = tmp_path / "folder" / "copy.mp4"
+    copying = copy_frames((frame for frame in frames), copy, 24)
+    next(copying)
+    copying.close()
+    assert not [*copy.parent.iterdir()]
+    (copy.parent / ".copy.mp4.part").write_text("left")
+    np.testing.assert_array_equal([*copy_frames((frame for frame in frames), copy, 24)], frames)
+    assert [*copy.parent.iterdir()] == [copy] and probe_video(copy, 24).frames == 7
+    np.testing.assert_array_equal([*read_frames(copy, 24)], frames)
 
 
 def failing(count: int, error: BaseException) -> Iterator[np.ndarray]:
