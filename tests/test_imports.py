@@ -19,7 +19,7 @@ LAYERS = (
     ("families", "plan", "components", "stages", "runtime", "throughput", "resume", "outputs", "enhancer"),
     ("wan", "hunyuan"),
     ("resolve", "dry_run", "generate", "worker"),
-    ("api", "batch", "checks", "cli", "convert"),
+    ("api", "batch", "checks", "cli", "concat", "convert", "story"),
     ("web",),
     ("main", "__main__"),
 )
