@@ -365,7 +365,6 @@ def run_jobs(flags: Mapping[str, Any], ranks: Ranks) -> int:
         say(f"error: {failed} of {len(jobs)} jobs failed; {results.path} says why\n")
     processes.destroy()
     if ranks.is_main and film is not None and not failed:
-        worker.unload()
         show(join_videos(film, jobs, results, flags.get("check", False)))
     return 1 if failed else 0
 
@@ -454,8 +453,9 @@ def find_inputs(job: Job, results: Results) -> dict[str, Any]:
             logger.warning("line %d: the frames of line %d were not kept; %s is read", job.number, need.number, video)
     try:
         return inputs_from(job, clips)
-    except (UserError, OSError) as error:
-        return {"problem": str(error)}
+    except Exception as error:
+        logger.debug("line %d", job.number, exc_info=True)
+        return {"problem": failure(error)["error"]}
 
 
 def run_job(job: Job, worker: Worker, record: Callable[[Mapping[str, Any]], object]) -> bool:
@@ -530,7 +530,7 @@ def show_plans(name: str, jobs: Sequence[Job], video_ranks: Ranks) -> None:
             wrong += not texts[job.id]
             texts[job.id] = texts[job.id] or "error".ljust(14) + problem
     for job in jobs:
-        before = "".join(f"{'goes on from':14}line {need.number}\n" for need in job.needs)
+        before = "".join(f"{'goes on from':14}line {need.number}\n" for need in dict.fromkeys(job.needs))
         show(f"{'line':14}{job.number}\n{before}{texts[job.id]}\n")
     if wrong:
         raise UserError(

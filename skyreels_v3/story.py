@@ -53,7 +53,6 @@ class Line:
     text: str
     flags: dict[str, Any] | None = None
     problem: str = ""
-    name: str = ""
     needs: dict[str, int] = field(default_factory=dict)
 
 
@@ -93,7 +92,7 @@ class Job:
 
     @property
     def before(self) -> Need | None:
-        """The job whose video it goes on from, where its first frame comes after (--image: is) the last one of that."""
+        """The job that it goes on from in time: by an extension of its video, or by --image, its last frame."""
         request = self.request
         given = request and (request.image or (request.input_video if request.task.condition_frames else None))
         return next((need for need in self.needs if given in (str(need.frames), str(need.picture))), None)
@@ -103,7 +102,7 @@ class Job:
 
 
 def link_lines(lines: Sequence[Line]) -> list[Line]:
-    """The lines, each after those that it needs; their names, needs and what is wrong with these are filled in."""
+    """The lines, each after those that it needs; their needs, and what is wrong with them or a name, are filled in."""
     names: dict[str, int] = {}
     for line in filter(lambda line: line.flags and "name" in line.flags, lines):
         assert line.flags is not None
@@ -113,7 +112,6 @@ def link_lines(lines: Sequence[Line]) -> list[Line]:
             line.problem = f"--jobs: name {shown}: give 1 to 64 letters, digits, dots, dashes or underscores"
         elif names.setdefault(name, line.number) != line.number:
             line.problem = f"--jobs: name {shown} is that of line {names[name]} already; give another one"
-        line.name = name if isinstance(name, str) else ""
     for line, before in zip(lines, (0, *(line.number for line in lines)), strict=False):
         try:
             for flag, reference in references_in(line.flags or {}):
@@ -127,23 +125,18 @@ def link_lines(lines: Sequence[Line]) -> list[Line]:
             return [known[number] for number in order]
         except CycleError as error:
             circle = sorted({*error.args[1]})
-            numbers = (
-                f"lines {', '.join(map(str, circle))} need each other's videos" if circle[1:] else "this line itself"
-            )
-            for number in circle:
-                reference = next(ref for ref, needed in known[number].needs.items() if needed in circle)
-                known[
-                    number
-                ].problem = f"--jobs: {reference}: {numbers}; have {'one' if circle[1:] else 'it'} begin without"
-                known[number].needs = {}
+            reason = "this line itself; give a file"
+            if len(circle) > 1:
+                reason = f"lines {', '.join(map(str, circle))} need each other's videos; give one of them a file"
+            for line in (known[number] for number in circle):
+                reference = next(text for text, number in line.needs.items() if number in circle)
+                line.problem, line.needs = f"--jobs: {reference}: {reason}", {}
 
 
 def find_line(flag: str, reference: str, before: int, names: Mapping[str, int]) -> int:
     """The number of the line that an input refers to; raises UserError if there is none, or the flag takes none."""
     if flag != "input_video" and flag not in PICTURES:
-        remedy = (
-            f"give it as --input_video, or for its last frame as one of {', '.join(f'--{name}' for name in PICTURES)}"
-        )
+        remedy = "give it as --input_video, or its last frame as --image, --input_image or one of --ref_imgs"
         raise UserError(f"--{flag}", f"{reference}: takes no video of another line; {remedy}")
     if reference == PREVIOUS:
         if not before:

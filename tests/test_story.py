@@ -76,7 +76,7 @@ def test_what_stands_in_for_a_video(write, tmp_path, monkeypatch):
 
 
 NO_NAME = "--jobs: name {}: give 1 to 64 letters, digits, dots, dashes or underscores"
-CIRCLE = "--jobs: {{job:{}}}: lines 1, 3 need each other's videos; have one begin without"
+CIRCLE = "--jobs: {{job:{}}}: lines 1, 3 need each other's videos; give one of them a file"
 A, TO_B = {"name": "a"}, {"input_video": "{job:b}"}
 
 
@@ -91,7 +91,7 @@ A, TO_B = {"name": "a"}, {"input_video": "{job:b}"}
         ([FOX | A] * 2, ["", "--jobs: name a is that of line 1 already; give another one"]),
         ([{"prompt": "a"}, ON], ["--task_type: missing; choose one of", "line 1 failed"]),
         ([FOX, TALK | {"input_audio": "{prev}"}], ["", "--input_audio: {prev}: takes no video of another line; give"]),
-        ([ON | A | {"input_video": "{job:a}"}], ["--jobs: {job:a}: this line itself; have it begin without"]),
+        ([ON | A | {"input_video": "{job:a}"}], ["--jobs: {job:a}: this line itself; give a file"]),
         (
             [ON | A | TO_B, FOX, ON | {"name": "b", "input_video": "{job:a}"}, CUT],
             [CIRCLE.format("b"), "", CIRCLE.format("a"), "line 3 failed"],
