@@ -31,7 +31,7 @@ TABS = {
 # flags that are always in view, besides prompt and inputs
 OPEN = (
     *("resolution", "width", "height", "duration", "num_frames", "num_inference_steps", "seed", "model_id"),
-    *("include_input",),
+    *("transition", "include_input"),
 )
 HIDDEN = (*OWN, *SHORTHANDS, "task_type", "url_timeout")  # the page sends files, no URLs
 # in a flag's help: what the form shows anyway
