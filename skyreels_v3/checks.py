@@ -28,6 +28,7 @@ from skyreels_v3.request import (
     REQUIRED,
     SAME_PROMPT,
     SHORTHANDS,
+    SUBSTITUTES,
     GenerationRequest,
     Lora,
 )
@@ -36,6 +37,7 @@ from skyreels_v3.tasks import REFERENCE_SLOTS, SIZE_MULTIPLE, TASK_NAMES, TINY, 
 MAX_SPEAKERS = 2
 KEYFRAME = re.compile(r".+@\d{1,4}(\.\d{1,6})?", re.DOTALL)
 BOX = re.compile(r" *\d{1,6} *(, *\d{1,6} *){3}")
+VOICE = re.compile(r"[A-Za-z]\w{0,30}([+-]\w{1,30})?", re.ASCII)
 PARTIAL = ":partial"
 MAX_PIXELS = 1920 * 1088
 MIN_CACHED_STEPS = 12  # with fewer, neighboring steps differ too much
@@ -116,15 +118,14 @@ def check_flags(spec: TaskSpec, values: Mapping[str, Any]) -> None:
         if BY_NAME[name].server:
             raise UserError(f"--{name}", "is for a server; add --serve")  # without its value: it may be a key
     for name in spec.inputs:
-        dubbed = name == "input_image" and "input_video" in values  # an existing video instead of a portrait
-        if name not in values and not dubbed:
+        if name not in values and SUBSTITUTES.get(name) not in values:
             raise UserError(f"--{name}", f"missing; {spec.name} needs {BY_NAME[name].help}")
     for one, other in EXCLUSIVE:
         if is_set(values, one) and is_set(values, other):
             refuse(values, one, f"conflicts with --{other}; give one of them")
     full = written_out(values)
     for name, needed, problem in REQUIRED:
-        if is_set(values, name) and not any(full.get(other) == value for other, value in needed):
+        if is_set(values, name) and not any(other in full and value in (None, full[other]) for other, value in needed):
             refuse(values, name, problem)
     if full.get("shard_weights"):
         for name, value, reason in (
@@ -222,9 +223,16 @@ def check_inputs(values: Mapping[str, Any]) -> None:
     if not (1 <= len(sounds) <= MAX_SPEAKERS and all(sounds)):
         remedy = "give one, or two for two speakers, comma-separated"
         refuse(values, "input_audio", f"{len(sounds)} sounds, or an empty one; {remedy}")
-    for name in ("audio_type", "speaker_boxes"):
-        if name in values and len(sounds) != MAX_SPEAKERS:
-            refuse(values, name, "is for two speakers; give two sounds, or leave it out")
+    if "diarization" in values and len(sounds) == MAX_SPEAKERS:
+        refuse(values, "diarization", "is for one recording of two speakers; give one --input_audio, or leave it out")
+    if "audio_type" in values and len(sounds) != MAX_SPEAKERS:
+        refuse(values, "audio_type", "is for two speakers; give two sounds, or leave it out")
+    if "speaker_boxes" in values and len(sounds) != MAX_SPEAKERS and "diarization" not in values:
+        refuse(values, "speaker_boxes", "is for two speakers; give two sounds, or leave it out")
+    if not any(map(str.isalnum, values.get("text", "some"))):
+        refuse(values, "text", "says nothing; give words, or leave it out")
+    if not VOICE.fullmatch(values.get("voice", "some")):
+        refuse(values, "voice", "is not the name of a voice; give one such as af_heart (kokoro) or en-us (espeak-ng)")
     if len(sounds) == MAX_SPEAKERS and "input_video" in values:
         refuse(values, "input_video", "a video can be dubbed with one speaker only; give one --input_audio")
     parse_boxes(values)

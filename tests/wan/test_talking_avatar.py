@@ -19,6 +19,7 @@ from skyreels_v3.cli import parse_request
 from skyreels_v3.components import Components, load_components
 from skyreels_v3.errors import UserError
 from skyreels_v3.inputs import open_inputs
+from skyreels_v3.media.audio import normalize_loudness, read_audio
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.resume import RunRecord, open_state
 from skyreels_v3.runtime import start
@@ -41,6 +42,7 @@ REQUEST = GenerationRequest(
     quiet=True,
 )
 RED, BLUE = (255, 0, 0), (0, 0, 255)
+VOCALS = np.random.default_rng(1).normal(0, 0.1, 16_000).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -278,3 +280,33 @@ def test_colors_are_the_portraits_unless_that_is_off(make, sound):
     torch.testing.assert_close(half, (plain + full) / 2)
     portrait = avatar.portrait.mean()
     assert abs(full.mean() - portrait) < 0.5 * abs(plain.mean() - portrait)
+
+
+def test_two_speakers_in_one_recording(make, sound, tmp_path):
+    """Each one's track is silent while only the other one speaks, by an RTTM file; the masks are those of two."""
+    lines = ("SPEAKER a 1 0.0 0.6 <NA> <NA> x <NA> <NA>", "SPEAKER a 1 0.5 0.5 <NA> <NA> y <NA> <NA>")
+    (tmp_path / "a.rttm").write_text("\n".join(lines))
+    whole = make("--input_audio", sound(1.0)).voices()[0]
+    avatar = make("--input_audio", sound(1.0), "--diarization", tmp_path / "a.rttm")
+    first, second = avatar.voices()
+    assert not first[9600:].any() and not second[:8000].any()
+    for voice, part in ((first, slice(0, 9600)), (second, slice(8000, 16000))):
+        assert np.corrcoef(voice[part], whole[part])[0, 1] > 0.999  # but for the loudness
+    assert avatar.encode_audio().shape[:2] == (2, 25)
+    assert avatar.speaker_masks is not None
+    assert [name for name, *_ in avatar.inputs.files] == ["input_image", "diarization", "input_audio"]
+
+
+def test_what_is_heard_is_changed_only_if_asked_for(make, sound, monkeypatch):
+    """The switches of the sound, one after the other: vocals, loudness, speech."""
+    calls = []
+    monkeypatch.setattr("skyreels_v3.inputs.check_voice", lambda request: None)
+    monkeypatch.setattr("skyreels_v3.wan.avatar.read_vocals", lambda path, models: calls.append(path) or VOCALS)
+    monkeypatch.setattr("skyreels_v3.wan.avatar.keep_speech", lambda samples: calls.append(samples) or samples * 0)
+    plain = make("--input_audio", sound(1.0))
+    np.testing.assert_array_equal(plain.voices()[0], normalize_loudness(read_audio(sound(1.0))))
+    assert not calls
+    heard = make("--input_audio", sound(1.0), "--vocals", "--speech_only").voices()
+    assert calls[0] == sound(1.0)
+    np.testing.assert_array_equal(calls[1], normalize_loudness(VOCALS))
+    assert len(heard) == 1 and not heard[0].any()
