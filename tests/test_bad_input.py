@@ -343,7 +343,7 @@ SPEAKERS = [
     *bad(AVATAR, "--text", {"Hello": "conflicts with --input_audio; give one of them"}),
     *bad(MUTE, "--text", {"?!": "says nothing; give words, or leave it out"}),
     *bad([*MUTE, "--text", "Hello"], "--voice", {
-        ("../a", "a.pt", "af_heart,b", "a-", "\u0430"): "is not the name of a voice; give one such as af_heart (kokoro)",
+        ("../a", "a.pt", "af_heart,b", "a-", "\u0430"): "is not the name of a voice; give one such as af_heart",
     }),
     case([*MUTE, "--text", "Hello", "--vocals"], "--text", "Hello: conflicts with --vocals"),
     case([*MUTE, "--text", "Hello", "--diarization", "a.rttm"], "--text", "Hello: conflicts with --diarization"),
