@@ -227,7 +227,8 @@ def check_inputs(values: Mapping[str, Any]) -> None:
         refuse(values, "diarization", "is for one recording of two speakers; give one --input_audio, or leave it out")
     if "audio_type" in values and len(sounds) != MAX_SPEAKERS:
         refuse(values, "audio_type", "is for two speakers; give two sounds, or leave it out")
-    if "speaker_boxes" in values and len(sounds) != MAX_SPEAKERS and "diarization" not in values:
+    several = len(sounds) == MAX_SPEAKERS or "diarization" in values
+    if "speaker_boxes" in values and not several and not values.get("keep_background"):
         refuse(values, "speaker_boxes", "is for two speakers; give two sounds, or leave it out")
     if not any(map(str.isalnum, values.get("text", "some"))):
         refuse(values, "text", "says nothing; give words, or leave it out")
@@ -304,8 +305,10 @@ def parse_boxes(values: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
     if "speaker_boxes" not in values:
         return ()
     boxes = values["speaker_boxes"].split(";")
-    if len(boxes) != MAX_SPEAKERS or not all(map(BOX.fullmatch, boxes)):
-        refuse(values, "speaker_boxes", "give two boxes as x0,y0,x1,y1;x0,y0,x1,y1 in pixels")
+    alone = values.get("keep_background")  # then it is where the one speaker of a clip is
+    if len(boxes) != (1 if alone else MAX_SPEAKERS) or not all(map(BOX.fullmatch, boxes)):
+        wanted = "one box as x0,y0,x1,y1" if alone else "two boxes as x0,y0,x1,y1;x0,y0,x1,y1"
+        refuse(values, "speaker_boxes", f"give {wanted} in pixels")
     numbers = tuple(tuple(map(int, box.split(","))) for box in boxes)
     for x0, y0, x1, y1 in numbers:
         if x0 >= x1 or y0 >= y1:

@@ -147,6 +147,8 @@ class GenerationRequest:
         choices=("parallel", "sequential"))
     speaker_boxes: tuple[tuple[int, int, int, int], ...] = task_flag((),
         "where the two speakers are in the portrait, in pixels (default: its halves)", metavar="X0,Y0,X1,Y1;...")
+    keep_background: bool = task_flag(False,
+        "a dubbed clip keeps its pixels outside of the speaker's box, one of --speaker_boxes", bool)
     keyframes: tuple[tuple[str, float], ...] = task_flag((),
         "images for windows to end on, instead of generated frames", metavar="IMAGE@SECONDS[,...]", path="input",
         several=True)
@@ -412,6 +414,8 @@ REQUIRED = (
         tuple(("attention", name) for name in INEXACT),
         f"all steps are exact; add --attention {' or '.join(INEXACT)}, or leave it out",
     ),
+    ("keep_background", (("input_video", None),), "is for a clip that is dubbed; add --input_video, or leave it out"),
+    ("keep_background", (("speaker_boxes", None),), "needs to know where the speaker is; add --speaker_boxes"),
     ("voice", (("text", None),), "is for a text that is spoken; add --text"),
 )
 # other spellings of flags

@@ -350,6 +350,13 @@ SPEAKERS = [
     *bad(AVATAR, "--voice", {"af_heart": "is for a text that is spoken; add --text"}),
     *bad(T2V, "--text", {"Hello": "t2v does not take it; leave it out"}),
     *bad(AVATAR, "--audio_type", {"sequential": "is for two speakers; give two sounds, or leave it out"}),
+    case([*DUB, "--keep_background"], "--keep_background", "needs to know where the speaker is; add --speaker_boxes"),
+    case([*AVATAR, "--keep_background"], "--keep_background", "is for a clip that is dubbed; add --input_video"),
+    *bad([*DUB, "--keep_background"], "--speaker_boxes", {
+        ("0,0,9,9;9,9,19,19", "0,0,9"): "give one box as x0,y0,x1,y1 in pixels",
+        "0,0,65,48": ("0,0,65,48 is not inside the clip of 64 x 48 pixels", "give boxes inside it"),
+    }),
+    *bad(DUB, "--speaker_boxes", {"0,0,9,9": "is for two speakers; give two sounds, or leave it out"}),
     *bad(AVATAR, "--keyframes", {
         ("a.png", "a.png@", "@2.0", "a.png@two", "a.png@-1", "a.png@nan", "a.png@1e3"): TIMES,
         ("", "{assets}/fox.png@1,"): (EMPTY, "such as a.png@2.5"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -86,3 +88,36 @@ def test_a_dubbed_clip_is_experimental(main, tmp_path, caplog):
     assert code == 0, stderr
     assert warnings_of(caplog) == [EXPERIMENTAL]
     assert probe_video(tmp_path / "a.mp4", 25).frames == 13
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
+@pytest.mark.skipif(find_spec("kokoro") is not None, reason="kokoro would speak, and download its model")
+def test_a_text_is_spoken(main, tmp_path, caplog):
+    """The picture is as long as the sound, which is louder than silence and is in the file."""
+    code, stdout, stderr = main(*AVATAR, "--text", "Good evening.", "--voice", "en-gb", "--output", "a.mp4")
+    assert (code, stdout) == (0, "a.mp4\n"), stderr
+    assert [record.message for record in caplog.records if "espeak-ng" in record.message]
+    made = probe_video(tmp_path / "a.mp4", 25)
+    spoken = tmp_path / "spoken.wav"
+    subprocess.run(["espeak-ng", "-v", "en-gb", "-w", spoken, "Good evening."], check=True)
+    expected, heard = read_audio(spoken), read_audio(tmp_path / "a.mp4")
+    assert made.frames == np.ceil(len(expected) / 16_000 * 25)
+    count = min(len(expected), len(heard))
+    assert np.corrcoef(expected[:count], heard[:count])[0, 1] > 0.95  # but for AAC
+    assert files_in(tmp_path) == {"a.mp4", "spoken.wav"}
+
+
+@pytest.mark.slow
+def test_the_sound_of_the_video_is_the_recording(main, tmp_path, monkeypatch):
+    """Whatever the model hears of it."""
+    heard = []
+    monkeypatch.setattr("skyreels_v3.inputs.check_voice", lambda request: None)
+    monkeypatch.setattr("skyreels_v3.wan.avatar.read_vocals", lambda path, models: read_audio(path) * 0)
+    monkeypatch.setattr("skyreels_v3.wan.avatar.keep_speech", lambda samples: heard.append(samples) or samples)
+    sound = write_tone(tmp_path / "sound.wav", 0.5, 16000)
+    code, _, stderr = main(*AVATAR, "--input_audio", sound, "--vocals", "--speech_only", "--output", "a.mp4")
+    assert code == 0, stderr
+    assert len(heard) == 1 and not heard[0].any()
+    expected, made = read_audio(sound), read_audio(tmp_path / "a.mp4")
+    assert np.corrcoef(expected, made[: len(expected)])[0, 1] > 0.99

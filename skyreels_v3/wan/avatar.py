@@ -27,6 +27,7 @@ from skyreels_v3.media.video_reader import read_frames, resize_frames
 from skyreels_v3.media.voice import keep_spans, keep_speech, read_vocals
 from skyreels_v3.stages import Encoded, Event, Frame, Pass, Stages, Step, frames_to_video
 from skyreels_v3.tasks import PATCH_SIZE, SIZE_MULTIPLE, VAE_STRIDE, latent_frames
+from skyreels_v3.wan.background import Background
 from skyreels_v3.wan.conditioning import Conditioning
 from skyreels_v3.wan.windows import MOTION_FRAMES, WINDOW_FRAMES, Window, WindowPlan, plan_windows
 
@@ -73,7 +74,8 @@ class Avatar:
         texts, window_texts = self.stages.encode_prompts(self.guidance, request.prompt, window_prompt)
         if inputs.clip is not None:
             windows = plan.windows or (Window(0, 0, 0, plan.audio_frames),)
-            yield from self.make_windows(windows, self.clip_frames(windows), texts, done=0)
+            events = self.make_windows(windows, self.clip_frames(windows), texts, done=0)
+            yield from Background(self.stages, inputs.clip).keep(events) if request.keep_background else events
             return
         name = f"denoising 1/{len(plan.windows) + 1}"
         latents = yield from self.make_window(texts, (self.portrait, None), 0, name)

@@ -26,6 +26,7 @@ from skyreels_v3.runtime import start
 from skyreels_v3.stages import Pass, Stages, Step, video_to_frames
 from skyreels_v3.tasks import task_spec
 from skyreels_v3.wan.avatar import Avatar, Known, audio_windows, in_turn, token_span
+from skyreels_v3.wan.background import soft_box
 from skyreels_v3.wan.talking_avatar import PIPELINE
 from skyreels_v3.wan.windows import plan_windows
 from tests.planning import planned
@@ -310,3 +311,39 @@ def test_what_is_heard_is_changed_only_if_asked_for(make, sound, monkeypatch):
     assert calls[0] == sound(1.0)
     np.testing.assert_array_equal(calls[1], normalize_loudness(VOCALS))
     assert len(heard) == 1 and not heard[0].any()
+
+
+@pytest.mark.slow
+def test_a_background_is_kept(make, sound, write_lossless, tmp_path, caplog):
+    """Outside of the box the clip, pixel by pixel; inside of it what is made without the flag; between them a mixture.
+
+    The clip ends before the sound's last frames.
+    """
+    noise = np.random.default_rng(0).integers(0, 256, (24, 48, 64, 3), dtype=np.uint8)
+    clip = write_lossless(tmp_path / "clip.mp4", noise, 25)
+    flags = ("--input_video", clip, "--input_audio", sound(1.0), "--height", "48", "--width", "64")
+    caplog.set_level("INFO", "skyreels_v3")
+    made, kept = (
+        np.stack([frame for event in make(*flags, *more).run() if isinstance(event, Pass) for frame in event.frames])
+        for more in ((), ("--keep_background", "--speaker_boxes", "16,0,48,40"))
+    )
+    source = np.concatenate((noise, noise[-1:]))
+    outside = np.ones((48, 64), bool)
+    outside[:40, 16:48] = False
+    assert made.shape == kept.shape == source.shape and (made != source)[:, outside].any()
+    np.testing.assert_array_equal(kept[:, outside], source[:, outside])
+    np.testing.assert_array_equal(kept[:, :34, 22:42], made[:, :34, 22:42])  # the box is at the frame's upper side
+    between = np.minimum(made, source) <= kept, kept <= np.maximum(made, source)
+    assert np.all(between) and (kept != source)[:, 1:38, 18:46].mean() > 0.9
+    (line,) = [record.message for record in caplog.records if "speaker's box" in record.message]
+    error = np.square(made[:, outside].astype(float) - source[:, outside]).mean()
+    assert f"are {10 * np.log10(255**2 / error):.1f} dB PSNR from the clip" in line
+
+
+def test_the_soft_edge_of_a_box():
+    """A box of 20 x 40 pixels at the left side: its edge is 3 pixels wide, at the other three sides."""
+    weights = soft_box((0, 5, 20, 45), 50, 60)
+    assert weights.shape == (50, 60, 1) and weights.dtype == np.float32
+    np.testing.assert_allclose(weights[25, 15:22, 0], [1, 1, 5 / 6, 3 / 6, 1 / 6, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(weights[3:9, 0, 0], [0, 0, 1 / 6, 3 / 6, 5 / 6, 1], rtol=1e-6)
+    assert weights[25, 0, 0] == weights[40, 5, 0] == 1 and not weights[45:].any() and not weights[:, 20:].any()
