@@ -38,6 +38,7 @@ MAX_SPEAKERS = 2
 KEYFRAME = re.compile(r".+@\d{1,4}(\.\d{1,6})?", re.DOTALL)
 BOX = re.compile(r" *\d{1,6} *(, *\d{1,6} *){3}")
 VOICE = re.compile(r"[A-Za-z]\w{0,30}([+-]\w{1,30})?", re.ASCII)
+AUTO = "auto"  # of --speaker_boxes
 PARTIAL = ":partial"
 MAX_PIXELS = 1920 * 1088
 MIN_CACHED_STEPS = 12  # with fewer, neighboring steps differ too much
@@ -230,6 +231,8 @@ def check_inputs(values: Mapping[str, Any]) -> None:
     several = len(sounds) == MAX_SPEAKERS or "diarization" in values
     if "speaker_boxes" in values and not several and not values.get("keep_background"):
         refuse(values, "speaker_boxes", "is for two speakers; give two sounds, or leave it out")
+    if values.get("speaker_boxes") == AUTO and "input_video" in values:
+        refuse(values, "speaker_boxes", "finds two speakers in a portrait; give the box of the one in the clip")
     if not any(map(str.isalnum, values.get("text", "some"))):
         refuse(values, "text", "says nothing; give words, or leave it out")
     if not VOICE.fullmatch(values.get("voice", "some")):
@@ -302,7 +305,7 @@ def parse_lora(entry: str) -> Lora:
 
 def parse_boxes(values: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
     """--speaker_boxes as numbers."""
-    if "speaker_boxes" not in values:
+    if "speaker_boxes" not in values or values["speaker_boxes"] == AUTO:
         return ()
     boxes = values["speaker_boxes"].split(";")
     alone = values.get("keep_background")  # then it is where the one speaker of a clip is
@@ -347,6 +350,7 @@ def make_request(spec: TaskSpec, values: Mapping[str, Any], notes: Sequence[str]
     if "fps" in values:
         spec = replace(spec, fps=values["fps"])
     values |= {name: tuple(values.get(name, ())) for name in ("ref_imgs", "input_audio")}
+    values["find_speakers"] = values.get("speaker_boxes") == AUTO
     values |= {"speaker_boxes": parse_boxes(values), "keyframes": parse_keyframes(values), "lora": parse_loras(values)}
     values["cache"] = parse_cache(values["cache"]) if values.get("cache") else None
     values["frame_folder"] = values.get("output", "").endswith("/")

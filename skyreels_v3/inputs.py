@@ -16,6 +16,7 @@ from PIL import Image
 from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.media.audio import AudioInfo, probe_audio
 from skyreels_v3.media.diarization import read_turns
+from skyreels_v3.media.faces import check_faces, divide
 from skyreels_v3.media.files import MAX_IMAGE_BYTES, MAX_VIDEO_BYTES, MediaError, local_file
 from skyreels_v3.media.image import NOTES, open_image
 from skyreels_v3.media.video_reader import ClipInfo, check_length, last_frames, probe_video, resize_frames
@@ -127,13 +128,15 @@ def input_errors(source: str, flag: str) -> Iterator[None]:
 
 
 def check_voice(request: GenerationRequest) -> None:
-    """Raise UserError if a package or program that the sound needs is not installed."""
+    """Raise UserError if a package or program that voices and speakers need is not installed."""
     if request.text:
         check_speakable()
     if request.vocals:
         check_separable()
     if request.speech_only:
         check_detectable()
+    if request.find_speakers:
+        check_faces()
 
 
 def open_inputs(request: GenerationRequest, folder: Path) -> tuple[GenerationRequest, Inputs]:
@@ -156,6 +159,8 @@ def open_inputs(request: GenerationRequest, folder: Path) -> tuple[GenerationReq
     if audio:
         lengths = [sound.seconds for sound in audio]
         request = replace(request, audio_seconds=sum(lengths) if request.audio_type == "sequential" else max(lengths))
+    if request.find_speakers:
+        request = replace(request, speaker_boxes=divide(images[0]))
     keyframes = tuple((files.picture(source, "--keyframes"), seconds) for source, seconds in request.keyframes)
     if request.height is None:
         width, height = (clip.width, clip.height) if clip is not None else images[0].size

@@ -146,7 +146,8 @@ class GenerationRequest:
     audio_type: str = task_flag("parallel", "two speakers talk at once (default) or one after the other",
         choices=("parallel", "sequential"))
     speaker_boxes: tuple[tuple[int, int, int, int], ...] = task_flag((),
-        "where the two speakers are in the portrait, in pixels (default: its halves)", metavar="X0,Y0,X1,Y1;...")
+        "where the two speakers are in the portrait, in pixels (default: its halves); 'auto': by their faces",
+        metavar="X0,Y0,X1,Y1;...")
     keep_background: bool = task_flag(False,
         "a dubbed clip keeps its pixels outside of the speaker's box, one of --speaker_boxes", bool)
     keyframes: tuple[tuple[str, float], ...] = task_flag((),
@@ -281,6 +282,7 @@ class GenerationRequest:
     # derived
     audio_seconds: float | None = None  # None until the input has been opened
     number: int = 0  # of this video among `video_num`
+    find_speakers: bool = False  # in the portrait, by their faces
     frame_folder: bool = False  # the output is a folder of PNG files
     resume_if_same: bool = False  # resume an interrupted run of just this request, if there is one
     seed_drawn: bool = False

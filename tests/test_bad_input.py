@@ -356,6 +356,7 @@ SPEAKERS = [
         ("0,0,9,9;9,9,19,19", "0,0,9"): "give one box as x0,y0,x1,y1 in pixels",
         "0,0,65,48": ("0,0,65,48 is not inside the clip of 64 x 48 pixels", "give boxes inside it"),
     }),
+    *bad([*DUB, "--keep_background"], "--speaker_boxes", {"auto": "finds two speakers in a portrait; give the box"}),
     *bad(DUB, "--speaker_boxes", {"0,0,9,9": "is for two speakers; give two sounds, or leave it out"}),
     *bad(AVATAR, "--keyframes", {
         ("a.png", "a.png@", "@2.0", "a.png@two", "a.png@-1", "a.png@nan", "a.png@1e3"): TIMES,
@@ -639,13 +640,14 @@ def test_compiling_without_a_compiler(refuse, files, monkeypatch):
     [
         ([*AVATAR, "--vocals"], "--vocals", ("package audio-separator; pip install audio-separator[cpu], or leave",)),
         ([*DUB, "--speech_only"], "--speech_only", ("package silero-vad; pip install silero-vad, or leave it out",)),
+        ([*TWO, "--speaker_boxes", "auto"], "--speaker_boxes", ("package scikit-image; pip install", "give the boxes")),
         ([*MUTE, "--text", "Hello"], "--text", ("pip install kokoro, install espeak-ng, or give a recording",)),
     ],
 )
 def test_sound_without_its_packages(refuse, files, monkeypatch, argv, flag, words):
     monkeypatch.setattr("skyreels_v3.packages.find_spec", lambda name: None)
     monkeypatch.setenv("PATH", "")
-    check_words(refuse(filled(argv, files)), (f"error: {flag}: needs the ", *words))
+    check_words(refuse(filled(argv, files)), (f"error: {flag}: ", "needs the ", *words))
 
 
 @pytest.mark.skipif(any(map(has_library, GPU_DRIVERS)), reason="the GPU's default dtype is another one")
