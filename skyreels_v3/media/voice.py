@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 Spans = Sequence[tuple[float, float]]  # begin and end in seconds
 
 SPEECH_MARGIN = 0.1  # seconds around speech that are kept: lips open before they are heard
+PYTHON = (sys.executable, "-P")  # without modules of the current folder
 SEPARATOR = ("audio_separator", "onnxruntime")
 SEPARATE = "from audio_separator.utils.cli import main; main()"
 VOCALS = "vocals"  # name of its output
@@ -103,7 +104,7 @@ def read_vocals(path: Path, models: Path) -> np.ndarray:
         mixture = mix([path], True, folder / "mixture.wav")
         output = ["--output_dir", name, "--output_format", "WAV", "--single_stem", "Vocals"]
         output += ["--custom_output_names", json.dumps({"Vocals": VOCALS})]
-        command = [sys.executable, "-c", SEPARATE, str(mixture), *output]
+        command = [*PYTHON, "-c", SEPARATE, str(mixture), *output]
         command += ["--model_file_dir", str(models)]
         programs = f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"
         run_program(command, "--vocals", "audio-separator fails", "give a recording without music", PATH=programs)
@@ -122,7 +123,7 @@ def speak(text: str, voice: str | None, folder: Path) -> Path:
     made = target.with_suffix(".unfinished.wav")
     if has_packages(KOKORO):
         program = KOKORO
-        command = [sys.executable, "-m", KOKORO, "--voice", voice or KOKORO_VOICE, "--output-file", str(made)]
+        command = [*PYTHON, "-m", KOKORO, "--voice", voice or KOKORO_VOICE, "--output-file", str(made)]
     else:
         program = ESPEAK
         logger.warning("%s speaks the text, like a machine; pip install %s for a natural voice", ESPEAK, KOKORO)
