@@ -117,13 +117,11 @@ def test_a_voice_without_its_music(separator: Path, tmp_path: Path) -> None:
 
 @needs_espeak
 def test_a_text_is_spoken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    pytest.importorskip("silero_vad")
     monkeypatch.setattr("skyreels_v3.media.voice.has_packages", lambda *names: False)  # not kokoro
     text = "-w /tmp/x --version; $(reboot)\nThe boat sails on into the dusk."
     path = voice.speak(text, None, tmp_path)
     assert caplog.records[0].message.startswith("espeak-ng speaks the text")
-    spans = voice.find_speech(read_audio(path))
-    assert 3 < sum(end - begin for begin, end in spans) < 12
+    assert 3 < probe_audio(path).seconds < 15 and np.abs(read_audio(path)).max() > 0.1
     before = path.stat().st_mtime_ns
     assert voice.speak(text, None, tmp_path) == path and path.stat().st_mtime_ns == before  # not spoken again
     slow = voice.speak("Guten Tag", "de", tmp_path)
