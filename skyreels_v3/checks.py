@@ -28,6 +28,7 @@ from skyreels_v3.request import (
     REQUIRED,
     SAME_PROMPT,
     SHORTHANDS,
+    SUBSTITUTES,
     GenerationRequest,
     Lora,
 )
@@ -37,6 +38,8 @@ MAX_SPEAKERS = 2
 KEYFRAME = re.compile(r".+@\d{1,4}(\.\d{1,6})?", re.DOTALL)
 REFERENCE = re.compile(r"\{prev\}|\{job:([^{}]*)\}")  # in a line of --jobs, the video of another one
 BOX = re.compile(r" *\d{1,6} *(, *\d{1,6} *){3}")
+VOICE = re.compile(r"[A-Za-z]\w{0,30}([+-]\w{1,30})?", re.ASCII)
+AUTO = "auto"  # of --speaker_boxes
 PARTIAL = ":partial"
 MAX_PIXELS = 1920 * 1088
 MIN_CACHED_STEPS = 12  # with fewer, neighboring steps differ too much
@@ -119,15 +122,14 @@ def check_flags(spec: TaskSpec, values: Mapping[str, Any]) -> None:
         if BY_NAME[name].server:
             raise UserError(f"--{name}", "is for a server; add --serve")  # without its value: it may be a key
     for name in spec.inputs:
-        dubbed = name == "input_image" and "input_video" in values  # an existing video instead of a portrait
-        if name not in values and not dubbed:
+        if name not in values and SUBSTITUTES.get(name) not in values:
             raise UserError(f"--{name}", f"missing; {spec.name} needs {BY_NAME[name].help}")
     for one, other in EXCLUSIVE:
         if is_set(values, one) and is_set(values, other):
             refuse(values, one, f"conflicts with --{other}; give one of them")
     full = written_out(values)
     for name, needed, problem in REQUIRED:
-        if is_set(values, name) and not any(full.get(other) == value for other, value in needed):
+        if is_set(values, name) and not any(other in full and value in (None, full[other]) for other, value in needed):
             refuse(values, name, problem)
     if full.get("shard_weights"):
         for name, value, reason in (
@@ -225,9 +227,19 @@ def check_inputs(values: Mapping[str, Any]) -> None:
     if not (1 <= len(sounds) <= MAX_SPEAKERS and all(sounds)):
         remedy = "give one, or two for two speakers, comma-separated"
         refuse(values, "input_audio", f"{len(sounds)} sounds, or an empty one; {remedy}")
-    for name in ("audio_type", "speaker_boxes"):
-        if name in values and len(sounds) != MAX_SPEAKERS:
-            refuse(values, name, "is for two speakers; give two sounds, or leave it out")
+    if "diarization" in values and len(sounds) == MAX_SPEAKERS:
+        refuse(values, "diarization", "is for one recording of two speakers; give one --input_audio, or leave it out")
+    if "audio_type" in values and len(sounds) != MAX_SPEAKERS:
+        refuse(values, "audio_type", "is for two speakers; give two sounds, or leave it out")
+    several = len(sounds) == MAX_SPEAKERS or "diarization" in values
+    if "speaker_boxes" in values and not several and not values.get("keep_background"):
+        refuse(values, "speaker_boxes", "is for two speakers; give two sounds, or leave it out")
+    if values.get("speaker_boxes") == AUTO and "input_video" in values:
+        refuse(values, "speaker_boxes", "finds two speakers in a portrait; give the box of the one in the clip")
+    if not any(map(str.isalnum, values.get("text", "some"))):
+        refuse(values, "text", "says nothing; give words, or leave it out")
+    if not VOICE.fullmatch(values.get("voice", "some")):
+        refuse(values, "voice", "is not the name of a voice; give one such as af_heart (kokoro) or en-us (espeak-ng)")
     if len(sounds) == MAX_SPEAKERS and "input_video" in values:
         refuse(values, "input_video", "a video can be dubbed with one speaker only; give one --input_audio")
     parse_boxes(values)
@@ -296,11 +308,13 @@ def parse_lora(entry: str) -> Lora:
 
 def parse_boxes(values: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
     """--speaker_boxes as numbers."""
-    if "speaker_boxes" not in values:
+    if "speaker_boxes" not in values or values["speaker_boxes"] == AUTO:
         return ()
     boxes = values["speaker_boxes"].split(";")
-    if len(boxes) != MAX_SPEAKERS or not all(map(BOX.fullmatch, boxes)):
-        refuse(values, "speaker_boxes", "give two boxes as x0,y0,x1,y1;x0,y0,x1,y1 in pixels")
+    alone = values.get("keep_background")  # then it is where the one speaker of a clip is
+    if len(boxes) != (1 if alone else MAX_SPEAKERS) or not all(map(BOX.fullmatch, boxes)):
+        wanted = "one box as x0,y0,x1,y1" if alone else "two boxes as x0,y0,x1,y1;x0,y0,x1,y1"
+        refuse(values, "speaker_boxes", f"give {wanted} in pixels")
     numbers = tuple(tuple(map(int, box.split(","))) for box in boxes)
     for x0, y0, x1, y1 in numbers:
         if x0 >= x1 or y0 >= y1:
@@ -339,6 +353,7 @@ def make_request(spec: TaskSpec, values: Mapping[str, Any], notes: Sequence[str]
     if "fps" in values:
         spec = replace(spec, fps=values["fps"])
     values |= {name: tuple(values.get(name, ())) for name in ("ref_imgs", "input_audio")}
+    values["find_speakers"] = values.get("speaker_boxes") == AUTO
     values |= {"speaker_boxes": parse_boxes(values), "keyframes": parse_keyframes(values), "lora": parse_loras(values)}
     values["cache"] = parse_cache(values["cache"]) if values.get("cache") else None
     values["frame_folder"] = values.get("output", "").endswith("/")

@@ -15,9 +15,12 @@ from PIL import Image
 
 from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.media.audio import AudioInfo, probe_audio
+from skyreels_v3.media.diarization import read_turns
+from skyreels_v3.media.faces import check_faces, divide
 from skyreels_v3.media.files import MAX_IMAGE_BYTES, MAX_VIDEO_BYTES, MediaError, local_file
 from skyreels_v3.media.image import NOTES, open_image
 from skyreels_v3.media.video_reader import ClipInfo, check_length, last_frames, probe_video, resize_frames
+from skyreels_v3.media.voice import Spans, check_detectable, check_separable, check_speakable, speak
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.tasks import choose_size
 
@@ -30,6 +33,7 @@ class Inputs:
 
     Attributes:
         keyframes: pictures with their times in seconds.
+        turns: when each of two speakers in one recording speaks; none otherwise.
         notes: warnings for the user.
         files: for every input its flag, what the user gave, and the local file.
     """
@@ -38,6 +42,7 @@ class Inputs:
     clip: ClipInfo | None = None
     audio: tuple[AudioInfo, ...] = ()
     keyframes: tuple[tuple[Image.Image, float], ...] = ()
+    turns: tuple[Spans, ...] = ()
     notes: tuple[str, ...] = ()
     files: tuple[tuple[str, str, Path], ...] = ()
 
@@ -93,6 +98,17 @@ class InputFiles:
         self.note(source, sound.notes)
         return sound
 
+    def spoken(self) -> AudioInfo:
+        """--text as a recording."""
+        with input_errors("the text", "--text"):
+            return probe_audio(speak(self.request.text, self.request.voice, self.folder))
+
+    def turns(self, sound: AudioInfo) -> tuple[Spans, ...]:
+        """When each speaker of a recording speaks."""
+        if (source := self.request.diarization) is None:
+            return ()
+        return self.open(source, "--diarization", lambda path: read_turns(path, self.request.speakers, sound.seconds))
+
     def open(self, source: str, flag: str, opener: Callable[[Path], T], max_bytes: int = MAX_VIDEO_BYTES) -> T:
         path = self.fetch(source, flag, max_bytes)
         with input_errors(source, flag):
@@ -111,6 +127,18 @@ def input_errors(source: str, flag: str) -> Iterator[None]:
         raise UserError(flag, f"{format_value(source)} {error.reason}") from error
 
 
+def check_voice(request: GenerationRequest) -> None:
+    """Raise UserError if a package or program that voices and speakers need is not installed."""
+    if request.text:
+        check_speakable()
+    if request.vocals:
+        check_separable()
+    if request.speech_only:
+        check_detectable()
+    if request.find_speakers:
+        check_faces()
+
+
 def open_inputs(request: GenerationRequest, folder: Path) -> tuple[GenerationRequest, Inputs]:
     """Open all inputs, and fill in the request's height and width and the length of its sound.
 
@@ -120,22 +148,26 @@ def open_inputs(request: GenerationRequest, folder: Path) -> tuple[GenerationReq
     Raises:
         UserError: an input that cannot be used.
     """
+    check_voice(request)
     files = InputFiles(request, folder)
     pictures: list[tuple[str, str | None]] = [("--ref_imgs", source) for source in request.ref_imgs]
     pictures += [("--image", request.image), ("--input_image", request.input_image)]
     images = tuple(files.picture(source, flag) for flag, source in pictures if source is not None)
     clip = None if request.input_video is None else files.clip(request.input_video)
-    audio = tuple(files.sound(source) for source in request.input_audio)
+    audio = (files.spoken(),) if request.text else tuple(files.sound(source) for source in request.input_audio)
+    turns = files.turns(audio[0]) if audio else ()
     if audio:
         lengths = [sound.seconds for sound in audio]
         request = replace(request, audio_seconds=sum(lengths) if request.audio_type == "sequential" else max(lengths))
+    if request.find_speakers:
+        request = replace(request, speaker_boxes=divide(images[0]))
     keyframes = tuple((files.picture(source, "--keyframes"), seconds) for source, seconds in request.keyframes)
     if request.height is None:
         width, height = (clip.width, clip.height) if clip is not None else images[0].size
         height, width = choose_size(request.task, request.resolution, height, width)
         request = replace(request, height=height, width=width)
     paths = tuple((name, source, files.fetch(source, f"--{name}")) for name, source in request.sources)
-    return request, Inputs(images, clip, audio, keyframes, tuple(files.notes), paths)
+    return request, Inputs(images, clip, audio, keyframes, turns, tuple(files.notes), paths)
 
 
 def condition_clip(

@@ -97,7 +97,7 @@ def start_processes(flags: Mapping[str, Any], argv: Sequence[str], wanted: int) 
         return act_on(flags, ranks)  # one process can plan for all
     logger.setLevel(logging.ERROR)  # the processes log
     request = None if "jobs" in flags else request_of(flags)
-    if request is not None and not any(is_url(source) for _, source in request.sources):
+    if request is not None and not request.text and not any(is_url(source) for _, source in request.sources):
         from skyreels_v3.resolve import preflight
 
         checked = preflight(request, Path(), ranks)  # errors show before the processes start

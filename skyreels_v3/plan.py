@@ -319,9 +319,8 @@ def component_bytes(plan: Plan, sizes: Mapping[str, int], weights: Weights, term
     """Weights and activations of each component on one rank, which predicts under `terms` conditions."""
     request, family, dtype = plan.request, family_of(plan.request.task), plan.dtype
     longest = max(plan.passes, key=lambda made: made.tokens)
-    speakers = len(request.input_audio)
     activations = family.activation_bytes(sizes, longest.tokens, dtype, plan.degrees)
-    activations += weights.dequantized + family.context_bytes(sizes, longest.latents[2], speakers, dtype)
+    activations += weights.dequantized + family.context_bytes(sizes, longest.latents[2], request.speakers, dtype)
     if request.cache is not None:  # two residuals of each condition, and a copy of the first block's input
         tokens = longest.tokens // plan.degrees.sequence
         activations += (2 * terms + 1) * tokens * width_of(sizes) * BYTES[dtype]

@@ -135,10 +135,21 @@ class GenerationRequest:
     input_image: str | None = task_flag(None, "portrait of the speaker, path or URL", metavar="IMAGE", path="input")
     input_audio: tuple[str, ...] = task_flag((), "speech: audio file or video, path or URL; two for two speakers",
         metavar="AUDIO[,AUDIO]", path="input", several=True)
+    text: str = task_flag("", "what the portrait says, instead of --input_audio; spoken by kokoro, or else espeak-ng",
+        in_request=False)
+    voice: str | None = task_flag(None, "the speaker of --text: a voice of kokoro (default: af_heart) or espeak-ng",
+        metavar="NAME", in_request=False)
+    vocals: bool = task_flag(False, "the model hears the voice without the music, by audio-separator", bool)
+    speech_only: bool = task_flag(False, "the model hears silence between the words, by silero-vad", bool)
+    diarization: str | None = task_flag(None, "RTTM file: when two speakers speak in one --input_audio",
+        metavar="FILE.rttm", path="input", in_request=False)
     audio_type: str = task_flag("parallel", "two speakers talk at once (default) or one after the other",
         choices=("parallel", "sequential"))
     speaker_boxes: tuple[tuple[int, int, int, int], ...] = task_flag((),
-        "where the two speakers are in the portrait, in pixels (default: its halves)", metavar="X0,Y0,X1,Y1;...")
+        "where the two speakers are in the portrait, in pixels (default: its halves); 'auto': by their faces",
+        metavar="X0,Y0,X1,Y1;...")
+    keep_background: bool = task_flag(False,
+        "a dubbed clip keeps its pixels outside of the speaker's box, one of --speaker_boxes", bool)
     keyframes: tuple[tuple[str, float], ...] = task_flag((),
         "images for windows to end on, instead of generated frames", metavar="IMAGE@SECONDS[,...]", path="input",
         several=True)
@@ -274,6 +285,7 @@ class GenerationRequest:
     # derived
     audio_seconds: float | None = None  # None until the input has been opened
     number: int = 0  # of this video among `video_num`
+    find_speakers: bool = False  # in the portrait, by their faces
     frame_folder: bool = False  # the output is a folder of PNG files
     resume_if_same: bool = False  # resume an interrupted run of just this request, if there is one
     frames_copy: Path | None = None  # a clip that also gets the frames, without any loss, for videos that go on from it
@@ -304,11 +316,16 @@ class GenerationRequest:
         )
 
     @property
+    def speakers(self) -> int:
+        """How many people speak; 0 where there is no sound."""
+        return 2 if self.diarization else len(self.input_audio) or int(bool(self.text))
+
+    @property
     def sources(self) -> tuple[tuple[str, str], ...]:
         """All inputs, paths or URLs, each after the name of its flag."""
         keyframes = tuple(image for image, _ in self.keyframes)
         several = {"ref_imgs": self.ref_imgs, "input_audio": self.input_audio, "keyframes": keyframes}
-        single = ((name, getattr(self, name)) for name in ("image", "input_image", "input_video"))
+        single = ((name, getattr(self, name)) for name in ("image", "input_image", "input_video", "diarization"))
         return (
             *((name, source) for name, source in single if source),
             *((name, source) for name, sources in several.items() for source in sources),
@@ -355,14 +372,24 @@ FLAGS = tuple(Flag(each.name, **each.metadata["flag"]) for each in fields(Genera
 BY_NAME = {each.name: each for each in FLAGS}
 OUTPUTS = tuple(sorted(each.name for each in FLAGS if each.path == "output"))
 # flags for the same thing in different tasks
-ALIKE = (("image", "input_image", "ref_imgs"), ("guidance_scale", "text_guidance_scale"), ("num_frames", "duration"))
+ALIKE = (
+    ("image", "input_image", "ref_imgs"),
+    ("guidance_scale", "text_guidance_scale"),
+    ("num_frames", "duration"),
+    ("text", "prompt"),
+)
 INSTEAD = (("resolution", "height"), ("resolution", "width"))  # of two that are given together, the second decides
+SUBSTITUTES = {"input_image": "input_video", "input_audio": "text"}  # a clip that is dubbed, a text that is spoken
 EXCLUSIVE = (
     ("duration", "num_frames"),
     ("quiet", "verbose"),
     ("input_image", "input_video"),
     ("keyframes", "input_video"),
     ("window_prompt", "input_video"),
+    ("text", "input_audio"),
+    ("text", "vocals"),
+    ("text", "diarization"),
+    ("diarization", "input_video"),
     ("resume", "dry_run"),
     ("offload", "low_vram"),
     ("memory", "offload"),
@@ -375,7 +402,7 @@ EXCLUSIVE = (
     ("exact_steps", "use_usp"),
     ("output", "outdir"),
 )
-# flags that need another one of a certain value, and what to say without it
+# flags that need another one of a certain value (None: of any), and what to say without it
 REQUIRED = (
     ("parameters_level", (("memory", "stream"),), "says how to offload; add --offload, or give --memory stream alone"),
     (
@@ -393,6 +420,9 @@ REQUIRED = (
         tuple(("attention", name) for name in INEXACT),
         f"all steps are exact; add --attention {' or '.join(INEXACT)}, or leave it out",
     ),
+    ("keep_background", (("input_video", None),), "is for a clip that is dubbed; add --input_video, or leave it out"),
+    ("keep_background", (("speaker_boxes", None),), "needs to know where the speaker is; add --speaker_boxes"),
+    ("voice", (("text", None),), "is for a text that is spoken; add --text"),
 )
 # other spellings of flags
 SHORTHANDS = ("offload", "low_vram", "parameters_level", "compiler_transformer", "sequence_batch")

@@ -70,7 +70,7 @@ def preflight(request: GenerationRequest, downloads: Path, ranks: Ranks = SINGLE
             request = replace(request, output=request.output or free_name(request))
             if ranks.is_main:
                 check_outputs(request)
-        if not request.frame_folder or request.input_video or request.input_audio:
+        if not request.frame_folder or request.input_video or request.speakers:
             check_ffmpeg()
         opened, inputs = open_inputs(request, downloads)
     resolved, done = ResolvedRequest.of(opened, output=opened.output or free_name(opened)), False

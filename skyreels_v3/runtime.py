@@ -6,7 +6,6 @@ A request is checked against the machine without torch, which `find_machine` and
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import logging
 import os
 import platform
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from skyreels_v3.attention.kernels import check_attention
 from skyreels_v3.cache import compiled_folder
 from skyreels_v3.errors import UserError
+from skyreels_v3.packages import check_packages
 from skyreels_v3.parallel.ranks import SINGLE, Ranks
 from skyreels_v3.plan import Machine, Plan
 from skyreels_v3.request import GenerationRequest
@@ -73,8 +73,8 @@ def check_compute(request: GenerationRequest) -> None:
         raise UserError("--memory", "stream: this device shares the host's memory; use --memory auto")
     if request.compile and device == "cpu" and not any(map(shutil.which, COMPILERS)):
         raise UserError("--compile", f"needs a C++ compiler ({' or '.join(COMPILERS)}); install one, or leave it out")
-    if request.compile and device == "cuda" and importlib.util.find_spec("triton") is None:
-        raise UserError("--compile", "needs the package triton; pip install triton, or leave it out")
+    if request.compile and device == "cuda":
+        check_packages("--compile", "triton", "triton")
 
 
 def likely_device(request: GenerationRequest) -> str:

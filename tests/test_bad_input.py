@@ -35,7 +35,8 @@ EXTENSION = ["--task_type", "single_shot_extension", "--prompt", "a", "--input_v
 SHOT = ["--task_type", "shot_switching_extension", "--prompt", "a", "--input_video", "{assets}/boat.mp4", *TINY]
 SPEAKER = ["--task_type", "talking_avatar", "--prompt", "a", *TINY]
 PORTRAIT = ["--input_image", "{assets}/portrait.png"]
-AVATAR = [*SPEAKER, *PORTRAIT, "--input_audio", "{files}/6s.wav"]
+MUTE = [*SPEAKER, *PORTRAIT]
+AVATAR = [*MUTE, "--input_audio", "{files}/6s.wav"]
 TWO = [*SPEAKER, *PORTRAIT, "--input_audio", "{files}/6s.wav,{files}/1s.wav"]
 DUB = [*SPEAKER, "--input_video", "{files}/4s.mp4", "--input_audio", "{files}/1s.wav"]
 LEFT = [*AVATAR, "--height", "32", "--width", "32", "--output", "{files}/left.mp4", "--resume"]
@@ -162,7 +163,7 @@ CHOICES = [
     *bad(REFERENCE, "--vae_dtype", {"float16": "choose bfloat16 or float32"}),
     *bad(REFERENCE, "--model_source", {"github": "choose huggingface or modelscope"}),
     *bad([*REFERENCE, "--model_id", "a/b"], "--model_source", {
-        "modelscope": ("modelscope needs its package", "pip install modelscope"),
+        "modelscope": ("modelscope: needs the package modelscope", "pip install modelscope"),
     }),
     *bad(REFERENCE, "--memory", {"ofload": "did you mean offload?", "": (EMPTY, "choose auto, resident, off")}),
     *bad(REFERENCE, "--quant", {("int4", "FP8"): "choose fp8 or fp8_dynamic"}),
@@ -332,7 +333,31 @@ SPEAKERS = [
         "0,0,40,40;100,200,400,400": ("0,0,40,40 is cut off", "give a box nearer to the middle"),
     }),
     *bad(AVATAR, "--speaker_boxes", {"0,0,9,9;9,0,19,9": "is for two speakers; give two sounds, or leave it out"}),
+    *bad(AVATAR, "--diarization", {
+        "{files}/nothere.rttm": PATH,
+        "{files}/text.png": ("line 1 is not SPEAKER", "give an RTTM file"),
+        "{files}/good.png": ("is not a text", "give an RTTM file"),
+    }),
+    *bad(TWO, "--diarization", {"a.rttm": "is for one recording of two speakers; give one --input_audio"}),
+    *bad(DUB, "--diarization", {"a.rttm": "conflicts with --input_video"}),
+    *bad(AVATAR, "--text", {"Hello": "conflicts with --input_audio; give one of them"}),
+    *bad(MUTE, "--text", {"?!": "says nothing; give words, or leave it out"}),
+    *bad([*MUTE, "--text", "Hello"], "--voice", {
+        ("../a", "a.pt", "af_heart,b", "a-", "\u0430"): "is not the name of a voice; give one such as af_heart",
+    }),
+    case([*MUTE, "--text", "Hello", "--vocals"], "--text", "Hello: conflicts with --vocals"),
+    case([*MUTE, "--text", "Hello", "--diarization", "a.rttm"], "--text", "Hello: conflicts with --diarization"),
+    *bad(AVATAR, "--voice", {"af_heart": "is for a text that is spoken; add --text"}),
+    *bad(T2V, "--text", {"Hello": "t2v does not take it; leave it out"}),
     *bad(AVATAR, "--audio_type", {"sequential": "is for two speakers; give two sounds, or leave it out"}),
+    case([*DUB, "--keep_background"], "--keep_background", "needs to know where the speaker is; add --speaker_boxes"),
+    case([*AVATAR, "--keep_background"], "--keep_background", "is for a clip that is dubbed; add --input_video"),
+    *bad([*DUB, "--keep_background"], "--speaker_boxes", {
+        ("0,0,9,9;9,9,19,19", "0,0,9"): "give one box as x0,y0,x1,y1 in pixels",
+        "0,0,65,48": ("0,0,65,48 is not inside the clip of 64 x 48 pixels", "give boxes inside it"),
+    }),
+    *bad([*DUB, "--keep_background"], "--speaker_boxes", {"auto": "finds two speakers in a portrait; give the box"}),
+    *bad(DUB, "--speaker_boxes", {"0,0,9,9": "is for two speakers; give two sounds, or leave it out"}),
     *bad(AVATAR, "--keyframes", {
         ("a.png", "a.png@", "@2.0", "a.png@two", "a.png@-1", "a.png@nan", "a.png@1e3"): TIMES,
         ("", "{assets}/fox.png@1,"): (EMPTY, "such as a.png@2.5"),
@@ -610,6 +635,21 @@ def test_compiling_without_a_compiler(refuse, files, monkeypatch):
     check_words(line, ("error: --compile: ", "c++ or g++", "leave it out"))
 
 
+@pytest.mark.parametrize(
+    ("argv", "flag", "words"),
+    [
+        ([*AVATAR, "--vocals"], "--vocals", ("package audio-separator; pip install audio-separator[cpu], or leave",)),
+        ([*DUB, "--speech_only"], "--speech_only", ("package silero-vad; pip install silero-vad, or leave it out",)),
+        ([*TWO, "--speaker_boxes", "auto"], "--speaker_boxes", ("package scikit-image; pip install", "give the boxes")),
+        ([*MUTE, "--text", "Hello"], "--text", ("pip install kokoro, install espeak-ng, or give a recording",)),
+    ],
+)
+def test_sound_without_its_packages(refuse, files, monkeypatch, argv, flag, words):
+    monkeypatch.setattr("skyreels_v3.packages.find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", "")
+    check_words(refuse(filled(argv, files)), (f"error: {flag}: ", "needs the ", *words))
+
+
 @pytest.mark.skipif(any(map(has_library, GPU_DRIVERS)), reason="the GPU's default dtype is another one")
 def test_flash_attention_as_it_would_be_chosen_here(refuse, files):
     argv = [word for word in filled([*REFERENCE, "--attention", "flash"], files) if word not in ("--device", "cpu")]
@@ -633,14 +673,17 @@ sys.exit(f"imported {heavy}" if heavy else code)
 """
 
 
-def test_errors_come_without_torch(files):
+@pytest.mark.parametrize(
+    ("argv", "name", "remedy"), [(I2V, "image", COMPLETE), (AVATAR, "diarization", "an RTTM file")]
+)
+def test_errors_come_without_torch(files, argv, name, remedy):
     """Even an error that is found late."""
-    argv = filled([*I2V, "--image", "{files}/cut.png"], files)
+    argv = filled([*argv, f"--{name}", "{files}/cut.png"], files)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", WITHOUT_TORCH, *argv]
     made = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert made.returncode == 2, made.stderr
-    check_words(made.stderr, ("error: --image: ", "cut.png", COMPLETE))
+    check_words(made.stderr, (f"error: --{name}: ", "cut.png", remedy))
 
 
 def test_what_an_interrupted_run_left_is_found(files):

@@ -211,6 +211,18 @@ def test_the_plan_of_v1(frames, size, tokens, petaflop):
     )
 
 
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+@pytest.mark.parametrize(("frames", "tokens"), [(97, 25 * 45 * 80), (289, 73 * 45 * 80)])
+def test_v1_at_720p_with_embedded_guidance(task, frames, tokens):
+    """One forward for each step, not two as with --guidance_scale; the length of the text is not counted."""
+    flags = {"num_frames": frames, "embedded_guidance_scale": 6.0, "num_inference_steps": 30, "memory": "stream"}
+    made, guided = (plan_of(task, **flags, guidance_scale=scale) for scale in (1.0, 6.0))
+    (only,) = made.passes
+    assert only.latents == (1, 16, (frames - 1) // 4 + 1, 90, 160) and only.tokens == tokens
+    assert (made.forwards, guided.forwards) == (30, 60)
+    assert made.peak("stream") < made.peak("resident")
+
+
 @pytest.mark.parametrize(
     ("task", "tokens", "petaflop"), [("reference_to_video", 126_000, 16.1), ("single_shot_extension", 144_000, 20.5)]
 )

@@ -7,7 +7,6 @@ without asking the hub. After an interrupted download, the next one fetches the 
 from __future__ import annotations
 
 import glob
-import importlib.util
 import logging
 import os
 import re
@@ -21,6 +20,7 @@ from threading import Thread
 from skyreels_v3.checkpoints.files import OTHER_FORMATS, Repository, check_file, errors_about
 from skyreels_v3.console import say
 from skyreels_v3.errors import UserError, format_value
+from skyreels_v3.packages import check_packages
 from skyreels_v3.request import DEFAULT_ENHANCER, ENHANCER_LOCAL, GenerationRequest
 from skyreels_v3.tasks import TASK_NAMES, TINY, task_spec
 
@@ -123,8 +123,9 @@ def local_folder(name: str, flag: str, remedy: str) -> Path | None:
 
 def check_client(request: GenerationRequest) -> None:
     """Raise UserError if the hub's client, an optional package, is not installed."""
-    if request.model_source == "modelscope" and importlib.util.find_spec("modelscope") is None:
-        raise UserError("--model_source", "modelscope needs its package; pip install modelscope, or use huggingface")
+    if request.model_source == "modelscope":
+        name = request.model_source
+        check_packages("--model_source", name, name, value=name, otherwise="use huggingface")
 
 
 def refuse_other_tasks(request: GenerationRequest) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -16,14 +17,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from skyreels_v3.cache import cache_folder
 from skyreels_v3.denoising.guidance import NO_AUDIO, NO_TEXT_NO_AUDIO, Guidance
 from skyreels_v3.denoising.loop import euler, unconstrained
 from skyreels_v3.media.audio import normalize_loudness, read_audio
 from skyreels_v3.media.color import match_color
 from skyreels_v3.media.image import cover_crop, covered_box, full_size
 from skyreels_v3.media.video_reader import read_frames, resize_frames
+from skyreels_v3.media.voice import keep_spans, keep_speech, read_vocals
 from skyreels_v3.stages import Encoded, Event, Frame, Pass, Stages, Step, frames_to_video
 from skyreels_v3.tasks import PATCH_SIZE, SIZE_MULTIPLE, VAE_STRIDE, latent_frames
+from skyreels_v3.wan.background import Background
 from skyreels_v3.wan.conditioning import Conditioning
 from skyreels_v3.wan.windows import MOTION_FRAMES, WINDOW_FRAMES, Window, WindowPlan, plan_windows
 
@@ -60,7 +64,7 @@ class Avatar:
     def run(self) -> Iterator[Event]:
         """The key-frame pass, and a pass for each window of a longer video; for a dubbed clip windows only."""
         request, inputs = self.request, self.inputs
-        if inputs.clip is not None or len(inputs.audio) > 1:
+        if inputs.clip is not None or request.speakers > 1:
             logger.warning("experimental: the published weights are said to be trained on one speaker and a portrait")
         features = self.encode_audio()
         plan = plan_windows(features.shape[1])
@@ -70,7 +74,8 @@ class Avatar:
         texts, window_texts = self.stages.encode_prompts(self.guidance, request.prompt, window_prompt)
         if inputs.clip is not None:
             windows = plan.windows or (Window(0, 0, 0, plan.audio_frames),)
-            yield from self.make_windows(windows, self.clip_frames(windows), texts, done=0)
+            events = self.make_windows(windows, self.clip_frames(windows), texts, done=0)
+            yield from Background(self.stages, inputs.clip).keep(events) if request.keep_background else events
             return
         name = f"denoising 1/{len(plan.windows) + 1}"
         latents = yield from self.make_window(texts, (self.portrait, None), 0, name)
@@ -151,7 +156,7 @@ class Avatar:
     def make_speaker_masks(self) -> Tensor | None:
         """Where the two speakers are: the portrait's halves unless there are boxes."""
         request, inputs = self.request, self.inputs
-        if len(inputs.audio) < 2:
+        if request.speakers < 2:
             return None
         width, height = size = full_size(inputs.images[0])
         middle = width // 2
@@ -163,13 +168,22 @@ class Avatar:
         masks[2] = (masks[0] + masks[1] == 0).float()
         return masks.to(self.runtime.device)
 
+    def voices(self) -> list[np.ndarray]:
+        """What the model hears of each speaker, float32 [samples]; the video's own sound stays as it is."""
+        request, inputs = self.request, self.inputs
+        read = partial(read_vocals, models=cache_folder() / "separation") if request.vocals else read_audio
+        heard = [read(sound.path) for sound in inputs.audio]
+        heard = [keep_spans(heard[0], spans) for spans in inputs.turns] or heard
+        normalized = [normalize_loudness(samples) for samples in heard]
+        return [keep_speech(samples) for samples in normalized] if request.speech_only else normalized
+
     def encode_audio(self) -> Tensor:
         """Features (P, F, layers, D) of each speaker's audio, silent while only the other one speaks."""
-        encoder, request, inputs = self.components.audio_encoder, self.request, self.inputs
+        encoder, request = self.components.audio_encoder, self.request
 
         def encode() -> dict[str, Tensor]:
             assert encoder is not None
-            voices = [normalize_loudness(read_audio(sound.path)) for sound in inputs.audio]
+            voices = self.voices()
             with self.runtime.resident(encoder.module, "encoding the audio"):
                 heard = [
                     encoder(torch.from_numpy(samples).to(self.runtime.device), request.task.fps)

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
-
-from PIL import Image
 
 from skyreels_v3.denoising.guidance import Guidance, text_audio_guidance
 from skyreels_v3.errors import UserError, format_value
@@ -33,7 +31,7 @@ class TalkingAvatar(Pipeline):
 
     def check_inputs(self, request: ResolvedRequest, inputs: Inputs) -> None:
         check_times(request, inputs.clip)
-        check_boxes(request, inputs.images)
+        check_boxes(request, inputs)
 
     def passes(self, request: GenerationRequest) -> Iterator[tuple[int, int]]:
         windows = len(plan_windows(request.frames_out).windows)
@@ -62,16 +60,18 @@ def check_times(request: ResolvedRequest, clip: ClipInfo | None) -> None:
             raise UserError("--keyframes", f"{reason}; give times within it, and sound of at least {shortest:g} s")
 
 
-def check_boxes(request: ResolvedRequest, images: Sequence[Image.Image]) -> None:
-    """Raise UserError for a speaker's box outside the portrait, or cropped away."""
+def check_boxes(request: ResolvedRequest, inputs: Inputs) -> None:
+    """Raise UserError for a speaker's box outside the portrait or the clip, or cropped away."""
+    clip = inputs.clip
     for x0, y0, x1, y1 in request.speaker_boxes:
-        width, height = size = full_size(images[0])
+        kind, size = ("portrait", full_size(inputs.images[0])) if clip is None else ("clip", (clip.width, clip.height))
+        width, height = size
         if x1 > width or y1 > height:
-            reason = f"{x0},{y0},{x1},{y1} is not inside the portrait of {width} x {height} pixels"
+            reason = f"{x0},{y0},{x1},{y1} is not inside the {kind} of {width} x {height} pixels"
             raise UserError("--speaker_boxes", f"{reason}; give boxes inside it")
         left, top, right, bottom = covered_box((x0, y0, x1, y1), size, request.height, request.width)
         if left >= right or top >= bottom:
-            reason = f"{x0},{y0},{x1},{y1} is cut off when the portrait becomes {request.width} x {request.height}"
+            reason = f"{x0},{y0},{x1},{y1} is cut off when the {kind} becomes {request.width} x {request.height}"
             raise UserError("--speaker_boxes", f"{reason}; give a box nearer to the middle, or another size")
 
 

@@ -235,7 +235,8 @@ class Form:
     def file_component(self, flag: Flag, number: int) -> Any:
         """A place to drop a file."""
         many = f" {number + 1}" if flag.name in SLOTS else ""
-        instead = [label_of(a if b == flag.name else b).lower() for a, b in EXCLUSIVE if flag.name in (a, b)]
+        others = (a if b == flag.name else b for a, b in EXCLUSIVE if flag.name in (a, b))
+        instead = [label_of(other).lower() for other in others if other not in HIDDEN]
         note = f" (instead of the {instead[0]})" if instead else " (optional)"
         needed = flag.name in self.task.inputs and not number
         options: dict[str, Any] = {

@@ -353,15 +353,15 @@ def test_modelscope_gets_the_same_patterns(monkeypatch, reference, tmp_path):
     monkeypatch.setitem(sys.modules, "modelscope", package)
     request = parse_request([*REFERENCE, "--model_source", "modelscope"])
     (repository,) = family_of(request.task).repositories(request.task)
-    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr("skyreels_v3.packages.find_spec", lambda name: object())
     assert hub.download(request, repository) == root
     assert hub.download_file("a/b/style.safetensors", request, hub.LORA) == tmp_path / "style.safetensors"
     assert calls == [
         ("some/model", {"allow_patterns": ["transformer/*", "vae/*", "text_encoder/*", "tokenizer/*"]}),
         ("a/b", {"allow_patterns": ["style.safetensors", "adapter_config.json"]}),
     ]
-    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="--model_source: modelscope needs its package"):
+    monkeypatch.setattr("skyreels_v3.packages.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--model_source: modelscope: needs the package modelscope"):
         hub.download_file("a/style", request, hub.LORA)
 
 

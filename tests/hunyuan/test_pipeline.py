@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -132,14 +133,18 @@ def test_a_picture_of_another_shape_and_more_than_a_tile(main, stock, tmp_path, 
 
 
 @pytest.mark.slow
-def test_the_embedded_guidance_is_told(main, stock):
+def test_the_embedded_guidance_is_told(main, stock, monkeypatch):
+    """As V1 is used without classifier-free guidance: one forward for each step."""
     pipeline = stock("t2v")
     latents = pipeline(
-        prompt=PROMPT, height=HEIGHT, width=WIDTH, num_frames=FRAMES, num_inference_steps=STEPS, guidance_scale=4.0,
+        prompt=PROMPT, height=HEIGHT, width=WIDTH, num_frames=FRAMES, num_inference_steps=STEPS, guidance_scale=6.0,
         output_type="latent", generator=torch.Generator().manual_seed(SEED),
     ).frames  # fmt: skip
-    flags = ["--guidance_scale", 1, "--embedded_guidance_scale", 4, "--num_frames", FRAMES]
+    forward = MagicMock(side_effect=HunyuanVideoTransformer3DModel.forward)
+    monkeypatch.setattr(HunyuanVideoTransformer3DModel, "forward", lambda *args, **more: forward(*args, **more))
+    flags = ["--guidance_scale", 1, "--embedded_guidance_scale", 6, "--num_frames", FRAMES]
     torch.testing.assert_close(made(main, "t2v", *flags), latents, atol=TOLERANCE, rtol=0)
+    assert forward.call_count == STEPS
 
 
 @pytest.mark.slow

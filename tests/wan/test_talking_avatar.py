@@ -19,12 +19,14 @@ from skyreels_v3.cli import parse_request
 from skyreels_v3.components import Components, load_components
 from skyreels_v3.errors import UserError
 from skyreels_v3.inputs import open_inputs
+from skyreels_v3.media.audio import normalize_loudness, read_audio
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.resume import RunRecord, open_state
 from skyreels_v3.runtime import start
 from skyreels_v3.stages import Pass, Stages, Step, video_to_frames
 from skyreels_v3.tasks import task_spec
 from skyreels_v3.wan.avatar import Avatar, Known, audio_windows, in_turn, token_span
+from skyreels_v3.wan.background import soft_box
 from skyreels_v3.wan.talking_avatar import PIPELINE
 from skyreels_v3.wan.windows import plan_windows
 from tests.planning import planned
@@ -41,6 +43,7 @@ REQUEST = GenerationRequest(
     quiet=True,
 )
 RED, BLUE = (255, 0, 0), (0, 0, 255)
+VOCALS = np.random.default_rng(1).normal(0, 0.1, 16_000).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -278,3 +281,69 @@ def test_colors_are_the_portraits_unless_that_is_off(make, sound):
     torch.testing.assert_close(half, (plain + full) / 2)
     portrait = avatar.portrait.mean()
     assert abs(full.mean() - portrait) < 0.5 * abs(plain.mean() - portrait)
+
+
+def test_two_speakers_in_one_recording(make, sound, tmp_path):
+    """Each one's track is silent while only the other one speaks, by an RTTM file; the masks are those of two."""
+    lines = ("SPEAKER a 1 0.0 0.6 <NA> <NA> x <NA> <NA>", "SPEAKER a 1 0.5 0.5 <NA> <NA> y <NA> <NA>")
+    (tmp_path / "a.rttm").write_text("\n".join(lines))
+    whole = make("--input_audio", sound(1.0)).voices()[0]
+    avatar = make("--input_audio", sound(1.0), "--diarization", tmp_path / "a.rttm")
+    first, second = avatar.voices()
+    assert not first[9600:].any() and not second[:8000].any()
+    for voice, part in ((first, slice(0, 9600)), (second, slice(8000, 16000))):
+        assert np.corrcoef(voice[part], whole[part])[0, 1] > 0.999  # but for the loudness
+    assert avatar.encode_audio().shape[:2] == (2, 25)
+    assert avatar.speaker_masks is not None
+    assert [name for name, *_ in avatar.inputs.files] == ["input_image", "diarization", "input_audio"]
+
+
+def test_what_is_heard_is_changed_only_if_asked_for(make, sound, monkeypatch):
+    """The switches of the sound, one after the other: vocals, loudness, speech."""
+    calls = []
+    monkeypatch.setattr("skyreels_v3.inputs.check_voice", lambda request: None)
+    monkeypatch.setattr("skyreels_v3.wan.avatar.read_vocals", lambda path, models: calls.append(path) or VOCALS)
+    monkeypatch.setattr("skyreels_v3.wan.avatar.keep_speech", lambda samples: calls.append(samples) or samples * 0)
+    plain = make("--input_audio", sound(1.0))
+    np.testing.assert_array_equal(plain.voices()[0], normalize_loudness(read_audio(sound(1.0))))
+    assert not calls
+    heard = make("--input_audio", sound(1.0), "--vocals", "--speech_only").voices()
+    assert calls[0] == sound(1.0)
+    np.testing.assert_array_equal(calls[1], normalize_loudness(VOCALS))
+    assert len(heard) == 1 and not heard[0].any()
+
+
+@pytest.mark.slow
+def test_a_background_is_kept(make, sound, write_lossless, tmp_path, caplog):
+    """Outside of the box the clip, pixel by pixel; inside of it what is made without the flag; between them a mixture.
+
+    The clip ends before the sound's last frames.
+    """
+    noise = np.random.default_rng(0).integers(0, 256, (24, 48, 64, 3), dtype=np.uint8)
+    clip = write_lossless(tmp_path / "clip.mp4", noise, 25)
+    flags = ("--input_video", clip, "--input_audio", sound(1.0), "--height", "48", "--width", "64")
+    caplog.set_level("INFO", "skyreels_v3")
+    made, kept = (
+        np.stack([frame for event in make(*flags, *more).run() if isinstance(event, Pass) for frame in event.frames])
+        for more in ((), ("--keep_background", "--speaker_boxes", "16,0,48,40"))
+    )
+    source = np.concatenate((noise, noise[-1:]))
+    outside = np.ones((48, 64), bool)
+    outside[:40, 16:48] = False
+    assert made.shape == kept.shape == source.shape and (made != source)[:, outside].any()
+    np.testing.assert_array_equal(kept[:, outside], source[:, outside])
+    np.testing.assert_array_equal(kept[:, :34, 22:42], made[:, :34, 22:42])  # the box is at the frame's upper side
+    between = np.minimum(made, source) <= kept, kept <= np.maximum(made, source)
+    assert np.all(between) and (kept != source)[:, 1:38, 18:46].mean() > 0.9
+    (line,) = [record.message for record in caplog.records if "speaker's box" in record.message]
+    error = np.square(made[:, outside].astype(float) - source[:, outside]).mean()
+    assert f"are {10 * np.log10(255**2 / error):.1f} dB PSNR from the clip" in line
+
+
+def test_the_soft_edge_of_a_box():
+    """A box of 20 x 40 pixels at the left side: its edge is 3 pixels wide, at the other three sides."""
+    weights = soft_box((0, 5, 20, 45), 50, 60)
+    assert weights.shape == (50, 60, 1) and weights.dtype == np.float32
+    np.testing.assert_allclose(weights[25, 15:22, 0], [1, 1, 5 / 6, 3 / 6, 1 / 6, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(weights[3:9, 0, 0], [0, 0, 1 / 6, 3 / 6, 5 / 6, 1], rtol=1e-6)
+    assert weights[25, 0, 0] == weights[40, 5, 0] == 1 and not weights[45:].any() and not weights[:, 20:].any()

@@ -411,7 +411,7 @@ def test_the_docs_page_needs_no_other_host(served):
     assert not re.search(r"(src|href)=\"(?!/)", page.text)
     hidden = {"outdir", "output", "save_latents", "save_quantized", "base_model_id", "model_id", "model_source"}
     hidden |= {"transformer", "text_encoder", "vae", "device", "high_cpu_memory", "checkpoint_every", "url_timeout"}
-    hidden |= {"enhance_prompt", "enhancer_model"}
+    hidden |= {"enhance_prompt", "enhancer_model", "text", "voice", "diarization"}
     for flag in FLAGS:
         assert (flag.name in fields["properties"]) == (flag.in_line and flag.name not in hidden)
     for path in description["paths"]:

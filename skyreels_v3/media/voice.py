@@ -1,0 +1,150 @@
+"""Voices: out of music, of a text, and without what is heard between the words.
+
+All of it is the work of optional packages and programs. Those that separate and speak run in processes of their own:
+they set what holds for a whole process, and the memory that they take is free afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from imageio_ffmpeg import get_ffmpeg_exe
+
+from skyreels_v3.errors import UserError, format_value
+from skyreels_v3.media.audio import SAMPLE_RATE, mix, read_audio
+from skyreels_v3.media.ffmpeg import log_end
+from skyreels_v3.packages import check_packages, has_packages
+
+logger = logging.getLogger(__name__)
+
+Spans = Sequence[tuple[float, float]]  # begin and end in seconds
+
+SPEECH_MARGIN = 0.1  # seconds around speech that are kept: lips open before they are heard
+PYTHON = (sys.executable, "-P")  # without modules of the current folder
+SEPARATOR = ("audio_separator", "onnxruntime")
+SEPARATE = "from audio_separator.utils.cli import main; main()"
+VOCALS = "vocals"  # name of its output
+KOKORO, ESPEAK = "kokoro", "espeak-ng"
+KOKORO_VOICE = "af_heart"  # an American one
+
+
+def check_speakable() -> None:
+    """Raise UserError if nothing on this machine speaks texts."""
+    if not has_packages(KOKORO) and shutil.which(ESPEAK) is None:
+        remedy = f"pip install {KOKORO}, install {ESPEAK}, or give a recording as --input_audio"
+        raise UserError("--text", f"needs the package {KOKORO}; {remedy}")
+
+
+def check_separable() -> None:
+    """Raise UserError if nothing on this machine separates voices from music."""
+    check_packages("--vocals", "audio-separator[cpu]", *SEPARATOR)
+
+
+def check_detectable() -> None:
+    """Raise UserError if nothing on this machine finds speech."""
+    check_packages("--speech_only", "silero-vad", "silero_vad")
+
+
+def keep_spans(samples: np.ndarray, spans: Spans) -> np.ndarray:
+    """16 kHz sound [samples] with silence outside of spans."""
+    kept = np.zeros_like(samples)
+    for span in spans:
+        part = slice(*(round(time * SAMPLE_RATE) for time in span))
+        kept[part] = samples[part]
+    return kept
+
+
+def keep_speech(samples: np.ndarray) -> np.ndarray:
+    """16 kHz sound [samples] with silence where nobody speaks."""
+    spans = find_speech(samples)
+    seconds, heard = len(samples) / SAMPLE_RATE, sum(end - begin for begin, end in spans)
+    if spans:
+        logger.info("speech in %.1f of %.1f s of sound; the model hears silence in the rest", heard, seconds)
+    else:
+        logger.warning("--speech_only: there is no speech in %.1f s of sound; the mouth stays closed", seconds)
+    return keep_spans(samples, spans)
+
+
+def find_speech(samples: np.ndarray) -> Spans:
+    """Where somebody speaks in 16 kHz sound [samples], by silero-vad."""
+    import torch
+
+    threads = torch.get_num_threads()
+    import silero_vad  # sets their number to 1
+
+    torch.set_num_threads(threads)
+    model, margin = silero_vad.load_silero_vad(), round(1000 * SPEECH_MARGIN)
+    found = silero_vad.get_speech_timestamps(torch.from_numpy(samples), model, speech_pad_ms=margin)
+    return [(span["start"] / SAMPLE_RATE, span["end"] / SAMPLE_RATE) for span in found]
+
+
+def read_vocals(path: Path, models: Path) -> np.ndarray:
+    """The voice in a recording of voice and music, as `read_audio`; by audio-separator.
+
+    Args:
+        models: the folder that its model is downloaded to, unless AUDIO_SEPARATOR_MODEL_DIR names one.
+
+    Raises:
+        UserError: it fails, for one because its model cannot be downloaded.
+    """
+    logger.info("separating the voice from the music with audio-separator")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "ffmpeg").symlink_to(get_ffmpeg_exe())  # it needs one of this name
+        mixture = mix([path], True, folder / "mixture.wav")
+        output = ["--output_dir", name, "--output_format", "WAV", "--single_stem", "Vocals"]
+        output += ["--custom_output_names", json.dumps({"Vocals": VOCALS})]
+        command = [*PYTHON, "-c", SEPARATE, str(mixture), *output]
+        command += ["--model_file_dir", str(models)]
+        programs = f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"
+        run_program(command, "--vocals", "audio-separator fails", "give a recording without music", PATH=programs)
+        return read_audio(folder / f"{VOCALS}.wav")
+
+
+def speak(text: str, voice: str | None, folder: Path) -> Path:
+    """A recording of a text in `folder`, by kokoro or else espeak-ng; made once.
+
+    Raises:
+        UserError: it fails, for one because there is no such voice.
+    """
+    target = folder / f"speech-{hashlib.sha256(json.dumps([text, voice]).encode()).hexdigest()[:16]}.wav"
+    if target.is_file():
+        return target
+    made = target.with_suffix(".unfinished.wav")
+    if has_packages(KOKORO):
+        program = KOKORO
+        command = [*PYTHON, "-m", KOKORO, "--voice", voice or KOKORO_VOICE, "--output-file", str(made)]
+    else:
+        program = ESPEAK
+        logger.warning("%s speaks the text, like a machine; pip install %s for a natural voice", ESPEAK, KOKORO)
+        command = [ESPEAK, *(("-v", voice) if voice else ()), "-b", "1", "--stdin", "-w", str(made)]
+    flag, remedy = ("--voice", "give one that it has") if voice else ("--text", "give --input_audio instead")
+    run_program(command, flag, f"{program} fails", remedy, text, PYTHONUTF8="1")
+    return made.rename(target)
+
+
+def run_program(
+    command: Sequence[str], flag: str, problem: str, remedy: str, text: str = "", **environment: str
+) -> None:
+    """Run a program, with `text` on its standard input, to its end; an exception kills it.
+
+    Raises:
+        UserError: it fails; says `problem`, the end of its log and `remedy`.
+    """
+    # in a session of its own: Ctrl-C in the terminal reaches us only
+    finished = subprocess.run(
+        command, input=text.encode(), capture_output=True, start_new_session=True, env=os.environ | environment
+    )
+    if finished.returncode:
+        log = format_value(log_end(finished.stderr.decode(errors="replace")))
+        raise UserError(flag, f"{problem} ({log}); {remedy}")
