@@ -296,19 +296,10 @@ class Runner:
             follower.check()
             video = generator.write(plan, follower.watch)
         self.in_step = True
-        facts = {"seconds": round(monotonic() - start, 1), **peak_memory()}
+        usage = generator.runtime.usage
+        stages = {name: round(taken, 1) for name, taken in usage.seconds.items()}
+        facts = {"seconds": round(monotonic() - start, 1), "stages": stages, "peak_bytes": usage.peak_bytes}
         return facts if video.quality is None else facts | {"quality": video.quality.figures()}
-
-
-def peak_memory() -> dict[str, int]:
-    """The most bytes that this process has had on the device since the last call, where that has its own memory."""
-    import torch
-
-    if not torch.accelerator.is_available():
-        return {}
-    peak = torch.accelerator.max_memory_allocated()
-    torch.accelerator.reset_peak_memory_stats()
-    return {"peak_bytes": peak}
 
 
 def end_with_parent() -> None:

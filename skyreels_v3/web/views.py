@@ -14,7 +14,7 @@ from skyreels_v3.web.queue import Job, State
 from skyreels_v3.web.retention import DAY_SECONDS
 from skyreels_v3.web.settings import Settings
 
-FACTS = ("width", "height", "frames", "fps", "seconds", "peak_bytes", "quality")  # of a result, for clients
+FACTS = ("width", "height", "frames", "fps", "seconds", "stages", "peak_bytes", "quality")  # of a result, for clients
 
 
 @lru_cache(maxsize=1024)
