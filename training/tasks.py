@@ -39,10 +39,11 @@ VOICE_SECONDS = 12.0
 DROPPED = 0.1  # of the prompts
 COLOURLESS = 0.6  # of the prompts beside reference pictures
 MOUTH_WEIGHT = 6.0
+THING_WEIGHT = 5.0
 
 Sample = dict[str, Tensor]
 Condition = Conditioning | HunyuanConditioning
-Batch = tuple[Tensor, Condition]
+Batch = tuple[Tensor, Condition, Tensor]
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,6 @@ class Task:
     vae = "wan"
     shift = 5.0
     floor = True  # timesteps are whole numbers
-    weight: Tensor | float = 1.0  # of the error (h, w) at each place of a frame, 1 on average
 
     def __init__(self, name: str, sizes: Sizes, device: torch.device, folder: Path) -> None:
         self.name, self.sizes, self.device = name, sizes, device
@@ -179,7 +179,7 @@ class Task:
         return made
 
     def batch(self, progress: float) -> Batch:
-        """The next batch; `progress` in the training goes from 0 to 1."""
+        """The next batch, and the weight of the error at its places; `progress` in the training goes from 0 to 1."""
         raise NotImplementedError
 
     def pick(self, kind: str, size: int) -> Sample:
@@ -211,8 +211,17 @@ class Task:
         height, width = self.sizes.scene
         return [world.make_scene(seed, width / height) for seed in seeds]
 
-    def render(self, scenes: Sequence[world.Scene], frames: int, start: Any = 0.0) -> Tensor:
-        return to_bytes(world.render(scenes, frames, *self.sizes.scene, self.device, start))
+    def rendered(self, scenes: Sequence[world.Scene], frames: int, start: Any = 0.0) -> Sample:
+        """A video, and in which of its latents (B, 1, F, h, w) there is something of a thing."""
+        video = to_bytes(world.render(scenes, frames, *self.sizes.scene, self.device, start))
+        height, width = (side // 8 for side in self.sizes.scene)
+        found = world.where_things_are(scenes, frames, height, width, start)
+        found = torch.cat((found[:, :1].expand(-1, 3, -1, -1), found), dim=1).unflatten(1, (-1, 4)).any(dim=2)
+        return {"video": video, "things": found[:, None].to(self.device)}
+
+    def weights(self, chosen: Sample, frames: slice) -> Tensor:
+        """Of the error at places (B, 1, F, h, w) of some latent frames: more where things are, which are small."""
+        return balanced(1 + (THING_WEIGHT - 1) * chosen["things"][:, :, frames])
 
 
 class Video(Task):
@@ -231,15 +240,13 @@ class Video(Task):
         begins = [float(np.random.default_rng([6, seed]).uniform(0, 2.5)) for seed in seeds]
         if kind not in CUTS:
             frames = CONDITION_FRAMES + (ROLL_FRAMES if kind == "long" else SHORT_FRAMES)
-            return self.described(scenes) | {"video": self.render(scenes, frames, begins)}
+            return self.described(scenes) | self.rendered(scenes, frames, begins)
         seconds, seen = CUTS[kind]
         cuts = [begin + seen / FPS for begin in begins]
         kinds = [world.CUTS[seed % len(world.CUTS)] for seed in seeds]
         shots = [world.cut_to(*values) for values in zip(scenes, cuts, kinds, strict=True)]
-        return self.described(shots) | {
-            "before video": self.render(scenes, seen, begins),
-            "video": self.render(shots, seconds * FPS + 1, cuts),
-        }
+        before = self.rendered(scenes, seen, begins)["video"]
+        return self.described(shots) | self.rendered(shots, seconds * FPS + 1, cuts) | {"before video": before}
 
     def described(self, scenes: Sequence[world.Scene]) -> Sample:
         """Captions and reference pictures."""
@@ -280,7 +287,8 @@ class Video(Task):
         }[kind]
         chosen = self.pick(str(self.random.choice(self.drawn)) if kind == "references" else kind, size)
         condition = self.condition(kind, chosen, frames)
-        return chosen["video"][:, :, condition.start_frame : frames], condition
+        new = slice(condition.start_frame, frames)
+        return chosen["video"][:, :, new], condition, self.weights(chosen, new)
 
     def condition(self, kind: str, chosen: Sample, frames: int, drop: bool = True) -> Conditioning:
         text = self.drop_text(chosen["text"]) if drop else chosen["text"]
@@ -370,7 +378,7 @@ class Avatar(Task):
     def batch(self, progress: float) -> Batch:
         frames = 9 if progress < 0.35 else 21
         chosen = self.pick("", 48 if frames == 9 else 24)
-        return chosen["video"][:, :, :frames], self.condition(chosen, frames)
+        return chosen["video"][:, :, :frames], self.condition(chosen, frames), self.weight
 
     def condition(self, chosen: Sample, frames: int = 21, drop: bool = True) -> Conditioning:
         height, width = chosen["video"].shape[3:]
@@ -390,7 +398,11 @@ class Avatar(Task):
 def around_the_mouth(side: int) -> Tensor:
     """More weight where mouths are in a square frame of latents, since little else moves."""
     y, x = torch.meshgrid(*[(torch.arange(side) + 0.5) / side * 2 - 1] * 2, indexing="ij")
-    weight = 1 + (MOUTH_WEIGHT - 1) * ((x.abs() < 0.35) & (y > 0.05) & (y < 0.75))
+    return balanced(1 + (MOUTH_WEIGHT - 1) * ((x.abs() < 0.35) & (y > 0.05) & (y < 0.75)))
+
+
+def balanced(weight: Tensor) -> Tensor:
+    """Weights that are 1 on average."""
     return weight / weight.mean()
 
 
@@ -414,7 +426,7 @@ class Hunyuan(Task):
         encoded = [self.hunyuan.encode(self.prefix + self.lengthened(scene)) for scene in scenes]
         texts = [F.pad(parts["context"][0], (0, 0, 0, TEXT_ROWS))[:TEXT_ROWS] for parts in encoded]
         made = {
-            "video": self.render(scenes, 49),
+            **self.rendered(scenes, 49),
             "text": torch.stack(texts),
             "pooled": torch.cat([parts["pooled"] for parts in encoded]),
             "length": torch.tensor([min(TEXT_ROWS, parts["context"].shape[1]) for parts in encoded]),
@@ -445,7 +457,8 @@ class Hunyuan(Task):
         index = torch.from_numpy(self.random.choice(places, size)).to(self.device, non_blocking=True)
         chosen = self.banks[""].pick(index)
         dropped = self.random.random() < DROPPED
-        return chosen["video"][:, :, :frames], self.condition(chosen, frames, length, dropped)
+        condition = self.condition(chosen, frames, length, dropped)
+        return chosen["video"][:, :, :frames], condition, self.weights(chosen, slice(frames))
 
     def condition(self, chosen: Sample, frames: int, length: int, dropped: bool = False) -> HunyuanConditioning:
         text, pooled = chosen["text"][:, :length], chosen["pooled"]

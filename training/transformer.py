@@ -50,8 +50,8 @@ class TransformerTraining:
         with networks.quick_tables():
             while (now := time.time()) < run.end:
                 progress = schedule.progress(now)
-                target, condition = task.batch(progress)
-                inputs = target, torch.randn_like(target), task.noise_levels(len(target)), condition
+                target, condition, weight = task.batch(progress)
+                inputs = target, torch.randn_like(target), task.noise_levels(len(target)), condition, weight
                 trainer.step(self.loss_of, inputs, schedule.rate(progress))
                 if self.drawn:
                     self.encode(latents)
@@ -72,11 +72,11 @@ class TransformerTraining:
 
     def loss_of(self, inputs: Any) -> Tensor:
         """Flow matching: the error of the predicted velocity."""
-        target, noise, sigma, condition = inputs
+        target, noise, sigma, condition, weight = inputs
         level = sigma.view(-1, 1, 1, 1, 1)
         noisy = (1 - level) * target + level * noise
         made = tasks.velocity(self.model, condition, noisy, sigma, self.task.floor)
-        return ((made - (noise - target)).square() * self.task.weight).mean()
+        return ((made - (noise - target)).square() * weight).mean()
 
     def wait_for_latents(self) -> tasks.Latents:
         """The VAE, once its encoder is done."""

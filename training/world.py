@@ -403,6 +403,27 @@ def render(
     return (picture * 2 - 1).clamp(-1, 1)
 
 
+def where_things_are(
+    scenes: Sequence[Scene],
+    frames: int,
+    rows: int,
+    columns: int,
+    start: float | Sequence[float] = 0.0,
+    fps: float = 24.0,
+) -> Tensor:
+    """Which cells (B, F, rows, columns) of the frames that `render` makes have something of a thing, bool."""
+    starts = [start] * len(scenes) if isinstance(start, int | float) else start
+    y, x = np.mgrid[:rows, :columns]
+    y, x = (y + 0.5) / rows - 0.5, ((x + 0.5) / columns - 0.5) * columns / rows  # in heights of a frame
+    found = np.zeros((len(scenes), frames, rows, columns), dtype=bool)
+    for index, (scene, begin) in enumerate(zip(scenes, starts, strict=True)):
+        for number in range(len(scene.things)):
+            places = scene.on_screen(number, begin + np.arange(frames) / fps)[..., None, None]  # (F, 3, 1, 1)
+            reach = 0.9 * places[:, 2] + 0.5 / rows
+            found[index] |= (np.abs(x - places[:, 0]) < reach) & (np.abs(y - places[:, 1]) < reach)
+    return torch.from_numpy(found)
+
+
 # Faces
 
 

@@ -135,7 +135,7 @@ def test_it_learns(name, made):
     task, _ = made(name)
     model = networks.build_transformer(name)
     trainer = Trainer(model.parameters())
-    target, condition = task.batch(0.0)
+    target, condition, _ = task.batch(0.0)
     noise, sigma = torch.randn_like(target), torch.tensor([0.8, 0.4, 0.8, 0.4, 0.8, 0.4, 0.8, 0.4])[: len(target)]
     level = sigma.view(-1, 1, 1, 1, 1)
 

@@ -26,6 +26,9 @@ def test_things_are_where_the_scene_says(seed):
     height, width = 64, 112
     seen, empty = (world.render([made], 3, height, width, fps=2.0)[0] for made in (scene, bare))
     changed = (seen - empty).abs().sum(0) > 0.1  # (F, H, W)
+    cells = world.where_things_are([scene], 3, height // 8, width // 8, fps=2.0)[0]
+    touched = changed.unflatten(2, (-1, 8)).unflatten(1, (-1, 8)).any(4).any(2)
+    assert (touched & ~cells).sum() <= 0.15 * touched.sum() and cells.sum() < 2.5 * touched.sum()
     x, y, size = scene.on_screen(0, np.arange(3) / 2.0).T
     for frame in range(3):
         rows, columns = np.nonzero(changed[frame].numpy())
