@@ -12,12 +12,13 @@ stop iterating (or close the iterator): nothing goes on in the background.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from skyreels_v3.checks import request_of
@@ -25,12 +26,11 @@ from skyreels_v3.cli import convert_flags, without_overruled
 from skyreels_v3.errors import UserError
 from skyreels_v3.generate import judge, measured
 from skyreels_v3.media.files import run_folder
+from skyreels_v3.memory.stream import tensors_of
 from skyreels_v3.quality import Meter, Quality
-from skyreels_v3.request import BY_NAME, OUTPUTS, GenerationRequest
+from skyreels_v3.request import BY_NAME, COMMAND_ONLY, GenerationRequest
 from skyreels_v3.stages import Pass, Step
 from skyreels_v3.worker import Worker
-
-COMMAND_ONLY = (*OUTPUTS, "outdir", "include_input", "no_metadata", "checkpoint_every")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class VideoGenerator:
         check_names(self.flags)
         self.worker = Worker()
 
-    def __call__(self, **flags: Any) -> Iterator[Event]:
+    def __call__(self, **flags: Any) -> Generator[Event, None, None]:
         """Make a video: its steps, its frames, its end.
 
         Args:
@@ -79,7 +79,7 @@ class VideoGenerator:
         given = {name: value for name, value in flags.items() if value is not None}
         return self._events(request_of(convert_flags({**without_overruled(self.flags, given), "quiet": True, **given})))
 
-    def _events(self, request: GenerationRequest) -> Iterator[Event]:
+    def _events(self, request: GenerationRequest) -> Generator[Event, None, None]:
         with run_folder() as folder:
             request = replace(request, output=folder / "video.mp4")  # which is not written
             generator, planned = self.worker.load(self.worker.resolve(request, folder))
@@ -95,6 +95,13 @@ class VideoGenerator:
                     yield Frame(next(numbers), image)
             quality = None if meter is None else judge(meter, planned)
             yield Done(tuple(latents), planned.request.seed, planned.request.task.fps, quality)
+
+    def bytes_on(self, device: torch.device) -> int:
+        """Bytes of the networks' weights on a device."""
+        if self.worker.generator is None:
+            return 0
+        weights = (tensor for module in self.worker.generator.components.modules for tensor in tensors_of(module))
+        return sum(tensor.nbytes for tensor in weights if tensor.device.type == device.type)
 
     def unload(self) -> None:
         """Give the memory of the networks back."""

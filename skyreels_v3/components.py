@@ -45,6 +45,12 @@ class Components:
     scheduler: Mapping[str, Any] | None = None  # its config, where the preset does not say all
     quant: str | None = None  # of the text encoder, which is quantized when it is needed
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All of them."""
+        others = (self.vae, self.text_encoder, self.image_encoder, self.audio_encoder)
+        return [self.transformer, *(each.module for each in others if each is not None)]
+
 
 def load_components(plan: Plan, runtime: Runtime) -> Components:
     """Map a plan's checkpoint into memory; all files are checked before anything slow begins."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+FLAG = re.compile(r"(?<![\w-])--([a-z]\w*)")  # in a message
 MAX_SHOWN = 100  # characters of a value in a message
 SCHEME = r"[A-Za-z][A-Za-z0-9+.-]{0,20}://"
 URL = re.compile(rf"{SCHEME}\S+")

@@ -16,10 +16,10 @@ LAYERS = (
     ("tasks", "prompts", "hints", "attention"),
     ("request",),
     ("media", "cache", "memory", "parallel", "denoising", "checkpoints", "inputs", "quality"),
-    ("families", "plan", "components", "stages", "runtime", "throughput", "resume", "outputs", "enhancer"),
+    ("families", "plan", "components", "stages", "runtime", "throughput", "resume", "outputs", "enhancer", "preview"),
     ("wan", "hunyuan"),
     ("resolve", "dry_run", "generate", "worker"),
-    ("api", "batch", "checks", "cli", "concat", "convert", "story"),
+    ("api", "batch", "checks", "cli", "concat", "convert", "forms", "story"),
     ("web",),
     ("main", "__main__"),
 )

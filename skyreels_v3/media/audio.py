@@ -50,6 +50,7 @@ WAV_SLACK = 1024  # bytes by which a WAV header may exaggerate; a few ms at most
 MAX_CHUNKS = 1000  # of a WAV file before its samples
 WAV_UNKNOWN_SIZE = (0, 0xFFFFFFFF)  # in the header of a WAV file that was written to a pipe
 AU_HEADER = struct.Struct(">4s5I")  # ".snd", offset of the samples, their size, encoding, Hz, channels
+AU_FLOAT = 6  # encoding: float32
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,13 @@ def mix(paths: Sequence[Path], sequential: bool, target: Path) -> Path:
     output = ["-map", "[mixed]", "-map_metadata", "-1", "-c:a", "pcm_s24le", "-ar", str(MIX_RATE), "-f", "wav", "-y"]
     write_file([*inputs, "-filter_complex", graph, *output, f"file:{target}"], "mix the recordings")
     return target
+
+
+def write_audio(samples: np.ndarray, rate: int, path: Path) -> Path:
+    """Write samples, float32 [channels, samples] in [-1, 1], to an AU file, which holds them as they are."""
+    header = AU_HEADER.pack(b".snd", AU_HEADER.size, samples.size * 4, AU_FLOAT, rate, len(samples))
+    path.write_bytes(header + samples.T.astype(">f4").tobytes())
+    return path
 
 
 def downmix_filters(track: Track) -> list[str]:

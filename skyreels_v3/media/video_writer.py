@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from fractions import Fraction
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
@@ -39,6 +40,8 @@ METADATA_BYTES = 1 << 20  # largest comment that is read
 COMMENT_BYTES = 120_000  # largest that is written: an argument of a Linux program may have 128 KiB
 PNG_COMPRESSION = 3  # of 9; higher levels take much longer for a few percent
 FRAMES_AHEAD = 16  # frames that may wait for the encoder: 44 MB at 1280 x 720
+
+H264 = ("-vf", TO_YUV, "-c:v", "libx264", "-crf", str(CRF), "-preset", PRESET)
 
 AddFrame = Callable[[np.ndarray], None]
 
@@ -93,7 +96,9 @@ def write_frame_folder(
     return write_frames(frames, temporary, folder, png_folder(temporary, comment))
 
 
-def copy_frames(frames: Generator[np.ndarray, None, None], path: Path, fps: int) -> Generator[np.ndarray, None, None]:
+def copy_frames(
+    frames: Generator[np.ndarray, None, None], path: Path, fps: int | Fraction
+) -> Generator[np.ndarray, None, None]:
     """The same frames; when all have been read, `path` is a clip of them that `read_frames` reads without any loss.
 
     An older file of that name is replaced then; so is the unfinished one of a run that was killed.
@@ -224,7 +229,9 @@ class FrameQueue:
 
 
 @contextmanager
-def video_file(path: Path, height: int, width: int, fps: int, codec: Sequence[str]) -> Iterator[AddFrame]:
+def video_file(
+    path: Path, height: int, width: int, fps: int | Fraction, codec: Sequence[str]
+) -> Iterator[AddFrame]:
     """An ffmpeg process that encodes the frames it gets into a new mp4 file.
 
     Raises:

@@ -8,7 +8,7 @@ from http import HTTPStatus
 
 from starlette.responses import JSONResponse
 
-from skyreels_v3.errors import UserError, format_value, one_line, redact
+from skyreels_v3.errors import FLAG, UserError, format_value, one_line, redact
 
 TYPES = {429: "rate_limit_error", 401: "authentication_error", 403: "permission_error"}
 CODES = {
@@ -18,8 +18,6 @@ CODES = {
 }
 # an absolute path, which is no part of a URL; what remains is its last part
 PATH = re.compile(r"(?<![\w:/.~-])~?/(?:[^\s/'\",;]+/)+([^\s/'\",;]*)")
-
-FLAG = re.compile(r"(?<![\w-])--([a-z]\w*)")
 
 
 class ApiError(Exception):

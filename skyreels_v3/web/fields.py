@@ -26,7 +26,7 @@ from skyreels_v3.families import pipeline_of
 from skyreels_v3.hints import SEE_HELP
 from skyreels_v3.inputs import open_inputs
 from skyreels_v3.media.download import download_async
-from skyreels_v3.request import ALIKE, BY_NAME, FLAGS, Flag, GenerationRequest, ResolvedRequest
+from skyreels_v3.request import ALIKE, BY_NAME, FLAGS, INPUTS, Flag, GenerationRequest, ResolvedRequest
 from skyreels_v3.runtime import check_compute, check_device
 from skyreels_v3.tasks import TASK_NAMES, TaskSpec, task_spec
 from skyreels_v3.web.errors import ApiError
@@ -42,7 +42,6 @@ SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 KEYFRAME_FIELD = re.compile(r"keyframes@([\d.]+)")
 SWITCH = {"true": True, "false": False, "1": True, "0": False}  # in a form
 OWN = tuple(flag.name for flag in FLAGS if not flag.is_for_clients)  # the server's
-INPUTS = tuple(flag.name for flag in FLAGS if flag.path == "input" and flag.in_line)
 
 FindJob = Callable[[str], Awaitable[Job]]  # a client's own job; raises ApiError
 

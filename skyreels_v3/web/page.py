@@ -21,15 +21,16 @@ from starlette.concurrency import run_in_threadpool
 from skyreels_v3.checks import written_out
 from skyreels_v3.cli import read_config_file
 from skyreels_v3.errors import UserError, format_value
+from skyreels_v3.forms import label_of, title_of, without_dashes
 from skyreels_v3.media.ffmpeg import VIDEO, input_options, write_file
 from skyreels_v3.media.video_reader import probe_video
-from skyreels_v3.request import Flag
+from skyreels_v3.request import INPUTS, Flag
 from skyreels_v3.tasks import TASK_NAMES, task_spec
 from skyreels_v3.web.api import Api, user_errors
 from skyreels_v3.web.errors import ApiError
-from skyreels_v3.web.fields import INPUTS, FlagReader, files_of, link
+from skyreels_v3.web.fields import FlagReader, files_of, link
 from skyreels_v3.web.page_access import SIGN_OUT, Drops, protect
-from skyreels_v3.web.page_form import CLIP, KEYFRAMES, TABS, Form, label_of, one_size, title_of, without_dashes
+from skyreels_v3.web.page_form import CLIP, KEYFRAMES, TABS, Form, one_size
 from skyreels_v3.web.page_html import (
     compare_html,
     gallery_html,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from abc import ABCMeta
 from collections.abc import Mapping
@@ -14,16 +13,14 @@ from typing import Any
 
 import gradio as gr
 
-from skyreels_v3.checks import MAX_SPEAKERS
 from skyreels_v3.cli import build_parser, convert_entries
-from skyreels_v3.request import BY_NAME, EXCLUSIVE, FLAGS, SHORTHANDS, Flag
-from skyreels_v3.tasks import CONFIG_DIR, REFERENCE_SLOTS, TASK_NAMES, TaskSpec, task_spec
-from skyreels_v3.web.errors import FLAG
-from skyreels_v3.web.fields import INPUTS, OWN, published
+from skyreels_v3.forms import SLOTS, explain, grouped, initial_values, label_of
+from skyreels_v3.request import BY_NAME, EXCLUSIVE, FLAGS, INPUTS, SHORTHANDS, Flag
+from skyreels_v3.tasks import CONFIG_DIR, TASK_NAMES, TaskSpec, task_spec
+from skyreels_v3.web.fields import OWN, published
 from skyreels_v3.web.settings import Settings
 from skyreels_v3.web.uploads import IMAGES, SOUNDS
 
-TITLES = {"t2v": "Text to video", "i2v": "Image to video"}  # of tasks whose names are no words
 TABS = {
     **{"t2v": "Text", "i2v": "Image", "reference_to_video": "References", "talking_avatar": "Avatar"},
     **{"single_shot_extension": "Extend", "shot_switching_extension": "New shot"},
@@ -34,15 +31,6 @@ OPEN = (
     *("transition", "include_input"),
 )
 HIDDEN = (*OWN, *SHORTHANDS, "task_type", "url_timeout")  # the page sends files, no URLs
-# in a flag's help: what the form shows anyway
-SHOWN = re.compile(rf",? *\((default|{'|'.join(TASK_NAMES)})\b[^()]*\)|; needs --[^;]*")
-LABELS = {
-    **{"model_id": "Model", "ref_imgs": "Reference", "num_frames": "Frames", "num_inference_steps": "Steps"},
-    **{"fps": "Frames per second", "lora": "LoRA", "vae_dtype": "VAE dtype", "no_riflex": "No RIFLEx"},
-    **{"high_cpu_memory": "High CPU memory", "quant": "Quantization", "input_image": "Portrait"},
-    **{"input_audio": "Speech", "input_video": "Clip", "include_input": "Join with the clip"},
-}  # of flags whose names are abbreviations, or say less
-SLOTS = {"ref_imgs": REFERENCE_SLOTS, "input_audio": MAX_SPEAKERS}  # files of flags that take several
 KEYFRAMES, CLIP = "keyframes", "input_video"
 SIZE = ("resolution", "width", "height")  # either the first or the others
 WAVEFORM = {"waveform_color": "#64748b", "waveform_progress_color": "#0d9488", "trim_region_color": "#0d948855"}
@@ -68,19 +56,6 @@ MORE_PROMPTS = {  # of words that the built-in model knows
     ),
     "talking_avatar": ("A woman in a red coat talks to the camera", "A lady speaks to the camera in a room"),
 }
-
-
-def title_of(task: str) -> str:
-    return TITLES.get(task, task.replace("_", " ").capitalize())
-
-
-def label_of(flag: str) -> str:
-    return LABELS.get(flag, flag.replace("_", " ").capitalize())
-
-
-def without_dashes(text: str) -> str:
-    """A text about flags as the page has it: with the labels of their fields."""
-    return FLAG.sub(lambda found: label_of(found[1]).lower(), text)
 
 
 # A gr.Image that leaves it to our own checks to say what is wrong with a file, where Gradio's would just fail. Not by
@@ -155,7 +130,8 @@ class Form:
 
     def build(self) -> None:
         """Make the components."""
-        self.defaults = initial_values(self.task.name, self.settings)
+        values = initial_values(self.task.name, self.settings.defaults)
+        self.defaults = {**values, "model_id": self.settings.model_name(values["model_id"])}
         mine = [flag for flag in FLAGS if self.has(flag)]
         self.add(BY_NAME["prompt"])
         inputs = [flag for flag in mine if flag.name in INPUTS and flag.name != KEYFRAMES]
@@ -283,9 +259,7 @@ class Form:
 
 def value_component(flag: Flag, id: str, initial: Any, models: list[str]) -> Any:
     """The component of a flag that is no file."""
-    help = without_dashes(SHOWN.sub("", flag.help))
-    if abs(flag.low) != float("inf"):
-        help += f"; {flag.low} to {flag.high}"
+    help = explain(flag)
     options: dict[str, Any] = {"label": label_of(flag.name), "info": help, "elem_id": id, "min_width": 150}
     if flag.kind is bool:
         return gr.Checkbox(value=initial, **options)
@@ -301,30 +275,6 @@ def value_component(flag: Flag, id: str, initial: Any, models: list[str]) -> Any
     else:
         options["placeholder"] = flag.metavar or ("default" if flag.kind is not str else "")
     return gr.Textbox(value=initial, max_lines=8, **options)
-
-
-@cache
-def grouped() -> list[tuple[str, list[Flag]]]:
-    """The flags by their headings."""
-    groups: list[tuple[str, list[Flag]]] = []
-    for flag in FLAGS:
-        if flag.group:
-            groups.append((flag.group, []))
-        groups[-1][1].append(flag)
-    return groups
-
-
-def initial_values(task: str, settings: Settings) -> dict[str, Any]:
-    """What each flag is if nothing is given: as the server's defaults and the preset have it."""
-    flags, made = settings.initial_request(task)
-    values: dict[str, Any] = {}
-    for flag in FLAGS:
-        value = flags.get(flag.name, getattr(made, flag.name))
-        if value is None or flag.path == "input" or flag.name == "prompt" or isinstance(value, tuple):
-            value = ""
-        values[flag.name] = value
-    values["model_id"] = settings.model_name(made.model_id)
-    return {**values, "resolution": None} if values["width"] else values
 
 
 def one_size(values: Mapping[str, Any]) -> dict[str, Any]:

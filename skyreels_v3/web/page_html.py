@@ -7,8 +7,8 @@ from html import escape
 from time import monotonic_ns
 from typing import Any
 
+from skyreels_v3.forms import label_of, title_of
 from skyreels_v3.media.files import giga
-from skyreels_v3.web.page_form import label_of, title_of
 from skyreels_v3.web.queue import Job, State
 from skyreels_v3.web.settings import Settings
 from skyreels_v3.web.views import error_of, progress_of, size_of

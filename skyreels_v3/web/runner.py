@@ -38,8 +38,8 @@ from skyreels_v3.parallel import processes
 from skyreels_v3.parallel.launch import USER_ERROR, launch
 from skyreels_v3.parallel.ranks import SINGLE, Ranks, ranks_of
 from skyreels_v3.plan import Plan
+from skyreels_v3.preview import Preview, Projection, png
 from skyreels_v3.resolve import downloads_folder
-from skyreels_v3.web.preview import Noisy, Projection, png
 from skyreels_v3.web.queue import Job, Progress, Queue, State, lock_worker
 from skyreels_v3.worker import Worker
 
@@ -103,20 +103,15 @@ class Follower:
 
 
 class Reporter(Follower):
-    """Tells the queue how a job is getting on, on the main process.
-
-    Attributes:
-        projection: for previews; fitted to the passes that are made.
-    """
+    """Tells the queue how a job is getting on, on the main process."""
 
     def __init__(self, queue: Queue, job: Job, worker: str, is_any: Callable[[bool], bool] = bool) -> None:
         super().__init__(is_any)
         self.queue, self.job, self.worker = queue, job, worker
         self.progress = Progress(preview=job.progress.preview)
-        self.projection = Projection()
+        self.preview = Preview(Projection())
         self._frames = 1  # of a pass
         self._reported = self._shown = -REPORT_SECONDS
-        self._noisy: Noisy | None = None  # after the last step
         self._begun: tuple[float, float] | None = None  # the time of the first step, and the part done then
 
     def report(self, facts: Mapping[str, Any] | None = None, **changes: Any) -> None:
@@ -133,7 +128,7 @@ class Reporter(Follower):
         facts = {"seed": request.seed, "width": request.width, "height": request.height}
         before = plan.inputs.clip.frames if request.include_input and plan.inputs.clip is not None else 0
         facts |= {"frames": before + request.frames_out, "fps": request.task.fps}
-        self.projection = projection
+        self.preview = Preview(projection)
         self._frames = max(1, request.frames_out // windows)
         self.report(facts, stage="encoding", windows=windows, seconds_left=throughput.seconds_of(plan))
 
@@ -142,9 +137,9 @@ class Reporter(Follower):
         self.report(stage="writing", part=1.0, seconds_left=None)
 
     def step(self, step: Step, done: int) -> None:
-        before, self._noisy = self._noisy, Noisy(last_of(step.latents), step.sigma)
+        self.preview.add(step)
         if monotonic() - self._shown >= REPORT_SECONDS:
-            self._show(self.projection.picture(self._noisy.denoised(before if step.number > 1 else None)))
+            self._show(self.preview.picture())
         part = self._part(done, DENOISING * step.number / step.total)
         self.report(stage="denoising", window=done + 1, step=step.number, steps=step.total, **part)
 
@@ -156,7 +151,7 @@ class Reporter(Follower):
                 part = self._part(done, DENOISING + (1 - DENOISING) * min(1.0, number / self._frames))
                 self.report(stage="decoding", window=done + 1, **part)
         if frame is not None:
-            self.projection.fit(last_of(made.latents), frame)
+            self.preview.fit(frame, made.latents)
             self._show(frame)
             self.report(stage="decoding", window=done + 1, **self._part(done, 1.0))
 
@@ -179,11 +174,6 @@ class Reporter(Follower):
             logger.debug("no preview: %s", error)
         else:
             self.progress = replace(self.progress, preview=self.progress.preview + 1)
-
-
-def last_of(latents: Any) -> np.ndarray:
-    """The last frame (C, h, w) of latents (1, C, F, h, w)."""
-    return np.asarray(latents[0, :, -1].float().cpu().numpy())
 
 
 class Runner:

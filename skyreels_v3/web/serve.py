@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from skyreels_v3.checkpoints.hub import local_folder, locate_file, single_files
 from skyreels_v3.console import show
 from skyreels_v3.errors import UserError, format_value
+from skyreels_v3.forms import initial_request
 from skyreels_v3.media.files import check_readable, reason_of
 from skyreels_v3.parallel.ranks import choose_degrees
 from skyreels_v3.plan import terms_of
@@ -87,7 +88,8 @@ def run(
         folder.absolute(), defaults, host, keys, private,
         keep_days=flags.get("keep_days"), allowed_hosts=flags.get("allowed_hosts", ()), group=workers[1],
     )  # fmt: skip
-    for _, made in map(settings.initial_request, TASK_NAMES):
+    for task in TASK_NAMES:
+        _, made = initial_request(task, settings.defaults)
         for name, kind in single_files(made):
             locate_file(name, kind)
     queue = Queue(settings.folder, server=True)

@@ -8,9 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from skyreels_v3.checks import request_of
 from skyreels_v3.media.files import MAX_VIDEO_BYTES
-from skyreels_v3.request import BY_NAME, GenerationRequest
 from skyreels_v3.tasks import TASK_NAMES, TINY, task_spec
 
 
@@ -76,13 +74,6 @@ class Settings:
         for spec in map(task_spec, TASK_NAMES):
             names |= {name: name for name in (spec.model_id, *spec.also_published_as)}
         return names | {TINY: TINY}
-
-    def initial_request(self, task: str) -> tuple[dict[str, Any], GenerationRequest]:
-        """The defaults that are for a task, and what is made if nothing else is given; raises UserError."""
-        spec = task_spec(task)
-        flags = {name: value for name, value in self.defaults.items() if BY_NAME[name].is_for(spec)}
-        needed = {name: ["x"] if BY_NAME[name].several else "x" for name in spec.inputs}
-        return flags, request_of({**flags, "task_type": task, "prompt": "x", **needed})
 
     def model_name(self, model_id: str) -> str:
         """The name of a --model_id for clients, who see no folder of the server."""

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from skyreels_v3.media.video_reader import read_frames
-from skyreels_v3.web.preview import MAX_SIDE, Noisy, Projection, png
+from skyreels_v3.preview import MAX_SIDE, Noisy, Projection, png
 from skyreels_v3.web.queue import FINAL, Job, Queue, State, lock_worker
 from tests.conftest import ASSETS, ROOT, files_in
 

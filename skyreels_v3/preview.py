@@ -9,12 +9,17 @@ each pass whose frames are decoded; before the first one the colors are arbitrar
 from __future__ import annotations
 
 from io import BytesIO
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from skyreels_v3.tasks import LATENT_CHANNELS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from skyreels_v3.stages import Step
 
 MAX_SIDE = 640  # pixels of the picture of a frame
 CONTRAST = 32.0  # levels for a latent of 1, before the first fit
@@ -50,6 +55,41 @@ class Projection:
         """uint8 [h, w, 3] of latents (C, h, w)."""
         levels = (with_constant(latents) @ self.weights).reshape(*latents.shape[1:], 3)
         return np.nan_to_num(levels).clip(0, 255).round().astype(np.uint8)
+
+
+class Preview:
+    """Follows a video that is being made, from step to step.
+
+    Args:
+        projection: fitted to each pass whose frames are done.
+    """
+
+    def __init__(self, projection: Projection) -> None:
+        self.projection = projection
+        self._last: Noisy | None = None
+        self._shown = np.zeros((LATENT_CHANNELS, 1, 1))
+
+    def add(self, step: Step) -> None:
+        """Take a step's latents."""
+        before = self._last if step.number > 1 else None
+        self._last = Noisy(last_of(step.latents), step.sigma)
+        self._shown = self._last.denoised(before)
+
+    def picture(self) -> np.ndarray:
+        """What will come of the last step's latents, uint8 [h, w, 3]."""
+        return self.projection.picture(self._shown)
+
+    def fit(self, frame: np.ndarray, latents: Tensor | None = None) -> None:
+        """Fit the projection to the last frame of a pass, uint8 [H, W, 3], and its latents (None: the last step's)."""
+        if latents is not None:
+            self.projection.fit(last_of(latents), frame)
+        elif self._last is not None:
+            self.projection.fit(self._last.latents, frame)
+
+
+def last_of(latents: Tensor) -> np.ndarray:
+    """The last frame (C, h, w) of latents (1, C, F, h, w)."""
+    return np.asarray(latents[0, :, -1].float().cpu().numpy())
 
 
 def with_constant(latents: np.ndarray) -> np.ndarray:

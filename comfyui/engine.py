@@ -1,0 +1,94 @@
+"""Making a video within ComfyUI: progress, previews, interruption, and memory that is handed back."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from comfy import model_management
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import ComfyAPISync
+from PIL import Image
+from torch import nn
+
+from skyreels_v3 import Done, Step, UserError, load
+from skyreels_v3.errors import OutOfMemory
+from skyreels_v3.forms import without_dashes
+from skyreels_v3.preview import Preview, Projection
+from skyreels_v3.tasks import TASK_NAMES
+
+
+class Networks(ModelPatcher):
+    """The networks that are loaded, as a model that ComfyUI unloads when others need the memory.
+
+    The memory policy of a run places them, so that there is nothing for ComfyUI to load or to unload in parts.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.generator = load(TASK_NAMES[0])
+        self.projections: dict[str, Projection] = {}  # of previews, by model
+        super().__init__(nn.Module(), device, torch.device("cpu"))
+
+    def loaded_size(self) -> int:
+        return self.generator.bytes_on(self.load_device)
+
+    def model_size(self) -> int:
+        return self.loaded_size()
+
+    def partially_load(self, *arguments: Any, **options: Any) -> int:
+        return 0
+
+    def partially_unload(self, *arguments: Any, **options: Any) -> int:
+        return 0
+
+    def detach(self, unpatch_all: bool = True) -> nn.Module:
+        if unpatch_all:  # else only an entry in ComfyUI's list ends
+            self.generator.unload()
+        return self.model
+
+
+@cache
+def networks() -> Networks:
+    """Those of all nodes: a run that needs others replaces them."""
+    return Networks(model_management.get_torch_device())
+
+
+def make(**flags: Any) -> tuple[list[np.ndarray], Done]:
+    """Make a video; returns its frames, uint8 [H, W, 3] each, and its end.
+
+    Raises:
+        RuntimeError: the flags or inputs cannot work, or there is too little memory; says what to change.
+        InterruptProcessingException: the user has interrupted it.
+    """
+    mine = networks()
+    device = mine.load_device
+    model_management.free_memory(1e30, device, keep_loaded=[model_management.LoadedModel(mine)])
+    if mine not in model_management.loaded_models():
+        model_management.load_models_gpu([mine])
+    progress = ComfyAPISync().execution
+    preview = Preview(mine.projections.setdefault(f"{flags['task_type']} {flags.get('model_id')}", Projection()))
+    frames: list[np.ndarray] = []
+    shown = 0  # frames of passes that are done
+    try:
+        # ComfyUI's inference mode would make the weights unusable in the thread that decodes
+        with torch.inference_mode(False), closing(mine.generator(**flags, device=device.type)) as events:
+            for event in events:
+                model_management.throw_exception_if_processing_interrupted()
+                if isinstance(event, Step | Done) and len(frames) > shown:
+                    preview.fit(frames[-1])
+                    shown = len(frames)
+                if isinstance(event, Step):
+                    preview.add(event)
+                    progress.set_progress(event.number, event.total, preview_image=Image.fromarray(preview.picture()))
+                elif isinstance(event, Done):
+                    return frames, event
+                else:
+                    frames.append(event.image)
+    except (UserError, OutOfMemory) as error:
+        if isinstance(error, OutOfMemory):
+            mine.generator.unload()
+        raise RuntimeError(without_dashes(str(error))) from error
+    raise AssertionError("unreachable")

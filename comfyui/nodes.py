@@ -1,0 +1,255 @@
+"""The nodes. Their inputs are made from the table of flags; what the user has changed is given to the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io
+
+from skyreels_v3 import forms
+from skyreels_v3.forms import SLOTS, UNSET, explain, label_of
+from skyreels_v3.media.files import run_folder
+from skyreels_v3.request import BY_NAME, COMMAND_ONLY, FLAGS, INPUTS, SHORTHANDS, Flag
+from skyreels_v3.tasks import SIZE_MULTIPLE, TASK_NAMES, TINY, TaskSpec, task_spec
+
+from . import media
+
+Model, Options = io.Custom("SKYREELS_MODEL"), io.Custom("SKYREELS_OPTIONS")  # both are flags
+FOLDER = "skyreels"  # of checkpoints, in ComfyUI's folder of models
+FILES = {"transformer": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}  # ComfyUI's folders
+LOADER = ("memory", "quant", "attention")
+COMMON = (
+    *("resolution", "width", "height", "duration", "num_frames", "num_inference_steps", "seed"),
+    *("audio_type", "speaker_boxes"),
+)  # on the nodes of tasks, besides prompt and inputs
+# on no node: the device is ComfyUI's, and inputs are connected
+LEFT_OUT = ("task_type", "device", "url_timeout", *SHORTHANDS, *COMMAND_ONLY)
+OPTIONS = [
+    flag
+    for flag in FLAGS
+    if flag.in_line and flag.name not in (*LEFT_OUT, *LOADER, *COMMON, *INPUTS, *FILES, "model_id", "lora", "prompt")
+]
+KEYFRAMES, CLIP, SPEECH = "keyframes", "input_video", "input_audio"
+
+
+def widget(flag: Flag, initial: Mapping[str, Any], task: TaskSpec | None = None) -> io.Input:
+    """The input of a flag that is no file."""
+    value = forms.shown_value(flag, initial[flag.name])
+    tooltip = explain(flag) + ("; 0: not given" if value == 0 and flag.kind is not bool else "")
+    options = {"id": flag.name, "display_name": label_of(flag.name), "tooltip": tooltip, "default": value}
+    options["optional"] = True
+    if flag.kind is bool:
+        return io.Boolean.Input(**options)
+    if flag.choices:
+        return io.Combo.Input(**options, options=[*([UNSET] if value == UNSET else []), *flag.choices])
+    if flag.kind is str:
+        return io.String.Input(**options, multiline=flag.name.endswith("prompt"))
+    low, high = forms.limits_of(flag, task)
+    options |= {"min": max(0, min(low, value)), "max": high}
+    if flag.kind is float:
+        return io.Float.Input(**options, step=0.01)
+    step = SIZE_MULTIPLE if flag.name in ("width", "height") else 1
+    return io.Int.Input(**options, step=step, control_after_generate=flag.name == "seed" or None)
+
+
+def sockets(flag: Flag, required: bool, task: TaskSpec) -> Iterator[io.Input]:
+    """The inputs of a flag of files."""
+    options: dict[str, Any] = {"tooltip": explain(flag), "display_name": label_of(flag.name)}
+    if flag.name == CLIP:
+        yield io.MultiType.Input(CLIP, [io.Video, io.Image], optional=not required, **options)
+        tooltip = "frames per second of a clip that is connected as images"
+        yield io.Float.Input("clip_fps", default=task.fps, min=1, max=240, optional=True, tooltip=tooltip)
+        return
+    kind = io.Audio if flag.name == SPEECH else io.Image
+    if flag.name not in SLOTS:
+        yield kind.Input(flag.name, optional=not required, **options)
+    for number in range(1, SLOTS.get(flag.name, 0) + 1):
+        options["display_name"] = f"{label_of(flag.name)} {number}"
+        yield kind.Input(f"{flag.name}_{number}", optional=not required or number > 1, **options)
+    if flag.name == KEYFRAMES:
+        yield io.String.Input("keyframe_times", default="", optional=True, tooltip="seconds, one for each: 2, 4.5")
+
+
+def files_in(kind: str) -> list[str]:
+    """The files in one of ComfyUI's folders of models, GGUF among them."""
+    gguf = [path.name for folder in folder_paths.get_folder_paths(kind) for path in sorted(Path(folder).glob("*.gguf"))]
+    return [*folder_paths.get_filename_list(kind), *gguf]
+
+
+def checkpoints() -> dict[str, str]:
+    """The folders of checkpoints in ComfyUI's folders, by name."""
+    parents = [Path(parent) for kind in (FOLDER, "diffusers") for parent in folder_paths.get_folder_paths(kind)]
+    found = [path for parent in parents if parent.is_dir() for path in sorted(parent.iterdir()) if path.is_dir()]
+    return {path.name: str(path) for path in found}
+
+
+class Node(io.ComfyNode):
+    """The base of all nodes."""
+
+    @classmethod
+    def schema(cls, title: str, description: str, inputs: list[io.Input], *outputs: io.Output) -> io.Schema:
+        return io.Schema(
+            node_id=cls.__name__, display_name=f"SkyReels {title}", category="SkyReels", description=description,
+            inputs=inputs, outputs=[*outputs],
+        )  # fmt: skip
+
+
+class SkyReelsLoadModel(Node):
+    """Says which model tasks use; it is loaded when the first one runs."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        models = [UNSET, TINY, *dict.fromkeys(task_spec(name).model_id for name in TASK_NAMES), *checkpoints()]
+        known = f"default: the task's own, which is downloaded; tiny: the built-in one; or a folder in models/{FOLDER}"
+        inputs: list[io.Input] = [
+            io.Combo.Input("model_id", models, default=UNSET, display_name=label_of("model_id"), tooltip=known),
+            io.String.Input("other_model", default="", optional=True, tooltip="another hub id, or a folder's path"),
+        ]
+        for name, kind in FILES.items():
+            options = {"display_name": label_of(name), "tooltip": f"{explain(BY_NAME[name])}, in models/{kind}"}
+            inputs.append(io.Combo.Input(name, [UNSET, *files_in(kind)], default=UNSET, optional=True, **options))
+        inputs += [widget(BY_NAME[name], forms.common_values()) for name in LOADER]
+        description = "Which model the tasks use, and how: its files, its place in memory, and the attention kernel."
+        return cls.schema("Load Model", description, inputs, Model.Output(display_name="model"))
+
+    @classmethod
+    def execute(cls, model_id: str, other_model: str = "", **values: Any) -> io.NodeOutput:
+        chosen = {name: values.pop(name) for name in FILES if name in values}
+        flags = forms.changed_values(values, forms.common_values())
+        if model_id != UNSET or other_model.strip():
+            flags["model_id"] = other_model.strip() or checkpoints().get(model_id, model_id)
+        paths = {name: folder_paths.get_full_path(FILES[name], file) for name, file in chosen.items() if file != UNSET}
+        return io.NodeOutput({**flags, **paths})
+
+
+class SkyReelsLoRA(Node):
+    """Adds a LoRA to a model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        partial = "leave out weights that the model has nothing for, instead of refusing the file"
+        inputs: list[io.Input] = [
+            Model.Input("model"),
+            io.Combo.Input("lora", files_in("loras"), display_name="LoRA", tooltip="a file in models/loras"),
+            io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.01, tooltip="its scale"),
+            io.Boolean.Input("partial", default=False, optional=True, tooltip=partial),
+        ]
+        description = "Adds a LoRA to a model. For several, connect one after the other."
+        return cls.schema("LoRA", description, inputs, Model.Output(display_name="model"))
+
+    @classmethod
+    def execute(cls, model: Mapping[str, Any], lora: str, strength: float, partial: bool = False) -> io.NodeOutput:
+        entry = f"{folder_paths.get_full_path('loras', lora)}:{strength}{':partial' * partial}"
+        return io.NodeOutput({**model, "lora": [*model.get("lora", ()), entry]})
+
+
+class SkyReelsOptions(Node):
+    """The flags that are rarely changed."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        description = "What is rarely changed. A task refuses what it does not take, if it is changed."
+        inputs = [widget(flag, forms.common_values()) for flag in OPTIONS]
+        return cls.schema("Options", description, inputs, Options.Output(display_name="options"))
+
+    @classmethod
+    def execute(cls, **values: Any) -> io.NodeOutput:
+        return io.NodeOutput(forms.changed_values(values, forms.common_values()))
+
+
+class Task(Node):
+    """The base of the tasks' nodes."""
+
+    TASK = ""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        task, initial = task_spec(cls.TASK), forms.initial_values(cls.TASK, {})
+        flags = [flag for flag in FLAGS if flag.is_for(task)]
+        inputs: list[io.Input] = [Model.Input("model")]
+        inputs.append(io.String.Input("prompt", multiline=True, tooltip=explain(BY_NAME["prompt"])))
+        for flag in flags:
+            if flag.name in INPUTS:
+                dubbed = flag.name == "input_image" and CLIP in task.takes  # a clip may be there instead
+                inputs += sockets(flag, flag.name in task.inputs and not dubbed, task)
+        inputs += [widget(BY_NAME[name], initial, task) for name in COMMON if BY_NAME[name] in flags]
+        inputs.append(Options.Input("options", optional=True, tooltip="of SkyReels Options"))
+        outputs = io.Image.Output(display_name="images"), io.Video.Output(display_name="video")
+        description = f"{task.summary[0].upper()}{task.summary[1:]}."
+        return cls.schema(forms.title_of(cls.TASK), description, inputs, *outputs)
+
+    @classmethod
+    def execute(cls, model: Mapping[str, Any], prompt: str, **values: Any) -> io.NodeOutput:
+        from .engine import make  # which imports all that makes videos
+
+        shown = {name: values[name] for name in COMMON if name in values}
+        flags = {**model, **(values.get("options") or {}), "task_type": cls.TASK, "prompt": prompt}
+        flags |= forms.changed_values(shown, forms.initial_values(cls.TASK, {}))
+        sounds: list[tuple[media.Audio, Path]] = []
+        with run_folder() as folder:
+            for name in sorted(values):  # those with numbers in their order
+                flag = flag_of(name)
+                if flag not in INPUTS or (value := values[name]) is None:
+                    continue
+                if flag == CLIP:
+                    flags[flag] = media.write_clip(value, values.get("clip_fps", task_spec(cls.TASK).fps), folder)
+                elif flag == SPEECH:
+                    sounds.append((value, media.write_sound(value, folder / f"{name}.au")))
+                    flags[flag] = [path for _, path in sounds]
+                else:
+                    paths = media.write_images(value, folder, name)
+                    if flag == KEYFRAMES:
+                        paths = with_times(paths, values.get("keyframe_times", ""))
+                    flags[flag] = [*flags.get(flag, ()), *paths] if BY_NAME[flag].several else paths[0]
+            frames, done = make(**flags)
+            heard = media.join_sounds(sounds, flags.get("audio_type") == "sequential", folder)
+        images = media.to_images(frames)
+        return io.NodeOutput(images, media.to_video(images, done.fps, heard))
+
+
+def flag_of(input: str) -> str:
+    """The flag of an input; those of several files have numbers."""
+    return input if input in BY_NAME else input.rpartition("_")[0]
+
+
+def with_times(paths: list[str], times: str) -> list[str]:
+    """Keyframes as their flag has them."""
+    seconds = times.replace(",", " ").split()
+    if len(seconds) != len(paths):
+        raise RuntimeError(f"keyframe_times: {len(seconds)} for {len(paths)} keyframes; give one for each")
+    return [f"{path}@{time}" for path, time in zip(paths, seconds, strict=True)]
+
+
+class SkyReelsReferenceToVideo(Task):
+    TASK = "reference_to_video"
+
+
+class SkyReelsSingleShotExtension(Task):
+    TASK = "single_shot_extension"
+
+
+class SkyReelsShotSwitchingExtension(Task):
+    TASK = "shot_switching_extension"
+
+
+class SkyReelsTalkingAvatar(Task):
+    TASK = "talking_avatar"
+
+
+class SkyReelsTextToVideo(Task):
+    TASK = "t2v"
+
+
+class SkyReelsImageToVideo(Task):
+    TASK = "i2v"
+
+
+TASKS: list[type[Task]] = [
+    *(SkyReelsReferenceToVideo, SkyReelsSingleShotExtension, SkyReelsShotSwitchingExtension),
+    *(SkyReelsTalkingAvatar, SkyReelsTextToVideo, SkyReelsImageToVideo),
+]
+NODES: list[type[io.ComfyNode]] = [SkyReelsLoadModel, SkyReelsLoRA, SkyReelsOptions, *TASKS]
+folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
