@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from comfy import model_management
 from comfy.model_patcher import ModelPatcher
-from comfy_api.latest import ComfyAPISync
+from comfy.utils import ProgressBar
 from PIL import Image
 from torch import nn
 
 from skyreels_v3 import Done, Step, UserError, load
 from skyreels_v3.errors import OutOfMemory
 from skyreels_v3.forms import without_dashes
-from skyreels_v3.preview import Preview, Projection
+from skyreels_v3.preview import MAX_SIDE, Preview, Projection
 from skyreels_v3.tasks import TASK_NAMES
 
 
@@ -28,7 +28,7 @@ class Networks(ModelPatcher):
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.generator = load(TASK_NAMES[0])
+        self.generator, self.load_device = load(TASK_NAMES[0]), device  # ComfyUI's class asks for the size at once
         self.projections: dict[str, Projection] = {}  # of previews, by model
         super().__init__(nn.Module(), device, torch.device("cpu"))
 
@@ -68,7 +68,6 @@ def make(**flags: Any) -> tuple[list[np.ndarray], Done]:
     model_management.free_memory(1e30, device, keep_loaded=[model_management.LoadedModel(mine)])
     if mine not in model_management.loaded_models():
         model_management.load_models_gpu([mine])
-    progress = ComfyAPISync().execution
     preview = Preview(mine.projections.setdefault(f"{flags['task_type']} {flags.get('model_id')}", Projection()))
     frames: list[np.ndarray] = []
     shown = 0  # frames of passes that are done
@@ -82,7 +81,8 @@ def make(**flags: Any) -> tuple[list[np.ndarray], Done]:
                     shown = len(frames)
                 if isinstance(event, Step):
                     preview.add(event)
-                    progress.set_progress(event.number, event.total, preview_image=Image.fromarray(preview.picture()))
+                    picture = Image.fromarray(preview.picture())
+                    ProgressBar(event.total).update_absolute(event.number, preview=("JPEG", picture, MAX_SIDE))
                 elif isinstance(event, Done):
                     return frames, event
                 else:

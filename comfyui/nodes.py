@@ -48,7 +48,7 @@ def widget(flag: Flag, initial: Mapping[str, Any], task: TaskSpec | None = None)
     if flag.kind is str:
         return io.String.Input(**options, multiline=flag.name.endswith("prompt"))
     low, high = forms.limits_of(flag, task)
-    options |= {"min": max(0, min(low, value)), "max": high}
+    options |= {"min": min(low, value), "max": high}
     if flag.kind is float:
         return io.Float.Input(**options, step=0.01)
     step = SIZE_MULTIPLE if flag.name in ("width", "height") else 1

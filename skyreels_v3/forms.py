@@ -16,7 +16,9 @@ UNSET = "default"  # a choice where none is made
 
 TITLES = {"t2v": "Text to video", "i2v": "Image to video"}  # of tasks whose names are no words
 # in a flag's help: what the form shows anyway
-SHOWN = re.compile(rf",? *\((default|{'|'.join(TASK_NAMES)})\b[^()]*\)|; needs --[^;]*")
+SHOWN = re.compile(
+    rf",? *\((default|{'|'.join(TASK_NAMES)})\b[^()]*\)|; needs --[^;]*|, (a path or a hub's [A-Z/]+|paths? or URLs?)"
+)
 LABELS = {
     **{"model_id": "Model", "ref_imgs": "Reference", "num_frames": "Frames", "num_inference_steps": "Steps"},
     **{"fps": "Frames per second", "lora": "LoRA", "vae_dtype": "VAE dtype", "no_riflex": "No RIFLEx"},

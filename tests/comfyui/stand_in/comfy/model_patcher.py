@@ -10,6 +10,7 @@ from torch import nn
 
 class ModelPatcher:
     def __init__(self, model: nn.Module, load_device: torch.device, offload_device: torch.device) -> None:
+        self.size = self.model_size()
         self.model, self.load_device, self.offload_device = model, load_device, offload_device
 
     def model_size(self) -> int:

@@ -9,12 +9,9 @@ from fractions import Fraction
 from io import BytesIO
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from comfy_api.latest import io
-
-SHOWN: list[tuple[float, float, Image.Image | None]] = []  # what the nodes have reported
 
 
 class ComfyExtension(ABC):
@@ -61,15 +58,4 @@ class InputImpl:
             raise AssertionError("decodes the file with other colors")
 
 
-class ComfyAPISync:
-    class Execution:
-        def set_progress(
-            self, value: float, max_value: float, node_id: str | None = None, preview_image: Image.Image | None = None
-        ) -> None:
-            SHOWN.append((value, max_value, preview_image))
-
-    def __init__(self) -> None:
-        self.execution = self.Execution()
-
-
-__all__ = ["ComfyAPISync", "ComfyExtension", "Input", "InputImpl", "Types", "io"]
+__all__ = ["ComfyExtension", "Input", "InputImpl", "Types", "io"]
