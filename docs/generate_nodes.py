@@ -18,7 +18,6 @@ from comfyui import nodes  # noqa: E402
 from comfyui.nodes import NODES, SkyReelsLoadModel, Task  # noqa: E402
 from skyreels_v3.tasks import TINY, task_spec  # noqa: E402
 
-PAGES, WORKFLOWS = ROOT / "comfyui" / "web" / "docs", ROOT / "comfyui" / "example_workflows"
 # inputs of tasks: the file, ComfyUI's node that opens it, what else its widgets hold, its outputs
 FILES: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
     "image": ("fox.png", "LoadImage", ("image",), ("IMAGE", "MASK")),
@@ -130,15 +129,16 @@ def example(node: type[Task]) -> str:
     return made.text()
 
 
-def main() -> None:
+def main(pack: Path = ROOT / "comfyui") -> None:
     """Write all of them."""
-    shutil.rmtree(PAGES, ignore_errors=True)
-    PAGES.mkdir(parents=True)
-    WORKFLOWS.mkdir(exist_ok=True)
+    pages, workflows = pack / "web" / "docs", pack / "example_workflows"
+    shutil.rmtree(pages, ignore_errors=True)
+    pages.mkdir(parents=True)
+    workflows.mkdir(exist_ok=True)
     for node in NODES:
-        (PAGES / f"{node.__name__}.md").write_text(help_page(node), encoding="utf-8")
+        (pages / f"{node.__name__}.md").write_text(help_page(node), encoding="utf-8")
         if issubclass(node, Task):
-            (WORKFLOWS / f"{node.TASK}.json").write_text(example(node), encoding="utf-8")
+            (workflows / f"{node.TASK}.json").write_text(example(node), encoding="utf-8")
 
 
 if __name__ == "__main__":

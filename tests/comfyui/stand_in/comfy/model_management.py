@@ -9,7 +9,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 interrupted = False
-models: list[ModelPatcher] = []
+current_loaded_models: list[ModelPatcher] = []
 
 
 class InterruptProcessingException(Exception):
@@ -38,17 +38,17 @@ def interrupt_current_processing(value: bool = True) -> None:
 
 
 def loaded_models() -> list[ModelPatcher]:
-    return [*models]
+    return [*current_loaded_models]
 
 
-def load_models_gpu(models_to_load: Sequence[ModelPatcher]) -> None:
-    models.extend(models_to_load)
+def load_models_gpu(models: Sequence[ModelPatcher]) -> None:
+    current_loaded_models.extend(models)
 
 
 def free_memory(memory_required: float, device: torch.device, keep_loaded: Sequence[LoadedModel] = ()) -> None:
     kept = [each.model for each in keep_loaded]
-    for model in [each for each in models if each not in kept]:
-        models.remove(model)
+    for model in [each for each in current_loaded_models if each not in kept]:
+        current_loaded_models.remove(model)
         model.detach()
 
 
