@@ -15,6 +15,7 @@ from torch import Tensor
 
 from skyreels_v3.media.audio import decode, mix, write_audio
 from skyreels_v3.media.ffmpeg import AUDIO, find_track
+from skyreels_v3.media.video_reader import probe_video
 from skyreels_v3.media.video_writer import write_lossless
 
 Audio = Mapping[str, Any]  # ComfyUI's: waveform (B, C, T) and sample_rate
@@ -43,30 +44,42 @@ def write_sound(audio: Audio, path: Path) -> Path:
     return write_audio(audio["waveform"][0].float().cpu().numpy(), audio["sample_rate"], path)
 
 
-def write_clip(clip: Input.Video | Tensor, fps: float, folder: Path) -> str:
-    """A VIDEO, or an IMAGE of `fps` frames per second, as a file: the video's own if it is that whole file."""
+def write_clip(clip: Input.Video | Tensor, fps: float, folder: Path) -> tuple[Path, Audio | None]:
+    """A VIDEO, or an IMAGE of `fps` frames per second, as a file, and the sound that is not in it.
+
+    If the video is a whole file, it is that one.
+    """
     path = folder / "clip.mp4"
     if isinstance(clip, Tensor):
-        return str(write_lossless(to_frames(clip), path, Fraction(fps).limit_denominator(1001)))
+        return write_lossless(to_frames(clip), path, Fraction(fps).limit_denominator(1001)), None
     if isinstance(clip, InputImpl.VideoFromFile):
         source = clip.get_stream_source()
         whole = InputImpl.VideoFromFile(source)
         if (clip.get_duration(), clip.get_dimensions()) == (whole.get_duration(), whole.get_dimensions()):
             if isinstance(source, str):
-                return source
+                return Path(source), None
             path.write_bytes(source.getvalue())
-            return str(path)
+            return path, None
     parts = clip.get_components()
-    return str(write_lossless(to_frames(parts.images), path, parts.frame_rate))
+    return write_lossless(to_frames(parts.images), path, parts.frame_rate), parts.audio
+
+
+def clip_sound(path: Path) -> Audio | None:
+    """The sound of a clip, if it has any."""
+    return read_sound(path) if probe_video(path, 1).has_sound else None
+
+
+def read_sound(path: Path) -> Audio:
+    """The sound of a file as AUDIO."""
+    samples, rate = decode(find_track(path, AUDIO))
+    return {"waveform": torch.from_numpy(samples)[None], "sample_rate": rate}
 
 
 def join_sounds(sounds: Sequence[tuple[Audio, Path]], sequential: bool, folder: Path) -> Audio | None:
     """What is heard in a video: the only sound, or both together or one after the other."""
     if len(sounds) < 2:
         return sounds[0][0] if sounds else None
-    mixed = mix([path for _, path in sounds], sequential, folder / "mixed.wav")
-    samples, rate = decode(find_track(mixed, AUDIO))
-    return {"waveform": torch.from_numpy(samples)[None], "sample_rate": rate}
+    return read_sound(mix([path for _, path in sounds], sequential, folder / "mixed.wav"))
 
 
 def to_video(images: Tensor, fps: int, audio: Audio | None) -> Input.Video:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import folder_paths
 from comfy_api.latest import io
@@ -23,7 +23,7 @@ FILES = {"transformer": "diffusion_models", "text_encoder": "text_encoders", "va
 LOADER = ("memory", "quant", "attention")
 COMMON = (
     *("resolution", "width", "height", "duration", "num_frames", "num_inference_steps", "seed"),
-    *("audio_type", "speaker_boxes"),
+    *("audio_type", "speaker_boxes", "include_input"),
 )  # on the nodes of tasks, besides prompt and inputs
 # on no node: the device is ComfyUI's, and inputs are connected
 LEFT_OUT = ("task_type", "device", "url_timeout", *SHORTHANDS, *COMMAND_ONLY)
@@ -189,13 +189,15 @@ class Task(Node):
         flags = {**model, **(values.get("options") or {}), "task_type": cls.TASK, "prompt": prompt}
         flags |= forms.changed_values(shown, forms.initial_values(cls.TASK, {}))
         sounds: list[tuple[media.Audio, Path]] = []
+        own_sound: media.Audio | None = None
         with run_folder() as folder:
             for name in sorted(values):  # those with numbers in their order
                 flag = flag_of(name)
                 if flag not in INPUTS or (value := values[name]) is None:
                     continue
                 if flag == CLIP:
-                    flags[flag] = media.write_clip(value, values.get("clip_fps", task_spec(cls.TASK).fps), folder)
+                    fps = values.get("clip_fps", task_spec(cls.TASK).fps)
+                    flags[flag], own_sound = media.write_clip(value, fps, folder)
                 elif flag == SPEECH:
                     sounds.append((value, media.write_sound(value, folder / f"{name}.au")))
                     flags[flag] = [path for _, path in sounds]
@@ -206,6 +208,8 @@ class Task(Node):
                     flags[flag] = [*flags.get(flag, ()), *paths] if BY_NAME[flag].several else paths[0]
             frames, done = make(**flags)
             heard = media.join_sounds(sounds, flags.get("audio_type") == "sequential", folder)
+            if flags.get("include_input"):
+                heard = own_sound or media.clip_sound(flags[CLIP])
         images = media.to_images(frames)
         return io.NodeOutput(images, media.to_video(images, done.fps, heard))
 
@@ -223,33 +227,12 @@ def with_times(paths: list[str], times: str) -> list[str]:
     return [f"{path}@{time}" for path, time in zip(paths, seconds, strict=True)]
 
 
-class SkyReelsReferenceToVideo(Task):
-    TASK = "reference_to_video"
+def task_node(task: str) -> type[Task]:
+    """The node of a task, such as SkyReelsTextToVideo."""
+    name = "SkyReels" + forms.title_of(task).title().replace(" ", "")
+    return cast(type[Task], type(name, (Task,), {"TASK": task, "__doc__": task_spec(task).summary}))
 
 
-class SkyReelsSingleShotExtension(Task):
-    TASK = "single_shot_extension"
-
-
-class SkyReelsShotSwitchingExtension(Task):
-    TASK = "shot_switching_extension"
-
-
-class SkyReelsTalkingAvatar(Task):
-    TASK = "talking_avatar"
-
-
-class SkyReelsTextToVideo(Task):
-    TASK = "t2v"
-
-
-class SkyReelsImageToVideo(Task):
-    TASK = "i2v"
-
-
-TASKS: list[type[Task]] = [
-    *(SkyReelsReferenceToVideo, SkyReelsSingleShotExtension, SkyReelsShotSwitchingExtension),
-    *(SkyReelsTalkingAvatar, SkyReelsTextToVideo, SkyReelsImageToVideo),
-]
+TASKS = [task_node(name) for name in TASK_NAMES]
 NODES: list[type[io.ComfyNode]] = [SkyReelsLoadModel, SkyReelsLoRA, SkyReelsOptions, *TASKS]
 folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))

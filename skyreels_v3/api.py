@@ -24,7 +24,7 @@ from torch import Tensor
 from skyreels_v3.checks import request_of
 from skyreels_v3.cli import convert_flags, without_overruled
 from skyreels_v3.errors import UserError
-from skyreels_v3.generate import judge, measured
+from skyreels_v3.generate import clip_frames, judge, measured
 from skyreels_v3.media.files import run_folder
 from skyreels_v3.memory.stream import tensors_of
 from skyreels_v3.quality import Meter, Quality
@@ -35,7 +35,7 @@ from skyreels_v3.worker import Worker
 
 @dataclass(frozen=True)
 class Frame:
-    """Picture `number` of the video, uint8 [H, W, 3], from 0."""
+    """Picture `number` of the video, uint8 [H, W, 3], from 0; first those of the clip, with `include_input=True`."""
 
     number: int
     image: np.ndarray
@@ -85,6 +85,8 @@ class VideoGenerator:
             generator, planned = self.worker.load(self.worker.resolve(request, folder))
             latents, numbers = [], count()
             meter = Meter(planned.request.task.fps) if planned.request.check else None
+            for image in clip_frames(planned, meter):
+                yield Frame(next(numbers), image)
             for event in generator.events(planned):
                 if isinstance(event, Step):
                     yield event

@@ -141,18 +141,24 @@ def all_frames(
     plan: Plan, events: Iterable[Event], latents: list[Tensor], meter: Meter | None = None
 ) -> abc.Generator[np.ndarray, None, None]:
     """The frames to write, in order; each pass adds its latents to `latents`, and `meter` gets the frames too."""
-    request, clip = plan.request, plan.inputs.clip
-    if request.include_input:
-        assert clip is not None
-        for frame in resize_frames(read_frames(clip.path, request.task.fps), request.height, request.width):
-            if meter is not None:
-                meter.first += 1
-            yield frame
+    yield from clip_frames(plan, meter)
     for event in events:
         if isinstance(event, Pass):
-            if request.save_latents is not None:
+            if plan.request.save_latents is not None:
                 latents.append(event.latents)
             yield from measured(event, meter)
+
+
+def clip_frames(plan: Plan, meter: Meter | None) -> Iterator[np.ndarray]:
+    """The frames of the input clip that --include_input puts before the new ones."""
+    request, clip = plan.request, plan.inputs.clip
+    if not request.include_input:
+        return
+    assert clip is not None
+    for frame in resize_frames(read_frames(clip.path, request.task.fps), request.height, request.width):
+        if meter is not None:
+            meter.first += 1
+        yield frame
 
 
 def measured(made: Pass, meter: Meter | None) -> Iterator[np.ndarray]:

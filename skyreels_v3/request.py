@@ -372,7 +372,7 @@ FLAGS = tuple(Flag(each.name, **each.metadata["flag"]) for each in fields(Genera
 BY_NAME = {each.name: each for each in FLAGS}
 INPUTS = tuple(each.name for each in FLAGS if each.path == "input" and each.in_line)
 OUTPUTS = tuple(sorted(each.name for each in FLAGS if each.path == "output"))
-COMMAND_ONLY = (*OUTPUTS, "outdir", "include_input", "no_metadata", "checkpoint_every")  # not for a call from Python
+COMMAND_ONLY = (*OUTPUTS, "outdir", "no_metadata", "checkpoint_every")  # not for a call from Python
 # flags for the same thing in different tasks
 ALIKE = (
     ("image", "input_image", "ref_imgs"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
+import runpy
+import tomllib
 from collections.abc import Iterator
 from fractions import Fraction
 from io import BytesIO
@@ -21,6 +21,7 @@ from PIL import Image
 
 import comfyui
 from comfyui import media, nodes
+from skyreels_v3 import __version__
 from skyreels_v3.forms import changed_values, common_values
 from skyreels_v3.media.audio import decode
 from skyreels_v3.media.ffmpeg import AUDIO, find_track
@@ -164,6 +165,25 @@ def test_two_speakers(main, tmp_path):
     assert len(images) == 25 and abs(audio["waveform"].shape[-1] / audio["sample_rate"] - 1) < 0.01
 
 
+def test_a_clip_and_what_goes_on_from_it(main, tmp_path, write_lossless):
+    """As images with a rate and as a video with sound; the frames of both come first."""
+    frames = np.random.default_rng(0).integers(0, 256, (10, 32, 48, 3), dtype=np.uint8)
+    clip, images = write_lossless(tmp_path / "clip.mp4", frames), media.to_images([*frames])
+    sound = {"waveform": torch.zeros(1, 1, 4000), "sample_rate": 8000}
+    parts = Types.VideoComponents(images=images, frame_rate=Fraction(24), audio=sound)
+    node, values = TASKS["shot_switching_extension"], {**SMALL, "duration": 2, "include_input": True}
+    made, video = node.execute(TINY, "a boat", input_video=images, clip_fps=24.0, **values).args
+    assert video.get_components().audio is None
+    again, video = node.execute(TINY, "a boat", input_video=InputImpl.VideoFromComponents(parts), **values).args
+    assert video.get_components().audio is sound and torch.equal(made, again)
+    argv = ("--task_type", "shot_switching_extension", "--prompt", "a boat", "--input_video", clip, "--duration", 2)
+    more = ("--include_input", "--model_id", "tiny", "--device", "cpu", "--output", "frames/")
+    code, _, stderr = main(*argv, *FLAGS_SMALL, *more)
+    assert code == 0, stderr
+    np.testing.assert_array_equal(media.to_frames(made), frames_of_command(tmp_path))
+    np.testing.assert_array_equal(media.to_frames(made[:10]), frames)
+
+
 def test_interrupted(monkeypatch):
     """Nothing stays but the networks, until ComfyUI wants their memory."""
     from comfyui.engine import networks
@@ -204,20 +224,20 @@ def test_pictures_and_clips_lose_nothing(tmp_path):
     random = np.random.default_rng(0).integers(0, 256, (7, 34, 50, 3), dtype=np.uint8)
     for number, rate in enumerate((24.0, 29.97)):
         (folder := tmp_path / str(number)).mkdir()
-        clip = Path(media.write_clip(media.to_images([*random]), rate, folder))
+        clip, _ = media.write_clip(media.to_images([*random]), rate, folder)
         np.testing.assert_array_equal(np.stack([*read_frames(clip, 24)])[:2], random[:2])
         assert probe_video(clip, 24).fps == pytest.approx(rate, abs=0.01)
     (folder := tmp_path / "video").mkdir()
     parts = Types.VideoComponents(images=media.to_images([*random]), frame_rate=Fraction(24))
-    clip = media.write_clip(InputImpl.VideoFromComponents(parts), 1, folder)
-    np.testing.assert_array_equal(np.stack([*read_frames(Path(clip), 24)]), random)
+    clip, _ = media.write_clip(InputImpl.VideoFromComponents(parts), 1, folder)
+    np.testing.assert_array_equal(np.stack([*read_frames(clip, 24)]), random)
 
 
 def test_a_videos_own_file_is_taken(tmp_path):
     boat = ASSETS / "boat.mp4"
-    assert media.write_clip(InputImpl.VideoFromFile(str(boat)), 1, tmp_path) == str(boat)
-    copy = media.write_clip(InputImpl.VideoFromFile(BytesIO(boat.read_bytes())), 1, tmp_path)
-    assert Path(copy).read_bytes() == boat.read_bytes()
+    assert media.write_clip(InputImpl.VideoFromFile(str(boat)), 1, tmp_path) == (boat, None)
+    copy, _ = media.write_clip(InputImpl.VideoFromFile(BytesIO(boat.read_bytes())), 1, tmp_path)
+    assert copy.read_bytes() == boat.read_bytes()
 
 
 def test_sounds_lose_nothing(tmp_path):
@@ -231,10 +251,15 @@ def test_sounds_lose_nothing(tmp_path):
 # Files of the pack
 
 
+def test_the_registry_gets_the_packages_version():
+    project = tomllib.loads((ROOT / "comfyui" / "pyproject.toml").read_text())["project"]
+    assert project["version"] == __version__
+    package = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["dependencies"] == [package["name"]] and project["requires-python"] == package["requires-python"]
+
+
 def test_help_and_examples_are_up_to_date(tmp_path):
-    program = "import sys; sys.path.insert(0, 'docs'); import generate_nodes; from pathlib import Path;"
-    program += f"generate_nodes.main(Path({str(tmp_path)!r}))"
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+    runpy.run_path(str(ROOT / "docs" / "generate_nodes.py"))["main"](tmp_path)
     made = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob("*.*") if path.is_file()}
     assert len(made) == len(nodes.NODES) + len(TASKS)
     for path, text in made.items():
