@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,10 +14,11 @@ from comfy_api.latest import Input, InputImpl, Types
 from PIL import Image
 from torch import Tensor
 
-from skyreels_v3.media.audio import decode, mix, write_audio
-from skyreels_v3.media.ffmpeg import AUDIO, find_track
-from skyreels_v3.media.video_reader import probe_video
-from skyreels_v3.media.video_writer import write_lossless
+from skyreels_v3.media.audio import write_audio
+from skyreels_v3.media.video_writer import copy_frames
+
+if TYPE_CHECKING:
+    from skyreels_v3 import Done
 
 Audio = Mapping[str, Any]  # ComfyUI's: waveform (B, C, T) and sample_rate
 
@@ -44,6 +46,12 @@ def write_sound(audio: Audio, path: Path) -> Path:
     return write_audio(audio["waveform"][0].float().cpu().numpy(), audio["sample_rate"], path)
 
 
+def write_frames(images: Tensor, path: Path, fps: Fraction) -> Path:
+    """An IMAGE as a lossless clip."""
+    deque(copy_frames((frame for frame in to_frames(images)), path, fps), maxlen=0)
+    return path
+
+
 def write_clip(clip: Input.Video | Tensor, fps: float, folder: Path) -> tuple[Path, Audio | None]:
     """A VIDEO, or an IMAGE of `fps` frames per second, as a file, and the sound that is not in it.
 
@@ -51,7 +59,7 @@ def write_clip(clip: Input.Video | Tensor, fps: float, folder: Path) -> tuple[Pa
     """
     path = folder / "clip.mp4"
     if isinstance(clip, Tensor):
-        return write_lossless(to_frames(clip), path, Fraction(fps).limit_denominator(1001)), None
+        return write_frames(clip, path, Fraction(fps).limit_denominator(1001)), None
     if isinstance(clip, InputImpl.VideoFromFile):
         source = clip.get_stream_source()
         whole = InputImpl.VideoFromFile(source)
@@ -61,27 +69,14 @@ def write_clip(clip: Input.Video | Tensor, fps: float, folder: Path) -> tuple[Pa
             path.write_bytes(source.getvalue())
             return path, None
     parts = clip.get_components()
-    return write_lossless(to_frames(parts.images), path, parts.frame_rate), parts.audio
+    return write_frames(parts.images, path, parts.frame_rate), parts.audio
 
 
-def clip_sound(path: Path) -> Audio | None:
-    """The sound of a clip, if it has any."""
-    return read_sound(path) if probe_video(path, 1).has_sound else None
-
-
-def read_sound(path: Path) -> Audio:
-    """The sound of a file as AUDIO."""
-    samples, rate = decode(find_track(path, AUDIO))
-    return {"waveform": torch.from_numpy(samples)[None], "sample_rate": rate}
-
-
-def join_sounds(sounds: Sequence[tuple[Audio, Path]], sequential: bool, folder: Path) -> Audio | None:
-    """What is heard in a video: the only sound, or both together or one after the other."""
-    if len(sounds) < 2:
-        return sounds[0][0] if sounds else None
-    return read_sound(mix([path for _, path in sounds], sequential, folder / "mixed.wav"))
-
-
-def to_video(images: Tensor, fps: int, audio: Audio | None) -> Input.Video:
-    """A VIDEO of an IMAGE."""
-    return InputImpl.VideoFromComponents(Types.VideoComponents(images=images, audio=audio, frame_rate=Fraction(fps)))
+def to_video(images: Tensor, done: Done, sound: Audio | None) -> Input.Video:
+    """The VIDEO that an IMAGE is, with its own sound, or with another one if it has none."""
+    if done.sound is not None:
+        samples, rate = done.sound
+        sound = {"waveform": torch.from_numpy(samples)[None], "sample_rate": rate}
+    return InputImpl.VideoFromComponents(
+        Types.VideoComponents(images=images, audio=sound, frame_rate=Fraction(done.fps))
+    )

@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from skyreels_v3 import forms
 from skyreels_v3.forms import SLOTS, UNSET, explain, label_of
 from skyreels_v3.media.files import run_folder
-from skyreels_v3.request import BY_NAME, COMMAND_ONLY, FLAGS, INPUTS, SHORTHANDS, Flag
+from skyreels_v3.request import BY_NAME, COMMAND_ONLY, FLAGS, INPUTS, SHORTHANDS, SUBSTITUTES, Flag
 from skyreels_v3.tasks import SIZE_MULTIPLE, TASK_NAMES, TINY, TaskSpec, task_spec
 
 from . import media
@@ -23,14 +23,15 @@ FILES = {"transformer": "diffusion_models", "text_encoder": "text_encoders", "va
 LOADER = ("memory", "quant", "attention")
 COMMON = (
     *("resolution", "width", "height", "duration", "num_frames", "num_inference_steps", "seed"),
-    *("audio_type", "speaker_boxes", "include_input"),
+    *("transition", "include_input", "text", "voice", "audio_type", "speaker_boxes", "color_correction_strength"),
 )  # on the nodes of tasks, besides prompt and inputs
 # on no node: the device is ComfyUI's, and inputs are connected
 LEFT_OUT = ("task_type", "device", "url_timeout", *SHORTHANDS, *COMMAND_ONLY)
+SOCKETS = [name for name in INPUTS if BY_NAME[name].in_request]
 OPTIONS = [
     flag
     for flag in FLAGS
-    if flag.in_line and flag.name not in (*LEFT_OUT, *LOADER, *COMMON, *INPUTS, *FILES, "model_id", "lora", "prompt")
+    if flag.in_line and flag.name not in (*LEFT_OUT, *LOADER, *COMMON, *SOCKETS, *FILES, "model_id", "lora", "prompt")
 ]
 KEYFRAMES, CLIP, SPEECH = "keyframes", "input_video", "input_audio"
 
@@ -38,9 +39,8 @@ KEYFRAMES, CLIP, SPEECH = "keyframes", "input_video", "input_audio"
 def widget(flag: Flag, initial: Mapping[str, Any], task: TaskSpec | None = None) -> io.Input:
     """The input of a flag that is no file."""
     value = forms.shown_value(flag, initial[flag.name])
-    tooltip = explain(flag) + ("; 0: not given" if value == 0 and flag.kind is not bool else "")
-    options = {"id": flag.name, "display_name": label_of(flag.name), "tooltip": tooltip, "default": value}
-    options["optional"] = True
+    options: dict[str, Any] = {"id": flag.name, "default": value, "optional": True}
+    options |= {"display_name": label_of(flag.name), "tooltip": explain(flag)}
     if flag.kind is bool:
         return io.Boolean.Input(**options)
     if flag.choices:
@@ -49,6 +49,8 @@ def widget(flag: Flag, initial: Mapping[str, Any], task: TaskSpec | None = None)
         return io.String.Input(**options, multiline=flag.name.endswith("prompt"))
     low, high = forms.limits_of(flag, task)
     options |= {"min": min(low, value), "max": high}
+    if initial[flag.name] == "" or value < low:
+        options["tooltip"] += "; 0: not given"
     if flag.kind is float:
         return io.Float.Input(**options, step=0.01)
     step = SIZE_MULTIPLE if flag.name in ("width", "height") else 1
@@ -172,9 +174,8 @@ class Task(Node):
         inputs: list[io.Input] = [Model.Input("model")]
         inputs.append(io.String.Input("prompt", multiline=True, tooltip=explain(BY_NAME["prompt"])))
         for flag in flags:
-            if flag.name in INPUTS:
-                dubbed = flag.name == "input_image" and CLIP in task.takes  # a clip may be there instead
-                inputs += sockets(flag, flag.name in task.inputs and not dubbed, task)
+            if flag.name in SOCKETS:
+                inputs += sockets(flag, flag.name in task.inputs and flag.name not in SUBSTITUTES, task)
         inputs += [widget(BY_NAME[name], initial, task) for name in COMMON if BY_NAME[name] in flags]
         inputs.append(Options.Input("options", optional=True, tooltip="of SkyReels Options"))
         outputs = io.Image.Output(display_name="images"), io.Video.Output(display_name="video")
@@ -188,30 +189,25 @@ class Task(Node):
         shown = {name: values[name] for name in COMMON if name in values}
         flags = {**model, **(values.get("options") or {}), "task_type": cls.TASK, "prompt": prompt}
         flags |= forms.changed_values(shown, forms.initial_values(cls.TASK, {}))
-        sounds: list[tuple[media.Audio, Path]] = []
-        own_sound: media.Audio | None = None
+        clip_sound: media.Audio | None = None
         with run_folder() as folder:
             for name in sorted(values):  # those with numbers in their order
                 flag = flag_of(name)
-                if flag not in INPUTS or (value := values[name]) is None:
+                if flag not in SOCKETS or (value := values[name]) is None:
                     continue
                 if flag == CLIP:
                     fps = values.get("clip_fps", task_spec(cls.TASK).fps)
-                    flags[flag], own_sound = media.write_clip(value, fps, folder)
+                    flags[flag], clip_sound = media.write_clip(value, fps, folder)
                 elif flag == SPEECH:
-                    sounds.append((value, media.write_sound(value, folder / f"{name}.au")))
-                    flags[flag] = [path for _, path in sounds]
+                    flags[flag] = [*flags.get(flag, ()), media.write_sound(value, folder / f"{name}.au")]
                 else:
                     paths = media.write_images(value, folder, name)
                     if flag == KEYFRAMES:
                         paths = with_times(paths, values.get("keyframe_times", ""))
                     flags[flag] = [*flags.get(flag, ()), *paths] if BY_NAME[flag].several else paths[0]
             frames, done = make(**flags)
-            heard = media.join_sounds(sounds, flags.get("audio_type") == "sequential", folder)
-            if flags.get("include_input"):
-                heard = own_sound or media.clip_sound(flags[CLIP])
         images = media.to_images(frames)
-        return io.NodeOutput(images, media.to_video(images, done.fps, heard))
+        return io.NodeOutput(images, media.to_video(images, done, clip_sound if flags.get("include_input") else None))
 
 
 def flag_of(input: str) -> str:

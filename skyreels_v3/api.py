@@ -24,8 +24,11 @@ from torch import Tensor
 from skyreels_v3.checks import request_of
 from skyreels_v3.cli import convert_flags, without_overruled
 from skyreels_v3.errors import UserError
-from skyreels_v3.generate import clip_frames, judge, measured
+from skyreels_v3.generate import clip_frames, judge, measured, sound_of
+from skyreels_v3.media.audio import decode
+from skyreels_v3.media.ffmpeg import AUDIO, find_track
 from skyreels_v3.media.files import run_folder
+from skyreels_v3.media.video_reader import ClipInfo
 from skyreels_v3.memory.stream import tensors_of
 from skyreels_v3.quality import Meter, Quality
 from skyreels_v3.request import BY_NAME, COMMAND_ONLY, GenerationRequest
@@ -47,12 +50,14 @@ class Done:
 
     Attributes:
         quality: what was measured, with `check=True`.
+        sound: what is heard, float32 [channels, samples] in [-1, 1], and its sample rate.
     """
 
     latents: tuple[Tensor, ...]
     seed: int
     fps: int
     quality: Quality | None = None
+    sound: tuple[np.ndarray, int] | None = None
 
 
 Event = Step | Frame | Done
@@ -96,7 +101,10 @@ class VideoGenerator:
                 for image in measured(event, meter):
                     yield Frame(next(numbers), image)
             quality = None if meter is None else judge(meter, planned)
-            yield Done(tuple(latents), planned.request.seed, planned.request.task.fps, quality)
+            heard = sound_of(planned, folder)
+            path = heard.path if isinstance(heard, ClipInfo) else heard
+            sound = None if path is None else decode(find_track(path, AUDIO))
+            yield Done(tuple(latents), planned.request.seed, planned.request.task.fps, quality, sound)
 
     def bytes_on(self, device: torch.device) -> int:
         """Bytes of the networks' weights on a device."""

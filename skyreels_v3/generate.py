@@ -119,22 +119,28 @@ def needs(plan: Plan) -> tuple[object, ...]:
 
 def write(plan: Plan, frames: Iterator[np.ndarray], record: RunRecord, usage: runtime.Usage, workspace: Path) -> Path:
     """Write the frames as the request wants them; returns the path."""
-    request, inputs = plan.request, plan.inputs
+    request = plan.request
     if request.frame_folder:
         text = "" if request.no_metadata else comment(record)
         return write_frame_folder(frames, request.output, comment=text, workspace=workspace)
     size = {"height": request.height, "width": request.width, "fps": request.task.fps}
-    sound: Path | ClipInfo | None = inputs.audio[0].path if inputs.audio else None
-    if len(inputs.audio) > 1:
-        paths = [audio.path for audio in inputs.audio]
-        sound = mix(paths, request.audio_type == "sequential", workspace / "mixed.wav")
-    if request.include_input and inputs.clip is not None and inputs.clip.has_sound:
-        sound = inputs.clip
+    sound = sound_of(plan, workspace)
 
     def made_by() -> str:
         return "" if request.no_metadata else comment(record, usage.figures())
 
     return write_video(frames, request.output, **size, comment=made_by, audio=sound, workspace=workspace)
+
+
+def sound_of(plan: Plan, workspace: Path) -> Path | ClipInfo | None:
+    """What is heard in a video: speech, or the sound of the clip that --include_input puts before it."""
+    request, inputs = plan.request, plan.inputs
+    if request.include_input and inputs.clip is not None and inputs.clip.has_sound:
+        return inputs.clip
+    paths = [audio.path for audio in inputs.audio]
+    if len(paths) > 1:
+        return mix(paths, request.audio_type == "sequential", workspace / "mixed.wav")
+    return paths[0] if paths else None
 
 
 def all_frames(

@@ -41,8 +41,6 @@ COMMENT_BYTES = 120_000  # largest that is written: an argument of a Linux progr
 PNG_COMPRESSION = 3  # of 9; higher levels take much longer for a few percent
 FRAMES_AHEAD = 16  # frames that may wait for the encoder: 44 MB at 1280 x 720
 
-H264 = ("-vf", TO_YUV, "-c:v", "libx264", "-crf", str(CRF), "-preset", PRESET)
-
 AddFrame = Callable[[np.ndarray], None]
 
 
@@ -229,9 +227,7 @@ class FrameQueue:
 
 
 @contextmanager
-def video_file(
-    path: Path, height: int, width: int, fps: int | Fraction, codec: Sequence[str]
-) -> Iterator[AddFrame]:
+def video_file(path: Path, height: int, width: int, fps: int | Fraction, codec: Sequence[str]) -> Iterator[AddFrame]:
     """An ffmpeg process that encodes the frames it gets into a new mp4 file.
 
     Raises:
