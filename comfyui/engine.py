@@ -15,8 +15,7 @@ from PIL import Image
 from torch import nn
 
 from skyreels_v3 import Done, Step, UserError, load
-from skyreels_v3.errors import OutOfMemory
-from skyreels_v3.forms import without_dashes
+from skyreels_v3.errors import FLAG, OutOfMemory
 from skyreels_v3.preview import MAX_SIDE, Preview, Projection
 from skyreels_v3.tasks import TASK_NAMES
 
@@ -72,7 +71,7 @@ def make(**flags: Any) -> tuple[list[np.ndarray], Done]:
     frames: list[np.ndarray] = []
     shown = 0  # frames of passes that are done
     try:
-        # ComfyUI's inference mode would make the weights unusable in the thread that decodes
+        # nodes run in inference mode: other threads could not change its tensors
         with torch.inference_mode(False), closing(mine.generator(**flags, device=device.type)) as events:
             for event in events:
                 model_management.throw_exception_if_processing_interrupted()
@@ -90,5 +89,5 @@ def make(**flags: Any) -> tuple[list[np.ndarray], Done]:
     except (UserError, OutOfMemory) as error:
         if isinstance(error, OutOfMemory):
             mine.generator.unload()
-        raise RuntimeError(without_dashes(str(error))) from error
+        raise RuntimeError(FLAG.sub(r"\1", str(error))) from error
     raise AssertionError("unreachable")

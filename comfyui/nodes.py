@@ -46,7 +46,7 @@ def widget(flag: Flag, initial: Mapping[str, Any], task: TaskSpec | None = None)
     if flag.choices:
         return io.Combo.Input(**options, options=[*([UNSET] if value == UNSET else []), *flag.choices])
     if flag.kind is str:
-        return io.String.Input(**options, multiline=flag.name.endswith("prompt"))
+        return io.String.Input(**options, multiline=flag.name.endswith(("prompt", "text")))
     low, high = forms.limits_of(flag, task)
     options |= {"min": min(low, value), "max": high}
     if initial[flag.name] == "" or value < low:

@@ -96,6 +96,11 @@ class Server:
         return np.stack([np.asarray(Image.open(folder / each["subfolder"] / each["filename"])) for each in images])
 
     @property
+    def loads(self) -> int:
+        """How often networks have been loaded."""
+        return (self.folder / "log.txt").read_text().count("device cpu, dtype")
+
+    @property
     def temporary(self) -> set[str]:
         return files_in(self.folder / "temporary")
 
@@ -147,6 +152,7 @@ def test_the_same_frames_as_the_command(server, main, tmp_path, task):
     assert code == 0, stderr
     made = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "frames").glob("*.png"))]
     np.testing.assert_array_equal(frames, np.stack(made))
+    assert frames.std(axis=(1, 2)).min() > 1
     assert not server.temporary
     (video,) = (server.folder / "output" / "SkyReels").glob(f"{task}*.mp4")
     assert video.stat().st_size
@@ -164,14 +170,20 @@ def test_interrupted_and_run_again(server):
     def make(seed: int) -> np.ndarray:
         return server.frames(server.run(server.example("t2v", **SMALL, num_frames=5, seed=seed)))
 
+    before = server.loads
     first, other = make(1), make(2)
-    assert not np.array_equal(first, other)
+    assert not np.array_equal(first, other) and server.loads == before
     server.call("free", unload_models=True)
+    time.sleep(1)  # done by the thread that runs prompts
     np.testing.assert_array_equal(make(1), first)
+    assert server.loads == before + 1
 
 
 def test_errors_are_one_line(server):
-    for changes, line in (({"num_frames": 6}, "frames: 6: not 4k+1"), ({"resolution": "9P"}, "resolution: 9P: choose")):
+    for changes, line in (
+        ({"num_frames": 6}, "num_frames: 6: not 4k+1"),
+        ({"resolution": "9P"}, "resolution: 9P: choose"),
+    ):
         ended = server.run(server.example("reference_to_video", **changes))
         name, error = ended["status"]["messages"][-1]
         assert (name, error["node_type"]) == ("execution_error", "SkyReelsReferenceToVideo")

@@ -206,7 +206,7 @@ def test_interrupted(monkeypatch):
 
 def test_what_is_wrong():
     """One line, with the names that the nodes have."""
-    with pytest.raises(RuntimeError, match=r"^frames: 6: not 4k[^\n]*$"):
+    with pytest.raises(RuntimeError, match=r"^num_frames: 6: not 4k[^\n]*$"):
         TASKS["reference_to_video"].execute(TINY, "a fox", num_frames=6, ref_imgs_1=picture("fox.png"))
     with pytest.raises(RuntimeError, match=r"^keyframe_times: 1 for 2 keyframes"):
         TASKS["talking_avatar"].execute(TINY, "a", keyframes=torch.zeros(2, 8, 8, 3), keyframe_times="2")
