@@ -23,7 +23,7 @@ LAYERS = (
     ("web",),
     ("main", "__main__"),
 )
-NOT_IN_THE_WHEEL = ("training", "benchmarks", "tests")
+NOT_IN_THE_WHEEL = ("comfyui", "training", "benchmarks", "tests")
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 
 

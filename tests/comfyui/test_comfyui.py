@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from skyreels_v3.media.audio import probe_audio
+from skyreels_v3.media.video_reader import probe_video
 from tests.conftest import ASSETS, files_in
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,6 +158,31 @@ def test_the_same_frames_as_the_command(server, main, tmp_path, task):
     assert not server.temporary
     (video,) = (server.folder / "output" / "SkyReels").glob(f"{task}*.mp4")
     assert video.stat().st_size
+
+
+def test_images_as_a_clip_with_options(server):
+    """From ComfyUI's own nodes: frames and their rate, and flags of the node of options."""
+    prompt = server.example("shot_switching_extension", **SMALL, include_input=True)
+    task = next(node for node in prompt.values() if node["class_type"] == "SkyReelsShotSwitchingExtension")
+    prompt["parts"] = {"class_type": "GetVideoComponents", "inputs": {"video": task["inputs"]["input_video"]}}
+    prompt["options"] = {"class_type": "SkyReelsOptions", "inputs": {"guidance_scale": 2.0, "check": True}}
+    task["inputs"] |= {"input_video": ["parts", 0], "clip_fps": ["parts", 2], "options": ["options", 0]}
+    frames = server.frames(server.run(prompt))
+    assert len(frames) == probe_video(ASSETS / "boat.mp4", 24).frames + 48
+
+
+def test_two_speakers(server):
+    """As long as both one after the other, with their sound."""
+    prompt = server.example("talking_avatar", **SMALL, audio_type="sequential")
+    task = next(node for node in prompt.values() if node["class_type"] == "SkyReelsTalkingAvatar")
+    source = task["inputs"]["input_audio_1"]
+    prompt["short"] = {"class_type": "TrimAudioDuration", "inputs": {"audio": source, "start_index": 0, "duration": 1}}
+    task["inputs"] |= {"input_audio_1": ["short", 0], "input_audio_2": ["short", 0]}
+    ended = server.run(prompt)
+    assert len(server.frames(ended)) == 50
+    (saved,) = next(each["images"] for name, each in ended["outputs"].items() if name != "frames")
+    video = server.folder / "output" / saved["subfolder"] / saved["filename"]
+    assert probe_audio(video).seconds == pytest.approx(2, abs=0.1) and probe_audio(video).notes == ()
 
 
 def test_interrupted_and_run_again(server):
