@@ -1,4 +1,4 @@
-"""Compares results of run_all.py with earlier ones of the same device, and fails if something got worse.
+"""Compares results of run_all.py with earlier ones of the same device, and fails if something got worse or failed.
 
     python benchmarks/check.py DIR/results.jsonl                    # with benchmarks/results/*/results.jsonl
     python benchmarks/check.py DIR/results.jsonl --baseline FILE
@@ -58,13 +58,21 @@ class Change(NamedTuple):
 
     @property
     def is_worse(self) -> bool:
-        return self.growth > self.limit
+        return not self.growth <= self.limit  # nor is what is not a number
+
+
+def records_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def lines_of(file: Path) -> dict[str, dict[str, Any]]:
     """The lines of the benchmarks that ended well, by name."""
-    records = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
-    return {record["name"]: record["line"] for record in records if record["status"] == "done"}
+    return {record["name"]: record["line"] for record in records_of(file) if record["status"] == "done"}
+
+
+def broken_in(file: Path) -> list[str]:
+    """The benchmarks that failed or were stopped."""
+    return [record["name"] for record in records_of(file) if record["status"] in ("failed", "timed out")]
 
 
 def device_of(lines: dict[str, dict[str, Any]]) -> str:
@@ -108,7 +116,7 @@ def main() -> int:
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="earlier results (default: of the same device)")
     args = parser.parse_args()
     try:
-        now = lines_of(args.results)
+        now, broken = lines_of(args.results), broken_in(args.results)
         files = [args.baseline] if args.baseline else sorted(RESULTS.glob("*/results.jsonl"))
         known = [lines for file in files if device_of(lines := lines_of(file)) == device_of(now)]
     except OSError as error:
@@ -116,13 +124,15 @@ def main() -> int:
     except (ValueError, KeyError, TypeError) as error:
         parser.error(f"not written by run_all.py ({error!r})")
     changes = compare(known[-1], now) if known else []
-    if not changes:
+    if not changes and not broken:
         parser.error(f"{args.results}: nothing to compare with: no results of {device_of(now) or 'any device'}")
     worse = [change for change in changes if change.is_worse]
     rows = [[c.name, f"{c.before:.4g}", f"{c.now:.4g}", f"{c.growth:+.1%}", f"{c.limit:.0%}"] for c in changes]
     print(table(["worst first", "before", "now", "change", "limit"], rows[: max(10, len(worse))]))
     print(f"{len(worse)} of {len(changes)} figures are worse")
-    return 1 if worse else 0
+    if broken:
+        print(f"failed or stopped: {', '.join(broken)}")
+    return 1 if worse or broken else 0
 
 
 if __name__ == "__main__":

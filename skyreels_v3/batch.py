@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from graphlib import TopologicalSorter
+from itertools import count
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
 
-from skyreels_v3.checks import request_of
+from skyreels_v3.checks import describe_value, request_of
 from skyreels_v3.cli import job_flags, without_overruled
 from skyreels_v3.concat import check_film, make_film
 from skyreels_v3.config_text import read_json_text
@@ -32,7 +33,7 @@ from skyreels_v3.media.files import check_readable, check_writable, run_folder
 from skyreels_v3.parallel import processes
 from skyreels_v3.parallel.ranks import SINGLE, Ranks
 from skyreels_v3.plan import terms_of
-from skyreels_v3.request import FLAGS, IN_PROMPT, OUTPUTS
+from skyreels_v3.request import ENHANCER_LOCAL, ENHANCER_OFF, FLAGS, IN_PROMPT, OUTPUTS
 from skyreels_v3.resolve import downloads_folder, networks
 from skyreels_v3.story import (
     SIZES,
@@ -140,6 +141,7 @@ def make_job(line: Line, defaults: Mapping[str, Any], seen: Counter[str], path: 
     try:
         if not problem:
             assert line.flags is not None
+            check_addresses(line.flags)
             flags = job_flags(line.flags, defaults, os.path.dirname(path))
             follows_size = bool(needs) and not any(name in flags for name in SIZES)
             request = request_of(replace_references(flags, lambda flag, text: needs[text].input(flag)))
@@ -151,6 +153,15 @@ def make_job(line: Line, defaults: Mapping[str, Any], seen: Counter[str], path: 
     seen[identity] += 1
     id = hashlib.sha256(f"{identity} {seen[identity]}".encode()).hexdigest()
     return Job(line.number, id, request, problem, tuple(needs.values()), follows_size)
+
+
+def check_addresses(flags: Mapping[str, Any]) -> None:
+    """Raise UserError for a line that names where prompts and the key are sent: the file may be somebody else's."""
+    way = flags.get("enhance_prompt", ENHANCER_OFF)
+    if way not in (ENHANCER_OFF, ENHANCER_LOCAL):
+        raise UserError(
+            "--enhance_prompt", f"{describe_value(way)}: is no address for a line; give it on the command line"
+        )
 
 
 def identity_of(flags: dict[str, Any] | str) -> str:
@@ -427,17 +438,32 @@ def share_assets(worker: Worker, jobs: Iterable[Job]) -> None:
 
 def claim_jobs(jobs: Sequence[Job], results: Results, ranks: Ranks, video_ranks: Ranks) -> Iterator[Job]:
     """The jobs for this process: all of its video_ranks's, else the next one that nobody has taken, each time."""
-    alone = ranks.world_size > 1 and video_ranks.world_size == 1
-    for number in (processes.store_next("job") for _ in jobs) if alone else range(len(jobs)):
-        if number >= len(jobs):  # other processes have the rest
-            return
-        job, found = jobs[number], None
-        if video_ranks.is_main and results.claim(job):
-            found = find_inputs(job, results)
+    known = {job.id: job for job in jobs}
+
+    def ready(job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
+        """A claimed job and what `with_inputs` takes, after what it needs of a run that has ended without it."""
+        for need in job.needs:
+            left = known.get(need.id)
+            if left is not None and results.wait(need.id) is None and results.claim(left):
+                yield from ready(left)
+        yield job.id, find_inputs(job, results)
+
+    def claimed() -> Iterator[tuple[str, dict[str, Any]]]:
+        alone = ranks.world_size > 1 and video_ranks.world_size == 1
+        for number in (processes.store_next("job") for _ in jobs) if alone else range(len(jobs)):
+            if number >= len(jobs):  # other processes have the rest
+                return
+            if results.claim(jobs[number]):
+                yield from ready(jobs[number])
+
+    mine = claimed() if video_ranks.is_main else iter(())
+    for turn in count():
+        found = next(mine, None)
         if video_ranks.world_size > 1:
-            found = processes.broadcast_object(f"claimed/{job.id}", found, video_ranks)
-        if found is not None:
-            yield with_inputs(job, found)
+            found = processes.broadcast_object(f"claimed/{turn}", found, video_ranks)
+        if found is None:
+            return
+        yield with_inputs(known[found[0]], found[1])
 
 
 def find_inputs(job: Job, results: Results) -> dict[str, Any]:
@@ -449,6 +475,9 @@ def find_inputs(job: Job, results: Results) -> dict[str, Any]:
         if (video := results.wait(need.id)) is None:
             return {"problem": failure_of(need.number)}
         clips[need] = need.frames if need.frames.is_file() else Path(video)
+        if clips[need].is_dir():
+            reason = f"{format_value(video)} is a folder, and its frames were not kept as a clip; move it away"
+            return {"problem": f"--jobs: line {need.number}: {reason} to have it made again"}
         if clips[need] != need.frames:
             logger.warning("line %d: the frames of line %d were not kept; %s is read", job.number, need.number, video)
     try:

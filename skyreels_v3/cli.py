@@ -384,7 +384,7 @@ def check_beside_serve(values: Mapping[str, Any]) -> None:
         flag = BY_NAME[name]
         if flag.usp and is_set(values, name) and not together:
             raise UserError(f"--{name}", "is for several processes; add --use_usp")
-        one_video = flag.path in ("input", "output") or name == "prompt" or not (flag.in_line or flag.usp)
+        one_video = flag.path in ("input", "output") or name in ("prompt", "text") or not (flag.in_line or flag.usp)
         if is_set(values, name) and one_video and not flag.server and name not in allowed:
             shown = "" if value is True else f"{describe_value(value)}: "
             raise UserError(

@@ -157,11 +157,11 @@ def open_shot(job: Job, video: Path) -> Shot:
     assert job.request is not None and job.request.frames_copy is not None
     kept = job.request.frames_copy
     if not kept.is_file():
-        logger.warning("line %d: its frames were not kept; %s is encoded once more", job.number, video)
-        kept = video
         if video.is_dir():
             reason = f"line {job.number}: {format_value(video)} is a folder, and its frames were not kept as a clip"
             raise UserError("--concat", f"{reason}; move it away to have it made again")
+        logger.warning("line %d: its frames were not kept; %s is encoded once more", job.number, video)
+        kept = video
     with input_errors(str(kept), "--concat"):
         return Shot(job, probe_video(kept, fps_of(job)), video)
 

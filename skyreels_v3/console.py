@@ -27,7 +27,8 @@ def escape_unknown() -> None:
 def show(result: object) -> None:
     """Print a result on stdout; if that fails (`| head`, a full disk), log it and print nothing from then on."""
     try:
-        print(result, flush=True)  # noqa: T201
+        sys.stdout.write(f"{result}\n")  # in one piece: several processes may write lines
+        sys.stdout.flush()
     except OSError as error:
         logger.warning("stdout cannot be written to (%s); the result is %s", error.strerror, result)
         redirect_to_null(sys.stdout)

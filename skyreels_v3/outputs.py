@@ -66,6 +66,8 @@ def check_outputs(request: GenerationRequest) -> None:
     for name, path in outputs.items():
         if path is not None:
             check_writable(path, f"--{name}")
+    if request.frames_copy is not None and not request.frames_copy.exists():
+        check_writable(request.frames_copy, "--jobs")
 
 
 # Room

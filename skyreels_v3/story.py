@@ -125,7 +125,7 @@ def link_lines(lines: Sequence[Line]) -> list[Line]:
             return [known[number] for number in order]
         except CycleError as error:
             circle = sorted({*error.args[1]})
-            reason = "this line itself; give a file"
+            reason = "is this line itself; give a file"
             if len(circle) > 1:
                 reason = f"lines {', '.join(map(str, circle))} need each other's videos; give one of them a file"
             for line in (known[number] for number in circle):
@@ -204,7 +204,7 @@ def inputs_from(job: Job, clips: Mapping[Need, Path], pictures: Path | None = No
         flag = next(name for name, source in request.sources if source == need.input(name))
         with input_errors(str(clip), f"--{flag}"):
             info = probe_video(clip, request.task.fps)
-            if flag in PICTURES and not target.exists():
+            if flag in PICTURES:  # again, since the video may have been made again
                 replace_file(target, encode_png(last_frames(clip, round(info.fps), 1)[0]))
         sizes.append({"height": info.height, "width": info.width})
         there |= {str(need.frames): str(clip), str(need.picture): str(target)}

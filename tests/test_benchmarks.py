@@ -188,6 +188,14 @@ def test_what_got_worse(figures, worse, device, tmp_path, monkeypatch, capsys):
     assert f"{worse} of {2 if device == 'cpu' else 4} figures are worse" in capsys.readouterr().out
 
 
+def test_what_failed_or_is_no_number_is_worse(tmp_path, monkeypatch, capsys):
+    before, now = (results_with(tmp_path / file, "H100", total=1.0) for file in ("before", "now"))
+    now.write_text(now.read_text().replace("1.0", "NaN") + json.dumps({"name": "vae", "status": "timed out"}) + "\n")
+    monkeypatch.setattr(sys, "argv", ["check", str(now), "--baseline", str(before)])
+    assert check.main() == 1
+    assert capsys.readouterr().out.endswith("1 of 1 figures are worse\nfailed or stopped: vae\n")
+
+
 def test_nothing_to_compare_with(tmp_path, monkeypatch, capsys):
     now = results_with(tmp_path / "now", "a GPU that nobody has", total=1.0)
     monkeypatch.setattr(sys, "argv", ["check", str(now)])

@@ -90,8 +90,12 @@ A, TO_B = {"name": "a"}, {"input_video": "{job:b}"}
         ([FOX | {"name": 3}], [NO_NAME.format(3)]),
         ([FOX | A] * 2, ["", "--jobs: name a is that of line 1 already; give another one"]),
         ([{"prompt": "a"}, ON], ["--task_type: missing; choose one of", "line 1 failed"]),
+        (
+            [FOX | {"enhance_prompt": "http://a.b/v1", "enhancer_model": "m"}],
+            ["--enhance_prompt: http://a.b/v1: is no"],
+        ),
         ([FOX, TALK | {"input_audio": "{prev}"}], ["", "--input_audio: {prev}: takes no video of another line; give"]),
-        ([ON | A | {"input_video": "{job:a}"}], ["--jobs: {job:a}: this line itself; give a file"]),
+        ([ON | A | {"input_video": "{job:a}"}], ["--jobs: {job:a}: is this line itself; give a file"]),
         (
             [ON | A | TO_B, FOX, ON | {"name": "b", "input_video": "{job:a}"}, CUT],
             [CIRCLE.format("b"), "", CIRCLE.format("a"), "line 3 failed"],
@@ -159,6 +163,9 @@ def test_inputs_when_they_are_there(write, tmp_path, caplog):
     assert caplog.messages == [f"line 2: the frames of line 1 were not kept; {video} is read"]
     assert (picture.height, picture.width) == SIZE
     np.testing.assert_array_equal(np.asarray(Image.open(picture.image)), [*fading(9)][-1])
+    put(jobs[2].request.frames_copy, fading(5))  # it was made again
+    find_inputs(jobs[3], results)
+    np.testing.assert_array_equal(np.asarray(Image.open(picture.image)), [*fading(5)][-1])
     assert (cut.height, cut.input_video) == (None, str(jobs[4].request.frames_copy))
     np.testing.assert_array_equal([*read_frames(Path(cut.input_video), FPS)], [*fading(9)])
 
@@ -189,6 +196,38 @@ def test_another_process_makes_what_is_needed(write, monkeypatch, tmp_path):
 
     monkeypatch.setattr(batch, "sleep", make)
     assert results.wait(fox.id) == str(tmp_path / "fox.mp4")
+
+
+def test_what_a_run_that_has_ended_leaves_is_taken_over(write, monkeypatch):
+    """The first run ends while the second waits for its line."""
+    file = write(FOX, ON, CUT | {"input_video": "{prev}"})
+    jobs, results = read_jobs(file, {}), Results(results_file(file))
+    lock, held = Results._lock, [jobs[0].id]
+    monkeypatch.setattr(Results, "_lock", lambda self, id="", wait=False: id not in held and lock(self, id, wait))
+    monkeypatch.setattr(batch, "sleep", lambda seconds: held.clear())
+    order = []
+    for job in batch.claim_jobs(jobs, results, SINGLE, SINGLE):
+        order.append((job.number, job.problem))
+        done(results, job, Path(write_video(fading(9), Path(f"{job.number}.mp4").absolute(), height=SIZE[0],
+            width=SIZE[1], fps=FPS, comment=str)))  # fmt: skip
+    assert order == [(1, ""), (2, ""), (3, "")]
+
+
+def test_a_folder_whose_frames_were_not_kept(write, tmp_path):
+    file = write(FOX, I2V)
+    jobs, results = read_jobs(file, {}), Results(results_file(file))
+    (tmp_path / "frames").mkdir()
+    done(results, jobs[0], tmp_path / "frames")
+    problem = with_inputs(jobs[1], find_inputs(jobs[1], results)).problem
+    assert problem.startswith("--jobs: line 1: ") and problem.endswith("move it away to have it made again")
+
+
+def test_a_file_where_frames_are_to_be_kept(main, write):
+    file = write(FOX, ON)
+    Path("a.frames").write_text("mine")
+    code, out, _ = main(*TOY, "--jobs", file, "--dry_run")
+    assert code == 2
+    assert "--jobs: a.frames/" in out and "a.frames is not a folder; give another path" in out
 
 
 # The film

@@ -36,6 +36,7 @@ SEPARATE = "from audio_separator.utils.cli import main; main()"
 VOCALS = "vocals"  # name of its output
 KOKORO, ESPEAK = "kokoro", "espeak-ng"
 KOKORO_VOICE = "af_heart"  # an American one
+LIST_OF = {ESPEAK: f", see {ESPEAK} --voices"}
 
 
 def check_speakable() -> None:
@@ -128,8 +129,14 @@ def speak(text: str, voice: str | None, folder: Path) -> Path:
         program = ESPEAK
         logger.warning("%s speaks the text, like a machine; pip install %s for a natural voice", ESPEAK, KOKORO)
         command = [ESPEAK, *(("-v", voice) if voice else ()), "-b", "1", "--stdin", "-w", str(made)]
-    flag, remedy = ("--voice", "give one that it has") if voice else ("--text", "give --input_audio instead")
+    flag, remedy = (
+        ("--voice", f"give one that it has{LIST_OF.get(program, '')}")
+        if voice
+        else ("--text", "give --input_audio instead")
+    )
     run_program(command, flag, f"{program} fails", remedy, text, PYTHONUTF8="1")
+    if not made.is_file():
+        raise UserError(flag, f"{program} says nothing of it; {remedy}")
     return made.rename(target)
 
 

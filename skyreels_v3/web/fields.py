@@ -187,9 +187,9 @@ class FlagReader:
         """The names in the job's folder of what a client gives for a flag of input files."""
         if not flag.several:
             return await self.take(flag, value, flag.name)
-        entries = (
-            split(flag.name, value, "") if isinstance(value, str) else value if isinstance(value, list) else [value]
-        )
+        entries = [value] if not isinstance(value, list) else value
+        if isinstance(value, str) and value[:5].lower() != "data:":  # which has a comma of its own
+            entries = split(flag.name, value, "")
         taken = []
         for number, entry in enumerate(entries[: self.settings.limits.parts], start=1):
             time = ""

@@ -17,6 +17,7 @@ from skyreels_v3.checkpoints.hub import local_folder, locate_file, single_files
 from skyreels_v3.console import show
 from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.forms import initial_request
+from skyreels_v3.inputs import check_voice
 from skyreels_v3.media.files import check_readable, reason_of
 from skyreels_v3.parallel.ranks import choose_degrees
 from skyreels_v3.plan import terms_of
@@ -90,6 +91,7 @@ def run(
     )  # fmt: skip
     for task in TASK_NAMES:
         _, made = initial_request(task, settings.defaults)
+        check_voice(made)
         for name, kind in single_files(made):
             locate_file(name, kind)
     queue = Queue(settings.folder, server=True)

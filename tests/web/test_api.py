@@ -99,6 +99,16 @@ def test_inputs_in_json(served, reference):
     assert (job.folder / job.flags["image"]).read_bytes() == png()
 
 
+@pytest.mark.parametrize(
+    "given", [data_url(png()), [data_url(png())], [data_url(png())] * 2], ids=["one", "list", "two"]
+)
+def test_references_as_data_urls(served, given):
+    made = served.post(task_type="reference_to_video", ref_imgs=given)
+    job = served.job(made["id"])
+    assert len(job.flags["ref_imgs"]) == (1 if isinstance(given, str) else len(given))
+    assert all((job.folder / name).read_bytes() == png() for name in job.flags["ref_imgs"])
+
+
 def test_a_drawn_seed_is_kept(served):
     video = served.post(seed=-1)
     assert video["details"]["seed"] == served.job(video["id"]).flags["seed"] >= 0
@@ -484,6 +494,7 @@ BUSY = "--port: {port} cannot be listened on"
         (["--lora", "/nope.safetensors"], "--lora: /nope.safetensors is not a file or folder"),
         (["--api_key", "a", "--no_auth"], "--api_key: conflicts with --no_auth"),
         (["--prompt", "a"], "--prompt: a: does not go with --serve"),
+        (["--text", "a"], "--text: a: does not go with --serve"),
         (["--output", "a.mp4"], "--output: a.mp4: does not go with --serve"),
         (["--jobs", "a.jsonl"], "--jobs: a.jsonl: does not go with --serve"),
         (["--gpu_num", "2", "--workers", "2"], "--workers: conflicts with --use_usp"),
