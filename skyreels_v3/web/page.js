@@ -58,13 +58,14 @@ function render() {
 	const target = live.querySelector('[data-scroll]');
 	if (target) scrollTo(target.dataset.scroll);
 	const wrong = live.querySelector('[data-field]');
-	if (wrong) setTimeout(() => mark(wrong), 100); // once its group is open
+	if (wrong) mark(wrong);
 }
 
-function mark(notice) { // moves an error to its field
+function mark(notice, tries = 50) { // moves an error to its field, once the field's group is open
 	const id = notice.dataset.field;
 	const field = document.getElementById(id);
 	const input = field?.querySelector('textarea, input:not([type=file]), button');
+	if (!(input && field.offsetParent) && tries && notice.isConnected) return setTimeout(() => mark(notice, tries - 1), 100);
 	if (!input) return notice.removeAttribute('data-field'); // it is shown where it is
 	const error = Object.assign(document.createElement('p'), { className: 'field-error', id: `${id}-error`, textContent: notice.textContent });
 	field.append(error);

@@ -429,7 +429,6 @@ def test_a_transformer_is_fetched_instead_of_the_models_own(serve, fetch, tmp_pa
     assert run.returncode == 0, run.stderr
     assert "r2v/cast.safetensors" in server.asked and "transformer/config.json" in server.asked
     assert not weights & {*server.asked}
-    assert fetch(NOWHERE, *argv, driver=main).returncode == 0
     wrong = fetch(server.url, *argv[:-1], "some/model/r2v/none.gguf", driver=main)
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: --transformer: some/model on huggingface has no r2v/none.gguf")

@@ -215,6 +215,7 @@ def balanced(tmp_path_factory, cache) -> Iterator[tuple[str, list[Queue]]]:
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_two_servers_behind_a_balancer(balanced):
     """Each client, and its page, finds its videos again; it follows, downloads and sends files through the balancer."""
     from skyreels_v3.web.page_access import COOKIE

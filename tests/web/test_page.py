@@ -360,6 +360,7 @@ def test_errors_stand_at_their_fields(server, browse):
     page.click("#t2v-sampling .label-wrap")
     page.fill("#t2v-shift :is(input, textarea)", "1000")
     page.click("#t2v-sampling .label-wrap")
+    page.wait_for_selector("#t2v-shift", state="hidden")
     page.click("#t2v-plan")
     page.wait_for_selector("#t2v-shift .field-error:visible")  # its group is open again
 
@@ -491,6 +492,7 @@ def test_contrast_motion_and_shifts(server, browse, theme):
     assert page.evaluate("getComputedStyle(document.querySelector('#t2v-start')).transitionDuration") in ("0s", "")
 
 
+@pytest.mark.extended
 def test_queue_by_keyboard(server, browse):
     page = browse(server)
     fill(page, "t2v", "A cat", num_frames=97, num_inference_steps=200, width=320, height=192)
