@@ -160,8 +160,9 @@ def networks(request: GenerationRequest) -> tuple[object, ...]:
     files = (request.model_id, *components_of(request).items(), request.base_model_id, request.model_source)
     parts = (task.layout, task.transformer_folder, "input_audio" in task.inputs)
     numbers = (device, request.dtype or default_dtype(device), request.vae_dtype, request.quant, request.lora)
-    work = (request.attention, request.compile, request.no_cache, request.shard_weights, request.broadcast_weights)
-    return (*files, *parts, *numbers, *work)
+    kernels = (request.attention, request.exact_steps > 0, request.compile)
+    work = (request.no_cache, request.shard_weights, request.broadcast_weights)
+    return (*files, *parts, *numbers, *kernels, *work)
 
 
 class AssetResolver:
