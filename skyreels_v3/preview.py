@@ -8,12 +8,12 @@ each pass whose frames are decoded; before the first one the colors are arbitrar
 
 from __future__ import annotations
 
-from io import BytesIO
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from skyreels_v3.media.image import encode_image
 from skyreels_v3.tasks import LATENT_CHANNELS
 
 if TYPE_CHECKING:
@@ -100,7 +100,6 @@ def with_constant(latents: np.ndarray) -> np.ndarray:
 
 def png(picture: np.ndarray) -> bytes:
     """uint8 [H, W, 3] as a PNG file of at most `MAX_SIDE` pixels."""
-    image, file = Image.fromarray(picture), BytesIO()
+    image = Image.fromarray(picture)
     image.thumbnail((MAX_SIDE, MAX_SIDE))
-    image.save(file, "PNG")
-    return file.getvalue()
+    return encode_image(image, "PNG")

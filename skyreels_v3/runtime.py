@@ -6,6 +6,7 @@ A request is checked against the machine without torch, which `find_machine` and
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import platform
@@ -273,6 +274,15 @@ def free_memory(device: str) -> tuple[int | None, int]:
 
     own = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else None
     return own, psutil.virtual_memory().available
+
+
+def collect_garbage() -> None:
+    """Give memory of objects that nothing uses any more back, the device's too."""
+    import torch
+
+    gc.collect()  # hooks and what they are on hold each other
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 def start(plan: Plan) -> Runtime:

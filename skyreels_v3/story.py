@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from skyreels_v3.checks import REFERENCE, describe_value
 from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.inputs import input_errors, open_inputs
 from skyreels_v3.media.files import is_url, replace_file
+from skyreels_v3.media.image import encode_image
 from skyreels_v3.media.video_reader import last_frames, probe_video
 from skyreels_v3.media.video_writer import copy_frames
 from skyreels_v3.parallel.ranks import Ranks
@@ -205,7 +205,7 @@ def inputs_from(job: Job, clips: Mapping[Need, Path], pictures: Path | None = No
         with input_errors(str(clip), f"--{flag}"):
             info = probe_video(clip, request.task.fps)
             if flag in PICTURES:  # again, since the video may have been made again
-                replace_file(target, encode_png(last_frames(clip, round(info.fps), 1)[0]))
+                replace_file(target, encode_image(Image.fromarray(last_frames(clip, round(info.fps), 1)[0]), "PNG"))
         sizes.append({"height": info.height, "width": info.width})
         there |= {str(need.frames): str(clip), str(need.picture): str(target)}
     changes: dict[str, Any] = sizes[0] if job.follows_size else {}
@@ -216,13 +216,6 @@ def inputs_from(job: Job, clips: Mapping[Need, Path], pictures: Path | None = No
         elif isinstance(given, tuple) and not there.keys().isdisjoint(given):
             changes[flag] = [there.get(each, each) for each in given]
     return changes
-
-
-def encode_png(frame: np.ndarray) -> bytes:
-    """A frame as a PNG file."""
-    file = BytesIO()
-    Image.fromarray(frame).save(file, format="PNG")
-    return file.getvalue()
 
 
 def with_inputs(job: Job, changes: Mapping[str, Any]) -> Job:

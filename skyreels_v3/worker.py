@@ -5,7 +5,6 @@ torch is imported when the first request has been checked.
 
 from __future__ import annotations
 
-import gc
 import logging
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from skyreels_v3.parallel.ranks import SINGLE, Ranks
 from skyreels_v3.plan import Checked, Plan, plan
 from skyreels_v3.request import GenerationRequest
 from skyreels_v3.resolve import AssetResolver, resolve
-from skyreels_v3.runtime import find_machine, free_memory, set_environment
+from skyreels_v3.runtime import collect_garbage, find_machine, free_memory, set_environment
 
 if TYPE_CHECKING:
     from skyreels_v3.generate import Generator, Video
@@ -66,9 +65,5 @@ class Worker:
 
     def unload(self) -> None:
         """Free the memory of what is loaded."""
-        import torch
-
         self.generator = None
-        gc.collect()  # hooks and what they are on hold each other
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
+        collect_garbage()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import re
 from contextlib import suppress
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from skyreels_v3.checkpoints.hub import ENHANCER, cached
 from skyreels_v3.enhancer.question import EnhancerError, Question
 from skyreels_v3.errors import UserError, one_line
 from skyreels_v3.inputs import Inputs, condition_clip
+from skyreels_v3.media.image import encode_image
 from skyreels_v3.media.video_reader import read_frames
 from skyreels_v3.prompts import AUTO, TAG, model_prompt, texts, transitions
 from skyreels_v3.request import ENHANCER_LOCAL, Request
@@ -127,10 +127,9 @@ def pictures_of(request: Request, inputs: Inputs) -> list[Image.Image]:
 
 
 def small_jpeg(picture: Image.Image) -> bytes:
-    small, file = picture.convert("RGB"), BytesIO()
+    small = picture.convert("RGB")
     small.thumbnail((MAX_SIDE, MAX_SIDE))
-    small.save(file, "JPEG", quality=90)
-    return file.getvalue()
+    return encode_image(small, "JPEG", quality=90)
 
 
 # The answer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 from pathlib import Path
@@ -25,7 +24,7 @@ from skyreels_v3.enhancer.question import EnhancerError, Question
 from skyreels_v3.errors import UserError, cause_of
 from skyreels_v3.parallel.ranks import ranks_of
 from skyreels_v3.request import GenerationRequest
-from skyreels_v3.runtime import likely_device
+from skyreels_v3.runtime import collect_garbage, likely_device
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +63,7 @@ def ask_local(folder: Path, request: GenerationRequest, question: Question) -> s
         problem = cause_of(error)
     finally:
         del model
-        gc.collect()
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
+        collect_garbage()
     raise EnhancerError(problem)  # only now: the first error holds the model
 
 

@@ -216,3 +216,10 @@ def on_white(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     return Image.alpha_composite(Image.new("RGBA", image.size, (*WHITE, 255)), image).convert("RGB")
+
+
+def encode_image(image: Image.Image, format: str, **options: int) -> bytes:
+    """A picture as a file of a format, with Pillow's options for it."""
+    file = BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
