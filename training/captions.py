@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
+from skyreels_v3.prompts import transitions, with_transition
 from training.drawing import COLOURS
 
 # Words that mean the same are one to the text encoder too
@@ -100,6 +102,12 @@ CUT_VIEWS: dict[str, tuple[str, ...]] = {
     "MULTI_ANGLE_CUT": ("Another angle of {}", "{} from the other side"),
     "CUT_AWAY": ("{}", "We see {}"),
 }
+CUT_TRANSITIONS = {  # of the command's flag
+    "ZOOM_IN_CUT": ("cut_in",),
+    "ZOOM_OUT_CUT": ("cut_out",),
+    "MULTI_ANGLE_CUT": ("multi_angle", "shot_reverse_shot"),
+    "CUT_AWAY": ("cut_away",),
+}
 
 
 def one_of(random: np.random.Generator, choices: Sequence[str]) -> str:
@@ -167,10 +175,13 @@ def without_colours(caption: str) -> str:
 
 
 def describe_cut(random: np.random.Generator, kind: str, thing: str, colour: str, natural: bool, ground: str) -> str:
-    """The prompt of a shot after a cut: its tag, and a sentence that says the same."""
-    text = one_of(random, CUT_VIEWS[kind]).format(named(random, thing, colour, natural))
+    """The prompt of a shot after a cut: a tag and a sentence that says the same, or what `--transition` makes of it."""
+    seen = named(random, thing, colour, natural)
     place = f" {one_of(random, GROUNDS[ground])}" if random.random() < 0.6 else ""
-    return f"[{kind}] {text[0].upper()}{text[1:]}{place}"
+    if random.random() < 0.5:
+        seen = one_of(random, CUT_VIEWS[kind]).format(seen)
+        return f"[{kind}] {seen[0].upper()}{seen[1:]}{place}"
+    return with_transition(f"{seen[0].upper()}{seen[1:]}{place}", one_of(random, CUT_TRANSITIONS[kind]))[0]
 
 
 def describe_face(random: np.random.Generator, coat: str, long_hair: bool) -> str:
@@ -189,8 +200,8 @@ def vocabulary() -> list[str]:
     known = [*OTHERS, *PUNCTUATION, "fps", "24", "there", "comes"]
     sentences = [
         text for table in (GROUNDS, MOVES, CAMERAS, CUT_VIEWS) for choices in table.values() for text in choices
-    ]
-    known += [token for text in sentences for token in text.lower().replace(".", " ").replace("{}", " ").split()]
+    ] + [transition.sentence for transition in transitions().values()]
+    known += [token for text in sentences for token in re.findall(r"[a-z]+", text.lower())]
     known += [name for names in SAME.values() for name in names]
     return sorted(set(known))
 

@@ -38,6 +38,7 @@ CUTS = {f"cut {seconds}": (seconds, seen) for seconds, seen in CUT_LENGTHS.items
 VOICE_SECONDS = 12.0
 DROPPED = 0.1  # of the prompts
 COLOURLESS = 0.6  # of the prompts beside reference pictures
+PICTURE = "picture"  # a kind of samples: single frames, which cost little and so show many more scenes
 MOUTH_WEIGHT = 6.0
 THING_WEIGHT = 5.0
 
@@ -56,6 +57,7 @@ class Sizes:
         kept: samples at most.
         batch: times the usual size of a batch.
         chunk: samples drawn at once, each so many `steps` of training.
+        pictures: the same for single frames.
         voices: that faces speak with.
     """
 
@@ -65,13 +67,18 @@ class Sizes:
     kept: int = 4096
     batch: float = 1.0
     chunk: int = 16
+    pictures: int = 64
     steps: int = 10
     voices: int = 64
+
+    def at_once(self, kind: str) -> int:
+        """How many samples of a kind are drawn at once."""
+        return self.pictures if kind == PICTURE else self.chunk
 
 
 ON_CUDA = Sizes()
 ON_CPU = Sizes(first=96, kept=1024, batch=0.3, chunk=8, steps=20)
-TOY = Sizes(scene=(32, 48), face=(32, 32), first=12, kept=24, batch=0.1, chunk=4, voices=2)
+TOY = Sizes(scene=(32, 48), face=(32, 32), first=12, kept=24, batch=0.1, chunk=4, pictures=4, voices=2)
 
 
 def to_bytes(video: Tensor) -> Tensor:
@@ -131,7 +138,7 @@ class Bank:
             self.count = min(self.count + 1, self.kept)
 
     def pick(self, index: Tensor) -> Sample:
-        return {name: value[index] for name, value in self.tensors.items()}
+        return {name: value[index.to(value.device, non_blocking=True)] for name, value in self.tensors.items()}
 
 
 class Task:
@@ -150,7 +157,8 @@ class Task:
 
     def __init__(self, name: str, sizes: Sizes, device: torch.device, folder: Path) -> None:
         self.name, self.sizes, self.device = name, sizes, device
-        self.banks = {kind: Bank(sizes.kept * self.drawn.count(kind) // len(self.drawn)) for kind in self.drawn}
+        shares = {kind: self.drawn.count(kind) / len(self.drawn) for kind in self.drawn}
+        self.banks = {k: Bank(int(sizes.kept * share * sizes.at_once(k) / sizes.chunk)) for k, share in shares.items()}
         self.generator = torch.Generator(device).manual_seed(1)
         self.random = np.random.default_rng(1)
         self.prepare(folder)
@@ -232,12 +240,16 @@ class Video(Task):
     """
 
     kinds = ("references", "short", "long", "cut 2", "cut 5")
-    drawn = ("short", "cut 2", "long", "short", "cut 2", "short", "cut 5", "cut 2")
+    drawn = (
+        "short", PICTURE, "cut 2", "long", PICTURE, "short", "cut 2", PICTURE, "short", "cut 5", PICTURE, "cut 2",
+    )  # fmt: skip
     shift = 6.0  # the samplers have 5 and 8
 
     def draw(self, kind: str, seeds: Sequence[int]) -> Sample:
         scenes = self.scenes(seeds)
         begins = [float(np.random.default_rng([6, seed]).uniform(0, 2.5)) for seed in seeds]
+        if kind == PICTURE:
+            return self.described(scenes) | self.rendered(scenes, 1, begins)
         if kind not in CUTS:
             frames = CONDITION_FRAMES + (ROLL_FRAMES if kind == "long" else SHORT_FRAMES)
             return self.described(scenes) | self.rendered(scenes, frames, begins)
@@ -276,16 +288,17 @@ class Video(Task):
 
     def batch(self, progress: float) -> Batch:
         early = progress < 0.4
-        shares = (0.5, 0.2, 0.0, 0.3, 0.0) if early else (0.45, 0.15, 0.1, 0.22, 0.08)
+        shares = (0.55, 0.18, 0.0, 0.27, 0.0) if early else (0.5, 0.13, 0.1, 0.2, 0.07)
         kind = str(self.random.choice(self.kinds, p=shares))
-        frames, size = {
-            "references": (7, 56) if early and self.random.random() < 0.85 else (13, 36),
-            "short": (16, 40),
-            "long": (40, 16),
-            "cut 2": (13, 40),
-            "cut 5": (31, 18),
-        }[kind]
-        chosen = self.pick(str(self.random.choice(self.drawn)) if kind == "references" else kind, size)
+        lengths = {"short": (16, 40), "long": (40, 16), "cut 2": (13, 40), "cut 5": (31, 18)}
+        if kind == "references":
+            which = int(self.random.choice(3, p=(0.5, 0.4, 0.1) if early else (0.3, 0.1, 0.6)))
+            frames, size = ((1, 120), (7, 56), (13, 36))[which]
+            shots = [each for each in self.drawn if each != PICTURE]
+            chosen = self.pick(str(self.random.choice(shots)) if which else PICTURE, size)
+        else:
+            frames, size = lengths[kind]
+            chosen = self.pick(kind, size)
         condition = self.condition(kind, chosen, frames)
         new = slice(condition.start_frame, frames)
         return chosen["video"][:, :, new], condition, self.weights(chosen, new)
@@ -419,14 +432,13 @@ class Hunyuan(Task):
         self.hunyuan = encoders.hunyuan_text_encoder(folder)
         self.hunyuan.module.to(self.device)
         self.negative = {name: part.clone() for name, part in self.hunyuan.encode(spec.negative_prompt).items()}
-        self.lengths: list[int] = []  # in tokens, of the samples by their places in the bank
 
     def draw(self, kind: str, seeds: Sequence[int]) -> Sample:
         scenes = self.scenes(seeds)
         encoded = [self.hunyuan.encode(self.prefix + self.lengthened(scene)) for scene in scenes]
         texts = [F.pad(parts["context"][0], (0, 0, 0, TEXT_ROWS))[:TEXT_ROWS] for parts in encoded]
         made = {
-            **self.rendered(scenes, 49),
+            **self.rendered(scenes, 1 if kind == PICTURE else 49),
             "text": torch.stack(texts),
             "pooled": torch.cat([parts["pooled"] for parts in encoded]),
             "length": torch.tensor([min(TEXT_ROWS, parts["context"].shape[1]) for parts in encoded]),
@@ -440,22 +452,18 @@ class Hunyuan(Task):
         tokens = len(self.hunyuan.tokenizer(self.prefix + scene.caption).input_ids) - 1
         return scene.caption + "." * (-tokens % 3)
 
-    def encode(self, drawn: Sample, latents: Latents) -> Sample:
-        length = drawn.pop("length").tolist()
-        bank = self.banks[""]
-        for offset, value in enumerate(length):
-            place = (bank.place + offset) % bank.kept
-            self.lengths[place : place + 1] = [value]
-        return super().encode(drawn, latents)
-
     def batch(self, progress: float) -> Batch:
-        frames, size = (7, 64) if progress < 0.45 and self.random.random() < 0.85 else (13, 40)
+        early = progress < 0.45
+        bank, frames, size = self.banks[""], 13, 40
+        if PICTURE in self.banks and self.random.random() < (0.6 if early else 0.25):
+            bank, frames, size = self.banks[PICTURE], 1, 300
+        elif early and self.random.random() < 0.85:
+            frames, size = 7, 64
         size = max(2, round(size * self.sizes.batch))
         # one length of text in a batch: padding would be attended to
-        length = self.lengths[int(self.random.integers(len(self.lengths)))]
-        places = np.flatnonzero(np.asarray(self.lengths) == length)
-        index = torch.from_numpy(self.random.choice(places, size)).to(self.device, non_blocking=True)
-        chosen = self.banks[""].pick(index)
+        lengths = bank.tensors["length"][: bank.count].numpy()
+        length = int(self.random.choice(lengths))
+        chosen = bank.pick(torch.from_numpy(self.random.choice(np.flatnonzero(lengths == length), size)))
         dropped = self.random.random() < DROPPED
         condition = self.condition(chosen, frames, length, dropped)
         return chosen["video"][:, :, :frames], condition, self.weights(chosen, slice(frames))
@@ -473,10 +481,16 @@ class Hunyuan(Task):
         return HunyuanConditioning(text, pooled, 1.0, channels)
 
 
+class TextToVideo(Hunyuan):
+    """t2v, which learns from single frames too."""
+
+    drawn = ("", PICTURE)
+
+
 TASKS: dict[str, Callable[..., Task]] = {
     "video": Video,
     "talking_avatar": Avatar,
-    "t2v": Hunyuan,
+    "t2v": TextToVideo,
     "i2v": Hunyuan,
 }
 

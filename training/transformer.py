@@ -90,7 +90,7 @@ class TransformerTraining:
                 time.sleep(0.1)
         while len(self.drawn) < max(4, len(self.task.drawn)):
             self.draw(len(self.drawn))
-        logger.info("%d samples are drawn", len(self.drawn) * self.run.sizes.chunk)
+        logger.info("%d times samples are drawn", len(self.drawn))
         return tasks.Latents(self.read_vae(), self.run.device)
 
     def read_vae(self) -> Any:
@@ -101,9 +101,9 @@ class TransformerTraining:
     def draw(self, number: int) -> None:
         """Draw some samples, of the kinds in turn."""
         kind = self.task.drawn[number % len(self.task.drawn)]
-        chunk = self.run.sizes.chunk
-        self.drawn.append((kind, self.task.draw(kind, range(self.seed, self.seed + chunk))))
-        self.seed += chunk
+        count = self.run.sizes.at_once(kind)
+        self.drawn.append((kind, self.task.draw(kind, range(self.seed, self.seed + count))))
+        self.seed += count
 
     def encode(self, latents: tasks.Latents) -> None:
         kind, samples = self.drawn.pop(0)
