@@ -33,6 +33,7 @@ MAX_CONFIG_BYTES = 256 << 10
 RECORDS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".png")  # suffixes of a --config that is not YAML
 MAX_COMMAS = 20  # in the name of one of several files
 CONFIG_HELP = "YAML file with flags as keys, or a video made here, to make it again; the command line wins"
+HTTP_ONLY = ("host", "port", "allowed_hosts", "api_key", "no_auth")  # flags of a server
 METAVARS = {str: "TEXT", int: "N", float: "X"}
 DASHES = (
     "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # web pages and word processors turn the hyphens of a flag into them
@@ -79,7 +80,7 @@ def parse_flags(argv: Sequence[str], default_task: str | None = None, command: s
         values = without_overruled(read_config_file(config), values) | values
     if default_task is not None:
         values.setdefault("task_type", default_task)
-    if is_set(values, "serve"):
+    if is_server(values):
         check_beside_serve(values)
         if values.get("gpu_num", 1) > 1:
             values["use_usp"] = True
@@ -374,9 +375,20 @@ def check_beside_jobs(values: Mapping[str, Any]) -> None:
             raise UserError(f"--{name}", f"{shown}is for one video, --jobs makes several; {remedy}")
 
 
+def is_server(values: Mapping[str, Any]) -> bool:
+    """Whether flags ask for a server."""
+    return is_set(values, "serve") or is_set(values, "mcp")
+
+
 def check_beside_serve(values: Mapping[str, Any]) -> None:
-    """Raise UserError for a flag of one video, or one that needs another, beside --serve."""
+    """Raise UserError for a flag of one video, or one that needs another, beside --serve or --mcp."""
     allowed = ("serve", "outdir", "allow_private_urls", "quiet", "verbose", "gpu_num", "use_usp")
+    command = "--serve" if is_set(values, "serve") else "--mcp"
+    if "files" in values and not is_set(values, "mcp"):
+        raise UserError("--files", "is for MCP; add --mcp")
+    for name in HTTP_ONLY if command == "--mcp" else ():
+        if is_set(values, name):
+            raise UserError(f"--{name}", "is for a server that is reached over HTTP; add --serve")
     together = is_set(values, "use_usp") or values.get("gpu_num", 1) > 1
     if together and "workers" in values:
         raise UserError("--workers", "conflicts with --use_usp, by which all processes make each video; leave it out")
@@ -388,7 +400,7 @@ def check_beside_serve(values: Mapping[str, Any]) -> None:
         if is_set(values, name) and one_video and not flag.server and name not in allowed:
             shown = "" if value is True else f"{describe_value(value)}: "
             raise UserError(
-                f"--{name}", f"{shown}does not go with --serve, whose requests say what to make; leave it out"
+                f"--{name}", f"{shown}does not go with {command}, whose requests say what to make; leave it out"
             )
 
 

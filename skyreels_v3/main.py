@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from skyreels_v3.checks import request_of
-from skyreels_v3.cli import SCRIPT, parse_flags, verbosity_of
+from skyreels_v3.cli import SCRIPT, is_server, parse_flags, verbosity_of
 from skyreels_v3.console import escape_unknown, say, set_up_logging, show
 from skyreels_v3.errors import IncompleteOutput, UserError, cause_of, format_value
 from skyreels_v3.media.files import is_url
@@ -76,9 +76,10 @@ def make_videos(request: GenerationRequest, downloads: Path, ranks: Ranks) -> It
 
 def act_on(flags: Mapping[str, Any], ranks: Ranks) -> int:
     """Carry out what flags ask for; returns the exit code."""
-    if flags.get("serve"):
+    if is_server(flags):
         if ranks.world_size > 1:
-            raise UserError("--serve", "starts its processes itself; leave out torchrun, and give --use_usp")
+            flag = "--serve" if flags.get("serve") else "--mcp"
+            raise UserError(flag, "starts its processes itself; leave out torchrun, and give --use_usp")
         from skyreels_v3.web.serve import serve
 
         return serve(flags)
@@ -141,7 +142,7 @@ def main(argv: Sequence[str], default_task: str | None = None, command: str = SC
             flags = {name: value for name, value in flags.items() if name != "verbose"} | {"quiet": True}
         verbosity = verbosity_of(flags)
         set_up_logging(verbosity, ranks.is_main)
-        wanted = 1 if flags.get("serve") else flags.pop("gpu_num", 1)
+        wanted = 1 if is_server(flags) else flags.pop("gpu_num", 1)
         check_current_folder()
         if wanted > 1 and ranks.world_size == 1:
             return start_processes(flags, argv, wanted)
@@ -185,10 +186,15 @@ def serve_command(argv: Sequence[str]) -> int:
     return main(["--serve", *argv], command=f"{PROGRAM} serve")
 
 
+def mcp_command(argv: Sequence[str]) -> int:
+    return main(["--mcp", *argv], command=f"{PROGRAM} mcp")
+
+
 COMMANDS = {
     "generate": (generate_command, "make one video, several, or those of a jobs file"),
     "convert": (convert_command, "write a transformer of another format as a folder of ours, or as one file"),
     "serve": (serve_command, "an HTTP API that makes videos, OpenAI's for videos"),
+    "mcp": (mcp_command, "an MCP server that makes videos, for agents, on stdin and stdout"),
 }
 
 

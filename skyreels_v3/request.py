@@ -262,6 +262,10 @@ class GenerationRequest:
         metavar="FILM.mp4", path="output")
     serve: bool = run_flag(False, "serve an HTTP API, OpenAI's for videos, instead of making one", bool,
         group="Server")
+    mcp: bool = server(False,
+        "serve MCP, the Model Context Protocol, to agents: on stdin and stdout, or with --serve at /mcp", bool)
+    files: str | None = server(None, "with --mcp: folder whose files clients may use as inputs (default: none)",
+        metavar="FOLDER")
     host: str = server("127.0.0.1", "address to listen on (default: 127.0.0.1); another one needs --api_key",
         metavar="ADDRESS")
     allowed_hosts: tuple[str, ...] = server((), "other names that clients reach it by, such as that of a proxy",

@@ -48,12 +48,17 @@ def response_of(error: ApiError) -> JSONResponse:
     """The answer to a request that is refused."""
     kind = TYPES.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
     content = {
-        "message": one_line(redact(FLAG.sub(r"\1", error.message))),
+        "message": text_of(error),
         "type": kind,
         "param": None if error.param is None else format_value(error.param),
         "code": error.code,
     }
     return JSONResponse({"error": content}, error.status, dict(error.headers or {}))
+
+
+def text_of(error: ApiError) -> str:
+    """The message of an error, with the names of its fields."""
+    return one_line(redact(FLAG.sub(r"\1", error.message)))
 
 
 def from_user_error(error: UserError, fields: Mapping[str, str], status: int = 400) -> ApiError:

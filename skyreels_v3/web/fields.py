@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from starlette.concurrency import run_in_threadpool
 
@@ -56,6 +56,10 @@ class FlagReader:
         fields: the names that the client has used for flags.
         parent: id of the job whose video was named as an input.
     """
+
+    wanted: ClassVar[str] = "send the file itself, or an http or https address"
+    otherwise: ClassVar[str] = "send the file itself"  # where a URL cannot be fetched
+    names: ClassVar[str] = "see /docs"  # where no field is meant
 
     settings: Settings
     folder: Path
@@ -148,7 +152,7 @@ class FlagReader:
             if name in OWN or name == "config":
                 raise UserError(f"--{name}", "is the server's to say; leave it out")
             if name not in BY_NAME and name != REFERENCE:
-                meant = unknown_key(name, value).replace(SEE_HELP, "see /docs")
+                meant = unknown_key(name, value).replace(SEE_HELP, self.names)
                 raise ApiError(400, meant, self.fields[name], "unknown_parameter")
             if name not in (*INPUTS, REFERENCE) and isinstance(value, Upload):
                 raise UserError(f"--{name}", "is a file; send its value")
@@ -216,7 +220,7 @@ class FlagReader:
             upload, status = await self.fetch(value.strip(), name, max_bytes(flag.name)), 400
         else:
             shown = format_value(value) if isinstance(value, str | int | float) else "this"
-            raise UserError(name, f"{shown} is not a file; send the file itself, or an http or https address")
+            raise UserError(name, f"{shown} is not a file; {self.wanted}")
         if upload.path.stat().st_size > (most := max_bytes(flag.name)):
             raise ApiError(413, f"{param}: larger than {most >> 20} MiB; send a smaller file", param)
         try:
@@ -232,7 +236,7 @@ class FlagReader:
         try:
             path = await download_async(url, name, self.folder, seconds, most, False, private)
         except UserError as error:  # its advice is for the server's own user
-            raise UserError(name, f"{error.message.partition('; ')[0]}; send the file itself") from error
+            raise UserError(name, f"{error.message.partition('; ')[0]}; {self.otherwise}") from error
         return Upload(path, path.name)
 
     async def take_video(self, id: str, stem: str) -> str:
@@ -325,9 +329,16 @@ def files_of(flags: Mapping[str, Any]) -> list[str]:
     return names
 
 
+def schema_of(flag: Flag) -> dict[str, Any]:
+    """A flag's value, or an entry of one that takes several, as a JSON schema."""
+    kinds = {str: "string", int: "integer", float: "number", bool: "boolean"}
+    entry: dict[str, Any] = {"type": kinds[flag.kind]}
+    entry |= {"enum": list(flag.choices)} if flag.choices else {}
+    return entry | ({"minimum": flag.low, "maximum": flag.high} if abs(flag.low) != float("inf") else {})
+
+
 def schema() -> dict[str, Any]:
     """The fields of a request as a JSON schema, for the OpenAPI page."""
-    kinds = {str: "string", int: "integer", float: "number", bool: "boolean"}
     properties: dict[str, Any] = {
         "model": {"type": "string", "description": "one of GET /v1/models"},
         "seconds": {"type": "string", "description": BY_NAME["duration"].help},
@@ -337,9 +348,7 @@ def schema() -> dict[str, Any]:
     for flag in FLAGS:
         if flag.name in (*OWN, "model_id"):
             continue
-        entry: dict[str, Any] = {"type": kinds[flag.kind], "description": flag.help}
-        entry |= {"enum": list(flag.choices)} if flag.choices else {}
+        entry = {"description": flag.help, **schema_of(flag)}
         entry |= {"format": "binary"} if flag.name in INPUTS else {}
-        entry |= {"minimum": flag.low, "maximum": flag.high} if abs(flag.low) != float("inf") else {}
         properties[flag.name] = {"type": "array", "items": entry} if flag.several else entry
     return json.loads(json.dumps({"type": "object", "properties": properties, "required": ["prompt"]}))

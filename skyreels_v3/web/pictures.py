@@ -1,4 +1,7 @@
-"""Pictures of a finished video: its first frame small, and a sheet of frames. Made when first asked for, then kept."""
+"""Pictures of a finished video: its first frame small, its last one, and a sheet of frames.
+
+Each is made when it is first asked for, and then kept.
+"""
 
 from __future__ import annotations
 
@@ -11,28 +14,28 @@ from threading import Lock
 from PIL import Image
 
 from skyreels_v3.media.files import temporary_name
-from skyreels_v3.media.video_reader import probe_video, read_frames
+from skyreels_v3.media.video_reader import last_frames, probe_video, read_frames
 
 THUMBNAIL_SIDE = 512  # pixels, at most
 SHEET_COLUMNS, SHEET_FRAMES, SHEET_SIDE = 5, 25, 320
 SHEET_FPS = 4  # of the frames that are looked at
-PICTURES = {"thumbnail": "thumbnail.webp", "spritesheet": "spritesheet.jpg"}
 
 _lock = Lock()  # one at a time: ffmpeg takes a core
 
 
 def picture_of(video: Path, variant: str) -> Path:
-    """The file with a picture of a video, "thumbnail" or "spritesheet".
+    """The file with a picture of a video, one of `PICTURES`.
 
     Raises:
         OSError, RuntimeError: the video is gone, or the disk is full.
     """
-    path = video.with_name(PICTURES[variant])
+    name, make = PICTURES[variant]
+    path = video.with_name(name)
     with _lock:
         if not path.exists():
             temporary = temporary_name(path)
             try:
-                (thumbnail if variant == "thumbnail" else spritesheet)(video).save(temporary)
+                make(video).save(temporary)
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -42,6 +45,12 @@ def picture_of(video: Path, variant: str) -> Path:
 def thumbnail(video: Path) -> Image.Image:
     """The first frame."""
     return next(small_frames(video, THUMBNAIL_SIDE))
+
+
+def last_frame(video: Path) -> Image.Image:
+    """The last frame, in its own size."""
+    fps = round(probe_video(video, SHEET_FPS).fps)
+    return Image.fromarray(last_frames(video, fps, 1)[0])
 
 
 def spritesheet(video: Path) -> Image.Image:
@@ -64,3 +73,10 @@ def small_frames(video: Path, side: int) -> Iterator[Image.Image]:
             image = Image.fromarray(frame)
             image.thumbnail((side, side))
             yield image
+
+
+PICTURES = {  # files, and what makes them
+    "thumbnail": ("thumbnail.webp", thumbnail),
+    "spritesheet": ("spritesheet.jpg", spritesheet),
+    "last": ("last.png", last_frame),
+}

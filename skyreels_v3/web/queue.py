@@ -181,6 +181,13 @@ class Queue:
                 db.execute("UPDATE jobs SET deleted = 1 WHERE state = ?", (UPLOADING,))
             self._purge()
 
+    def take_over(self) -> bool:
+        """Become the server of the folder, unless another process is; returns whether this one now is."""
+        if self._lock is None:
+            with suppress(FolderInUse):
+                self._lock = lock_server(self.folder)
+        return self._lock is not None
+
     def close(self) -> None:
         self._reader.close()
         self._db.close()
@@ -514,13 +521,13 @@ def lock_server(folder: Path) -> IO[str]:
     """The lock of the server of a folder, see `open_locked`.
 
     Raises:
-        UserError: another server has it.
+        FolderInUse: another server has it.
     """
     try:
         return open_locked(folder / SERVER_LOCK)
     except BlockingIOError as error:
         reason = f"{format_value(folder)} is in use by another server"
-        raise UserError("--outdir", f"{reason}; stop it, or give another folder") from error
+        raise FolderInUse("--outdir", f"{reason}; stop it, or give another folder") from error
 
 
 def lock_worker(folder: Path, worker: str) -> IO[str]:
@@ -546,6 +553,10 @@ def open_locked(path: Path) -> IO[str]:
         file.close()
         raise
     return file
+
+
+class FolderInUse(UserError):
+    """Another server has the folder."""
 
 
 class Damaged(UserError):

@@ -34,7 +34,7 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; frame-ancestors 'none'; base-uri 'none'",
     "Cache-Control": "no-store",
 }
-GRADIO = "/gradio_api/"
+BY_POST = ("/gradio_api/", "/mcp")  # whose clients ask by POST, too
 SCHEMES = ("http", "https")  # the latter before a proxy
 MINUTE = 60.0
 MAX_BUCKETS = 10_000
@@ -120,7 +120,7 @@ class Guard:
         self.check_host(headers)
         client = (scope.get("client") or ("", 0))[0]
         owner = self.authenticate(headers, client) if scope["path"] not in OPEN else ""
-        is_post = scope["method"] == "POST" and not scope["path"].startswith(GRADIO)  # a page asks by POST, too
+        is_post = scope["method"] == "POST" and not scope["path"].startswith(BY_POST)
         buckets = [self.requests, *([self.posts] if is_post else [])]
         if wait := max(bucket.take(owner or client) for bucket in buckets):
             raise too_many(wait)

@@ -1,4 +1,4 @@
-"""--serve: the flags of a server, checked, and its run until Ctrl-C."""
+"""--serve and --mcp: the flags of a server, checked, and its run until Ctrl-C or the end of its client."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.forms import initial_request
 from skyreels_v3.inputs import check_voice
 from skyreels_v3.media.files import check_readable, reason_of
+from skyreels_v3.packages import check_packages
 from skyreels_v3.parallel.ranks import choose_degrees
 from skyreels_v3.plan import terms_of
 from skyreels_v3.request import BY_NAME, GenerationRequest
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
-    from skyreels_v3.web.supervisor import Slot
+    from skyreels_v3.web.queue import Queue
+    from skyreels_v3.web.settings import Settings
+    from skyreels_v3.web.supervisor import Slot, Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -46,15 +49,19 @@ KEEP_ALIVE = 75  # seconds; longer than balancers keep an idle connection (60), 
 
 
 def serve(flags: Mapping[str, Any]) -> int:
-    """Serve until the process is told to end; returns the exit code.
+    """Serve until the process is told to end, or its client at stdin has gone; returns the exit code.
 
     Raises:
         UserError: it cannot start.
         KeyboardInterrupt: it was told to end, and all is closed.
     """
+    is_http, is_mcp = flags.get("serve", False), flags.get("mcp", False)
+    if is_mcp:
+        check_packages("--mcp", "'mcp>=2'", "mcp", "mcp_types", otherwise="use --serve")
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
-        raise UserError("--serve", f"needs pip install -r requirements-web.txt ({', '.join(missing)} not found)")
+        command = "--serve" if is_http else "--mcp"
+        raise UserError(command, f"needs pip install -r requirements-web.txt ({', '.join(missing)} not found)")
     host, port = flags.get("host", GenerationRequest.host).strip("[]"), flags.get("port", GenerationRequest.port)
     if not flags.get("outdir", FOLDER).strip():
         raise UserError("--outdir", "an empty value; give a folder for the server's files")
@@ -63,51 +70,93 @@ def serve(flags: Mapping[str, Any]) -> int:
     check_names(flags.get("allowed_hosts", ()))
     check_device(flags.get("device", GenerationRequest.device))
     defaults = defaults_of(flags)
+    if not is_http:
+        group = workers_of(flags)[1] if flags.get("use_usp") else {}
+        return converse(flags, settings_of(flags, host, keys, defaults, group))
     workers = workers_of(flags)
     with listen(host, port) as listener:
-        return run(flags, host, defaults, workers, keys, listener)
+        return run(flags, settings_of(flags, host, keys, defaults, workers[1]), workers, listener)
 
 
-def run(
-    flags: Mapping[str, Any],
-    host: str,
-    defaults: Mapping[str, Any],
-    workers: tuple[Sequence[Slot], Mapping[str, Any]],
-    keys: tuple[str, ...],
-    listener: socket.socket,
-) -> int:
-    """Serve on a socket. The packages are imported only now."""
-    from skyreels_v3.web.api import app_of
-    from skyreels_v3.web.queue import Queue
-    from skyreels_v3.web.retention import Retention
+Workers = tuple[Sequence["Slot"], Mapping[str, Any]]  # their slots, and flags for all jobs
+
+
+def settings_of(
+    flags: Mapping[str, Any], host: str, keys: tuple[str, ...], defaults: Mapping[str, Any], group: Mapping[str, Any]
+) -> Settings:
+    """The settings of a server; raises UserError for defaults that no job could have."""
     from skyreels_v3.web.settings import Settings
-    from skyreels_v3.web.supervisor import Supervisor
 
-    port = listener.getsockname()[1]
     folder, private = Path(os.path.expanduser(flags.get("outdir", FOLDER))), flags.get("allow_private_urls", False)
     settings = Settings(
-        folder.absolute(), defaults, host, keys, private,
-        keep_days=flags.get("keep_days"), allowed_hosts=flags.get("allowed_hosts", ()), group=workers[1],
+        folder.absolute(), defaults, host, keys, private, keep_days=flags.get("keep_days"),
+        allowed_hosts=flags.get("allowed_hosts", ()), files=files_of(flags, folder), group=group,
     )  # fmt: skip
     for task in TASK_NAMES:
         _, made = initial_request(task, settings.defaults)
         check_voice(made)
         for name, kind in single_files(made):
             locate_file(name, kind)
+    return settings
+
+
+def run(flags: Mapping[str, Any], settings: Settings, workers: Workers, listener: socket.socket) -> int:
+    """Serve on a socket. The packages are imported only now."""
+    from skyreels_v3.web.api import app_of
+    from skyreels_v3.web.queue import Queue
+
     queue = Queue(settings.folder, server=True)
     app = app_of(settings, queue)
+    if flags.get("mcp"):
+        from skyreels_v3.web.mcp.server import mount_mcp
+
+        mount_mcp(app)
     if find_spec("gradio") is not None:
         from skyreels_v3.web.page import mount_page
 
         mount_page(app)
     try:
-        retention = Retention(queue, flags.get("keep_days"), flags.get("keep_gb"))
-        with Supervisor(queue, *workers, retention=retention):
+        with supervisor_of(flags, queue, workers):
+            host, port = settings.host, listener.getsockname()[1]
             show(f"http://{f'[{host}]' if ':' in host else host}:{port}")
             server_of(app).run(sockets=[listener])
     finally:
         queue.close()
     return 0
+
+
+def converse(flags: Mapping[str, Any], settings: Settings) -> int:
+    """Serve the client at stdin and stdout. Several such processes, or one and a server, may share a folder.
+
+    The client hears from it before the GPUs are counted, which imports torch.
+    """
+    from skyreels_v3.web.mcp.server import serve_stdio
+    from skyreels_v3.web.queue import FolderInUse, Queue
+
+    try:
+        queue = Queue(settings.folder, server=True)
+    except FolderInUse:
+        queue = Queue(settings.folder)
+    return serve_stdio(settings, queue, lambda: supervisor_of(flags, queue, workers_of(flags)))
+
+
+def supervisor_of(flags: Mapping[str, Any], queue: Queue, workers: Workers) -> Supervisor:
+    from skyreels_v3.web.retention import Retention
+    from skyreels_v3.web.supervisor import Supervisor
+
+    return Supervisor(queue, *workers, retention=Retention(queue, flags.get("keep_days"), flags.get("keep_gb")))
+
+
+def files_of(flags: Mapping[str, Any], outdir: Path) -> Path | None:
+    """The folder of --files, without symbolic links in its path; raises UserError."""
+    if (given := flags.get("files")) is None:
+        return None
+    folder = os.path.realpath(os.path.expanduser(given))
+    if not given.strip() or not os.path.isdir(folder):
+        raise UserError("--files", f"{format_value(given) or 'an empty value'} is not a folder; give one")
+    if Path(folder).is_relative_to(outdir.resolve()):
+        raise UserError("--files", f"{format_value(given)} is in the server's own folder; give another one")
+    return Path(folder)
 
 
 def workers_of(flags: Mapping[str, Any]) -> tuple[list[Slot], dict[str, Any]]:

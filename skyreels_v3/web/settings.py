@@ -50,6 +50,7 @@ class Settings:
         folder: with the queue and the jobs' files.
         defaults: flags for all jobs that do not say otherwise, converted.
         host: address to listen on; allowed_hosts: other names that clients reach it by.
+        files: whose files clients of MCP may use as inputs, with no symbolic link in its path; None: no files.
         group: --use_usp and related flags for all jobs, if each is made by several processes.
         keys: clients must send one of them; empty: none is needed.
         allow_private_urls: also fetch inputs from private networks.
@@ -63,6 +64,7 @@ class Settings:
     allow_private_urls: bool = False
     keep_days: float | None = None
     allowed_hosts: tuple[str, ...] = ()
+    files: Path | None = None
     group: Mapping[str, Any] = field(default_factory=dict)
     limits: Limits = Limits()
 

@@ -1,0 +1,131 @@
+"""How agents reach the tools: by the stdin and stdout of a process of their own, or by HTTP beside the API."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from anyio import CancelScope
+from fastapi import FastAPI
+from mcp.server.stdio import stdio_server
+from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
+
+from skyreels_v3.parallel import processes
+from skyreels_v3.parallel.ranks import SINGLE
+from skyreels_v3.web.api import Api
+from skyreels_v3.web.errors import ApiError
+from skyreels_v3.web.mcp.tools import Tools
+from skyreels_v3.web.queue import Queue
+from skyreels_v3.web.settings import Limits, Settings
+from skyreels_v3.web.supervisor import Supervisor
+from skyreels_v3.web.uploads import chunks
+
+logger = logging.getLogger(__name__)
+
+PATH = "/mcp"
+POLL_SECONDS = 1.0  # between looks for whether another process still serves the folder
+
+
+# HTTP
+
+
+def mount_mcp(app: FastAPI) -> None:
+    """Serve MCP beside the API, whose application this is: behind the same guard, and with its limits.
+
+    There are no sessions: each request stands alone, as in the protocol's newest version.
+    """
+    api: Api = app.state.api
+    limits = api.settings.limits
+    manager = StreamableHTTPSessionManager(
+        Tools(api, is_local=False).server(), stateless=True, max_request_body_size=limits.json_bytes
+    )
+    app.router.routes.append(Route(PATH, Endpoint(manager, limits), include_in_schema=False))
+    before = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with before(app), manager.run():
+            yield
+
+    app.router.lifespan_context = lifespan
+
+
+class Endpoint:
+    """ASGI application that reads a body as patiently as the API does, and no more."""
+
+    def __init__(self, manager: StreamableHTTPSessionManager, limits: Limits) -> None:
+        self.manager, self.limits = manager, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "POST":  # by which a client learns that there are no sessions
+            raise ApiError(405, "ask by POST", headers={"Allow": "POST"})
+        request = Request(scope, receive)
+        try:
+            body = b"".join([chunk async for chunk in chunks(request, self.limits.json_bytes, self.limits)])
+        except ClientDisconnect as error:
+            raise ApiError(400, "the body was broken off") from error
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return messages.pop() if messages else await receive()
+
+        await self.manager.handle_request(scope, replay, send)
+
+
+# stdin and stdout
+
+
+def serve_stdio(settings: Settings, queue: Queue, supervise: Callable[[], Supervisor]) -> int:
+    """Serve the client at stdin and stdout until it closes stdin; returns the exit code.
+
+    Args:
+        supervise: makes a supervisor of the workers, which run as long as no other process serves the folder.
+    """
+    asyncio.run(converse(settings, queue, supervise))
+    return 0
+
+
+async def converse(settings: Settings, queue: Queue, supervise: Callable[[], Supervisor]) -> None:
+    """See `serve_stdio`. After a signal this ends the process: the thread that waits for stdin cannot be ended."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in processes.STOP_SIGNALS:
+        loop.add_signal_handler(number, stop.set)
+    api = Api(settings, queue)
+    server = Tools(api, is_local=True).server()
+    # meanwhile Python's stdout is stderr, and so is that of all processes that are started
+    async with stdio_server() as (reading, writing):
+        talk = asyncio.create_task(server.run(reading, writing, server.create_initialization_options()))
+        tasks = (talk, asyncio.create_task(work(queue, supervise)), asyncio.create_task(stop.wait()))
+        is_over = False
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            is_over = talk.done() and talk.exception() is None
+        finally:
+            for task in tasks:
+                task.cancel()
+            with CancelScope(shield=True):  # where stdout is closed all is cancelled
+                for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+                    if isinstance(outcome, Exception):
+                        logger.error("failed", exc_info=outcome)
+                await api.planner.close()
+            queue.close()
+            if not is_over:  # a signal, or nobody reads stdout
+                processes.exit_process(
+                    processes.report_exit("interrupted\n", processes.INTERRUPTED, SINGLE, KeyboardInterrupt())
+                )
+
+
+async def work(queue: Queue, supervise: Callable[[], Supervisor]) -> None:
+    """Supervise workers until cancelled, once no other process serves the folder."""
+    if not queue.take_over():
+        logger.info("another process serves %s, and makes the videos", queue.folder)
+    while not queue.take_over():
+        await asyncio.sleep(POLL_SECONDS)
+    with await run_in_threadpool(supervise):
+        await asyncio.Event().wait()
