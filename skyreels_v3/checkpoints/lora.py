@@ -236,7 +236,8 @@ def read_settings(source: Path, peft_names: bool) -> dict[str, Any]:
         try:
             settings = {key.removeprefix("transformer."): value for key, value in json.loads(header).items()}
         except (ValueError, AttributeError, RecursionError) as error:
-            raise lora_error(f"{source}: {HEADER_ENTRY} in its header is not a JSON object ({error}); give another file") from error
+            reason = f"{source}: {HEADER_ENTRY} in its header is not a JSON object ({error})"
+            raise lora_error(f"{reason}; give another file") from error
     elif peft_names and beside.is_file():
         settings, source = read_json(beside), beside
     else:
