@@ -38,7 +38,7 @@ SUBJECTS = {
     "Files and outputs": ("media/files", "media/video_writer", "outputs", "generate"),
     "Going on": ("resume",),
     "Jobs and stories": ("batch", "story", "concat"),
-    "The server": ("web",),
+    "The server and MCP": ("web",),
 }
 
 
