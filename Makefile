@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python generate_video.py --model_id tiny
 
-.PHONY: demo serve test test-quick test-extended lint bench bench-gpu bench-check quality clean
+.PHONY: demo serve docs docs-serve test test-quick test-extended lint bench bench-gpu bench-check quality clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,7 +15,12 @@ $(VENV)/installed-web: $(VENV)/installed requirements-web.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-web.txt
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed requirements-web.txt requirements-dev.txt
+$(VENV)/installed-docs: requirements-docs.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-web.txt requirements-docs.txt requirements-dev.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
@@ -35,6 +40,13 @@ demo: $(VENV)/installed
 # make serve, or with flags: make serve FLAGS="--model_id tiny --port 9000"
 serve: $(VENV)/installed-web
 	$(VENV)/bin/python generate_video.py --serve $(FLAGS)
+
+# into build/site; a link to nothing is an error
+docs: $(VENV)/installed-docs
+	$(VENV)/bin/zensical build --strict
+
+docs-serve: $(VENV)/installed-docs
+	$(VENV)/bin/zensical serve
 
 # pytest starts a worker for each core
 PYTEST = $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder

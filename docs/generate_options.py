@@ -13,16 +13,20 @@ from skyreels_v3.cli import CONFIG_HELP, METAVARS
 from skyreels_v3.request import FLAGS, Flag
 from skyreels_v3.tasks import TASK_NAMES, task_spec
 
-PAGE = Path(__file__).with_name("options.md")
-MARKS = "<!-- made by docs/generate_options.py -->\n", "<!-- end -->\n"
+DOCS = Path(__file__).resolve().parent
+PAGE = DOCS / "options.md"
 
 
 def main() -> None:
-    """Replace the text between the marks."""
-    page = PAGE.read_text(encoding="utf-8")
-    begin, end = map(re.escape, MARKS)
-    table = f"{MARKS[0]}\n{options_table()}\n{MARKS[1]}"
-    PAGE.write_text(re.sub(f"{begin}.*{end}", lambda _: table, page, flags=re.DOTALL), encoding="utf-8")
+    fill(PAGE, __file__, options_table())
+
+
+def fill(page: Path, script: str, made: str) -> None:
+    """Replace what a script has made of a page, which is between two marks."""
+    begin, end = f"<!-- made by docs/{Path(script).name} -->\n", "<!-- end -->\n"
+    text = page.read_text(encoding="utf-8")
+    made, pattern = f"{begin}\n{made}\n{end}", f"{re.escape(begin)}.*?{re.escape(end)}"
+    page.write_text(re.sub(pattern, lambda _: made, text, flags=re.DOTALL), encoding="utf-8")
 
 
 def options_table() -> str:
@@ -30,7 +34,7 @@ def options_table() -> str:
     lines: list[str] = []
     for flag in FLAGS:
         if flag.group:
-            lines += ["", f"**{flag.group}**", "", "| flag | values | for | meaning |", "|---|---|---|---|"]
+            lines += ["", f"## {flag.group}", "", "| flag | values | for | meaning |", "|---|---|---|---|"]
         lines.append(
             f"| `--{flag.name}` | {values_of(flag)} | {tasks_of(flag)} | {flag.help.replace('|', chr(92) + '|')} |"
         )
@@ -46,7 +50,7 @@ def values_of(flag: Flag) -> str:
         return ", ".join(f"`{choice}`" for choice in flag.choices)
     if not math.isinf(flag.low):
         return f"{flag.low:g} to {flag.high:.10g}"
-    return flag.metavar or METAVARS[flag.kind]
+    return (flag.metavar or METAVARS[flag.kind]).replace("|", r"\|")
 
 
 def tasks_of(flag: Flag) -> str:

@@ -98,7 +98,7 @@ def errors_about(flag: str) -> Iterator[None]:
     except CheckpointError as error:
         raise UserError(flag, error.message) from error
     except OSError as error:
-        raise UserError(flag, f"{error.filename} cannot be read ({error.strerror})") from error
+        raise UserError(flag, f"{error.filename} cannot be read ({error.strerror}); check its permissions") from error
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -32,6 +32,7 @@ from skyreels_v3.memory.quantize import QUANTIZED_DTYPES, Packed, QuantizedLinea
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 WEIGHTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8)  # dtypes of weights
 OWN_CONFIG = "give the model's own config"
+OWN_FILE = "give the model's own file"
 # Entries of configs that are sizes: at most the number of tensors, or the length of the longest axis of one.
 COUNT = re.compile(r"num_(?:\w+_)?layers|layers_per_block|num_res_blocks")
 WIDTH = re.compile(
@@ -175,10 +176,11 @@ def read_config(
     for key in config.keys() & constants.keys():
         if config[key] != constants[key]:
             value = format_value(config[key])
-            raise CheckpointError(f"{source}: {key} = {value} is not supported, only {constants[key]}")
+            raise CheckpointError(f"{source}: {key} = {value} is not supported, only {constants[key]}; {OWN_CONFIG}")
     arguments = {key: value for key, value in config.items() if key not in constants}
     if names is not None and (unknown := arguments.keys() - set(names)):
-        raise CheckpointError(f"{source}: unknown entries {', '.join(map(format_value, sorted(unknown)))}")
+        named = ", ".join(map(format_value, sorted(unknown)))
+        raise CheckpointError(f"{source}: unknown entries {named}; {OWN_CONFIG}")
     return arguments
 
 
@@ -213,10 +215,10 @@ def load_tokenizer(folder: Path, kind: Any) -> Any:
 def shape_of(key: str, axes: int, tensors: Weights, source: Path) -> tuple[int, ...]:
     """The shape of the tensor `key`, from which a model's sizes are derived; it must have so many axes."""
     if key not in tensors:
-        raise CheckpointError(f"{source} lacks {key}, which the model's sizes are read from; give the model's own file")
+        raise CheckpointError(f"{source} lacks {key}, which the model's sizes are read from; {OWN_FILE}")
     shape = tuple(tensors[key].shape)
     if len(shape) != axes or 0 in shape:
-        raise CheckpointError(f"{source}: wrong shape {key} ({list(shape)}); give the model's own file")
+        raise CheckpointError(f"{source}: wrong shape {key} ({list(shape)}); {OWN_FILE}")
     return shape
 
 
@@ -327,7 +329,7 @@ def rename(
         elif target is not None:
             renamed[target] = tensor
     if unknown:
-        raise CheckpointError(f"{source}: unexpected keys {name_some(unknown)}")
+        raise CheckpointError(f"{source}: unexpected keys {name_some(unknown)}; {OWN_FILE}")
     return renamed
 
 
@@ -345,7 +347,7 @@ def check_keys(expected: Mapping[str, Tensor], found: Weights, source: Path, key
     }
     named = "; ".join(f"{problem} {name_some(keys)}" for problem, keys in problems.items() if keys)
     if named:
-        raise CheckpointError(f"{source} does not fit its model: {named}")
+        raise CheckpointError(f"{source} does not fit its model: {named}; {OWN_FILE}")
 
 
 def check_dtypes(tensors: Mapping[str, Tensor | Packed], source: Path) -> None:

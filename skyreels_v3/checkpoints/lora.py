@@ -218,7 +218,8 @@ def alpha_of(layer: str, settings: Mapping[str, Any], source: Path, rank: int) -
     own = [value for pattern, value in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", layer)]
     alpha = own[0] if own else settings.get("lora_alpha") if settings else rank
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise lora_error(f"{source}: its settings give {alpha} for the lora_alpha of {layer}, which is not a number")
+        reason = f"{source}: its settings give {alpha} for the lora_alpha of {layer}, which is not a number"
+        raise lora_error(f"{reason}; give a plain LoRA")
     return alpha
 
 
@@ -235,7 +236,8 @@ def read_settings(source: Path, peft_names: bool) -> dict[str, Any]:
         try:
             settings = {key.removeprefix("transformer."): value for key, value in json.loads(header).items()}
         except (ValueError, AttributeError, RecursionError) as error:
-            raise lora_error(f"{source}: {HEADER_ENTRY} in its header is not a JSON object ({error})") from error
+            reason = f"{source}: {HEADER_ENTRY} in its header is not a JSON object ({error})"
+            raise lora_error(f"{reason}; give another file") from error
     elif peft_names and beside.is_file():
         settings, source = read_json(beside), beside
     else:

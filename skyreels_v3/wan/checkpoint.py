@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from skyreels_v3.checkpoints import load
 from skyreels_v3.checkpoints.files import read_json
 from skyreels_v3.checkpoints.key_maps import IDENTITY
-from skyreels_v3.checkpoints.load import Weights, load_model, read_config, read_tensors, shape_of
+from skyreels_v3.checkpoints.load import OWN_CONFIG, Weights, load_model, read_config, read_tensors, shape_of
 from skyreels_v3.errors import CheckpointError
 from skyreels_v3.wan import key_maps
 from skyreels_v3.wan.conditioning import AudioEncoder, ImageEncoder, TextEncoder
@@ -81,7 +81,8 @@ def load_vae(root: Path, dtype: torch.dtype, values: bool = True, file: Path | N
     for name in ("latents_mean", "latents_std"):
         numbers = module.config[name]
         if len(numbers) != module.config.z_dim or not all(isinstance(number, int | float) for number in numbers):
-            raise CheckpointError(f"{source}/config.json: {name} = {numbers} is not {module.config.z_dim} numbers")
+            reason = f"{source}/config.json: {name} = {numbers} is not {module.config.z_dim} numbers"
+            raise CheckpointError(f"{reason}; {OWN_CONFIG}")
     return VideoVAE(module)
 
 
