@@ -66,8 +66,8 @@ class Agent:
         """The facts in an answer, which a model reads as text."""
         answer = await self.call(tool, **arguments)
         assert not answer.is_error, answer.content
-        assert json.loads(answer.content[0].text) == answer.structured_content
-        return answer.structured_content
+        assert answer.structured_content is None  # beside which Claude Code shows a model no picture and no text
+        return json.loads(answer.content[0].text)
 
     async def error(self, tool: str, **arguments: Any) -> str:
         """The message of a call that is refused."""
@@ -281,7 +281,7 @@ def test_plan(local, monkeypatch):
 
     async def do(agent: Agent) -> None:
         answer = await agent.call("plan", **FOX, image="fox.png")
-        assert (answer.content[0].text, answer.structured_content) == ("output video.mp4", {"frames": 5})
+        assert (answer.content[0].text, answer.structured_content) == ("output video.mp4", None)
 
     with_agent(server, do)
     assert not [*(served.folder / "jobs").iterdir()]
