@@ -9,11 +9,11 @@ import os
 import shutil
 import sys
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import imageio_ffmpeg
 import psutil
@@ -30,6 +30,7 @@ from tests.web.test_runner import wait
 pytest.importorskip("mcp", reason=HINT)
 pytest.importorskip("fastapi", reason=HINT)
 import httpx2
+from anyio import create_memory_object_stream
 from mcp import Client, MCPError, StdioServerParameters
 from mcp.client.streamable_http import streamable_http_client
 from starlette.applications import Starlette
@@ -414,6 +415,19 @@ def test_one_of_several_processes_makes_the_videos(tmp_path):
 
     asyncio.run(asyncio.wait_for(run(), 30))
     assert makes == ["first", "first ended", "second", "second ended"]
+
+
+def test_a_failure_is_no_interrupt(tmp_path, monkeypatch, capsys):
+    """Here no GPU is found: a line says so, and the exit code is 1."""
+
+    def supervise() -> NoReturn:
+        raise RuntimeError("no GPU")
+
+    monkeypatch.setattr(module, "stdio_server", lambda: nullcontext(reversed(create_memory_object_stream[Any]())))
+    monkeypatch.setattr(module.processes, "exit_process", lambda code, at_once=False: sys.exit(code))
+    with pytest.raises(SystemExit) as end:
+        module.serve_stdio(Settings(tmp_path), Queue(tmp_path, server=True), supervise)
+    assert end.value.code == 1 and capsys.readouterr().err == "error: RuntimeError: no GPU\n"
 
 
 @pytest.mark.parametrize(
