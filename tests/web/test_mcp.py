@@ -192,6 +192,7 @@ def test_wrong_arguments_are_tool_errors(local):
         ("generate", CAT | {"num_frames": 10**30}, f"num_frames: {10**30} is out of range; give a whole number from 1"),
         ("generate", CAT | {"duration": 3}, "duration: 3: conflicts with num_frames; give one of them"),
         ("generate", FOX, "image: missing; i2v needs first frame of the video"),
+        ("generate", CAT | {"ref_imgs": ["fox.png"] * 4}, "ref_imgs: t2v does not take it; leave it out"),
         ("generate", CAT | {"output": "/tmp/a.mp4"}, "output: is the server's to say; leave it out"),
         ("generate", CAT | {"model": "/etc"}, "model: /etc is not served; choose one of tiny, "),
         ("generate", CAT | {"lora": ["/etc/passwd"]}, "lora: passwd is no id of a hub; give OWNER/NAME"),
