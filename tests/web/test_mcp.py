@@ -439,6 +439,7 @@ def test_a_failure_is_no_interrupt(tmp_path, monkeypatch, capsys):
         (["mcp", "--prompt", "a"], "--prompt: a: does not go with --mcp, whose requests say what to make; leave it"),
         (["mcp", "--serve", "--host", "0.0.0.0"], "--host: 0.0.0.0: other machines could use this server; add --api"),
         (["serve", "--files", "/"], "--files: is for MCP; add --mcp"),
+        (["generate", "--task_type", "t2v", "--prompt", "a", "--files", "/"], "--files: is for a server; add --mcp"),
     ],
 )
 def test_flags(capsys, argv, error):
