@@ -120,7 +120,8 @@ def check_flags(spec: TaskSpec, values: Mapping[str, Any]) -> None:
         if name == "concat":
             refuse(values, name, "joins the videos of several lines; give these in a file as --jobs")
         if BY_NAME[name].server:
-            raise UserError(f"--{name}", "is for a server; add --serve")  # without its value: it may be a key
+            command = "mcp" if name == "files" else "serve"
+            raise UserError(f"--{name}", f"is for a server; add --{command}")  # without its value: it may be a key
     for name in spec.inputs:
         if name not in values and SUBSTITUTES.get(name) not in values:
             raise UserError(f"--{name}", f"missing; {spec.name} needs {BY_NAME[name].help}")

@@ -84,12 +84,12 @@ def end_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def exit_process(code: int) -> NoReturn:
-    """End this process; after an interrupt, without waiting for threads, which may be downloading.
+def exit_process(code: int, at_once: bool = False) -> NoReturn:
+    """End this process; after an interrupt, or `at_once`, without waiting for threads, which may be downloading.
 
     Nor does it wait for other processes that it is still connected to: they may be gone.
     """
-    if code == INTERRUPTED or _store is not None:
+    if at_once or code == INTERRUPTED or _store is not None:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):
                 stream.flush()

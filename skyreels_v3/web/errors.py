@@ -69,7 +69,9 @@ def from_user_error(error: UserError, fields: Mapping[str, str], status: int = 4
     """
     flag = error.flag.removeprefix("--")
     name = fields.get(flag, flag)
-    message = FLAG.sub(lambda match: f"--{fields.get(match[1], match[1])}", without_paths(error.message))
+    file = rf"{re.escape(flag)}[-.\w@]*"  # what it is called in the folder of the job
+    message = re.sub(f"^{file}(, {file})*: ", "", without_paths(error.message))
+    message = FLAG.sub(lambda match: f"--{fields.get(match[1], match[1])}", message)
     return ApiError(status, f"{name}: {message}", name)
 
 

@@ -168,7 +168,9 @@ class Queue:
         self._mutex, self._reading = RLock(), Lock()
         self._lock: IO[str] | None = None
         try:
-            (self.folder / JOBS).mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                self.folder.mkdir(0o700, parents=True)  # in it are copies of files that others may not read
+            (self.folder / JOBS).mkdir(exist_ok=True)
             if server:
                 self._lock = lock_server(self.folder)
             self._db = self._open()

@@ -130,13 +130,14 @@ def converse(flags: Mapping[str, Any], settings: Settings) -> int:
 
     The client hears from it before the GPUs are counted, which imports torch.
     """
-    from skyreels_v3.web.mcp.server import serve_stdio
     from skyreels_v3.web.queue import FolderInUse, Queue
 
     try:
         queue = Queue(settings.folder, server=True)
     except FolderInUse:
         queue = Queue(settings.folder)
+    from skyreels_v3.web.mcp.server import serve_stdio  # takes a second: later than errors
+
     return serve_stdio(settings, queue, lambda: supervisor_of(flags, queue, workers_of(flags)))
 
 

@@ -61,6 +61,7 @@ def test_a_job_from_its_id_to_its_end(queue):
     assert queue.get(id) == job and job.state == State.QUEUED and job.started is None
     assert (job.flags["ref_imgs"], job.owner, job.parent, job.priority) == (["a.png"], "o", "p", 2)
     assert job.folder == folder and job.video == folder / "video.mp4"
+    assert queue.folder.stat().st_mode & 0o77 == 0  # for nobody else
     claimed = queue.claim("w")
     assert claimed is not None and (claimed.id, claimed.state, claimed.worker) == (id, State.IN_PROGRESS, "w")
     assert queue.claim("w") is None

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from skyreels_v3.errors import format_value
-from skyreels_v3.media.files import giga
 from skyreels_v3.web.api import ID
 from skyreels_v3.web.errors import ApiError
 from skyreels_v3.web.pictures import picture_of
@@ -64,5 +63,5 @@ def read_base64(path: Path) -> str:
     except FileNotFoundError:
         raise ApiError(404, f"{path.name} was deleted", "uri") from None
     if len(content) > MAX_BYTES:
-        raise ApiError(413, f"{path.name} has more than {giga(MAX_BYTES)}, the most that is sent this way", "uri")
+        raise ApiError(413, f"{path.name} has more than {MAX_BYTES >> 20} MiB, the most that is sent this way", "uri")
     return base64.b64encode(content).decode()

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import NoReturn
 
 from anyio import CancelScope
 from fastapi import FastAPI
@@ -16,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
+from skyreels_v3.errors import cause_of
 from skyreels_v3.parallel import processes
 from skyreels_v3.parallel.ranks import SINGLE
 from skyreels_v3.web.api import Api
@@ -92,7 +94,7 @@ def serve_stdio(settings: Settings, queue: Queue, supervise: Callable[[], Superv
 
 
 async def converse(settings: Settings, queue: Queue, supervise: Callable[[], Supervisor]) -> None:
-    """See `serve_stdio`. After a signal this ends the process: the thread that waits for stdin cannot be ended."""
+    """See `serve_stdio`. After a signal or a failure this ends the process."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in processes.STOP_SIGNALS:
         loop.add_signal_handler(number, stop.set)
@@ -110,15 +112,21 @@ async def converse(settings: Settings, queue: Queue, supervise: Callable[[], Sup
             for task in tasks:
                 task.cancel()
             with CancelScope(shield=True):  # where stdout is closed all is cancelled
-                for outcome in await asyncio.gather(*tasks, return_exceptions=True):
-                    if isinstance(outcome, Exception):
-                        logger.error("failed", exc_info=outcome)
+                outcomes = await asyncio.gather(*tasks, return_exceptions=True)
                 await api.planner.close()
             queue.close()
-            if not is_over:  # a signal, or nobody reads stdout
-                processes.exit_process(
-                    processes.report_exit("interrupted\n", processes.INTERRUPTED, SINGLE, KeyboardInterrupt())
-                )
+            if not is_over:  # a signal, nobody reads stdout, or a failure
+                end_process(next((each for each in outcomes if isinstance(each, Exception)), None))
+
+
+def end_process(failure: Exception | None) -> NoReturn:
+    """End this process at once: the thread that waits for stdin cannot be ended."""
+    if failure is None:
+        code = processes.report_exit("interrupted\n", processes.INTERRUPTED, SINGLE, KeyboardInterrupt())
+    else:
+        logger.error("failed", exc_info=failure)
+        code = processes.report_exit(f"error: {cause_of(failure)}\n", 1, SINGLE)
+    processes.exit_process(code, at_once=True)
 
 
 async def work(queue: Queue, supervise: Callable[[], Supervisor]) -> None:

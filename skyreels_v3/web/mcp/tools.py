@@ -176,7 +176,7 @@ class Tools:
             with user_errors(reader):
                 flags, _ = await reader.read(values)
             made = await self.api.make_plan(flags, reader)
-        return types.CallToolResult(content=[types.TextContent(text=made.pop("text"))], structured_content=made)
+        return types.CallToolResult(content=[types.TextContent(text=made["text"])])
 
     def reader(self, folder: Path, owner: str) -> ToolReader:
         return ToolReader(self.api.settings, folder, lambda id: self.api.find(id, owner))
@@ -274,9 +274,9 @@ def owner_of(ctx: Context) -> str:
 
 
 def result(facts: dict[str, Any], *content: types.ContentBlock) -> types.CallToolResult:
-    """Facts, as data and as text for models."""
+    """Facts, as text: beside structured content some clients show a model nothing else, no picture either."""
     text = types.TextContent(text=json.dumps(facts, ensure_ascii=False))
-    return types.CallToolResult(content=[text, *content], structured_content=facts)
+    return types.CallToolResult(content=[text, *content])
 
 
 @contextmanager
