@@ -28,7 +28,7 @@ from skyreels_v3.cli import job_flags, without_overruled
 from skyreels_v3.concat import check_film, make_film
 from skyreels_v3.config_text import read_json_text
 from skyreels_v3.console import say, show
-from skyreels_v3.errors import IncompleteOutput, UserError, cause_of, format_value
+from skyreels_v3.errors import IncompleteOutput, UserError, cause_of, counted, format_value
 from skyreels_v3.media.files import check_readable, check_writable, run_folder
 from skyreels_v3.parallel import processes
 from skyreels_v3.parallel.ranks import SINGLE, Ranks
@@ -373,7 +373,7 @@ def run_jobs(flags: Mapping[str, Any], ranks: Ranks) -> int:
         # not by torch's own barrier: a job may take longer than that waits
         failed = sum(processes.store_get(f"failed/{rank}") for rank in range(ranks.world_size))
     if ranks.is_main and failed:
-        say(f"error: {failed} of {len(jobs)} jobs failed; {results.path} says why\n")
+        say(f"error: {failed} of {counted(len(jobs), 'job')} failed; {results.path} says why\n")
     processes.destroy()
     if ranks.is_main and film is not None and not failed:
         show(join_videos(film, jobs, results, flags.get("check", False)))
@@ -415,7 +415,8 @@ def choose_jobs(jobs: Sequence[Job], results: Results, ranks: Ranks) -> list[Job
     todo = group_by_model(job for job in left if job.id not in last)
     todo += group_by_model(job for job in left if job.id in last)
     if len(todo) < len(jobs):
-        logger.info("%d of %d jobs are done already, according to %s", len(jobs) - len(todo), len(jobs), results.path)
+        done = f"{len(jobs) - len(todo)} of {counted(len(jobs), 'job')}"
+        logger.info("%s done already, according to %s", done, results.path)
     if ranks.world_size == 1:
         return todo
     known = {job.id: job for job in jobs}
@@ -563,5 +564,6 @@ def show_plans(name: str, jobs: Sequence[Job], video_ranks: Ranks) -> None:
         show(f"{'line':14}{job.number}\n{before}{texts[job.id]}\n")
     if wrong:
         raise UserError(
-            "--jobs", f"{format_value(name)}: {wrong} of {len(jobs)} lines have errors; fix them as described above"
+            "--jobs",
+            f"{format_value(name)}: errors in {wrong} of {counted(len(jobs), 'line')}; fix them as described above",
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-from skyreels_v3.errors import UserError, format_value, redact_url
+from skyreels_v3.errors import UserError, counted, format_value, redact_url
 from skyreels_v3.prompts import model_prompt
 from skyreels_v3.request import (
     ALIKE,
@@ -165,7 +165,7 @@ def check_values(spec: TaskSpec, values: Mapping[str, Any]) -> None:
         steps = values.get("num_inference_steps", spec.num_inference_steps)
         if steps < MIN_CACHED_STEPS:
             way_out = f"give --num_inference_steps {MIN_CACHED_STEPS} or more, or leave it out"
-            refuse(values, "cache", f"{steps} steps are too few to skip any; {way_out}")
+            refuse(values, "cache", f"{counted(steps, 'step is', 'steps are')} too few to skip any; {way_out}")
     check_enhancer(values)
     check_size(values)
     check_inputs(values)
@@ -223,10 +223,10 @@ def check_inputs(values: Mapping[str, Any]) -> None:
     references, sounds = values.get("ref_imgs", ["one"]), values.get("input_audio", ["one"])
     if not (1 <= len(references) <= REFERENCE_SLOTS and all(references)):
         remedy = f"give 1 to {REFERENCE_SLOTS} images, comma-separated, none empty"
-        refuse(values, "ref_imgs", f"{len(references)} entries; {remedy}")
+        refuse(values, "ref_imgs", f"{counted(len(references), 'entry', 'entries')}; {remedy}")
     if not (1 <= len(sounds) <= MAX_SPEAKERS and all(sounds)):
         remedy = "give one, or two for two speakers, comma-separated"
-        refuse(values, "input_audio", f"{len(sounds)} sounds, or an empty one; {remedy}")
+        refuse(values, "input_audio", f"{counted(len(sounds), 'sound')}, or an empty one; {remedy}")
     if "diarization" in values and len(sounds) == MAX_SPEAKERS:
         refuse(values, "diarization", "is for one recording of two speakers; give one --input_audio, or leave it out")
     if "audio_type" in values and len(sounds) != MAX_SPEAKERS:

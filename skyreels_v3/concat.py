@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from skyreels_v3.errors import UserError, format_value
+from skyreels_v3.errors import UserError, counted, format_value
 from skyreels_v3.inputs import input_errors
 from skyreels_v3.media.audio import MIX_FORMAT, MIX_RATE
 from skyreels_v3.media.ffmpeg import AUDIO, find_track, read_track
@@ -137,7 +137,8 @@ def make_film(path: Path, jobs: Sequence[Job], videos: Mapping[str, Path], check
     formats = {shot.job.number: Format(shot.clip.height, shot.clip.width, fps_of(shot.job)) for shot in shots}
     check_formats(formats)
     height, width, fps = formats[shots[0].job.number]
-    logger.info("joining %d videos, %d frames", len(shots), sum(shot.frames for shot in shots))
+    count = sum(shot.frames for shot in shots)
+    logger.info("joining %s, %s", counted(len(shots), "video"), counted(count, "frame"))
     frames = film_frames(shots, fps)
     if check:
         frames = measured(frames, shots, fps)

@@ -23,4 +23,5 @@ def check_packages(flag: str, install: str, *modules: str, value: str = "", othe
     if not has_packages(*modules):
         reason = f"{value}: " if value else ""
         reason += f"needs the package {install.partition('[')[0]}"
-        raise UserError(flag, f"{reason}; pip install {install}, or {otherwise}")
+        package = f'"{install}"' if "[" in install else install  # zsh would look for files of that name
+        raise UserError(flag, f"{reason}; pip install {package}, or {otherwise}")

@@ -285,7 +285,7 @@ INPUTS = [
         "{files}/silent.mp4": "give a sound file, or a video with sound",
         "{files}/0.3s.wav": ("has 0.300 s of sound", "0.4 to 200 s are possible; give a longer recording"),
         "{files}/201s.wav": ("has 201.000 s of sound", "0.4 to 200 s are possible; cut it"),
-        "": ("1 sounds, or an empty one", "give one, or two for two speakers"),
+        "": ("1 sound, or an empty one", "give one, or two for two speakers"),
         "{files}/1s.wav,": ("2 sounds, or an", "give one, or two for two speakers"),
         "a.wav,b.wav,c.wav": ("3 sounds", "give one, or two for two speakers"),
         "{files}/1s.wav,{files}/nothere.wav": ("{files}/nothere.wav", PATH),
@@ -638,7 +638,7 @@ def test_compiling_without_a_compiler(refuse, files, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "flag", "words"),
     [
-        ([*AVATAR, "--vocals"], "--vocals", ("package audio-separator; pip install audio-separator[cpu], or leave",)),
+        ([*AVATAR, "--vocals"], "--vocals", ('package audio-separator; pip install "audio-separator[cpu]", or leave',)),
         ([*DUB, "--speech_only"], "--speech_only", ("package silero-vad; pip install silero-vad, or leave it out",)),
         ([*TWO, "--speaker_boxes", "auto"], "--speaker_boxes", ("package scikit-image; pip install", "give the boxes")),
         ([*MUTE, "--text", "Hello"], "--text", ("pip install kokoro, install espeak-ng, or give a recording",)),

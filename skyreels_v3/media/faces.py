@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from skyreels_v3.errors import UserError
+from skyreels_v3.errors import UserError, counted
 from skyreels_v3.media.image import full_size
 from skyreels_v3.packages import check_packages
 
@@ -29,7 +29,7 @@ def divide(picture: Image.Image) -> tuple[Box, ...]:
     """
     faces = find_faces(picture)
     if len(faces) != SPEAKERS:
-        reason = f"auto: {len(faces)} faces are found in the portrait, which should be {SPEAKERS}"
+        reason = f"auto: finds {counted(len(faces), 'face')} in the portrait, which should have {SPEAKERS}"
         raise UserError("--speaker_boxes", f"{reason}; give the boxes, or leave it out for the portrait's halves")
     sides = np.array(full_size(picture))
     axis = int(np.argmax(np.abs(faces[1] - faces[0]) * sides))

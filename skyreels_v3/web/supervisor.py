@@ -19,7 +19,7 @@ from threading import Event, Thread
 from time import monotonic
 from typing import Any
 
-from skyreels_v3.errors import UserError
+from skyreels_v3.errors import UserError, counted
 from skyreels_v3.parallel.processes import GRACE
 from skyreels_v3.subprocesses import kill, module_environment
 from skyreels_v3.web.queue import Job, Queue, lock_worker
@@ -82,7 +82,9 @@ def group_size(gpus: Sequence[str], wanted: int | None) -> int:
     if wanted is None and not gpus:
         raise UserError("--use_usp", "this machine has no GPUs to divide a video among; give --gpu_num as well")
     if wanted is not None and gpus and wanted > len(gpus):
-        raise UserError("--gpu_num", f"{wanted}: this machine has {len(gpus)} GPUs; give {len(gpus)} at most")
+        raise UserError(
+            "--gpu_num", f"{wanted}: this machine has {counted(len(gpus), 'GPU')}; give {len(gpus)} at most"
+        )
     return wanted or len(gpus)
 
 

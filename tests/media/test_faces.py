@@ -35,9 +35,9 @@ def test_two_faces_are_found() -> None:
     assert cut == other and abs(cut - 1280 * (expected[0][0] + expected[1][0]) / 2) < 20
 
 
-@pytest.mark.parametrize("places", [(), ((300, 100, 500),)])
-def test_other_numbers_of_faces(places: tuple[tuple[int, int, int], ...]) -> None:
-    with pytest.raises(UserError, match=f"--speaker_boxes: auto: {len(places)} faces are found .*; give the boxes"):
+@pytest.mark.parametrize(("places", "count"), [((), "0 faces"), (((300, 100, 500),), "1 face")])
+def test_other_numbers_of_faces(places: tuple[tuple[int, int, int], ...], count: str) -> None:
+    with pytest.raises(UserError, match=f"--speaker_boxes: auto: finds {count} in the portrait.*; give the boxes"):
         faces.divide(photograph(*places))
 
 

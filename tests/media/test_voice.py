@@ -214,7 +214,7 @@ GOOD = "SPEAKER a 1 0 1 <NA> <NA> x <NA> <NA>\n"
     ("content", "problem"),
     [
         (b"", "has 0 speakers; give a file of 2"),
-        (GOOD, r"has 1 speakers \(x\); give a file of 2"),
+        (GOOD, r"has 1 speaker \(x\); give a file of 2"),
         (GOOD + GOOD.replace(" x ", " y ") + GOOD.replace(" x ", " z "), r"has 3 speakers \(x, y, z\)"),
         (GOOD + "SPEAKER a 1 0 1 x\n", "line 2 is not SPEAKER and 8 or 9 more fields"),
         ("LEXEME a 1 0 1 <NA> <NA> x <NA> <NA>", "line 1 is not SPEAKER"),
