@@ -238,7 +238,7 @@ class GenerationRequest:
     shard_weights: bool = parallel(False, "shard the transformer's weights over the processes (FSDP2)", bool)
     broadcast_weights: bool = parallel(False, "read the weights in one process and broadcast them to the others", bool)
     output: Path | None = unrecorded(None,
-        "an .mp4, or a folder ending in / for PNG frames (default: result/TASK/SEED_TIME.mp4)", metavar="PATH",
+        "an .mp4, or a folder ending in / for PNG frames (default: result/TASK/SEED_TIME.mp4)", metavar="FILE.mp4|FOLDER/",
         group="Output", path="output", only_in_line="write it into the lines, a name for each", in_request=False)
     outdir: str | None = unrecorded(None,
         "put the video into results/FOLDER, named after prompt, seed and number; with --serve: its jobs and videos",

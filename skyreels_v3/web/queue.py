@@ -467,7 +467,8 @@ class Queue:
         if db.execute(waiting).fetchone()[0] >= self.max_jobs:
             raise QueueFull(f"{counted(self.max_jobs, 'job is', 'jobs are')} waiting or running; try again later")
         if db.execute(f"{waiting} AND owner = ?", (owner,)).fetchone()[0] >= self.max_owner_jobs:
-            raise QueueFull(f"{counted(self.max_owner_jobs, 'job')} of yours waiting or running; wait for one to end")
+            jobs = counted(self.max_owner_jobs, "of your jobs is", "of your jobs are")
+            raise QueueFull(f"{jobs} waiting or running; wait for one to end")
 
     def _cancel(self, db: sqlite3.Connection, id: str) -> None:
         ended = f"state = '{State.CANCELLED}', ended = ?"
