@@ -33,6 +33,7 @@ from skyreels_v3.batch import (
     read_jobs,
     results_file,
     run_job,
+    videos_in,
 )
 from skyreels_v3.cli import parse_flags, verbosity_of
 from skyreels_v3.concat import check_film
@@ -93,10 +94,11 @@ def run(flags: Mapping[str, Any]) -> int:
     quiet = defaults | {"quiet": True}  # no progress bars: several would mix
     film = film_of(flags)
     jobs = read_jobs(flags["jobs"], quiet, keep_frames=film is not None)
-    if film is not None and check_film(film, group_by_model(jobs)):
+    file = results_file(flags["jobs"])
+    if film is not None and check_film(film, group_by_model(jobs), videos_in(file)):
         show(film)
         return 0
-    results = Results(results_file(flags["jobs"]))
+    results = Results(file)
     todo = choose_jobs(jobs, results, SINGLE)
     failed = run_on_actors(todo, results, on_cpu=flags.get("device") == "cpu") if todo else 0
     if failed:
