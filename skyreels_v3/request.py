@@ -116,8 +116,8 @@ class GenerationRequest:
     negative_prompt: str = flag("", "what to avoid; needs --guidance_scale above 1")
     transition: str | None = task_flag(None,
         "how the new shot begins: a sentence before the prompt says so, and for cut_in and cut_out [ZOOM_IN_CUT] and "
-        "[ZOOM_OUT_CUT], the only tags that the model's authors document; auto: by the prompt's words, or as the "
-        "enhancer chooses (default: the prompt is used as it is)",
+        "[ZOOM_OUT_CUT], the only tags that the model's authors document; auto: by the prompt's words, else by a face "
+        "in the clip, or as the enhancer chooses (default: the prompt is used as it is)",
         choices=(AUTO, *transitions()), recorded=False)
     enhance_prompt: str = unrecorded(ENHANCER_OFF,
         "have the prompt rewritten in more detail (default: off): by a model on this machine, or by an "
@@ -238,8 +238,9 @@ class GenerationRequest:
     shard_weights: bool = parallel(False, "shard the transformer's weights over the processes (FSDP2)", bool)
     broadcast_weights: bool = parallel(False, "read the weights in one process and broadcast them to the others", bool)
     output: Path | None = unrecorded(None,
-        "an .mp4, or a folder ending in / for PNG frames (default: result/TASK/SEED_TIME.mp4)", metavar="FILE.mp4|FOLDER/",
-        group="Output", path="output", only_in_line="write it into the lines, a name for each", in_request=False)
+        "an .mp4, or a folder ending in / for PNG frames (default: result/TASK/SEED_TIME.mp4)",
+        metavar="FILE.mp4|FOLDER/", group="Output", path="output",
+        only_in_line="write it into the lines, a name for each", in_request=False)
     outdir: str | None = unrecorded(None,
         "put the video into results/FOLDER, named after prompt, seed and number; with --serve: its jobs and videos",
         metavar="FOLDER", in_request=False)

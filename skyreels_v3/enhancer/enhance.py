@@ -10,14 +10,13 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from skyreels_v3.cache import FileCache, cache_folder, identity_of
 from skyreels_v3.checkpoints.hub import ENHANCER, cached
 from skyreels_v3.enhancer.question import EnhancerError, Question
 from skyreels_v3.errors import UserError, one_line
-from skyreels_v3.inputs import Inputs, condition_clip
+from skyreels_v3.inputs import Inputs, last_pictures
 from skyreels_v3.media.image import encode_image
 from skyreels_v3.media.video_reader import read_frames
 from skyreels_v3.prompts import AUTO, TAG, model_prompt, texts, transitions
@@ -26,7 +25,6 @@ from skyreels_v3.request import ENHANCER_LOCAL, Request
 logger = logging.getLogger(__name__)
 
 MAX_SIDE = 512  # pixels of a picture that the enhancer sees
-CLIP_FRAMES = 3  # of those that the video goes on from
 MAX_LENGTH = 2000  # characters of an answer, far more than the rules ask for
 THOUGHTS = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
 NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and halves of others
@@ -122,8 +120,7 @@ def pictures_of(request: Request, inputs: Inputs) -> list[Image.Image]:
         return [*inputs.images]
     if not request.condition_frames:  # it is dubbed
         return [Image.fromarray(next(read_frames(inputs.clip.path, request.task.fps)))]
-    frames = condition_clip(request, inputs)
-    return [Image.fromarray(frames[int(index)]) for index in np.linspace(0, len(frames) - 1, CLIP_FRAMES)]
+    return last_pictures(request, inputs)
 
 
 def small_jpeg(picture: Image.Image) -> bytes:
