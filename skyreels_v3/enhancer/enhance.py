@@ -190,7 +190,7 @@ def names_in(text: str) -> Iterator[str]:
     """Names, which are words with a capital.
 
     At the beginning of a sentence something more has to say that a word is one: a capital within it, a possessive, or a
-    verb behind it that hardly follows a noun without an article. Where all words or nouns have capitals, there are none.
+    verb behind it that hardly follows a noun without an article. None are known where all words or nouns have capitals.
     """
     words = [(ENDING.sub("", match[0]), match) for match in WORD.finditer(text)]
     plain_words = {word for word, _ in words if word.islower()}
