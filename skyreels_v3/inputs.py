@@ -23,8 +23,8 @@ from skyreels_v3.media.image import NOTES, open_image
 from skyreels_v3.media.video_reader import ClipInfo, check_length, last_frames, probe_video, resize_frames
 from skyreels_v3.media.voice import Spans, check_detectable, check_separable, check_speakable, speak
 from skyreels_v3.prompts import AUTO, NO_WORD, says_transition, with_transition
-from skyreels_v3.request import GenerationRequest
-from skyreels_v3.tasks import choose_size
+from skyreels_v3.request import GenerationRequest, check_pixels
+from skyreels_v3.tasks import choose_size, complete_size
 
 T = TypeVar("T")
 
@@ -166,9 +166,17 @@ def open_inputs(request: GenerationRequest, folder: Path) -> tuple[GenerationReq
     if request.find_speakers:
         request = replace(request, speaker_boxes=divide(images[0]))
     keyframes = tuple((files.picture(source, "--keyframes"), seconds) for source, seconds in request.keyframes)
-    if request.height is None:
+    if request.height is None or request.width is None:
         width, height = (clip.width, clip.height) if clip is not None else images[0].size
-        height, width = choose_size(request.task, request.resolution, height, width)
+        if request.height is None and request.width is None:
+            height, width = choose_size(request.task, request.resolution, height, width)
+        else:
+            side = "height" if request.height is None else "width"
+            height, width = complete_size(request.height, request.width, (height, width))
+            check_pixels(height, width)
+            made = height if side == "height" else width
+            note = f"--{side} is not given: it is {made}, by the shape of the picture"
+            request = replace(request, notes=(*request.notes, note))
         request = replace(request, height=height, width=width)
     paths = tuple((name, source, files.fetch(source, f"--{name}")) for name, source in request.sources)
     inputs = Inputs(images, clip, audio, keyframes, turns, tuple(files.notes), paths)

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 from skyreels_v3.attention.kernels import ATTENTIONS, INEXACT
+from skyreels_v3.errors import UserError
 from skyreels_v3.prompts import AUTO, transitions
 from skyreels_v3.tasks import (
     DEVICES,
     DTYPES,
+    MAX_SIDE,
     MEMORY_MODES,
     QUANTIZATIONS,
     RESOLUTIONS,
@@ -32,7 +34,7 @@ ENHANCER_OFF, ENHANCER_LOCAL = "off", "local"  # values of --enhance_prompt that
 ENHANCER_KEY = "SKYREELS_ENHANCER_API_KEY"  # the environment variable
 IN_PROMPT = ("transition", "enhance_prompt", "enhancer_model")  # not recorded: the prompt that they make is
 SAME_PROMPT = "same"  # as --window_prompt
-MAX_SIDE = 2048
+MAX_PIXELS = 1920 * 1088
 MAX_SEED = 2**32 - 1  # a CPU's generator of noise takes 32 bits, and drops those above them without a word
 
 
@@ -89,6 +91,13 @@ def flag(default: Any, help: str, kind: type = str, **more: Any) -> Any:
     return field(default=default, metadata={"flag": {"help": help, "kind": kind, **more}})
 
 
+def check_pixels(height: int, width: int) -> None:
+    """Raise UserError for a size that is too large."""
+    if (pixels := height * width) > MAX_PIXELS:
+        size = f"{width} x {height}"
+        raise UserError("--height", f"{size} is {pixels:,} pixels; give a size of at most {MAX_PIXELS:,}")
+
+
 task_flag = partial(flag, task_specific=True)  # for some tasks
 unrecorded = partial(flag, recorded=False)
 run_flag = partial(flag, recorded=False, in_line=False)  # for a whole run, not for a line of --jobs
@@ -106,7 +115,7 @@ class Lora(NamedTuple):
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """All that one run needs, checked. `height` and `width` are None until the inputs have been opened."""
+    """All that one run needs, checked. `height` and `width`, or one of them, may be None until inputs are opened."""
 
     task: TaskSpec
     # fmt: off

@@ -103,7 +103,7 @@ def size_of(job: Job, request: GenerationRequest | None) -> str:
         return f"{facts['width']}x{facts['height']}"
     if request is None:
         return ""
-    return f"{request.width}x{request.height}" if request.height else request.resolution
+    return f"{request.width}x{request.height}" if request.height and request.width else request.resolution
 
 
 def error_of(job: Job) -> dict[str, str] | None:
