@@ -209,10 +209,17 @@ def parse_results(content: bytes) -> dict[str, list[dict[str, Any]]]:
 
 
 def videos_in(results: Path) -> dict[str, Path]:
-    """The latest video of each job in a results file, by its id; a file may be gone."""
-    entries = parse_results(results.read_bytes() if results.is_file() else b"")
+    """The latest video of each job in a results file, by its id; its file may be gone.
+
+    Not while this process has the file as `Results`, whose locks would be gone: those have `videos`.
+    """
+    return latest_videos(parse_results(results.read_bytes() if results.is_file() else b""), results.parent)
+
+
+def latest_videos(entries: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> dict[str, Path]:
+    """The latest video of each job, by its id; paths in results are relative to `folder`."""
     videos = {id: video_of(each) for id, each in entries.items()}
-    return {id: results.parent / video for id, video in videos.items() if video is not None}
+    return {id: folder / video for id, video in videos.items() if video is not None}
 
 
 def video_of(entries: Iterable[Mapping[str, Any]]) -> str | None:
@@ -242,6 +249,10 @@ class Results:
         """See `parse_results`."""
         self._file.seek(0)
         return parse_results(self._file.read())
+
+    def videos(self) -> dict[str, Path]:
+        """See `latest_videos`."""
+        return latest_videos(self.read(), self.path.parent)
 
     def exists(self, video: str | None) -> bool:
         """Whether there is a video, and its file."""
@@ -406,7 +417,7 @@ def film_of(flags: Mapping[str, Any]) -> Path | None:
 def join_videos(film: Path, jobs: Sequence[Job], results: Results, check: bool) -> Path:
     """Join the videos of jobs, see `make_film`, unless another run does; raises UserError where one is missing."""
     with results.locked(digest_of(jobs)):
-        videos = videos_in(results.path)
+        videos = results.videos()
         if missing := [job.number for job in jobs if job.id not in videos or not os.path.lexists(videos[job.id])]:
             reason = f"{format_value(film)}: the video of line {missing[0]} is not there yet"
             raise UserError("--concat", f"{reason}; repeat the command when the other run has ended")

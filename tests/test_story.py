@@ -333,8 +333,8 @@ os.rename("made.mp4", "film.mp4")
 """
 
 
-def test_a_film_is_made_once(write, caplog):
-    """Another run is joining it: that is waited for."""
+def test_a_film_is_made_once(write, monkeypatch):
+    """Another run is joining it: that is waited for; and it waits for this one."""
     jobs, results = shoot(write(FOX, CUT), [[*fading(24)], [*fading(24, 24)]])
     made = make_film(Path("made.mp4"), jobs, videos_in(results.path), check=False).stat().st_ino
     command = [sys.executable, "-c", HOLDER, str(results.path), str(lock_offset(digest_of(jobs)))]
@@ -345,6 +345,15 @@ def test_a_film_is_made_once(write, caplog):
         timer.start()
         assert join_videos(Path("film.mp4"), jobs, results, check=False).stat().st_ino == made
     assert [*Path().glob("*film*")] == [Path("film.mp4")]
+
+    def try_to_join(path: Path, *_: object) -> Path:
+        code = HOLDER.replace("LOCK_EX", "LOCK_EX | fcntl.LOCK_NB")
+        tried = subprocess.run([*command[:2], code, *command[3:]], input=b"\n", capture_output=True)
+        assert b"BlockingIOError" in tried.stderr
+        return path
+
+    monkeypatch.setattr(batch, "make_film", try_to_join)
+    join_videos(Path("other.mp4"), jobs, results, check=False)
 
 
 def test_sound_stays_with_its_shot(write):
