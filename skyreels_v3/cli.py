@@ -188,7 +188,7 @@ def convert_text(flag: Flag, value: Any) -> str:
     if not isinstance(value, str):
         raise UserError(name, f"{shown} is not text; put it in quotes")
     if flag.path == "output" and not value.strip():  # which would be the current folder
-        raise UserError(name, f"{shown}; give {flag.metavar}")
+        raise UserError(name, f"an empty value; give {flag.metavar}")
     if len(value) > MAX_TEXT:
         raise UserError(name, f"{shown}: {len(value)} characters are too many; give at most {MAX_TEXT}")
     try:
