@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -237,12 +237,12 @@ def long_avatar(seed: int, folder: Path, wrong: bool) -> Case:
     """100 s."""
     made = avatar(seed, folder, wrong)
     write_voice(folder / "voice.wav", sound.make_voice(HELD_OUT + seed + wrong, 100.0))
-    return Case(made.flags, drifting)
+    return Case(made.flags, partial(drifting, fps=task_spec("talking_avatar").fps))
 
 
-def drifting(video: Tensor) -> Figures:
+def drifting(video: Tensor, fps: int = FPS) -> Figures:
     """What needs no truth."""
-    meter = Meter(FPS)
+    meter = Meter(fps)
     meter.add(pixels_of(video))
     quality = meter.quality()
     return {

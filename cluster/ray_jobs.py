@@ -33,11 +33,12 @@ from skyreels_v3.batch import (
     read_jobs,
     results_file,
     run_job,
+    videos_in,
 )
 from skyreels_v3.cli import parse_flags, verbosity_of
 from skyreels_v3.concat import check_film
 from skyreels_v3.console import escape_unknown, say, set_up_logging, show
-from skyreels_v3.errors import UserError
+from skyreels_v3.errors import UserError, counted
 from skyreels_v3.parallel.processes import INTERRUPTED, handle_signals
 from skyreels_v3.parallel.ranks import SINGLE
 from skyreels_v3.story import Job, with_inputs
@@ -93,14 +94,15 @@ def run(flags: Mapping[str, Any]) -> int:
     quiet = defaults | {"quiet": True}  # no progress bars: several would mix
     film = film_of(flags)
     jobs = read_jobs(flags["jobs"], quiet, keep_frames=film is not None)
-    if film is not None and check_film(film, group_by_model(jobs)):
+    file = results_file(flags["jobs"])
+    if film is not None and check_film(film, group_by_model(jobs), videos_in(file)):
         show(film)
         return 0
-    results = Results(results_file(flags["jobs"]))
+    results = Results(file)
     todo = choose_jobs(jobs, results, SINGLE)
     failed = run_on_actors(todo, results, on_cpu=flags.get("device") == "cpu") if todo else 0
     if failed:
-        say(f"error: {failed} of {len(jobs)} jobs failed; {results.path} says why\n")
+        say(f"error: {failed} of {counted(len(jobs), 'job')} failed; {results.path} says why\n")
     elif film is not None:
         show(join_videos(film, jobs, results, flags.get("check", False)))
     return 1 if failed else 0

@@ -26,7 +26,7 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 # subjects, and whose errors are theirs: modules, or folders for those of their modules that are not named elsewhere
 SUBJECTS = {
     "Command line and files of flags": ("cli", "main", "config_text", "api"),
-    "Flags": ("checks",),
+    "Flags": ("checks", "request"),
     "Pictures, clips and sound": ("media", "inputs", "wan/talking_avatar"),
     "Speech, faces and extra packages": ("media/voice", "media/faces", "media/diarization", "packages"),
     "Inputs from the web": ("media/download",),
@@ -268,6 +268,9 @@ class Errors:
                 return placeholder(name)
             case ast.Call(func=ast.Name(id="len")):
                 return "<number>"
+            case ast.Call(func=ast.Name(id="counted"), args=[count, one, *several]):
+                words = self.text(several[0], depth + 1) if several else f"{self.text(one, depth + 1)}s"
+                return f"{self.text(count, depth + 1)} {words}"
             case ast.Call(func=ast.Name(id="suggest_flag" | "suggest_value")):
                 return "<suggestion>"
             case ast.Call(func=ast.Name(), args=[argument, *_]):

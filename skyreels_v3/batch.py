@@ -15,7 +15,7 @@ import logging
 import os
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from graphlib import TopologicalSorter
 from itertools import count
@@ -25,10 +25,10 @@ from typing import Any
 
 from skyreels_v3.checks import describe_value, request_of
 from skyreels_v3.cli import job_flags, without_overruled
-from skyreels_v3.concat import check_film, make_film
+from skyreels_v3.concat import check_film, digest_of, is_film, make_film
 from skyreels_v3.config_text import read_json_text
 from skyreels_v3.console import say, show
-from skyreels_v3.errors import IncompleteOutput, UserError, cause_of, format_value
+from skyreels_v3.errors import IncompleteOutput, UserError, cause_of, counted, format_value
 from skyreels_v3.media.files import check_readable, check_writable, run_folder
 from skyreels_v3.parallel import processes
 from skyreels_v3.parallel.ranks import SINGLE, Ranks
@@ -208,6 +208,20 @@ def parse_results(content: bytes) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def videos_in(results: Path) -> dict[str, Path]:
+    """The latest video of each job in a results file, by its id; its file may be gone.
+
+    Not while this process has the file as `Results`, whose locks would be gone: those have `videos`.
+    """
+    return latest_videos(parse_results(results.read_bytes() if results.is_file() else b""), results.parent)
+
+
+def latest_videos(entries: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> dict[str, Path]:
+    """The latest video of each job, by its id; paths in results are relative to `folder`."""
+    videos = {id: video_of(each) for id, each in entries.items()}
+    return {id: folder / video for id, video in videos.items() if video is not None}
+
+
 def video_of(entries: Iterable[Mapping[str, Any]]) -> str | None:
     """The path of a job's latest video, as its results have it; None without one."""
     return next((str(entry.get("output")) for entry in reversed([*entries]) if entry.get("status") == "done"), None)
@@ -235,6 +249,10 @@ class Results:
         """See `parse_results`."""
         self._file.seek(0)
         return parse_results(self._file.read())
+
+    def videos(self) -> dict[str, Path]:
+        """See `latest_videos`."""
+        return latest_videos(self.read(), self.path.parent)
 
     def exists(self, video: str | None) -> bool:
         """Whether there is a video, and its file."""
@@ -285,6 +303,17 @@ class Results:
             show(result["output"])
         else:
             logger.error("line %d: %s", result["job"], result["error"])
+
+    @contextmanager
+    def locked(self, id: str) -> Iterator[None]:
+        """A `with` block that one run at a time is in."""
+        if not self._lock(id):
+            logger.info("another run is joining the videos; it is waited for")
+            self._lock(id, wait=True)
+        try:
+            yield
+        finally:
+            self._unlock(id)
 
     def _lock(self, id: str = "", wait: bool = False) -> bool:
         """Lock a job, or without an id the file's end; False if another process has the lock."""
@@ -346,7 +375,7 @@ def run_jobs(flags: Mapping[str, Any], ranks: Ranks) -> int:
     jobs = read_jobs(name, defaults, keep_frames=film is not None)
     together = flags.get("use_usp", False)
     video_ranks = ranks if together else SINGLE
-    film_is_made = film is not None and check_film(film, group_by_model(jobs))
+    film_is_made = film is not None and check_film(film, group_by_model(jobs), videos_in(results_file(name)))
     if flags.get("dry_run"):
         if ranks.is_main:
             show_plans(name, jobs, video_ranks)
@@ -373,7 +402,7 @@ def run_jobs(flags: Mapping[str, Any], ranks: Ranks) -> int:
         # not by torch's own barrier: a job may take longer than that waits
         failed = sum(processes.store_get(f"failed/{rank}") for rank in range(ranks.world_size))
     if ranks.is_main and failed:
-        say(f"error: {failed} of {len(jobs)} jobs failed; {results.path} says why\n")
+        say(f"error: {failed} of {counted(len(jobs), 'job')} failed; {results.path} says why\n")
     processes.destroy()
     if ranks.is_main and film is not None and not failed:
         show(join_videos(film, jobs, results, flags.get("check", False)))
@@ -386,14 +415,13 @@ def film_of(flags: Mapping[str, Any]) -> Path | None:
 
 
 def join_videos(film: Path, jobs: Sequence[Job], results: Results, check: bool) -> Path:
-    """Join the videos of jobs, see `make_film`; raises UserError where one is missing."""
-    entries = results.read()
-    videos = {job.id: video_of(entries[job.id]) for job in jobs}
-    if missing := [job.number for job in jobs if not results.exists(videos[job.id])]:
-        reason = f"{format_value(film)}: the video of line {missing[0]} is not there yet"
-        raise UserError("--concat", f"{reason}; repeat the command when the other run has ended")
-    paths = {id: results.path.parent / str(video) for id, video in videos.items()}
-    return make_film(film, jobs, paths, check)
+    """Join the videos of jobs, see `make_film`, unless another run does; raises UserError where one is missing."""
+    with results.locked(digest_of(jobs)):
+        videos = results.videos()
+        if missing := [job.number for job in jobs if job.id not in videos or not os.path.lexists(videos[job.id])]:
+            reason = f"{format_value(film)}: the video of line {missing[0]} is not there yet"
+            raise UserError("--concat", f"{reason}; repeat the command when the other run has ended")
+        return film if is_film(film, jobs, videos) else make_film(film, jobs, videos, check)
 
 
 def choose_jobs(jobs: Sequence[Job], results: Results, ranks: Ranks) -> list[Job]:
@@ -415,7 +443,8 @@ def choose_jobs(jobs: Sequence[Job], results: Results, ranks: Ranks) -> list[Job
     todo = group_by_model(job for job in left if job.id not in last)
     todo += group_by_model(job for job in left if job.id in last)
     if len(todo) < len(jobs):
-        logger.info("%d of %d jobs are done already, according to %s", len(jobs) - len(todo), len(jobs), results.path)
+        done = f"{len(jobs) - len(todo)} of {counted(len(jobs), 'job')}"
+        logger.info("%s done already, according to %s", done, results.path)
     if ranks.world_size == 1:
         return todo
     known = {job.id: job for job in jobs}
@@ -537,16 +566,15 @@ def failure(error: Exception) -> dict[str, Any]:
 
 def show_plans(name: str, jobs: Sequence[Job], video_ranks: Ranks) -> None:
     """Print the plan of each job, that it is done, or what is wrong; raise UserError if there is a wrong one."""
-    path, wrong = results_file(name), 0
-    results = parse_results(path.read_bytes() if path.is_file() else b"")
+    made, wrong = videos_in(results_file(name)), 0
     texts: dict[str, str] = {}
     with run_folder() as folder:
         clips: dict[str, Path] = {}
         for job in group_by_model(jobs):
-            video, problem = video_of(results[job.id]), job.problem
+            video, problem = made.get(job.id), job.problem
             texts[job.id] = ""
-            if video is not None and os.path.lexists(path.parent / video):
-                clips[job.id] = path.parent / video
+            if video is not None and os.path.lexists(video):
+                clips[job.id] = video
                 texts[job.id] = f"{'done':14}{clips[job.id]}"
             elif failed := [need.number for need in job.needs if need.id not in clips]:
                 problem = problem or failure_of(failed[0])
@@ -563,5 +591,6 @@ def show_plans(name: str, jobs: Sequence[Job], video_ranks: Ranks) -> None:
         show(f"{'line':14}{job.number}\n{before}{texts[job.id]}\n")
     if wrong:
         raise UserError(
-            "--jobs", f"{format_value(name)}: {wrong} of {len(jobs)} lines have errors; fix them as described above"
+            "--jobs",
+            f"{format_value(name)}: errors in {wrong} of {counted(len(jobs), 'line')}; fix them as described above",
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-from skyreels_v3.errors import UserError, format_value, redact_url
+from skyreels_v3.errors import UserError, counted, format_value, redact_url
 from skyreels_v3.prompts import model_prompt
 from skyreels_v3.request import (
     ALIKE,
@@ -31,8 +31,9 @@ from skyreels_v3.request import (
     SUBSTITUTES,
     GenerationRequest,
     Lora,
+    check_pixels,
 )
-from skyreels_v3.tasks import REFERENCE_SLOTS, SIZE_MULTIPLE, TASK_NAMES, TINY, TaskSpec, task_spec
+from skyreels_v3.tasks import REFERENCE_SLOTS, SIZE_MULTIPLE, TASK_NAMES, TINY, TaskSpec, complete_size, task_spec
 
 MAX_SPEAKERS = 2
 KEYFRAME = re.compile(r".+@\d{1,4}(\.\d{1,6})?", re.DOTALL)
@@ -41,7 +42,6 @@ BOX = re.compile(r" *\d{1,6} *(, *\d{1,6} *){3}")
 VOICE = re.compile(r"[A-Za-z]\w{0,30}([+-]\w{1,30})?", re.ASCII)
 AUTO = "auto"  # of --speaker_boxes
 PARTIAL = ":partial"
-MAX_PIXELS = 1920 * 1088
 MIN_CACHED_STEPS = 12  # with fewer, neighboring steps differ too much
 CACHE_THRESHOLD = 0.1  # of fbcache; a common choice for HunyuanVideo
 
@@ -69,12 +69,23 @@ def drop_unused(spec: TaskSpec, values: dict[str, Any]) -> list[str]:
     for name, (used, _) in unused.items():
         if not used:
             values.pop(name, None)
-    assert spec.size is not None
-    for side, pixels in zip(("height", "width"), spec.size, strict=True):
-        if side not in values and ("height" in values or "width" in values):
-            notes.append(f"--{side} is not given: it is {pixels}")
-            values[side] = pixels
+    missing = {"height", "width"} - values.keys()
+    if len(missing) == 1 and not spec.inputs:  # else a picture has a shape
+        (side,), shape = missing, default_size(spec, values)
+        assert shape is not None
+        sides = complete_size(values.get("height"), values.get("width"), shape)
+        values["height"], values["width"] = sides
+        notes.append(
+            f"--{side} is not given: it is {values[side]}, by the shape of the default, {shape[1]} x {shape[0]}"
+        )
     return notes
+
+
+def default_size(spec: TaskSpec, values: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width where neither is given; None where an input has a shape."""
+    if values.get("model_id") == TINY and "resolution" not in values:
+        return spec.tiny_size
+    return None if spec.inputs else spec.size
 
 
 def is_guided(spec: TaskSpec, values: Mapping[str, Any]) -> bool:
@@ -166,9 +177,9 @@ def check_values(spec: TaskSpec, values: Mapping[str, Any]) -> None:
         steps = values.get("num_inference_steps", spec.num_inference_steps)
         if steps < MIN_CACHED_STEPS:
             way_out = f"give --num_inference_steps {MIN_CACHED_STEPS} or more, or leave it out"
-            refuse(values, "cache", f"{steps} steps are too few to skip any; {way_out}")
+            refuse(values, "cache", f"{counted(steps, 'step is', 'steps are')} too few to skip any; {way_out}")
     check_enhancer(values)
-    check_size(values)
+    check_size(spec, values)
     check_inputs(values)
     check_outputs(values)
     parse_loras(values)
@@ -205,18 +216,16 @@ def check_endpoint(values: Mapping[str, Any]) -> None:
         raise UserError("--enhance_prompt", f"{ENHANCER_KEY} is no key: it has spaces or other characters; set it anew")
 
 
-def check_size(values: Mapping[str, Any]) -> None:
+def check_size(spec: TaskSpec, values: Mapping[str, Any]) -> None:
     for name, other in (("height", "width"), ("width", "height")):
         if name not in values:
             continue
-        if other not in values:
+        if other not in values and not spec.lenient:
             refuse(values, name, f"a size needs both sides; give --{other} as well")
         if values[name] % SIZE_MULTIPLE:
             below = values[name] // SIZE_MULTIPLE * SIZE_MULTIPLE
             refuse(values, name, f"not a multiple of {SIZE_MULTIPLE}; give {below} or {below + SIZE_MULTIPLE}")
-    if (pixels := values.get("height", 0) * values.get("width", 0)) > MAX_PIXELS:
-        size = f"{values['width']} x {values['height']}"
-        raise UserError("--height", f"{size} is {pixels:,} pixels; give a size of at most {MAX_PIXELS:,}")
+    check_pixels(values.get("height", 0), values.get("width", 0))
 
 
 def check_inputs(values: Mapping[str, Any]) -> None:
@@ -224,10 +233,10 @@ def check_inputs(values: Mapping[str, Any]) -> None:
     references, sounds = values.get("ref_imgs", ["one"]), values.get("input_audio", ["one"])
     if not (1 <= len(references) <= REFERENCE_SLOTS and all(references)):
         remedy = f"give 1 to {REFERENCE_SLOTS} images, comma-separated, none empty"
-        refuse(values, "ref_imgs", f"{len(references)} entries; {remedy}")
+        refuse(values, "ref_imgs", f"{counted(len(references), 'entry', 'entries')}; {remedy}")
     if not (1 <= len(sounds) <= MAX_SPEAKERS and all(sounds)):
         remedy = "give one, or two for two speakers, comma-separated"
-        refuse(values, "input_audio", f"{len(sounds)} sounds, or an empty one; {remedy}")
+        refuse(values, "input_audio", f"{counted(len(sounds), 'sound')}, or an empty one; {remedy}")
     if "diarization" in values and len(sounds) == MAX_SPEAKERS:
         refuse(values, "diarization", "is for one recording of two speakers; give one --input_audio, or leave it out")
     if "audio_type" in values and len(sounds) != MAX_SPEAKERS:
@@ -400,10 +409,8 @@ def presets(spec: TaskSpec, values: Mapping[str, Any]) -> dict[str, Any]:
     }
     if "fps" in values and "duration" not in values:  # as many frames as without
         made["num_frames"] = spec.default_duration * spec.fps // 4 * 4 + 1
-    size = None if spec.inputs else spec.size
-    if values.get("model_id") == TINY and "resolution" not in values:
-        size = spec.tiny_size
-    if size is not None and "height" not in values:
+    size = default_size(spec, values)
+    if size is not None and not {"height", "width"} & values.keys():
         made["height"], made["width"] = size
     return {name: value for name, value in made.items() if value != ""}
 

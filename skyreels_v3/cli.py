@@ -187,6 +187,8 @@ def convert_text(flag: Flag, value: Any) -> str:
         raise UserError(name, f"{shown}: choose {choices}{suggest_value(flag.name, shown, flag.choices)}")
     if not isinstance(value, str):
         raise UserError(name, f"{shown} is not text; put it in quotes")
+    if flag.path == "output" and not value.strip():  # which would be the current folder
+        raise UserError(name, f"an empty value; give {flag.metavar}")
     if len(value) > MAX_TEXT:
         raise UserError(name, f"{shown}: {len(value)} characters are too many; give at most {MAX_TEXT}")
     try:

@@ -9,19 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import wave
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from skyreels_v3.errors import UserError, format_value
+from skyreels_v3.errors import UserError, counted, format_value
+from skyreels_v3.inputs import digest_of as digest_of_file
 from skyreels_v3.inputs import input_errors
 from skyreels_v3.media.audio import MIX_FORMAT, MIX_RATE
-from skyreels_v3.media.ffmpeg import AUDIO, find_track, read_track
+from skyreels_v3.media.ffmpeg import AUDIO, VIDEO, find_track, input_options, read_track, run
 from skyreels_v3.media.files import check_writable, run_folder
 from skyreels_v3.media.video_reader import ClipInfo, probe_video, read_frames
 from skyreels_v3.media.video_writer import read_comment, write_video
@@ -30,15 +31,8 @@ from skyreels_v3.version import __version__
 
 logger = logging.getLogger(__name__)
 
+CONTENT_DIGITS = 16  # hexadecimal, of what is recorded of each video
 SOUND_FORMAT = (2, 3, MIX_RATE)  # channels, bytes per sample, Hz
-
-
-class Format(NamedTuple):
-    """What all shots of a film have in common."""
-
-    height: int
-    width: int
-    fps: int
 
 
 @dataclass(frozen=True)
@@ -65,19 +59,20 @@ class Shot:
         return self.clip.frames - self.skipped
 
 
-def check_film(path: Path, order: Sequence[Job]) -> bool:
+def check_film(path: Path, order: Sequence[Job], videos: Mapping[str, Path]) -> bool:
     """Whether the film of these jobs has been made already.
 
     Args:
         order: the jobs, each after those that it needs.
+        videos: those that have been made, by the ids of their jobs; their files may be gone.
 
     Raises:
-        UserError: their videos cannot be one film, or it cannot be written.
+        UserError: their videos cannot be one film, it cannot be written, or it is of other videos of these jobs.
     """
     if path.suffix != ".mp4":
         raise UserError("--concat", f"{format_value(path)}: give a name ending in .mp4")
     sizes, jobs = planned_sizes(order), sorted(order, key=lambda job: job.number)
-    formats = {}
+    known = {}
     for job in jobs:
         if job.request is None:
             continue
@@ -87,24 +82,28 @@ def check_film(path: Path, order: Sequence[Job]) -> bool:
             reason = f"line {job.number} would have the frames of line {job.before.number} in the film again"
             raise UserError("--concat", f"{reason}; leave its include_input out")
         if (size := sizes[job.id]) is not None:
-            formats[job.number] = Format(*size, job.request.task.fps)
-    check_formats(formats)
-    if is_film(path, jobs):
+            known[job.number] = size
+    check_sizes(known)
+    if is_film(path, jobs, videos):
         return True
     check_writable(path, "--concat")
+    rates = {job.number: fps_of(job) for job in jobs if job.request is not None}
+    first = next(iter(rates.values()), 0)
+    if other := [number for number, fps in rates.items() if fps != first]:
+        logger.info(
+            "the film has the %d frames per second of its first video; %s: converted to it", first, lines(other)
+        )
     return False
 
 
-def check_formats(formats: Mapping[int, Format]) -> None:
-    """Raise UserError unless all shots, by the numbers of their lines, have the same size and rate."""
-    first = next(iter(formats), 0)
-    for number, own in formats.items():
-        if own != formats[first]:
-            mine, others = (f"{each.width} x {each.height} at {each.fps} fps" for each in (own, formats[first]))
+def check_sizes(sizes: Mapping[int, tuple[int, int]]) -> None:
+    """Raise UserError unless all shots have the same height and width, by the numbers of their lines."""
+    first = next(iter(sizes), 0)
+    for number, size in sizes.items():
+        if size != sizes[first]:
+            mine, others = (f"{width} x {height}" for height, width in (size, sizes[first]))
             reason = f"line {number} makes {mine}, line {first} {others}"
-            raise UserError(
-                "--concat", f"{reason}; give all lines the same --height and --width, and tasks of one rate"
-            )
+            raise UserError("--concat", f"{reason}; give all lines the same --height and --width")
 
 
 def digest_of(jobs: Iterable[Job]) -> str:
@@ -112,12 +111,41 @@ def digest_of(jobs: Iterable[Job]) -> str:
     return hashlib.sha256(" ".join(job.id for job in jobs).encode()).hexdigest()
 
 
-def is_film(path: Path, jobs: Iterable[Job]) -> bool:
-    """Whether a file is the film of these jobs, as its comment says."""
+def is_film(path: Path, jobs: Sequence[Job], videos: Mapping[str, Path]) -> bool:
+    """Whether a file is the film of these jobs, as its comment says; a warning tells which videos are gone.
+
+    Raises:
+        UserError: it is of other videos, since some were made again.
+    """
     try:
-        return path.is_file() and json.loads(read_comment(path))["film"] == digest_of(jobs)
+        comment = json.loads(read_comment(path)) if path.is_file() else {}
+        contents = {job.id: str(each) for job, each in zip(jobs, comment["videos"], strict=True)}
+        if comment["film"] != digest_of(jobs):
+            return False
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, RecursionError):
         return False
+    there = {job.id for job in jobs if job.id in videos and os.path.lexists(videos[job.id])}
+    other = [job.number for job in jobs if job.id in there and content_of(videos[job.id]) != contents[job.id]]
+    if other:
+        reason = f"{format_value(path)} was joined before {lines(other)} had the video that is there now"
+        raise UserError("--concat", f"{reason}; move it away, or give another name")
+    if gone := [job.number for job in jobs if job.id not in there]:
+        logger.warning("%s is done; what %s made is gone, and is not made again for it", path, lines(gone))
+    return True
+
+
+def lines(numbers: Sequence[int]) -> str:
+    return f"line{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+
+
+def content_of(video: Path) -> str:
+    """A text that is the same for videos of the same frames and sound, whatever their comments; "" if it is damaged."""
+    if video.is_dir():
+        found = hashlib.sha256("".join(map(digest_of_file, sorted(video.iterdir()))).encode()).hexdigest()
+    else:
+        code, output, _ = run([*input_options(video, VIDEO), "-map", "0", "-c", "copy", "-f", "hash", "pipe:1"])
+        found = "" if code else output.decode().strip().rpartition("=")[2]
+    return found[:CONTENT_DIGITS]
 
 
 def make_film(path: Path, jobs: Sequence[Job], videos: Mapping[str, Path], check: bool) -> Path:
@@ -131,17 +159,18 @@ def make_film(path: Path, jobs: Sequence[Job], videos: Mapping[str, Path], check
         The path of the film: another than `path` where that has been taken meanwhile.
 
     Raises:
-        UserError: a video cannot be read, or they differ in size or rate.
+        UserError: a video cannot be read, or they differ in size.
     """
-    shots = [open_shot(job, videos[job.id]) for job in jobs]
-    formats = {shot.job.number: Format(shot.clip.height, shot.clip.width, fps_of(shot.job)) for shot in shots}
-    check_formats(formats)
-    height, width, fps = formats[shots[0].job.number]
-    logger.info("joining %d videos, %d frames", len(shots), sum(shot.frames for shot in shots))
+    shots = [open_shot(job, videos[job.id], fps_of(jobs[0])) for job in jobs]
+    check_sizes({shot.job.number: (shot.clip.height, shot.clip.width) for shot in shots})
+    height, width, fps = shots[0].clip.height, shots[0].clip.width, fps_of(jobs[0])
+    count = sum(shot.frames for shot in shots)
+    logger.info("joining %s, %s", counted(len(shots), "video"), counted(count, "frame"))
     frames = film_frames(shots, fps)
     if check:
         frames = measured(frames, shots, fps)
-    comment = json.dumps({"skyreels_v3": __version__, "film": digest_of(jobs)})
+    contents = [content_of(shot.video) for shot in shots]
+    comment = json.dumps({"skyreels_v3": __version__, "film": digest_of(jobs), "videos": contents})
     with run_folder() as folder:
         sound = write_sound(shots, fps, folder / "film.wav")
         return write_video(frames, path, height=height, width=width, fps=fps, comment=lambda: comment, audio=sound)
@@ -152,8 +181,8 @@ def fps_of(job: Job) -> int:
     return job.request.task.fps
 
 
-def open_shot(job: Job, video: Path) -> Shot:
-    """The frames of a job's video: those that are kept, or else what is left of them in the video."""
+def open_shot(job: Job, video: Path, fps: int) -> Shot:
+    """The frames of a job's video at a rate: those that are kept, or else what is left of them in the video."""
     assert job.request is not None and job.request.frames_copy is not None
     kept = job.request.frames_copy
     if not kept.is_file():
@@ -163,7 +192,7 @@ def open_shot(job: Job, video: Path) -> Shot:
         logger.warning("line %d: its frames were not kept; %s is encoded once more", job.number, video)
         kept = video
     with input_errors(str(kept), "--concat"):
-        return Shot(job, probe_video(kept, fps_of(job)), video)
+        return Shot(job, probe_video(kept, fps), video)
 
 
 # Frames

@@ -11,7 +11,7 @@ from skyreels_v3 import throughput
 from skyreels_v3.checkpoints import hub, tiny
 from skyreels_v3.checkpoints.files import Repository
 from skyreels_v3.checkpoints.formats import describe as describe_weights
-from skyreels_v3.errors import one_line
+from skyreels_v3.errors import counted, one_line
 from skyreels_v3.families import component_files, family_of, repositories_of
 from skyreels_v3.inputs import Inputs
 from skyreels_v3.media.files import existing_folder, giga
@@ -76,7 +76,7 @@ def describe(plan: Plan) -> str:
     """The plan as a table."""
     request = plan.request
     size, length = f"{request.width} x {request.height}", request.frames_out / request.task.fps
-    video = f"{size}, {request.frames_out} new frames at {request.task.fps} fps ({length:.2f} s)"
+    video = f"{size}, {counted(request.frames_out, 'new frame')} at {request.task.fps} fps ({length:.2f} s)"
     lines = [("task", f"{request.task.name}: {request.task.summary}"), ("video", video)]
     own = request.model_id if plan.checkpoint is None else f"{plan.checkpoint} (on this machine)"
     lines += [("checkpoint", f"{TINY} (built in)" if request.model_id == TINY else own)]
@@ -90,7 +90,7 @@ def describe(plan: Plan) -> str:
     lines += [describe_download(request, repository) for repository in missing_repositories(plan)]
     shift = "the scheduler's shift" if request.shift is None else f"shift {request.shift:g}"
     lines += describe_prompt(request, plan.inputs)
-    lines += [("steps", f"{request.num_inference_steps}, {shift}, {plan.forwards} forwards a pass")]
+    lines += [("steps", f"{request.num_inference_steps}, {shift}, {counted(plan.forwards, 'forward')} a pass")]
     for number, made in enumerate(plan.passes, start=1):
         work = f"{format_flop(made.flop / plan.forwards)} a forward, {format_flop(made.flop)} in all"
         lines += [(f"pass {number}", f"latents {list(made.latents)}, {made.tokens:,} tokens, {work}")]

@@ -54,6 +54,11 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def counted(count: int, one: str, several: str = "") -> str:
+    """A number of things for a message: 1 frame, 2 frames; `several` where that is not `one` with an s."""
+    return f"{count} {one if count == 1 else several or f'{one}s'}"
+
+
 class UserError(Exception):
     """A request that cannot work as it is.
 

@@ -24,7 +24,7 @@ from skyreels_v3.media.audio import mix
 from skyreels_v3.media.files import is_full, reason_of
 from skyreels_v3.media.video_reader import ClipInfo, read_frames, resize_frames
 from skyreels_v3.media.video_writer import COMMENT_BYTES, copy_frames, write_frame_folder, write_video
-from skyreels_v3.outputs import record_of, save_latents
+from skyreels_v3.outputs import record_of, remove_left, save_latents
 from skyreels_v3.plan import Plan
 from skyreels_v3.quality import Meter, Quality, report, warnings
 from skyreels_v3.resolve import networks
@@ -76,7 +76,7 @@ class Generator:
                 if isinstance(event, Pass):
                     deque(event.frames, maxlen=0)
             return Video(request.output)
-        record = record_of(request, inputs, dtype=plan.dtype)
+        record = record_of(request, inputs, plan.device.partition(":")[0], dtype=plan.dtype)
         state = open_state(record, request.resume or request.resume_if_same, strict=request.resume)
         completed = False
         try:
@@ -99,6 +99,7 @@ class Generator:
             completed = True
         finally:
             state.close(completed)
+        remove_left(record, path)
         return Video(path, quality)
 
     def save_quantized(self, plan: Plan, folder: Path, workspace: Path) -> None:

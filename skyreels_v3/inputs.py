@@ -16,15 +16,19 @@ from PIL import Image
 from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.media.audio import AudioInfo, probe_audio
 from skyreels_v3.media.diarization import read_turns
-from skyreels_v3.media.faces import check_faces, divide
+from skyreels_v3.media.faces import PACKAGE as FACES
+from skyreels_v3.media.faces import can_find_faces, check_faces, divide, largest_face
 from skyreels_v3.media.files import MAX_IMAGE_BYTES, MAX_VIDEO_BYTES, MediaError, local_file
 from skyreels_v3.media.image import NOTES, open_image
 from skyreels_v3.media.video_reader import ClipInfo, check_length, last_frames, probe_video, resize_frames
 from skyreels_v3.media.voice import Spans, check_detectable, check_separable, check_speakable, speak
-from skyreels_v3.request import GenerationRequest
-from skyreels_v3.tasks import choose_size
+from skyreels_v3.prompts import AUTO, NO_WORD, says_transition, with_transition
+from skyreels_v3.request import GenerationRequest, check_pixels
+from skyreels_v3.tasks import choose_size, complete_size
 
 T = TypeVar("T")
+
+LAST_PICTURES = 3  # of the frames that a video goes on from, to look at
 
 
 @dataclass(frozen=True)
@@ -162,12 +166,47 @@ def open_inputs(request: GenerationRequest, folder: Path) -> tuple[GenerationReq
     if request.find_speakers:
         request = replace(request, speaker_boxes=divide(images[0]))
     keyframes = tuple((files.picture(source, "--keyframes"), seconds) for source, seconds in request.keyframes)
-    if request.height is None:
+    if request.height is None or request.width is None:
         width, height = (clip.width, clip.height) if clip is not None else images[0].size
-        height, width = choose_size(request.task, request.resolution, height, width)
+        if request.height is None and request.width is None:
+            height, width = choose_size(request.task, request.resolution, height, width)
+        else:
+            side = "height" if request.height is None else "width"
+            height, width = complete_size(request.height, request.width, (height, width))
+            check_pixels(height, width)
+            made = height if side == "height" else width
+            note = f"--{side} is not given: it is {made}, by the shape of the picture"
+            request = replace(request, notes=(*request.notes, note))
         request = replace(request, height=height, width=width)
     paths = tuple((name, source, files.fetch(source, f"--{name}")) for name, source in request.sources)
-    return request, Inputs(images, clip, audio, keyframes, turns, tuple(files.notes), paths)
+    inputs = Inputs(images, clip, audio, keyframes, turns, tuple(files.notes), paths)
+    return suit_clip(request, inputs), inputs
+
+
+def suit_clip(request: GenerationRequest, inputs: Inputs) -> GenerationRequest:
+    """The request with the transition that suits the clip's end, for --transition auto if the prompt means none.
+
+    From a face that fills the frame the camera goes away; to anything else it comes closer.
+    """
+    if request.transition != AUTO or request.to_enhance or says_transition(request.prompt):
+        return request
+    notes = tuple(note for note in request.notes if note != NO_WORD)
+    if not can_find_faces():
+        note = f"{NO_WORD}, and {FACES} is not installed, which would find faces in the clip; the prompt stays as it is"
+        return replace(request, notes=(*notes, note))
+    share = largest_face(last_pictures(request, inputs))
+    name = "cut_out" if share else "cut_in"
+    reason = f"a face takes {100 * share:.0f} % of the frame's side" if share else "no face is large"
+    prompt, note = with_transition(request.prompt, name)
+    given = {"transition": AUTO, "prompt": request.prompt}
+    said = note.replace(f"--transition {name}", f"{NO_WORD}: {name}, since {reason} at the clip's end", 1)
+    return replace(request.with_prompt(prompt), given=given, notes=(*notes, said))
+
+
+def last_pictures(request: GenerationRequest, inputs: Inputs) -> list[Image.Image]:
+    """A few of the last frames of the input clip that the model sees."""
+    frames = condition_clip(request, inputs)
+    return [Image.fromarray(frames[int(index)]) for index in np.linspace(0, len(frames) - 1, LAST_PICTURES)]
 
 
 def condition_clip(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import os
 import re
 import shutil
@@ -20,15 +21,17 @@ from typing import TYPE_CHECKING, Any
 from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.families import pipeline_of
 from skyreels_v3.inputs import Inputs
-from skyreels_v3.media.files import check_writable, existing_folder, giga, publish, replace_file, temporary_name
+from skyreels_v3.media.files import check_writable, existing_folder, giga, publish, remove, replace_file, temporary_name
 from skyreels_v3.media.video_writer import read_comment
 from skyreels_v3.plan import output_bytes, transformer_file_bytes
 from skyreels_v3.request import GenerationRequest, ResolvedRequest
-from skyreels_v3.resume import NO_RECORD, RunRecord, find_left, passes_in
+from skyreels_v3.resume import NO_RECORD, RunRecord, claim, find_left, passes_in, state_folders
 from skyreels_v3.tasks import LATENT_CHANNELS, VAE_STRIDE
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 EARLIER_OUTPUTS = 8  # that are looked at
 PROMPT_IN_NAME = 100  # characters
@@ -117,11 +120,11 @@ def recorded_flags(request: GenerationRequest) -> dict[str, Any]:
     return {**request.flags, "height": request.height, "width": request.width}
 
 
-def record_of(request: ResolvedRequest, inputs: Inputs, **more: Any) -> RunRecord:
-    """What identifies the run for a request; `more` are flags that are only known later."""
+def record_of(request: ResolvedRequest, inputs: Inputs, device: str = "", **more: Any) -> RunRecord:
+    """What identifies the run for a request; `device` and `more` flags are only known later."""
     flags = recorded_flags(request) | more
     made = (request.save_quantized, request.frame_folder, request.seed_drawn, request.resume_if_same)
-    return RunRecord(request.output, flags, inputs.digests, *made, request.given, request.to_enhance)
+    return RunRecord(request.output, flags, inputs.digests, *made, request.given, request.to_enhance, device)
 
 
 def continue_earlier(request: ResolvedRequest, inputs: Inputs, named: bool) -> tuple[ResolvedRequest, bool]:
@@ -175,6 +178,29 @@ def finish(request: ResolvedRequest, output: Path, state: Path) -> None:
             reason = f"{format_value(latents)}: the latents of {format_value(output)} were not kept"
             raise UserError("--save_latents", f"{reason}; leave it out, or make both again with another --output")
     shutil.rmtree(state, ignore_errors=True)
+
+
+def remove_left(record: RunRecord, video: Path) -> None:
+    """Remove what interrupted runs of just this record have left beside its video, which is complete now.
+
+    A run that goes on is left alone, and so is what another video still needs.
+    """
+    same, folder = replace(record, seed_drawn=False, to_enhance=False), record.output.parent
+    names = {record.output.name if record.frame_folder else record.output.stem}
+    for state in [*state_folders(record.output, anywhere=True)]:
+        try:
+            _, file, left = claim(state, same)
+        except (UserError, OSError, *NO_RECORD):
+            continue
+        with file:
+            output = folder / Path(left["output"]).name
+            if output == video or not os.path.lexists(output):
+                names.add(output.name if record.frame_folder else output.stem)
+                shutil.rmtree(state, ignore_errors=True)
+    for path in [path for name in names for path in folder.glob(f"{glob.escape(name)}.partial*")]:
+        if is_of(path, same):
+            logger.info("%s is removed: the video is complete", path)
+            remove(path)
 
 
 def is_of(output: Path, record: RunRecord, unsaid: bool = False) -> bool:

@@ -23,4 +23,9 @@ def check_packages(flag: str, install: str, *modules: str, value: str = "", othe
     if not has_packages(*modules):
         reason = f"{value}: " if value else ""
         reason += f"needs the package {install.partition('[')[0]}"
-        raise UserError(flag, f"{reason}; pip install {install}, or {otherwise}")
+        raise UserError(flag, f"{reason}; pip install {quoted(install)}, or {otherwise}")
+
+
+def quoted(install: str) -> str:
+    """What pip calls a package, as shells take it: zsh looks for files that match an extra in brackets."""
+    return f'"{install}"' if "[" in install else install

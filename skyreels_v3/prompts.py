@@ -13,6 +13,13 @@ from skyreels_v3.tasks import CONFIG_DIR, TaskSpec, load_yaml
 
 AUTO = "auto"
 TAG = re.compile(r"\[[A-Z][A-Z0-9_]*\]")
+NO_WORD = "--transition auto: no word of the prompt means one"
+NOT = r"no|not|never|without|avoid|nor|neither|instead of|rather than|cannot|\w+n't"
+# words that may stand between one of these and what it denies
+BETWEEN = (
+    "a an any the some more another other single sudden quick extreme kind sort type of in into to with or nor be do "
+    "use using show showing make making go going cut cuts cutting switch switching move moving camera"
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ def with_transition(prompt: str, transition: str) -> tuple[str, str]:
     if transition == AUTO:
         found = find_words(prompt)
         if found is None:
-            return prompt, f"{given}: no word of the prompt means one; it stays as it is"
+            return prompt, NO_WORD
         transition, word = found
         given += f': {transition}, for "{word}"'
     chosen = transitions()[transition]
@@ -76,13 +83,27 @@ def with_transition(prompt: str, transition: str) -> tuple[str, str]:
     return prompt, f"{given}; the prompt begins with: {chosen.tag} {chosen.sentence}".replace(":  ", ": ")
 
 
+def says_transition(prompt: str) -> bool:
+    """Whether a prompt says how the new shot begins, by a tag or by words."""
+    return TAG.search(prompt) is not None or find_words(prompt) is not None
+
+
 def find_words(prompt: str) -> tuple[str, str] | None:
-    """The transition that the first telling words of a prompt mean, and these words."""
+    """The transition that the first telling words of a prompt mean, and these words. Those that are denied do not."""
     text = re.sub(r"[-\s]+", " ", prompt.lower().replace("\u2019", "'"))
     found = [
         (match.start(), name, word)
         for name, transition in transitions().items()
         for word in transition.words
-        if (match := re.search(rf"\b{re.escape(word)}\b", text)) is not None
+        for match in re.finditer(rf"\b{re.escape(word)}\b", text)
+        if denial().search(text[: match.start()]) is None
     ]
     return min(found)[1:] if found else None
+
+
+@cache
+def denial() -> re.Pattern[str]:
+    """The end of what stands before telling words that are denied, such as "don't cut to a"."""
+    between = {word for transition in transitions().values() for word in transition.words} | {*BETWEEN.split()}
+    longest = sorted(map(re.escape, between), key=len, reverse=True)
+    return re.compile(rf"\b(?:{NOT}) (?:(?:{'|'.join(longest)}) )*$")

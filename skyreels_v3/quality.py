@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from skyreels_v3.errors import counted
 from skyreels_v3.media.color import rgb_to_lab, statistics
 
 PICTURE, THUMB = 96, 32  # rows
@@ -312,8 +313,8 @@ def report(quality: Quality) -> Iterator[str]:
     """The figures as short lines."""
     cuts = ", ".join(map(str, quality.cuts[:8])) + (", ..." if len(quality.cuts) > 8 else "")
     yield (
-        f"{quality.frames} new frames, {quality.seconds:.2f} s: {quality.black} black, {quality.flat} of one color, "
-        f"{quality.frozen} frozen (at most {quality.freeze:.1f} s), {quality.noisy} noisy"
+        f"{counted(quality.frames, 'new frame')}, {quality.seconds:.2f} s: {quality.black} black, "
+        f"{quality.flat} of one color, {quality.frozen} frozen (at most {quality.freeze:.1f} s), {quality.noisy} noisy"
     )
     yield (
         f"noise {quality.noise:.2f} of the contrast, {quality.clipped:.1f} % clipped, flicker {quality.flicker:.2f} "
@@ -342,7 +343,8 @@ def warnings(quality: Quality, cut_at_seam: bool = False, cuts_known: bool = Tru
     several = max(1.0, BAD_SHARE * quality.frames)
     for count, what in ((quality.black, "black"), (quality.flat, "of one color"), (quality.noisy, "noise")):
         if count > several or count == quality.frames:
-            yield f"{'all' if count == quality.frames else f'{count} of {quality.frames}'} frames are {what}"
+            share = "all" if count == quality.frames else f"{count} of {quality.frames}"
+            yield f"{share} frames are {what}"
     if quality.freeze >= FROZEN_SECONDS or 0 < quality.frames - 1 <= quality.frozen:
         yield f"the picture is frozen for {quality.freeze:.1f} s"
     if quality.flicker > FLICKER:
@@ -352,7 +354,7 @@ def warnings(quality: Quality, cut_at_seam: bool = False, cuts_known: bool = Tru
     seam = quality.seam
     inner = [cut for cut in quality.cuts if seam is None or cut != seam.frame]
     if inner and cuts_known:
-        yield f"{len(inner)} unexpected cuts, the first at frame {inner[0]}"
+        yield f"{counted(len(inner), 'unexpected cut')}, the first at frame {inner[0]}"
     if seam is None:
         return
     if cut_at_seam:

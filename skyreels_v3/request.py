@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 from skyreels_v3.attention.kernels import ATTENTIONS, INEXACT
+from skyreels_v3.errors import UserError
 from skyreels_v3.prompts import AUTO, transitions
 from skyreels_v3.tasks import (
     DEVICES,
     DTYPES,
+    MAX_SIDE,
     MEMORY_MODES,
     QUANTIZATIONS,
     RESOLUTIONS,
@@ -32,7 +34,7 @@ ENHANCER_OFF, ENHANCER_LOCAL = "off", "local"  # values of --enhance_prompt that
 ENHANCER_KEY = "SKYREELS_ENHANCER_API_KEY"  # the environment variable
 IN_PROMPT = ("transition", "enhance_prompt", "enhancer_model")  # not recorded: the prompt that they make is
 SAME_PROMPT = "same"  # as --window_prompt
-MAX_SIDE = 2048
+MAX_PIXELS = 1920 * 1088
 MAX_SEED = 2**32 - 1  # a CPU's generator of noise takes 32 bits, and drops those above them without a word
 
 
@@ -89,6 +91,13 @@ def flag(default: Any, help: str, kind: type = str, **more: Any) -> Any:
     return field(default=default, metadata={"flag": {"help": help, "kind": kind, **more}})
 
 
+def check_pixels(height: int, width: int) -> None:
+    """Raise UserError for a size that is too large."""
+    if (pixels := height * width) > MAX_PIXELS:
+        size = f"{width} x {height}"
+        raise UserError("--height", f"{size} is {pixels:,} pixels; give a size of at most {MAX_PIXELS:,}")
+
+
 task_flag = partial(flag, task_specific=True)  # for some tasks
 unrecorded = partial(flag, recorded=False)
 run_flag = partial(flag, recorded=False, in_line=False)  # for a whole run, not for a line of --jobs
@@ -106,7 +115,7 @@ class Lora(NamedTuple):
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """All that one run needs, checked. `height` and `width` are None until the inputs have been opened."""
+    """All that one run needs, checked. `height` and `width`, or one of them, may be None until inputs are opened."""
 
     task: TaskSpec
     # fmt: off
@@ -116,8 +125,8 @@ class GenerationRequest:
     negative_prompt: str = flag("", "what to avoid; needs --guidance_scale above 1")
     transition: str | None = task_flag(None,
         "how the new shot begins: a sentence before the prompt says so, and for cut_in and cut_out [ZOOM_IN_CUT] and "
-        "[ZOOM_OUT_CUT], the only tags that the model's authors document; auto: by the prompt's words, or as the "
-        "enhancer chooses (default: the prompt is used as it is)",
+        "[ZOOM_OUT_CUT], the only tags that the model's authors document; auto: by the prompt's words, else by a face "
+        "in the clip, or as the enhancer chooses (default: the prompt is used as it is)",
         choices=(AUTO, *transitions()), recorded=False)
     enhance_prompt: str = unrecorded(ENHANCER_OFF,
         "have the prompt rewritten in more detail (default: off): by a model on this machine, or by an "
@@ -238,8 +247,9 @@ class GenerationRequest:
     shard_weights: bool = parallel(False, "shard the transformer's weights over the processes (FSDP2)", bool)
     broadcast_weights: bool = parallel(False, "read the weights in one process and broadcast them to the others", bool)
     output: Path | None = unrecorded(None,
-        "an .mp4, or a folder ending in / for PNG frames (default: result/TASK/SEED_TIME.mp4)", metavar="PATH",
-        group="Output", path="output", only_in_line="write it into the lines, a name for each", in_request=False)
+        "an .mp4, or a folder ending in / for PNG frames (default: result/TASK/SEED_TIME.mp4)",
+        metavar="FILE.mp4|FOLDER/", group="Output", path="output",
+        only_in_line="write it into the lines, a name for each", in_request=False)
     outdir: str | None = unrecorded(None,
         "put the video into results/FOLDER, named after prompt, seed and number; with --serve: its jobs and videos",
         metavar="FOLDER", in_request=False)

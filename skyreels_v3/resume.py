@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REQUEST_FILE = "request.json"
+AUTO = "auto"  # of --device
 MAX_RECORD = 1 << 20  # characters; what is longer is none
 PASS_FILES = "pass-*.safetensors"
 STEPS_FILES = "steps-*.safetensors"
@@ -53,6 +55,7 @@ class RunRecord:
         resume_if_same: the same command resumes without --resume.
         given: flags that the prompt was made from, if it is another one than the user's.
         to_enhance: the prompt is still to be rewritten; a resumed run takes that of the interrupted one.
+        device: what --device came to; "" before torch is imported.
     """
 
     output: Path
@@ -64,6 +67,7 @@ class RunRecord:
     resume_if_same: bool = False
     given: Mapping[str, Any] = field(default_factory=dict)
     to_enhance: bool = False
+    device: str = ""
 
     def to_json(self) -> str:
         output = f"{self.output}/" if self.frame_folder else str(self.output)
@@ -73,7 +77,8 @@ class RunRecord:
     def made_by(self) -> dict[str, Any]:
         """What made the video, for JSON."""
         given = {"given": dict(self.given)} if self.given else {}
-        return {"flags": dict(self.flags), **given, "inputs": self.digests}
+        device = {"device": self.device} if self.device else {}
+        return {"flags": dict(self.flags), **given, "inputs": self.digests, **device}
 
     @property
     def digests(self) -> list[list[str]]:
@@ -88,6 +93,12 @@ class RunRecord:
             now["seed"] = before.get("seed")
         if self.to_enhance:  # the prompt is not known: that which it is made from has to be the same
             before, now = {**before, **left.get("given", {})}, {**now, **self.given}
+        asked, there = now.get("device", AUTO), left.get("device", before.get("device", AUTO))
+        here = self.device or asked
+        if AUTO not in (here, there):  # else it is not known yet
+            before, now = {**before, "device": there}, {**now, "device": here}
+        else:
+            before, now = ({**flags, "device": None} for flags in (before, now))
         different = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if different:
             changes = ", ".join(
@@ -221,10 +232,11 @@ def open_state(record: RunRecord, resume: bool = False, strict: bool = True) -> 
 
 def begin_request(folder: Path, record: RunRecord) -> IO[str]:
     """The record file of a run in a new folder, open and locked."""
-    request = (folder / REQUEST_FILE).open("x", encoding="utf-8")
+    request = (folder / f"{REQUEST_FILE}.new").open("x", encoding="utf-8")
     lock(request)
     request.write(record.to_json())
     request.flush()
+    os.rename(request.name, folder / REQUEST_FILE)  # nobody ever sees it unlocked
     return request
 
 

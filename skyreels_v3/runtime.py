@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from skyreels_v3.attention.kernels import check_attention
 from skyreels_v3.cache import compiled_folder
-from skyreels_v3.errors import UserError
+from skyreels_v3.errors import UserError, counted
 from skyreels_v3.packages import check_packages
 from skyreels_v3.parallel.ranks import SINGLE, Ranks
 from skyreels_v3.plan import Machine, Plan
@@ -250,7 +250,7 @@ def find_machine(request: GenerationRequest, ranks: Ranks = SINGLE) -> Machine:
     if name == "cuda":
         count = torch.cuda.device_count()
         if ranks.local_world_size > count:
-            reason = f"{ranks.local_world_size} processes on a machine with {count} GPUs"
+            reason = f"{ranks.local_world_size} processes on a machine with {counted(count, 'GPU')}"
             flag = "--use_usp" if request.use_usp else "--jobs"
             raise UserError(flag, f"{reason}; give --gpu_num {count}, or torchrun --nproc_per_node={count}")
         # one process takes what is current, of several each its own

@@ -22,6 +22,7 @@ DEVICES = ("auto", "cuda", "cpu", "mps")
 DTYPES = ("bfloat16", "float32")
 QUANTIZATIONS = ("fp8", "fp8_dynamic")  # see memory/quantize.py
 
+MAX_SIDE = 2048
 SIZE_MULTIPLE = 16  # VAE stride 8 times patch 2
 VAE_STRIDE = (4, 8, 8)  # frames, height, width
 PATCH_SIZE = (1, 2, 2)
@@ -110,6 +111,18 @@ def choose_size(spec: TaskSpec, resolution: str, height: int, width: int) -> tup
     closest = min(buckets, key=lambda key: abs(key - ratio))
     bucket_height, bucket_width = buckets[closest]
     return bucket_height // SIZE_MULTIPLE * SIZE_MULTIPLE, bucket_width // SIZE_MULTIPLE * SIZE_MULTIPLE
+
+
+def complete_size(height: int | None, width: int | None, shape: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of which one is given; the other, a multiple of 16, makes it the shape (height, width)."""
+
+    def side(pixels: float) -> int:
+        return min(MAX_SIDE, max(1, round(pixels / SIZE_MULTIPLE)) * SIZE_MULTIPLE)
+
+    if height is None:
+        assert width is not None
+        return side(width * shape[0] / shape[1]), width
+    return height, side(height * shape[1] / shape[0]) if width is None else width
 
 
 def latent_frames(frames: int) -> int:

@@ -285,7 +285,7 @@ INPUTS = [
         "{files}/silent.mp4": "give a sound file, or a video with sound",
         "{files}/0.3s.wav": ("has 0.300 s of sound", "0.4 to 200 s are possible; give a longer recording"),
         "{files}/201s.wav": ("has 201.000 s of sound", "0.4 to 200 s are possible; cut it"),
-        "": ("1 sounds, or an empty one", "give one, or two for two speakers"),
+        "": ("1 sound, or an empty one", "give one, or two for two speakers"),
         "{files}/1s.wav,": ("2 sounds, or an", "give one, or two for two speakers"),
         "a.wav,b.wav,c.wav": ("3 sounds", "give one, or two for two speakers"),
         "{files}/1s.wav,{files}/nothere.wav": ("{files}/nothere.wav", PATH),
@@ -377,7 +377,7 @@ SPEAKERS = [
 ENDINGS, ANOTHER = "give a name ending in .mp4, or in / for a folder", "give another"
 OUTPUTS = [
     *bad(REFERENCE, "--output", {
-        "": (EMPTY, "give a name ending in .mp4"),
+        ("", " "): (EMPTY, "give FILE.mp4|FOLDER/"),
         ("video", "video.avi", ".mp4"): ENDINGS,
         ("{files}/good.mp4", "{files}/dangling.mp4"): f"{ANOTHER} name",
         ("{files}/folder/", "{files}/folder.mp4"): ("exists already", "give"),
@@ -386,7 +386,7 @@ OUTPUTS = [
     }),
     *bad(REFERENCE, "--save_latents", {
         "latents.pt": "give a name ending in .safetensors",
-        "": (EMPTY, "give a name ending in .safetensors"),
+        "": (EMPTY, "give FILE.safetensors"),
         "{files}/good.safetensors": f"{ANOTHER} name",
         "/proc/a.safetensors": f"{ANOTHER} path",
     }),
@@ -395,6 +395,7 @@ OUTPUTS = [
     *bad(REFERENCE, "--save_quantized", {"{files}/q": "add --quant fp8 or --low_vram"}),
     *bad([*REFERENCE, "--low_vram"], "--save_quantized", {"{files}/good.png": ("exists already", f"{ANOTHER} name")}),
     *bad(FP8, "--save_quantized", {
+        "": (EMPTY, "give FOLDER"),
         "{files}/folder": ("exists already", "give"), ("{files}/good.png/q", "/proc/q"): f"{ANOTHER} path",
     }),
     *bad(T2V, "--outdir", {
@@ -501,6 +502,7 @@ RUNS = [
     *bad(JOBS, "--output", {"a.mp4": IN_LINES}),
     *bad(JOBS, "--save_latents", {"a.safetensors": IN_LINES}),
     *bad(JOBS, "--save_quantized", {"folder": IN_LINES}),
+    *bad(JOBS, "--concat", {"": (EMPTY, "give FILM.mp4"), "film": "give a name ending in .mp4"}),
     *bad(JOBS, "--seed", {"x": WHOLE}),
     *bad(JOBS, "--video_num", {"2": "write a line for each"}),
     case([*JOBS, "--resume"], "--resume", "--jobs makes several", "leave it out"),
@@ -638,7 +640,7 @@ def test_compiling_without_a_compiler(refuse, files, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "flag", "words"),
     [
-        ([*AVATAR, "--vocals"], "--vocals", ("package audio-separator; pip install audio-separator[cpu], or leave",)),
+        ([*AVATAR, "--vocals"], "--vocals", ('package audio-separator; pip install "audio-separator[cpu]", or leave',)),
         ([*DUB, "--speech_only"], "--speech_only", ("package silero-vad; pip install silero-vad, or leave it out",)),
         ([*TWO, "--speaker_boxes", "auto"], "--speaker_boxes", ("package scikit-image; pip install", "give the boxes")),
         ([*MUTE, "--text", "Hello"], "--text", ("pip install kokoro, install espeak-ng, or give a recording",)),

@@ -339,7 +339,7 @@ def test_good_and_bad_lines(main, write, loads, on_make, tmp_path, caplog):
     write(*file.read_text().splitlines()[::4], FOX | {"seed": 2, "output": "three.mp4"})
     code, stdout, stderr = main("--jobs", "jobs.jsonl", *TOY)
     assert (code, stdout) == (0, "three.mp4\n")
-    assert "2 of 3 jobs are done already, according to jobs.results.jsonl" in caplog.messages
+    assert "2 of 3 jobs done already, according to jobs.results.jsonl" in caplog.messages
     assert len(loads) == 3
     assert main("--jobs", "jobs.jsonl", *TOY)[:2] == (0, "")
 
@@ -455,7 +455,7 @@ def test_a_dry_run(main, write, tmp_path):
 
     code, stdout, stderr = main("--jobs", "jobs.jsonl", *flags)
     assert code == 2, stderr
-    assert stderr == "error: --jobs: jobs.jsonl: 2 of 5 lines have errors; fix them as described above\n"
+    assert stderr == "error: --jobs: jobs.jsonl: errors in 2 of 5 lines; fix them as described above\n"
     first, second, third, fourth, fifth = stdout.rstrip("\n").split("\n\n")
     assert first.startswith("line          1\ntask          reference_to_video: ")
     assert second.startswith("line          2\nerror         --jobs: x is not JSON")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import quality
+from skyreels_v3.quality import Meter
 from training import sound, world
 from training.tasks import CONDITION_FRAMES, CUT_LENGTHS
 
@@ -30,6 +31,14 @@ def truth_of(subject: str, seed: int) -> torch.Tensor:
         face = world.make_face(quality.HELD_OUT + seed, mouth, blinks=False)
         return world.render_faces([face], quality.FACE, quality.FACE)[0]
     return quality.rendered(scene, 49)
+
+
+def test_a_long_avatar_is_measured_at_its_rate(tmp_path, monkeypatch):
+    rates = []
+    monkeypatch.setattr(quality, "Meter", lambda fps: rates.append(fps) or Meter(fps))
+    monkeypatch.setattr(sound, "make_voice", lambda seed, seconds: np.zeros(16_000))
+    quality.SUBJECTS["talking_avatar, 100 s"].case(0, tmp_path, False).judge(torch.zeros(3, 30, 32, 32))
+    assert rates == [25]
 
 
 WORST = {  # of the truth, at least; of figures where less is better, at most

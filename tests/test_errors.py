@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from skyreels_v3.errors import UserError, format_value, redact, redact_url
+from skyreels_v3.errors import UserError, counted, format_value, redact, redact_url
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,8 @@ def test_shown() -> None:
     assert len(long) <= 100
     assert long.startswith("start") and long.endswith("end.png")
     format_value(os.fsdecode(b"bad\xff.png")).encode()
+
+
+def test_one_and_several() -> None:
+    assert [counted(count, "frame") for count in (0, 1, 2)] == ["0 frames", "1 frame", "2 frames"]
+    assert [counted(count, "entry is", "entries are") for count in (1, 2)] == ["1 entry is", "2 entries are"]

@@ -80,7 +80,7 @@ def test_a_run_and_its_repetition_twice_at_once(start, toy, tmp_path):
     assert probe_video(working / path, 24).frames == 5
 
     comment = comment_of(working / path)
-    assert comment.keys() == {"skyreels_v3", "flags", "inputs", "seconds", "peak_gb"}
+    assert comment.keys() == {"skyreels_v3", "flags", "inputs", "device", "seconds", "peak_gb"}
     stages = ("loading", "encoding the prompt", "encoding with the VAE", "denoising", "decoding with the VAE")
     assert comment["seconds"].keys() >= {*stages, "everything"}
     assert 0 < sum(comment["seconds"][stage] for stage in stages) <= comment["seconds"]["everything"] + 0.1

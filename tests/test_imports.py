@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "skyreels_v3"
 # folders and modules of the package, from below; those of one row may import each other if that makes no circle
 LAYERS = (
-    ("version", "errors", "packages", "console", "vector_kernels", "progress", "config_text"),
+    ("version", "errors", "packages", "console", "vector_kernels", "progress", "config_text", "subprocesses"),
     ("tasks", "prompts", "hints", "attention"),
     ("request",),
     ("media", "cache", "memory", "parallel", "denoising", "checkpoints", "inputs", "quality"),

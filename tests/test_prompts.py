@@ -40,14 +40,22 @@ def test_each_transition_is_said_and_only_documented_tags_are_used(name):
         ("A bird\u2019s eye view", "multi_angle"),
         ("Meanwhile, a wide view of the town", "cut_away"),
         ("He macros a replying widely", None),  # words within words
+        ("No cut away, please: Anna replies", "shot_reverse_shot"),
+        ("Without any close-up or wide shot", None),
+        ("Don\u2019t cut to a close-up; the boat from another angle", "multi_angle"),
+        ("She does not reply", None),
+        ("Not a close-up. A close-up, then: the sail", "cut_in"),
+        ("No light in the close-up", "cut_in"),
         ("A boat on a wide river", None),
     ],
 )
 def test_auto_takes_the_first_telling_words(prompt, expected):
     request = switching(prompt, transition="auto")
     assert request.prompt == (prompt if expected is None else switching(prompt, transition=expected).prompt)
-    assert len(request.notes) == 1 and "--transition auto" in request.notes[0]
-    assert (f"auto: {expected}, for" in request.notes[0]) == (expected is not None)
+    (note,) = request.notes
+    assert note.startswith(
+        f"--transition auto: {f'{expected}, for' if expected else 'no word of the prompt means one'}"
+    )
 
 
 @pytest.mark.parametrize("transition", ["auto", "cut_out"])

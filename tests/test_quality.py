@@ -134,7 +134,7 @@ def test_the_seam_is_the_jump_over_its_neighbours(scene, moving):
 def test_cuts_are_counted_in_the_file(scene, moving):
     other = rendered(world.make_scene(1_000_010))
     quality = quality_of(np.concatenate((moving, other)))
-    assert quality.cuts == (48,) and "1 unexpected cuts, the first at frame 48" in [*warnings(quality)]
+    assert quality.cuts == (48,) and "1 unexpected cut, the first at frame 48" in [*warnings(quality)]
     assert not [*warnings(quality, cuts_known=False)]
     meter = Meter(FPS)
     meter.first = 100  # frames of an input that the file has

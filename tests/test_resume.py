@@ -30,7 +30,7 @@ from skyreels_v3.generate import write
 from skyreels_v3.inputs import open_inputs
 from skyreels_v3.media.audio import probe_audio
 from skyreels_v3.media.video_reader import read_frames
-from skyreels_v3.media.video_writer import read_comment
+from skyreels_v3.media.video_writer import read_comment, write_video
 from skyreels_v3.outputs import record_of as record_of_request
 from skyreels_v3.outputs import save_latents
 from skyreels_v3.request import ResolvedRequest
@@ -101,7 +101,6 @@ def test_an_ended_run_goes_on_to_the_same_video(start, main, command, tmp_path, 
         assert probe_audio(partial).seconds == pytest.approx(69 / fps, abs=1 / fps)
         assert not files_in(tmp_path / "temporary")
         left.remove("a.partial.mp4")
-        partial.unlink()
     else:
         assert run.returncode == -stop
     finished = {f"a.state/pass-{number:03d}.safetensors" for number in range(passes - 1)}
@@ -143,6 +142,37 @@ def test_a_run_of_which_nothing_is_left_begins(main, small, interrupt, tmp_path,
     interrupt(0)
     assert main(*argv, "--resume")[:2] == (0, "o/a.mp4\n")
     assert "there is no interrupted run of this request in o; it starts from the beginning" in caplog.text
+
+
+def test_a_run_that_begins_again_leaves_nothing_of_the_first(main, small, interrupt, tmp_path):
+    """Once it is complete; what another one has left stays."""
+    argv, folder = (*small, "--checkpoint_every", "0.0001"), tmp_path / "result" / "reference_to_video"
+    interrupt(2)
+    for seed in (7, 42):
+        assert main(*argv, "--seed", seed)[0] == 130
+        (state,) = folder.glob(f"{seed}_*.state")
+        size = {"height": 32, "width": 32, "fps": 24}
+        name, comment = f"{state.stem}.partial.mp4", (state / "request.json").read_text()
+        write_video([np.zeros((32, 32, 3), np.uint8)], folder / name, comment=lambda text=comment: text, **size)
+    interrupt(0)
+    code, stdout, stderr = main(*small)
+    assert code == 0, stderr
+    others = {path.name for path in folder.glob("7_*")}
+    assert len(others) == 2 and {path.name for path in folder.iterdir()} == {Path(stdout.strip()).name, *others}
+
+
+def test_the_device_is_what_it_came_to(tmp_path):
+    """--device auto is not known before torch is imported; then it is compared."""
+    on_cpu = replace(record_of(tmp_path), device="cpu")
+    for flags, device in (({"device": "auto"}, ""), ({}, "cpu"), ({"device": "cpu"}, ""), ({"device": "auto"}, "cpu")):
+        leave(on_cpu, 1.0)
+        state = open_state(replace(record_of(tmp_path, **flags), device=device), resume=True)
+        assert state.resumed
+        state.close(completed=True)
+    leave(on_cpu, 1.0)
+    for flags, device in (({"device": "cuda"}, ""), ({"device": "auto"}, "cuda")):
+        with pytest.raises(UserError, match=r"other flags \(device cpu -> cuda\)"):
+            open_state(replace(record_of(tmp_path, **flags), device=device), resume=True)
 
 
 @pytest.mark.parametrize("seed", [(), ("--seed", "-1")])

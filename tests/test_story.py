@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import numpy as np
@@ -12,8 +15,18 @@ import pytest
 from PIL import Image
 
 from skyreels_v3 import batch
-from skyreels_v3.batch import Results, choose_jobs, find_inputs, group_by_model, join_videos, read_jobs, results_file
-from skyreels_v3.concat import check_film
+from skyreels_v3.batch import (
+    Results,
+    choose_jobs,
+    find_inputs,
+    group_by_model,
+    join_videos,
+    lock_offset,
+    read_jobs,
+    results_file,
+    videos_in,
+)
+from skyreels_v3.concat import check_film, digest_of, make_film
 from skyreels_v3.errors import UserError
 from skyreels_v3.media.ffmpeg import AUDIO, find_track, read_track
 from skyreels_v3.media.video_reader import read_frames
@@ -140,8 +153,8 @@ def fading(count: int, start: int = 0, size: tuple[int, int] = SIZE) -> Iterator
         yield (np.roll(picture, frame, axis=1) * (1 - frame / 600)).astype(np.uint8)
 
 
-def put(path: Path, frames: Iterator[np.ndarray]) -> None:
-    assert len([*copy_frames(frames, path, FPS)])
+def put(path: Path, frames: Iterator[np.ndarray], fps: int = FPS) -> None:
+    assert len([*copy_frames(frames, path, fps)])
 
 
 def done(results: Results, job: Job, video: Path) -> None:
@@ -241,19 +254,24 @@ def once(frames: list[np.ndarray]) -> np.ndarray:
     return made
 
 
-def film(write: Callable[..., str], lines: list[dict[str, Any]], shots: list[Any], **sounds: int) -> np.ndarray:
-    """The frames of the film of lines whose videos have these frames, lossless; and with a tone of some seconds."""
-    file = write(*lines)
+def shoot(file: str, shots: list[Any], **sounds: int) -> tuple[list[Job], Results]:
+    """The jobs of a file and their results: videos of these frames, lossless; and with a tone of some seconds."""
     jobs, results = read_jobs(file, {}, keep_frames=True), Results(results_file(file))
     for job, frames in zip(jobs, shots, strict=True):
-        put(job.request.frames_copy, (frame for frame in frames))
+        put(job.request.frames_copy, (frame for frame in frames), job.request.task.fps)
         video = Path(f"{job.number}.mp4").resolve()
         tone = sounds.get(f"line{job.number}")
         audio = None if tone is None else write_tone(Path(f"{job.number}.wav"), tone)
-        size = {"height": SIZE[0], "width": SIZE[1], "fps": FPS}
+        size = {"height": SIZE[0], "width": SIZE[1], "fps": job.request.task.fps}
         done(results, job, write_video(iter(frames), video, comment=str, audio=audio, **size))
+    return jobs, results
+
+
+def film(write: Callable[..., str], lines: list[dict[str, Any]], shots: list[Any], **sounds: int) -> np.ndarray:
+    """The frames of the film of lines whose videos have these frames, see `shoot`."""
+    jobs, results = shoot(write(*lines), shots, **sounds)
     made = join_videos(Path("film.mp4"), jobs, results, check=True)
-    assert check_film(made, group_by_model(jobs))
+    assert check_film(made, group_by_model(jobs), videos_in(results.path))
     return np.stack([*read_frames(made, FPS)])
 
 
@@ -272,6 +290,72 @@ def test_the_frame_that_begins_a_video_is_there_once(write):
     np.testing.assert_array_equal(made, once(frames))
 
 
+def test_an_avatar_gets_the_rate_of_the_film(write, caplog):
+    """Its frames are shown as long as before; every 25th is left out."""
+    caplog.set_level("INFO")
+    frames, talking = [*fading(24)], [*fading(50, 24)]
+    made = film(write, [FOX, TALK], [frames, talking])
+    shown = [max(i for i in range(50) if int(i * 24 / 25 + 0.5) <= n) for n in range(48)]
+    np.testing.assert_array_equal(made, once(frames + [talking[i] for i in shown]))
+    jobs = group_by_model(read_jobs("a.jsonl", {}, keep_frames=True))
+    assert not check_film(Path("other.mp4"), jobs, {})
+    said = "the film has the 24 frames per second of its first video; line 2: converted to it"
+    assert caplog.messages[-1] == said
+
+
+def test_a_film_and_the_videos_that_are_there_now(write, caplog):
+    """Gone ones are named, others are refused; one that was made again just as it was is the same."""
+    jobs, results = shoot(write(FOX, CUT), [[*fading(24)], [*fading(24, 24)]])
+    path = join_videos(Path("film.mp4"), jobs, results, check=False)
+    size = {"height": SIZE[0], "width": SIZE[1], "fps": FPS}
+    first, second = videos_in(results.path).values()
+    first.unlink()
+    write_video(fading(24), first, comment=lambda: "of a slower day", **size)
+    assert check_film(path, jobs, videos_in(results.path)) and not caplog.messages
+    first.unlink()
+    assert check_film(path, jobs, videos_in(results.path))
+    assert caplog.messages == ["film.mp4 is done; what line 1 made is gone, and is not made again for it"]
+    second.unlink()
+    write_video(fading(24), second, comment=str, **size)
+    with pytest.raises(
+        UserError, match=r"--concat: film\.mp4 was joined before line 2 had the video that is there now; "
+    ):
+        check_film(path, jobs, videos_in(results.path))
+
+
+HOLDER = """
+import fcntl, os, sys
+file = open(sys.argv[1], "ab+")
+fcntl.lockf(file, fcntl.LOCK_EX, 1, int(sys.argv[2]))
+print(flush=True)
+input()
+os.rename("made.mp4", "film.mp4")
+"""
+
+
+def test_a_film_is_made_once(write, monkeypatch):
+    """Another run is joining it: that is waited for; and it waits for this one."""
+    jobs, results = shoot(write(FOX, CUT), [[*fading(24)], [*fading(24, 24)]])
+    made = make_film(Path("made.mp4"), jobs, videos_in(results.path), check=False).stat().st_ino
+    command = [sys.executable, "-c", HOLDER, str(results.path), str(lock_offset(digest_of(jobs)))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        timer = Timer(0.3, other.stdin.close)
+        other.stdin.write(b"\n")
+        timer.start()
+        assert join_videos(Path("film.mp4"), jobs, results, check=False).stat().st_ino == made
+    assert [*Path().glob("*film*")] == [Path("film.mp4")]
+
+    def try_to_join(path: Path, *_: object) -> Path:
+        code = HOLDER.replace("LOCK_EX", "LOCK_EX | fcntl.LOCK_NB")
+        tried = subprocess.run([*command[:2], code, *command[3:]], input=b"\n", capture_output=True)
+        assert b"BlockingIOError" in tried.stderr
+        return path
+
+    monkeypatch.setattr(batch, "make_film", try_to_join)
+    join_videos(Path("other.mp4"), jobs, results, check=False)
+
+
 def test_sound_stays_with_its_shot(write):
     film(write, [FOX, CUT, CUT], [[*fading(24)]] * 3, line2=1)
     samples = read_track(find_track(Path("film.mp4"), AUDIO), ["-ac", "1", "-ar", "1000", "-f", "s16le"])
@@ -284,7 +368,7 @@ def test_sound_stays_with_its_shot(write):
 @pytest.mark.parametrize(
     ("lines", "problem"),
     [
-        ([FOX, ON, TALK], "--concat: line 3 makes 960 x 960 at 25 fps, line 1 960 x 960 at 24 fps; give all"),
+        ([FOX, ON, FOX | {"resolution": "480P"}], "--concat: line 3 makes 640 x 640, line 1 960 x 960; give all lines"),
         ([FOX | {"resolution": "480P"}, ON, FOX], "--concat: line 3 makes"),
         ([FOX, ON | {"include_input": True}], "--concat: line 2 would have the frames of line 1 in the film again"),
         ([FOX, FOX | {"output": "film.mp4"}], "--concat: film.mp4 is the output of line 2; give another name"),
@@ -296,7 +380,7 @@ def test_what_cannot_be_one_film(write, lines, problem):
     if len(lines) == 1:
         Path("film.mp4").touch()
     with pytest.raises(UserError) as error:
-        check_film(Path("film.mp4"), jobs)
+        check_film(Path("film.mp4"), jobs, {})
     assert str(error.value).startswith(problem)
 
 

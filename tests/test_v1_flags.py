@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from skyreels_v3.cli import parse_flags, parse_request
 from skyreels_v3.errors import UserError
+from skyreels_v3.inputs import open_inputs
 from skyreels_v3.outputs import free_name
 
 T2V = ["--task_type", "t2v", "--prompt", "FPS-24, A cat"]
@@ -123,8 +125,9 @@ def test_cache(text, threshold):
         (["--guidance_scale", "1", "--negative_prompt", "blur"],
          "--negative_prompt is not used: it needs --guidance_scale above 1", ["--guidance_scale", "1"]),
         (["--parameters_level"], "--parameters_level is not used: it needs --offload", []),
-        (["--height", "720"], "--width is not given: it is 960", ["--height", "720", "--width", "960"]),
-        (["--width", "720"], "--height is not given: it is 544", ["--height", "544", "--width", "720"]),
+        (["--height", "720"], "--width is not given: it is 1264, by", ["--height", "720", "--width", "1264"]),
+        (["--width", "720"], "--height is not given: it is 416, by", ["--height", "416", "--width", "720"]),
+        (["--height", "32"], "--width is not given: it is 64, by", ["--height", "32", "--width", "64"]),
     ],
 )  # fmt: skip
 def test_what_v1_does_nothing_with_is_noted(flags, note, same):
@@ -136,9 +139,33 @@ def test_what_v1_does_nothing_with_is_noted(flags, note, same):
         parse_request(["--task_type", "reference_to_video", "--ref_imgs", "a.png", "--prompt", "a", *flags])
 
 
-def test_one_side_of_a_picture():
-    request = parse_request([*I2V, "--height", "960"])
-    assert (request.height, request.width) == (960, 960)
+def test_one_side_of_the_built_in_models_size():
+    request = parse_request([*T2V, "--model_id", "tiny", "--width", "320"])
+    assert (request.height, request.width) == (192, 320)  # as 96 x 160
+
+
+@pytest.mark.parametrize(
+    ("flags", "size"),
+    [
+        (["--height", "64"], (64, 96)),
+        (["--width", "64"], (48, 64)),
+        (["--width", "960", "--model_id", "tiny"], (640, 960)),
+    ],
+)
+def test_one_side_of_a_picture(tmp_path, flags, size):
+    """The other one follows the picture, here 3 x 2."""
+    Image.new("RGB", (300, 200)).save(tmp_path / "a.png")
+    request = parse_request([*I2V, *flags, "--image", str(tmp_path / "a.png")])
+    opened, _ = open_inputs(request, tmp_path)
+    assert (opened.height, opened.width) == size
+    assert opened.notes[-1].endswith("by the shape of the picture")
+
+
+def test_one_side_of_a_long_picture(tmp_path):
+    Image.new("RGB", (3000, 100)).save(tmp_path / "a.png")
+    request = parse_request([*I2V, "--height", "1280", "--image", str(tmp_path / "a.png")])
+    with pytest.raises(UserError, match="--height: 2048 x 1280 is 2,621,440 pixels; give a size of at most"):
+        open_inputs(request, tmp_path)
 
 
 def test_the_old_name_makes_a_t2v_where_no_task_is_named(tmp_path):

@@ -31,7 +31,7 @@ from skyreels_v3.checkpoints.files import errors_about, open_safetensors, read_j
 from skyreels_v3.checkpoints.hub import LORA_CONFIG
 from skyreels_v3.checkpoints.key_maps import KeyMap, translate
 from skyreels_v3.checkpoints.load import Tensors, check_dtypes, name_some, read_safetensors
-from skyreels_v3.errors import UserError
+from skyreels_v3.errors import UserError, counted
 from skyreels_v3.request import Lora
 
 logger = logging.getLogger(__name__)
@@ -273,10 +273,11 @@ def apply_loras(model: Any, loras: Sequence[Lora], fuse: bool) -> None:
     for lora in loras:
         changes, left_out = read_lora(Path(lora.source), shapes, model.native_names, lora.partial)
         way = "fused" if fuse else "live"
-        logger.info("LoRA %s: %d weights, scale %g, %s", lora.source, len(changes), lora.scale, way)
+        logger.info("LoRA %s: %s, scale %g, %s", lora.source, counted(len(changes), "weight"), lora.scale, way)
         if left_out:
-            message = "LoRA %s: %d entries are left out, the model has nothing for %s"
-            logger.warning(message, lora.source, len(left_out), name_some(left_out))
+            entries = counted(len(left_out), "entry is", "entries are")
+            message = "LoRA %s: %s left out, the model has nothing for %s"
+            logger.warning(message, lora.source, entries, name_some(left_out))
         state: Tensors = {}
         for name, made in changes.items():
             down, layer = made[0].down, name.removesuffix(".weight")

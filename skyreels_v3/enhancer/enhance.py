@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import logging
 import re
+import unicodedata
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from skyreels_v3.cache import FileCache, cache_folder, identity_of
 from skyreels_v3.checkpoints.hub import ENHANCER, cached
 from skyreels_v3.enhancer.question import EnhancerError, Question
 from skyreels_v3.errors import UserError, one_line
-from skyreels_v3.inputs import Inputs, condition_clip
+from skyreels_v3.inputs import Inputs, last_pictures
 from skyreels_v3.media.image import encode_image
 from skyreels_v3.media.video_reader import read_frames
 from skyreels_v3.prompts import AUTO, TAG, model_prompt, texts, transitions
@@ -26,13 +27,29 @@ from skyreels_v3.request import ENHANCER_LOCAL, Request
 logger = logging.getLogger(__name__)
 
 MAX_SIDE = 512  # pixels of a picture that the enhancer sees
-CLIP_FRAMES = 3  # of those that the video goes on from
 MAX_LENGTH = 2000  # characters of an answer, far more than the rules ask for
 THOUGHTS = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
 NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and halves of others
 NAMED = re.compile(r"\s*\[?(\w+)\]?[\s:.-]*")  # a transition, at the beginning of an answer
-QUOTED = re.compile(r'"([^"]+)"|\u201c([^\u201d]+)\u201d|\u00ab([^\u00bb]+)\u00bb|(?<!\w)\'([^\']+)\'(?!\w)')
-WORD = re.compile(r"[^\W\d_][\w-]*")
+QUOTED = re.compile(
+    r'"([^"]+)"|\u201c([^\u201d]+)\u201d|\u201e([^\u201c\u201d]+)[\u201c\u201d]|\u00ab([^\u00bb]+)\u00bb'
+    r"|(?<!\w)'([^']+)'(?!\w)|\u2018(.+?)\u2019(?!\w)"
+)
+# initials and abbreviations with dots, or letters with hyphens and apostrophes between them
+WORD = re.compile(r"[^\W\d_](?:\.[^\W\d_](?!\w))+|[^\W\d_]\w*(?:['\u2019\u2010\u2011-]\w+)*['\u2019]?")
+ENDING = re.compile(r"['\u2019](?:s|m|d|ll|re|ve)?$")  # Anna's, I'm
+ABBREVIATED = re.compile(r"(?<!\w)(?:[^\W\d_]|St|Dr|Mrs?|Ms|Mt|Prof|Jr|Sr|Capt|Gen|Lt|Sgt|Col|Rev|Gov|Sen)\.\s*$")
+NO_NAMES = frozenset(
+    "a an the i it he she they we you his her their its my our your this that these those there here what who where "
+    "when while then everyone everybody someone somebody nobody nothing something everything one two three all both "
+    "each another today tonight let in on at as and but or with from to of for by after before "
+    "pov tv hd uhd hdr cgi vfx dslr fps".split()
+)
+GERMAN = frozenset(("und", "der", "das", "dem", "ein", "eine", "einen", "einem", "einer"))  # nouns have capitals there
+TITLE = 4  # so many capitals, and no longer word without one: A Title Has Them Everywhere
+TYPEWRITTEN = str.maketrans(
+    dict.fromkeys("\u2018\u2019", "'") | dict.fromkeys("\u201c\u201d", '"') | dict.fromkeys("\u2010\u2011", "-")
+)
 SENTENCE_START = re.compile(r"(^|[.!?:;\]\n])[\s\"'(\u201c\u2018\u00ab]*$")
 
 
@@ -122,8 +139,7 @@ def pictures_of(request: Request, inputs: Inputs) -> list[Image.Image]:
         return [*inputs.images]
     if not request.condition_frames:  # it is dubbed
         return [Image.fromarray(next(read_frames(inputs.clip.path, request.task.fps)))]
-    frames = condition_clip(request, inputs)
-    return [Image.fromarray(frames[int(index)]) for index in np.linspace(0, len(frames) - 1, CLIP_FRAMES)]
+    return last_pictures(request, inputs)
 
 
 def small_jpeg(picture: Image.Image) -> bytes:
@@ -155,19 +171,55 @@ def read_answer(request: Request, answer: str) -> tuple[str, tuple[str, ...]]:
         raise EnhancerError(f"the answer has {len(text)} characters, more than {MAX_LENGTH}")
     if sorted(TAG.findall(text)) != sorted(TAG.findall(given)):
         raise EnhancerError("the answer has other tags than the prompt")
-    lost = [each for each in to_keep(given) if re.search(rf"(?<!\w){re.escape(each)}(?!\w)", text) is None]
+    found = plain(text)
+    lost = [each for each, pattern in to_keep(given).items() if pattern.search(found) is None]
     if lost:
         raise EnhancerError(f"the answer has lost {one_line(', '.join(lost[:3]))}")
     return model_prompt(request.task, text, transition)
 
 
-def to_keep(prompt: str) -> list[str]:
-    """What a new prompt must still have: words in quotes, and names, which begin with a capital within a sentence."""
+def to_keep(prompt: str) -> dict[str, re.Pattern[str]]:
+    """What a new prompt must still have, and what finds it there in `plain` text: words in quotes, and names."""
+    prompt = unicodedata.normalize("NFC", prompt)
     quoted = [next(filter(None, match.groups())).strip() for match in QUOTED.finditer(prompt)]
-    rest = QUOTED.sub(" , ", TAG.sub("]", prompt))
-    names = [
-        word[0]
-        for word in WORD.finditer(rest)
-        if word[0][0].isupper() and word[0] != "I" and SENTENCE_START.search(rest[: word.start()]) is None
-    ]
-    return [*dict.fromkeys((*quoted, *names))]
+    patterns = {text: whole(re.escape(plain(text))) for text in quoted}
+    return patterns | {name: pattern_of(name) for name in names_in(QUOTED.sub(" , ", TAG.sub("]", prompt)))}
+
+
+def names_in(text: str) -> Iterator[str]:
+    """Names, which are words with a capital.
+
+    At the beginning of a sentence something more has to say that a word is one: a capital within it, a possessive, or a
+    verb behind it that hardly follows a noun without an article. None are known where all words or nouns have capitals.
+    """
+    words = [(ENDING.sub("", match[0]), match) for match in WORD.finditer(text)]
+    plain_words = {word for word, _ in words if word.islower()}
+    if sum(word[0].isupper() for word, _ in words) >= TITLE and not any(len(word) > 3 for word in plain_words):
+        return
+    if len(GERMAN & plain_words) > 1:
+        return
+    for word, match in words:
+        before, behind = text[: match.start()], text[match.end() :]
+        if len(word) == 1 or word.lower() in NO_NAMES or word.islower():
+            continue
+        begins = SENTENCE_START.search(before) is not None and ABBREVIATED.search(before) is None
+        owns = match[0] != word
+        acts = (following := WORD.match(behind.lstrip())) is not None and following[0] in texts()["after_names"]
+        if not begins or owns or acts or not word[1:].islower():
+            yield word
+
+
+def pattern_of(name: str) -> re.Pattern[str]:
+    """A name, with or without its dots, hyphens and accents, or in the plural; capitals count in abbreviations only."""
+    pieces = map(re.escape, re.findall(r"\w+", plain(name)))
+    return whole(r"\W{0,2}".join(pieces) + "s?", 0 if name.isupper() else re.IGNORECASE)
+
+
+def whole(pattern: str, flags: int = 0) -> re.Pattern[str]:
+    return re.compile(rf"(?<!\w){pattern}(?!\w)", flags)
+
+
+def plain(text: str) -> str:
+    """A text without accents, and with the apostrophes, quotes and hyphens of a keyboard."""
+    letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return "".join(letters).translate(TYPEWRITTEN)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from skyreels_v3.errors import format_value
+from skyreels_v3.errors import counted, format_value
 from skyreels_v3.media.files import MediaError
 from skyreels_v3.media.voice import Spans
 
@@ -49,7 +49,7 @@ def read_turns(path: Path, speakers: int, seconds: float) -> tuple[Spans, ...]:
         turns.setdefault(name, []).append((begin, min(end, seconds)))
     if len(turns) != speakers:
         named = f" ({format_value(', '.join(turns))})" if turns else ""
-        raise MediaError(path, f"has {len(turns)} speakers{named}; give a file of {speakers}")
+        raise MediaError(path, f"has {counted(len(turns), 'speaker')}{named}; give a file of {speakers}")
     return tuple(sorted(turns.values(), key=min))
 
 

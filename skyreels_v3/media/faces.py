@@ -1,24 +1,40 @@
-"""Where two speakers are in a portrait, by the faces that scikit-image finds."""
+"""Faces that scikit-image finds: where two speakers are in a portrait, and how large those in a shot are."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from skyreels_v3.errors import UserError
+from skyreels_v3.errors import UserError, counted
 from skyreels_v3.media.image import full_size
-from skyreels_v3.packages import check_packages
+from skyreels_v3.packages import check_packages, has_packages
 
+PACKAGE, MODULE = "scikit-image", "skimage"
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels
 
 SEARCHED = 1024  # pixels of the longer side that faces are searched in
-SMALLEST = 14  # times that a face fits into the shorter side
+SMALLEST, LARGE = 1 / 14, 1 / 5  # shares of a picture's shorter side: faces that are found, that fill a shot
 SPEAKERS = 2
+
+
+class Face(NamedTuple):
+    """A face: its middle (x, y) as shares of the picture's sides, its side as one of the shorter of them."""
+
+    middle: np.ndarray
+    side: float
 
 
 def check_faces() -> None:
     """Raise UserError if nothing on this machine finds faces."""
-    check_packages("--speaker_boxes", "scikit-image", "skimage", value="auto", otherwise="give the boxes")
+    check_packages("--speaker_boxes", PACKAGE, MODULE, value="auto", otherwise="give the boxes")
+
+
+def can_find_faces() -> bool:
+    """Whether something on this machine finds faces."""
+    return has_packages(MODULE)
 
 
 def divide(picture: Image.Image) -> tuple[Box, ...]:
@@ -27,9 +43,9 @@ def divide(picture: Image.Image) -> tuple[Box, ...]:
     Raises:
         UserError: there are not two faces.
     """
-    faces = find_faces(picture)
+    faces = [face.middle for face in find_faces(picture)]
     if len(faces) != SPEAKERS:
-        reason = f"auto: {len(faces)} faces are found in the portrait, which should be {SPEAKERS}"
+        reason = f"auto: finds {counted(len(faces), 'face')} in the portrait, which should have {SPEAKERS}"
         raise UserError("--speaker_boxes", f"{reason}; give the boxes, or leave it out for the portrait's halves")
     sides = np.array(full_size(picture))
     axis = int(np.argmax(np.abs(faces[1] - faces[0]) * sides))
@@ -40,17 +56,23 @@ def divide(picture: Image.Image) -> tuple[Box, ...]:
     return (0, 0, width, cut), (0, cut, width, height)
 
 
-def find_faces(picture: Image.Image) -> list[np.ndarray]:
-    """The middles (x, y) of all faces, as shares of the picture's sides."""
+def largest_face(pictures: Iterable[Image.Image]) -> float:
+    """The side of the largest face in pictures, as a share of their shorter side; 0 if none is `LARGE`."""
+    return max((face.side for picture in pictures for face in find_faces(picture, LARGE)), default=0.0)
+
+
+def find_faces(picture: Image.Image, smallest: float = SMALLEST) -> list[Face]:
+    """All upright faces that look at the camera, with sides of at least so large a share of the shorter side."""
     from skimage.data import lbp_frontal_face_cascade_filename
     from skimage.feature import Cascade
 
     small = picture.convert("RGB")
     small.thumbnail((SEARCHED, SEARCHED))
     shorter = min(small.size)
-    least = max(24, shorter // SMALLEST)  # the detector was trained at 24
+    least = max(24, int(shorter * smallest))  # the detector was trained at 24
     found = Cascade(lbp_frontal_face_cascade_filename()).detect_multi_scale(
         img=np.asarray(small), scale_factor=1.2, step_ratio=1, min_size=(least, least), max_size=(shorter, shorter)
     )
     middles = [(face["c"] + face["width"] / 2, face["r"] + face["height"] / 2) for face in found]
-    return [np.array(middle) / small.size for middle in middles]
+    sides = [face["height"] / shorter for face in found]
+    return [Face(np.array(middle) / small.size, side) for middle, side in zip(middles, sides, strict=True)]

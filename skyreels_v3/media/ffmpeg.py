@@ -12,18 +12,19 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
-from subprocess import DEVNULL, TimeoutExpired
+from subprocess import DEVNULL, PIPE, TimeoutExpired
 from typing import IO
 
 from imageio_ffmpeg import get_ffmpeg_exe
 
 from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.media.files import MediaError
+from skyreels_v3.subprocesses import program
 
 MAX_FRAME_PIXELS = 40_000_000  # 8K has 35 million
 # Containers accepted as a clip. Pictures, text and playlists, which may name other files and URLs, are not.
@@ -164,10 +165,9 @@ def log_end(log: str | IO[bytes]) -> str:
 
 def run(arguments: list[str], timeout: float | None = None) -> tuple[int, bytes, str]:
     """Run ffmpeg to its end; returns its exit status, output and log. An exception kills it."""
-    # in a session of its own: Ctrl-C in the terminal reaches us only, and ffmpeg prints nothing
-    command = ffmpeg_command(arguments)
-    finished = subprocess.run(command, stdin=DEVNULL, capture_output=True, start_new_session=True, timeout=timeout)
-    return finished.returncode, finished.stdout, finished.stderr.decode(errors="replace")
+    with program(ffmpeg_command(arguments), stdin=DEVNULL, stdout=PIPE, stderr=PIPE) as process:
+        output, log = process.communicate(timeout=timeout)
+    return process.returncode, output, log.decode(errors="replace")
 
 
 @contextmanager
@@ -179,20 +179,13 @@ def ffmpeg_process(
     Raises:
         RuntimeError: it fails. The message is "ffmpeg could not <purpose>: <the end of its log>".
     """
-    with tempfile.TemporaryFile() as log:
-        # a session of its own: Ctrl-C in the terminal must not reach an encoder before its file is complete
-        command = ffmpeg_command(arguments)
-        process = subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=log, start_new_session=True)
-        try:
-            yield process
-            if process.wait():
-                raise RuntimeError(f"ffmpeg could not {purpose}: {log_end(log)}")
-        finally:
-            process.kill()
-            process.wait()
-            for pipe in filter(None, (process.stdin, process.stdout)):
-                with suppress(OSError):  # what is left to be written to a process that is gone
-                    pipe.close()
+    with (
+        tempfile.TemporaryFile() as log,
+        program(ffmpeg_command(arguments), stdin=stdin, stdout=stdout, stderr=log) as process,
+    ):
+        yield process
+        if process.wait():
+            raise RuntimeError(f"ffmpeg could not {purpose}: {log_end(log)}")
 
 
 def write_file(arguments: list[str], purpose: str) -> None:

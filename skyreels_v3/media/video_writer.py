@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from skyreels_v3.errors import counted
 from skyreels_v3.media.audio import downmix_filters
 from skyreels_v3.media.ffmpeg import AUDIO, VIDEO, ffmpeg_process, find_track, input_options, log_end, run, write_file
 from skyreels_v3.media.files import publish, remove, temporary_name
@@ -180,7 +181,7 @@ def write_frames(
             path = publish(temporary, final, partial=failure is not None)
             if failure is None:
                 return path
-            logger.warning("not finished; the first %d frames are in %s", queue.added, path)
+            logger.warning("not finished; the first %s in %s", counted(queue.added, "frame is", "frames are"), path)
     except (RuntimeError, OSError) as error:
         if failure is None or isinstance(failure, BrokenPipeError):  # ffmpeg's own error says more
             raise

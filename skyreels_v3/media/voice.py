@@ -11,11 +11,11 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 
 import numpy as np
 from imageio_ffmpeg import get_ffmpeg_exe
@@ -24,6 +24,7 @@ from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.media.audio import SAMPLE_RATE, mix, read_audio
 from skyreels_v3.media.ffmpeg import log_end
 from skyreels_v3.packages import check_packages, has_packages
+from skyreels_v3.subprocesses import program
 
 logger = logging.getLogger(__name__)
 
@@ -145,13 +146,14 @@ def run_program(
 ) -> None:
     """Run a program, with `text` on its standard input, to its end; an exception kills it.
 
+    What it has started, and left behind, ends with it.
+
     Raises:
         UserError: it fails; says `problem`, the end of its log and `remedy`.
     """
-    # in a session of its own: Ctrl-C in the terminal reaches us only
-    finished = subprocess.run(
-        command, input=text.encode(), capture_output=True, start_new_session=True, env=os.environ | environment
-    )
-    if finished.returncode:
-        log = format_value(log_end(finished.stderr.decode(errors="replace")))
-        raise UserError(flag, f"{problem} ({log}); {remedy}")
+    with tempfile.TemporaryFile() as log:  # no pipe: what is left behind may hold its other end
+        streams = {"stdin": PIPE, "stdout": DEVNULL, "stderr": log}
+        with program(command, env=os.environ | environment, **streams) as process:
+            process.communicate(text.encode())
+        if process.returncode:
+            raise UserError(flag, f"{problem} ({format_value(log_end(log))}); {remedy}")

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skyreels_v3.errors import counted
 from skyreels_v3.memory.offload import on_device, replace_tensors
 from skyreels_v3.memory.policy import STREAM_SLOTS, resident_blocks
 
@@ -116,7 +117,9 @@ class BlockStream:
             view.copy_(tensor.detach())  # before pinning: several threads copy, and so allocate the pages
         if not self.pin(buffer):
             left = len(self.streamed) - len(self._host)
-            logger.warning("no more host memory can be pinned; %d blocks stream unpinned", left)
+            logger.warning(
+                "no more host memory can be pinned; %s unpinned", counted(left, "block streams", "blocks stream")
+            )
             self.pin = None
             return None
         assign(block, packed)

@@ -1,1 +1,1 @@
-"""A page and an HTTP API for the same engine: an optional extra, `pip install .[web]`."""
+"""A page and an HTTP API for the same engine: an optional extra, `pip install ".[web]"`."""

@@ -18,6 +18,8 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse
+from starlette.staticfiles import NotModifiedResponse, StaticFiles
+from starlette.types import Message, Receive, Scope, Send
 
 from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.media.files import is_full
@@ -45,6 +47,7 @@ EVENT_SECONDS = 0.5  # between looks at a job
 PING_SECONDS = 15
 EXTENSIONS = tuple(name for name in TASK_NAMES if task_spec(name).condition_frames)
 KINDS = {"video": "video/mp4", "partial": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg"}
+GONE = "there is no such file of this video"
 ERROR = {"error": {"message": "", "type": "", "param": None, "code": ""}}
 
 
@@ -291,7 +294,10 @@ class Api:
     async def preview(self, id: str, request: Request, number: int = 0) -> Response:
         """The newest preview of a video that is being made; `number` only keeps caches from showing an older one."""
         job = await self.find(id, owner_of(request))
-        return await send_file(job.preview, "image/png", request)
+        try:  # in one piece: the next one may take its place
+            return Response(await run_in_threadpool(job.preview.read_bytes), media_type="image/png")
+        except OSError:
+            raise ApiError(404, GONE, "variant") from None
 
     # Events
 
@@ -372,18 +378,46 @@ def event(name: str, content: dict[str, Any]) -> ServerSentEvent:
     return ServerSentEvent(json.dumps(content), event=name)
 
 
-async def send_file(path: Path, kind: str, request: Request, name: str | None = None) -> Response:
-    """A file, or the range of it that is asked for; raises ApiError."""
+class SentFile(FileResponse):
+    """A file that may be deleted before it is sent; headers wait for its first bytes."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        waiting: list[Message] = []
+
+        async def send_later(message: Message) -> None:
+            waiting.append(message)
+            if message["type"] != "http.response.start":
+                for each in waiting:
+                    await send(each)
+                waiting.clear()
+
+        try:
+            await super().__call__(scope, receive, send_later)
+        except FileNotFoundError:
+            logger.info("%s was deleted before it could be sent", Path(self.path).name)
+            await response_of(ApiError(404, GONE, "variant"))(scope, receive, send)
+
+
+async def send_file(path: Path, kind: str, request: Request, name: str) -> Response:
+    """A file, or the range of it that is asked for, unless the client has it already; raises ApiError."""
     try:
         status = await run_in_threadpool(path.stat)
     except OSError:
-        raise ApiError(404, "there is no such file of this video", "variant") from None
-    asked = request.headers.get("range")
-    if asked is not None and not is_satisfiable(asked, status.st_size):
+        raise ApiError(404, GONE, "variant") from None
+    made = SentFile(path, media_type=kind, filename=name, stat_result=status, content_disposition_type="inline")
+    if StaticFiles(check_dir=False).is_not_modified(made.headers, request.headers):
+        return NotModifiedResponse(made.headers)
+    if (asked := request.headers.get("range")) is None:
+        return made
+    unit, version = asked.partition("=")[0].strip().lower(), request.headers.get("if-range")
+    if unit != "bytes" or version not in (None, made.headers["etag"], made.headers["last-modified"]):
+        # to be ignored: of another unit, or of another version of the file
+        request.scope["headers"] = [(key, value) for key, value in request.scope["headers"] if key != b"range"]
+    elif not is_satisfiable(asked, status.st_size):
         raise ApiError(
             416, "Range is not one range of bytes in the file", headers={"Content-Range": f"bytes */{status.st_size}"}
         )
-    return FileResponse(path, media_type=kind, filename=name, stat_result=status, content_disposition_type="inline")
+    return made
 
 
 def is_satisfiable(asked: str, size: int) -> bool:

@@ -9,6 +9,7 @@ from http import HTTPStatus
 from starlette.responses import JSONResponse
 
 from skyreels_v3.errors import FLAG, UserError, format_value, one_line, redact
+from skyreels_v3.request import FLAGS
 
 TYPES = {429: "rate_limit_error", 401: "authentication_error", 403: "permission_error"}
 CODES = {
@@ -58,7 +59,12 @@ def response_of(error: ApiError) -> JSONResponse:
 
 def text_of(error: ApiError) -> str:
     """The message of an error, with the names of its fields."""
-    return one_line(redact(FLAG.sub(r"\1", error.message)))
+    return one_line(redact(as_fields(error.message)))
+
+
+def as_fields(text: str) -> str:
+    """A text about flags as the API has it: with the names of their fields."""
+    return FLAG.sub(r"\1", text)
 
 
 def from_user_error(error: UserError, fields: Mapping[str, str], status: int = 400) -> ApiError:
@@ -78,6 +84,13 @@ def from_user_error(error: UserError, fields: Mapping[str, str], status: int = 4
 def from_status(status: int, detail: str, headers: Mapping[str, str] | None = None) -> ApiError:
     """An error of the framework's."""
     return ApiError(status, without_paths(detail) or HTTPStatus(status).phrase, headers=headers)
+
+
+def for_clients(text: str) -> str:
+    """An error of a worker's without advice on flags that no client may set; those that are left keep their dashes."""
+    what, *advice = text.split("; ")
+    can_set = {flag.name for flag in FLAGS if flag.is_for_clients}
+    return "; ".join([what, *(part for part in advice if can_set.issuperset(FLAG.findall(part)))])
 
 
 def without_paths(text: str) -> str:

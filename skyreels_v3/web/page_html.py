@@ -7,7 +7,7 @@ from html import escape
 from time import monotonic_ns
 from typing import Any
 
-from skyreels_v3.forms import label_of, title_of
+from skyreels_v3.forms import label_of, title_of, without_dashes
 from skyreels_v3.media.files import giga
 from skyreels_v3.web.queue import Job, State
 from skyreels_v3.web.settings import Settings
@@ -152,7 +152,7 @@ def card(job: Job, chosen: bool, settings: Settings) -> str:
         ]
     else:
         why = error_of(job) if job.state is State.FAILED else None
-        text = f": {why['message']}" if why else ""
+        text = f": {without_dashes(why['message'])}" if why else ""
         head, buttons = f'<p class="ended"><b>{ENDS[job.state]}</b>{escape(text)}</p>', [reload, delete]
         if job.partial.exists():
             head += player(f"{content(job)}?variant=partial", "The windows that were finished", "metadata")

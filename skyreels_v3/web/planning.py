@@ -11,13 +11,12 @@ import json
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from skyreels_v3.errors import UserError
-from skyreels_v3.web.subprocesses import module_environment
+from skyreels_v3.subprocesses import kill, module_environment
 
 IDLE_SECONDS = 300.0  # then the process is ended, which frees its memory
 
@@ -80,8 +79,7 @@ class Planner:
         """End the process, and return it."""
         process, self.process = self.process, None
         if process is not None:
-            with suppress(ProcessLookupError):
-                process.kill()
+            kill(process)
         return process
 
     async def close(self) -> None:

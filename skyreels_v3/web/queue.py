@@ -22,7 +22,7 @@ from pathlib import Path
 from threading import Lock, RLock
 from typing import IO, Any
 
-from skyreels_v3.errors import UserError, format_value
+from skyreels_v3.errors import UserError, counted, format_value
 from skyreels_v3.media.files import lock, reason_of
 from skyreels_v3.resume import state_folders
 
@@ -467,9 +467,10 @@ class Queue:
     def _check_limits(self, db: sqlite3.Connection, owner: str) -> None:
         waiting = "SELECT COUNT(*) FROM jobs WHERE state IN ('queued', 'in_progress')"
         if db.execute(waiting).fetchone()[0] >= self.max_jobs:
-            raise QueueFull(f"{self.max_jobs} jobs are waiting or running; try again later")
+            raise QueueFull(f"{counted(self.max_jobs, 'job is', 'jobs are')} waiting or running; try again later")
         if db.execute(f"{waiting} AND owner = ?", (owner,)).fetchone()[0] >= self.max_owner_jobs:
-            raise QueueFull(f"{self.max_owner_jobs} of your jobs are waiting or running; wait for one to end")
+            jobs = counted(self.max_owner_jobs, "of your jobs is", "of your jobs are")
+            raise QueueFull(f"{jobs} waiting or running; wait for one to end")
 
     def _cancel(self, db: sqlite3.Connection, id: str) -> None:
         ended = f"state = '{State.CANCELLED}', ended = ?"

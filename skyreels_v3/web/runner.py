@@ -28,7 +28,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from skyreels_v3 import throughput
-from skyreels_v3.checks import request_of
+from skyreels_v3.checks import parse_lora, request_of
 from skyreels_v3.cli import job_flags
 from skyreels_v3.console import escape_unknown, set_up_logging
 from skyreels_v3.errors import OutOfMemory, UserError, cause_of, one_line, redact
@@ -39,6 +39,7 @@ from skyreels_v3.parallel.launch import USER_ERROR, launch
 from skyreels_v3.parallel.ranks import SINGLE, Ranks, ranks_of
 from skyreels_v3.plan import Plan
 from skyreels_v3.preview import Preview, Projection, png
+from skyreels_v3.request import BY_NAME
 from skyreels_v3.resolve import downloads_folder
 from skyreels_v3.web.queue import Job, Progress, Queue, State, lock_worker
 from skyreels_v3.worker import Worker
@@ -274,6 +275,8 @@ class Runner:
             try:
                 request = request_of(job_flags(job.flags, self.flags, str(job.folder)))
                 request = replace(request, output=job.video, outdir=None, frame_folder=False, resume_if_same=True)
+                flags, given = without_folders(request.flags), without_folders(request.given)
+                request = replace(request, flags=flags, given=given)
                 checked = self.worker.resolve(request, downloads, str(self.jobs))
             except Exception:  # on all ranks
                 self.in_step = True
@@ -290,6 +293,19 @@ class Runner:
         stages = {name: round(taken, 1) for name, taken in usage.seconds.items()}
         facts = {"seconds": round(monotonic() - start, 1), "stages": stages, "peak_bytes": usage.peak_bytes}
         return facts if video.quality is None else facts | {"quality": video.quality.figures()}
+
+
+def without_folders(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags as a client may read them in its video: of paths on this machine the name alone; hubs' ids as they are."""
+
+    def name_of(entry: str) -> str:
+        path = os.path.expanduser(parse_lora(entry).source)  # without a scale, which others have not
+        return os.path.basename(entry.rstrip("/")) if os.path.isabs(path) or os.path.exists(path) else entry
+
+    def named(value: Any) -> Any:
+        return [*map(name_of, value)] if isinstance(value, list) else name_of(value)
+
+    return {name: named(value) if BY_NAME[name].path else value for name, value in flags.items()}
 
 
 def end_with_parent() -> None:

@@ -19,13 +19,11 @@ from threading import Event, Thread
 from time import monotonic
 from typing import Any
 
-import psutil
-
-from skyreels_v3.errors import UserError
+from skyreels_v3.errors import UserError, counted
 from skyreels_v3.parallel.processes import GRACE
+from skyreels_v3.subprocesses import kill, module_environment
 from skyreels_v3.web.queue import Job, Queue, lock_worker
 from skyreels_v3.web.retention import Retention
-from skyreels_v3.web.subprocesses import module_environment
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +82,9 @@ def group_size(gpus: Sequence[str], wanted: int | None) -> int:
     if wanted is None and not gpus:
         raise UserError("--use_usp", "this machine has no GPUs to divide a video among; give --gpu_num as well")
     if wanted is not None and gpus and wanted > len(gpus):
-        raise UserError("--gpu_num", f"{wanted}: this machine has {len(gpus)} GPUs; give {len(gpus)} at most")
+        raise UserError(
+            "--gpu_num", f"{wanted}: this machine has {counted(len(gpus), 'GPU')}; give {len(gpus)} at most"
+        )
     return wanted or len(gpus)
 
 
@@ -219,17 +219,6 @@ def close_stdin(process: subprocess.Popen[bytes]) -> None:
     assert process.stdin is not None
     with suppress(OSError):
         process.stdin.close()
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process with all that it has started, such as the other ranks."""
-    children = []
-    with suppress(psutil.NoSuchProcess):
-        children = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    for child in children:
-        with suppress(psutil.NoSuchProcess):
-            child.kill()
 
 
 def reason_of_end(code: int) -> str:

@@ -9,7 +9,7 @@ from skyreels_v3.checks import request_of
 from skyreels_v3.cli import convert_flags
 from skyreels_v3.errors import UserError
 from skyreels_v3.request import GenerationRequest
-from skyreels_v3.web.errors import without_paths
+from skyreels_v3.web.errors import as_fields, for_clients, without_paths
 from skyreels_v3.web.queue import Job, State
 from skyreels_v3.web.retention import DAY_SECONDS
 from skyreels_v3.web.settings import Settings
@@ -36,7 +36,7 @@ def video_of(job: Job, settings: Settings) -> dict[str, Any]:
     """The Video object; beyond OpenAI's fields there is `details`."""
     request, facts = request_of_job(job), job.facts or {}
     model = job.flags.get("model_id") or (request.model_id if request is not None else "")
-    state = State.FAILED if job.state is State.CANCELLED else job.state
+    state, error = State.FAILED if job.state is State.CANCELLED else job.state, error_of(job)
     return {
         "id": job.id,
         "object": "video",
@@ -50,7 +50,7 @@ def video_of(job: Job, settings: Settings) -> dict[str, Any]:
         "seconds": seconds_of(job, request),
         "size": size_of(job, request),
         "remixed_from_video_id": job.parent or None,
-        "error": error_of(job),
+        "error": error and {**error, "message": as_fields(error["message"])},
         "details": {
             "task_type": job.flags.get("task_type"),
             "seed": facts.get("seed", job.flags.get("seed")),
@@ -103,15 +103,16 @@ def size_of(job: Job, request: GenerationRequest | None) -> str:
         return f"{facts['width']}x{facts['height']}"
     if request is None:
         return ""
-    return f"{request.width}x{request.height}" if request.height else request.resolution
+    return f"{request.width}x{request.height}" if request.height and request.width else request.resolution
 
 
 def error_of(job: Job) -> dict[str, str] | None:
-    """Why there is no video."""
+    """Why there is no video; flags in the message have dashes, see `ApiError`."""
     if job.state is State.CANCELLED:
         return {"code": "cancelled", "message": "it was cancelled"}
     if job.state is not State.FAILED:
         return None
     code, message = job.error or ("failed", "it failed")
     folder = str(job.folder)
-    return {"code": code, "message": without_paths(message.replace(f"{folder}/", "").replace(folder, ""))}
+    message = without_paths(message.replace(f"{folder}/", "").replace(folder, ""))
+    return {"code": code, "message": for_clients(message)}

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import librosa
 import numpy as np
+import psutil
 import pytest
 import soundfile
 import torch
@@ -19,6 +23,12 @@ from skyreels_v3.media.files import MediaError
 from tests.conftest import ASSETS
 
 RATE = 16_000
+
+
+class Interrupted(BaseException):
+    """Like KeyboardInterrupt, but pytest goes on."""
+
+
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
 
 
@@ -151,6 +161,29 @@ def test_kokoro_speaks_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert voice.speak("hello", None, tmp_path).read_text("utf-8") == "af_hearthello"
 
 
+@pytest.mark.parametrize(("end", "error"), [("exit 1", UserError), ("kill -9 $$", UserError), ("wait", Interrupted)])
+def test_what_a_program_has_started_ends_with_it(tmp_path: Path, end: str, error: type[BaseException]) -> None:
+    """Also if it has ended itself, or was killed: nobody waits for what it leaves behind."""
+    file = tmp_path / "pid"
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 1)
+    try:
+        with pytest.raises(error):
+            voice.run_program(["sh", "-c", f"sleep 60 & echo $! >{file}; {end}"], "--text", "it fails", "leave it out")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    with suppress(psutil.NoSuchProcess):
+        started, end_by = psutil.Process(int(file.read_text())), time.monotonic() + 5
+        while started.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < end_by
+            time.sleep(0.01)
+
+
 # speakers
 
 TURNS = """;; made by hand
@@ -181,7 +214,7 @@ GOOD = "SPEAKER a 1 0 1 <NA> <NA> x <NA> <NA>\n"
     ("content", "problem"),
     [
         (b"", "has 0 speakers; give a file of 2"),
-        (GOOD, r"has 1 speakers \(x\); give a file of 2"),
+        (GOOD, r"has 1 speaker \(x\); give a file of 2"),
         (GOOD + GOOD.replace(" x ", " y ") + GOOD.replace(" x ", " z "), r"has 3 speakers \(x, y, z\)"),
         (GOOD + "SPEAKER a 1 0 1 x\n", "line 2 is not SPEAKER and 8 or 9 more fields"),
         ("LEXEME a 1 0 1 <NA> <NA> x <NA> <NA>", "line 1 is not SPEAKER"),

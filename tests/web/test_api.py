@@ -242,6 +242,23 @@ def test_polling(served):
     assert error_of(served.client.get(f"/v1/videos/{id}/content"), 409)["message"].endswith("failed; it has no video")
 
 
+def test_a_failure_names_fields(served):
+    """As the API and the page call them, and none that only the server's user can set."""
+    from skyreels_v3.web.page_html import card
+    from skyreels_v3.web.settings import Settings
+
+    id = served.post()["id"]
+    served.queue.claim("0")
+    reason = (
+        "out of memory while denoising; --device cpu has more; ask for less with --low_vram, a smaller --num_frames"
+    )
+    served.queue.fail(id, "0", "out_of_memory", reason)
+    said = served.client.get(f"/v1/videos/{id}").json()["error"]["message"]
+    assert said == "out of memory while denoising; ask for less with low_vram, a smaller num_frames"
+    shown = card(served.job(id), False, Settings(served.folder))
+    assert "denoising; ask for less with low vram, a smaller frames" in shown and "--" not in shown
+
+
 def test_content(served):
     id = served.post(**SMALL)["id"]
     error_of(served.client.get(f"/v1/videos/{id}/content"), 409)

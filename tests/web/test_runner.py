@@ -16,8 +16,10 @@ import pytest
 from PIL import Image
 
 from skyreels_v3.media.video_reader import read_frames
+from skyreels_v3.media.video_writer import read_comment
 from skyreels_v3.preview import MAX_SIDE, Noisy, Projection, png
 from skyreels_v3.web.queue import FINAL, Job, Queue, State, lock_worker
+from skyreels_v3.web.runner import without_folders
 from tests.conftest import ASSETS, ROOT, files_in
 
 TOY = {"model_id": "tiny", "device": "cpu", "height": 32, "width": 48, "num_inference_steps": 3, "seed": 7}
@@ -109,6 +111,20 @@ def frames_of(path: Path) -> np.ndarray:
     return np.stack(list(read_frames(path, 24)))
 
 
+def test_what_a_video_says_of_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    flags = {
+        "model_id": "models", "transformer": f"{tmp_path}/secret/a.gguf", "base_model_id": "a/b", "prompt": "/a/b c",
+        "lora": ["owner/name:0.8", f"{tmp_path}/l.safetensors:0.5:partial"], "image": "~/i.png", "seed": 1,
+        "keyframes": [f"{tmp_path}/k.png@2.5"], "enhancer_model": f"{tmp_path}/models/",
+    }  # fmt: skip
+    assert without_folders(flags) == flags | {
+        "transformer": "a.gguf", "lora": ["owner/name:0.8", "l.safetensors:0.5:partial"], "image": "i.png",
+        "keyframes": ["k.png@2.5"], "enhancer_model": "models",
+    }  # fmt: skip
+
+
 @pytest.mark.slow
 def test_jobs_that_succeed_and_jobs_that_fail(queue, start):
     """One process makes them all; each model is loaded once; paths are relative to the job's folder."""
@@ -134,6 +150,9 @@ def test_jobs_that_succeed_and_jobs_that_fail(queue, start):
         assert failed.state == State.FAILED and failed.error[0] == "invalid_request"
         assert failed.error[1].startswith(message) and failed.error[1].isprintable()
     assert ended(queue, again).facts["seed"] == 8
+    said = [read_comment(queue.get(id).video) for id in (good, again)]
+    assert [json.loads(text)["flags"]["ref_imgs"] for text in said] == [["fox.png"]] * 2
+    assert not any(str(folder) in text for text in said for folder in (queue.folder, ROOT))
     assert process.poll() is None
     process.stdin.close()
     assert process.wait(100) == 130
