@@ -134,7 +134,12 @@ def compare(made: dict[str, Made], expected: dict[str, Made]) -> None:
 WAYS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...], str]] = {
     "2 by Ulysses": (2, (), tuple(JOBS), "ring 1 x Ulysses 2"),
     "2 by a ring, read by one": (2, ("--ring_degree", "2", "--broadcast_weights"), QUICK, "ring 2 x Ulysses 1"),
-    "3, weights divided": (3, ("--shard_weights",), (*QUICK, "two-odd", "fox-least", "cat-odd"), "ring 3 x Ulysses 1"),
+    "3, weights divided, read by one": (
+        3,
+        ("--shard_weights", "--broadcast_weights"),
+        (*QUICK, "two-odd", "fox-least", "cat-odd"),
+        "ring 3 x Ulysses 1",
+    ),
     "4 by both, streamed": (4, ("--ring_degree", "2", "--memory", "stream"), QUICK, "ring 2 x Ulysses 2"),
     "2 by Ulysses, all terms": (2, ("--cfg_degree", "1"), V1, "guidance 1 x ring 1 x Ulysses 2"),
     "4, guidance by 2": (4, ("--cfg_degree", "2", "--offload"), GUIDED, "guidance 2 x ring 1 x Ulysses 2"),
@@ -142,7 +147,13 @@ WAYS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...], str]] = {
 }
 
 
-EXTENDED = ("2 by Ulysses", "2 by Ulysses, all terms", "4, guidance by 2", "3, guidance by 3")
+EXTENDED = (
+    "2 by Ulysses",
+    "2 by a ring, read by one",
+    "2 by Ulysses, all terms",
+    "4, guidance by 2",
+    "3, guidance by 3",
+)
 
 
 @pytest.mark.parametrize(
