@@ -61,10 +61,11 @@ function render() {
 	if (wrong) mark(wrong);
 }
 
-function mark(notice, tries = 50) { // moves an error to its field, once the field's group is open
+function mark(notice, tries = 50) { // opens the group of an error's field, and moves the error there
 	const id = notice.dataset.field;
 	const field = document.getElementById(id);
 	const input = field?.querySelector('textarea, input:not([type=file]), button');
+	if (!field?.offsetParent) document.querySelector(`[id="${notice.dataset.group}"] > .label-wrap:not(.open)`)?.click();
 	if (!(input && field.offsetParent) && tries && notice.isConnected) return setTimeout(() => mark(notice, tries - 1), 100);
 	if (!input) return notice.removeAttribute('data-field'); // it is shown where it is
 	const error = Object.assign(document.createElement('p'), { className: 'field-error', id: `${id}-error`, textContent: notice.textContent });

@@ -186,7 +186,7 @@ class Page:
                 "api_visibility": "private",
                 "concurrency_limit": None,
             }
-            answer: Any = {form.notice, *form.folded.values()}
+            answer: Any = {form.notice}
             form.plan_button.click(for_form(form, self.plan), inputs, answer, **options)
             start = for_form(form, self.start)
             form.start_button.click(start, inputs | view, answer | shown, trigger_mode="once", **options)
@@ -248,13 +248,12 @@ class Page:
         return uploads if flag.several else uploads[0]
 
     def describe(self, form: Form, error: ApiError) -> dict[Any, Any]:
-        """Show an error in a form, and open the group that its field is in."""
+        """Show an error in a form, at its field."""
         name = error.param or ""
         if name not in {each.flag.name for each in form.fields}:
             return {form.notice: notice(without_dashes(error.message))}
         text = f"{label_of(name)}{without_dashes(error.message.removeprefix(name))}"
-        opened = {form.folded[name]: gr.Accordion(open=True)} if name in form.folded else {}
-        return {form.notice: notice(text, f"{form.task.name}-{name}"), **opened}
+        return {form.notice: notice(text, f"{form.task.name}-{name}", form.folded.get(name, ""))}
 
     # Jobs
 

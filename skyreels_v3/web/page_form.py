@@ -114,7 +114,7 @@ class Form:
     task: TaskSpec
     settings: Settings
     fields: list[Field] = field(default_factory=list)
-    folded: dict[str, gr.Accordion] = field(default_factory=dict)  # by the names of the flags in them
+    folded: dict[str, str] = field(default_factory=dict)  # ids of groups by the names of the flags in them
     notice: Any = None
     plan_button: Any = None
     start_button: Any = None
@@ -177,10 +177,10 @@ class Form:
     def build_group(self, name: str, flags: list[Flag]) -> None:
         """A folded group of flags."""
         id = f"{self.task.name}-{name.lower().replace(' ', '-')}"
-        with gr.Accordion(name, open=False, elem_id=id) as group, gr.Row(elem_classes="numbers"):
+        with gr.Accordion(name, open=False, elem_id=id), gr.Row(elem_classes="numbers"):
             for flag in flags:
                 self.add(flag)
-                self.folded[flag.name] = group
+                self.folded[flag.name] = id
 
     def has(self, flag: Flag) -> bool:
         """Whether the form has a flag: of the task, for a client to set, and no other spelling of another one."""

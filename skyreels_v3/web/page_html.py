@@ -29,9 +29,9 @@ def actions(job: Job, buttons: Iterable[str]) -> str:
     return f'<div class="actions" role="group" aria-label="{escape(prompt_of(job)[:80])}">{"".join(buttons)}</div>'
 
 
-def notice(text: str, field: str = "") -> str:
-    """An error above the buttons, or at the field with the id: the page's script puts it there."""
-    at = f'data-field="{escape(field)}"' if field else ""
+def notice(text: str, field: str = "", group: str = "") -> str:
+    """An error above the buttons, or at the field with the id: the page's script puts it there, and opens its group."""
+    at = f'data-field="{escape(field)}" data-group="{escape(group)}"' if field else ""
     return f'<p class="notice" role="alert" data-time="{monotonic_ns()}" {at}>{escape(text)}</p>'
 
 

@@ -359,6 +359,7 @@ def test_errors_stand_at_their_fields(server, browse):
 
     page.click("#t2v-sampling .label-wrap")
     page.fill("#t2v-shift :is(input, textarea)", "1000")
+    page.keyboard.press("Tab")
     page.click("#t2v-sampling .label-wrap")
     page.wait_for_selector("#t2v-shift", state="hidden")
     page.click("#t2v-plan")
