@@ -399,8 +399,11 @@ def test_errors_stand_at_their_fields(server, browse):
     page.click("#talking_avatar-plan")
     page.wait_for_selector("#talking_avatar-input_audio .field-error")
     assert page.locator("#talking_avatar-input_video-from").is_hidden()  # there is no clip to cut
-    under = "document.querySelector('#talking_avatar-input_audio .field-error').getBoundingClientRect().top"
-    assert page.evaluate(under) > page.evaluate(f"document.querySelector('{sound}').getBoundingClientRect().bottom")
+    places = page.evaluate(  # at one moment: the page scrolls
+        "(ids) => ids.map((id) => document.querySelector(id).getBoundingClientRect())",
+        ["#talking_avatar-input_audio .field-error", sound],
+    )
+    assert places[0]["top"] > places[1]["bottom"]
     assert not page.locator("#reference_to_video-fps").count()  # not for this task
 
 
