@@ -197,10 +197,9 @@ def suit_clip(request: GenerationRequest, inputs: Inputs) -> GenerationRequest:
     share = largest_face(last_pictures(request, inputs))
     name = "cut_out" if share else "cut_in"
     reason = f"a face takes {100 * share:.0f} % of the frame's side" if share else "no face is large"
-    prompt, note = with_transition(request.prompt, name)
+    prompt, note = with_transition(request.prompt, name, f"{NO_WORD}: {name}, since {reason} at the clip's end")
     given = {"transition": AUTO, "prompt": request.prompt}
-    said = note.replace(f"--transition {name}", f"{NO_WORD}: {name}, since {reason} at the clip's end", 1)
-    return replace(request.with_prompt(prompt), given=given, notes=(*notes, said))
+    return replace(request.with_prompt(prompt), given=given, notes=(*notes, note))
 
 
 def last_pictures(request: GenerationRequest, inputs: Inputs) -> list[Image.Image]:

@@ -13,6 +13,7 @@ from skyreels_v3.tasks import CONFIG_DIR, TaskSpec, load_yaml
 
 AUTO = "auto"
 TAG = re.compile(r"\[[A-Z][A-Z0-9_]*\]")
+DENIAL_REACH = 200  # characters before telling words that are looked at
 NO_WORD = "--transition auto: no word of the prompt means one"
 NOT = r"no|not|never|without|avoid|nor|neither|instead of|rather than|cannot|\w+n't"
 # words that may stand between one of these and what it denies
@@ -67,9 +68,13 @@ def model_prompt(task: TaskSpec, prompt: str, transition: str | None = None) -> 
     return prompt, tuple(notes)
 
 
-def with_transition(prompt: str, transition: str) -> tuple[str, str]:
-    """A prompt that begins with a transition's tag and sentence, and a note on it. A tag in the prompt wins."""
-    given = f"--transition {transition}"
+def with_transition(prompt: str, transition: str, reason: str = "") -> tuple[str, str]:
+    """A prompt that begins with a transition's tag and sentence, and a note on it. A tag in the prompt wins.
+
+    Args:
+        reason: what the note begins with; by default the flag.
+    """
+    given = reason or f"--transition {transition}"
     if (tag := TAG.search(prompt)) is not None:
         return prompt, f"{given} is not used: the prompt says {format_value(tag[0])}"
     if transition == AUTO:
@@ -96,7 +101,7 @@ def find_words(prompt: str) -> tuple[str, str] | None:
         for name, transition in transitions().items()
         for word in transition.words
         for match in re.finditer(rf"\b{re.escape(word)}\b", text)
-        if denial().search(text[: match.start()]) is None
+        if denial().search(text, max(0, match.start() - DENIAL_REACH), match.start()) is None
     ]
     return min(found)[1:] if found else None
 

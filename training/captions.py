@@ -178,10 +178,10 @@ def describe_cut(random: np.random.Generator, kind: str, thing: str, colour: str
     """The prompt of a shot after a cut: a tag and a sentence that says the same, or what `--transition` makes of it."""
     seen = named(random, thing, colour, natural)
     place = f" {one_of(random, GROUNDS[ground])}" if random.random() < 0.6 else ""
-    if random.random() < 0.5:
-        seen = one_of(random, CUT_VIEWS[kind]).format(seen)
-        return f"[{kind}] {seen[0].upper()}{seen[1:]}{place}"
-    return with_transition(f"{seen[0].upper()}{seen[1:]}{place}", one_of(random, CUT_TRANSITIONS[kind]))[0]
+    tagged = random.random() < 0.5
+    text = one_of(random, CUT_VIEWS[kind]).format(seen) if tagged else seen
+    text = f"{text[0].upper()}{text[1:]}{place}"
+    return f"[{kind}] {text}" if tagged else with_transition(text, one_of(random, CUT_TRANSITIONS[kind]))[0]
 
 
 def describe_face(random: np.random.Generator, coat: str, long_hair: bool) -> str:

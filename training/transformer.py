@@ -90,7 +90,7 @@ class TransformerTraining:
                 time.sleep(0.1)
         while len(self.drawn) < max(4, len(self.task.drawn)):
             self.draw(len(self.drawn))
-        logger.info("%d times samples are drawn", len(self.drawn))
+        logger.info("%d chunks of samples are drawn", len(self.drawn))
         return tasks.Latents(self.read_vae(), self.run.device)
 
     def read_vae(self) -> Any:
