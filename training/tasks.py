@@ -39,6 +39,7 @@ VOICE_SECONDS = 12.0
 DROPPED = 0.1  # of the prompts
 COLOURLESS = 0.6  # of the prompts beside reference pictures
 PICTURE = "picture"  # a kind of samples: single frames, which cost little and so show many more scenes
+TEXT = "text"  # a condition of no task: without reference pictures, a single frame costs a quarter of one with them
 MOUTH_WEIGHT = 6.0
 THING_WEIGHT = 5.0
 
@@ -77,7 +78,7 @@ class Sizes:
 
 
 ON_CUDA = Sizes()
-ON_CPU = Sizes(first=96, kept=1024, batch=0.3, chunk=8, steps=20)
+ON_CPU = Sizes(first=96, kept=1024, batch=0.3, chunk=8, pictures=128, steps=20)
 TOY = Sizes(scene=(32, 48), face=(32, 32), first=12, kept=24, batch=0.1, chunk=4, pictures=4, voices=2)
 
 
@@ -241,7 +242,7 @@ class Video(Task):
 
     kinds = ("references", "short", "long", "cut 2", "cut 5")
     drawn = (
-        "short", PICTURE, "cut 2", "long", PICTURE, "short", "cut 2", PICTURE, "short", "cut 5", PICTURE, "cut 2",
+        "short", PICTURE, "cut 2", PICTURE, "long", PICTURE, "short", PICTURE, "cut 2", PICTURE, "cut 5", PICTURE,
     )  # fmt: skip
     shift = 6.0  # the samplers have 5 and 8
 
@@ -288,9 +289,9 @@ class Video(Task):
 
     def batch(self, progress: float) -> Batch:
         early = progress < 0.4
-        shares = (0.55, 0.18, 0.0, 0.27, 0.0) if early else (0.5, 0.13, 0.1, 0.2, 0.07)
-        kind = str(self.random.choice(self.kinds, p=shares))
-        lengths = {"short": (16, 40), "long": (40, 16), "cut 2": (13, 40), "cut 5": (31, 18)}
+        shares = (0.4, 0.3, 0.1, 0.0, 0.2, 0.0) if early else (0.2, 0.38, 0.13, 0.07, 0.17, 0.05)
+        kind = str(self.random.choice((TEXT, *self.kinds), p=shares))
+        lengths = {TEXT: (1, 400), "short": (16, 40), "long": (40, 16), "cut 2": (13, 40), "cut 5": (31, 18)}
         if kind == "references":
             which = int(self.random.choice(3, p=(0.5, 0.4, 0.1) if early else (0.3, 0.1, 0.6)))
             frames, size = ((1, 120), (7, 56), (13, 36))[which]
@@ -298,13 +299,15 @@ class Video(Task):
             chosen = self.pick(str(self.random.choice(shots)) if which else PICTURE, size)
         else:
             frames, size = lengths[kind]
-            chosen = self.pick(kind, size)
+            chosen = self.pick(PICTURE if kind == TEXT else kind, size)
         condition = self.condition(kind, chosen, frames)
         new = slice(condition.start_frame, frames)
         return chosen["video"][:, :, new], condition, self.weights(chosen, new)
 
     def condition(self, kind: str, chosen: Sample, frames: int, drop: bool = True) -> Conditioning:
         text = self.drop_text(chosen["text"]) if drop else chosen["text"]
+        if kind == TEXT:
+            return Conditioning(text)
         if kind in CUTS:
             return Conditioning(text, after=(Segment(chosen["before video"], CUT_POSITION, clean=True),))
         if kind != "references":
@@ -455,7 +458,7 @@ class Hunyuan(Task):
     def batch(self, progress: float) -> Batch:
         early = progress < 0.45
         bank, frames, size = self.banks[""], 13, 40
-        if PICTURE in self.banks and self.random.random() < (0.6 if early else 0.25):
+        if PICTURE in self.banks and self.random.random() < (0.75 if early else 0.4):
             bank, frames, size = self.banks[PICTURE], 1, 300
         elif early and self.random.random() < 0.85:
             frames, size = 7, 64
@@ -484,7 +487,7 @@ class Hunyuan(Task):
 class TextToVideo(Hunyuan):
     """t2v, which learns from single frames too."""
 
-    drawn = ("", PICTURE)
+    drawn = ("", PICTURE, PICTURE, PICTURE)
 
 
 TASKS: dict[str, Callable[..., Task]] = {
