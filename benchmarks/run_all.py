@@ -1,6 +1,6 @@
 """Runs a set of benchmarks, each in its own process, and writes each result as soon as it is available.
 
-    python benchmarks/run_all.py cpu                          # about 10 minutes on 2 cores
+    python benchmarks/run_all.py cpu                          # about 8 minutes on 2 cores
     python benchmarks/run_all.py gpu --minutes 6 --out DIR    # on the first GPU: as many as fit
     python benchmarks/run_all.py gpu --toy --out DIR          # the same set at toy size on the CPU, in a minute
     python benchmarks/run_all.py --table DIR/results.jsonl
@@ -59,6 +59,7 @@ EXTENSION, AVATAR = ("--task_type", "single_shot_extension"), ("--task_type", "t
 SETS: dict[str, dict[str, Entry]] = {
     "cpu": {
         "transformer_step": Entry("transformer_step", ("--rounds", "7"), 120),
+        "step-bfloat16": Entry("transformer_step", ("--rounds", "7", "--dtype", "bfloat16"), 90),
         "traffic": Entry("traffic", (), 20),
         "offload": Entry("offload", ("--rounds", "7", "--frames", "2"), 60),
         "vae": Entry("vae", ("--rounds", "3"), 60),

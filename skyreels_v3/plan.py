@@ -241,7 +241,7 @@ def build_on_meta(family: str, sizes: Mapping[str, Any]) -> Any:
 def weights_of(task: TaskSpec, sizes: Mapping[str, int], dtype: str, quant: str | None) -> Weights:
     """Bytes of a transformer's weights; torch is imported to count them unless its sizes are the published ones."""
     outside, blocks = published_elements(task)
-    if sizes != task.transformer:
+    if sizes != task_spec(task.name).transformer:
         outside, blocks = count_elements(task.family, tuple(sizes.items()), quant == "fp8_dynamic")
     chunks = quant == "fp8" and family_of(task).CHUNKS_TOKENS
     return Weights(

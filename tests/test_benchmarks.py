@@ -70,6 +70,8 @@ def test_the_gpus_set_at_toy_size(tmp_path, cache):
         assert line.keys() >= COMMON | KEYS[record["script"]]
         assert all(len(row) == len(line["table"][0]) for row in line["table"])
     assert {record["script"] for record in records} == KEYS.keys()
+    ways = next(record["line"]["ways"] for record in records if record["script"] == "hunyuan")
+    assert ways["resident"]["predicted_bytes"] < 1e8  # of the model that is timed, not of the published one
     made = run("run_all", ("--table", str(tmp_path / "results.jsonl")), cache)
     assert made.stdout.count("### ") == len(records)
 
