@@ -6,9 +6,9 @@ Whether a kernel works on this GPU is found out by `backends.choose_attention`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 from skyreels_v3.errors import UserError
+from skyreels_v3.packages import has_packages
 
 FLAG = "--attention"
 
@@ -52,7 +52,7 @@ INEXACT = tuple(name for name, kernel in KERNELS.items() if not kernel.exact)
 def is_installed(name: str) -> bool:
     """Whether the package that a kernel needs is installed, without importing it."""
     package = KERNELS[name].package
-    return package is None or find_spec(package) is not None
+    return package is None or has_packages(package)
 
 
 def check_attention(name: str, device: str, dtype: str | None = None) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import os
-from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from skyreels_v3.attention.backends import AttentionFn
+from skyreels_v3.packages import has_packages
 from skyreels_v3.parallel.groups import Group, Parallel
 from skyreels_v3.parallel.ranks import ParallelConfig
 
@@ -84,9 +84,9 @@ def has_xdit(kernel: str, device: torch.device) -> bool:
         return False
     if kernel not in XDIT_KERNELS:
         logger.info("xDiT has no %s attention; using torch's collectives", kernel)
-    elif find_spec("xfuser") is None:
+    elif not has_packages("xfuser"):
         logger.warning("the package xfuser is not installed: using torch's collectives; pip install xfuser")
-    return kernel in XDIT_KERNELS and find_spec("xfuser") is not None
+    return kernel in XDIT_KERNELS and has_packages("xfuser")
 
 
 def xdit_usp(kernel: str, degrees: ParallelConfig, backend: str | None = None) -> UspFn:

@@ -9,7 +9,6 @@ import re
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.forms import initial_request
 from skyreels_v3.inputs import check_voice
 from skyreels_v3.media.files import check_readable, reason_of
-from skyreels_v3.packages import check_packages
+from skyreels_v3.packages import check_packages, has_packages
 from skyreels_v3.parallel.ranks import choose_degrees
 from skyreels_v3.plan import terms_of
 from skyreels_v3.request import BY_NAME, GenerationRequest
@@ -58,7 +57,7 @@ def serve(flags: Mapping[str, Any]) -> int:
     is_http, is_mcp = flags.get("serve", False), flags.get("mcp", False)
     if is_mcp:
         check_packages("--mcp", "'mcp>=2'", "mcp", "mcp_types", otherwise="use --serve")
-    missing = [name for name in PACKAGES if find_spec(name) is None]
+    missing = [name for name in PACKAGES if not has_packages(name)]
     if missing:
         command = "--serve" if is_http else "--mcp"
         raise UserError(command, f"needs pip install -r requirements-web.txt ({', '.join(missing)} not found)")
@@ -111,7 +110,7 @@ def run(flags: Mapping[str, Any], settings: Settings, workers: Workers, listener
         from skyreels_v3.web.mcp.server import mount_mcp
 
         mount_mcp(app)
-    if find_spec("gradio") is not None:
+    if has_packages("gradio"):
         from skyreels_v3.web.page import mount_page
 
         mount_page(app)

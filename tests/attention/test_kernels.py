@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-from skyreels_v3.attention import kernels as available
 from skyreels_v3.attention.kernels import KERNELS, check_attention
 from skyreels_v3.errors import UserError
 from tests.conftest import ROOT
@@ -21,7 +20,7 @@ PACKAGES = [name for name in KERNELS if KERNELS[name].package]
 def packages(monkeypatch):
     """The packages that there are: a set to add to."""
     there: set[str] = set()
-    monkeypatch.setattr(available, "find_spec", lambda name: object() if name in there else None)
+    monkeypatch.setattr("skyreels_v3.packages.find_spec", lambda name: object() if name in there else None)
     return there
 
 

@@ -545,12 +545,12 @@ def test_server_flags_without_a_server(refuse):
 
 
 def test_missing_packages(refuse, monkeypatch):
-    monkeypatch.setattr("skyreels_v3.web.serve.find_spec", lambda name: None)
+    monkeypatch.setattr("skyreels_v3.packages.find_spec", lambda name: None)
     assert refuse(["--serve"]).startswith("error: --serve: needs pip install -r requirements-web.txt")
 
 
 def test_the_subcommand(capsys, monkeypatch):
-    monkeypatch.setattr("skyreels_v3.web.serve.find_spec", lambda name: None)
+    monkeypatch.setattr("skyreels_v3.packages.find_spec", lambda name: None)
     assert run_command(["serve"]) == 2
     assert "requirements-web.txt" in capsys.readouterr().err
 

@@ -31,10 +31,11 @@ SERVER = """
 import sys
 from functools import partial
 from skyreels_v3.main import main
-from skyreels_v3.web import serve, supervisor
+from skyreels_v3 import packages
+from skyreels_v3.web import supervisor
 
-find_spec = serve.find_spec
-serve.find_spec = lambda name: None if name == "gradio" else find_spec(name)
+find_spec = packages.find_spec
+packages.find_spec = lambda name: None if name == "gradio" else find_spec(name)
 supervisor.Supervisor = partial(supervisor.Supervisor, command=sys.argv[1:3])
 sys.exit(main(["--serve", "--port", "0", "--outdir", sys.argv[3], "--model_id", "tiny", "--device", "cpu"]))
 """
