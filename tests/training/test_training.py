@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from skyreels_v3.checkpoints import tiny
@@ -35,6 +36,15 @@ def shaken(kind):
         for parameter in vae.parameters():
             parameter.add_(0.03 * torch.randn_like(parameter))
     return vae
+
+
+@pytest.mark.parametrize("tokens", [7, 150])  # all samples at once, and two at a time
+def test_attention(tokens):
+    query, key, value = torch.randn(3, 5, tokens, 6, 8, dtype=torch.float64)
+    bias = torch.randn(tokens, dtype=torch.float64)
+    heads = (part.transpose(1, 2) for part in (query, key, value))
+    expected = F.scaled_dot_product_attention(*heads, attn_mask=bias.expand(tokens, -1)).transpose(1, 2)
+    torch.testing.assert_close(networks.attention(query, key, value, bias), expected)
 
 
 def test_words(tmp_path):
