@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make videos with the SkyReels models: `python3 generate_video.py --help`. The same as `skyreels generate`."""
+"""Generate videos with the SkyReels models, like `skyreels generate`; see `python3 generate_video.py --help`."""
 
 from skyreels_v3.__main__ import generate
 

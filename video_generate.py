@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""SkyReels V1's command, by its old name: generate_video.py with t2v as the default task."""
+"""SkyReels V1's script under its original name: generate_video.py with t2v as the default task."""
 
 from skyreels_v3.__main__ import generate
 

@@ -3,9 +3,9 @@
     pip install ray
     python cluster/ray_jobs.py --jobs jobs.jsonl --low_vram
 
-Takes the flags of generate_video.py that --jobs allows, and keeps the same results file: jobs that are done in it are
-skipped. Starts Ray on this machine unless RAY_ADDRESS names a cluster. On several machines the checkout, inputs and
-outputs must be on a shared disk under the same path, because the actors work in the folder you call this from:
+Accepts the flags of generate_video.py that --jobs allows and writes the same results file; jobs marked done in it are
+skipped. Starts Ray on this machine unless RAY_ADDRESS names a cluster. On several machines, the checkout, inputs and
+outputs must be on a shared disk under the same path, because the actors run in the folder you start this from:
 
     ray job submit --address http://HEAD:8265 -- bash -c "cd /shared/checkout && python cluster/ray_jobs.py --jobs jobs.jsonl"
 """  # noqa: E501  a command
@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installing
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a checkout, without installing
 
 import ray
 
@@ -49,10 +49,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @ray.remote
 class Actor:
-    """Makes videos on its GPU or CPU.
+    """A worker that makes videos on its own GPU or CPU.
 
     Args:
-        folder: the working directory, which relative paths start from.
+        folder: the working directory, against which relative paths are resolved.
     """
 
     def __init__(self, folder: str) -> None:
@@ -91,7 +91,7 @@ def run(flags: Mapping[str, Any]) -> int:
     if "jobs" not in flags:
         raise UserError("--jobs", "missing; give a file with one request per line")
     defaults = {name: value for name, value in flags.items() if name not in ("jobs", "concat", "verbose")}
-    quiet = defaults | {"quiet": True}  # no progress bars: several would mix
+    quiet = defaults | {"quiet": True}  # no progress bars: those of several actors would interleave
     film = film_of(flags)
     jobs = read_jobs(flags["jobs"], quiet, keep_frames=film is not None)
     file = results_file(flags["jobs"])
@@ -109,7 +109,7 @@ def run(flags: Mapping[str, Any]) -> int:
 
 
 def run_on_actors(todo: Sequence[Job], results: Results, on_cpu: bool) -> int:
-    """Hand each job to the next idle actor; returns how many failed."""
+    """Hand each job to the next idle actor; returns the number of failed jobs."""
     ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}, logging_level="warning")
     kind, options = ("CPU", {"num_cpus": 1}) if on_cpu else ("GPU", {"num_gpus": 1})
     count = int(ray.cluster_resources().get(kind, 0))
@@ -136,12 +136,12 @@ def run_on_actors(todo: Sequence[Job], results: Results, on_cpu: bool) -> int:
         results.record(result)
         failed += result["status"] != "done"
         idle.append(actor)
-    ray.shutdown()  # the actors' output arrives late, and the last line is ours
+    ray.shutdown()  # the actors' output arrives late, and the last line must be ours
     return failed
 
 
 def next_job(waiting: Sequence[Job], running: Sequence[Job]) -> Job | None:
-    """The first job whose inputs no other one has yet to make."""
+    """The first waiting job that depends on no unfinished one."""
     unmade = {job.id for job in (*waiting, *running)}
     return next((job for job in waiting if not any(need.id in unmade for need in job.needs)), None)
 

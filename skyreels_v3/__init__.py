@@ -19,7 +19,7 @@ _MODULES |= dict.fromkeys(("Done", "Frame", "Step", "load"), "skyreels_v3.api") 
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: the command line answers without torch."""
+    """Import public names on first use, so that the command line works without importing torch."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_MODULES[name]), name)

@@ -4,10 +4,10 @@
 
     generator = load("reference_to_video", memory="offload")
     for event in generator(prompt="A fox runs through snow", ref_imgs=["fox.png"], seed=1):
-        ...  # Step: a denoising step has ended; Frame: a picture of the video; Done: all of them
+        ...  # Step: a denoising step has ended; Frame: one frame of the video; Done: the video is complete
 
-Arguments are the flags of the command line, see docs/options.md. What is wrong with them is a `UserError`. To cancel,
-stop iterating (or close the iterator): nothing goes on in the background.
+Arguments are the command-line flags, see docs/options.md; invalid ones raise `UserError`. To cancel, stop iterating
+(or close the iterator): nothing continues in the background.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from skyreels_v3.worker import Worker
 
 @dataclass(frozen=True)
 class Frame:
-    """Picture `number` of the video, uint8 [H, W, 3], from 0; first those of the clip, with `include_input=True`."""
+    """Frame `number` of the video, from 0, uint8 [H, W, 3]; the input clip's come first with `include_input=True`."""
 
     number: int
     image: np.ndarray
@@ -46,11 +46,11 @@ class Frame:
 
 @dataclass(frozen=True)
 class Done:
-    """The end of a video: its final latents (1, 16, F, H/8, W/8), pass by pass, its seed and frames per second.
+    """The end of a video: the final latents of each pass (1, 16, F, H/8, W/8), its seed and frames per second.
 
     Attributes:
-        quality: what was measured, with `check=True`.
-        sound: what is heard, float32 [channels, samples] in [-1, 1], and its sample rate.
+        quality: the measurements, with `check=True`.
+        sound: float32 [channels, samples] in [-1, 1], and its sample rate.
     """
 
     latents: tuple[Tensor, ...]
@@ -64,7 +64,7 @@ Event = Step | Frame | Done
 
 
 class VideoGenerator:
-    """Makes videos of one task. Networks are loaded for the first one, and kept for those that need the same."""
+    """Makes videos of one task. Models are loaded for the first video and kept for later ones that need the same."""
 
     def __init__(self, task_type: str, **flags: Any) -> None:
         self.flags = {"task_type": task_type, **flags}
@@ -72,13 +72,13 @@ class VideoGenerator:
         self.worker = Worker()
 
     def __call__(self, **flags: Any) -> Generator[Event, None, None]:
-        """Make a video: its steps, its frames, its end.
+        """Make a video; yields a `Step` per denoising step, a `Frame` per frame, then `Done`.
 
         Args:
-            flags: of this video; they win over those that were given to `load`.
+            flags: for this video; they override those given to `load`.
 
         Raises:
-            UserError: the flags cannot work; at once, or with the first event where inputs are looked at.
+            UserError: for wrong flags at once, for unusable inputs or a lacking machine with the first event.
         """
         check_names(flags)
         given = {name: value for name, value in flags.items() if value is not None}
@@ -86,7 +86,7 @@ class VideoGenerator:
 
     def _events(self, request: GenerationRequest) -> Generator[Event, None, None]:
         with run_folder() as folder:
-            request = replace(request, output=folder / "video.mp4")  # which is not written
+            request = replace(request, output=folder / "video.mp4")  # never written
             generator, planned = self.worker.load(self.worker.resolve(request, folder))
             latents, numbers = [], count()
             meter = Meter(planned.request.task.fps) if planned.request.check else None
@@ -107,19 +107,19 @@ class VideoGenerator:
             yield Done(tuple(latents), planned.request.seed, planned.request.task.fps, quality, sound)
 
     def bytes_on(self, device: torch.device) -> int:
-        """Bytes of the networks' weights on a device."""
+        """Bytes of the loaded weights on a device."""
         if self.worker.generator is None:
             return 0
         weights = (tensor for module in self.worker.generator.components.modules for tensor in tensors_of(module))
         return sum(tensor.nbytes for tensor in weights if tensor.device.type == device.type)
 
     def unload(self) -> None:
-        """Give the memory of the networks back."""
+        """Unload the models and free their memory."""
         self.worker.unload()
 
 
 def load(task_type: str, **flags: Any) -> VideoGenerator:
-    """What makes videos of a task.
+    """Create the generator of a task's videos.
 
     Args:
         task_type: one of `tasks.TASK_NAMES`.
@@ -129,7 +129,7 @@ def load(task_type: str, **flags: Any) -> VideoGenerator:
 
 
 def check_names(flags: dict[str, Any]) -> None:
-    """Raise UserError for flags of the command that a call from Python does not have."""
+    """Raise UserError for flags that only the command line has."""
     for name in flags:
         if name in COMMAND_ONLY or (name in BY_NAME and not BY_NAME[name].in_line and name != "quiet"):
             raise UserError(f"--{name}", "is for the command; here frames and latents are returned; leave it out")

@@ -1,9 +1,8 @@
-"""--jobs: many videos in one run. A file has a request in each line, and a results file beside it how each ended.
+"""--jobs: many videos in one run. Each line of the jobs file is a request; a results file beside it has the outcomes.
 
-Jobs that share networks run one after the other, and the networks are loaded once. Of several processes each takes the
-next job when it is done with one, on a GPU of its own; or, with --use_usp, all make every video together. A job that
-fails is recorded, and the others go on. A line is added to the results file as each job ends; later runs skip the jobs
-that are done there.
+Jobs that share models run one after the other, so that the models are loaded once. With several processes, each takes
+the next job on its own GPU whenever it is idle; with --use_usp, all make every video together. A failed job is recorded
+and the others continue. A line is added to the results file as each job ends; later runs skip jobs marked done there.
 """
 
 from __future__ import annotations
@@ -52,16 +51,16 @@ from skyreels_v3.worker import Worker
 
 try:
     import fcntl
-except ImportError:  # Windows: appending in one piece has to do, and one run at a time
+except ImportError:  # Windows: no locks, so only one run at a time; appending in one write must suffice
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
 MAX_JOBS_BYTES = 1 << 24
-POLL_SECONDS, IDLE_POLLS = 0.5, 20  # while another process does a job that one here needs
+POLL_SECONDS, IDLE_POLLS = 0.5, 20  # while waiting for a job that another process is doing
 COLORS = "color_correction_strength"
 EXAMPLE = '{"task_type": "talking_avatar", "input_image": "a.png", "input_audio": "a.wav", "prompt": "a man talks"}'
-# flags that say how a job is done, not what it makes: they are not part of its identity
+# flags that affect how a job runs, not what it makes; not part of its identity
 NOT_IDENTITY = {
     *(flag.name for flag in FLAGS if not flag.recorded),
     "offload",
@@ -75,10 +74,10 @@ NOT_IDENTITY = {
 
 
 def read_jobs(name: str, defaults: Mapping[str, Any], keep_frames: bool = False) -> list[Job]:
-    """The jobs in a file; `defaults` are flags for lines that do not contradict them.
+    """Read the jobs of a file; `defaults` are flags for all lines that do not contradict them.
 
     Args:
-        keep_frames: of all videos, not only of those that others need.
+        keep_frames: keep the frames of all videos, not only of those that other jobs need.
 
     Raises:
         UserError: the file cannot be read, or has no jobs.
@@ -106,7 +105,7 @@ def read_jobs(name: str, defaults: Mapping[str, Any], keep_frames: bool = False)
 
 
 def read_line(number: int, content: bytes) -> Line:
-    """A line of a file."""
+    """Parse one line of a jobs file; errors go into `Line.problem`."""
     text, flags, problem = content.decode(errors="replace").strip(), None, ""
     try:
         flags = read_json_text(content)
@@ -121,11 +120,11 @@ def read_line(number: int, content: bytes) -> Line:
 
 
 def make_job(line: Line, defaults: Mapping[str, Any], seen: Counter[str], path: Path, made: Mapping[int, Job]) -> Job:
-    """The job of a line of the file `path`.
+    """Make the job of one line of the file `path`.
 
     Args:
-        seen: counts equal lines.
-        made: the jobs of the lines that it needs.
+        seen: counts identical lines, so that each gets its own id.
+        made: the jobs made so far, which include those that it needs.
     """
     request, problem, follows_size = None, line.problem, False
     needs = {
@@ -146,7 +145,7 @@ def make_job(line: Line, defaults: Mapping[str, Any], seen: Counter[str], path: 
             follows_size = bool(needs) and not any(name in flags for name in SIZES)
             request = request_of(replace_references(flags, lambda flag, text: needs[text].input(flag)))
             request = replace(request, resume_if_same=True)
-            if needs and COLORS in request.task.takes and COLORS not in flags:  # along a chain, differences add up
+            if needs and COLORS in request.task.takes and COLORS not in flags:  # color differences add up along a chain
                 request = replace(request, color_correction_strength=1.0, flags={**request.flags, COLORS: 1.0})
     except UserError as error:
         problem = str(error)
@@ -156,7 +155,7 @@ def make_job(line: Line, defaults: Mapping[str, Any], seen: Counter[str], path: 
 
 
 def check_addresses(flags: Mapping[str, Any]) -> None:
-    """Raise UserError for a line that names where prompts and the key are sent: the file may be somebody else's."""
+    """Raise UserError for a line that says where to send prompts and the API key: the file may be somebody else's."""
     way = flags.get("enhance_prompt", ENHANCER_OFF)
     if way not in (ENHANCER_OFF, ENHANCER_LOCAL):
         raise UserError(
@@ -165,14 +164,14 @@ def check_addresses(flags: Mapping[str, Any]) -> None:
 
 
 def identity_of(flags: dict[str, Any] | str) -> str:
-    """A text that is the same for flags that make the same video."""
+    """A text that is equal for flags that make the same video."""
     if isinstance(flags, dict):
         flags = {name: value for name, value in flags.items() if name not in NOT_IDENTITY}
     return json.dumps(flags, sort_keys=True)
 
 
 def without_clashes(jobs: Iterable[Job]) -> list[Job]:
-    """The jobs; one whose output is an earlier job's becomes an error."""
+    """The jobs, those that would write to the output of an earlier job replaced by an error."""
     outputs: dict[Path, int] = {}
     checked = []
     for job in jobs:
@@ -185,13 +184,13 @@ def without_clashes(jobs: Iterable[Job]) -> list[Job]:
 
 
 def results_file(name: str) -> Path:
-    """The results file of a file of jobs."""
+    """The results file of a jobs file."""
     path = Path(os.path.expanduser(name))
     return path.with_name(f"{path.stem}.results.jsonl")
 
 
 def check_results(path: Path) -> None:
-    """Raise UserError unless results can be added to a file."""
+    """Raise UserError unless results can be appended to a file."""
     if not os.path.lexists(path):
         check_writable(path, "--jobs")
     elif not (path.is_file() and os.access(path, os.R_OK | os.W_OK)):
@@ -199,7 +198,7 @@ def check_results(path: Path) -> None:
 
 
 def parse_results(content: bytes) -> dict[str, list[dict[str, Any]]]:
-    """The lines of a results file by job id; a line that a kill has cut off is ignored."""
+    """The lines of a results file by job id; a line cut off by a kill is ignored."""
     found = defaultdict(list)
     for line in content.split(b"\n"):
         with suppress(ValueError, RecursionError, KeyError, TypeError):
@@ -209,21 +208,21 @@ def parse_results(content: bytes) -> dict[str, list[dict[str, Any]]]:
 
 
 def videos_in(results: Path) -> dict[str, Path]:
-    """The latest video of each job in a results file, by its id; its file may be gone.
+    """The latest video of each job in a results file, by job id; its file may be gone.
 
-    Not while this process has the file as `Results`, whose locks would be gone: those have `videos`.
+    Closing the file would release the locks of a `Results` open in this process: use `Results.videos` then.
     """
     return latest_videos(parse_results(results.read_bytes() if results.is_file() else b""), results.parent)
 
 
 def latest_videos(entries: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> dict[str, Path]:
-    """The latest video of each job, by its id; paths in results are relative to `folder`."""
+    """The latest video of each job, by job id; paths in results are relative to `folder`."""
     videos = {id: video_of(each) for id, each in entries.items()}
     return {id: folder / video for id, video in videos.items() if video is not None}
 
 
 def video_of(entries: Iterable[Mapping[str, Any]]) -> str | None:
-    """The path of a job's latest video, as its results have it; None without one."""
+    """The path of a job's latest video as recorded in its results; None if there is none."""
     return next((str(entry.get("output")) for entry in reversed([*entries]) if entry.get("status") == "done"), None)
 
 
@@ -231,11 +230,11 @@ class Results:
     """An open results file, which also holds the claims of the runs that share it.
 
     A run claims a job by locking a byte beyond the file's end, at an offset made from the job id, so that several runs
-    of the same jobs share them. The system frees the lock when the process ends, however it ends; it also does when the
-    process closes the file anywhere, so the file is opened once.
+    can share the same jobs. The system releases the lock when the process ends in any way, and also when the process
+    closes any handle of the file, so the file is opened only once.
 
     Raises:
-        UserError: it cannot be written to.
+        UserError: the file cannot be written to.
     """
 
     def __init__(self, path: Path) -> None:
@@ -255,24 +254,24 @@ class Results:
         return latest_videos(self.read(), self.path.parent)
 
     def exists(self, video: str | None) -> bool:
-        """Whether there is a video, and its file."""
+        """Whether a video is recorded and its file exists."""
         return video is not None and os.path.lexists(self.path.parent / video)
 
     def wait(self, id: str) -> str | None:
-        """The path of a job's video when no run is doing it any more; None if it has failed."""
+        """Wait until no run is doing a job; returns the path of its video, None if it failed."""
         idle = 0
         while True:
             entries = self.read()[id]
             if (done := self.exists(video_of(entries))) or len(entries) > len(self.before[id]) or idle > IDLE_POLLS:
                 return str(self.path.parent / str(video_of(entries))) if done else None
-            # it may have been given to a process that has not claimed it yet, or to one that is gone
+            # unlocked: assigned to a process that has not claimed it yet, or that has died
             if mine := self._lock(id):
                 self._unlock(id)
             idle = idle + 1 if mine and self._has_locks else 0
             sleep(POLL_SECONDS)
 
     def claim(self, job: Job) -> bool:
-        """Claim a job; False if another run is doing it, or has done it since this one began."""
+        """Claim a job; returns False if another run is doing it, or has done it since this run began."""
         mine = self._lock(job.id)
         if mine:
             entries = self.read()[job.id]
@@ -284,7 +283,7 @@ class Results:
         return mine
 
     def add(self, result: Mapping[str, Any]) -> None:
-        """Append a result in one write, and release its job; paths are relative to the file."""
+        """Append a result in one write and release its job; output paths become relative to the file."""
         if result.get("output") and not os.path.isabs(result["output"]):
             result = {**result, "output": os.path.relpath(result["output"], self.path.parent)}
         line = json.dumps(result).encode() + b"\n"
@@ -297,7 +296,7 @@ class Results:
         self._unlock(result["id"])
 
     def record(self, result: Mapping[str, Any]) -> None:
-        """Add how a job ended, and tell the user."""
+        """Append a job's result, and print its video or log its error."""
         self.add(result)
         if result["status"] == "done":
             show(result["output"])
@@ -306,7 +305,7 @@ class Results:
 
     @contextmanager
     def locked(self, id: str) -> Iterator[None]:
-        """A `with` block that one run at a time is in."""
+        """A `with` block that only one run at a time can enter."""
         if not self._lock(id):
             logger.info("another run is joining the videos; it is waited for")
             self._lock(id, wait=True)
@@ -316,7 +315,7 @@ class Results:
             self._unlock(id)
 
     def _lock(self, id: str = "", wait: bool = False) -> bool:
-        """Lock a job, or without an id the file's end; False if another process has the lock."""
+        """Lock a job, or without an id the writing of results; returns False if another process holds the lock."""
         if self._has_locks:
             try:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, lock_offset(id))
@@ -333,14 +332,14 @@ class Results:
 
 
 def lock_offset(id: str) -> int:
-    """The offset of the byte that is locked for a job; 0 without one."""
-    return int(id[:15], 16) + 1 if id else 0  # a file's length has 63 bits
+    """The offset of the byte to lock for a job; 0 for no job."""
+    return int(id[:15], 16) + 1 if id else 0  # offsets have at most 63 bits
 
 
 def group_by_model(jobs: Iterable[Job]) -> list[Job]:
-    """The jobs that are no requests, then the others, those together that can use the same networks.
+    """Order jobs: invalid ones first, then the others, grouped by the models they load.
 
-    A job comes after those that it needs, which takes precedence.
+    A job always comes after those that it needs, even if that splits a group.
     """
     known = {job.id: job for job in jobs}
     sorter = TopologicalSorter({id: [need.id for need in job.needs if need.id in known] for id, job in known.items()})
@@ -357,11 +356,11 @@ def group_by_model(jobs: Iterable[Job]) -> list[Job]:
 
 
 def group_of(job: Job) -> tuple[object, ...]:
-    """What is the same for jobs that can use the same networks."""
+    """A key that is equal for jobs that can share loaded models."""
     request = job.request
     if request is None:
         return ()
-    terms = terms_of(request) if request.use_usp else 1  # ranks are divided by the terms of the guidance
+    terms = terms_of(request) if request.use_usp else 1  # the guidance terms decide how ranks are divided
     return (*networks(request), request.memory, request.stream_blocks, terms)
 
 
@@ -399,7 +398,7 @@ def run_jobs(flags: Mapping[str, Any], ranks: Ranks) -> int:
         failed += not run_job(job, worker, results.record)
     if ranks.world_size > 1 and not together:
         processes.store_set(f"failed/{ranks.rank}", failed)
-        # not by torch's own barrier: a job may take longer than that waits
+        # not torch's barrier: a job may take longer than its timeout
         failed = sum(processes.store_get(f"failed/{rank}") for rank in range(ranks.world_size))
     if ranks.is_main and failed:
         say(f"error: {failed} of {counted(len(jobs), 'job')} failed; {results.path} says why\n")
@@ -415,7 +414,7 @@ def film_of(flags: Mapping[str, Any]) -> Path | None:
 
 
 def join_videos(film: Path, jobs: Sequence[Job], results: Results, check: bool) -> Path:
-    """Join the videos of jobs, see `make_film`, unless another run does; raises UserError where one is missing."""
+    """Join the videos of jobs (see `make_film`) unless another run has; raises UserError if a video is missing."""
     with results.locked(digest_of(jobs)):
         videos = results.videos()
         if missing := [job.number for job in jobs if job.id not in videos or not os.path.lexists(videos[job.id])]:
@@ -425,9 +424,9 @@ def join_videos(film: Path, jobs: Sequence[Job], results: Results, check: bool) 
 
 
 def choose_jobs(jobs: Sequence[Job], results: Results, ranks: Ranks) -> list[Job]:
-    """The jobs that are not done, in the order to do them; the main process decides for all.
+    """The jobs still to do, in order; the main process decides for all ranks.
 
-    Those that have failed before come last, or one that ends the run would keep others from ever being done.
+    Jobs that failed before come last; otherwise one that crashes the run would keep the others from ever being done.
     """
     videos = {job.id: video_of(results.before[job.id]) for job in jobs}
     left = [job for job in jobs if not results.exists(videos[job.id])]
@@ -437,7 +436,7 @@ def choose_jobs(jobs: Sequence[Job], results: Results, ranks: Ranks) -> list[Job
             logger.warning("line %d: %s is gone; it is made again", job.number, gone)
     failed = {job.id for job in left if results.before[job.id] and videos[job.id] is None}
     last: set[str] = set()
-    for job in group_by_model(left):  # with those that need one
+    for job in group_by_model(left):  # jobs that need a failed one come last, too
         if job.id in failed or any(need.id in last for need in job.needs):
             last.add(job.id)
     todo = group_by_model(job for job in left if job.id not in last)
@@ -456,7 +455,7 @@ def choose_jobs(jobs: Sequence[Job], results: Results, ranks: Ranks) -> list[Job
 
 
 def share_assets(worker: Worker, jobs: Iterable[Job]) -> None:
-    """Have what the jobs need fetched by one process of each machine, before the others begin."""
+    """Download what the jobs need in one process per machine; the others wait and reuse its results."""
     key = f"assets/{worker.ranks.node}"
     if worker.ranks.is_local_main:
         worker.resolver.resolve_all(job.request for job in jobs if job.request is not None)
@@ -466,11 +465,11 @@ def share_assets(worker: Worker, jobs: Iterable[Job]) -> None:
 
 
 def claim_jobs(jobs: Sequence[Job], results: Results, ranks: Ranks, video_ranks: Ranks) -> Iterator[Job]:
-    """The jobs for this process: all of its video_ranks's, else the next one that nobody has taken, each time."""
+    """Claim and yield the jobs that this process makes, alone or with its `video_ranks`, one at a time."""
     known = {job.id: job for job in jobs}
 
     def ready(job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
-        """A claimed job and what `with_inputs` takes, after what it needs of a run that has ended without it."""
+        """Yield a claimed job with its inputs, after any job that it needs and that another run left undone."""
         for need in job.needs:
             left = known.get(need.id)
             if left is not None and results.wait(need.id) is None and results.claim(left):
@@ -480,7 +479,7 @@ def claim_jobs(jobs: Sequence[Job], results: Results, ranks: Ranks, video_ranks:
     def claimed() -> Iterator[tuple[str, dict[str, Any]]]:
         alone = ranks.world_size > 1 and video_ranks.world_size == 1
         for number in (processes.store_next("job") for _ in jobs) if alone else range(len(jobs)):
-            if number >= len(jobs):  # other processes have the rest
+            if number >= len(jobs):  # other processes took the rest
                 return
             if results.claim(jobs[number]):
                 yield from ready(jobs[number])
@@ -496,7 +495,7 @@ def claim_jobs(jobs: Sequence[Job], results: Results, ranks: Ranks, video_ranks:
 
 
 def find_inputs(job: Job, results: Results) -> dict[str, Any]:
-    """What `with_inputs` takes, when all that a job needs has ended."""
+    """The changes for `with_inputs`; waits until all jobs that this one needs have ended."""
     clips: dict[Need, Path] = {}
     if job.request is None:
         return {}
@@ -517,10 +516,10 @@ def find_inputs(job: Job, results: Results) -> dict[str, Any]:
 
 
 def run_job(job: Job, worker: Worker, record: Callable[[Mapping[str, Any]], object]) -> bool:
-    """Do a job and `record` its result; returns whether its video was made.
+    """Run a job and `record` its result; returns whether its video was made.
 
     Raises:
-        Exception: what went wrong while several ranks were at work, since they may be out of step now.
+        Exception: a failure while several ranks were working together, since they may be out of sync now.
     """
     start, video_ranks = perf_counter(), worker.video_ranks
     result: dict[str, Any] = {"job": job.number, "id": job.id}
@@ -553,19 +552,19 @@ def run_job(job: Job, worker: Worker, record: Callable[[Mapping[str, Any]], obje
         else:
             figures = {} if video.quality is None else {"quality": video.quality.figures()}
             return end("done", output=str(video.path), **figures)
-    worker.unload()  # what is loaded may be in disorder; only now does the error hold none of it any more
+    worker.unload()  # its state may be inconsistent; outside of `except`, where the error would keep it alive
     return end("error", **problem)
 
 
 def failure(error: Exception) -> dict[str, Any]:
-    """What a result says of an error."""
+    """The entries of a result that describe an error."""
     user_error = isinstance(error, UserError)
     made = {"output": str(error.output)} if isinstance(error, IncompleteOutput) else {}
     return {"error": str(error) if user_error else cause_of(error), "exit": 2 if user_error else 1, **made}
 
 
 def show_plans(name: str, jobs: Sequence[Job], video_ranks: Ranks) -> None:
-    """Print the plan of each job, that it is done, or what is wrong; raise UserError if there is a wrong one."""
+    """Print each job's plan, its finished video or its error; raises UserError if any job has an error."""
     made, wrong = videos_in(results_file(name)), 0
     texts: dict[str, str] = {}
     with run_folder() as folder:

@@ -1,6 +1,6 @@
 """The user's cache folder: the tiny model, compiled code, rewritten and encoded prompts, measured throughput.
 
-Imports torch only when tensors are stored or recalled.
+torch is imported only when tensors are stored or recalled.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_FILES = 256  # of tensors, some hundred kilobytes each
-VERSION = 2  # of what is computed; change it with that
+VERSION = 2  # of the cached computations; increase it when they change
 
 
 def cache_folder() -> Path:
@@ -33,9 +33,9 @@ def cache_folder() -> Path:
 
 
 def compiled_folder() -> Path:
-    """The folder of torch.compile's code: one for each kind of CPU, for machines that share a cache.
+    """The folder for torch.compile's code, one per kind of CPU because machines may share a cache.
 
-    torch would load code compiled for other instructions, which crashes or gives wrong results.
+    torch would load code compiled for other instruction sets, which crashes or gives wrong results.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -47,16 +47,16 @@ def compiled_folder() -> Path:
 
 
 def identity_of(files: Iterable[Path], *more: object) -> str:
-    """What an encoder's results depend on: its files (path, size, modification time) and `more`."""
+    """A text of all that an encoder's results depend on: its files (path, size, modification time) and `more`."""
     known = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return json.dumps([VERSION, known, [str(part) for part in more]])
 
 
 @dataclass(frozen=True)
 class FileCache:
-    """Files on disk, made from a text such as a prompt by a model of a known identity.
+    """A cache of files on disk, computed from a text such as a prompt by the model `identity`.
 
-    Nothing is stored if `folder` is None. A file that cannot be read or written only costs making it again.
+    Nothing is stored if `folder` is None. A file that cannot be read or written is computed again.
     """
 
     folder: Path | None
@@ -64,7 +64,7 @@ class FileCache:
     suffix: ClassVar[str] = ".txt"
 
     def read(self, text: str) -> bytes | None:
-        """The content stored for a text."""
+        """The content stored for a text, None if there is none."""
         try:
             if self.folder is not None and (file := self.folder / self._name(text)).is_file():
                 return file.read_bytes()
@@ -89,12 +89,12 @@ class FileCache:
 
 
 class TensorCache(FileCache):
-    """Tensors on disk, computed from a text by an encoder."""
+    """A cache of tensors on disk, computed from a text by an encoder."""
 
     suffix = ".safetensors"
 
     def recall(self, text: str) -> dict[str, Tensor] | None:
-        """The tensors stored for a text, on the CPU."""
+        """The tensors stored for a text, on the CPU; None if there are none."""
         from safetensors import SafetensorError
         from safetensors.torch import load
 

@@ -1,4 +1,4 @@
-"""From flags to a request: every check that needs nothing but the flags themselves."""
+"""Turn flags into a request, with every check that needs only the flags themselves."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ from skyreels_v3.tasks import REFERENCE_SLOTS, SIZE_MULTIPLE, TASK_NAMES, TINY, 
 
 MAX_SPEAKERS = 2
 KEYFRAME = re.compile(r".+@\d{1,4}(\.\d{1,6})?", re.DOTALL)
-REFERENCE = re.compile(r"\{prev\}|\{job:([^{}]*)\}")  # in a line of --jobs, the video of another one
+REFERENCE = re.compile(r"\{prev\}|\{job:([^{}]*)\}")  # in a line of --jobs: another line's video
 BOX = re.compile(r" *\d{1,6} *(, *\d{1,6} *){3}")
 VOICE = re.compile(r"[A-Za-z]\w{0,30}([+-]\w{1,30})?", re.ASCII)
-AUTO = "auto"  # of --speaker_boxes
+AUTO = "auto"  # as --speaker_boxes
 PARTIAL = ":partial"
 MIN_CACHED_STEPS = 12  # with fewer, neighboring steps differ too much
-CACHE_THRESHOLD = 0.1  # of fbcache; a common choice for HunyuanVideo
+CACHE_THRESHOLD = 0.1  # default of fbcache; a common choice for HunyuanVideo
 
 
 def request_of(values: Mapping[str, Any]) -> GenerationRequest:
-    """The checked request that flags make; raises UserError for the first problem."""
+    """Check flags and make a request of them; raises UserError for the first problem."""
     values = dict(values)
     if "task_type" not in values:
         raise UserError("--task_type", f"missing; choose one of {', '.join(TASK_NAMES)}")
@@ -59,7 +59,7 @@ def request_of(values: Mapping[str, Any]) -> GenerationRequest:
 
 
 def drop_unused(spec: TaskSpec, values: dict[str, Any]) -> list[str]:
-    """Remove what V1's own command accepts and ignores; returns notes on it. For V3 these are errors."""
+    """Remove flags that V1's own script accepts but ignores (errors for V3), complete the size; returns notes."""
     unused = {
         "image": ("image" in spec.takes, f"{spec.name} takes none; --task_type i2v begins with a picture"),
         "negative_prompt": (is_guided(spec, values), "it needs --guidance_scale above 1"),
@@ -70,7 +70,7 @@ def drop_unused(spec: TaskSpec, values: dict[str, Any]) -> list[str]:
         if not used:
             values.pop(name, None)
     missing = {"height", "width"} - values.keys()
-    if len(missing) == 1 and not spec.inputs:  # else a picture has a shape
+    if len(missing) == 1 and not spec.inputs:  # otherwise the input decides the aspect ratio
         (side,), shape = missing, default_size(spec, values)
         assert shape is not None
         sides = complete_size(values.get("height"), values.get("width"), shape)
@@ -82,7 +82,7 @@ def drop_unused(spec: TaskSpec, values: dict[str, Any]) -> list[str]:
 
 
 def default_size(spec: TaskSpec, values: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Height and width where neither is given; None where an input has a shape."""
+    """Default height and width; None if the size depends on an input."""
     if values.get("model_id") == TINY and "resolution" not in values:
         return spec.tiny_size
     return None if spec.inputs else spec.size
@@ -94,32 +94,32 @@ def is_guided(spec: TaskSpec, values: Mapping[str, Any]) -> bool:
 
 
 def describe_value(value: Any) -> str:
-    """A value, of any type that YAML has, for a one-line message."""
+    """Describe a value of any YAML type in a one-line message."""
     if isinstance(value, Mapping | list):
         return "a mapping" if isinstance(value, Mapping) else "a list"
     if value is None or isinstance(value, bool):
         return "an empty value" if value is None else str(value).lower()
     try:
         text = str(value)
-    except ValueError:  # Python does not print numbers of thousands of digits
+    except ValueError:  # Python refuses to print integers of thousands of digits
         return "an endless number"
     return format_value(text) if text.strip() else "an empty value"
 
 
 def refuse(values: Mapping[str, Any], name: str, problem: str) -> NoReturn:
-    """Raise UserError about a flag: its value, the problem, the way out."""
+    """Raise UserError about a flag, with its value and `problem`, which includes the remedy."""
     value = values[name]
     shown = "" if value is True else f"{describe_value(', '.join(value) if isinstance(value, list) else value)}: "
     raise UserError(f"--{name}", f"{shown}{problem}")
 
 
 def is_set(values: Mapping[str, Any], name: str) -> bool:
-    """Whether a flag is given; a switch that a config file turns off is not."""
+    """Whether a flag is given; a switch turned off in a config file does not count."""
     return values.get(name, False) is not False
 
 
 def check_flags(spec: TaskSpec, values: Mapping[str, Any]) -> None:
-    """Flags that the task needs or does not take, that contradict each other or need others."""
+    """Raise UserError for missing or unsupported flags of the task, conflicts, and flags that need others."""
     for name in filter(lambda name: is_set(values, name), values):
         if not BY_NAME[name].is_for(spec):
             alike = next((group for group in ALIKE if name in group), ())
@@ -132,7 +132,7 @@ def check_flags(spec: TaskSpec, values: Mapping[str, Any]) -> None:
             refuse(values, name, "joins the videos of several lines; give these in a file as --jobs")
         if BY_NAME[name].server:
             command = "mcp" if name == "files" else "serve"
-            raise UserError(f"--{name}", f"is for a server; add --{command}")  # without its value: it may be a key
+            raise UserError(f"--{name}", f"is for a server; add --{command}")  # without the value, which may be a key
     for name in spec.inputs:
         if name not in values and SUBSTITUTES.get(name) not in values:
             raise UserError(f"--{name}", f"missing; {spec.name} needs {BY_NAME[name].help}")
@@ -157,7 +157,7 @@ def check_flags(spec: TaskSpec, values: Mapping[str, Any]) -> None:
 
 
 def check_values(spec: TaskSpec, values: Mapping[str, Any]) -> None:
-    """Values that are impossible, for this task or for any."""
+    """Raise UserError for values that this task, or any task, does not allow."""
     if not values.get("prompt", "").strip():
         raise UserError("--prompt", "missing or empty; say what happens in the video")
     if "window_prompt" in values and not values["window_prompt"].strip():
@@ -186,7 +186,7 @@ def check_values(spec: TaskSpec, values: Mapping[str, Any]) -> None:
 
 
 def check_enhancer(values: Mapping[str, Any]) -> None:
-    """--enhance_prompt and what belongs to it."""
+    """Check --enhance_prompt and --enhancer_model."""
     way, model = values.get("enhance_prompt", ENHANCER_OFF), values.get("enhancer_model")
     if way == ENHANCER_OFF:
         if model is not None:
@@ -201,7 +201,7 @@ def check_enhancer(values: Mapping[str, Any]) -> None:
 
 
 def check_endpoint(values: Mapping[str, Any]) -> None:
-    """The URL of --enhance_prompt, and its key."""
+    """Check the URL of --enhance_prompt and the API key in the environment."""
     choices = f"choose {ENHANCER_OFF}, {ENHANCER_LOCAL} or an address such as http://127.0.0.1:8080/v1"
     try:
         parts = urlsplit(values["enhance_prompt"])
@@ -229,7 +229,7 @@ def check_size(spec: TaskSpec, values: Mapping[str, Any]) -> None:
 
 
 def check_inputs(values: Mapping[str, Any]) -> None:
-    """The number of reference images and sounds, and what is only for two speakers."""
+    """Check the number of reference images and sounds, flags for two speakers, --text and --voice."""
     references, sounds = values.get("ref_imgs", ["one"]), values.get("input_audio", ["one"])
     if not (1 <= len(references) <= REFERENCE_SLOTS and all(references)):
         remedy = f"give 1 to {REFERENCE_SLOTS} images, comma-separated, none empty"
@@ -257,7 +257,7 @@ def check_inputs(values: Mapping[str, Any]) -> None:
 
 
 def check_outputs(values: Mapping[str, Any]) -> None:
-    """Names of outputs, and what several videos cannot have."""
+    """Check the names of outputs, and what --video_num does not allow."""
     output, latents = values.get("output", "video.mp4"), Path(values.get("save_latents", "latents.safetensors"))
     if not output.endswith("/") and Path(output).suffix != ".mp4":
         refuse(values, "output", "give a name ending in .mp4, or in / for a folder of PNG frames")
@@ -280,7 +280,7 @@ def check_outputs(values: Mapping[str, Any]) -> None:
         raise UserError("--resume", remedy)
 
 
-# Flags whose text has parts
+# Flags whose values have parts
 
 
 def parse_cache(text: str) -> float:
@@ -298,7 +298,7 @@ def parse_cache(text: str) -> float:
 
 
 def parse_loras(values: Mapping[str, Any]) -> tuple[Lora, ...]:
-    """--lora as sources, scales and whether a part will do."""
+    """Parse --lora into sources, scales and whether a partial match is enough."""
     loras = tuple(map(parse_lora, values.get("lora", ())))
     for entry, lora in zip(values.get("lora", ()), loras, strict=True):
         if not lora.source.strip() or not math.isfinite(lora.scale):
@@ -307,7 +307,7 @@ def parse_loras(values: Mapping[str, Any]) -> tuple[Lora, ...]:
 
 
 def parse_lora(entry: str) -> Lora:
-    """SOURCE[:SCALE][:partial]; what follows the last colon is a scale if it is a number."""
+    """Parse SOURCE[:SCALE][:partial]; the part after the last colon is the scale if it is a number."""
     rest = entry.removesuffix(PARTIAL)
     name, _, end = rest.rpartition(":")
     try:
@@ -317,11 +317,11 @@ def parse_lora(entry: str) -> Lora:
 
 
 def parse_boxes(values: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
-    """--speaker_boxes as numbers."""
+    """Parse --speaker_boxes into (x0, y0, x1, y1) in pixels."""
     if "speaker_boxes" not in values or values["speaker_boxes"] == AUTO:
         return ()
     boxes = values["speaker_boxes"].split(";")
-    alone = values.get("keep_background")  # then it is where the one speaker of a clip is
+    alone = values.get("keep_background")  # then the one box is where the speaker of the clip is
     if len(boxes) != (1 if alone else MAX_SPEAKERS) or not all(map(BOX.fullmatch, boxes)):
         wanted = "one box as x0,y0,x1,y1" if alone else "two boxes as x0,y0,x1,y1;x0,y0,x1,y1"
         refuse(values, "speaker_boxes", f"give {wanted} in pixels")
@@ -333,7 +333,7 @@ def parse_boxes(values: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
 
 
 def parse_keyframes(values: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
-    """--keyframes as images and seconds."""
+    """Parse --keyframes into images and times in seconds."""
     for entry in values.get("keyframes", ()):
         if not KEYFRAME.fullmatch(entry):
             refuse({"keyframes": entry}, "keyframes", "give an image and its time in seconds, such as a.png@2.5")
@@ -345,10 +345,10 @@ def parse_keyframes(values: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
 
 
 def make_request(spec: TaskSpec, values: Mapping[str, Any], notes: Sequence[str]) -> GenerationRequest:
-    """A request from checked values, the preset's where none was given."""
+    """Make a request from checked values, with the preset's for flags that are not given."""
     given = written_out(values)
     drawn = values.get("seed") == -1
-    seed = secrets.randbelow(MAX_SEED - values.get("video_num", 1) + 2)  # the last video has a seed, too
+    seed = secrets.randbelow(MAX_SEED - values.get("video_num", 1) + 2)  # so that the last video's seed fits, too
     given["seed"] = seed if drawn else values.get("seed", 42)
     values, original, changes = as_trained(spec, {**presets(spec, given), **given})
     recorded = {"task_type": spec.name} | {
@@ -376,7 +376,7 @@ def make_request(spec: TaskSpec, values: Mapping[str, Any], notes: Sequence[str]
 
 
 def without_secrets(name: str, value: Any) -> Any:
-    """A flag's value as it is recorded: URLs of inputs without user, password and query."""
+    """A flag's value as recorded: input URLs without user, password and query."""
     if BY_NAME[name].path != "input":
         return value
     if isinstance(value, str):
@@ -386,7 +386,7 @@ def without_secrets(name: str, value: Any) -> Any:
 
 
 def written_out(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values with shorthands replaced by what they stand for."""
+    """The values with shorthand flags expanded."""
     full = {name: value for name, value in values.items() if name not in SHORTHANDS}
     if values.get("offload") or values.get("low_vram"):
         full["memory"] = "stream" if values.get("low_vram") or values.get("parameters_level") else "offload"
@@ -398,7 +398,7 @@ def written_out(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def presets(spec: TaskSpec, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a task's preset says for a request of these values."""
+    """The task preset's defaults for a request with these values."""
     made: dict[str, Any] = {
         **{name: getattr(spec, name) for name in ("model_id", "resolution", "num_inference_steps", "shift")},
         "guidance_scale": spec.guidance_scale if spec.guidance_scale != 1.0 else "",
@@ -407,7 +407,7 @@ def presets(spec: TaskSpec, values: Mapping[str, Any]) -> dict[str, Any]:
         "window_prompt": spec.window_prompt if "input_video" not in values else "",
         "duration": spec.default_duration or "",
     }
-    if "fps" in values and "duration" not in values:  # as many frames as without
+    if "fps" in values and "duration" not in values:  # as many frames as at the default rate
         made["num_frames"] = spec.default_duration * spec.fps // 4 * 4 + 1
     size = default_size(spec, values)
     if size is not None and not {"height", "width"} & values.keys():
@@ -416,10 +416,10 @@ def presets(spec: TaskSpec, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_trained(spec: TaskSpec, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:
-    """Values in the form that the models were trained with, and notes on what was changed.
+    """Adapt values to what the models were trained with: the prompt (see `model_prompt`) and 4k+1 frames.
 
-    The prompt is the model's, see `model_prompt`, and the number of frames is 4k+1. Between the two results are the
-    flags that another prompt was made from, or will be.
+    Returns:
+        The values, the flags that a changed prompt was or will be made from, and notes on what was changed.
     """
     made, original = dict(values), {}
     notes: list[str] = []
@@ -432,7 +432,7 @@ def as_trained(spec: TaskSpec, values: Mapping[str, Any]) -> tuple[dict[str, Any
     if way != ENHANCER_OFF or made["prompt"] != values["prompt"]:
         original = {name: made[name] for name in IN_PROMPT if name in made} | {"prompt": values["prompt"]}
     if way not in (ENHANCER_OFF, ENHANCER_LOCAL):
-        original["enhance_prompt"] = "remote"  # those who get the video need not know the address
+        original["enhance_prompt"] = "remote"  # the address is not recorded in the video
     if (frames := made.get("num_frames", 1)) % 4 != 1:
         made["num_frames"] = max(1, (frames - 1) // 4 * 4 + 1)
         notes.append(f"--num_frames {frames} becomes {made['num_frames']}: the VAE makes 4k+1 frames")

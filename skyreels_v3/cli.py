@@ -1,7 +1,7 @@
-"""The command line: flags, presets and config files, as values of the flags' types.
+"""The command line: parses flags and config files into values of the flags' types.
 
-The command line wins over the `--config` file, and that over the task's preset. All three go through the same table of
-flags and the same checks. A wrong request is a `UserError`; nothing here imports torch or opens an input.
+The command line overrides the `--config` file, which overrides the task's preset. All three go through the same table
+of flags and the same checks. A wrong request raises `UserError`; nothing here imports torch or opens an input.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from skyreels_v3.tasks import TASK_NAMES, TINY, task_spec
 from skyreels_v3.version import __version__
 
 SCRIPT = "python3 generate_video.py"
-MAX_TEXT = 10_000  # characters of one value; of a prompt the model reads 512 tokens
+MAX_TEXT = 10_000  # characters of one value; the model reads 512 tokens of a prompt
 MAX_CONFIG_BYTES = 256 << 10
 RECORDS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".png")  # suffixes of a --config that is not YAML
-MAX_COMMAS = 20  # in the name of one of several files
+MAX_COMMAS = 20  # in a file name of a comma-separated list
 CONFIG_HELP = "YAML file with flags as keys, or a video made here, to make it again; the command line wins"
-HTTP_ONLY = ("host", "port", "allowed_hosts", "api_key", "no_auth")  # flags of a server
+HTTP_ONLY = ("host", "port", "allowed_hosts", "api_key", "no_auth")  # flags of an HTTP server only
 METAVARS = {str: "TEXT", int: "N", float: "X"}
 DASHES = (
-    "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # web pages and word processors turn the hyphens of a flag into them
+    "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # what web pages and word processors turn hyphens into
 )
 ADDRESS = re.compile(r"\s*https?://", re.IGNORECASE)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors that begin with the flag."""
+    """An argparse parser that raises one-line errors beginning with the flag."""
 
     def error(self, message: str) -> NoReturn:
         named = re.fullmatch(r"argument (--\w+): (.+)", message, re.DOTALL)
@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_request(argv: Sequence[str]) -> GenerationRequest:
-    """The checked request of a command line.
+    """Parse a command line into a checked request.
 
     Raises:
         UserError: the first problem.
@@ -61,11 +61,11 @@ def parse_request(argv: Sequence[str]) -> GenerationRequest:
 
 
 def parse_flags(argv: Sequence[str], default_task: str | None = None, command: str = SCRIPT) -> dict[str, Any]:
-    """The flags of a command line and of its config file; raises as `parse_request`.
+    """Parse the flags of a command line and its config file; raises like `parse_request`.
 
     Args:
-        default_task: the task if neither names one.
-        command: what --help says to type.
+        default_task: the task if neither of them names one.
+        command: the command that --help shows.
     """
     found, unknown = build_parser(command).parse_known_args(join_values(argv))
     if unknown:
@@ -92,7 +92,7 @@ def parse_flags(argv: Sequence[str], default_task: str | None = None, command: s
 
 
 def join_values(argv: Sequence[str]) -> list[str]:
-    """`--flag value` as `--flag=value` where the value begins with one dash: argparse would take it for a flag."""
+    """Join `--flag value` to `--flag=value` if the value begins with one dash; argparse would take it for a flag."""
     takes_value = {f"--{flag.name}" for flag in FLAGS if flag.kind is not bool} | {"--config"}
     words: list[str] = []
     for word in argv:
@@ -104,7 +104,7 @@ def join_values(argv: Sequence[str]) -> list[str]:
 
 
 def refuse_unknown(words: Sequence[str], argv: Sequence[str]) -> NoReturn:
-    """Raise UserError for words that argparse could not place."""
+    """Raise UserError for words that argparse did not recognize."""
     name, _, value = words[0].partition("=")
     if len(words) > 1 and not value and not words[1].startswith("-"):
         value = words[1]
@@ -123,7 +123,7 @@ def refuse_unknown(words: Sequence[str], argv: Sequence[str]) -> NoReturn:
 
 
 def build_parser(command: str = SCRIPT) -> Parser:
-    """All flags; values stay text until `convert`."""
+    """A parser of all flags; values stay text until `convert`."""
     examples = []
     for spec in map(task_spec, TASK_NAMES):
         lines = (f"{command} --task_type {spec.name}", *(f"  {line}" for line in spec.example))
@@ -157,7 +157,7 @@ def build_parser(command: str = SCRIPT) -> Parser:
 
 
 def convert(flag: Flag, value: Any) -> Any:
-    """A value from the command line (text) or a config file (anything YAML has) as the flag's type, in its range."""
+    """Convert a value (text, or any YAML type from a config file) to the flag's type, and check its range."""
     name = f"--{flag.name}"
     if flag.kind is str:
         return convert_text(flag, value)
@@ -174,20 +174,20 @@ def convert(flag: Flag, value: Any) -> Any:
         number = flag.kind(value)
     except (ValueError, OverflowError):
         raise UserError(name, f"{describe_value(value)} is not {kind}; give {kind}{limits}") from None
-    if not flag.low <= number <= flag.high:  # not true of NaN either
+    if not flag.low <= number <= flag.high:  # also catches NaN
         raise UserError(name, f"{describe_value(value)} is out of range; give {kind}{limits}")
     return number
 
 
 def convert_text(flag: Flag, value: Any) -> str:
-    """A text of limited length that is valid UTF-8; one of the flag's choices if it has some."""
+    """Check that a value is UTF-8 text of limited length and, if the flag has choices, one of them."""
     name, shown = f"--{flag.name}", describe_value(value)
     if flag.choices and value not in flag.choices:
         choices = f"{', '.join(flag.choices[:-1])} or {flag.choices[-1]}"
         raise UserError(name, f"{shown}: choose {choices}{suggest_value(flag.name, shown, flag.choices)}")
     if not isinstance(value, str):
         raise UserError(name, f"{shown} is not text; put it in quotes")
-    if flag.path == "output" and not value.strip():  # which would be the current folder
+    if flag.path == "output" and not value.strip():  # would be the current folder
         raise UserError(name, f"an empty value; give {flag.metavar}")
     if len(value) > MAX_TEXT:
         raise UserError(name, f"{shown}: {len(value)} characters are too many; give at most {MAX_TEXT}")
@@ -205,28 +205,28 @@ def convert_text(flag: Flag, value: Any) -> str:
 
 
 def convert_entries(flag: Flag, texts: Iterable[Any]) -> list[str]:
-    """The entries of a flag that takes several, given once or more, comma-separated."""
+    """The entries of a flag that takes several: comma-separated, given once or more."""
     return [entry for text in texts for entry in split(flag.name, convert(flag, text))]
 
 
 def convert_from_file(name: str, value: Any, folder: str) -> Any:
-    """A value from a file in `folder`, converted; a flag that takes several entries may have a list."""
+    """Convert a value from a file in `folder`; a flag that takes several entries may have a list."""
     flag = BY_NAME[name]
     if not flag.several:
         return from_folder(flag, convert(flag, value), folder)
     if isinstance(value, list):
         entries = [convert(flag, entry) for entry in value]
-        convert(flag, ",".join(entries))  # the limit is for all of them together
+        convert(flag, ",".join(entries))  # the length limit is for all entries together
     else:
         entries = split(name, convert(flag, value), folder)
     return [from_folder(flag, entry, folder) for entry in entries]
 
 
 def from_folder(flag: Flag, entry: Any, folder: str) -> Any:
-    """A value from a file in `folder`; relative paths are relative to that.
+    """Resolve a relative path in a file against the file's `folder`; other values stay as they are.
 
-    A path that exists only from the current folder is meant as it stands, as a run has recorded it; and so is what may
-    be a hub's id.
+    A path that exists only relative to the current folder is kept, since runs record paths that way; so is a possible
+    hub id.
     """
     if not folder or not flag.path or not entry.strip() or REFERENCE.fullmatch(entry):
         return entry
@@ -239,10 +239,10 @@ def from_folder(flag: Flag, entry: Any, folder: str) -> Any:
 
 
 def split(name: str, text: str, folder: str = "") -> list[str]:
-    """The entries of a comma-separated value; commas in URLs and in names of existing files do not separate.
+    """Split a comma-separated value; commas in URLs and in names of existing files do not separate.
 
     Args:
-        folder: where files may be as well.
+        folder: another folder that files may be in.
     """
     parts, entries = text.split(","), []
     while parts:
@@ -253,13 +253,13 @@ def split(name: str, text: str, folder: str = "") -> list[str]:
 
 
 def file_length(name: str, parts: Sequence[str], folder: str) -> int:
-    """How many of the first parts, at most, make the name of an existing file together; 0 for none."""
+    """The largest number of leading parts that together name an existing file; 0 for none."""
     lengths = range(min(len(parts), MAX_COMMAS), 0, -1)
     return next((length for length in lengths if exists(name, ",".join(parts[:length]), folder)), 0)
 
 
 def address_length(name: str, parts: Sequence[str], folder: str) -> int:
-    """How many of the first parts make a URL: all up to the next one, or to an existing file; 0 for none."""
+    """The number of leading parts that make up a URL, which ends before the next URL or existing file; 0 for none."""
     if not ADDRESS.match(parts[0]):
         return 0
     for length in range(1, len(parts)):
@@ -270,7 +270,7 @@ def address_length(name: str, parts: Sequence[str], folder: str) -> int:
 
 
 def exists(name: str, entry: str, folder: str = "") -> bool:
-    """Whether an entry of a flag names an existing file or folder, from here or from `folder`."""
+    """Whether a flag's entry names an existing file or folder, relative to the current folder or to `folder`."""
     entry = entry.strip()
     if name == "lora":
         entry = parse_lora(entry).source
@@ -281,7 +281,7 @@ def exists(name: str, entry: str, folder: str = "") -> bool:
 
 
 def convert_flags(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags from Python, converted; raises UserError for unknown ones and wrong values."""
+    """Convert flags given in Python; raises UserError for unknown flags and wrong values."""
     converted = {}
     for name, value in values.items():
         if name not in BY_NAME:
@@ -294,14 +294,14 @@ def convert_flags(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_overruled(values: Mapping[str, Any], winners: Mapping[str, Any]) -> dict[str, Any]:
-    """Values without those that contradict a flag that wins over them."""
+    """The values without those that conflict with a flag in `winners`."""
     pairs = (*EXCLUSIVE, *INSTEAD)
     overruled = {pair[1 - side] for pair in pairs for side in (0, 1) if is_set(winners, pair[side])}
     return {name: value for name, value in values.items() if name not in overruled}
 
 
 def verbosity_of(values: Mapping[str, Any]) -> int:
-    """-1 for warnings and the result only, 1 for everything."""
+    """-1 for warnings and the result only, 0 by default, 1 for everything."""
     return int(values.get("verbose", False)) - int(values.get("quiet", False))
 
 
@@ -309,9 +309,9 @@ def verbosity_of(values: Mapping[str, Any]) -> int:
 
 
 def read_config_file(name: str) -> dict[str, Any]:
-    """The flags in a YAML file, or in the record of a video, converted."""
+    """Read and convert the flags in a YAML file or in a video's metadata."""
     path = Path(os.path.expanduser(name))
-    recorded = path.suffix.lower() in RECORDS or (bool(name) and os.path.isdir(path))  # unlike Path's for odd names
+    recorded = path.suffix.lower() in RECORDS or (bool(name) and os.path.isdir(path))  # Path.is_dir raises for odd names
     content = read_record(path) if recorded else read_yaml(name)
     if not isinstance(content, Mapping):
         reason = f"{format_value(name)} holds no 'flag: value' lines"
@@ -328,7 +328,7 @@ def read_config_file(name: str) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> Any:
-    """The flags in the comment of a video, of a folder of frames, or of one of those. All of it is distrusted."""
+    """Read the flags in the comment of a video, a frame or a folder of frames; the content is untrusted."""
     from skyreels_v3.media.files import check_readable
     from skyreels_v3.media.video_writer import read_comment
 
@@ -343,7 +343,7 @@ def read_record(path: Path) -> Any:
 
 
 def read_yaml(name: str) -> Any:
-    """The content of a user's YAML file."""
+    """Read a user's YAML file."""
     path = Path(os.path.expanduser(name))
     try:
         status = path.stat()
@@ -368,7 +368,7 @@ def unknown_key(key: Any, value: Any) -> str:
 
 
 def check_beside_jobs(values: Mapping[str, Any]) -> None:
-    """Raise UserError for an empty --jobs, and for a flag that cannot stand beside it."""
+    """Raise UserError for an empty --jobs, or for a flag that cannot be combined with it."""
     if not values["jobs"].strip():
         raise UserError("--jobs", "an empty path; give a file")
     for name, value in values.items():
@@ -383,7 +383,7 @@ def is_server(values: Mapping[str, Any]) -> bool:
 
 
 def check_beside_serve(values: Mapping[str, Any]) -> None:
-    """Raise UserError for a flag of one video, or one that needs another, beside --serve or --mcp."""
+    """Raise UserError for a flag that --serve or --mcp does not allow, or that lacks another one it needs."""
     allowed = ("serve", "outdir", "allow_private_urls", "quiet", "verbose", "gpu_num", "use_usp")
     command = "--serve" if is_set(values, "serve") else "--mcp"
     if "files" in values and not is_set(values, "mcp"):
@@ -407,13 +407,13 @@ def check_beside_serve(values: Mapping[str, Any]) -> None:
 
 
 def job_flags(line: Mapping[str, Any], defaults: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """The flags of a line of --jobs, converted, with those of the command line where they do not contradict it.
+    """Convert the flags of a line of --jobs and add those of the command line that do not contradict them.
 
     Args:
-        folder: that of the file, which its paths are relative to.
+        folder: the folder of the file, which its paths are relative to.
 
     Raises:
-        UserError: an unknown flag, one that a line cannot have, or a wrong value.
+        UserError: an unknown flag, one that is not allowed in a line, or a wrong value.
     """
     for name in line:
         if name == "config" or (name in BY_NAME and not BY_NAME[name].in_line):
