@@ -311,7 +311,7 @@ def verbosity_of(values: Mapping[str, Any]) -> int:
 def read_config_file(name: str) -> dict[str, Any]:
     """Read and convert the flags in a YAML file or in a video's metadata."""
     path = Path(os.path.expanduser(name))
-    recorded = path.suffix.lower() in RECORDS or (bool(name) and os.path.isdir(path))  # Path.is_dir raises for odd names
+    recorded = path.suffix.lower() in RECORDS or (bool(name) and os.path.isdir(path))  # Path.is_dir may raise
     content = read_record(path) if recorded else read_yaml(name)
     if not isinstance(content, Mapping):
         reason = f"{format_value(name)} holds no 'flag: value' lines"

@@ -1,4 +1,4 @@
-"""The networks of a checkpoint: loading them, and preparing them for a run."""
+"""Loads the components of a checkpoint and prepares them for a run."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ from skyreels_v3.request import GenerationRequest
 from skyreels_v3.runtime import Runtime
 from skyreels_v3.tasks import task_spec
 
-ENCODERS = ("text_encoder", "image_encoder", "audio_encoder")  # only where something is encoded
+ENCODERS = ("text_encoder", "image_encoder", "audio_encoder")  # loaded only on the main process, which encodes
 
 
 @dataclass(frozen=True)
 class Components:
-    """The networks of a checkpoint.
+    """The components of a checkpoint.
 
-    The audio encoder is always float32, since it is small, and so is the VAE unless --vae_dtype says otherwise, since
-    its errors are visible.
+    The audio encoder is always float32, since it is small; so is the VAE unless --vae_dtype says otherwise, since its
+    errors are visible.
     """
 
-    transformer: Any  # an nn.Module and a Transformer, for which Python has no type
+    transformer: Any  # both nn.Module and Transformer; Python cannot express the intersection
     vae: Any
     prompt_cache: TensorCache
     text_encoder: Any = None
     image_encoder: Any = None
     audio_encoder: Any = None
-    scheduler: Mapping[str, Any] | None = None  # its config, where the preset does not say all
-    quant: str | None = None  # of the text encoder, which is quantized when it is needed
+    scheduler: Mapping[str, Any] | None = None  # its config, where the preset does not define the schedule
+    quant: str | None = None  # of the text encoder, which is quantized on first use
 
     @property
     def modules(self) -> list[nn.Module]:
-        """All of them."""
+        """The modules of all components that are loaded."""
         others = (self.vae, self.text_encoder, self.image_encoder, self.audio_encoder)
         return [self.transformer, *(each.module for each in others if each is not None)]
 
 
 def load_components(plan: Plan, runtime: Runtime) -> Components:
-    """Map a plan's checkpoint into memory; all files are checked before anything slow begins."""
+    """Load a plan's checkpoint, memory-mapped; all files are checked before anything slow begins."""
     folder, request, task, main = plan.checkpoint, plan.request, plan.request.task, runtime.parallel.is_main
     assert folder is not None
     family = family_of(task)
@@ -70,7 +70,7 @@ def load_components(plan: Plan, runtime: Runtime) -> Components:
             bar.update()
     known_prompts = identity_of(component_files(request, others, "text encoder"), runtime.dtype, request.quant)
     if reads:
-        read_ahead(component_files(request, folder, "transformer"))  # while the prompt and the pictures are encoded
+        read_ahead(component_files(request, folder, "transformer"))  # while inputs are encoded
     components = Components(
         **loaded,
         prompt_cache=TensorCache(None if request.no_cache else cache_folder() / "prompts", known_prompts),
@@ -91,7 +91,7 @@ def others_of(folder: Path, request: GenerationRequest) -> Path:
 
 
 def own_files(request: GenerationRequest) -> dict[str, Path]:
-    """The files of single components that a request names and that are on this machine."""
+    """The files on this machine of components that a request takes from their own files."""
     found = {field: locate_file(name, COMPONENTS[field]) for field, name in components_of(request).items()}
     return {field: file for field, file in found.items() if file is not None}
 
@@ -104,12 +104,12 @@ def flag_of(component: str, folder: Path, others: Path, own: Container[str]) -> 
 
 
 def check_components(request: GenerationRequest, folder: Path | None) -> None:
-    """Raise UserError for files that are not what a component is made of, or a LoRA that does not fit.
+    """Raise UserError for component files or LoRAs that do not fit the model.
 
-    All is loaded without the values of weights, in a second or two.
+    Everything is loaded on meta, without the weights' values, in a second or two.
 
     Args:
-        folder: of the checkpoint; None where it is not on this machine, and the published sizes tell what fits.
+        folder: the checkpoint's; None if it is not on this machine, then LoRAs are checked against published sizes.
     """
     files = [(file, lora.partial) for lora in request.lora if (file := locate_file(lora.source, LORA)) is not None]
     own = own_files(request)
@@ -123,7 +123,7 @@ def check_components(request: GenerationRequest, folder: Path | None) -> None:
 
 @cache
 def load_on_meta(task: str, folder: Path, others: Path, own: tuple[tuple[str, Path], ...]) -> Any:
-    """A task's transformer on meta, after all components have been checked by loading them on meta."""
+    """Check all components of a checkpoint by loading them on meta; returns the transformer."""
     spec, loaded = task_spec(task), {}
     loaders = family_of(spec).loaders(spec, folder, others, torch.float32, torch.float32, False, dict(own))
     for name, load in loaders.items():
@@ -133,17 +133,17 @@ def load_on_meta(task: str, folder: Path, others: Path, own: tuple[tuple[str, Pa
 
 
 def use_channels_last(module: nn.Module) -> None:
-    """Make the weights of 3D convolutions channels-last; other weights of a module may have another rank."""
+    """Make the weights of 3D convolutions channels-last, and only these: other weights may not be 5D."""
     for part in module.modules():
         if isinstance(part, nn.Conv3d):
             part.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # missing in torch's stubs
 
 
 def use_onednn(module: nn.Module) -> None:
-    """Compute 3D convolutions on a CPU by oneDNN, whatever their size.
+    """Use oneDNN for 3D convolutions on the CPU, whatever their size.
 
-    torch only asks for it if the first four of a float32 input's five sizes have a product above 20480; for smaller
-    frames it has a loop that takes eight times as long.
+    torch uses it only if the product of the first four of a float32 input's five sizes exceeds 20480; for smaller
+    frames it runs a loop that takes eight times as long.
     """
     for part in module.modules():
         if isinstance(part, nn.Conv3d):
@@ -151,14 +151,14 @@ def use_onednn(module: nn.Module) -> None:
 
 
 def onednn_convolution(layer: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What `layer` makes of x (B, C, F, H, W)."""
+    """Apply `layer` to x (B, C, F, H, W) with oneDNN."""
     assert layer.padding_mode == "zeros"
     return torch.ops.aten.mkldnn_convolution(x, weight, bias, layer.padding, layer.stride, layer.dilation, layer.groups)
 
 
 def set_up_vae(vae: Any, runtime: Runtime) -> None:
-    """Prepare the VAE: memory format or kernels, tiles, and the ranks that share them."""
-    if runtime.device.type == "cuda":  # the format of cuDNN's kernels, which would otherwise convert each input
+    """Set up the VAE: memory format or kernels, tiles, and the ranks that share the tiles."""
+    if runtime.device.type == "cuda":  # native to cuDNN's kernels, which would otherwise convert each input
         use_channels_last(vae.module)
     elif runtime.device.type == "cpu" and torch.backends.mkldnn.is_available():
         use_onednn(vae.module)
@@ -167,9 +167,9 @@ def set_up_vae(vae: Any, runtime: Runtime) -> None:
 
 
 def set_up_transformer(transformer: Transformer, request: GenerationRequest, runtime: Runtime) -> None:
-    """Prepare the transformer: LoRAs, quantization, attention, ranks, compilation, sharding or streaming."""
+    """Set up the transformer: LoRAs, quantization, attention, ranks, compilation, sharding or streaming."""
     module = cast(nn.Module, transformer)
-    if request.lora:  # their sources were replaced by files when they were fetched
+    if request.lora:  # their sources are local files by now
         dequantize_layers(module, runtime.dtype)
         apply_loras(module, request.lora, fuse=request.quant is not None)
     if request.quant is not None:
@@ -189,18 +189,18 @@ def set_up_transformer(transformer: Transformer, request: GenerationRequest, run
 
 
 def quantize_blocks(blocks: Sequence[nn.Module], name: str, quant: str, runtime: Runtime) -> None:
-    """Quantize a model's blocks, with a progress bar of that name; FP8 layers stay as they are."""
+    """Quantize a model's blocks, with a progress bar; FP8 layers stay as they are."""
     with runtime.bar(name, len(blocks)) as bar:
         for block in blocks:
             quantize([block], runtime.device, dynamic=quant == "fp8_dynamic")
             bar.update()
 
 
-MAX_GRAPHS = 16  # of one part: shapes, dtypes and adapters differ
+MAX_GRAPHS = 16  # per compiled part, since shapes, dtypes and adapters differ
 
 
 def compile_blocks(model: Transformer) -> None:
-    """Compile a model's parts when they are first called; code is kept where `runtime.set_environment` says."""
+    """Compile a model's parts on their first call; the code is cached where `runtime.set_environment` says."""
     torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
     for owner, method in model.compilable():
         setattr(owner, method, torch.compile(getattr(owner, method)))

@@ -1,7 +1,7 @@
-"""--concat: the videos of a jobs file joined into one film, in the order of its lines.
+"""--concat: joins the videos of a jobs file into one film, in the order of its lines.
 
-It is made from the frames that are kept for it (see story.py), so they are encoded once. Each is in it once, and the
-sound of each video stays at its place.
+It uses the losslessly kept frames (see story.py), so they are encoded only once. No frame is repeated, and each video's
+sound stays in sync.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from skyreels_v3.version import __version__
 
 logger = logging.getLogger(__name__)
 
-CONTENT_DIGITS = 16  # hexadecimal, of what is recorded of each video
+CONTENT_DIGITS = 16  # hex digits recorded per video
 SOUND_FORMAT = (2, 3, MIX_RATE)  # channels, bytes per sample, Hz
 
 
 @dataclass(frozen=True)
 class Shot:
-    """A video of the film.
+    """One video of the film.
 
     Attributes:
-        clip: its frames.
-        video: its file, which has the sound.
+        clip: the frames to use.
+        video: the finished video, for its sound.
     """
 
     job: Job
@@ -50,7 +50,7 @@ class Shot:
 
     @property
     def skipped(self) -> int:
-        """How many of its first frames the film has already."""
+        """The number of its first frames that the film already has."""
         assert self.job.request is not None
         return int(self.job.before is not None and self.job.request.image is not None)
 
@@ -60,14 +60,14 @@ class Shot:
 
 
 def check_film(path: Path, order: Sequence[Job], videos: Mapping[str, Path]) -> bool:
-    """Whether the film of these jobs has been made already.
+    """Check that the film can be made; returns whether it already exists.
 
     Args:
         order: the jobs, each after those that it needs.
-        videos: those that have been made, by the ids of their jobs; their files may be gone.
+        videos: finished videos by job id; their files may be gone.
 
     Raises:
-        UserError: their videos cannot be one film, it cannot be written, or it is of other videos of these jobs.
+        UserError: the videos do not fit together, the film cannot be written, or it has outdated videos of these jobs.
     """
     if path.suffix != ".mp4":
         raise UserError("--concat", f"{format_value(path)}: give a name ending in .mp4")
@@ -97,7 +97,7 @@ def check_film(path: Path, order: Sequence[Job], videos: Mapping[str, Path]) -> 
 
 
 def check_sizes(sizes: Mapping[int, tuple[int, int]]) -> None:
-    """Raise UserError unless all shots have the same height and width, by the numbers of their lines."""
+    """Raise UserError unless all shots have the same height and width; `sizes` is by line number."""
     first = next(iter(sizes), 0)
     for number, size in sizes.items():
         if size != sizes[first]:
@@ -107,15 +107,15 @@ def check_sizes(sizes: Mapping[int, tuple[int, int]]) -> None:
 
 
 def digest_of(jobs: Iterable[Job]) -> str:
-    """A text that is the same for jobs whose film is the same."""
+    """A digest that is equal for jobs whose film is the same."""
     return hashlib.sha256(" ".join(job.id for job in jobs).encode()).hexdigest()
 
 
 def is_film(path: Path, jobs: Sequence[Job], videos: Mapping[str, Path]) -> bool:
-    """Whether a file is the film of these jobs, as its comment says; a warning tells which videos are gone.
+    """Whether a file is the film of these jobs, according to its comment; warns of videos that are gone.
 
     Raises:
-        UserError: it is of other videos, since some were made again.
+        UserError: some of its videos were made again since.
     """
     try:
         comment = json.loads(read_comment(path)) if path.is_file() else {}
@@ -139,7 +139,7 @@ def lines(numbers: Sequence[int]) -> str:
 
 
 def content_of(video: Path) -> str:
-    """A text that is the same for videos of the same frames and sound, whatever their comments; "" if it is damaged."""
+    """A digest of a video's frames and sound, independent of its comment; "" if the video is damaged."""
     if video.is_dir():
         found = hashlib.sha256("".join(map(digest_of_file, sorted(video.iterdir()))).encode()).hexdigest()
     else:
@@ -149,14 +149,14 @@ def content_of(video: Path) -> str:
 
 
 def make_film(path: Path, jobs: Sequence[Job], videos: Mapping[str, Path], check: bool) -> Path:
-    """Join the videos of jobs.
+    """Join the videos of jobs into a film.
 
     Args:
-        videos: their files, by their ids.
-        check: also measure the film, and log its figures.
+        videos: their files by job id.
+        check: also measure the film and log its figures.
 
     Returns:
-        The path of the film: another than `path` where that has been taken meanwhile.
+        The path of the film, which differs from `path` if that has been taken in the meantime.
 
     Raises:
         UserError: a video cannot be read, or they differ in size.
@@ -182,7 +182,7 @@ def fps_of(job: Job) -> int:
 
 
 def open_shot(job: Job, video: Path, fps: int) -> Shot:
-    """The frames of a job's video at a rate: those that are kept, or else what is left of them in the video."""
+    """Open the frames of a job's video at `fps`: the lossless copy, or else the encoded video itself."""
     assert job.request is not None and job.request.frames_copy is not None
     kept = job.request.frames_copy
     if not kept.is_file():
@@ -199,13 +199,13 @@ def open_shot(job: Job, video: Path, fps: int) -> Shot:
 
 
 def film_frames(shots: Iterable[Shot], fps: int) -> Iterator[np.ndarray]:
-    """All frames, uint8 [H, W, 3]."""
+    """Yield all frames of the film, uint8 [H, W, 3]."""
     for shot in shots:
         yield from islice(read_frames(shot.clip.path, fps), shot.skipped, None)
 
 
 def measured(frames: Iterator[np.ndarray], shots: Sequence[Shot], fps: int) -> Iterator[np.ndarray]:
-    """The same frames; after the last one the figures of the film are logged, and those of seams without a cut."""
+    """Pass frames through; after the last, log the figures of the film and of its seams without a cut."""
     from skyreels_v3.quality import Meter, report, report_seam, seam_of
 
     meter = Meter(fps)
@@ -226,7 +226,7 @@ def measured(frames: Iterator[np.ndarray], shots: Sequence[Shot], fps: int) -> I
 
 
 def write_sound(shots: Sequence[Shot], fps: int, target: Path) -> Path | None:
-    """Write a WAV file with the sound of each shot at its place, silence elsewhere; None if none has any."""
+    """Write a WAV file with each shot's sound at its position, silence elsewhere; returns None if no shot has sound."""
     with_sound = [shot for shot in shots if shot.video.is_file() and probe_video(shot.video, fps).has_sound]
     if not with_sound:
         return None

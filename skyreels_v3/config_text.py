@@ -1,6 +1,6 @@
-"""YAML and JSON from users, or from strangers: read quickly whatever the text is.
+"""Reads untrusted YAML and JSON in bounded time.
 
-Refused are aliases (a short text could expand to gigabytes), deep nesting and repeated keys.
+Aliases (a short text could expand to gigabytes), deep nesting and repeated keys are refused.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from yaml.nodes import MappingNode, ScalarNode
 
 MAX_DEPTH = 10
 MAX_EVENTS = 4_000  # one for each scalar, two for each list and mapping
-MAX_PLAIN = 10_000  # characters of an unquoted value; reading a number takes time that grows with its square
+MAX_PLAIN = 10_000  # characters of an unquoted value; parsing a number takes quadratic time
 
 
 class Loader(yaml.SafeLoader):
-    """PyYAML's own parser: libyaml's crashes on deeply nested brackets."""
+    """PyYAML's pure-Python loader, since libyaml's crashes on deeply nested brackets; refuses repeated keys."""
 
     def flatten_mapping(self, node: MappingNode) -> None:
-        """Called for each mapping, for its merge keys: these are not read, which the constructor reports."""
+        """Refuse repeated keys. PyYAML calls this to expand `<<` merge keys, which the constructor then refuses."""
         repeated = first_repeated(key.value for key, _ in node.value if isinstance(key, ScalarNode))
         if repeated is not None:
             raise refused(f"{repeated[:100]} is given twice", node.start_mark)
 
 
 def read_yaml_text(text: str) -> Any:
-    """The content of a YAML text.
+    """Parse a YAML text.
 
     Raises:
-        yaml.YAMLError: it is not YAML or beyond the limits, or a date or number in it is invalid.
+        yaml.YAMLError: it is not YAML, exceeds a limit, or has an invalid date or number.
     """
     try:
         check_limits(text)
@@ -43,7 +43,7 @@ def read_yaml_text(text: str) -> Any:
 
 
 def check_limits(text: str) -> None:
-    """Raise YAMLError as soon as a text exceeds a limit; nothing is built meanwhile."""
+    """Raise YAMLError as soon as a text exceeds a limit, without building any objects."""
     depth = 0
     for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
         depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
@@ -63,7 +63,7 @@ def refused(problem: str, mark: Any) -> yaml.YAMLError:
 
 
 def read_json_text(text: str | bytes) -> Any:
-    """The content of a JSON text; raises ValueError, or RecursionError for thousands of brackets."""
+    """Parse a JSON text; raises ValueError, or RecursionError for thousands of nested brackets."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         repeated = first_repeated(name for name, _ in pairs)

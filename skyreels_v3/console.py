@@ -1,4 +1,4 @@
-"""stdout, stderr and the log. A stream may be closed, or lack a character; that must not cost a finished video."""
+"""stdout, stderr and logging. A closed stream or an unsupported character must not cost a finished video."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def escape_unknown() -> None:
-    """Write characters that a stream's encoding lacks as escapes, and replace a closed stream by the null device."""
+    """Escape characters that a stream's encoding lacks, and replace a missing stream by the null device."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  open until Python ends
@@ -27,7 +27,7 @@ def escape_unknown() -> None:
 def show(result: object) -> None:
     """Print a result on stdout; if that fails (`| head`, a full disk), log it and print nothing from then on."""
     try:
-        sys.stdout.write(f"{result}\n")  # in one piece: several processes may write lines
+        sys.stdout.write(f"{result}\n")  # in one write: other processes may print lines, too
         sys.stdout.flush()
     except OSError as error:
         logger.warning("stdout cannot be written to (%s); the result is %s", error.strerror, result)
@@ -35,7 +35,7 @@ def show(result: object) -> None:
 
 
 def say(text: str) -> None:
-    """Write to stderr, unless its other end is closed: Ctrl-C may have ended `| tee` too."""
+    """Write to stderr; ignore a closed pipe, since Ctrl-C may have ended `| tee`, too."""
     try:
         sys.stderr.write(text)
         sys.stderr.flush()
@@ -44,7 +44,7 @@ def say(text: str) -> None:
 
 
 class Stderr:
-    """stderr for logging and progress bars; writes with `say`."""
+    """A stderr for logging and progress bars that writes with `say`."""
 
     def write(self, text: str) -> None:
         say(text)
@@ -64,14 +64,14 @@ def redirect_to_null(stream: TextIO) -> None:
 
 
 class RedactingFormatter(logging.Formatter):
-    """Redacts URLs in all that is logged, tracebacks of libraries included."""
+    """Redacts URLs in everything that is logged, including tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
 
 
 def set_up_logging(verbosity: int, is_main: bool = True) -> None:
-    """Log to stderr on the main process; libraries log errors only."""
+    """Log to stderr; libraries, and ranks other than the main one, log errors only."""
     level = {-1: logging.WARNING, 0: logging.INFO, 1: logging.DEBUG}[verbosity] if is_main else logging.ERROR
     handler = logging.StreamHandler(Stderr())
     handler.setFormatter(RedactingFormatter("%(levelname)s: %(message)s"))

@@ -1,4 +1,4 @@
-"""`skyreels convert`: a transformer in any format that is read, as our layout in bfloat16 or as one native file."""
+"""`skyreels convert`: converts a transformer of any supported format to diffusers' layout or to one native file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SINGLE_FILE = ".safetensors"
 
 
 def convert(argv: Sequence[str]) -> Path:
-    """Convert what a command line asks for; returns the new folder or file.
+    """Run a command line; returns the new folder or file.
 
     Raises:
         UserError: the weights cannot be read, or the output cannot be written.
@@ -58,7 +58,7 @@ def convert(argv: Sequence[str]) -> Path:
 
 
 def build_parser() -> Parser:
-    """The flags, which mean what they mean to `skyreels generate`."""
+    """A parser of the flags, which have the same meaning as in `skyreels generate`."""
     parser = Parser(
         prog="skyreels convert",
         description="Write a transformer in any format that is read as a folder in diffusers' layout, or as one file.",

@@ -1,4 +1,4 @@
-"""--dry_run: a plan as text."""
+"""--dry_run: describes a plan as text."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from skyreels_v3.tasks import MEMORY_MODES, TINY
 
 
 def dry_run(request: GenerationRequest, downloads: Path, ranks: Ranks) -> str:
-    """Check a request; returns what it would do, as text."""
+    """Check a request and describe what it would do."""
     return describe_checked(preflight(request, downloads, ranks), downloads, ranks)
 
 
 def describe_checked(checked: Checked, downloads: Path, ranks: Ranks) -> str:
-    """What a request would do that `preflight` has checked, as text."""
+    """Describe what a request that has passed `preflight` would do."""
     if checked.done:
         return f"{'done':14}{checked.request.output}"
     return describe(plan_of(checked, downloads, ranks))
 
 
 def describe_prompt(request: GenerationRequest, inputs: Inputs) -> Iterator[tuple[str, str]]:
-    """The prompt that the model gets, what it is made from, and whether it is still to be rewritten."""
+    """Rows on the prompt that the model gets, the prompt given, and whether it is still to be rewritten."""
     if request.to_enhance:
         from skyreels_v3.enhancer.enhance import model_folder, recall
 
@@ -54,26 +54,26 @@ def describe_prompt(request: GenerationRequest, inputs: Inputs) -> Iterator[tupl
 
 
 def plan_of(checked: Checked, downloads: Path, ranks: Ranks) -> Plan:
-    """The plan of a request that `preflight` has checked, which loads and downloads no weights.
+    """Plan a request that has passed `preflight`, without loading or downloading weights.
 
     Raises:
-        UserError: its checkpoint or a LoRA does not fit.
+        UserError: the checkpoint or a LoRA does not fit.
     """
     if checked.request.model_id == TINY:
         checkpoint = tiny.folder_of(checked.request.task)
-        if not checkpoint.is_dir():  # nothing is left in the cache
+        if not checkpoint.is_dir():  # a dry run leaves nothing in the cache
             checkpoint = downloads / TINY
             tiny.unpack(checked.request.task, checkpoint)
         checked = replace(checked, checkpoint=checkpoint)
     if checked.checkpoint is not None or checked.request.lora:
-        from skyreels_v3.components import check_components  # imports all libraries that load models
+        from skyreels_v3.components import check_components  # imports all model-loading libraries
 
         check_components(checked.request, checked.checkpoint)
     return plan(checked, find_machine(checked.request, ranks), ranks)
 
 
 def describe(plan: Plan) -> str:
-    """The plan as a table."""
+    """Format a plan as a table."""
     request = plan.request
     size, length = f"{request.width} x {request.height}", request.frames_out / request.task.fps
     video = f"{size}, {counted(request.frames_out, 'new frame')} at {request.task.fps} fps ({length:.2f} s)"
@@ -108,7 +108,7 @@ def describe(plan: Plan) -> str:
 
 
 def missing_repositories(plan: Plan) -> list[Repository]:
-    """The repositories that must be downloaded, at least in part."""
+    """The repositories of which at least a part must be downloaded."""
     request = plan.request
     first, *others = repositories_of(request)
     if request.model_id == TINY:
@@ -118,7 +118,7 @@ def missing_repositories(plan: Plan) -> list[Repository]:
 
 
 def describe_download(request: GenerationRequest, repository: Repository) -> tuple[str, str]:
-    """A line on what must be downloaded, how much that is, and whether there is room."""
+    """A row on what must be downloaded, its size, and whether there is room for it."""
     name, source = hub.model_id_of(request, repository), request.model_source
     known = hub.bytes_to_fetch(request, repository)
     published = family_of(request.task).published_bytes(request.task)
@@ -131,13 +131,13 @@ def describe_download(request: GenerationRequest, repository: Repository) -> tup
 
 
 def describe_disk(request: ResolvedRequest) -> str:
-    """The room for the output."""
+    """Describe the free space for the output."""
     free, need = shutil.disk_usage(existing_folder(request.output)).free, output_bytes(request)
     return f"{giga(free)} free for the output" + (f": it may need {giga(need)}" if need > free else "")
 
 
 def describe_memory(plan: Plan) -> str:
-    """Peak memory of each --memory mode; in brackets with a tiled VAE."""
+    """Describe the peak memory of each --memory mode, in brackets with a tiled VAE."""
     whole, tiled = ([plan.peak(mode, tiles) for mode in MEMORY_MODES] for tiles in (TILINGS[0], TILINGS[-1]))
     if whole == tiled:
         return f"about {', '.join(f'{mode} {giga(plan.peak(mode))}' for mode in MEMORY_MODES)} on the device at most"

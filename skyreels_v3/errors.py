@@ -1,6 +1,6 @@
-"""Errors, and values in their messages.
+"""Error types, and formatting of values in their messages.
 
-A `UserError` names the flag, the value and the way out; the command line prints it and exits with 2. Everything else is
+A `UserError` names the flag, the value and the remedy; the command line prints it and exits with 2. Any other error is
 a bug or a failure of the machine and exits with 1.
 """
 
@@ -40,7 +40,7 @@ def redact(text: str) -> str:
 
 
 def format_value(value: object) -> str:
-    """`value` for a message: on one line, redacted, shortened in the middle."""
+    """Format a value for a message: on one line, redacted, shortened in the middle."""
     text = str(value)
     text = redact_url(text) if URL_PARTS.match(text) else redact(text)
     if len(text) > MAX_SHOWN:
@@ -50,12 +50,12 @@ def format_value(value: object) -> str:
 
 
 def one_line(text: str) -> str:
-    """`text` with all characters escaped that would break the line or control a terminal."""
+    """Escape all characters that would break the line or control a terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def counted(count: int, one: str, several: str = "") -> str:
-    """A number of things for a message: 1 frame, 2 frames; `several` where that is not `one` with an s."""
+    """A count with its noun, such as 1 frame or 2 frames; `several` is the plural if not `one` + s."""
     return f"{count} {one if count == 1 else several or f'{one}s'}"
 
 
@@ -67,28 +67,28 @@ class UserError(Exception):
         message: the value, what is wrong with it and what to give instead.
 
     Attributes:
-        message: the same on one line and redacted; `str(error)` has the flag before it.
+        message: the message, on one line and redacted; `str(error)` puts the flag before it.
     """
 
     def __init__(self, flag: str, message: str) -> None:
-        message = re.sub(r"\s*\n\s*", " ", message)  # messages of libraries may have several lines
+        message = re.sub(r"\s*\n\s*", " ", message)  # libraries' messages may have several lines
         self.flag, self.message = flag, one_line(redact(message))
         super().__init__(one_line(f"{flag}: {self.message}"))
 
 
 class CheckpointError(UserError):
-    """A checkpoint file that is missing, damaged or does not fit its model; names the file and the keys."""
+    """A missing, damaged or unsuitable checkpoint file; the message names the file and the keys."""
 
     def __init__(self, message: str) -> None:
         super().__init__("--model_id", message)
 
 
 class OutOfMemory(RuntimeError):
-    """A stage needed more memory than there is; says how much, and which flags reduce it."""
+    """A stage ran out of memory; the message says how much it needs and which flags reduce that."""
 
 
 class IncompleteOutput(RuntimeError):
-    """The video `output` is complete, but something else that was asked for could not be written."""
+    """The video `output` is complete, but another requested output could not be written."""
 
     def __init__(self, message: str, output: Path) -> None:
         super().__init__(message)
@@ -96,6 +96,6 @@ class IncompleteOutput(RuntimeError):
 
 
 def cause_of(error: Exception) -> str:
-    """Any other error, in one line."""
+    """Describe an error other than `UserError` in one line, redacted."""
     lines = str(error).strip().splitlines()
     return redact(f"{type(error).__name__}: {lines[0] if lines else 'no message'}")

@@ -1,8 +1,8 @@
-"""The model families, V3 (`wan`) and V1 (`hunyuan`), and the interfaces that the rest of the toolkit knows them by.
+"""Interfaces of the model families, V3 (`wan`) and V1 (`hunyuan`), to the rest of the toolkit.
 
-Each folder has a `family.py`, which answers for the family (`Family`): files of its checkpoints, how they are loaded,
-what a forward takes; and a file per task with a `Pipeline`. `family_of(task)` and `pipeline_of(task)`
-find them, and nothing else names a family. Importing a family imports no torch.
+Each family's folder has a `family.py` that implements `Family` (checkpoint files, loading, cost of a forward) and a
+file per task with a `Pipeline`. `family_of(task)` and `pipeline_of(task)` find them; nothing else names a family.
+Importing a family does not import torch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TextEncoderSizes:
-    """A published text encoder: parameters, blocks, parameters of a block, and how many of these are quantized."""
+    """Sizes of a published text encoder: parameters, blocks, parameters per block, and quantizable ones of these."""
 
     parameters: int
     blocks: int
@@ -47,7 +47,7 @@ class TextEncoderSizes:
 
 
 class Elements(NamedTuple):
-    """Elements of some weights: always float32; those that --quant makes FP8, and their scales; all others."""
+    """Element counts of weights: always float32; quantized to FP8 by --quant, and their scales; all others."""
 
     float32: int
     fp8: int
@@ -55,20 +55,20 @@ class Elements(NamedTuple):
     others: int
 
     def bytes(self, dtype: str, quant: str | None) -> int:
-        """In a run of `dtype`, quantized or not."""
+        """The size of the weights in a run with `dtype` and `quant`."""
         width = BYTES[dtype]
         fp8 = width * self.fp8 if quant is None else self.fp8 + 4 * self.scales
         return 4 * self.float32 + fp8 + width * self.others
 
 
 def published_elements(task: TaskSpec) -> tuple[Elements, list[Elements]]:
-    """The elements of the published transformer's weights: outside of the blocks, and of each block."""
+    """Element counts of the published transformer's weights: outside the blocks, and of each block."""
     made = task.transformer_elements
     return Elements(*made["outside"]), [Elements(*block) for count, *block in made["blocks"] for _ in range(count)]
 
 
 def published_transformer_bytes(task: TaskSpec) -> int:
-    """Bytes of the published transformer's files, about."""
+    """Approximate bytes of the published transformer's files."""
     outside, blocks = published_elements(task)
     return sum(each.bytes("bfloat16", None) for each in (outside, *blocks))
 
@@ -83,56 +83,56 @@ class TextEncoder(Protocol):
         """The layers, for streaming."""
 
     def encode(self, prompt: str) -> dict[str, Tensor]:
-        """The states that the transformer is conditioned on, by name."""
+        """Encode a prompt; returns the hidden states that condition the transformer, by name."""
 
 
 class Family(Protocol):
-    """The answers of a family; `config` is a transformer's, `dtype` "bfloat16" or "float32"."""
+    """What a model family implements; `config` is the transformer's, `dtype` is "bfloat16" or "float32"."""
 
     TEXT_ENCODER: TextEncoderSizes
-    CHUNKS_TOKENS: bool  # blocks work on a chunk of their tokens at a time, and so use an FP8 weight several times
+    CHUNKS_TOKENS: bool  # whether blocks process tokens in chunks, and so use each FP8 weight several times
 
     def repositories(self, task: TaskSpec) -> tuple[Repository, ...]:
-        """What is needed of --model_id, and of --base_model_id if other components come from there."""
+        """What a task needs of --model_id, and of --base_model_id if other components come from there."""
 
     def check_configs(self, task: TaskSpec, checkpoint: Path | None, base: Path | None) -> None:
-        """Raise UserError for configs that cannot work, in the folders that are on this machine. No torch."""
+        """Raise UserError for unusable configs in the folders that are on this machine. No torch."""
 
     def transformer_sizes(self, checkpoint: Path, task: TaskSpec) -> dict[str, int]:
-        """The sizes in the transformer's config.json, under the names of `TaskSpec.transformer`.
+        """Read the sizes in the transformer's config.json, named as in `TaskSpec.transformer`.
 
         Raises:
             CheckpointError: an entry is not a size.
         """
 
     def component_parameters(self, task: TaskSpec) -> dict[str, int]:
-        """Parameters of the published components besides the transformer, by the names in `repositories`."""
+        """Parameter counts of the published components but the transformer, by their names in `repositories`."""
 
     def published_bytes(self, task: TaskSpec) -> dict[str, int]:
-        """Bytes of the published files of all components, about."""
+        """Approximate bytes of the published files of each component."""
 
     def forward_flop(self, config: Mapping[str, Any], tokens: int) -> int:
-        """Floating-point operations of one forward on so many video tokens."""
+        """Floating-point operations of one forward on `tokens` video tokens."""
 
     def activation_bytes(
         self, config: Mapping[str, Any], tokens: int, dtype: str, degrees: ParallelConfig = UNDIVIDED
     ) -> int:
-        """Live bytes at the peak of a forward on one of the ranks that divide it, without weights."""
+        """Peak live bytes of a forward on one of the ranks that divide it, without weights."""
 
     def context_bytes(self, config: Mapping[str, Any], frames: int, speakers: int, dtype: str) -> int:
         """Bytes of the conditions' keys and values in one block."""
 
     def vae_bytes(self, size: tuple[int, int], dtype: str, part: str, tiles: Tiles) -> int:
-        """Live bytes at the VAE's peak, "encode" or "decode", for frames of `size` (height, width) in so many tiles."""
+        """Peak live bytes of the VAE's `part` ("encode" or "decode") for frames of `size` (height, width), tiled."""
 
     def build_transformer(self, sizes: dict[str, Any]) -> Any:
-        """The transformer of these sizes on the default device, with meaningless weights."""
+        """Build a transformer of these sizes on the default device, with arbitrary weights."""
 
     def divide_tokens(self, transformer: Any, group: Group, usp: UspFn) -> None:
-        """Have the ranks of `group` divide the tokens of every forward; called after `set_attention`.
+        """Divide the tokens of every forward among the ranks of `group`; called after `set_attention`.
 
         Args:
-            usp: attention among the tokens of all ranks.
+            usp: attention over the tokens of all ranks.
         """
 
     def loaders(
@@ -145,18 +145,18 @@ class Family(Protocol):
         values: bool = True,
         files: Mapping[str, Path] | None = None,
     ) -> dict[str, Callable[[], Any]]:
-        """What loads each field of `Components`, by its name.
+        """A function to load each field of `Components`, by name.
 
         Args:
             checkpoint: the folder of --model_id.
-            base: that of the other components, the same for a family with one repository.
-            values: read weights; otherwise everything but their values is checked, and they stay on meta.
-            files: with the weights of some components, by the names that are returned, which are then not in a folder.
+            base: the folder of the other components, the same for a family with one repository.
+            values: whether to read weights; otherwise all but their values is checked, and they stay on meta.
+            files: weights of components that are not taken from a folder, by the names that are returned.
         """
 
 
 def width_of(config: Mapping[str, Any]) -> int:
-    """The width of a transformer."""
+    """The hidden size of a transformer."""
     return config["num_attention_heads"] * config["attention_head_dim"]
 
 
@@ -166,12 +166,12 @@ def family_of(task: TaskSpec) -> Family:
 
 
 def family_named(name: str) -> Family:
-    """The family in a folder of the package."""
+    """The family in a folder of this package."""
     return cast(Family, import_module(f"skyreels_v3.{name}.family"))
 
 
 def repositories_of(request: GenerationRequest) -> tuple[Repository, ...]:
-    """What a request needs of --model_id, and of --base_model_id if other components come from there."""
+    """The files that a request needs of --model_id, and of --base_model_id if other components come from there."""
     first, *others = family_of(request.task).repositories(request.task)
     for field in components_of(request):
         first = first.without(COMPONENTS[field].name)
@@ -179,7 +179,7 @@ def repositories_of(request: GenerationRequest) -> tuple[Repository, ...]:
 
 
 def component_files(request: GenerationRequest, folder: Path, name: str) -> list[Path]:
-    """The files of a component's weights, which are on this machine: in the folder that it belongs to, or elsewhere."""
+    """The weight files of a component that is on this machine: in its repository's folder, or a file of its own."""
     own = {COMPONENTS[field].name: file for field, file in components_of(request).items()}
     if name in own:
         return [Path(os.path.expanduser(own[name]))]
@@ -188,44 +188,44 @@ def component_files(request: GenerationRequest, folder: Path, name: str) -> list
 
 
 class Pipeline:
-    """The base of all tasks' pipelines."""
+    """Base class of all tasks' pipelines."""
 
     def guidance(self, request: GenerationRequest) -> Guidance:
-        """The guidance of every pass."""
+        """The guidance used in every pass."""
         return text_guidance(request.guidance_scale)
 
     def check_inputs(self, request: ResolvedRequest, inputs: Inputs) -> None:
-        """Raise UserError for inputs that do not go together; each has been checked on its own."""
+        """Raise UserError for inputs that do not fit together; each has been checked on its own."""
 
     def passes(self, request: ResolvedRequest) -> Iterator[tuple[int, int]]:
-        """New and condition latent frames of each pass of a request with its size and length of audio."""
+        """New and condition latent frames of each pass of a request."""
         raise NotImplementedError
 
     def run(self, stages: Any) -> Iterator[Any]:
-        """Make the video of `stages.request`: events (`stages.Event`) from `stages.Stages`."""
+        """Make the video of `stages.request` (a `stages.Stages`); yields `stages.Event`s."""
         raise NotImplementedError
 
 
 def pipeline_of(task: TaskSpec) -> Pipeline:
-    """The pipeline of a task: `PIPELINE` in its own file."""
+    """The pipeline of a task: `PIPELINE` in the task's file."""
     return cast(Pipeline, import_module(f"skyreels_v3.{task.family}.{task.name}").PIPELINE)
 
 
 class Transformer(Protocol):
-    """A transformer that can be streamed, sharded, quantized, compiled, cached and adapted from outside.
+    """What a transformer offers to streaming, sharding, quantization, compilation, the step cache and LoRAs.
 
     Attributes:
-        native_names: from the official code's names of weights, which LoRA files use as well.
+        native_names: the key map from the official code's weight names, which LoRA files may use as well.
     """
 
     native_names: ClassVar[KeyMap]
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """The repeated blocks, in the order in which they run."""
+        """The repeated blocks, in execution order."""
 
     def set_attention(self, attention: AttentionFn) -> None:
         """Set the attention function of all blocks."""
 
     def compilable(self) -> Iterator[tuple[object, str]]:
-        """Objects, and the names of their methods that are worth compiling."""
+        """Yield objects and the names of their methods that are worth compiling."""

@@ -1,4 +1,4 @@
-"""What forms show of the table of flags: titles, labels, explanations and first values."""
+"""How forms show the table of flags: titles, labels, help and initial values."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from skyreels_v3.errors import FLAG
 from skyreels_v3.request import BY_NAME, FLAGS, Flag, GenerationRequest
 from skyreels_v3.tasks import REFERENCE_SLOTS, TASK_NAMES, TaskSpec, task_spec
 
-UNSET = "default"  # a choice where none is made
+UNSET = "default"  # shown in a choice that is not set
 
-TITLES = {"t2v": "Text to video", "i2v": "Image to video"}  # of tasks whose names are no words
-# in a flag's help: what the form shows anyway
+TITLES = {"t2v": "Text to video", "i2v": "Image to video"}  # of tasks with abbreviated names
+# parts of a flag's help that the form shows anyway
 SHOWN = re.compile(
     rf",? *\((default|{'|'.join(TASK_NAMES)})\b[^()]*\)|; needs --[^;]*|, (a path or a hub's [A-Z/]+|paths? or URLs?)"
 )
@@ -24,8 +24,8 @@ LABELS = {
     **{"fps": "Frames per second", "lora": "LoRA", "vae_dtype": "VAE dtype", "no_riflex": "No RIFLEx"},
     **{"high_cpu_memory": "High CPU memory", "quant": "Quantization", "input_image": "Portrait"},
     **{"input_audio": "Speech", "input_video": "Clip", "include_input": "Join with the clip"},
-}  # of flags whose names are abbreviations, or say less
-SLOTS = {"ref_imgs": REFERENCE_SLOTS, "input_audio": MAX_SPEAKERS}  # files of flags that take several
+}  # of flags whose names are abbreviations or less clear
+SLOTS = {"ref_imgs": REFERENCE_SLOTS, "input_audio": MAX_SPEAKERS}  # number of files for flags that take several
 
 
 def title_of(task: str) -> str:
@@ -37,19 +37,19 @@ def label_of(flag: str) -> str:
 
 
 def without_dashes(text: str) -> str:
-    """A text about flags as the page has it: with the labels of their fields."""
+    """Replace the flags in a text by the labels of their form fields."""
     return FLAG.sub(lambda found: label_of(found[1]).lower(), text)
 
 
 def explain(flag: Flag) -> str:
-    """A flag's help and range, without what its field shows anyway."""
+    """A flag's help and range, without what its form field shows anyway."""
     help = without_dashes(SHOWN.sub("", flag.help))
     return help if abs(flag.low) == float("inf") else f"{help}; {flag.low} to {flag.high}"
 
 
 @cache
 def grouped() -> list[tuple[str, list[Flag]]]:
-    """The flags by their headings."""
+    """The flags of each heading."""
     groups: list[tuple[str, list[Flag]]] = []
     for flag in FLAGS:
         if flag.group:
@@ -59,7 +59,7 @@ def grouped() -> list[tuple[str, list[Flag]]]:
 
 
 def initial_request(task: str, defaults: Mapping[str, Any]) -> tuple[dict[str, Any], GenerationRequest]:
-    """The defaults that are for a task, and what is made if nothing else is given; raises UserError."""
+    """The defaults that apply to a task, and the request that they make on their own; raises UserError."""
     spec = task_spec(task)
     flags = {name: value for name, value in defaults.items() if BY_NAME[name].is_for(spec)}
     needed = {name: ["x"] if BY_NAME[name].several else "x" for name in spec.inputs}
@@ -67,7 +67,7 @@ def initial_request(task: str, defaults: Mapping[str, Any]) -> tuple[dict[str, A
 
 
 def initial_values(task: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """What each flag is if nothing is given but `defaults`: "" where it is unset."""
+    """The value of each flag if only `defaults` are given; "" if unset."""
     flags, made = initial_request(task, defaults)
     values: dict[str, Any] = {}
     for flag in FLAGS:
@@ -80,25 +80,25 @@ def initial_values(task: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 @cache
 def common_values() -> dict[str, Any]:
-    """What each flag is if nothing is given, whatever the task: "" where it is unset or depends on that."""
+    """The default of each flag for all tasks; "" if unset or different between tasks."""
     presets = [(task_spec(name), initial_values(name, {})) for name in TASK_NAMES]
     found = {flag.name: {values[flag.name] for task, values in presets if flag.is_for(task)} for flag in FLAGS}
     return {name: next(iter(values)) if len(values) == 1 else "" for name, values in found.items()}
 
 
 def shown_value(flag: Flag, initial: Any) -> Any:
-    """An initial value for a field that cannot be empty: 0 for an unset number, `UNSET` for a choice."""
+    """The initial value of a field that cannot be empty: 0 for an unset number, `UNSET` for an unset choice."""
     return initial or (UNSET if flag.choices else flag.kind())
 
 
 def changed_values(shown: Mapping[str, Any], initial: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags to give, of those that such fields show: what the user has changed."""
+    """The flags that the user has changed, from the values that the fields show."""
     values = {name: value.strip() if isinstance(value, str) else value for name, value in shown.items()}
     return {name: value for name, value in values.items() if value != shown_value(BY_NAME[name], initial[name])}
 
 
 def limits_of(flag: Flag, task: TaskSpec | None) -> tuple[float, float]:
-    """The smallest and the largest value of a number."""
+    """The smallest and largest value of a number flag."""
     if flag.name == "duration" and task is not None:
         return task.min_duration, task.max_duration
     return flag.low, flag.high

@@ -1,4 +1,4 @@
-"""The networks of a plan: loading them, making its video, writing it."""
+"""Loads the components of a plan, makes its video and writes it."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ logger = logging.getLogger(__name__)
 
 
 class Video(NamedTuple):
-    """A video that was made, and with --check what was measured; only the main rank has that."""
+    """A finished video and, with --check on the main rank, its measurements."""
 
     path: Path
     quality: Quality | None = None
 
 
 class Generator:
-    """The networks of a plan, loaded and placed; makes its video, and those of other plans that fit."""
+    """A plan's components, loaded and placed; makes its video, and those of other plans that fit."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -52,11 +52,11 @@ class Generator:
             self.components = load_components(plan, self.runtime)
 
     def fits(self, plan: Plan) -> bool:
-        """Whether another plan needs the same networks in the same places."""
+        """Whether another plan needs the same components in the same places."""
         return needs(plan) == needs(self.plan)
 
     def events(self, plan: Plan, state: RunState | None = None) -> Iterator[Event]:
-        """Make the video of a plan that fits: the events of its pipeline, see stages.py."""
+        """Make the video of a plan that fits; yields the events of its pipeline, see stages.py."""
         usage = self.runtime.usage if plan is self.plan else runtime.Usage(self.runtime.device)
         self.runtime = replace(self.runtime, plan=plan, usage=usage)
         self.components.vae.tiles = plan.policy.tiles
@@ -65,10 +65,10 @@ class Generator:
     def write(self, plan: Plan, watch: Callable[[Iterator[Event]], Iterator[Event]] = iter) -> Video:
         """Make the video of a plan that fits and write it.
 
-        With several ranks all make it together, and the main rank writes it.
+        All ranks make it together; the main rank writes it.
 
         Args:
-            watch: passes this rank's events on; what it raises ends the video, as an interrupt does.
+            watch: wraps the event stream of this rank; what it raises ends the video, as an interrupt does.
         """
         request, inputs = plan.request, plan.inputs
         if not self.runtime.parallel.is_main:
@@ -84,11 +84,11 @@ class Generator:
                 self.save_quantized(plan, request.save_quantized, state.folder)
             latents: list[Tensor] = []
             logger.info("seed %d, %d x %d", request.seed, request.width, request.height)
-            # closed before the outcome is logged: an open progress bar would write after it
             meter = Meter(request.task.fps) if request.check else None
             frames = all_frames(plan, watch(self.events(plan, state)), latents, meter)
             if request.frames_copy is not None:
                 frames = copy_frames(frames, request.frames_copy, request.task.fps)
+            # closed before the summary is logged: an open progress bar would write after it
             with closing(frames), explain_full_disk(request.output):
                 path = write(plan, frames, record, self.runtime.usage, state.folder)
             logger.info("%s", summary(self.runtime.usage))
@@ -103,7 +103,7 @@ class Generator:
         return Video(path, quality)
 
     def save_quantized(self, plan: Plan, folder: Path, workspace: Path) -> None:
-        """Save the checkpoint with the quantized weights."""
+        """Save the checkpoint with quantized weights."""
         assert plan.checkpoint is not None
         repositories = family_of(plan.request.task).repositories(plan.request.task)
         folders = plan.checkpoint, others_of(plan.checkpoint, plan.request)
@@ -112,14 +112,14 @@ class Generator:
 
 
 def needs(plan: Plan) -> tuple[object, ...]:
-    """What decides which networks are loaded, and where: plans alike in it can share them."""
+    """A key of which components are loaded, and where; plans with equal keys can share them."""
     policy = plan.policy
     place = (plan.device, plan.dtype, policy.mode, policy.resident_blocks, policy.pinned, plan.degrees)
     return (plan.checkpoint, *networks(plan.request), *place)
 
 
 def write(plan: Plan, frames: Iterator[np.ndarray], record: RunRecord, usage: runtime.Usage, workspace: Path) -> Path:
-    """Write the frames as the request wants them; returns the path."""
+    """Write the frames in the format that the request asks for; returns the path."""
     request = plan.request
     if request.frame_folder:
         text = "" if request.no_metadata else comment(record)
@@ -134,7 +134,7 @@ def write(plan: Plan, frames: Iterator[np.ndarray], record: RunRecord, usage: ru
 
 
 def sound_of(plan: Plan, workspace: Path) -> Path | ClipInfo | None:
-    """What is heard in a video: speech, or the sound of the clip that --include_input puts before it."""
+    """The sound of a video: speech, or that of the clip that --include_input puts before it."""
     request, inputs = plan.request, plan.inputs
     if request.include_input and inputs.clip is not None and inputs.clip.has_sound:
         return inputs.clip
@@ -147,7 +147,7 @@ def sound_of(plan: Plan, workspace: Path) -> Path | ClipInfo | None:
 def all_frames(
     plan: Plan, events: Iterable[Event], latents: list[Tensor], meter: Meter | None = None
 ) -> abc.Generator[np.ndarray, None, None]:
-    """The frames to write, in order; each pass adds its latents to `latents`, and `meter` gets the frames too."""
+    """Yield the frames to write, in order; adds latents to `latents` with --save_latents, and frames to `meter`."""
     yield from clip_frames(plan, meter)
     for event in events:
         if isinstance(event, Pass):
@@ -157,7 +157,7 @@ def all_frames(
 
 
 def clip_frames(plan: Plan, meter: Meter | None) -> Iterator[np.ndarray]:
-    """The frames of the input clip that --include_input puts before the new ones."""
+    """Yield the frames of the input clip that --include_input puts before the new ones."""
     request, clip = plan.request, plan.inputs.clip
     if not request.include_input:
         return
@@ -169,7 +169,7 @@ def clip_frames(plan: Plan, meter: Meter | None) -> Iterator[np.ndarray]:
 
 
 def measured(made: Pass, meter: Meter | None) -> Iterator[np.ndarray]:
-    """The frames of a pass; `meter` gets them, and before the first of all those that they go on from."""
+    """Yield the frames of a pass and add them to `meter`, the first time after the frames that they continue."""
     if meter is None:
         yield from made.frames
         return
@@ -181,7 +181,7 @@ def measured(made: Pass, meter: Meter | None) -> Iterator[np.ndarray]:
 
 
 def judge(meter: Meter, plan: Plan) -> Quality:
-    """The figures of a video, logged, with warnings of what is bad."""
+    """Compute and log the figures of a video, and warn of bad ones."""
     quality, request = meter.quality(), plan.request
     for line in report(quality):
         logger.info("check: %s", line)
@@ -194,7 +194,7 @@ def judge(meter: Meter, plan: Plan) -> Quality:
 
 @contextmanager
 def explain_full_disk(path: Path) -> Iterator[None]:
-    """Have the error of a full disk say what could not be written, and how much is free."""
+    """Make the error of a full disk say what could not be written and how much is free."""
     try:
         yield
     except Exception as error:
@@ -204,7 +204,7 @@ def explain_full_disk(path: Path) -> Iterator[None]:
 
 
 def write_latents(latents: Sequence[Tensor], path: Path, video: Path, kept: bool) -> None:
-    """Save the latents of a video that is complete.
+    """Save the latents of a finished video.
 
     Args:
         kept: whether a run with --resume can save them later.
@@ -221,7 +221,7 @@ def write_latents(latents: Sequence[Tensor], path: Path, video: Path, kept: bool
 
 
 def summary(usage: runtime.Usage) -> str:
-    """What a video took, in a line."""
+    """One line on the time and memory that a video took."""
     figures = usage.figures()
     everything = figures["seconds"].pop("everything")
     stages = ", ".join(f"{name} {taken:.1f}" for name, taken in figures["seconds"].items())
@@ -229,7 +229,7 @@ def summary(usage: runtime.Usage) -> str:
 
 
 def comment(record: RunRecord, figures: Mapping[str, Any] = MappingProxyType({})) -> str:
-    """What made a video, and what it took, as JSON: put `flags` into a file for --config to make it again."""
+    """JSON on how a video was made and what it took; its `flags` in a file for --config make it again."""
     text = json.dumps({"skyreels_v3": __version__, **record.made_by(), **figures}, ensure_ascii=False)
     if len(text.encode()) > COMMENT_BYTES:
         logger.warning("the flags are too long for the file's comment, which is left empty")

@@ -1,8 +1,8 @@
-"""Suggestions for unknown flags and values: the names that other tools use, and typos.
+"""Suggestions for unknown flags and values: other tools' names, and typos.
 
-The scripts of Wan and HunyuanVideo, diffusers and ComfyUI have other names for the same things. A known name leads to
-our flag, with the value in our notation; any other name only to a flag that is nearly spelled like it. No suggestion is
-better than a flag with another meaning.
+The scripts of Wan and HunyuanVideo, diffusers and ComfyUI have other names for the same things. For a known name we
+suggest our flag, with the value in our notation; for any other name only a flag with nearly the same spelling, since no
+suggestion is better than a flag with another meaning.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from functools import cache
 from skyreels_v3.errors import format_value
 from skyreels_v3.tasks import CONFIG_DIR, TASK_NAMES, load_yaml
 
-MAX_WORD = 100  # characters that are compared
+MAX_WORD = 100  # characters compared
 CUTOFF = 0.8  # difflib's ratio for one wrong letter among five
 SEE_HELP = "see --help"
 SIZE = re.compile(r"(\d{1,6}) *[*xX:,] *(\d{1,6})")  # width first, as everywhere
-VALUES = {"gpu": "cuda", "bf16": "bfloat16", "fp32": "float32", "fp16": "", "float16": ""}  # "": not the nearest word
+VALUES = {"gpu": "cuda", "bf16": "bfloat16", "fp32": "float32", "fp16": "", "float16": ""}  # "": suggest nothing
 TASKS = {name: name for name in TASK_NAMES} | {
     **{"r2v": "reference_to_video", "a2v": "talking_avatar", "s2v": "talking_avatar", "v2v": "single_shot_extension"},
     **{"text_to_video": "t2v", "image_to_video": "i2v"},
@@ -28,7 +28,7 @@ TASKS = {name: name for name in TASK_NAMES} | {
 
 @cache
 def remedies() -> dict[str, str]:
-    """Our flag, or what else to do, by the name that other tools have for it; {} stands for the value."""
+    """Our flag, or other advice, by the name that other tools use; {} stands for the value."""
     synonyms = load_yaml(CONFIG_DIR / "synonyms.yaml")
     return {word: remedy for remedy, words in synonyms.items() for word in words.split()}
 
@@ -60,7 +60,7 @@ def suggest_flag(word: str, value: str, flags: Collection[str]) -> str:
 
 
 def suggest_value(flag: str, value: str, choices: Collection[str]) -> str:
-    """What to add to the list of choices for a value that is none of them; may be ""."""
+    """What to add to a list of choices for a value that is not among them; may be ""."""
     if flag == "resolution" and (sides := as_size(value)):
         return f", or {sides}"
     if flag == "resolution" and re.fullmatch(r"1080[pP]?|1440[pP]?|2160[pP]?|[24][kK]", value):
@@ -75,12 +75,12 @@ def suggest_value(flag: str, value: str, choices: Collection[str]) -> str:
 
 
 def suggest_task(value: str) -> str:
-    """The task for a name such as Wan's t2v-14B, "" for none."""
+    """The task for another tool's name such as Wan's t2v-14B; "" if there is none."""
     name = value.lower().replace("-", "_")
     return TASKS.get(name) or TASKS.get(name.split("_")[0], "")
 
 
 def as_size(value: str) -> str:
-    """Our flags for a size such as 832*480, "" for anything else."""
+    """Our flags for a size such as 832*480; "" for anything else."""
     sides = SIZE.fullmatch(value.strip())
     return f"--height {sides[2]} --width {sides[1]}" if sides else ""

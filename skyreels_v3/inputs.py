@@ -1,4 +1,4 @@
-"""A request's input files: opened and checked, and the output size chosen from them."""
+"""Opens and checks a request's input files, and chooses the output size from them."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from skyreels_v3.tasks import choose_size, complete_size
 
 T = TypeVar("T")
 
-LAST_PICTURES = 3  # of the frames that a video goes on from, to look at
+LAST_PICTURES = 3  # frames sampled from the end of the clip to look for faces
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A task's inputs: decoded pictures, and a clip and sounds that were checked but not decoded.
+    """A task's inputs: decoded images, and a clip and sounds that were checked but not decoded.
 
     Attributes:
-        keyframes: pictures with their times in seconds.
-        turns: when each of two speakers in one recording speaks; none otherwise.
+        keyframes: images with their times in seconds.
+        turns: when each of two speakers in one recording speaks; otherwise empty.
         notes: warnings for the user.
-        files: for every input its flag, what the user gave, and the local file.
+        files: flag, source as given, and local file of every input.
     """
 
     images: tuple[Image.Image, ...] = ()
@@ -52,7 +52,7 @@ class Inputs:
 
     @cached_property
     def digests(self) -> tuple[tuple[str, str, str], ...]:
-        """For every input its flag, what the user gave, and the SHA-256 of its content; read once."""
+        """Flag, source as given, and SHA-256 of the content of every input; computed once."""
         return tuple((flag, source, digest_of(path)) for flag, source, path in self.files)
 
 
@@ -67,7 +67,7 @@ class InputFiles:
     """Opens a request's input files.
 
     Attributes:
-        folder: where downloads go.
+        folder: for downloads.
         notes: warnings about the files that were opened.
     """
 
@@ -76,7 +76,7 @@ class InputFiles:
     notes: list[str] = field(default_factory=list)
 
     def fetch(self, source: str, flag: str, max_bytes: int = MAX_VIDEO_BYTES) -> Path:
-        """The local file of an input; see `local_file`."""
+        """Fetch an input; returns its local file, see `local_file`."""
         request = self.request
         progress, allow_private = request.verbosity >= 0, request.allow_private_urls
         return local_file(source, flag, self.folder, request.url_timeout, max_bytes, progress, allow_private)
@@ -87,7 +87,7 @@ class InputFiles:
         return image
 
     def clip(self, source: str) -> ClipInfo:
-        """A clip, checked to be long enough for the task."""
+        """Open a clip and check that it is long enough for the task."""
         request, fps = self.request, self.request.task.fps
         clip = self.open(source, "--input_video", lambda path: probe_video(path, fps))
         with input_errors(source, "--input_video"):
@@ -103,12 +103,12 @@ class InputFiles:
         return sound
 
     def spoken(self) -> AudioInfo:
-        """--text as a recording."""
+        """Synthesize --text as speech."""
         with input_errors("the text", "--text"):
             return probe_audio(speak(self.request.text, self.request.voice, self.folder))
 
     def turns(self, sound: AudioInfo) -> tuple[Spans, ...]:
-        """When each speaker of a recording speaks."""
+        """Read --diarization: when each speaker of a recording speaks; empty without it."""
         if (source := self.request.diarization) is None:
             return ()
         return self.open(source, "--diarization", lambda path: read_turns(path, self.request.speakers, sound.seconds))
@@ -124,7 +124,7 @@ class InputFiles:
 
 @contextmanager
 def input_errors(source: str, flag: str) -> Iterator[None]:
-    """Report an unusable file under its flag and the name that the user gave, which may be a URL."""
+    """Report an unusable file under its flag and the source as given, which may be a URL."""
     try:
         yield
     except MediaError as error:
@@ -132,7 +132,7 @@ def input_errors(source: str, flag: str) -> Iterator[None]:
 
 
 def check_voice(request: GenerationRequest) -> None:
-    """Raise UserError if a package or program that voices and speakers need is not installed."""
+    """Raise UserError if a package or program for voices or speakers is missing."""
     if request.text:
         check_speakable()
     if request.vocals:
@@ -144,10 +144,10 @@ def check_voice(request: GenerationRequest) -> None:
 
 
 def open_inputs(request: GenerationRequest, folder: Path) -> tuple[GenerationRequest, Inputs]:
-    """Open all inputs, and fill in the request's height and width and the length of its sound.
+    """Open all inputs; also returns the request with its height, width and length of sound filled in.
 
     Args:
-        folder: where downloads go.
+        folder: for downloads.
 
     Raises:
         UserError: an input that cannot be used.
@@ -184,9 +184,9 @@ def open_inputs(request: GenerationRequest, folder: Path) -> tuple[GenerationReq
 
 
 def suit_clip(request: GenerationRequest, inputs: Inputs) -> GenerationRequest:
-    """The request with the transition that suits the clip's end, for --transition auto if the prompt means none.
+    """Choose the transition for --transition auto by the clip's end, unless the prompt implies one.
 
-    From a face that fills the frame the camera goes away; to anything else it comes closer.
+    The camera cuts away from a face that fills the frame, and closer to anything else.
     """
     if request.transition != AUTO or request.to_enhance or says_transition(request.prompt):
         return request
@@ -203,7 +203,7 @@ def suit_clip(request: GenerationRequest, inputs: Inputs) -> GenerationRequest:
 
 
 def last_pictures(request: GenerationRequest, inputs: Inputs) -> list[Image.Image]:
-    """A few of the last frames of the input clip that the model sees."""
+    """A few of the condition frames at the end of the input clip."""
     frames = condition_clip(request, inputs)
     return [Image.fromarray(frames[int(index)]) for index in np.linspace(0, len(frames) - 1, LAST_PICTURES)]
 
@@ -211,7 +211,7 @@ def last_pictures(request: GenerationRequest, inputs: Inputs) -> list[Image.Imag
 def condition_clip(
     request: GenerationRequest, inputs: Inputs, progress: Callable[[int], object] = lambda frames: None
 ) -> np.ndarray:
-    """The last frames of the input clip that the model sees, uint8 [F, H, W, 3] in the output's size."""
+    """The input clip's last frames, which condition the model, uint8 [F, H, W, 3] in the output's size."""
     assert inputs.clip is not None and request.height is not None and request.width is not None
     with input_errors(request.input_video or "", "--input_video"):
         frames = last_frames(inputs.clip.path, request.task.fps, request.condition_frames, progress)
