@@ -186,7 +186,7 @@ def open_inputs(request: GenerationRequest, folder: Path) -> tuple[GenerationReq
 def suit_clip(request: GenerationRequest, inputs: Inputs) -> GenerationRequest:
     """Choose the transition for --transition auto by the clip's end, unless the prompt implies one.
 
-    The camera cuts away from a face that fills the frame, and closer to anything else.
+    The camera cuts out from a face that fills the frame, and in to anything else.
     """
     if request.transition != AUTO or request.to_enhance or says_transition(request.prompt):
         return request

@@ -1,8 +1,8 @@
 """The command: `skyreels generate`, `python -m skyreels_v3 generate`, generate_video.py and video_generate.py.
 
 The path of a request: argv -> `GenerationRequest` (cli.py, checks.py) -> `Checked` (resolve.py) -> `Plan` (plan.py) ->
-`Generator` (generate.py) -> mp4. The last line on stdout is the path of the video. Exit codes: 0 done, 2 a request that
-cannot work, 130 interrupted, 1 anything else.
+`Generator` (generate.py) -> mp4. The last line on stdout is the path of the video. Exit codes: 0 done, 2 invalid
+request, 130 interrupted, 1 any other error.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PROGRAM = "skyreels"  # the console script
 
 
 def run(request: GenerationRequest, ranks: Ranks) -> None:
-    """Carry out a request and print the paths of its videos, or its plan."""
+    """Run a request and print the paths of its videos, or its plan."""
     from skyreels_v3.dry_run import dry_run
     from skyreels_v3.resolve import downloads_folder
 
@@ -46,13 +46,13 @@ def run(request: GenerationRequest, ranks: Ranks) -> None:
 
 
 def make_videos(request: GenerationRequest, downloads: Path, ranks: Ranks) -> Iterator[Path]:
-    """Make the videos, together with the other ranks, and yield the path of each."""
+    """Make a request's videos, together with the other ranks; yields the path of each."""
     from skyreels_v3.resolve import preflight
     from skyreels_v3.worker import Worker
 
     worker = Worker(ranks, ranks)
     first, *others = request.videos()
-    checked = preflight(first, downloads, ranks) if ranks.is_local_main else None  # before the ranks meet
+    checked = preflight(first, downloads, ranks) if ranks.is_local_main else None  # before the ranks connect
     if ranks.world_size > 1:
         processes.init_process_group(ranks, request.device)
     prompt = None
@@ -60,7 +60,7 @@ def make_videos(request: GenerationRequest, downloads: Path, ranks: Ranks) -> It
         name = f"video/{video.number}"
         checked = worker.resolve(video if prompt is None else video.with_prompt(prompt), downloads, name, checked)
         if not checked.done:
-            prompt = checked.request.prompt  # rewritten once for all
+            prompt = checked.request.prompt  # rewritten only once, for the first video
         if checked.done:
             logger.info("%s is done already", checked.request.output)
             yield checked.request.output
@@ -75,7 +75,7 @@ def make_videos(request: GenerationRequest, downloads: Path, ranks: Ranks) -> It
 
 
 def act_on(flags: Mapping[str, Any], ranks: Ranks) -> int:
-    """Carry out what flags ask for; returns the exit code."""
+    """Run what the flags ask for; returns the exit code."""
     if is_server(flags):
         if ranks.world_size > 1:
             flag = "--serve" if flags.get("serve") else "--mcp"
@@ -92,16 +92,16 @@ def act_on(flags: Mapping[str, Any], ranks: Ranks) -> int:
 
 
 def start_processes(flags: Mapping[str, Any], argv: Sequence[str], wanted: int) -> int:
-    """Carry out what flags ask for in `wanted` processes on this machine; returns the exit code."""
+    """Run what the flags ask for in `wanted` processes on this machine; returns the exit code."""
     ranks = Ranks(world_size=wanted, local_world_size=wanted)
     if flags.get("dry_run"):
         return act_on(flags, ranks)  # one process can plan for all
-    logger.setLevel(logging.ERROR)  # the processes log
+    logger.setLevel(logging.ERROR)  # the started processes log
     request = None if "jobs" in flags else request_of(flags)
     if request is not None and not request.text and not any(is_url(source) for _, source in request.sources):
         from skyreels_v3.resolve import preflight
 
-        checked = preflight(request, Path(), ranks)  # errors show before the processes start
+        checked = preflight(request, Path(), ranks)  # to report errors before the processes start
         if checked.done and request.video_num == 1:
             show(checked.request.output)
             return 0
@@ -112,7 +112,7 @@ def start_processes(flags: Mapping[str, Any], argv: Sequence[str], wanted: int) 
 
 
 def check_current_folder() -> None:
-    """Raise UserError if the current folder was removed: relative paths fail, and importing torch ends Python."""
+    """Raise UserError if the current folder was removed; relative paths and importing torch would fail."""
     try:
         os.getcwd()
     except FileNotFoundError as error:
@@ -125,7 +125,7 @@ def main(argv: Sequence[str], default_task: str | None = None, command: str = SC
     Args:
         argv: the flags, without the name of the program.
         default_task: the task if neither flags nor a config file name one.
-        command: what --help says to type.
+        command: the command that --help shows.
 
     Returns:
         The exit code.
@@ -135,7 +135,7 @@ def main(argv: Sequence[str], default_task: str | None = None, command: str = SC
     try:
         ranks = ranks_of(os.environ)
         flags = parse_flags(argv, default_task, command)
-        # where each process makes its own videos, each has something to clean up
+        # where each process makes its own videos, each may have to clean up
         each_its_own = "jobs" in flags and not flags.get("use_usp")
         processes.handle_signals(replace(ranks, local_rank=0) if each_its_own else ranks)
         if not ranks.is_main:
@@ -165,7 +165,7 @@ def generate_command(argv: Sequence[str]) -> int:
 
 
 def convert_command(argv: Sequence[str]) -> int:
-    """Convert a transformer and print where it is."""
+    """Convert a transformer and print the path of the result."""
     from skyreels_v3.convert import convert
 
     escape_unknown()

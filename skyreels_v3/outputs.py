@@ -1,6 +1,6 @@
-"""What a run writes: the names of its outputs, the room they need, what an earlier run of the same request has left.
+"""Outputs of a run: their names, the disk space they need, and what an earlier run of the same request left.
 
-torch is imported with the first tensor that is saved.
+torch is imported when the first tensor is saved.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EARLIER_OUTPUTS = 8  # that are looked at
+EARLIER_OUTPUTS = 8  # number to check
 PROMPT_IN_NAME = 100  # characters
-NAME_BYTES = 180  # of them; file systems take 255 for a name, and those of temporary files are longer
+NAME_BYTES = 180  # of these; file systems allow 255 for a name, and temporary names are longer
 NOT_IN_NAMES = r"[/\x00-\x1f\x7f-\x9f\u2028\u2029]" if os.name != "nt" else r'[<>:"/\\|?*\x00-\x1f]'
-MIN_FREE_BYTES = 1 << 14  # bytes without which no output is possible
-COPIES = 4  # of the largest pass's latents, and more, in a safety copy of a multistep scheduler
+MIN_FREE_BYTES = 1 << 14  # without these no output is possible
+COPIES = 4  # times the largest pass's latents: a safety copy with a multistep scheduler's state
 
 
 # Names
 
 
 def default_place(request: GenerationRequest) -> tuple[Path, str]:
-    """The folder of the video of a request that names no output, and how its name begins."""
+    """The default folder for a request without --output, and the beginning of the file name."""
     if request.outdir is None:
         return Path("result") / request.task.name, f"{request.seed}_"
     words = re.sub(NOT_IN_NAMES, "", request.prompt[:PROMPT_IN_NAME]).encode()[:NAME_BYTES]
@@ -54,7 +54,7 @@ def default_place(request: GenerationRequest) -> tuple[Path, str]:
 
 
 def free_name(request: GenerationRequest) -> Path:
-    """Where the video of a request goes that names no output. Several may be made in one second."""
+    """An unused path for the video of a request without --output; several may be made in one second."""
     folder, stem = default_place(request)
     time = f"{datetime.now():%Y%m%d-%H%M%S}" if request.outdir is None else ""
     path = folder / f"{stem}{time}.mp4"
@@ -63,7 +63,7 @@ def free_name(request: GenerationRequest) -> Path:
 
 
 def check_outputs(request: GenerationRequest) -> None:
-    """Raise UserError for an output that exists already, or cannot be made."""
+    """Raise UserError for an output that already exists or cannot be written."""
     output = "output" if request.outdir is None else "outdir"
     outputs = {output: request.output, "save_latents": request.save_latents, "save_quantized": request.save_quantized}
     for name, path in outputs.items():
@@ -73,14 +73,14 @@ def check_outputs(request: GenerationRequest) -> None:
         check_writable(request.frames_copy, "--jobs")
 
 
-# Room
+# Disk space
 
 
 def check_room(request: ResolvedRequest, checkpoint: Path | None) -> Iterator[str]:
-    """Warnings where the disks may have too little room for what a request writes.
+    """Yield warnings if a disk may have too little space for what a request writes.
 
     Raises:
-        UserError: they cannot have enough.
+        UserError: a disk certainly has too little.
     """
     disks: dict[int, list[tuple[str, Path, float, float]]] = {}
     for entry in bytes_to_write(request, checkpoint):
@@ -99,7 +99,7 @@ def check_room(request: ResolvedRequest, checkpoint: Path | None) -> Iterator[st
 
 
 def bytes_to_write(request: ResolvedRequest, checkpoint: Path | None) -> Iterator[tuple[str, Path, float, float]]:
-    """For each output its flag, its path, and how many bytes it takes at least and at most."""
+    """Flag, path, and minimum and maximum bytes of each output."""
     size = 4 * LATENT_CHANNELS * (request.height // VAE_STRIDE[1]) * (request.width // VAE_STRIDE[2])
     passes = [frames * size for frames, _ in pipeline_of(request.task).passes(request)]
     yield "--output", request.output, 0, output_bytes(request) + sum(passes) + COPIES * max(passes)
@@ -108,7 +108,7 @@ def bytes_to_write(request: ResolvedRequest, checkpoint: Path | None) -> Iterato
     if request.save_latents is not None:
         yield "--save_latents", request.save_latents, sum(passes), sum(passes)
     if request.save_quantized is not None:
-        weights = transformer_file_bytes(request, checkpoint)  # which may be float32
+        weights = transformer_file_bytes(request, checkpoint)  # the files may be float32
         yield "--save_quantized", request.save_quantized, weights / 4, weights
 
 
@@ -116,25 +116,25 @@ def bytes_to_write(request: ResolvedRequest, checkpoint: Path | None) -> Iterato
 
 
 def recorded_flags(request: GenerationRequest) -> dict[str, Any]:
-    """The flags that make the same video again, but for the dtype where torch chooses it."""
+    """The flags that make the same video again, except for a default dtype, which is chosen later."""
     return {**request.flags, "height": request.height, "width": request.width}
 
 
 def record_of(request: ResolvedRequest, inputs: Inputs, device: str = "", **more: Any) -> RunRecord:
-    """What identifies the run for a request; `device` and `more` flags are only known later."""
+    """The record that identifies a run; `device` and `more` flags are known only after torch is imported."""
     flags = recorded_flags(request) | more
     made = (request.save_quantized, request.frame_folder, request.seed_drawn, request.resume_if_same)
     return RunRecord(request.output, flags, inputs.digests, *made, request.given, request.to_enhance, device)
 
 
 def continue_earlier(request: ResolvedRequest, inputs: Inputs, named: bool) -> tuple[ResolvedRequest, bool]:
-    """The request with the output of the run that it continues, or a new one, and whether that run was complete.
+    """Find the run that a request continues, if any; returns the request with its output, and if that is complete.
 
     Args:
-        named: the user has named the output.
+        named: the user named the output.
 
     Raises:
-        UserError: the run for that output was not the same, or its inputs were not, or it has not ended.
+        UserError: the run for that output had other flags or inputs, or is still active.
     """
     made = [request.output] if named else earlier_outputs(request) if request.resume else []
     record = record_of(request, inputs)
@@ -148,9 +148,9 @@ def continue_earlier(request: ResolvedRequest, inputs: Inputs, named: bool) -> t
         notes = (*request.notes, note) if request.resume else request.notes
         return replace(request, resume=False, notes=notes), False
     folder, file, before = left
-    with file:  # locked until here
+    with file:  # locked until the block ends
         output = request.output if named else folder.parent / Path(before["output"]).name
-        if os.path.lexists(output) and is_of(output, record, unsaid=True):  # it was not there when that run began
+        if os.path.lexists(output) and is_of(output, record, unsaid=True):  # made by that run: it did not exist before
             if not request.dry_run:
                 finish(request, output, folder)
             return replace(request, output=output), True
@@ -166,10 +166,10 @@ def continue_earlier(request: ResolvedRequest, inputs: Inputs, named: bool) -> t
 
 
 def finish(request: ResolvedRequest, output: Path, state: Path) -> None:
-    """Do what a run has left undone whose video is complete: save the latents, if they were asked for.
+    """Finish an interrupted run whose video is complete: save the latents if requested, and remove its state.
 
     Raises:
-        UserError: they were not kept.
+        UserError: the latents were not kept.
     """
     latents = request.save_latents
     if latents is not None and not os.path.lexists(latents):
@@ -181,9 +181,9 @@ def finish(request: ResolvedRequest, output: Path, state: Path) -> None:
 
 
 def remove_left(record: RunRecord, video: Path) -> None:
-    """Remove what interrupted runs of just this record have left beside its video, which is complete now.
+    """Remove what interrupted runs with the same record left beside the video, which is complete now.
 
-    A run that goes on is left alone, and so is what another video still needs.
+    Active runs are left alone, and so is what another video still needs.
     """
     same, folder = replace(record, seed_drawn=False, to_enhance=False), record.output.parent
     names = {record.output.name if record.frame_folder else record.output.stem}
@@ -204,10 +204,10 @@ def remove_left(record: RunRecord, video: Path) -> None:
 
 
 def is_of(output: Path, record: RunRecord, unsaid: bool = False) -> bool:
-    """Whether a file or folder was made by a run of the same flags and inputs, as its comment says.
+    """Whether a file or folder was made with the same flags and inputs, according to its comment.
 
     Args:
-        unsaid: the answer where it has no comment.
+        unsaid: the answer if it has no comment.
     """
     try:
         if not (comment := read_comment(output)):
@@ -219,7 +219,7 @@ def is_of(output: Path, record: RunRecord, unsaid: bool = False) -> bool:
 
 
 def earlier_outputs(request: GenerationRequest) -> list[Path]:
-    """The newest videos that may have been made by a request that names no output."""
+    """The newest videos that may have been made by the same request without --output."""
     folder, stem = default_place(request)
     found = sorted(folder.glob(f"{glob.escape(stem)}*.mp4"), reverse=True)
     return [] if request.seed_drawn else found[:EARLIER_OUTPUTS]
@@ -229,13 +229,13 @@ def earlier_outputs(request: GenerationRequest) -> list[Path]:
 
 
 def save_latents(latents: Sequence[Tensor], path: Path) -> Path:
-    """Write the latents (B, C, F, H, W) of each pass as `latents.0`, `latents.1`, ..., float32.
+    """Save the latents (B, C, F, H, W) of each pass as `latents.0`, `latents.1`, ..., float32.
 
     Returns:
-        The path used: another than `path` where that has been taken meanwhile.
+        The path used, which differs from `path` if that has been taken in the meantime.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     from safetensors.torch import save
 
@@ -243,7 +243,7 @@ def save_latents(latents: Sequence[Tensor], path: Path) -> Path:
 
 
 def join_passes(state: Path, path: Path, count: int) -> bool:
-    """Write the same file from the passes that a run has left; returns whether all `count` of them are there."""
+    """Write the file of `save_latents` from the saved passes of a run; returns whether all `count` exist."""
     from safetensors.numpy import load_file, save
 
     files = passes_in(state)
@@ -253,7 +253,7 @@ def join_passes(state: Path, path: Path, count: int) -> bool:
 
 
 def write_new(path: Path, content: bytes) -> Path:
-    """Write a file under a name that is free."""
+    """Write a file atomically under `path`, or a similar name if that is taken; returns the path used."""
     temporary = temporary_name(path)
     try:
         replace_file(temporary, content)

@@ -1,4 +1,4 @@
-"""Optional packages: those that a flag needs and a plain installation lacks. No torch."""
+"""Checks for optional packages, which some flags need and a plain installation lacks. No torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from skyreels_v3.errors import UserError
 
 
 def has_packages(*modules: str) -> bool:
-    """Whether modules can be imported, as far as their files tell."""
+    """Whether modules are installed; they are looked up but not imported."""
     return all(find_spec(module) is not None for module in modules)
 
 
@@ -16,9 +16,9 @@ def check_packages(flag: str, install: str, *modules: str, value: str = "", othe
     """Raise UserError if modules that a flag needs are not installed.
 
     Args:
-        install: what pip calls their package.
-        value: of the flag, if only that needs them.
-        otherwise: what to do without them.
+        install: the package to install with pip.
+        value: the value of the flag, if only that needs them.
+        otherwise: what else to do.
     """
     if not has_packages(*modules):
         reason = f"{value}: " if value else ""
@@ -27,5 +27,5 @@ def check_packages(flag: str, install: str, *modules: str, value: str = "", othe
 
 
 def quoted(install: str) -> str:
-    """What pip calls a package, as shells take it: zsh looks for files that match an extra in brackets."""
+    """Quote a package name for the shell if it has an extra in brackets, which zsh takes for a file pattern."""
     return f'"{install}"' if "[" in install else install

@@ -1,8 +1,8 @@
-"""What a run will compute and how much memory it takes, from the request and its family's sizes.
+"""Plans the work and memory of a run from the request and the sizes of its model.
 
-Weights are counted in the real transformer on the meta device; the count for the published sizes is in the preset. Work
-is counted by formulas (multiply-adds as two operations, matrix products and attention only). Activations are estimates:
-bytes per token or pixel, which tests count again in the real models, without what kernels need for themselves.
+Weights are counted in the real transformer on the meta device; the preset has the counts for the published sizes. FLOPs
+come from formulas (multiply-adds as two operations, matrix products and attention only). Activations are estimated in
+bytes per token or pixel, without the kernels' workspaces; tests compare the estimates with the real models.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from skyreels_v3.parallel.ranks import SINGLE, UNDIVIDED, ParallelConfig, Ranks,
 from skyreels_v3.request import GenerationRequest, ResolvedRequest
 from skyreels_v3.tasks import LATENT_CHANNELS, PATCH_SIZE, TINY, VAE_STRIDE, TaskSpec, task_spec
 
-OUTPUT_BYTES = {False: 0.5, True: 3}  # per pixel, about at most: mp4, PNG files
-TINY_BYTES = 1 << 20  # of each component of the built-in model, roughly
+OUTPUT_BYTES = {False: 0.5, True: 3}  # per pixel, rough upper bounds: mp4, PNG files
+TINY_BYTES = 1 << 20  # per component of the built-in model, roughly
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Checked:
 
     Attributes:
         checkpoint: its folder, None if it is not on this machine.
-        done: an earlier run has made `request.output` already.
+        done: an earlier run has already made `request.output`.
     """
 
     request: ResolvedRequest
@@ -63,9 +63,9 @@ class Checked:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run computes on: names of device and dtype, and free bytes before anything is loaded.
+    """The device and dtype of a run, and the free bytes before anything is loaded.
 
-    With several ranks, the fewest free bytes of any. `free_device` is None for a device without memory of its own.
+    With several ranks, the free bytes are the minimum over all. `free_device` is None if the device shares host memory.
     """
 
     device: str
@@ -76,9 +76,9 @@ class Machine:
 
 @dataclass(frozen=True)
 class PassPlan:
-    """One run of the denoising loop."""
+    """The work of one run of the denoising loop."""
 
-    latents: tuple[int, int, int, int, int]  # (B, C, F, H, W) generated
+    latents: tuple[int, int, int, int, int]  # (B, C, F, H, W), the generated ones
     tokens: int
     flop: int
 
@@ -90,7 +90,7 @@ class Weights:
     Attributes:
         blocks: of each block, in order.
         outside: of everything else.
-        dequantized: of a block's FP8 matrices in full width, where the block keeps them while it works in chunks.
+        dequantized: of a block's dequantized FP8 matrices, if the block keeps them while it processes chunks.
     """
 
     blocks: tuple[int, ...]
@@ -102,21 +102,21 @@ class Weights:
         return self.outside + sum(self.blocks)
 
     def streamed(self, resident: int) -> list[int]:
-        """Of each streamed block, while `resident` others stay."""
+        """Bytes of each streamed block, while `resident` others stay on the device."""
         kept = resident_blocks(len(self.blocks), resident)
         return [size for index, size in enumerate(self.blocks) if index not in kept]
 
     def on_device(self, resident: int) -> int:
-        """On the device while all but `resident` blocks are streamed through slots of the largest one's size."""
+        """Bytes on the device while all but `resident` blocks are streamed through slots of the largest one's size."""
         streamed = self.streamed(resident)
         return self.total - sum(streamed) + min(STREAM_SLOTS, len(streamed)) * max(streamed, default=0)
 
 
 @dataclass(frozen=True)
 class ComponentBytes:
-    """Bytes of one component at work: its weights, those on the device while its blocks are streamed, its activations.
+    """Bytes of a component in use: all weights, those on the device while its blocks are streamed, and activations.
 
-    The VAE's `activations` are those without tiles.
+    The VAE's `activations` are those without tiling.
     """
 
     weights: int
@@ -126,13 +126,13 @@ class ComponentBytes:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is known of a video before it is made. Made once; everything later reads it.
+    """Everything known about a video before it is made; later stages only read it.
 
     Attributes:
         checkpoint: its folder, None if a dry run would have to download it.
         device: "cuda:0", "cpu", ...
-        forwards: of one pass.
-        streamed_from_host: bytes of the transformer's blocks that stay in host memory while it is streamed.
+        forwards: number of forwards in one pass.
+        streamed_from_host: bytes of the transformer's blocks that are in host memory while it is streamed.
         shards: whether the ranks shard the transformer's weights.
     """
 
@@ -151,7 +151,7 @@ class Plan:
     policy: Policy = RESIDENT
 
     def peak(self, mode: str, tiles: Tiles = TILINGS[0]) -> int:
-        """The most bytes in use on the device at one time, in a memory mode and with a tiling of the VAE."""
+        """Peak bytes on the device in a memory mode, with a tiling of the VAE."""
         vae = {f"VAE {part}": vae_bytes(self.request, part, tiles) for part in ("encode", "decode")}
         activations = {name: vae.get(name, part.activations) for name, part in self.components.items()}
         if mode == "resident":
@@ -167,13 +167,13 @@ class Plan:
 
 
 def plan(checked: Checked, machine: Machine, ranks: Ranks = SINGLE) -> Plan:
-    """Work out a checked request for the machine that it will run on.
+    """Plan a checked request for the machine that it will run on.
 
     Args:
-        ranks: this process, and the others that share the video.
+        ranks: this process among those that make the video together.
 
     Raises:
-        UserError: the processes cannot be divided as the request wants.
+        UserError: the ranks cannot be divided as requested.
     """
     request, dtype = checked.request, machine.dtype
     family = family_of(request.task)
@@ -212,7 +212,7 @@ def plan(checked: Checked, machine: Machine, ranks: Ranks = SINGLE) -> Plan:
 
 
 def degrees_of(request: GenerationRequest, checkpoint: Path | None, ranks: Ranks) -> ParallelConfig:
-    """How the ranks divide the work on a request; raises UserError if they cannot as it wants."""
+    """The parallel degrees for a request; raises UserError if the ranks cannot be divided as requested."""
     if not request.use_usp:
         return UNDIVIDED
     heads = transformer_sizes(request, checkpoint)["num_attention_heads"]
@@ -220,18 +220,18 @@ def degrees_of(request: GenerationRequest, checkpoint: Path | None, ranks: Ranks
 
 
 def terms_of(request: GenerationRequest) -> int:
-    """How many predictions the guidance of a request combines in each step."""
+    """The number of predictions that the guidance combines in each step."""
     return len(pipeline_of(request.task).guidance(request).terms)
 
 
 def transformer_sizes(request: GenerationRequest, checkpoint: Path | None) -> dict[str, int]:
-    """Arguments of the transformer, from the checkpoint's own config if it is on this machine, else as published."""
+    """The transformer's sizes, from the checkpoint's own config if it is on this machine, else as published."""
     own = {} if checkpoint is None else family_of(request.task).transformer_sizes(checkpoint, request.task)
     return {**request.task.transformer, **own}
 
 
 def build_on_meta(family: str, sizes: Mapping[str, Any]) -> Any:
-    """The transformer of a family without values."""
+    """Build the transformer of a family on meta."""
     import torch
 
     with torch.device("meta"):
@@ -239,7 +239,7 @@ def build_on_meta(family: str, sizes: Mapping[str, Any]) -> Any:
 
 
 def weights_of(task: TaskSpec, sizes: Mapping[str, int], dtype: str, quant: str | None) -> Weights:
-    """Bytes of a transformer's weights; torch is imported to count them unless its sizes are the published ones."""
+    """Bytes of a transformer's weights; imports torch to count them unless the sizes are the published ones."""
     outside, blocks = published_elements(task)
     if sizes != task_spec(task.name).transformer:
         outside, blocks = count_elements(task.family, tuple(sizes.items()), quant == "fp8_dynamic")
@@ -252,16 +252,16 @@ def weights_of(task: TaskSpec, sizes: Mapping[str, int], dtype: str, quant: str 
 
 
 def quantized_weights(request: GenerationRequest, checkpoint: Path | None, dtype: str) -> Weights | None:
-    """Bytes of a transformer whose files are on this machine and hold quantized weights; None for any other."""
+    """Bytes of a transformer whose files on this machine have quantized weights; None for any other."""
     own = None if request.transformer is None else Path(request.transformer)
     if (checkpoint is None and own is None) or (own is not None and not own.is_file()):
         return None
     files = component_files(request, checkpoint or Path(), "transformer")
-    if request.lora or not read_format(files).is_quantized:  # a LoRA is added to dequantized weights
+    if request.lora or not read_format(files).is_quantized:  # LoRAs are applied to dequantized weights
         return None
     if checkpoint is not None:
         return count_quantized(request.task.name, checkpoint, own, dtype, request.quant)
-    outside, blocks = published_elements(request.task)  # without a config, as much of it as the file is of all
+    outside, blocks = published_elements(request.task)  # no config: scale the published sizes by the file size
     share = sum(file.stat().st_size for file in files) / published_transformer_bytes(request.task)
     sizes = [int(share * each.bytes("bfloat16", None)) for each in (outside, *blocks)]
     return Weights(tuple(sizes[1:]), sizes[0], max(each.fp8 + each.others for each in blocks) * BYTES[dtype])
@@ -269,7 +269,7 @@ def quantized_weights(request: GenerationRequest, checkpoint: Path | None, dtype
 
 @cache
 def count_quantized(task: str, checkpoint: Path, own: Path | None, dtype: str, quant: str | None) -> Weights:
-    """Bytes of a transformer with quantized weights, as it is loaded."""
+    """Bytes of a transformer with quantized weights once it is loaded."""
     import torch
 
     from skyreels_v3.memory.quantize import UNPACKED_AT_ONCE, QuantizedLinear, quantize
@@ -293,7 +293,7 @@ def count_quantized(task: str, checkpoint: Path, own: Path | None, dtype: str, q
 
 @cache
 def count_elements(family: str, sizes: tuple[tuple[str, int], ...], dynamic: bool) -> tuple[Elements, list[Elements]]:
-    """The elements of a transformer's weights: outside of the blocks, and of each block."""
+    """Element counts of a transformer's weights: outside the blocks, and of each block."""
     import torch
 
     from skyreels_v3.memory.quantize import quantize
@@ -316,22 +316,22 @@ def count_elements(family: str, sizes: tuple[tuple[str, int], ...], dynamic: boo
 
 
 def component_bytes(plan: Plan, sizes: Mapping[str, int], weights: Weights, terms: int) -> dict[str, ComponentBytes]:
-    """Weights and activations of each component on one rank, which predicts under `terms` conditions."""
+    """Weights and activations of each component on a rank that predicts `terms` guidance terms."""
     request, family, dtype = plan.request, family_of(plan.request.task), plan.dtype
     longest = max(plan.passes, key=lambda made: made.tokens)
     activations = family.activation_bytes(sizes, longest.tokens, dtype, plan.degrees)
     activations += weights.dequantized + family.context_bytes(sizes, longest.latents[2], request.speakers, dtype)
-    if request.cache is not None:  # two residuals of each condition, and a copy of the first block's input
+    if request.cache is not None:  # two residuals per term, and a copy of the first block's input
         tokens = longest.tokens // plan.degrees.sequence
         activations += (2 * terms + 1) * tokens * width_of(sizes) * BYTES[dtype]
     held = weights.total
-    if plan.shards:  # a shard of all, and gathered two blocks and what is outside of blocks
+    if plan.shards:  # its shard, two gathered blocks and the weights outside blocks
         held = held // plan.degrees.world_size + weights.on_device(0)
     others = component_weights(request, plan.checkpoint, dtype)
     vae = others.pop("VAE")
     made = {name: ComponentBytes(size, size) for name, size in others.items()}
     own, quant = Path(request.text_encoder or ""), request.quant
-    if own.is_file() and read_format([own]).is_quantized:  # it stays as it is
+    if own.is_file() and read_format([own]).is_quantized:  # it is not quantized again
         quant = None
     made["text encoder"] = text_encoder_bytes(family.TEXT_ENCODER, others["text encoder"], dtype, quant)
     if request.task.inputs:
@@ -342,7 +342,7 @@ def component_bytes(plan: Plan, sizes: Mapping[str, int], weights: Weights, term
 
 
 def component_weights(request: GenerationRequest, checkpoint: Path | None, dtype: str) -> dict[str, int]:
-    """Bytes of the weights of all components but the transformer: of their files, if they are on this machine."""
+    """Bytes of the weights of all other components, from their files if they are on this machine."""
     family = family_of(request.task)
     parameters = family.component_parameters(request.task)
     folder = checkpoint if request.base_model_id is None else Path(request.base_model_id)
@@ -354,7 +354,7 @@ def component_weights(request: GenerationRequest, checkpoint: Path | None, dtype
 
 
 def transformer_file_bytes(request: GenerationRequest, checkpoint: Path | None) -> int:
-    """Bytes of the transformer's files, the published ones unless they are on this machine. No torch."""
+    """Bytes of the transformer's files, or of the published ones if they are not on this machine. No torch."""
     own = request.transformer
     if own is None and request.model_id == TINY:
         return TINY_BYTES
@@ -369,7 +369,7 @@ def file_bytes(request: GenerationRequest, folder: Path, component: str) -> int:
 
 
 def text_encoder_bytes(encoder: TextEncoderSizes, size: int, dtype: str, quant: str | None) -> ComponentBytes:
-    """A text encoder with `size` bytes of weights before they are quantized."""
+    """Bytes of a text encoder with `size` bytes of weights before quantization."""
     share = size * encoder.blocks / encoder.parameters
     saved = 0 if quant is None else int(share * encoder.matrices * (1 - 1 / BYTES[dtype]))
     blocks = int(share * encoder.block) - saved
@@ -377,17 +377,17 @@ def text_encoder_bytes(encoder: TextEncoderSizes, size: int, dtype: str, quant: 
 
 
 def vae_bytes(request: ResolvedRequest, part: str, tiles: Tiles) -> int:
-    """Live bytes at the peak of the VAE's `part`, "encode" or "decode", without its weights."""
+    """Peak live bytes of the VAE's `part` ("encode" or "decode") without weights."""
     return family_of(request.task).vae_bytes((request.height, request.width), request.vae_dtype, part, tiles)
 
 
 def component_dtype(request: GenerationRequest, name: str, dtype: str) -> str:
-    """The dtype of a component's weights in a run of `dtype`, apart from quantized ones."""
+    """The dtype of a component's unquantized weights in a run with `dtype`."""
     if name.startswith("VAE"):
         return request.vae_dtype
     return "float32" if name.startswith("audio") else dtype
 
 
 def output_bytes(request: ResolvedRequest) -> float:
-    """Bytes of the output, about at most."""
+    """A rough upper bound of the output's bytes."""
     return OUTPUT_BYTES[request.frame_folder] * request.frames_out * request.height * request.width

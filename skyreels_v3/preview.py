@@ -1,9 +1,9 @@
-"""Pictures of a video that is being made: of what its latents will become, and of the frames that are done.
+"""Previews of a video in progress, from its latents and its finished frames.
 
-Latents become a picture by a linear projection of their channels to RGB, at their own size, an eighth of the video's:
-that costs nothing beside a step. The idea is keturn's, https://discuss.huggingface.co/t/23204, and is how ComfyUI
-previews: with numbers that were fitted for one VAE. Here they are fitted to the VAE at hand, by least squares, with
-each pass whose frames are decoded; before the first one the colors are arbitrary.
+A linear projection of the latent channels to RGB makes a picture of an eighth of the video's size, at negligible cost.
+The idea is keturn's, https://discuss.huggingface.co/t/23204. ComfyUI previews the same way, with weights fitted to one
+VAE. Here they are fitted by least squares to the VAE in use, with each pass whose frames are decoded; before the first
+one the colors are arbitrary.
 """
 
 from __future__ import annotations
@@ -21,47 +21,47 @@ if TYPE_CHECKING:
 
     from skyreels_v3.stages import Step
 
-MAX_SIDE = 640  # pixels of the picture of a frame
+MAX_SIDE = 640  # pixels of a frame's preview
 CONTRAST = 32.0  # levels for a latent of 1, before the first fit
 
 
 class Noisy(NamedTuple):
-    """Latents (C, h, w) and the level of the noise in them, 1 for nothing else."""
+    """Latents (C, h, w) and their noise level, 1 for pure noise."""
 
     latents: np.ndarray
     sigma: float
 
     def denoised(self, before: Noisy | None) -> np.ndarray:
-        """What will come of them if they go on as they did in the step from `before`, on a straight line to 0."""
+        """Predict the denoised latents by extending the step from `before` in a straight line to sigma 0."""
         if before is None or before.sigma <= self.sigma:
             return self.latents
         return self.latents + (self.latents - before.latents) * (self.sigma / (before.sigma - self.sigma))
 
 
 class Projection:
-    """From latents to RGB: `weights` (C + 1, 3), the last row for a constant."""
+    """A projection from latents to RGB: `weights` (C + 1, 3), the last row for a constant."""
 
     def __init__(self) -> None:
-        # cosines, which are orthogonal: where latents differ, colors do
+        # orthogonal cosines, so that different latents get different colors
         waves = np.cos(np.pi / LATENT_CHANNELS * np.outer(np.arange(LATENT_CHANNELS) + 0.5, (1, 2, 3)))
         self.weights = np.concatenate([CONTRAST * waves, np.full((1, 3), 128.0)])
 
     def fit(self, latents: np.ndarray, frame: np.ndarray) -> None:
-        """Fit the weights to latents (C, h, w) and what the VAE makes of them, uint8 [H, W, 3]."""
+        """Fit the weights to latents (C, h, w) and the frame decoded from them, uint8 [H, W, 3]."""
         small = Image.fromarray(frame).resize(latents.shape[:0:-1], Image.Resampling.BOX)
         self.weights = np.linalg.lstsq(with_constant(latents), np.asarray(small, float).reshape(-1, 3), rcond=None)[0]
 
     def picture(self, latents: np.ndarray) -> np.ndarray:
-        """uint8 [h, w, 3] of latents (C, h, w)."""
+        """Project latents (C, h, w) to a picture, uint8 [h, w, 3]."""
         levels = (with_constant(latents) @ self.weights).reshape(*latents.shape[1:], 3)
         return np.nan_to_num(levels).clip(0, 255).round().astype(np.uint8)
 
 
 class Preview:
-    """Follows a video that is being made, from step to step.
+    """Previews a video in progress, step by step.
 
     Args:
-        projection: fitted to each pass whose frames are done.
+        projection: refitted to each pass whose frames are decoded.
     """
 
     def __init__(self, projection: Projection) -> None:
@@ -70,17 +70,17 @@ class Preview:
         self._shown = np.zeros((LATENT_CHANNELS, 1, 1))
 
     def add(self, step: Step) -> None:
-        """Take a step's latents."""
+        """Record the latents of a step."""
         before = self._last if step.number > 1 else None
         self._last = Noisy(last_of(step.latents), step.sigma)
         self._shown = self._last.denoised(before)
 
     def picture(self) -> np.ndarray:
-        """What will come of the last step's latents, uint8 [h, w, 3]."""
+        """A preview of the last step's denoised latents, uint8 [h, w, 3]."""
         return self.projection.picture(self._shown)
 
     def fit(self, frame: np.ndarray, latents: Tensor | None = None) -> None:
-        """Fit the projection to the last frame of a pass, uint8 [H, W, 3], and its latents (None: the last step's)."""
+        """Fit the projection to the last frame of a pass, uint8 [H, W, 3], and its latents (default: the last step's)."""
         if latents is not None:
             self.projection.fit(last_of(latents), frame)
         elif self._last is not None:
@@ -99,7 +99,7 @@ def with_constant(latents: np.ndarray) -> np.ndarray:
 
 
 def png(picture: np.ndarray) -> bytes:
-    """uint8 [H, W, 3] as a PNG file of at most `MAX_SIDE` pixels."""
+    """Encode a picture, uint8 [H, W, 3], as a PNG file with sides of at most `MAX_SIDE` pixels."""
     image = Image.fromarray(picture)
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     return encode_image(image, "PNG")

@@ -1,4 +1,4 @@
-"""Progress bars on stderr: tqdm's own on a terminal; in a file one line per tenth of the way."""
+"""Progress bars on stderr: tqdm's own on a terminal, one line per tenth in a file."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from tqdm import tqdm
 
 from skyreels_v3.console import Stderr
 
-LINES = 10  # of a bar in a file, after the first
+LINES = 10  # per bar in a file, after the first
 INTERVAL = 10  # seconds between lines if the total is not known
 
 
 class LineBar(tqdm):  # type: ignore[type-arg]  # generic in its stubs alone
-    """A bar for a file, where nothing can be overwritten: a line at the start, after each tenth and at the end."""
+    """A bar for files, which cannot be redrawn: prints a line at the start, after each tenth and at the end."""
 
     def __init__(self, **options: Any) -> None:
         total = options["total"]
         self.written = ""
         options |= {"mininterval": 0 if total else INTERVAL, "miniters": math.ceil((total or 0) / LINES)}
-        # without maxinterval a line would be written although nothing has changed; with leave, an empty last line
+        # a finite maxinterval would write lines without progress; leave, an empty last line
         super().__init__(**options, maxinterval=math.inf, leave=False)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
@@ -37,13 +37,13 @@ class LineBar(tqdm):  # type: ignore[type-arg]  # generic in its stubs alone
 
 @contextmanager
 def progress_bar(name: str, total: int | None, shown: bool = True, **options: Any) -> Iterator[tqdm[Any]]:
-    """A bar with `update`; it is filled when the `with` block ends without an exception.
+    """Show a tqdm bar, which is filled if the `with` block ends without an exception.
 
     Args:
         total: number of steps, None if unknown. It may be slightly off.
         options: further arguments of tqdm.
     """
-    shown = shown and sys.stderr is not None  # as without a console on Windows
+    shown = shown and sys.stderr is not None  # it is None without a console on Windows
     kind = tqdm if shown and sys.stderr.isatty() else LineBar
     with kind(desc=name, total=total, disable=not shown, file=Stderr(), **options) as bar:
         yield bar

@@ -1,4 +1,4 @@
-"""From a user's prompt to the model's. No torch."""
+"""Turns a user's prompt into the model's. No torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from skyreels_v3.tasks import CONFIG_DIR, TaskSpec, load_yaml
 
 AUTO = "auto"
 TAG = re.compile(r"\[[A-Z][A-Z0-9_]*\]")
-DENIAL_REACH = 200  # characters before telling words that are looked at
+DENIAL_REACH = 200  # characters searched for a negation before a matching word
 NO_WORD = "--transition auto: no word of the prompt means one"
 NOT = r"no|not|never|without|avoid|nor|neither|instead of|rather than|cannot|\w+n't"
-# words that may stand between one of these and what it denies
+# words that may be between a negation and what it negates
 BETWEEN = (
     "a an any the some more another other single sudden quick extreme kind sort type of in into to with or nor be do "
     "use using show showing make making go going cut cuts cutting switch switching move moving camera"
@@ -28,9 +28,9 @@ class Transition:
     """How a new shot begins.
 
     Attributes:
-        sentence: says so in plain words.
-        words: those in a prompt that mean it.
-        tag: documented by the model's authors; "": there is none.
+        sentence: describes it in plain words.
+        words: words in a prompt that imply it.
+        tag: the tag documented by the model's authors, "" if there is none.
     """
 
     sentence: str
@@ -40,23 +40,23 @@ class Transition:
 
 @cache
 def texts() -> Mapping[str, Any]:
-    """What configs/prompts.yaml says."""
+    """The content of configs/prompts.yaml."""
     return load_yaml(CONFIG_DIR / "prompts.yaml")
 
 
 @cache
 def transitions() -> Mapping[str, Transition]:
-    """All transitions by their names."""
+    """All transitions by name."""
     return {
         name: Transition(**{**parts, "words": tuple(parts["words"])}) for name, parts in texts()["transitions"].items()
     }
 
 
 def model_prompt(task: TaskSpec, prompt: str, transition: str | None = None) -> tuple[str, tuple[str, ...]]:
-    """A prompt as a task's model gets it, and notes on what was changed.
+    """The prompt for a task's model, and notes on what was changed.
 
     Args:
-        transition: one of `transitions`, or AUTO for the one that the prompt's words mean.
+        transition: one of `transitions`, or AUTO for the one that the prompt's words imply.
     """
     notes = []
     if transition is not None:
@@ -69,10 +69,10 @@ def model_prompt(task: TaskSpec, prompt: str, transition: str | None = None) -> 
 
 
 def with_transition(prompt: str, transition: str, reason: str = "") -> tuple[str, str]:
-    """A prompt that begins with a transition's tag and sentence, and a note on it. A tag in the prompt wins.
+    """Put a transition's tag and sentence before a prompt, unless it has a tag; returns the prompt and a note.
 
     Args:
-        reason: what the note begins with; by default the flag.
+        reason: the beginning of the note; by default the flag.
     """
     given = reason or f"--transition {transition}"
     if (tag := TAG.search(prompt)) is not None:
@@ -89,12 +89,12 @@ def with_transition(prompt: str, transition: str, reason: str = "") -> tuple[str
 
 
 def says_transition(prompt: str) -> bool:
-    """Whether a prompt says how the new shot begins, by a tag or by words."""
+    """Whether a prompt says by a tag or by words how the new shot begins."""
     return TAG.search(prompt) is not None or find_words(prompt) is not None
 
 
 def find_words(prompt: str) -> tuple[str, str] | None:
-    """The transition that the first telling words of a prompt mean, and these words. Those that are denied do not."""
+    """The first transition that a prompt's words imply, and these words; negated words do not count."""
     text = re.sub(r"[-\s]+", " ", prompt.lower().replace("\u2019", "'"))
     found = [
         (match.start(), name, word)
@@ -108,7 +108,7 @@ def find_words(prompt: str) -> tuple[str, str] | None:
 
 @cache
 def denial() -> re.Pattern[str]:
-    """The end of what stands before telling words that are denied, such as "don't cut to a"."""
+    """A pattern for a negation at the end of the text before matching words, such as "don't cut to a"."""
     between = {word for transition in transitions().values() for word in transition.words} | {*BETWEEN.split()}
     longest = sorted(map(re.escape, between), key=len, reverse=True)
     return re.compile(rf"\b(?:{NOT}) (?:(?:{'|'.join(longest)}) )*$")

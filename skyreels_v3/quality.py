@@ -1,13 +1,13 @@
-"""How good frames are, in numbers that need nothing but the frames: for --check, and for the Python API.
+"""No-reference quality metrics of frames, for --check and the Python API.
 
-A `Meter` is fed with frames as they are made and keeps a few numbers of each, so memory hardly grows with the length.
-Levels are those of 8-bit values, 0 to 255. Jumps and cuts are measured on frames averaged down to about `PICTURE` and
-`THUMB` rows, so that thresholds hold for all sizes. Gradual transitions are not found.
+A `Meter` takes frames as they are made and keeps a few numbers of each, so memory hardly grows with the length. Levels
+are 8-bit values, 0 to 255. Jumps and cuts are measured on frames averaged down to about `PICTURE` and `THUMB` rows, so
+that the thresholds hold for all sizes. Gradual transitions are not detected.
 
-Sources: cuts, a difference that is large among its neighbours, as PySceneDetect's AdaptiveDetector has it; black and
-frozen frames, ffmpeg's blackdetect and freezedetect; noise, J. Immerkaer, Fast Noise Variance Estimation, CVIU 64(2),
-1996, doi:10.1006/cviu.1996.0060; color differences, CIE 1976, of which 2.3 are just noticeable (M. Mahy et al., Color
-Research and Application 19(2), 1994).
+Sources: cuts, differences that are large compared with their neighbors, as in PySceneDetect's AdaptiveDetector; black
+and frozen frames, ffmpeg's blackdetect and freezedetect; noise, J. Immerkaer, Fast Noise Variance Estimation, CVIU
+64(2), 1996, doi:10.1006/cviu.1996.0060; color differences, CIE 1976, where 2.3 is just noticeable (M. Mahy et al.,
+Color Research and Application 19(2), 1994).
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ from skyreels_v3.errors import counted
 from skyreels_v3.media.color import rgb_to_lab, statistics
 
 PICTURE, THUMB = 96, 32  # rows
-BLACK_LEVEL, BLACK_SHARE = 26, 0.98  # of luma, and of a frame's pixels that are no brighter
+BLACK_LEVEL, BLACK_SHARE = 26, 0.98  # luma level, and share of a frame's pixels that are no brighter
 FLAT_STD = 2.0  # levels: a frame of one color
-FROZEN_JUMP = 0.05  # levels; freezedetect has 0.25 before any averaging
-FROZEN_SECONDS = 2.0  # as freezedetect: shorter ones are pauses
-NOISY = 0.25  # of a frame's own contrast; 1 is white noise, sharp photographs have 0.1, with noise of 20 levels 0.2
-NOISY_LEVEL = 4.0  # levels: less is not seen
-CUT_RATIO, CUT_LEVEL = 3.0, 2.0  # times the differences around, and levels at least
-CUT_AROUND = 8  # neighbours on each side: two latent frames, since decoders may jump at each
-FLASH_FRAMES = 4  # a shot of no more frames between two that are alike is a flash
-SEAM_AROUND = 12  # neighbours on each side
-SEAM_LEVEL = 0.5  # levels: the least that a seam is compared with
+FROZEN_JUMP = 0.05  # levels; freezedetect uses 0.25, on frames that are not averaged
+FROZEN_SECONDS = 2.0  # as in freezedetect; shorter stills are pauses
+NOISY = 0.25  # relative to a frame's contrast; white noise has 1, sharp photographs 0.1, with noise of 20 levels 0.2
+NOISY_LEVEL = 4.0  # levels; less is not visible
+CUT_RATIO, CUT_LEVEL = 3.0, 2.0  # minimum ratio to the differences around, and minimum levels
+CUT_AROUND = 8  # neighbors on each side: two latent frames, since decoders may jump at each
+FLASH_FRAMES = 4  # a shot of at most so many frames between similar ones is a flash
+SEAM_AROUND = 12  # neighbors on each side
+SEAM_LEVEL = 0.5  # levels; minimum that a seam is compared with
 SEAM_RATIO, SEAM_SHIFT = 3.0, 2.3  # of a bad seam
 FLICKER = 2.0  # levels
 DRIFT = 10.0  # color difference
-BAD_SHARE = 0.05  # of frames that are black, of one color or noisy
+BAD_SHARE = 0.05  # tolerated share of black, flat or noisy frames
 
 
 class Row(NamedTuple):
-    """What is kept of a frame.
+    """The measurements kept per frame.
 
     Attributes:
         luma, contrast: mean and standard deviation of luma, in levels.
         noise: Immerkaer's estimate of the noise's standard deviation in luma, in levels.
-        black, clipped: shares of pixels up to `BLACK_LEVEL`, and of values that are 0 or 255.
+        black, clipped: share of pixels up to `BLACK_LEVEL`, and share of values that are 0 or 255.
         color: mean CIE Lab.
-        jump: mean absolute difference of the picture from the one before, of Y and of Cb and Cr, in levels.
-        distances: that of the thumbnail from 1, 2, ... frames before, in levels; infinite where there is none.
+        jump: mean absolute difference from the previous frame, in Y and in Cb and Cr, in levels.
+        distances: the same of thumbnails, from 1, 2, ... frames before; infinite if there is no such frame.
     """
 
     luma: float
@@ -67,12 +67,12 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Seam:
-    """How new frames go on from those before.
+    """How smoothly new frames continue those before them.
 
     Attributes:
-        frame: number of the first new one.
-        luma, chroma: mean absolute difference from the frame before it, over the median of that of the neighbours
-            around; 1 is as everywhere. The median counts as `SEAM_LEVEL` at least.
+        frame: number of the first new frame.
+        luma, chroma: mean absolute difference from the previous frame, relative to the median of such differences
+            around it, which is at least `SEAM_LEVEL`; 1 is usual.
         shift: CIE 1976 difference of the mean colors of the two frames.
     """
 
@@ -84,23 +84,23 @@ class Seam:
 
 @dataclass(frozen=True)
 class Quality:
-    """Figures of the new frames; 0 where they are too few for one.
+    """Figures of the new frames; 0 where there are too few frames.
 
     Attributes:
-        frames: number of them.
+        frames: number of new frames.
         seconds: their length.
-        black: number of frames of which 98 % is darker than 10 % of white.
-        flat: number of frames of one color, black ones left out.
-        frozen: number of frames that are the same as the one before.
+        black: number of frames with 98 % of pixels darker than 10 % of white.
+        flat: number of frames of one color other than black.
+        frozen: number of frames equal to the previous one.
         freeze: seconds of the longest still.
-        noisy: number of frames with more high-frequency noise than pictures have.
+        noisy: number of frames with more high-frequency noise than photographs have.
         noise: mean of Immerkaer's estimate over the standard deviation of luma, 0 to about 1.
         clipped: percentage of values that are 0 or 255.
-        flicker: mean absolute second difference of mean luma, cuts left out, in levels.
-        drift: CIE 1976 difference of the mean color of the last second of the longest shot from its first second.
-        drift_per_minute: the same over the time between the two.
-        cuts: numbers of the frames that shots begin with, counted in the file.
-        seam: of frames that go on from others.
+        flicker: mean absolute second difference of mean luma, without cuts, in levels.
+        drift: CIE 1976 difference of the mean colors of the first and last second of the longest shot.
+        drift_per_minute: the same per minute of the time between them.
+        cuts: frame numbers in the file at which new shots begin.
+        seam: the transition from the frames that the new ones continue, if any.
     """
 
     frames: int
@@ -119,12 +119,12 @@ class Quality:
     seam: Seam | None = None
 
     def figures(self) -> dict[str, Any]:
-        """All of it as JSON can have it, rounded."""
+        """All figures as JSON types, rounded."""
         return {name: rounded(value) for name, value in asdict(self).items()}
 
 
 def rounded(value: Any) -> Any:
-    """Numbers with four digits after the point, in all that they are in."""
+    """Round floats to four decimals, recursively."""
     if isinstance(value, dict):
         return {name: rounded(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -133,12 +133,12 @@ def rounded(value: Any) -> Any:
 
 
 class Meter:
-    """Takes frames, uint8 (F, H, W, 3), in pieces of any length, all of one size; `quality` has the figures so far.
+    """Measures frames, uint8 (F, H, W, 3) in chunks of any length, all of one size.
 
     Attributes:
         fps: frames per second.
-        first: number in the file of the first new frame.
-        before: number of rows of frames that the new ones go on from.
+        first: the first new frame's number in the file.
+        before: number of rows of the frames that the new ones continue.
     """
 
     def __init__(self, fps: float) -> None:
@@ -149,7 +149,7 @@ class Meter:
         self._thumbs: deque[np.ndarray] = deque(maxlen=FLASH_FRAMES + 1)
 
     def add_before(self, frames: np.ndarray) -> None:
-        """Add frames that the new ones go on from. They are not judged, whether the file has them or not."""
+        """Add frames that the new ones continue. They are not judged, whether or not the file has them."""
         assert self.before == len(self.rows), "they come before the new frames"
         self.add(frames)
         self.before = len(self.rows)
@@ -195,7 +195,7 @@ class Meter:
         """The figures of the frames so far."""
         cuts = find_cuts(np.array([row.distances for row in self.rows]).reshape(len(self.rows), FLASH_FRAMES + 1))
         new = self.rows[self.before :]
-        count, offset = len(new), self.first - self.before  # from a row to a frame of the file
+        count, offset = len(new), self.first - self.before  # from row numbers to frame numbers in the file
         black = [row.black >= BLACK_SHARE for row in new]
         flat = [row.contrast <= FLAT_STD for row in new]
         frozen = [bool(at + self.before) and sum(row.jump) <= FROZEN_JUMP for at, row in enumerate(new)]
@@ -222,15 +222,15 @@ class Meter:
 
 
 def reduced(image: Image.Image, rows: int) -> Image.Image:
-    """The image with about so many rows (or columns, if it has fewer): means of squares of pixels."""
+    """Reduce an image to about `rows` rows (or columns, if fewer) by averaging squares of pixels."""
     return image.reduce(max(1, min(image.size) // rows))
 
 
 def noise_level(luma: np.ndarray) -> float:
     """Immerkaer's estimate of the standard deviation of noise in luma, uint8 (H, W), in levels.
 
-    The mean absolute answer to the difference of two Laplacians, [1 -2 1] along both axes, which is 6 times the noise's
-    standard deviation times sqrt(2 / pi) for Gaussian noise, and nothing on a plane.
+    It takes the mean absolute response to the difference of two Laplacians, [1 -2 1] along both axes, which for Gaussian
+    noise is 6 sqrt(2 / pi) times its standard deviation, and 0 on linear gradients.
     """
     if min(luma.shape) < 3:
         return 0.0
@@ -239,15 +239,15 @@ def noise_level(luma: np.ndarray) -> float:
 
 
 def find_cuts(distances: np.ndarray) -> list[int]:
-    """Frames that a shot begins with.
+    """Find the frames at which new shots begin.
 
-    Such a frame is at least `CUT_LEVEL` levels from the one before, and `CUT_RATIO` times as far as neighbours before
-    and after it are from each other. Of these the second largest counts, on each side: another cut may be among them,
-    and so may repeated frames. So a pan is no cut, nor is its start. What is again like before within `FLASH_FRAMES`
-    is a flash.
+    Such a frame differs from the previous one by at least `CUT_LEVEL` levels, and by `CUT_RATIO` times as much as its
+    neighbors on either side differ from each other. On each side the second largest difference counts, since another
+    cut or repeated frames may be among them. So neither a pan nor its start is a cut. A change that is reverted within
+    `FLASH_FRAMES` frames is a flash, not a cut.
 
     Args:
-        distances: (F, L), of each frame from the 1, 2, ... L frames before.
+        distances: (F, L), of each frame from those 1, 2, ... L frames before it.
     """
     if len(distances) < 2:
         return []
@@ -260,14 +260,14 @@ def find_cuts(distances: np.ndarray) -> list[int]:
             continue
         lags = range(1, distances.shape[1])
         since = [distances[at + lag, lag] for lag in lags if at + lag < len(step)]  # a flash that begins here
-        until = [distances[at, lag] for lag in lags if lag <= at]  # one that ends
+        until = [distances[at, lag] for lag in lags if lag <= at]  # a flash that ends here
         if min(since + until, default=math.inf) >= step[at] / 2:
             cuts.append(at)
     return cuts
 
 
 def seam_of(rows: Sequence[Row], first: int, cuts: Sequence[int], offset: int) -> Seam:
-    """The seam before row `first`."""
+    """Measure the seam before row `first`; `offset` leads from rows to frame numbers."""
     places = [*range(max(1, first - SEAM_AROUND), first), *range(first + 1, min(len(rows), first + 1 + SEAM_AROUND))]
     around = [rows[place].jump for place in places if place not in cuts]
     usual = np.median(around, axis=0) if around else np.zeros(2)
@@ -277,16 +277,16 @@ def seam_of(rows: Sequence[Row], first: int, cuts: Sequence[int], offset: int) -
 
 
 def flicker_of(luma: Sequence[float], cuts: Sequence[int]) -> float:
-    """Mean absolute second difference, in levels, of those that see no cut."""
-    second = np.abs(np.diff(luma, n=2))  # number n is of the frames n, n + 1 and n + 2
+    """Mean absolute second difference of luma in levels, without those that span a cut."""
+    second = np.abs(np.diff(luma, n=2))  # second[n] is of frames n, n + 1 and n + 2
     seen = {place for cut in cuts for place in (cut - 2, cut - 1)}
     return mean([float(value) for place, value in enumerate(second) if place not in seen])
 
 
 def drift_of(colors: Sequence[Sequence[float]], cuts: Sequence[int], fps: float) -> tuple[float, float]:
-    """How far the mean color goes from the first second of the longest shot to the last, and seconds between the two.
+    """The mean color's difference between the first and last second of the longest shot, and the seconds between them.
 
-    Of a shot of less than two seconds, from its first half to its last.
+    In a shot of less than two seconds, between its two halves.
     """
     first, end = max(zip((0, *cuts), (*cuts, len(colors)), strict=True), key=lambda shot: shot[1] - shot[0])
     part = min(round(fps), (end - first) // 2)
@@ -297,7 +297,7 @@ def drift_of(colors: Sequence[Sequence[float]], cuts: Sequence[int], fps: float)
 
 
 def longest_run(flags: Sequence[bool]) -> int:
-    """The longest run of frames that are the same, the one that it starts from included."""
+    """The length of the longest run of equal frames, including its first."""
     longest = run = 0
     for each in flags:
         run = run + 1 if each else 0
@@ -310,7 +310,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def report(quality: Quality) -> Iterator[str]:
-    """The figures as short lines."""
+    """Format the figures as short lines."""
     cuts = ", ".join(map(str, quality.cuts[:8])) + (", ..." if len(quality.cuts) > 8 else "")
     yield (
         f"{counted(quality.frames, 'new frame')}, {quality.seconds:.2f} s: {quality.black} black, "
@@ -326,17 +326,17 @@ def report(quality: Quality) -> Iterator[str]:
 
 
 def report_seam(seam: Seam) -> str:
-    """The figures of a seam as a short line."""
+    """Format the figures of a seam as a short line."""
     jumps = f"luma {seam.luma:.1f} and chroma {seam.chroma:.1f} times the usual change"
     return f"seam at frame {seam.frame}: {jumps}, color shift {seam.shift:.1f}"
 
 
 def warnings(quality: Quality, cut_at_seam: bool = False, cuts_known: bool = True) -> Iterator[str]:
-    """What is bad about a video, a line each.
+    """Yield one line per defect of a video.
 
     Args:
-        cut_at_seam: a new shot begins with the new frames; else they are to go on without a cut.
-        cuts_known: no cut is expected in the new frames; False where it may be as well.
+        cut_at_seam: the new frames should begin a new shot; otherwise they should continue without a cut.
+        cuts_known: any cut within the new frames is unexpected; False if they may have cuts.
     """
     if not quality.frames:
         return
