@@ -80,7 +80,7 @@ class Preview:
         return self.projection.picture(self._shown)
 
     def fit(self, frame: np.ndarray, latents: Tensor | None = None) -> None:
-        """Fit the projection to the last frame of a pass, uint8 [H, W, 3], and its latents (default: the last step's)."""
+        """Fit the projection to the last frame of a pass, uint8 [H, W, 3], and its latents (default: the last step)."""
         if latents is not None:
             self.projection.fit(last_of(latents), frame)
         elif self._last is not None:

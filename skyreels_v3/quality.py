@@ -98,7 +98,7 @@ class Quality:
         clipped: percentage of values that are 0 or 255.
         flicker: mean absolute second difference of mean luma, without cuts, in levels.
         drift: CIE 1976 difference of the mean colors of the first and last second of the longest shot.
-        drift_per_minute: the same per minute of the time between them.
+        drift_per_minute: the drift divided by the minutes between them.
         cuts: frame numbers in the file at which new shots begin.
         seam: the transition from the frames that the new ones continue, if any.
     """
@@ -229,8 +229,8 @@ def reduced(image: Image.Image, rows: int) -> Image.Image:
 def noise_level(luma: np.ndarray) -> float:
     """Immerkaer's estimate of the standard deviation of noise in luma, uint8 (H, W), in levels.
 
-    It takes the mean absolute response to the difference of two Laplacians, [1 -2 1] along both axes, which for Gaussian
-    noise is 6 sqrt(2 / pi) times its standard deviation, and 0 on linear gradients.
+    It uses the mean absolute response to the difference of two Laplacians, [1 -2 1] along both axes. For Gaussian noise
+    this is 6 sqrt(2 / pi) times the standard deviation; on linear gradients it is 0.
     """
     if min(luma.shape) < 3:
         return 0.0

@@ -1,7 +1,7 @@
-"""What a user can ask for: the one table of flags.
+"""The single table of flags, which defines what a user can ask for.
 
-Each field of `GenerationRequest` that is made by `flag` is a flag: `--name` on the command line, `name` in a config
-file, a line of --jobs or a call from Python. Help, parsing, checks and docs/options.md are made from this table.
+Each field of `GenerationRequest` created by `flag` is a flag: `--name` on the command line, `name` in a config file, a
+line of --jobs or a call from Python. Help, parsing, checks and docs/options.md are generated from this table.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ from skyreels_v3.tasks import (
 )
 
 DEFAULT_ENHANCER = "Qwen/Qwen3-VL-4B-Instruct"
-ENHANCER_OFF, ENHANCER_LOCAL = "off", "local"  # values of --enhance_prompt that are no URL
-ENHANCER_KEY = "SKYREELS_ENHANCER_API_KEY"  # the environment variable
-IN_PROMPT = ("transition", "enhance_prompt", "enhancer_model")  # not recorded: the prompt that they make is
+ENHANCER_OFF, ENHANCER_LOCAL = "off", "local"  # values of --enhance_prompt that are not URLs
+ENHANCER_KEY = "SKYREELS_ENHANCER_API_KEY"  # an environment variable
+IN_PROMPT = ("transition", "enhance_prompt", "enhancer_model")  # not recorded; the resulting prompt is
 SAME_PROMPT = "same"  # as --window_prompt
 MAX_PIXELS = 1920 * 1088
-MAX_SEED = 2**32 - 1  # a CPU's generator of noise takes 32 bits, and drops those above them without a word
+MAX_SEED = 2**32 - 1  # the CPU generator takes 32 bits and silently drops higher ones
 
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag.
+    """The definition of a flag.
 
     Attributes:
         kind: str, int, float, or bool for a switch.
-        bare: the value of the flag alone; None: it needs one.
-        group: the heading of --help that begins with this flag; "": that of the flag before.
+        bare: the value if the flag is given without one; None: it needs one.
+        group: the --help heading that starts with this flag; "" for that of the previous flag.
         task_specific: only for tasks whose preset lists it in `takes`.
         usp: only with --use_usp.
         server: only with --serve.
         path: "input" (a path or URL), "output" or "hub" (a folder or a hub's id); "" for other values.
-        several: takes several entries: comma-separated, given several times, or a list in a file.
+        several: takes several entries: comma-separated, the flag repeated, or a list in a file.
         recorded: needed to make the same video again.
         in_line: allowed in a line of --jobs.
-        only_in_line: not allowed beside --jobs; says what to do instead.
-        in_request: allowed in a client's request to a server, if in a line of --jobs; others are the server's to set.
+        only_in_line: not allowed together with --jobs; the text says what to do instead.
+        in_request: if also `in_line`, allowed in a client's request to a server; others are set on the server.
     """
 
     name: str
@@ -77,17 +77,17 @@ class Flag:
     in_request: bool = True
 
     def is_for(self, task: TaskSpec) -> bool:
-        """Whether a task takes it."""
+        """Whether a task takes the flag."""
         return not self.task_specific or self.name in task.takes
 
     @property
     def is_for_clients(self) -> bool:
-        """Whether a client of a server may set it."""
+        """Whether a client of a server may set the flag."""
         return self.in_line and self.in_request
 
 
 def flag(default: Any, help: str, kind: type = str, **more: Any) -> Any:
-    """A field that is a flag, see `Flag`."""
+    """Declare a dataclass field as a flag, see `Flag`."""
     return field(default=default, metadata={"flag": {"help": help, "kind": kind, **more}})
 
 
@@ -98,24 +98,24 @@ def check_pixels(height: int, width: int) -> None:
         raise UserError("--height", f"{size} is {pixels:,} pixels; give a size of at most {MAX_PIXELS:,}")
 
 
-task_flag = partial(flag, task_specific=True)  # for some tasks
+task_flag = partial(flag, task_specific=True)  # for some tasks only
 unrecorded = partial(flag, recorded=False)
-run_flag = partial(flag, recorded=False, in_line=False)  # for a whole run, not for a line of --jobs
+run_flag = partial(flag, recorded=False, in_line=False)  # for a whole run, not allowed in a line of --jobs
 parallel = partial(run_flag, usp=True)
 server = partial(run_flag, server=True)
 
 
 class Lora(NamedTuple):
-    """A LoRA that is asked for."""
+    """A LoRA to apply."""
 
     source: str  # file, folder or hub id
     scale: float = 1.0
-    partial: bool = False  # leave out what the model has nothing for
+    partial: bool = False  # leave out entries that the model has no weights for
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """All that one run needs, checked. `height` and `width`, or one of them, may be None until inputs are opened."""
+    """Everything one run needs, checked. `height` and `width` may be None until inputs are opened."""
 
     task: TaskSpec
     # fmt: off
@@ -296,21 +296,21 @@ class GenerationRequest:
     quiet: bool = run_flag(False, "print only warnings and the result", bool)
     verbose: bool = run_flag(False, "log more detail, and tracebacks of errors", bool)
     # fmt: on
-    # derived
-    audio_seconds: float | None = None  # None until the input has been opened
+    # derived fields
+    audio_seconds: float | None = None  # None until the inputs are opened, or without sound
     number: int = 0  # of this video among `video_num`
-    find_speakers: bool = False  # in the portrait, by their faces
+    find_speakers: bool = False  # find them by their faces in the portrait
     frame_folder: bool = False  # the output is a folder of PNG files
-    resume_if_same: bool = False  # resume an interrupted run of just this request, if there is one
-    frames_copy: Path | None = None  # a clip that also gets the frames, without any loss, for videos that go on from it
+    resume_if_same: bool = False  # resume an interrupted run of the same request, if any
+    frames_copy: Path | None = None  # a lossless copy of the frames, for videos that continue this one
     seed_drawn: bool = False
     flags: Mapping[str, Any] = field(default_factory=dict)  # to run it again
-    given: Mapping[str, Any] = field(default_factory=dict)  # flags that the prompt is made from, if it is another one
+    given: Mapping[str, Any] = field(default_factory=dict)  # flags that a changed prompt was made from
     notes: tuple[str, ...] = ()  # for the user, on what was changed
 
     @property
     def verbosity(self) -> int:
-        """-1 for warnings and the result only, 1 for everything."""
+        """-1 for warnings and the result only, 0 by default, 1 for everything."""
         return self.verbose - self.quiet
 
     @property
@@ -319,7 +319,7 @@ class GenerationRequest:
         return self.enhance_prompt != ENHANCER_OFF
 
     def with_prompt(self, prompt: str) -> Self:
-        """The request with the prompt that the model gets in the end."""
+        """The request with its final prompt, which is not rewritten any more."""
         same = self.flags.get("window_prompt") == SAME_PROMPT
         return replace(
             self,
@@ -331,12 +331,12 @@ class GenerationRequest:
 
     @property
     def speakers(self) -> int:
-        """How many people speak; 0 where there is no sound."""
+        """The number of speakers; 0 without sound."""
         return 2 if self.diarization else len(self.input_audio) or int(bool(self.text))
 
     @property
     def sources(self) -> tuple[tuple[str, str], ...]:
-        """All inputs, paths or URLs, each after the name of its flag."""
+        """All inputs as pairs of flag name and path or URL."""
         keyframes = tuple(image for image, _ in self.keyframes)
         several = {"ref_imgs": self.ref_imgs, "input_audio": self.input_audio, "keyframes": keyframes}
         single = ((name, getattr(self, name)) for name in ("image", "input_image", "input_video", "diarization"))
@@ -353,7 +353,7 @@ class GenerationRequest:
 
     @property
     def frames_out(self) -> int:
-        """Number of newly generated frames that are written."""
+        """Number of new frames to write."""
         if self.audio_seconds is not None:
             return math.ceil(self.audio_seconds * self.task.fps)
         if self.task.condition_frames:
@@ -362,13 +362,13 @@ class GenerationRequest:
 
     @property
     def condition_frames(self) -> int:
-        """Number of last frames of the input clip that the model sees."""
+        """Number of frames at the end of the input clip that condition the model."""
         return self.task.condition_frames_for(self.duration)
 
 
 @dataclass(frozen=True)
 class ResolvedRequest(GenerationRequest):
-    """A request whose inputs have been opened, which settles size and output."""
+    """A request whose inputs have been opened, with its size and output path decided."""
 
     height: int = 0
     width: int = 0
@@ -376,7 +376,7 @@ class ResolvedRequest(GenerationRequest):
 
     @staticmethod
     def of(request: GenerationRequest, **changes: Any) -> ResolvedRequest:
-        """`request` with what was still open."""
+        """A resolved `request`, with `changes` for the fields that were undecided."""
         return ResolvedRequest(**{each.name: getattr(request, each.name) for each in fields(request)} | changes)
 
 
@@ -386,16 +386,16 @@ FLAGS = tuple(Flag(each.name, **each.metadata["flag"]) for each in fields(Genera
 BY_NAME = {each.name: each for each in FLAGS}
 INPUTS = tuple(each.name for each in FLAGS if each.path == "input" and each.in_line)
 OUTPUTS = tuple(sorted(each.name for each in FLAGS if each.path == "output"))
-COMMAND_ONLY = (*OUTPUTS, "outdir", "no_metadata", "checkpoint_every")  # not for a call from Python
-# flags for the same thing in different tasks
+COMMAND_ONLY = (*OUTPUTS, "outdir", "no_metadata", "checkpoint_every")  # not allowed in calls from Python
+# flags with the same purpose in different tasks
 ALIKE = (
     ("image", "input_image", "ref_imgs"),
     ("guidance_scale", "text_guidance_scale"),
     ("num_frames", "duration"),
     ("text", "prompt"),
 )
-INSTEAD = (("resolution", "height"), ("resolution", "width"))  # of two that are given together, the second decides
-SUBSTITUTES = {"input_image": "input_video", "input_audio": "text"}  # a clip that is dubbed, a text that is spoken
+INSTEAD = (("resolution", "height"), ("resolution", "width"))  # if both are given, the second wins
+SUBSTITUTES = {"input_image": "input_video", "input_audio": "text"}  # a clip to dub, a text to speak
 EXCLUSIVE = (
     ("duration", "num_frames"),
     ("quiet", "verbose"),
@@ -418,7 +418,7 @@ EXCLUSIVE = (
     ("exact_steps", "use_usp"),
     ("output", "outdir"),
 )
-# flags that need another one of a certain value (None: of any), and what to say without it
+# flags that need another one with a certain value (None: any), and the message without it
 REQUIRED = (
     ("parameters_level", (("memory", "stream"),), "says how to offload; add --offload, or give --memory stream alone"),
     (

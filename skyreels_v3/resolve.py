@@ -1,7 +1,7 @@
-"""A request against this machine: `preflight` checks it, `resolve` also downloads what is missing.
+"""Prepares a request on this machine: `preflight` checks it, `resolve` also downloads what is missing.
 
-Usage errors cost no torch. With several ranks the main process of each machine looks at inputs and downloads; the
-others follow it, and find everything there.
+Usage errors are found without importing torch. With several ranks, the local main process of each machine fetches
+inputs and checkpoints first; the others then find them there.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ from skyreels_v3.tasks import TINY
 
 logger = logging.getLogger(__name__)
 
-RemoteError = tuple[str | None, str]  # an error for other processes: the flag of a UserError, and the text
-Outcome = tuple[str | None, RemoteError | None]  # of a download: the path, or what went wrong
+RemoteError = tuple[str | None, str]  # an error sent to other processes: the flag of a UserError, and the message
+Outcome = tuple[str | None, RemoteError | None]  # of a download: its path or its error
 
 
 def preflight(request: GenerationRequest, downloads: Path, ranks: Ranks = SINGLE) -> Checked:
-    """Check `request` against this machine, quick checks first.
+    """Check `request` on this machine, quick checks first.
 
     Args:
-        downloads: a folder of this run for inputs that are URLs; what is in it already is not fetched again.
-        ranks: this process; the main one, which writes the outputs, checks them.
+        downloads: this run's folder for inputs that are URLs; files already in it are not fetched again.
+        ranks: this process; outputs are checked only on the main one, which writes them.
 
     Raises:
-        UserError: what cannot work, with the flag to change.
+        UserError: the request cannot work; names the flag to change.
     """
     check_device(request.device)
     check_compute(request)
@@ -78,8 +78,8 @@ def preflight(request: GenerationRequest, downloads: Path, ranks: Ranks = SINGLE
     if resumes:
         resolved, done = continue_earlier(resolved, inputs, named=request.output is not None)
     warnings = [*inputs.notes, *(check_room(resolved, checkpoint) if ranks.is_main and not done else ())]
-    degrees_of(request, checkpoint, ranks)  # refuses those that do not fit
-    for note in resolved.notes:  # only now: an error stands alone
+    degrees_of(request, checkpoint, ranks)  # raises for unsuitable degrees
+    for note in resolved.notes:  # only now, so that an error appears alone
         logger.info(note)
     for note in warnings:
         logger.warning(note)
@@ -88,7 +88,7 @@ def preflight(request: GenerationRequest, downloads: Path, ranks: Ranks = SINGLE
 
 @contextmanager
 def explain_commas(request: GenerationRequest) -> Iterator[None]:
-    """Have an error about a missing one of several entries say that commas separate them."""
+    """Make an error about a missing file among several entries explain that commas separate them."""
     try:
         yield
     except UserError as error:
@@ -101,9 +101,9 @@ def explain_commas(request: GenerationRequest) -> Iterator[None]:
 
 
 def locate_checkpoint(request: Request) -> tuple[Request, Path | None]:
-    """The request and the folder of its checkpoint, None if that must be fetched or made.
+    """Find the checkpoint; returns the request and the folder, None if it must be downloaded or built.
 
-    Where the other components are on this machine, the request names their folder.
+    The request's `base_model_id` becomes the folder of the other components if they are on this machine.
     """
     family = family_of(request.task)
     first, *others = repositories_of(request)
@@ -116,12 +116,12 @@ def locate_checkpoint(request: Request) -> tuple[Request, Path | None]:
 
 
 def follow_weights(request: Request, checkpoint: Path | None) -> Request:
-    """The request for the weights that are on this machine, with the paths of their files.
+    """Adapt the request to the weights on this machine, with the paths of their files.
 
-    Our own FP8 weights make it one in FP8, with the text encoder, as when they were saved.
+    With FP8 weights saved by this package, --quant is set, so that the text encoder is quantized as well.
 
     Raises:
-        UserError: the weights are in a form that is not read, or quantized and more is asked for than they allow.
+        UserError: the format is not supported, or the request asks for what its quantized weights do not allow.
     """
     for field, name in components_of(request).items():
         if (found := locate_file(name, COMPONENTS[field])) is not None:
@@ -147,14 +147,14 @@ def follow_weights(request: Request, checkpoint: Path | None) -> Request:
 
 
 def with_files(request: Request, files: Mapping[str, Any]) -> Request:
-    """The request with other files of components, by the keys of COMPONENTS."""
+    """The request with other component files, by the keys of COMPONENTS."""
     return replace(request, **files)
 
 
 def networks(request: GenerationRequest) -> tuple[object, ...]:
-    """What decides which networks are loaded, and what is done to them: requests alike in it can share them.
+    """A key of which models are loaded and how they are set up; requests with equal keys can share them.
 
-    Where they live is the memory policy's choice, which depends on sizes too.
+    It leaves out their placement, which the memory policy chooses and which also depends on the video's size.
     """
     task, device = request.task, likely_device(request)
     files = (request.model_id, *components_of(request).items(), request.base_model_id, request.model_source)
@@ -166,16 +166,16 @@ def networks(request: GenerationRequest) -> tuple[object, ...]:
 
 
 class AssetResolver:
-    """Downloads checkpoints and LoRAs, each once; what could not be fetched is not asked for again."""
+    """Downloads checkpoints and LoRAs, each once; failed downloads are not repeated."""
 
     def __init__(self) -> None:
-        self.outcomes: dict[str, Outcome] = {}  # JSON, for the other processes on this machine
+        self.outcomes: dict[str, Outcome] = {}  # JSON-serializable, for the other processes on this machine
 
     def resolve(self, request: Request, checkpoint: Path | None) -> tuple[Request, Path]:
-        """A request and the folder of its checkpoint, with that and the LoRAs on this machine.
+        """Download what a request needs; returns it with local paths, and the folder of its checkpoint.
 
         Args:
-            checkpoint: its folder, None if it must be fetched or made.
+            checkpoint: the folder, None if it must be downloaded or built.
         """
         source = request.model_source
         loras = tuple(lora._replace(source=self.file(lora.source, request, LORA)) for lora in request.lora)
@@ -184,12 +184,12 @@ class AssetResolver:
         first, *others = repositories_of(request)
         if checkpoint is None:
             task, tiny = request.task, request.model_id == TINY
-            if loras and not tiny:  # they weigh less than what would have been fetched in vain
+            if loras and not tiny:  # check the small LoRAs before the large download
                 from skyreels_v3.components import check_components
 
                 check_components(request, None)
             make = (lambda: make_tiny(task)) if tiny else (lambda: download(request, first))
-            key = " ".join((source, request.model_id, task.name, *own))  # of which not all is fetched
+            key = " ".join((source, request.model_id, task.name, *own))  # files given separately are left out
             checkpoint = Path(self.fetch(key, make))
         for repository in others:
             base = locate(request, repository, checkpoint)
@@ -205,13 +205,13 @@ class AssetResolver:
         return follow_weights(request, checkpoint), checkpoint
 
     def file(self, name: str, request: GenerationRequest, kind: FileKind) -> str:
-        """The path of a single file."""
+        """The local path of a single file, downloaded if necessary."""
         found = locate_file(name, kind)
         key = f"{request.model_source} {name}"
         return str(found or self.fetch(key, lambda: download_file(name, request, kind)))
 
     def fetch(self, key: str, fetch: Callable[[], Path]) -> str:
-        """The path that `fetch` gives, which is called once for a key."""
+        """The path that `fetch` returns, which is called once per key; a failure is raised again."""
         if key not in self.outcomes:
             try:
                 self.outcomes[key] = str(fetch()), None
@@ -225,19 +225,19 @@ class AssetResolver:
         return path
 
     def resolve_all(self, requests: Iterable[GenerationRequest]) -> None:
-        """Fetch all that requests need."""
+        """Download what all requests need; failures are kept for `fetch`."""
         for request in requests:
             with suppress(Exception):  # the job itself reports it
                 self.resolve(*locate_checkpoint(request))
 
     def merge_outcomes(self, outcomes: Mapping[str, Outcome]) -> None:
-        """Take over the outcomes of another process on this machine."""
+        """Adopt the outcomes of another process on this machine."""
         self.outcomes |= outcomes
 
 
 @contextmanager
 def downloads_folder(ranks: Ranks) -> Iterator[Path]:
-    """A folder for the inputs of one video that are URLs, on the process that fetches them; the others use that."""
+    """A temporary folder for one video's downloaded inputs, on the local main process; empty path on others."""
     if not ranks.is_local_main:
         yield Path()
         return
@@ -253,15 +253,15 @@ def resolve(
     name: str,
     checked: Checked | None = None,
 ) -> Checked:
-    """Check a request, download what is missing, and have the prompt rewritten if that is asked for.
+    """Check a request, download what is missing, and rewrite the prompt if requested.
 
-    What goes wrong on one rank is raised on all.
+    An error on one rank is raised on all.
 
     Args:
-        downloads: a folder for inputs that are URLs, for as long as the video is being made.
-        ranks: of the processes that make the video together.
-        name: what the processes call this video; used once.
-        checked: what `preflight` has found, where it has been called already.
+        downloads: a folder for inputs that are URLs, kept until the video is made.
+        ranks: this process among those that make the video together.
+        name: a unique name for this video, the same on all ranks.
+        checked: the result of `preflight` if it has been called already.
     """
 
     def here() -> Checked:
@@ -271,7 +271,7 @@ def resolve(
         asked = found.request if ranks.is_main else found.request.with_prompt(found.request.prompt)
         resolved, checkpoint = resolver.resolve(asked, found.checkpoint)
         if resolved.to_enhance:
-            from skyreels_v3.enhancer.enhance import enhance  # it opens pictures
+            from skyreels_v3.enhancer.enhance import enhance  # imported late: it opens images
 
             resolved = enhance(resolved, found.inputs)
         return replace(found, request=resolved, checkpoint=checkpoint)
@@ -289,7 +289,7 @@ def resolve(
         own, problem = error, to_remote(error)
     if ranks.is_local_main:
         processes.store_set(f"found/{name}/{ranks.node}", [str(downloads), resolver.outcomes, problem])
-    # the main rank's: maybe of an earlier run
+    # the main rank's values count: they may come from a resumed run
     state = None if found is None else [found.request.seed, found.request.prompt, found.done]
     processes.store_set(f"ready/{name}/{ranks.rank}", [state, problem])
     everyone = [processes.store_get(f"ready/{name}/{rank}") for rank in range(ranks.world_size)]
@@ -301,11 +301,11 @@ def resolve(
 
 
 def to_remote(error: Exception) -> RemoteError:
-    """An error for other processes."""
+    """Convert an error to send it to other processes."""
     return (error.flag, error.message) if isinstance(error, UserError) else (None, cause_of(error))
 
 
 def from_remote(remote: RemoteError) -> Exception:
-    """The error that another process reports."""
+    """Restore the error that another process sent."""
     flag, text = remote
     return RuntimeError(text) if flag is None else UserError(flag, text)

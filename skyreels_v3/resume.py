@@ -1,13 +1,13 @@
-"""What a run has finished, on disk, so that an interrupted one can be resumed.
+"""The state of a run on disk, from which an interrupted run is resumed.
 
-Latents and the state of the noise generator are saved beside the output after each pass of the denoising loop, and at
-intervals within a pass, then with the scheduler's state. A resumed run loads them instead of denoising again and does
-all else as before, so it ends in the same video. The folder is removed when the run completes; unfinished outputs are
-written in it too, so that not even a kill leaves them behind.
+Latents and the noise generator's state are saved beside the output after each pass of the denoising loop and, with the
+scheduler's state, at intervals within a pass. A resumed run loads them instead of denoising again and repeats the rest,
+so it makes the same video. The folder is removed when the run completes; unfinished outputs are written into it too, so
+that not even a kill leaves them elsewhere.
 
-These are safety copies: a run goes on without one that cannot be written, or is damaged when it is needed.
+These are safety copies: a run continues if one cannot be written, or turns out to be damaged.
 
-torch is imported when passes are saved and loaded, not to find out whether a run can be resumed.
+torch is imported only to save and load passes, not to find out whether a run can be resumed.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ logger = logging.getLogger(__name__)
 
 REQUEST_FILE = "request.json"
 AUTO = "auto"  # of --device
-MAX_RECORD = 1 << 20  # characters; what is longer is none
+MAX_RECORD = 1 << 20  # characters; longer files are not records
 PASS_FILES = "pass-*.safetensors"
 STEPS_FILES = "steps-*.safetensors"
-# what reading something else as a record raises; RecursionError: thousands of brackets
+# what parsing a file that is not a record raises; RecursionError: thousands of brackets
 NO_RECORD = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 STATE_FOLDER = re.compile(r"(.+)\.state(-\d+)?")
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What identifies a run.
+    """The record that identifies a run.
 
     Attributes:
-        flags: those that make the same video again.
-        inputs: flag, what was given and SHA-256 of its content, of each input.
-        save_quantized: the folder of a checkpoint that it also saves.
-        seed_drawn: the seed was drawn; a resumed run takes that of the interrupted one.
+        flags: the flags that make the same video again.
+        inputs: flag, source as given, and SHA-256 of the content of each input.
+        save_quantized: the folder of a quantized checkpoint that the run also saves.
+        seed_drawn: the seed was drawn at random; a resumed run uses that of the interrupted one.
         resume_if_same: the same command resumes without --resume.
-        given: flags that the prompt was made from, if it is another one than the user's.
-        to_enhance: the prompt is still to be rewritten; a resumed run takes that of the interrupted one.
-        device: what --device came to; "" before torch is imported.
+        given: flags that the prompt was made from, if it differs from the user's.
+        to_enhance: the prompt is still to be rewritten; a resumed run uses that of the interrupted one.
+        device: the device chosen by --device; "" before torch is imported.
     """
 
     output: Path
@@ -75,27 +75,27 @@ class RunRecord:
         return json.dumps({"output": output, **self.made_by(), "save_quantized": quantized})
 
     def made_by(self) -> dict[str, Any]:
-        """What made the video, for JSON."""
+        """How the video was made, in JSON types."""
         given = {"given": dict(self.given)} if self.given else {}
         device = {"device": self.device} if self.device else {}
         return {"flags": dict(self.flags), **given, "inputs": self.digests, **device}
 
     @property
     def digests(self) -> list[list[str]]:
-        """Flag and SHA-256 of each input, for JSON."""
+        """Flag and SHA-256 of each input, in JSON types."""
         return [[flag, digest] for flag, _, digest in self.inputs]
 
     def check_same(self, left: Mapping[str, Any]) -> None:
-        """Raise UserError unless a record, as from `to_json`, is of a run with the same flags and inputs."""
+        """Raise UserError unless a record (see `to_json`) has the same flags and inputs."""
         before, now = left["flags"], json.loads(json.dumps(dict(self.flags)))
         now.setdefault("dtype", before.get("dtype"))  # not known before torch is imported
         if self.seed_drawn:
             now["seed"] = before.get("seed")
-        if self.to_enhance:  # the prompt is not known: that which it is made from has to be the same
+        if self.to_enhance:  # the final prompt is unknown: compare what it is made from
             before, now = {**before, **left.get("given", {})}, {**now, **self.given}
         asked, there = now.get("device", AUTO), left.get("device", before.get("device", AUTO))
         here = self.device or asked
-        if AUTO not in (here, there):  # else it is not known yet
+        if AUTO not in (here, there):  # otherwise one of them is still unknown
             before, now = {**before, "device": there}, {**now, "device": here}
         else:
             before, now = ({**flags, "device": None} for flags in (before, now))
@@ -115,9 +115,9 @@ class RunState:
     """The folder of one run with its saved passes and unfinished files, locked against other runs.
 
     Args:
-        request: the folder's file with the run's record, open and locked.
-        resumed: an interrupted run has left it.
-        made: parent folders that this run has made, innermost first; removed with a run that saves nothing.
+        request: the file with the run's record, open and locked.
+        resumed: the folder was left by an interrupted run.
+        made: parent folders created by this run, innermost first; removed if it saves nothing.
     """
 
     def __init__(
@@ -126,15 +126,15 @@ class RunState:
         self.folder = folder
         self.resumed = resumed
         self.passes = 0
-        self.failed = False  # to write a safety copy
+        self.failed = False  # whether a safety copy could not be written
         self._record = record
         self._request = request
         self._made = made
 
     def recall(self) -> dict[str, Tensor]:
-        """The `latents` of the next pass and the `generator` state after it, if they were saved.
+        """Load the `latents` of the next pass and the `generator` state after it; empty if they were not saved.
 
-        From the middle of a pass there are more tensors, as given to `save_step`.
+        From an unfinished pass there are further tensors, as given to `save_step`.
         """
         if saved := self._load(self._pass_file()):
             self.passes += 1
@@ -149,11 +149,11 @@ class RunState:
         self.passes += 1
 
     def save_step(self, latents: Tensor, generator: torch.Generator, more: Mapping[str, Tensor]) -> None:
-        """Save the latents within a pass, and `more` state, in place of the copy before."""
+        """Save latents and `more` state within a pass, replacing the previous copy."""
         self._store(self._steps_file(), {"latents": latents, "generator": generator.get_state(), **more})
 
     def close(self, completed: bool) -> None:
-        """Remove the folder, unless an interrupted run can be resumed from it."""
+        """Remove the folder, unless the run is incomplete and can be resumed from it."""
         if completed or not self._has_something():
             shutil.rmtree(self.folder, ignore_errors=True)
             remove_empty(self._made)
@@ -177,7 +177,7 @@ class RunState:
         return self.folder / f"steps-{self.passes:03d}.safetensors"
 
     def _load(self, file: Path) -> dict[str, Tensor]:
-        """The tensors in a file; none where it is missing or damaged."""
+        """Load the tensors of a file; empty if it is missing or damaged."""
         import torch
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -197,7 +197,7 @@ class RunState:
         from safetensors.torch import save
 
         try:
-            if not self.folder.is_dir():  # removed meanwhile
+            if not self.folder.is_dir():  # removed in the meantime
                 self.folder.mkdir(parents=True)
                 self._request.close()
                 self._request = begin_request(self.folder, self._record)
@@ -210,7 +210,7 @@ class RunState:
 
 
 def open_state(record: RunRecord, resume: bool = False, strict: bool = True) -> RunState:
-    """The state of a new run, or with `resume` of an interrupted run of the same record, if there is one.
+    """Open the state of a new run or, with `resume`, of an interrupted run with the same record, if any.
 
     Args:
         strict: see `find_left`.
@@ -224,19 +224,19 @@ def open_state(record: RunRecord, resume: bool = False, strict: bool = True) -> 
         folder = state_folder(record.output, number)
         try:
             folder.mkdir(parents=True)
-        except FileExistsError:  # another run's
+        except FileExistsError:  # belongs to another run
             continue
         return RunState(folder, begin_request(folder, record), record, made=made)
     raise AssertionError("unreachable")
 
 
 def begin_request(folder: Path, record: RunRecord) -> IO[str]:
-    """The record file of a run in a new folder, open and locked."""
+    """Write a run's record file in a new folder; returns it open and locked."""
     request = (folder / f"{REQUEST_FILE}.new").open("x", encoding="utf-8")
     lock(request)
     request.write(record.to_json())
     request.flush()
-    os.rename(request.name, folder / REQUEST_FILE)  # nobody ever sees it unlocked
+    os.rename(request.name, folder / REQUEST_FILE)  # so that no process sees it unlocked
     return request
 
 
@@ -244,14 +244,14 @@ Left = tuple[Path, IO[str], dict[str, Any]]  # of an interrupted run: folder, re
 
 
 def find_left(record: RunRecord, strict: bool = True, anywhere: bool = False) -> Left | None:
-    """An interrupted run of the same record, None if there is none.
+    """Find an interrupted run with the same record; returns None if there is none.
 
     Args:
-        strict: raise UserError where the runs for that output cannot be resumed.
-        anywhere: look for runs of any output in that folder, the newest first.
+        strict: raise UserError if runs for that output exist but cannot be resumed.
+        anywhere: search the runs of all outputs in that folder, newest first.
 
     Raises:
-        UserError: it had other flags or inputs, or it has not ended.
+        UserError: a run had other flags or inputs, or is still active.
     """
     problems = []
     for folder in sorted(state_folders(record.output, anywhere), reverse=anywhere):
@@ -267,7 +267,7 @@ def find_left(record: RunRecord, strict: bool = True, anywhere: bool = False) ->
 
 
 def state_folders(output: Path, anywhere: bool = False) -> Iterator[Path]:
-    """The state folders of runs for an output, or for any beside it."""
+    """The state folders of runs for an output, or for any output in its folder."""
     for path in output.parent.iterdir() if output.parent.is_dir() else ():
         name = STATE_FOLDER.fullmatch(path.name)
         if name is not None and (anywhere or name[1] == output.stem) and path.is_dir():
@@ -275,11 +275,11 @@ def state_folders(output: Path, anywhere: bool = False) -> Iterator[Path]:
 
 
 def claim(folder: Path, record: RunRecord) -> Left:
-    """The interrupted run in a folder, if it has the same record.
+    """Lock and return the interrupted run in a folder if it has the same record.
 
     Raises:
-        UserError: it is another run's, or in use.
-        OSError, or one of NO_RECORD: there is no run in it.
+        UserError: the run has another record or is still active.
+        OSError, or one of NO_RECORD: there is no run in the folder.
     """
     request = (folder / REQUEST_FILE).open("r+", encoding="utf-8", errors="replace")
     try:
@@ -303,7 +303,7 @@ def claim(folder: Path, record: RunRecord) -> Left:
 
 
 def state_folder(output: Path, number: int = 1) -> Path:
-    """Where the state of a run for `output` is."""
+    """The state folder number `number` for `output`."""
     suffix = "" if number == 1 else f"-{number}"
     return output.with_name(f"{output.stem}.state{suffix}")
 
@@ -324,7 +324,7 @@ def cpu_copy(tensor: Tensor) -> Tensor:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove all but safety copies and the record."""
+    """Remove everything but safety copies and the record."""
     kept = {folder / REQUEST_FILE, *kept_in(folder)}
     for path in folder.iterdir():
         if path not in kept:
@@ -332,7 +332,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
-    """Remove folders as far as they are empty, innermost first."""
+    """Remove empty folders, innermost first, up to the first that is not empty."""
     for folder in folders:
         try:
             folder.rmdir()

@@ -1,6 +1,6 @@
 """Device, dtype, seeds and placement of modules: the only file that names devices.
 
-A request is checked against the machine without torch, which `find_machine` and `start` import.
+Early checks of a request do not need torch; `find_machine` and `start` import it.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FP8_CAPABILITY = (8, 9)  # of the first GPUs with FP8 matrix units, Ada
-PORTABLE = 1  # pinned for every GPU, whichever is current
+FP8_CAPABILITY = (8, 9)  # compute capability of the first GPUs with FP8 matrix units, Ada
+PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU, not only the current one
 COMPILERS = ("c++", "g++", "clang++", "cl")
-GPU_DRIVERS = ("libcuda.so.1", "nvcuda.dll", "libamdhip64.so")  # torch calls AMD's devices cuda, too
+GPU_DRIVERS = ("libcuda.so.1", "nvcuda.dll", "libamdhip64.so")  # torch calls AMD devices cuda, too
 
 
 def check_device(device: str) -> None:
-    """Raise UserError when this machine lacks `device`; looks for drivers, without torch."""
+    """Raise UserError if this machine lacks `device`; looks for drivers, without torch."""
     if device == "cuda" and not any(has_library(name) for name in GPU_DRIVERS):
         raise UserError("--device", "cuda: this machine has no NVIDIA or AMD driver; use --device cpu or auto")
     if device == "mps" and (sys.platform, platform.machine()) != ("darwin", "arm64"):
@@ -56,7 +56,7 @@ def check_device(device: str) -> None:
 
 @cache
 def has_library(name: str) -> bool:
-    """Whether the system's loader finds a shared library."""
+    """Whether the dynamic loader finds a shared library."""
     try:
         ctypes.CDLL(name)
     except OSError:
@@ -65,7 +65,7 @@ def has_library(name: str) -> bool:
 
 
 def check_compute(request: GenerationRequest) -> None:
-    """Raise UserError when the attention kernel, FP8 products, streaming or compilation cannot work here."""
+    """Raise UserError if the attention kernel, FP8 products, streaming or compilation cannot work here."""
     device = likely_device(request)
     check_attention(request.attention, device, request.dtype or default_dtype(device))
     if request.quant == "fp8_dynamic" and device == "mps":
@@ -79,7 +79,7 @@ def check_compute(request: GenerationRequest) -> None:
 
 
 def likely_device(request: GenerationRequest) -> str:
-    """The device that `find_machine` will choose, as far as that is known without torch; for early errors."""
+    """The device that `find_machine` will probably choose, guessed without torch for early errors."""
     if request.device != "auto":
         return request.device
     if any(has_library(name) for name in GPU_DRIVERS):
@@ -92,10 +92,10 @@ def default_dtype(device: str) -> str:
 
 
 class Usage:
-    """What a video takes, from now on.
+    """Measures the time and memory of a video from now on.
 
     Attributes:
-        seconds: of each stage. Frames are encoded to mp4 while later ones are decoded.
+        seconds: by stage. Decoding overlaps with encoding to mp4.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -109,7 +109,7 @@ class Usage:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the time of a `with` block to a stage."""
+        """Add the duration of a `with` block to a stage's seconds."""
         start = perf_counter()
         try:
             yield
@@ -118,7 +118,7 @@ class Usage:
 
     @property
     def peak_bytes(self) -> int:
-        """Peak bytes of the device's memory; without any of its own, of this process's."""
+        """Peak bytes allocated on a GPU; on other devices, of this process's memory."""
         import psutil
         import torch
 
@@ -157,12 +157,12 @@ class Runtime:
 
     @property
     def policy(self) -> Policy:
-        """Where the components live."""
+        """The memory policy: where the components live."""
         return self.plan.policy
 
     @contextmanager
     def resident(self, module: nn.Module, stage: str, blocks: Sequence[nn.Module] = ()) -> Iterator[None]:
-        """Have `module` on the device within a `with` block, in the way that the memory policy says.
+        """Keep `module` on the device within a `with` block, as the memory policy says.
 
         Args:
             stage: what it is needed for, such as "encoding the prompt".
@@ -172,7 +172,7 @@ class Runtime:
         from skyreels_v3.memory.policy import explain_oom
         from skyreels_v3.parallel.groups import is_sharded
 
-        if stage.startswith("encoding") and stage not in self.logged_stages:  # other stages have a bar
+        if stage.startswith("encoding") and stage not in self.logged_stages:  # other stages have a progress bar
             logger.info(stage)
             self.logged_stages.add(stage)
         with explain_oom(stage, self.plan, self.free_memory), self.usage.stage(stage), ExitStack() as stack:
@@ -189,7 +189,7 @@ class Runtime:
     def stream(
         self, module: nn.Module, blocks: Sequence[nn.Module], resident: int = 0, pinned: bool = False
     ) -> BlockStream:
-        """The stream of a module's blocks, made once."""
+        """The stream of a module's blocks, created on the first call."""
         from skyreels_v3.memory.stream import BlockStream
 
         if module not in self.streams:
@@ -199,20 +199,20 @@ class Runtime:
         return self.streams[module]
 
     def make_device_current(self) -> None:
-        """Make the device current in this thread, or the driver would set up the first GPU as well."""
+        """Make the device current in this thread; otherwise the driver would initialize the first GPU as well."""
         import torch
 
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
     def free_memory(self) -> int | None:
-        """Free bytes of the device's memory, None where it shares the host's."""
+        """Free bytes of the device's memory, None if it shares the host's."""
         import torch
 
         return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
 
     def generator(self, seed: int) -> torch.Generator:
-        """A source of noise. Always the CPU's: the same numbers on every device."""
+        """A noise generator, always on the CPU so that every device gets the same numbers."""
         import torch
 
         return torch.Generator().manual_seed(seed)
@@ -226,11 +226,11 @@ class Runtime:
 
 def set_environment() -> None:
     """Set the environment variables that torch reads at import, unless the user has set them."""
-    # stages need blocks of different sizes: avoids fragmentation
+    # avoids fragmentation: stages allocate blocks of different sizes
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     compiled = compiled_folder()
     there = next(folder for folder in (compiled, *compiled.absolute().parents) if folder.exists())
-    if there.is_dir() and os.access(there, os.W_OK):  # else torch's own choice: it makes the folder at once
+    if there.is_dir() and os.access(there, os.W_OK):  # otherwise left to torch, which creates the folder at once
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
 
 
@@ -253,7 +253,7 @@ def find_machine(request: GenerationRequest, ranks: Ranks = SINGLE) -> Machine:
             reason = f"{ranks.local_world_size} processes on a machine with {counted(count, 'GPU')}"
             flag = "--use_usp" if request.use_usp else "--jobs"
             raise UserError(flag, f"{reason}; give --gpu_num {count}, or torchrun --nproc_per_node={count}")
-        # one process takes what is current, of several each its own
+        # a single process uses the current GPU; of several, each has its own
         device = f"cuda:{ranks.local_rank if ranks.local_world_size > 1 else torch.cuda.current_device()}"
         if request.quant == "fp8_dynamic" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
             raise UserError("--quant", f"fp8_dynamic: {torch.cuda.get_device_name(device)} has no FP8 units; use fp8")
@@ -268,7 +268,7 @@ def find_machine(request: GenerationRequest, ranks: Ranks = SINGLE) -> Machine:
 
 @cache
 def free_memory(device: str) -> tuple[int | None, int]:
-    """Free bytes of the device's memory (None where it shares the host's) and of the host's, before loading."""
+    """Free bytes of the device's memory (None if it shares the host's) and of the host's, before loading."""
     import psutil
     import torch
 
@@ -277,16 +277,16 @@ def free_memory(device: str) -> tuple[int | None, int]:
 
 
 def collect_garbage() -> None:
-    """Give memory of objects that nothing uses any more back, the device's too."""
+    """Free the memory of unused objects, on the device too."""
     import torch
 
-    gc.collect()  # hooks and what they are on hold each other
+    gc.collect()  # hooks and their modules refer to each other
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
 
 
 def start(plan: Plan) -> Runtime:
-    """Set up the device, kernel and ranks of a plan.
+    """Set up the device, attention kernel and ranks of a plan.
 
     Raises:
         UserError: the attention kernel does not work here.
@@ -314,31 +314,31 @@ def start(plan: Plan) -> Runtime:
 
 
 def set_convolutions(dtype: torch.dtype) -> None:
-    """Make cuDNN's float32 convolutions exact in a float32 run; otherwise TF32, torch's default, as published.
+    """Use exact float32 convolutions in cuDNN for a float32 run; otherwise TF32, torch's default, as published.
 
-    TF32 multiplies 11 significant bits of each factor, at least 5 times as fast. In a bfloat16 run the VAE and the
-    audio encoder are float32. Matrix products are exact by torch's default.
+    TF32 multiplies 11 significant bits of each factor and is at least 5 times as fast. In a bfloat16 run it applies to
+    the float32 VAE and audio encoder. Matrix products are exact by torch's default.
     """
     import torch
 
-    cudnn: Any = torch.backends.cudnn  # its types lack this
+    cudnn: Any = torch.backends.cudnn  # missing in its stubs
     cudnn.conv.fp32_precision = "ieee" if dtype == torch.float32 else "tf32"
 
 
 def pin(device: torch.device, room: torch.Tensor) -> bool:
-    """Register host memory with the GPU's driver as pinned, for copies at full speed; False if that fails.
+    """Pin host memory for copies at full speed; returns False if that fails.
 
-    torch's own allocator of pinned memory rounds sizes up to powers of two, which wastes up to half of a transformer's
-    blocks. Without a GPU there is nothing to do.
+    torch's own pinned allocator rounds sizes up to powers of two, so up to half of the memory for a transformer's
+    blocks would be wasted. Without a GPU there is nothing to do.
     """
     import torch
 
     if not torch.cuda.is_available():
         return True
-    torch.cuda.set_device(device)  # of this thread, or the driver would set up the first GPU as well
+    torch.cuda.set_device(device)  # in this thread; otherwise the driver would initialize the first GPU as well
     runtime = torch.cuda.cudart()
     if int(runtime.cudaHostRegister(room.data_ptr(), room.nbytes, PORTABLE)) != 0:
-        # the driver holds the error until it is read, and would report it for this thread's next kernel
+        # clear the pending error, which the driver would report for this thread's next kernel
         with suppress(RuntimeError):
             torch.ones(1, device=device)
         return False

@@ -1,7 +1,7 @@
-"""The stages that pipelines are made of: encode prompts, encode pictures, denoise, decode to frames.
+"""The stages that pipelines consist of: encode prompts, encode images, denoise, decode to frames.
 
 A pipeline is a generator of events: a `Step` after each denoising step, and a `Pass` after each denoising loop. A pass
-has its latents, and its frames as a stream that is decoded as it is read; read it before asking for the next event.
+has its latents and a lazily decoded stream of frames, which must be read before asking for the next event.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 Frame = np.ndarray  # uint8 [H, W, 3]
 T = TypeVar("T")
-Encoded = dict[str, Tensor]  # what a text encoder makes of a text
+Encoded = dict[str, Tensor]  # the output of a text encoder
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Step:
 
     Attributes:
         latents: (B, C, F, H, W).
-        sigma: the level of the noise that is still in them.
+        sigma: the remaining noise level.
     """
 
     name: str
@@ -67,10 +67,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Pass:
-    """Normalized latents (B, C, F, H, W) of the generated frames, float32 on the CPU, and the frames to write.
+    """A pass: normalized latents (B, C, F, H, W) of the new frames, float32 on the CPU, and the frames to write.
 
     Attributes:
-        before: uint8 [F, H, W, 3], the frames that these go on from, where there are such.
+        before: the frames that these continue, if any, uint8 [F, H, W, 3].
     """
 
     latents: Tensor
@@ -82,21 +82,21 @@ Event = Step | Pass
 
 
 def frames_to_video(frames: Sequence[Frame] | np.ndarray) -> Tensor:
-    """uint8 [F, H, W, 3] frames -> (1, 3, F, H, W) in [-1, 1]."""
+    """Frames, uint8 [F, H, W, 3] -> video (1, 3, F, H, W) in [-1, 1]."""
     video = torch.from_numpy(np.stack(list(frames)))
     return (video.permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0).contiguous()
 
 
 def video_to_frames(video: Tensor, rounding: bool) -> np.ndarray:
-    """(1, 3, F, H, W) in [-1, 1] -> uint8 [F, H, W, 3], rounded, or truncated as in the extensions' training."""
+    """Video (1, 3, F, H, W) in [-1, 1] -> uint8 [F, H, W, 3], rounded, or truncated as in the extensions' training."""
     levels = (video[0] / 2 + 0.5).clamp(0, 1) * 255
     levels = levels.round() if rounding else levels
-    # transposed on the device, which is faster
+    # transposing on the device is faster
     return levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()
 
 
 def prefetch(items: Generator[T, None, None], prepare: Callable[[], object] = lambda: None) -> Iterator[T]:
-    """The same items, each made in a thread while the one before is used; `prepare` is called in that thread first."""
+    """Yield the items, each produced in a thread while the previous one is used; the thread first calls `prepare`."""
     end = object()
     with ThreadPoolExecutor(1, initializer=prepare) as thread:
         coming: Future[Any] = thread.submit(next, items, end)
@@ -110,16 +110,16 @@ def prefetch(items: Generator[T, None, None], prepare: Callable[[], object] = la
 
 
 def log_step_times(ends: Sequence[float]) -> None:
-    """Log how long the first step and the others took, from the times of the start and of each step's end."""
+    """Log how long the first step and the others took; `ends` has the time of the start and of each step's end."""
     first = ends[1] - ends[0]
     later = f", the others {(ends[-1] - ends[1]) / (len(ends) - 2):.1f} s each" if len(ends) > 2 else ""
     logger.info("the first step, with compilation, took %.1f s%s", first, later)
 
 
 class Stages:
-    """The stages, on the components, device and saved state of one video.
+    """The stages, with the components, device and saved state of one video.
 
-    With several processes only the main one has the state, and the components that only it needs.
+    With several ranks, only the main one has the state and the encoders.
     """
 
     def __init__(self, components: Components, runtime: Runtime, plan: Plan, state: RunState | None) -> None:
@@ -130,13 +130,13 @@ class Stages:
         self.state = state
 
     def read_condition(self) -> np.ndarray:
-        """The last frames of the input clip, uint8 [F, H, W, 3] in the size of the output."""
+        """Read the last frames of the input clip, uint8 [F, H, W, 3] in the size of the output."""
         assert self.inputs.clip is not None
         with self.runtime.bar("reading the clip", self.inputs.clip.frames) as bar:
             return condition_clip(self.request, self.inputs, bar.update)
 
     def encode_prompts(self, guidance: Guidance, *prompts: str) -> list[dict[str, Encoded]]:
-        """For each prompt the encoded text of each condition: the prompt's, or the negative prompt's."""
+        """Encode prompts; returns for each the encoded prompt or negative prompt by condition name."""
         negative = self.request.negative_prompt
         wanted = [
             {name: negative if name in NEGATIVE_PROMPT else prompt for name in guidance.conditions}
@@ -146,7 +146,7 @@ class Stages:
         return [{name: encoded[text] for name, text in texts.items()} for texts in wanted]
 
     def encode_texts(self, texts: Iterable[str]) -> dict[str, Encoded]:
-        """Each text encoded, on the device; encoded once, and kept for later runs."""
+        """Encode each text once, or take it from the cache; results are on the device."""
         texts, prompts = [*dict.fromkeys(texts)], self.components.prompt_cache
 
         def encode() -> dict[str, Tensor]:
@@ -166,7 +166,7 @@ class Stages:
 
     @contextmanager
     def text_encoder(self) -> Iterator[TextEncoder]:
-        """The text encoder, resident; with --quant it is quantized when it is first needed."""
+        """The text encoder, on the device; with --quant it is quantized on first use."""
         encoder, quant = self.components.text_encoder, self.components.quant
         assert encoder is not None
         if quant is not None:
@@ -175,11 +175,11 @@ class Stages:
             yield encoder
 
     def encode_frames(self, frames: np.ndarray, generator: torch.Generator | None = None) -> Tensor:
-        """uint8 [F, H, W, 3] -> latents on the device."""
+        """Encode frames, uint8 [F, H, W, 3], to latents on the device."""
         return self.encode_video(frames_to_video(frames).to(self.runtime.device), generator)
 
     def encode_video(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """(1, 3, F, H, W) in [-1, 1] on the device -> latents."""
+        """Encode a video (1, 3, F, H, W) in [-1, 1] on the device to latents."""
         vae = self.components.vae
         with self.runtime.resident(vae.module, "encoding with the VAE"):
             return vae.encode(video, generator)
@@ -199,14 +199,14 @@ class Stages:
         name: str = "denoising",
         constraint: LatentConstraint = unconstrained,
     ) -> Generator[Step, None, Tensor]:
-        """Latents (1, 16, F, h, w) from noise, on the device, after a `Step` for each step.
+        """Denoise to latents (1, 16, F, h, w) on the device; yields a `Step` for each step.
 
-        A pass that an interrupted run has finished is loaded; one that it has begun is continued.
+        A pass that an interrupted run finished is loaded; one that it began is continued.
 
         Args:
             conditions: makes the conditions; not called for a finished pass.
             generator: the source of the noise; its state is saved.
-            scheduler: set to its first step.
+            scheduler: a diffusers scheduler, set to its first step.
         """
         request, parallel = self.request, self.runtime.parallel
         total = len(scheduler.timesteps)
@@ -233,7 +233,7 @@ class Stages:
                     yield Step(name, step, total, latents, float(scheduler.sigmas[step]))
                     self.choose_precision(step, total)
             except FloatingPointError:
-                check_finite(transformer, "transformer")  # only now: it reads all weights
+                check_finite(transformer, "transformer")  # only on failure, since it reads all weights
                 raise
         if request.compile:
             log_step_times(ends)
@@ -245,14 +245,14 @@ class Stages:
         return latents
 
     def choose_precision(self, done: int, total: int) -> None:
-        """Choose the attention of the next step: an exact one in the first and last --exact_steps."""
+        """Choose the attention of the next step: exact in the first and last --exact_steps."""
         if isinstance(self.runtime.attention, AttentionByStep):
             self.runtime.attention.use_exact = min(done, total - 1 - done) < self.request.exact_steps
 
     def start_pass(self, noise: Tensor, generator: torch.Generator, scheduler: Any) -> tuple[Tensor, int]:
-        """The latents that a pass starts from, on the device, and how many steps an interrupted run has made of it.
+        """The latents that a pass starts from, on the device, and how many of its steps an interrupted run has done.
 
-        `generator` and `scheduler` get the state that they had then.
+        The states of `generator` and `scheduler` at that point are restored.
         """
         saved, total = self.runtime.parallel.broadcast_from_main(self.recall), len(scheduler.timesteps)
         if not saved:
@@ -276,7 +276,7 @@ class Stages:
 
     @contextmanager
     def predictions(self) -> Iterator[Predictions]:
-        """How a pass computes its predictions: divided among ranks, and through the step cache with --cache."""
+        """The function that computes a pass's predictions: divided among ranks, with --cache through the step cache."""
         request, parallel = self.request, self.runtime.parallel
         if request.cache is None:
             yield parallel.predictions
@@ -287,18 +287,18 @@ class Stages:
         logger.info("fbcache computed %d of %d blocks", cache.computed, cache.computed + cache.skipped)
 
     def recall(self) -> dict[str, Tensor]:
-        """The next pass of an interrupted run, see `RunState.recall`."""
+        """Load the next pass of an interrupted run, see `RunState.recall`."""
         return {} if self.state is None else self.state.recall()
 
     def decode_video(self, latents: Tensor, frames: int | None = None) -> Iterator[Tensor]:
-        """Video (1, 3, f, H, W) in [-1, 1] of latents (1, 16, F, h, w), piece by piece as it is asked for.
+        """Lazily decode latents (1, 16, F, h, w) to chunks of video (1, 3, f, H, W) in [-1, 1].
 
         Args:
-            frames: how many, None for all.
+            frames: how many to decode, None for all.
         """
         vae = self.components.vae
         left = VAE_STRIDE[0] * latents.shape[2] if frames is None else frames
-        total = min(latents.shape[2], latent_frames(left + VAE_STRIDE[0] - 1))  # the last one's frames may be too many
+        total = min(latents.shape[2], latent_frames(left + VAE_STRIDE[0] - 1))  # rounded up
         resident = self.runtime.resident(vae.module, "decoding with the VAE")
         with resident, self.runtime.bar("decoding", total) as bar:
             for chunk in islice(vae.decode_stream(latents), total):
@@ -307,12 +307,12 @@ class Stages:
                 left -= chunk.shape[2]
 
     def decode(self, latents: Tensor, rounding: bool, frames: int | None = None) -> Iterator[Frame]:
-        """Frames of latents (1, 16, F, h, w), decoded as they are asked for; see `decode_video`."""
+        """Lazily decode latents (1, 16, F, h, w) to frames, see `decode_video`."""
         return self.frames_of(self.decode_video(latents, frames), rounding)
 
     def frames_of(self, video: Iterator[Tensor], rounding: bool) -> Iterator[Frame]:
-        """Frames of a video that comes in pieces; the next piece is decoded while one is written."""
+        """Yield the frames of a video in chunks; the next chunk is decoded while one is written."""
         pieces = (video_to_frames(piece, rounding) for piece in video)
-        del video  # the generator above closes it, in the thread
+        del video  # so that the generator above, closed in the thread, has the only reference
         for frames in prefetch(pieces, self.runtime.make_device_current):
             yield from frames

@@ -1,9 +1,9 @@
-"""Stories: lines of a jobs file that go on from the videos of others.
+"""Stories: lines of a jobs file that continue the videos of other lines.
 
-`{prev}` as an input stands for the video of the line before, `{job:NAME}` for that of the line with `"name": "NAME"`.
+`{prev}` as an input stands for the video of the previous line, `{job:NAME}` for that of the line with `"name": "NAME"`.
 As `input_video` it is the whole clip; as `image`, `input_image` or one of `ref_imgs` its last frame. The frames of a
-video that others need are kept without loss beside the jobs file, in `<stem>.frames/`, under the id of its job: what
-goes on from an mp4 loses a little each time.
+video that others need are kept losslessly beside the jobs file, in `<stem>.frames/`, under the id of its job, because
+continuing from an mp4 loses a little quality each time.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ PREVIOUS = "{prev}"
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 PICTURES = ("image", "input_image", "ref_imgs")  # flags that take the last frame
 SIZES = ("height", "width", "resolution")
-ID_IN_NAME = 16  # hexadecimal digits
+ID_IN_NAME = 16  # hex digits
 
 
 @dataclass
 class Line:
-    """A line of a jobs file, whose flags have not been checked.
+    """A line of a jobs file with unchecked flags.
 
     Attributes:
-        flags: as they are written; after `link_lines` without the name.
-        problem: why it is no job.
-        needs: the numbers of the lines whose videos it takes, by the reference to each.
+        flags: as written; `link_lines` removes the name.
+        problem: why the line is not a valid job; "" if it is.
+        needs: the numbers of the lines whose videos it uses, by reference.
     """
 
     number: int
@@ -57,7 +57,7 @@ class Line:
 
 
 class Need(NamedTuple):
-    """A job whose video another one takes: the number of its line, its id, and the clip with its frames."""
+    """A job whose video another one uses: the number of its line, its id, and the clip of its frames."""
 
     number: int
     id: str
@@ -65,11 +65,11 @@ class Need(NamedTuple):
 
     @property
     def picture(self) -> Path:
-        """Where its last frame is, if it is needed."""
+        """The file for its last frame, if that is needed."""
         return self.frames.with_suffix(".png")
 
     def input(self, flag: str) -> str:
-        """The value of a flag that takes it."""
+        """The value of a flag that takes this video or its last frame."""
         return str(self.picture if flag in PICTURES else self.frames)
 
 
@@ -78,9 +78,9 @@ class Job:
     """A line of the file: a request, or its error.
 
     Attributes:
-        number: of the line.
-        id: depends on the flags and on the jobs that it needs, not on the line's place.
-        needs: the jobs whose videos are its inputs; the size is that of the first, if `follows_size`.
+        number: the number of the line.
+        id: depends on the flags and on the jobs that it needs, not on the line number.
+        needs: the jobs whose videos are its inputs; the first decides the size if `follows_size`.
     """
 
     number: int
@@ -92,7 +92,7 @@ class Job:
 
     @property
     def before(self) -> Need | None:
-        """The job that it goes on from in time: by an extension of its video, or by --image, its last frame."""
+        """The job whose video it continues in time, by extending it or by --image with its last frame."""
         request = self.request
         given = request and (request.image or (request.input_video if request.task.condition_frames else None))
         return next((need for need in self.needs if given in (str(need.frames), str(need.picture))), None)
@@ -102,7 +102,7 @@ class Job:
 
 
 def link_lines(lines: Sequence[Line]) -> list[Line]:
-    """The lines, each after those that it needs; their needs, and what is wrong with them or a name, are filled in."""
+    """Sort lines so that each comes after those that it needs; fills in `needs` and `problem`."""
     names: dict[str, int] = {}
     for line in filter(lambda line: line.flags and "name" in line.flags, lines):
         assert line.flags is not None
@@ -134,7 +134,7 @@ def link_lines(lines: Sequence[Line]) -> list[Line]:
 
 
 def find_line(flag: str, reference: str, before: int, names: Mapping[str, int]) -> int:
-    """The number of the line that an input refers to; raises UserError if there is none, or the flag takes none."""
+    """The number of the line that an input refers to; raises UserError if there is none, or for a wrong flag."""
     if flag != "input_video" and flag not in PICTURES:
         remedy = "give it as --input_video, or its last frame as --image, --input_image or one of --ref_imgs"
         raise UserError(f"--{flag}", f"{reference}: takes no video of another line; {remedy}")
@@ -150,7 +150,7 @@ def find_line(flag: str, reference: str, before: int, names: Mapping[str, int]) 
 
 
 def references_in(flags: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The references in a line's inputs, each after its flag."""
+    """The references in a line's inputs, as pairs of flag and reference."""
     found: list[tuple[str, str]] = []
 
     def note(flag: str, reference: str) -> str:
@@ -162,7 +162,7 @@ def references_in(flags: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def replace_references(flags: Mapping[str, Any], put: Callable[[str, str], str]) -> dict[str, Any]:
-    """A line's flags with what `put(flag, reference)` gives for each reference in an input."""
+    """Replace each reference in a line's inputs by `put(flag, reference)`; returns the new flags."""
     replaced = dict(flags)
     for name, value in flags.items():
         flag = BY_NAME.get(name)
@@ -178,7 +178,7 @@ def replace_references(flags: Mapping[str, Any], put: Callable[[str, str], str])
 
 
 def frames_file(path: Path, id: str) -> Path:
-    """Where the frames of a job of the jobs file `path` are kept."""
+    """The file in which the frames of a job of the jobs file `path` are kept."""
     return path.with_name(f"{path.stem}.frames") / f"{id[:ID_IN_NAME]}.mp4"
 
 
@@ -186,11 +186,11 @@ def frames_file(path: Path, id: str) -> Path:
 
 
 def inputs_from(job: Job, clips: Mapping[Need, Path], pictures: Path | None = None) -> dict[str, Any]:
-    """Fields of a job's request, now that there are the videos of what it needs; in JSON's types.
+    """The changes to a job's request once the videos that it needs exist; in JSON types.
 
     Args:
         clips: the videos.
-        pictures: a folder for their last frames; by default that of the frames, where they stay.
+        pictures: a folder for their last frames; by default beside the kept frames.
 
     Raises:
         UserError: a video cannot be read.
@@ -204,7 +204,7 @@ def inputs_from(job: Job, clips: Mapping[Need, Path], pictures: Path | None = No
         flag = next(name for name, source in request.sources if source == need.input(name))
         with input_errors(str(clip), f"--{flag}"):
             info = probe_video(clip, request.task.fps)
-            if flag in PICTURES:  # again, since the video may have been made again
+            if flag in PICTURES:  # overwritten, since the video may have been made again
                 replace_file(target, encode_image(Image.fromarray(last_frames(clip, round(info.fps), 1)[0]), "PNG"))
         sizes.append({"height": info.height, "width": info.width})
         there |= {str(need.frames): str(clip), str(need.picture): str(target)}
@@ -219,7 +219,7 @@ def inputs_from(job: Job, clips: Mapping[Need, Path], pictures: Path | None = No
 
 
 def with_inputs(job: Job, changes: Mapping[str, Any]) -> Job:
-    """The job with what `inputs_from` has found, or with its `problem`."""
+    """The job with the changes from `inputs_from`, or with their `problem`."""
     if "problem" in changes or job.request is None:
         return replace(job, request=None, problem=changes.get("problem", job.problem))
     fields: dict[str, Any] = {
@@ -229,7 +229,7 @@ def with_inputs(job: Job, changes: Mapping[str, Any]) -> Job:
 
 
 def planned_sizes(jobs: Iterable[Job]) -> dict[str, tuple[int, int] | None]:
-    """Height and width of each job's video by its id, before any is made; None where its inputs do not say.
+    """Height and width of each job's video by job id, before any is made; None if not yet known.
 
     Args:
         jobs: each after those that it needs.
@@ -254,19 +254,19 @@ def planned_sizes(jobs: Iterable[Job]) -> dict[str, tuple[int, int] | None]:
 
 
 def failure_of(number: int) -> str:
-    """The error of a job that needs the video of a line which has none."""
+    """The error of a job that needs the video of a failed line."""
     return f"line {number} failed"
 
 
 def plan_job(job: Job, clips: Mapping[str, Path], folder: Path, downloads: Path, ranks: Ranks) -> tuple[str, Path]:
-    """The plan of a job as text, and a clip as its video will be, but black, for the plans of others.
+    """Plan a job; returns the plan as text, and a black clip like its video for the plans of other jobs.
 
     Args:
-        clips: those of the jobs that it needs.
-        folder: where they are.
+        clips: the clips of the jobs that it needs.
+        folder: for black clips and their last frames.
 
     Raises:
-        UserError: it cannot work.
+        UserError: the job cannot work.
     """
     from skyreels_v3.dry_run import describe_checked
 

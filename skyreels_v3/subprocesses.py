@@ -1,4 +1,4 @@
-"""Starting programs, and ending them with all that they have started."""
+"""Starts programs, and kills them with all their children."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @contextmanager
 def program(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A program for the length of a `with` block, at whose end it is killed; wait for it there.
+    """Run a program during a `with` block, which kills it at the end; wait for it inside.
 
     Args:
-        options: of subprocess.Popen.
+        options: for subprocess.Popen.
     """
-    # in a session of its own: Ctrl-C in the terminal reaches us only
+    # in its own session, so that Ctrl-C in the terminal reaches only us
     process = subprocess.Popen(command, start_new_session=True, **options)
     try:
         yield process
@@ -29,14 +29,14 @@ def program(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen
         kill(process)
         process.wait()
         for pipe in filter(None, (process.stdin, process.stdout, process.stderr)):
-            with suppress(OSError):  # what is left to be written to a process that is gone
+            with suppress(OSError):  # unwritten data for a process that is gone
                 pipe.close()
 
 
 def kill(process: subprocess.Popen[bytes] | Process) -> None:
-    """Kill a process with all that it has started: other sessions too, and what is left if it has ended itself."""
+    """Kill a process and all its descendants, in other sessions too, or what is left if it has ended by itself."""
     if process.returncode is None:
-        import psutil  # most programs have ended by themselves
+        import psutil  # imported late: most programs have ended by themselves
 
         children = []
         with suppress(psutil.NoSuchProcess):
@@ -47,11 +47,11 @@ def kill(process: subprocess.Popen[bytes] | Process) -> None:
             with suppress(psutil.NoSuchProcess):
                 child.kill()
     if hasattr(os, "killpg"):  # not on Windows
-        with suppress(ProcessLookupError, PermissionError):  # it led no group, or nobody is left
+        with suppress(ProcessLookupError, PermissionError):  # it led no process group, or the group is empty
             os.killpg(process.pid, signal.SIGKILL)
 
 
 def module_environment() -> dict[str, str]:
-    """Environment variables for `python -m skyreels_v3...` in any current folder: the package may not be installed."""
+    """Environment variables for `python -m skyreels_v3...` in any folder, even if the package is not installed."""
     root = str(Path(__file__).resolve().parents[1])
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}

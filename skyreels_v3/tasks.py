@@ -1,4 +1,4 @@
-"""What a task is: a preset in configs/, read into a frozen dataclass; and constants of all tasks. No torch."""
+"""Tasks, defined by presets in configs/, and constants shared by all tasks. No torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import yaml
 
 PACKAGE = Path(__file__).resolve().parent
-# inside an installed package; beside it in a clone and in an editable install
+# inside the package if installed, beside it in a clone or an editable install
 CONFIG_DIR = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 NO_PRESETS = ("prompts.yaml", "size_buckets.yaml", "synonyms.yaml")
-TINY = "tiny"  # the built-in model, in the place of a checkpoint's id
+TINY = "tiny"  # the built-in model, given as --model_id
 RESOLUTIONS = ("480P", "540P", "720P")
 
 MEMORY_MODES = ("resident", "offload", "stream")  # where components live, see memory/policy.py; fastest first
@@ -23,14 +23,14 @@ DTYPES = ("bfloat16", "float32")
 QUANTIZATIONS = ("fp8", "fp8_dynamic")  # see memory/quantize.py
 
 MAX_SIDE = 2048
-SIZE_MULTIPLE = 16  # VAE stride 8 times patch 2
+SIZE_MULTIPLE = 16  # VAE stride 8 times patch size 2
 VAE_STRIDE = (4, 8, 8)  # frames, height, width
 PATCH_SIZE = (1, 2, 2)
 LATENT_CHANNELS = 16
 REFERENCE_SLOTS = 4  # latent frames for reference images
 ROLL_OUT_SECONDS = 5  # a long single-shot extension is rolled out this much at a time
 LATENT_FRAMES_PER_SECOND = 6
-SEQUENCE_MULTIPLE = 8  # condition + new latent frames of a roll-out
+SEQUENCE_MULTIPLE = 8  # divides condition + new latent frames of a roll-out
 
 
 @dataclass(frozen=True)
@@ -41,25 +41,25 @@ class TaskSpec:
     summary: str
     model_id: str
     also_published_as: tuple[str, ...]
-    family: str  # the folder of the model family, see families.py
+    family: str  # its folder in the package, see families.py
     layout: str  # of the checkpoint: "diffusers" or "native" (Wan-native)
     transformer_folder: str
     inputs: tuple[str, ...]  # required flags
-    takes: tuple[str, ...]  # flags that only some tasks have
+    takes: tuple[str, ...]  # task-specific flags
     size_buckets: str
     resolution: str
     fps: int
     num_inference_steps: int
-    shift: float | None  # None: the checkpoint's scheduler says
-    transformer: Mapping[str, int]  # sizes of the published one
+    shift: float | None  # None: the value in the checkpoint's scheduler config
+    transformer: Mapping[str, int]  # sizes of the published transformer
     tiny_size: tuple[int, int]  # height and width that the built-in model was trained at
-    transformer_elements: Mapping[str, Any]  # of its weights, see families.Elements; `blocks` have their number first
-    base_model_id: str = ""  # where the other components are, if not beside the transformer
+    transformer_elements: Mapping[str, Any]  # see families.Elements; `blocks` begin with their number
+    base_model_id: str = ""  # has the other components, if they are not beside the transformer
     guidance_scale: float = 1.0
-    size: tuple[int, int] | None = None  # height and width, where neither is given and no input has a shape
+    size: tuple[int, int] | None = None  # default height and width, unless an input decides the size
     prompt_prefix: str = ""
-    enhancer_rules: str = ""  # what --enhance_prompt has to know of the task
-    default_duration: int = 0  # 0 where the length is that of the sound
+    enhancer_rules: str = ""  # task-specific instructions for --enhance_prompt
+    default_duration: int = 0  # 0 if the sound decides the length
     min_duration: int = 0
     max_duration: int = 0
     condition_frames: int | Mapping[int, int] = 0
@@ -67,11 +67,11 @@ class TaskSpec:
     window_prompt: str = ""
     color_correction_strength: float = 1.0
     cut_at_seam: bool = False  # a new shot begins after the input clip
-    lenient: bool = False  # flags without effect are accepted, with a note
+    lenient: bool = False  # accept flags without effect, with a note
     example: tuple[str, ...] = ()  # lines of flags for --help
 
     def condition_frames_for(self, duration: int) -> int:
-        """Number of last frames of the input clip that the model sees."""
+        """Number of frames at the end of the input clip that condition the model."""
         return self.condition_frames[duration] if isinstance(self.condition_frames, Mapping) else self.condition_frames
 
 
@@ -96,7 +96,7 @@ def task_spec(name: str) -> TaskSpec:
 
 
 def load_yaml(path: Path) -> Any:
-    """The content of a YAML file; libyaml's parser where PyYAML has it."""
+    """Read a YAML file, with libyaml's parser if PyYAML has it."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
 
@@ -104,7 +104,7 @@ def load_yaml(path: Path) -> Any:
 def choose_size(spec: TaskSpec, resolution: str, height: int, width: int) -> tuple[int, int]:
     """Height and width of the output for an input picture of `height` x `width` pixels.
 
-    The bucket with the closest height/width ratio (the first one on ties), both sides rounded down to multiples of 16.
+    It is the bucket with the closest height/width ratio (the first on ties), sides rounded down to multiples of 16.
     """
     buckets = load_yaml(CONFIG_DIR / "size_buckets.yaml")[spec.size_buckets][resolution]
     ratio = height / width
@@ -114,7 +114,7 @@ def choose_size(spec: TaskSpec, resolution: str, height: int, width: int) -> tup
 
 
 def complete_size(height: int | None, width: int | None, shape: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of which one is given; the other, a multiple of 16, makes it the shape (height, width)."""
+    """Complete a height or width by a multiple of 16, close to the aspect ratio of `shape` (height, width)."""
 
     def side(pixels: float) -> int:
         return min(MAX_SIDE, max(1, round(pixels / SIZE_MULTIPLE)) * SIZE_MULTIPLE)
@@ -126,12 +126,12 @@ def complete_size(height: int | None, width: int | None, shape: tuple[int, int])
 
 
 def latent_frames(frames: int) -> int:
-    """Latent frames of a clip of 4k+1 frames: the first frame stands alone, then one for every four."""
+    """Latent frames of a clip of 4k+1 frames: one for the first frame, then one for every four."""
     return (frames - 1) // VAE_STRIDE[0] + 1
 
 
 def plan_roll_outs(duration: int, condition_latent_frames: int = 7) -> list[int]:
-    """New latent frames of every roll-out of a single-shot extension of `duration` seconds.
+    """New latent frames of each roll-out of a single-shot extension of `duration` seconds.
 
     Each roll-out makes up to 5 seconds at 6 latent frames a second, rounded up so that condition and new frames
     together are a multiple of 8; a surplus of one roll-out is deducted from the next ones.
@@ -152,7 +152,7 @@ def plan_roll_outs(duration: int, condition_latent_frames: int = 7) -> list[int]
 
 
 def task_names() -> tuple[str, ...]:
-    """All tasks: those with a preset, V3's first."""
+    """The names of all presets, V3's first."""
     names = (path.stem for path in CONFIG_DIR.glob("*.yaml") if path.name not in NO_PRESETS)
     return tuple(sorted(names, key=lambda name: (task_spec(name).family != "wan", name)))
 

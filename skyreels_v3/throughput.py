@@ -1,4 +1,4 @@
-"""How fast this machine denoises, measured in earlier runs, for the estimate of a dry run."""
+"""This machine's denoising speed, measured in earlier runs to estimate the time in a dry run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def store(plan: Plan, latent_frames: int, seconds: float) -> None:
-    """Record the time of a pass of so many latent frames, in place of an earlier measurement."""
+    """Record the speed of a pass of `latent_frames`, replacing an earlier measurement."""
     flop = next((made.flop for made in plan.passes if made.latents[2] == latent_frames), 0)
     if plan.request.no_cache or not flop or not seconds:
         return
@@ -26,20 +26,20 @@ def store(plan: Plan, latent_frames: int, seconds: float) -> None:
 
 
 def seconds_of(plan: Plan) -> float | None:
-    """The estimated time of a plan's denoising, None if nothing like it has run here."""
+    """The estimated denoising time of a plan, None if nothing similar has run here."""
     speed = measured().get(key_of(plan))
     return sum(made.flop for made in plan.passes) / speed if isinstance(speed, float) and speed > 0 else None
 
 
 def key_of(plan: Plan) -> str:
-    """What runs of about the same FLOP/s have in common."""
+    """A key that is equal for runs of about the same FLOP/s."""
     request = plan.request
     model = (request.model_id, request.transformer, request.task.name, plan.device.partition(":")[0], plan.dtype)
     return " ".join(map(str, (*model, request.quant, request.memory, request.attention, plan.degrees)))
 
 
 def measured() -> dict[str, Any]:
-    """FLOP/s by `key_of`."""
+    """The stored FLOP/s by `key_of`."""
     try:
         known = json.loads(path().read_text())
     except (OSError, ValueError):

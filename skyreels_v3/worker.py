@@ -1,6 +1,6 @@
-"""Makes videos, one after the other, for the command, batches and the Python API.
+"""Makes videos one after the other, for the command line, --jobs and the Python API.
 
-torch is imported when the first request has been checked.
+torch is imported only after the first request has been checked.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 
 
 class Worker:
-    """Resolves requests and makes their videos; what is loaded stays as long as the next one needs the same.
+    """Resolves requests and makes their videos; models stay loaded while the next request needs the same.
 
     Args:
-        ranks: this process among all.
-        video_ranks: the same among those that make each video together, SINGLE where each makes its own.
+        ranks: this process among all processes.
+        video_ranks: this process among those that make each video together; SINGLE if each makes its own.
     """
 
     def __init__(self, ranks: Ranks = SINGLE, video_ranks: Ranks = SINGLE) -> None:
@@ -40,13 +40,13 @@ class Worker:
     def resolve(
         self, request: GenerationRequest, downloads: Path, name: str = "", checked: Checked | None = None
     ) -> Checked:
-        """See `resolve.resolve`."""
+        """Check and download what a request needs, see `resolve.resolve`."""
         return resolve(request, downloads, self.video_ranks, self.resolver, name, checked)
 
     def load(self, checked: Checked) -> tuple[Generator, Plan]:
-        """The plan of a resolved request, and a generator that fits it."""
+        """Plan a resolved request and load its models; returns a generator that fits, and the plan."""
         if "skyreels_v3.generate" not in sys.modules:
-            logger.info("importing torch, diffusers and transformers")  # seconds
+            logger.info("importing torch, diffusers and transformers")  # takes seconds
         from skyreels_v3.generate import Generator
 
         if self.generator is None:
@@ -64,6 +64,6 @@ class Worker:
         return generator.write(made)
 
     def unload(self) -> None:
-        """Free the memory of what is loaded."""
+        """Unload the models and free their memory."""
         self.generator = None
         collect_garbage()
