@@ -78,7 +78,7 @@ class VideoGenerator:
             flags: for this video; they override those given to `load`.
 
         Raises:
-            UserError: for wrong flags at once, for unusable inputs or a lacking machine with the first event.
+            UserError: wrong flags, at once; unusable inputs or an unsuitable machine, with the first event.
         """
         check_names(flags)
         given = {name: value for name, value in flags.items() if value is not None}

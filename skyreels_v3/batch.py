@@ -552,7 +552,7 @@ def run_job(job: Job, worker: Worker, record: Callable[[Mapping[str, Any]], obje
         else:
             figures = {} if video.quality is None else {"quality": video.quality.figures()}
             return end("done", output=str(video.path), **figures)
-    worker.unload()  # its state may be inconsistent; outside of `except`, where the error would keep it alive
+    worker.unload()  # the models may be inconsistent; not in `except`, where the error would keep them alive
     return end("error", **problem)
 
 

@@ -36,7 +36,7 @@ CONFIG_HELP = "YAML file with flags as keys, or a video made here, to make it ag
 HTTP_ONLY = ("host", "port", "allowed_hosts", "api_key", "no_auth")  # flags of an HTTP server only
 METAVARS = {str: "TEXT", int: "N", float: "X"}
 DASHES = (
-    "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # what web pages and word processors turn hyphens into
+    "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # dashes that web pages and word processors put in place of hyphens
 )
 ADDRESS = re.compile(r"\s*https?://", re.IGNORECASE)
 

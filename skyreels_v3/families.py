@@ -202,7 +202,7 @@ class Pipeline:
         raise NotImplementedError
 
     def run(self, stages: Any) -> Iterator[Any]:
-        """Make the video of `stages.request` (a `stages.Stages`); yields `stages.Event`s."""
+        """Make the video of `stages`, a `stages.Stages`; yields `stages.Event`s."""
         raise NotImplementedError
 
 

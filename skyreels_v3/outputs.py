@@ -128,7 +128,7 @@ def record_of(request: ResolvedRequest, inputs: Inputs, device: str = "", **more
 
 
 def continue_earlier(request: ResolvedRequest, inputs: Inputs, named: bool) -> tuple[ResolvedRequest, bool]:
-    """Find the run that a request continues, if any; returns the request with its output, and if that is complete.
+    """Find the run to continue, if any; returns the request with its output, and whether that is complete.
 
     Args:
         named: the user named the output.
