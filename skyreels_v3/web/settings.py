@@ -22,7 +22,7 @@ class Limits:
         field_bytes: size of one field that is not a file.
         stall_seconds: longest wait for the next bytes of a body; body_seconds: time for all of it.
         slowest: minimum average bytes per second of a body, checked after `stall_seconds`.
-        uploads: requests read at once; streams: event streams open at once.
+        uploads: requests read at once; streams: event streams and waiting MCP calls open at once.
         requests, posts: per minute, for each key, or for each address where no key is needed.
         plan_seconds: time for one plan.
     """

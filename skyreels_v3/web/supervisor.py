@@ -97,7 +97,7 @@ class Supervisor:
         command: starts a worker; folder, name and flags are appended.
         hang_seconds: a worker without progress for so long is killed; loading is exempt, as it may download.
         cancel_seconds: a worker still loading so long after its job was cancelled is killed.
-        retention: applied at every check of the workers.
+        retention: called at every check of the workers.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Supervisor:
                 kill(process)
                 process.wait()
             slot.process = None
-            with suppress(OSError, UserError):  # the next server releases them too
+            with suppress(OSError, UserError):  # the next start releases its job too
                 self.queue.release(slot.name)
 
     def _run(self) -> None:
