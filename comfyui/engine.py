@@ -27,7 +27,7 @@ class Networks(ModelPatcher):
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.generator, self.load_device = load(TASK_NAMES[0]), device  # ComfyUI's class asks for the size at once
+        self.generator, self.load_device = load(TASK_NAMES[0]), device  # before `super`, which asks for the size
         self.projections: dict[str, Projection] = {}  # of previews, by model
         super().__init__(nn.Module(), device, torch.device("cpu"))
 

@@ -35,7 +35,7 @@ QUOTED = re.compile(
     r'"([^"]+)"|\u201c([^\u201d]+)\u201d|\u201e([^\u201c\u201d]+)[\u201c\u201d]|\u00ab([^\u00bb]+)\u00bb'
     r"|(?<!\w)'([^']+)'(?!\w)|\u2018(.+?)\u2019(?!\w)"
 )
-# initials and abbreviations with dots, or letters with hyphens and apostrophes between them
+# initials and abbreviations with dots, or words with hyphens and apostrophes in them
 WORD = re.compile(r"[^\W\d_](?:\.[^\W\d_](?!\w))+|[^\W\d_]\w*(?:['\u2019\u2010\u2011-]\w+)*['\u2019]?")
 ENDING = re.compile(r"['\u2019](?:s|m|d|ll|re|ve)?$")  # Anna's, I'm
 ABBREVIATED = re.compile(r"(?<!\w)(?:[^\W\d_]|St|Dr|Mrs?|Ms|Mt|Prof|Jr|Sr|Capt|Gen|Lt|Sgt|Col|Rev|Gov|Sen)\.\s*$")
@@ -137,7 +137,7 @@ def pictures_of(request: Request, inputs: Inputs) -> list[Image.Image]:
     """The pictures that the video starts with, continues from or should show."""
     if inputs.clip is None:
         return [*inputs.images]
-    if not request.condition_frames:  # it is dubbed
+    if not request.condition_frames:  # the clip is dubbed
         return [Image.fromarray(next(read_frames(inputs.clip.path, request.task.fps)))]
     return last_pictures(request, inputs)
 

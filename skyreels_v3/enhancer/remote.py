@@ -90,7 +90,7 @@ def describe(response: httpx.Response) -> str:
 
 async def read(response: httpx.Response) -> bytes:
     """Read the body, up to `MAX_BYTES`."""
-    if response.headers.get("Content-Encoding", "identity").lower() != "identity":  # it could expand hugely
+    if response.headers.get("Content-Encoding", "identity").lower() != "identity":  # maybe a compression bomb
         raise EnhancerError("the endpoint's answer is compressed")
     content = bytearray()
     async for chunk in response.aiter_raw():

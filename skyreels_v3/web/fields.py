@@ -267,7 +267,7 @@ def merge_extra(given: Fields) -> Fields:
 
 
 def guess_task(values: Mapping[str, Any]) -> str:
-    """The task that the inputs suggest, or the first task of a published model that is not for that task."""
+    """The task that the inputs suggest; if the model is published only for other tasks, the first of those."""
     guess = next((task for name, task in TASKS.items() if name in values), "t2v")
     model = values.get("model_id")
     owned = [spec.name for spec in map(task_spec, TASK_NAMES) if model in published(spec)]

@@ -1,5 +1,5 @@
-// Updates what is shown to the component's value. The elements of jobs are kept, so that videos play on, what is
-// unfolded stays so, and the keyboard focus stays where it was.
+// Updates the HTML that is shown to the component's value. The elements of jobs are kept, so that videos play on,
+// open details stay open, and the keyboard focus stays where it was.
 const calm = matchMedia('(prefers-reduced-motion: reduce)').matches;
 const live = element.querySelector('.live');
 const scrollTo = (id) => document.getElementById(id).scrollIntoView({ behavior: calm ? 'auto' : 'smooth', block: 'nearest' });

@@ -94,7 +94,7 @@ def protect(app: FastAPI, settings: Settings, drops: Drops) -> None:
     routes = app.router.routes
     mount = routes.pop()
     assert isinstance(mount, Mount)
-    routes[:] = [route for route in routes if getattr(route, "path", "") != "/"]  # the API's own redirect to /docs
+    routes[:] = [route for route in routes if getattr(route, "path", "") != "/"]  # drops the API's redirect to /docs
     routes.append(PageMount("/", PageAccess(mount.app, settings, drops)))
     app.add_middleware(CookieKey)
 
@@ -155,7 +155,7 @@ class PageAccess:
                 uploaded = path.rstrip("/") == UPLOAD and message["status"] == 200
                 headers = MutableHeaders(scope=message)
                 headers["Content-Security-Policy"] = POLICY
-                headers["Referrer-Policy"] = "same-origin"  # without one, a form's Origin is null
+                headers["Referrer-Policy"] = "same-origin"  # with no-referrer, a form's Origin is null
                 if STATIC.match(path):
                     headers["Cache-Control"] = "private, max-age=3600"
             await send(message)

@@ -227,7 +227,7 @@ class Tools:
         read_arguments(TOOLS["models"], values)
         return result({"tasks": [await run_in_threadpool(self.describe_task, name) for name in TASK_NAMES]})
 
-    # What they answer
+    # Results
 
     async def describe(self, job: Job) -> dict[str, Any]:
         """The facts about a job, without empty ones."""
