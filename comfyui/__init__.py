@@ -1,4 +1,4 @@
-"""ComfyUI nodes for the SkyReels video models, by the V3 schema. See docs/comfyui.md for how to install them."""
+"""ComfyUI nodes for the SkyReels video models, in the V3 schema. See docs/comfyui.md for installation."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ class SkyReels(ComfyExtension):
 
 
 async def comfy_entrypoint() -> SkyReels:
-    """What ComfyUI calls."""
+    """ComfyUI's entry point."""
     return SkyReels()

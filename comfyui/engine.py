@@ -1,4 +1,4 @@
-"""Making a video within ComfyUI: progress, previews, interruption, and memory that is handed back."""
+"""Makes a video within ComfyUI: with progress, previews, interruption, and memory that is handed back."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from skyreels_v3.tasks import TASK_NAMES
 
 
 class Networks(ModelPatcher):
-    """The networks that are loaded, as a model that ComfyUI unloads when others need the memory.
+    """The loaded networks, as a model that ComfyUI unloads when others need the memory.
 
-    The memory policy of a run places them, so that there is nothing for ComfyUI to load or to unload in parts.
+    A run's memory policy places them, so ComfyUI has nothing to load, or to unload in part.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.generator, self.load_device = load(TASK_NAMES[0]), device  # ComfyUI's class asks for the size at once
+        self.generator, self.load_device = load(TASK_NAMES[0]), device  # before `super`, which asks for the size
         self.projections: dict[str, Projection] = {}  # of previews, by model
         super().__init__(nn.Module(), device, torch.device("cpu"))
 
@@ -44,22 +44,22 @@ class Networks(ModelPatcher):
         return 0
 
     def detach(self, unpatch_all: bool = True) -> nn.Module:
-        if unpatch_all:  # else only an entry in ComfyUI's list ends
+        if unpatch_all:  # else ComfyUI only drops its entry
             self.generator.unload()
         return self.model
 
 
 @cache
 def networks() -> Networks:
-    """Those of all nodes: a run that needs others replaces them."""
+    """The networks that all nodes share; a run that needs others replaces them."""
     return Networks(model_management.get_torch_device())
 
 
 def make(**flags: Any) -> tuple[list[np.ndarray], Done]:
-    """Make a video; returns its frames, uint8 [H, W, 3] each, and its end.
+    """Make a video; returns its frames, uint8 [H, W, 3] each, and its `Done` event.
 
     Raises:
-        RuntimeError: the flags or inputs cannot work, or there is too little memory; says what to change.
+        RuntimeError: flags or inputs are invalid, or there is too little memory; the message says what to change.
         InterruptProcessingException: the user has interrupted it.
     """
     mine = networks()
@@ -71,7 +71,7 @@ def make(**flags: Any) -> tuple[list[np.ndarray], Done]:
     frames: list[np.ndarray] = []
     shown = 0  # frames of passes that are done
     try:
-        # nodes run in inference mode: other threads could not change its tensors
+        # nodes run in inference mode, whose tensors other threads could not change
         with torch.inference_mode(False), closing(mine.generator(**flags, device=device.type)) as events:
             for event in events:
                 model_management.throw_exception_if_processing_interrupted()

@@ -1,4 +1,4 @@
-"""Between ComfyUI's IMAGE, AUDIO and VIDEO and the files that flags name. Nothing is lost on the way."""
+"""Converts between ComfyUI's IMAGE, AUDIO and VIDEO and the files that flags name, without lossy compression."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def to_images(frames: Sequence[np.ndarray]) -> Tensor:
 
 
 def write_images(images: Tensor, folder: Path, name: str) -> list[str]:
-    """The pictures of an IMAGE as PNG files; returns their paths."""
+    """Write the pictures of an IMAGE as PNG files; returns their paths."""
     paths = [folder / f"{name}-{number}.png" for number in range(len(images))]
     for path, frame in zip(paths, to_frames(images), strict=True):
         Image.fromarray(frame).save(path)
@@ -42,20 +42,20 @@ def write_images(images: Tensor, folder: Path, name: str) -> list[str]:
 
 
 def write_sound(audio: Audio, path: Path) -> Path:
-    """An AUDIO as a file; of a batch the first one."""
+    """Write an AUDIO, of a batch the first one, to a file."""
     return write_audio(audio["waveform"][0].float().cpu().numpy(), audio["sample_rate"], path)
 
 
 def write_frames(images: Tensor, path: Path, fps: Fraction) -> Path:
-    """An IMAGE as a lossless clip."""
+    """Write an IMAGE as a lossless clip."""
     deque(copy_frames((frame for frame in to_frames(images)), path, fps), maxlen=0)
     return path
 
 
 def write_clip(clip: Input.Video | Tensor, fps: float, folder: Path) -> tuple[Path, Audio | None]:
-    """A VIDEO, or an IMAGE of `fps` frames per second, as a file, and the sound that is not in it.
+    """The file of a VIDEO, or of an IMAGE at `fps` frames per second, and the sound that is not in it.
 
-    If the video is a whole file, it is that one.
+    A VIDEO that is a whole file is used as it is.
     """
     path = folder / "clip.mp4"
     if isinstance(clip, Tensor):
@@ -73,7 +73,7 @@ def write_clip(clip: Input.Video | Tensor, fps: float, folder: Path) -> tuple[Pa
 
 
 def to_video(images: Tensor, done: Done, sound: Audio | None) -> Input.Video:
-    """The VIDEO that an IMAGE is, with its own sound, or with another one if it has none."""
+    """A VIDEO of the frames that were made, with the sound that was made, or else with `sound`."""
     if done.sound is not None:
         samples, rate = done.sound
         sound = {"waveform": torch.from_numpy(samples)[None], "sample_rate": rate}

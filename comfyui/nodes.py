@@ -1,4 +1,4 @@
-"""The nodes. Their inputs are made from the table of flags; what the user has changed is given to the engine."""
+"""The nodes. Their inputs are made from the table of flags; only what the user has changed goes to the engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from skyreels_v3.tasks import SIZE_MULTIPLE, TASK_NAMES, TINY, TaskSpec, task_sp
 
 from . import media
 
-Model, Options = io.Custom("SKYREELS_MODEL"), io.Custom("SKYREELS_OPTIONS")  # both are flags
+Model, Options = io.Custom("SKYREELS_MODEL"), io.Custom("SKYREELS_OPTIONS")  # both carry flags
 FOLDER = "skyreels"  # of checkpoints, in ComfyUI's folder of models
 FILES = {"transformer": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}  # ComfyUI's folders
 LOADER = ("memory", "quant", "attention")
@@ -37,7 +37,7 @@ KEYFRAMES, CLIP, SPEECH = "keyframes", "input_video", "input_audio"
 
 
 def widget(flag: Flag, initial: Mapping[str, Any], task: TaskSpec | None = None) -> io.Input:
-    """The input of a flag that is no file."""
+    """The widget of a flag that does not take a file."""
     value = forms.shown_value(flag, initial[flag.name])
     options: dict[str, Any] = {"id": flag.name, "default": value, "optional": True}
     options |= {"display_name": label_of(flag.name), "tooltip": explain(flag)}
@@ -58,7 +58,7 @@ def widget(flag: Flag, initial: Mapping[str, Any], task: TaskSpec | None = None)
 
 
 def sockets(flag: Flag, required: bool, task: TaskSpec) -> Iterator[io.Input]:
-    """The inputs of a flag of files."""
+    """The sockets of a flag that takes files."""
     options: dict[str, Any] = {"tooltip": explain(flag), "display_name": label_of(flag.name)}
     if flag.name == CLIP:
         yield io.MultiType.Input(CLIP, [io.Video, io.Image], optional=not required, **options)
@@ -76,13 +76,13 @@ def sockets(flag: Flag, required: bool, task: TaskSpec) -> Iterator[io.Input]:
 
 
 def files_in(kind: str) -> list[str]:
-    """The files in one of ComfyUI's folders of models, GGUF among them."""
+    """The files in one of ComfyUI's folders of models, including GGUF."""
     gguf = [path.name for folder in folder_paths.get_folder_paths(kind) for path in sorted(Path(folder).glob("*.gguf"))]
     return [*folder_paths.get_filename_list(kind), *gguf]
 
 
 def checkpoints() -> dict[str, str]:
-    """The folders of checkpoints in ComfyUI's folders, by name."""
+    """The checkpoint folders in ComfyUI's folders of models, by name."""
     parents = [Path(parent) for kind in (FOLDER, "diffusers") for parent in folder_paths.get_folder_paths(kind)]
     found = [path for parent in parents if parent.is_dir() for path in sorted(parent.iterdir()) if path.is_dir()]
     return {path.name: str(path) for path in found}
@@ -100,7 +100,7 @@ class Node(io.ComfyNode):
 
 
 class SkyReelsLoadModel(Node):
-    """Says which model tasks use; it is loaded when the first one runs."""
+    """Selects the model that tasks use; it is loaded when the first task runs."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -184,14 +184,14 @@ class Task(Node):
 
     @classmethod
     def execute(cls, model: Mapping[str, Any], prompt: str, **values: Any) -> io.NodeOutput:
-        from .engine import make  # which imports all that makes videos
+        from .engine import make  # imports the whole engine, so only now
 
         shown = {name: values[name] for name in COMMON if name in values}
         flags = {**model, **(values.get("options") or {}), "task_type": cls.TASK, "prompt": prompt}
         flags |= forms.changed_values(shown, forms.initial_values(cls.TASK, {}))
         clip_sound: media.Audio | None = None
         with run_folder() as folder:
-            for name in sorted(values):  # those with numbers in their order
+            for name in sorted(values):  # numbered ones in their order
                 flag = flag_of(name)
                 if flag not in SOCKETS or (value := values[name]) is None:
                     continue
@@ -211,12 +211,12 @@ class Task(Node):
 
 
 def flag_of(input: str) -> str:
-    """The flag of an input; those of several files have numbers."""
+    """The flag of an input, whose name ends in a number if the flag takes several files."""
     return input if input in BY_NAME else input.rpartition("_")[0]
 
 
 def with_times(paths: list[str], times: str) -> list[str]:
-    """Keyframes as their flag has them."""
+    """Keyframes as entries of their flag, PATH@SECONDS."""
     seconds = times.replace(",", " ").split()
     if len(seconds) != len(paths):
         raise RuntimeError(f"keyframe_times: {len(seconds)} for {len(paths)} keyframes; give one for each")

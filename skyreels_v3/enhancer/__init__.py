@@ -1,1 +1,1 @@
-"""--enhance_prompt: prompts rewritten by a vision-language model, here or behind an endpoint."""
+"""--enhance_prompt: prompts rewritten by a vision-language model, locally or behind an endpoint."""

@@ -1,6 +1,6 @@
-"""--enhance_prompt: a prompt rewritten in more detail by a model that sees the pictures, on the main process.
+"""--enhance_prompt: a vision-language model rewrites the prompt in more detail, on the main process.
 
-What goes wrong with the model costs only the new prompt: the video is made with the user's own, after a warning.
+If the model gives no usable answer, the video is made with the user's own prompt, after a warning.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ logger = logging.getLogger(__name__)
 MAX_SIDE = 512  # pixels of a picture that the enhancer sees
 MAX_LENGTH = 2000  # characters of an answer, far more than the rules ask for
 THOUGHTS = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
-NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and halves of others
+NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters and surrogates
 NAMED = re.compile(r"\s*\[?(\w+)\]?[\s:.-]*")  # a transition, at the beginning of an answer
 QUOTED = re.compile(
     r'"([^"]+)"|\u201c([^\u201d]+)\u201d|\u201e([^\u201c\u201d]+)[\u201c\u201d]|\u00ab([^\u00bb]+)\u00bb'
     r"|(?<!\w)'([^']+)'(?!\w)|\u2018(.+?)\u2019(?!\w)"
 )
-# initials and abbreviations with dots, or letters with hyphens and apostrophes between them
+# initials and abbreviations with dots, or words with hyphens and apostrophes in them
 WORD = re.compile(r"[^\W\d_](?:\.[^\W\d_](?!\w))+|[^\W\d_]\w*(?:['\u2019\u2010\u2011-]\w+)*['\u2019]?")
 ENDING = re.compile(r"['\u2019](?:s|m|d|ll|re|ve)?$")  # Anna's, I'm
 ABBREVIATED = re.compile(r"(?<!\w)(?:[^\W\d_]|St|Dr|Mrs?|Ms|Mt|Prof|Jr|Sr|Capt|Gen|Lt|Sgt|Col|Rev|Gov|Sen)\.\s*$")
@@ -45,8 +45,8 @@ NO_NAMES = frozenset(
     "each another today tonight let in on at as and but or with from to of for by after before "
     "pov tv hd uhd hdr cgi vfx dslr fps".split()
 )
-GERMAN = frozenset(("und", "der", "das", "dem", "ein", "eine", "einen", "einem", "einer"))  # nouns have capitals there
-TITLE = 4  # so many capitals, and no longer word without one: A Title Has Them Everywhere
+GERMAN = frozenset(("und", "der", "das", "dem", "ein", "eine", "einen", "einem", "einer"))  # its nouns have capitals
+TITLE = 4  # so many capitalized words, and no longer word in lower case, are Title Case
 TYPEWRITTEN = str.maketrans(
     dict.fromkeys("\u2018\u2019", "'") | dict.fromkeys("\u201c\u201d", '"') | dict.fromkeys("\u2010\u2011", "-")
 )
@@ -54,7 +54,7 @@ SENTENCE_START = re.compile(r"(^|[.!?:;\]\n])[\s\"'(\u201c\u2018\u00ab]*$")
 
 
 def enhance(request: Request, inputs: Inputs) -> Request:
-    """The request with the enhancer's prompt, or with its own where there is none to be had.
+    """The request with the enhancer's prompt, or with its own if there is no usable answer.
 
     Raises:
         UserError: --enhancer_model cannot be loaded.
@@ -76,7 +76,7 @@ def enhance(request: Request, inputs: Inputs) -> Request:
 
 
 def recall(request: Request, inputs: Inputs) -> Request:
-    """The request with the enhancer's prompt if that is known from an earlier run; else as it is."""
+    """The request with the enhancer's prompt if an earlier run cached it; else unchanged."""
     stored = cache_of(request).read(question_of(request, inputs).key)
     try:
         return request if stored is None else request.with_prompt(read_answer(request, stored.decode())[0])
@@ -85,7 +85,7 @@ def recall(request: Request, inputs: Inputs) -> Request:
 
 
 def cache_of(request: Request) -> FileCache:
-    """Where the answers to a request's enhancer are kept."""
+    """The cache of the answers of a request's enhancer."""
     folder: Path | None = None if request.no_cache else cache_folder() / "enhanced"
     if request.enhance_prompt != ENHANCER_LOCAL:
         return FileCache(folder, f"{request.enhance_prompt} {request.enhancer_model}")
@@ -94,11 +94,11 @@ def cache_of(request: Request) -> FileCache:
 
 
 def model_folder(request: Request) -> Path | None:
-    """The folder of the model for `local`; None if it must be fetched."""
+    """The folder of the model for `local`; None if it must be downloaded."""
     assert request.enhancer_model is not None
     folder = Path(request.enhancer_model).expanduser()
     found = folder if folder.is_dir() else cached(request, request.enhancer_model)
-    with suppress(UserError):  # not complete
+    with suppress(UserError):  # incomplete
         if found is not None:
             ENHANCER.check(found, ENHANCER.flag)
             return found
@@ -134,10 +134,10 @@ def question_of(request: Request, inputs: Inputs) -> Question:
 
 
 def pictures_of(request: Request, inputs: Inputs) -> list[Image.Image]:
-    """The pictures that the video begins with, goes on from or is to show."""
+    """The pictures that the video starts with, continues from or should show."""
     if inputs.clip is None:
         return [*inputs.images]
-    if not request.condition_frames:  # it is dubbed
+    if not request.condition_frames:  # the clip is dubbed
         return [Image.fromarray(next(read_frames(inputs.clip.path, request.task.fps)))]
     return last_pictures(request, inputs)
 
@@ -152,10 +152,10 @@ def small_jpeg(picture: Image.Image) -> bytes:
 
 
 def read_answer(request: Request, answer: str) -> tuple[str, tuple[str, ...]]:
-    """The model's prompt from the enhancer's answer, and notes on what was added.
+    """The video model's prompt from the enhancer's answer, and notes on what was added.
 
     Raises:
-        EnhancerError: it is empty or too long, or has lost something of the user's prompt.
+        EnhancerError: the answer is empty or too long, or has lost something of the user's prompt.
     """
     text, transition = THOUGHTS.sub("", answer, count=1), request.transition
     text = " ".join(NO_TEXT.sub(" ", text).split())
@@ -179,7 +179,7 @@ def read_answer(request: Request, answer: str) -> tuple[str, tuple[str, ...]]:
 
 
 def to_keep(prompt: str) -> dict[str, re.Pattern[str]]:
-    """What a new prompt must still have, and what finds it there in `plain` text: words in quotes, and names."""
+    """What a new prompt must keep, quoted words and names, each with a pattern that finds it in `plain` text."""
     prompt = unicodedata.normalize("NFC", prompt)
     quoted = [next(filter(None, match.groups())).strip() for match in QUOTED.finditer(prompt)]
     patterns = {text: whole(re.escape(plain(text))) for text in quoted}
@@ -187,10 +187,10 @@ def to_keep(prompt: str) -> dict[str, re.Pattern[str]]:
 
 
 def names_in(text: str) -> Iterator[str]:
-    """Names, which are words with a capital.
+    """Yield the names in a text, which are capitalized words.
 
-    At the beginning of a sentence something more has to say that a word is one: a capital within it, a possessive, or a
-    verb behind it that hardly follows a noun without an article. None are known where all words or nouns have capitals.
+    At the start of a sentence, a name also needs a capital inside it, a possessive ending, or a following verb that
+    rarely follows a noun without an article. Texts in which all words or all nouns have capitals yield none.
     """
     words = [(ENDING.sub("", match[0]), match) for match in WORD.finditer(text)]
     plain_words = {word for word, _ in words if word.islower()}
@@ -210,7 +210,7 @@ def names_in(text: str) -> Iterator[str]:
 
 
 def pattern_of(name: str) -> re.Pattern[str]:
-    """A name, with or without its dots, hyphens and accents, or in the plural; capitals count in abbreviations only."""
+    """A pattern for a name, with or without dots, hyphens, accents or a plural s; abbreviations are case-sensitive."""
     pieces = map(re.escape, re.findall(r"\w+", plain(name)))
     return whole(r"\W{0,2}".join(pieces) + "s?", 0 if name.isupper() else re.IGNORECASE)
 
@@ -220,6 +220,6 @@ def whole(pattern: str, flags: int = 0) -> re.Pattern[str]:
 
 
 def plain(text: str) -> str:
-    """A text without accents, and with the apostrophes, quotes and hyphens of a keyboard."""
+    """A text without accents, and with ASCII apostrophes, quotes and hyphens."""
     letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     return "".join(letters).translate(TYPEWRITTEN)

@@ -1,4 +1,4 @@
-"""A prompt rewritten by a vision-language model on this machine, loaded for the question and freed after it."""
+"""Rewrites a prompt with a vision-language model on this machine, which is loaded for it and freed afterwards."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from skyreels_v3.runtime import collect_garbage, likely_device
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 512  # of an answer
-WORKSPACE = 2 << 30  # bytes beside the weights
-SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # no code of the model's folder
+WORKSPACE = 2 << 30  # bytes in addition to the weights
+SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # runs no code from the model's folder
 
 
 def ask_local(folder: Path, request: GenerationRequest, question: Question) -> str:
     """The answer of the model in a folder.
 
     Raises:
-        UserError: it cannot be loaded.
-        EnhancerError: it has not come to an end, or this machine cannot run it.
+        UserError: the model cannot be loaded.
+        EnhancerError: the answer is incomplete, or this machine cannot run the model.
     """
     device = choose_device(folder, request)
     disable_progress_bar()
@@ -52,7 +52,7 @@ def ask_local(folder: Path, request: GenerationRequest, question: Question) -> s
         model, info = loaded
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"no weights for {missing[0]}")
-    except Exception as error:  # of libraries, which raise anything for a folder that is something else
+    except Exception as error:  # libraries raise anything for a folder that is not a model
         reason = f"{folder} is no vision-language model that transformers can load ({cause_of(error)})"
         raise UserError("--enhancer_model", f"{reason}; give such a model, for example {ENHANCER.model_id}") from error
     try:
@@ -64,11 +64,11 @@ def ask_local(folder: Path, request: GenerationRequest, question: Question) -> s
     finally:
         del model
         collect_garbage()
-    raise EnhancerError(problem)  # only now: the first error holds the model
+    raise EnhancerError(problem)  # only now: the first error keeps the model alive
 
 
 def choose_device(folder: Path, request: GenerationRequest) -> torch.device:
-    """The request's device, or the CPU where too little of its memory is free."""
+    """The request's device, or the CPU if the device has too little free memory."""
     name = likely_device(request)
     if name != "cuda":
         return torch.device(name)
@@ -84,7 +84,7 @@ def choose_device(folder: Path, request: GenerationRequest) -> torch.device:
 
 
 def load_processor(folder: Path, config: PretrainedConfig) -> ProcessorMixin:
-    """The model's processor, without the part for videos: that needs torchvision, and only pictures are shown."""
+    """The model's processor without its video processor, which needs torchvision; only pictures are used."""
     whole: Any = PROCESSOR_MAPPING.get(type(config), None)
     if whole is None or "video_processor" not in whole.get_attributes():
         return AutoProcessor.from_pretrained(folder, **SAFE)
@@ -98,7 +98,7 @@ def load_processor(folder: Path, config: PretrainedConfig) -> ProcessorMixin:
 
 @torch.inference_mode()
 def generate(model: Any, processor: Any, question: Question) -> str:
-    """The most likely answer, token by token."""
+    """The model's answer by greedy decoding; raises EnhancerError if it is too long."""
     content = [{"type": "image", "url": url} for url in question.urls]
     messages = [
         {"role": "system", "content": [{"type": "text", "text": question.rules}]},

@@ -1,4 +1,4 @@
-"""What an enhancer is asked, and what it raises if it has no answer."""
+"""The question to an enhancer, and the error if it has no answer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class EnhancerError(Exception):
 
 @dataclass(frozen=True)
 class Question:
-    """What the enhancer is asked: rules, the prompt, and pictures as JPEG files."""
+    """A question to the enhancer: rules, the prompt, and pictures as JPEG files."""
 
     rules: str
     prompt: str
@@ -22,7 +22,7 @@ class Question:
 
     @property
     def key(self) -> str:
-        """The same for equal questions."""
+        """The key in the cache, the same for equal questions."""
         return json.dumps([self.rules, self.prompt, [hashlib.sha256(each).hexdigest() for each in self.pictures]])
 
     @property

@@ -1,7 +1,7 @@
-"""A prompt rewritten by an OpenAI-compatible endpoint (`POST .../chat/completions`), without trusting its answer.
+"""Rewrites a prompt with an OpenAI-compatible endpoint (`POST .../chat/completions`), whose answer is not trusted.
 
-The key goes to the given address and nowhere else: no redirects, no proxies or credentials from the environment. What
-the endpoint answers is not repeated in errors, since it may hold the key.
+The key goes to the given address and nowhere else: no redirects, no proxies or credentials from the environment.
+Errors do not quote the endpoint's answer, since it may contain the key.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from skyreels_v3.request import ENHANCER_KEY
 logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 10.0
-TOTAL_SECONDS = 120.0  # of all tries
+TOTAL_SECONDS = 120.0  # for all tries
 WAITS = (1.0, 3.0)  # seconds before the second and third try
 MAX_BYTES = 1 << 20  # of an answer
 MAX_TOKENS = 1024
 
 
 def ask_remote(url: str, model: str, question: Question) -> str:
-    """The answer of the model `model` at `url`, with or without /chat/completions at its end.
+    """The answer of `model` at an endpoint; see `address_of` for `url`.
 
     Raises:
-        EnhancerError: there is none that is complete.
+        EnhancerError: there is no complete answer.
     """
     logger.info("asking %s at %s for a better prompt", model, urlsplit(url).netloc)
     pictures = [{"type": "image_url", "image_url": {"url": each}} for each in question.urls]
@@ -46,7 +46,7 @@ def ask_remote(url: str, model: str, question: Question) -> str:
 
 
 def address_of(url: str) -> str:
-    """Where to post to: `url` may be the whole address, that before /chat/completions, or a host alone."""
+    """The address to post to: `url` may be all of it, the part before /chat/completions, or only a host."""
     address = url.rstrip("/")
     if address.endswith("/chat/completions"):
         return address
@@ -54,7 +54,7 @@ def address_of(url: str) -> str:
 
 
 async def post(address: str, body: dict[str, Any]) -> bytes:
-    """The body of a response 200; what may pass is tried again."""
+    """Post a request, retrying after transient errors; returns the body of a 200 response."""
     key = os.environ.get(ENHANCER_KEY)
     headers = {"User-Agent": "skyreels-v3", "Accept": "application/json", "Accept-Encoding": "identity"}
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
@@ -89,8 +89,8 @@ def describe(response: httpx.Response) -> str:
 
 
 async def read(response: httpx.Response) -> bytes:
-    """The body, of limited size."""
-    if response.headers.get("Content-Encoding", "identity").lower() != "identity":  # a little could become a lot
+    """Read the body, up to `MAX_BYTES`."""
+    if response.headers.get("Content-Encoding", "identity").lower() != "identity":  # maybe a compression bomb
         raise EnhancerError("the endpoint's answer is compressed")
     content = bytearray()
     async for chunk in response.aiter_raw():
@@ -101,7 +101,7 @@ async def read(response: httpx.Response) -> bytes:
 
 
 def text_of(content: bytes) -> str:
-    """The text in a chat completion that has come to its end."""
+    """The text of a chat completion; raises EnhancerError if it is not complete."""
     try:
         choice = json.loads(content)["choices"][0]
         reason, text = choice["finish_reason"], choice["message"]["content"]

@@ -1,1 +1,1 @@
-"""A page and an HTTP API for the same engine: an optional extra, `pip install ".[web]"`."""
+"""A web page and an HTTP API for the same engine; optional: `pip install ".[web]"`."""

@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's for videos, and what else a client needs. It makes nothing itself; workers do."""
+"""The HTTP API: OpenAI's for videos, and more endpoints. The videos themselves are made by workers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ID = re.compile(r"video_[0-9a-f]{32}")
 RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 POLL = "openai-poll-after-ms"
 POLL_MS = {State.QUEUED: "2000", State.IN_PROGRESS: "1000"}
-EVENT_SECONDS = 0.5  # between looks at a job
+EVENT_SECONDS = 0.5  # between polls of a job
 PING_SECONDS = 15
 EXTENSIONS = tuple(name for name in TASK_NAMES if task_spec(name).condition_frames)
 KINDS = {"video": "video/mp4", "partial": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg"}
@@ -52,7 +52,7 @@ ERROR = {"error": {"message": "", "type": "", "param": None, "code": ""}}
 
 
 def app_of(settings: Settings, queue: Queue) -> FastAPI:
-    """The application of a server whose jobs are in `queue`."""
+    """The FastAPI application of a server whose jobs are in `queue`."""
     api = Api(settings, queue)
     app = FastAPI(
         title="SkyReels", version=__version__, docs_url=None, redoc_url=None, lifespan=api.lifespan,
@@ -93,7 +93,7 @@ def app_of(settings: Settings, queue: Queue) -> FastAPI:
 
 
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
-    """The answer to an exception."""
+    """Exception handler: the error response to an exception."""
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         name = str(first["loc"][-1])
@@ -109,13 +109,13 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
 
 
 class Api:
-    """The endpoints. What waits for the disk or the database runs in threads."""
+    """The endpoints. Disk and database access runs in threads."""
 
     def __init__(self, settings: Settings, queue: Queue) -> None:
         self.settings, self.queue = settings, queue
         self.metrics = Metrics(queue.counts)
         self.planner = Planner(settings.limits.plan_seconds, settings.group)
-        self.uploads, self.streams = Counter[str](), Counter[str]()  # of each owner
+        self.uploads, self.streams = Counter[str](), Counter[str]()  # by owner
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -152,7 +152,7 @@ class Api:
         return await self.repeat(source, owner, lambda folder: read_fields(request, folder, self.settings.limits))
 
     async def repeat(self, source: Job, owner: str, read: Callable[[Path], Awaitable[Fields]]) -> JSONResponse:
-        """Queue a video of the same inputs and flags as another, with the changes that `read` finds for its folder."""
+        """Queue a video with the inputs and flags of `source`, and the changes that `read` returns for its folder."""
         async with self.new_folder(owner) as (id, folder):
             reader = self.flag_reader(folder, owner)
             with user_errors(reader):
@@ -172,7 +172,7 @@ class Api:
             return {"object": "video.plan", **await self.make_plan(flags, reader)}
 
     async def make_plan(self, flags: dict[str, Any], reader: FlagReader) -> dict[str, Any]:
-        """The plan of what has been read; raises ApiError."""
+        """The plan for flags that `reader` has read; raises ApiError."""
         with user_errors(reader):
             try:
                 made = await self.planner.plan(flags, reader.folder)
@@ -181,12 +181,12 @@ class Api:
         return {**made, "text": without_paths(made["text"].replace(f"{reader.folder}/", ""))}
 
     def flag_reader(self, folder: Path, owner: str, names: Mapping[str, str] | None = None) -> FlagReader:
-        """Reads a request of an owner's whose files are in a folder."""
+        """The reader for an owner's request with files in `folder`."""
         return FlagReader(self.settings, folder, lambda id: self.find(id, owner), dict(names or {}))
 
     @asynccontextmanager
     async def new_folder(self, owner: str, keep: bool = True) -> AsyncIterator[tuple[str, Path]]:
-        """An id and its folder, which is removed if anything goes wrong."""
+        """Yield a new id and its folder, which is removed after an error, or always unless `keep`."""
         self.check_share(self.uploads, owner, self.settings.limits.uploads, "requests are being read")
         self.uploads[owner] += 1
         try:
@@ -203,7 +203,7 @@ class Api:
             self.uploads[owner] -= 1
 
     def check_share(self, counts: Counter[str], owner: str, most: int, what: str) -> None:
-        """Raise ApiError if all owners have `most` open, or one who has a key a quarter of it."""
+        """Raise ApiError if all owners together have `most` open, or one with a key a quarter of that."""
         if counts.total() >= most or (owner and counts[owner] >= max(1, most // 4)):
             raise ApiError(429, f"too many {what}; try again", headers={"Retry-After": "5"})
 
@@ -219,7 +219,7 @@ class Api:
     # Jobs
 
     async def answer(self, job: Job) -> JSONResponse:
-        """A job as its Video, with its place in the queue."""
+        """The response for a job: its Video object, with its place in the queue."""
         headers = {POLL: POLL_MS[job.state]} if job.state in POLL_MS else {}
         video = video_of(job, self.settings)
         if job.state is State.QUEUED:
@@ -227,7 +227,7 @@ class Api:
         return JSONResponse(video, headers=headers)
 
     async def find(self, id: str, owner: str, param: str = "id") -> Job:
-        """A job of an owner's; raises ApiError that names `param`."""
+        """An owner's job by its id; raises an ApiError that names `param` if there is none."""
         job = await run_in_threadpool(self.queue.get, id) if ID.fullmatch(id) else None
         if job is None or job.owner != owner:
             raise ApiError(404, f"there is no video {format_value(id)}", param)
@@ -294,7 +294,7 @@ class Api:
     async def preview(self, id: str, request: Request, number: int = 0) -> Response:
         """The newest preview of a video that is being made; `number` only keeps caches from showing an older one."""
         job = await self.find(id, owner_of(request))
-        try:  # in one piece: the next one may take its place
+        try:  # read at once: the next preview may replace it
             return Response(await run_in_threadpool(job.preview.read_bytes), media_type="image/png")
         except OSError:
             raise ApiError(404, GONE, "variant") from None
@@ -309,7 +309,7 @@ class Api:
         return EventSourceResponse(self.follow(id, owner), ping=PING_SECONDS)
 
     async def follow(self, id: str, owner: str) -> AsyncIterator[ServerSentEvent]:
-        """A job's changes until it ends or is deleted."""
+        """Yield a job's events until it ends or is deleted."""
         self.streams[owner] += 1
         try:
             shown: Any = None
@@ -360,13 +360,13 @@ class Api:
 
 
 def owner_of(request: Request) -> str:
-    """Whose request it is, as the guard has found."""
+    """The owner of a request, set by `Guard`."""
     return request.scope["owner"]
 
 
 @contextmanager
 def user_errors(reader: FlagReader) -> Iterator[None]:
-    """Turn a UserError into an answer that names the client's field."""
+    """Turn a UserError into an ApiError that names the field as the client did."""
     try:
         yield
     except UserError as error:
@@ -379,7 +379,7 @@ def event(name: str, content: dict[str, Any]) -> ServerSentEvent:
 
 
 class SentFile(FileResponse):
-    """A file that may be deleted before it is sent; headers wait for its first bytes."""
+    """A file that may be deleted before it is sent, so headers are held back until its first bytes are read."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         waiting: list[Message] = []
@@ -399,7 +399,7 @@ class SentFile(FileResponse):
 
 
 async def send_file(path: Path, kind: str, request: Request, name: str) -> Response:
-    """A file, or the range of it that is asked for, unless the client has it already; raises ApiError."""
+    """The response with a file or the requested range of it, or 304 if the client has it; raises ApiError."""
     try:
         status = await run_in_threadpool(path.stat)
     except OSError:
@@ -411,7 +411,7 @@ async def send_file(path: Path, kind: str, request: Request, name: str) -> Respo
         return made
     unit, version = asked.partition("=")[0].strip().lower(), request.headers.get("if-range")
     if unit != "bytes" or version not in (None, made.headers["etag"], made.headers["last-modified"]):
-        # to be ignored: of another unit, or of another version of the file
+        # ignored: the range is in another unit, or of another version of the file
         request.scope["headers"] = [(key, value) for key, value in request.scope["headers"] if key != b"range"]
     elif not is_satisfiable(asked, status.st_size):
         raise ApiError(
@@ -421,7 +421,7 @@ async def send_file(path: Path, kind: str, request: Request, name: str) -> Respo
 
 
 def is_satisfiable(asked: str, size: int) -> bool:
-    """Whether a Range header names one range within a file of so many bytes."""
+    """Whether a Range header names exactly one range within a file of `size` bytes."""
     found = RANGE.fullmatch(asked.strip())
     if found is None or not any(found.groups()):
         return False

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP connection, with a time limit for the head of a request, which it has only between requests."""
+"""uvicorn's HTTP connection with a time limit for request headers; uvicorn limits only the time between requests."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD_SECONDS = 20.0  # until all headers are there
+HEAD_SECONDS = 20.0  # to receive all headers
 
 
 class Connection(H11Protocol):
-    """Closes when a client sends its headers too slowly, or none at all."""
+    """A connection that closes if a client sends its headers too slowly, or none at all."""
 
     timer: asyncio.TimerHandle | None = None
 
@@ -29,7 +29,7 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def watch_head(self) -> None:
-        """Start the clock with the first byte, stop it with the last header."""
+        """Start the timer with the connection, later with a request's first byte; stop it after the last header."""
         if self.conn.their_state is not h11.IDLE:
             self.end_timer()
         elif self.timer is None:

@@ -1,4 +1,4 @@
-"""The page at /docs: the API in plain HTML, made from its OpenAPI description. It needs no script and no other host."""
+"""The page at /docs: the API in plain HTML, made from its OpenAPI description, without scripts or other hosts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API answers them. No answer has a path of the server, a secret or a traceback."""
+"""Error responses in the format of OpenAI's API. None contains a server path, a secret or a traceback."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ CODES = {
     **{408: "request_timeout", 409: "conflict", 413: "too_large", 415: "unsupported_media_type"},
     **{416: "range_not_satisfiable", 429: "rate_limit_exceeded", 507: "insufficient_storage"},
 }
-# an absolute path, which is no part of a URL; what remains is its last part
+# an absolute path that is not part of a URL; group 1 is its last component, which is kept
 PATH = re.compile(r"(?<![\w:/.~-])~?/(?:[^\s/'\",;]+/)+([^\s/'\",;]*)")
 
 
 class ApiError(Exception):
-    """A request that is refused.
+    """The error response to a refused request.
 
     Args:
-        message: what is wrong; fields in it begin with "--", which each client is shown in its own way.
+        message: what is wrong; it names fields as --flags, which are converted for each kind of client.
         param: the field at fault.
-        code: a word for programs; by default the status's.
-        headers: of the answer.
+        code: a machine-readable error code; by default that of the status.
+        headers: extra headers of the response.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class ApiError(Exception):
 
 
 def response_of(error: ApiError) -> JSONResponse:
-    """The answer to a request that is refused."""
+    """The JSON response for an error."""
     kind = TYPES.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
     content = {
         "message": text_of(error),
@@ -58,41 +58,41 @@ def response_of(error: ApiError) -> JSONResponse:
 
 
 def text_of(error: ApiError) -> str:
-    """The message of an error, with the names of its fields."""
+    """The message of an error as one redacted line, with --flags replaced by field names."""
     return one_line(redact(as_fields(error.message)))
 
 
 def as_fields(text: str) -> str:
-    """A text about flags as the API has it: with the names of their fields."""
+    """A text with --flags replaced by the names of the API's fields."""
     return FLAG.sub(r"\1", text)
 
 
 def from_user_error(error: UserError, fields: Mapping[str, str], status: int = 400) -> ApiError:
-    """A `UserError` for a client.
+    """The `ApiError` for a `UserError`.
 
     Args:
-        fields: the names that the client has used for flags.
+        fields: the field names that the client used, by flag.
     """
     flag = error.flag.removeprefix("--")
     name = fields.get(flag, flag)
-    file = rf"{re.escape(flag)}[-.\w@]*"  # what it is called in the folder of the job
+    file = rf"{re.escape(flag)}[-.\w@]*"  # names of its files in the job's folder
     message = re.sub(f"^{file}(, {file})*: ", "", without_paths(error.message))
     message = FLAG.sub(lambda match: f"--{fields.get(match[1], match[1])}", message)
     return ApiError(status, f"{name}: {message}", name)
 
 
 def from_status(status: int, detail: str, headers: Mapping[str, str] | None = None) -> ApiError:
-    """An error of the framework's."""
+    """The `ApiError` for an error that the web framework raised."""
     return ApiError(status, without_paths(detail) or HTTPStatus(status).phrase, headers=headers)
 
 
 def for_clients(text: str) -> str:
-    """An error of a worker's without advice on flags that no client may set; those that are left keep their dashes."""
+    """A worker's error message without advice on flags that clients may not set; other flags keep their dashes."""
     what, *advice = text.split("; ")
     can_set = {flag.name for flag in FLAGS if flag.is_for_clients}
     return "; ".join([what, *(part for part in advice if can_set.issuperset(FLAG.findall(part)))])
 
 
 def without_paths(text: str) -> str:
-    """A text with nothing but the last part of each absolute path in it."""
+    """A text with each absolute path cut to its last component."""
     return PATH.sub(r"\1", text)

@@ -1,6 +1,6 @@
-"""From a body's fields, OpenAI's names and ours, to the flags of a job: those of a line of --jobs.
+"""Converts a request's fields, under OpenAI's names or ours, into a job's flags, as in a line of --jobs.
 
-The table of flags in request.py says what there is; the command line's checks say what is wrong.
+The table of flags in request.py defines them; the command line's checks validate them.
 """
 
 from __future__ import annotations
@@ -34,32 +34,32 @@ from skyreels_v3.web.queue import STATES, Job
 from skyreels_v3.web.settings import Settings
 from skyreels_v3.web.uploads import Fields, Upload, check_kind, decode_data_url, max_bytes
 
-NAMES = {"model": "model_id", "seconds": "duration", "video": "input_video"}  # OpenAI's names of flags
-EXTRA = ("extra_body", "extra_json")  # fields within a field
+NAMES = {"model": "model_id", "seconds": "duration", "video": "input_video"}  # OpenAI's names for flags
+EXTRA = ("extra_body", "extra_json")  # fields that hold more fields
 REFERENCE = "input_reference"
-LINKS = ("image_url", "url", "video_url", "audio_url")  # keys of an object that stands for a file
+LINKS = ("image_url", "url", "video_url", "audio_url")  # keys of an object given for a file
 SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 KEYFRAME_FIELD = re.compile(r"keyframes@([\d.]+)")
 SWITCH = {"true": True, "false": False, "1": True, "0": False}  # in a form
-OWN = tuple(flag.name for flag in FLAGS if not flag.is_for_clients)  # the server's
+OWN = tuple(flag.name for flag in FLAGS if not flag.is_for_clients)  # only the server sets them
 
-FindJob = Callable[[str], Awaitable[Job]]  # a client's own job; raises ApiError
+FindJob = Callable[[str], Awaitable[Job]]  # finds a client's own job by its id; raises ApiError
 
 
 @dataclass
 class FlagReader:
-    """Makes flags of the fields of one request.
+    """Converts the fields of one request into flags.
 
     Attributes:
-        folder: of the job; its files get their names in it.
-        find: a job of this client's.
-        fields: the names that the client has used for flags.
+        folder: the job's folder, in which input files get their names.
+        find: finds a job of this client.
+        fields: the field names that the client used, by flag.
         parent: id of the job whose video was named as an input.
     """
 
     wanted: ClassVar[str] = "send the file itself, or an http or https address"
-    otherwise: ClassVar[str] = "send the file itself"  # where a URL cannot be fetched
-    names: ClassVar[str] = "see /docs"  # where no field is meant
+    otherwise: ClassVar[str] = "send the file itself"  # after a URL could not be fetched
+    names: ClassVar[str] = "see /docs"  # for an unknown field that resembles none
 
     settings: Settings
     folder: Path
@@ -68,13 +68,13 @@ class FlagReader:
     parent: str = ""
 
     async def read(self, given: Fields, **preset: Any) -> tuple[dict[str, Any], GenerationRequest]:
-        """The flags of a job, the server's defaults among them, and the request that they make.
+        """Read a new job: its flags, including the server's defaults, and the request made of them.
 
         Args:
-            preset: flags where the client gives none.
+            preset: values of flags that the client does not give.
 
         Raises:
-            UserError, ApiError: the first thing that is wrong.
+            UserError, ApiError: the first problem.
         """
         values = self.rename(merge_extra(given))
         self.place_reference(values)
@@ -87,10 +87,10 @@ class FlagReader:
         return await self.check(values, self.settings.defaults)
 
     async def read_changes(self, given: Fields, job: Job) -> tuple[dict[str, Any], GenerationRequest]:
-        """The same for another job's flags with changes; its input files have to be in the folder.
+        """Read changes to another job's flags, and return the same; its input files must already be in the folder.
 
         Raises:
-            UserError, ApiError: the first thing that is wrong.
+            UserError, ApiError: the first problem.
         """
         values = self.rename(merge_extra(given))
         for name in filter(values.__contains__, (REFERENCE, *INPUTS)):
@@ -103,23 +103,23 @@ class FlagReader:
     async def check(
         self, values: Mapping[str, Any], defaults: Mapping[str, Any]
     ) -> tuple[dict[str, Any], GenerationRequest]:
-        """Flags with `defaults` beside them, and the request that they make; raises UserError."""
+        """The converted flags on top of `defaults`, and the request made of them; raises UserError."""
         converted = {name: convert_from_file(name, as_switch(name, value), "") for name, value in values.items()}
         flags = without_overruled(defaults, converted) | converted
         request = request_of(job_flags(flags, {}, str(self.folder)))
         check_device(request.device)
         check_compute(request)
         await run_in_threadpool(self.check_inputs, request)
-        return flags | {"seed": request.seed}, request  # one that was drawn is kept
+        return flags | {"seed": request.seed}, request  # records a seed that was drawn
 
     def check_inputs(self, request: GenerationRequest) -> None:
-        """What would fail in its turn, perhaps hours later; raises UserError."""
+        """Raise UserError now for what would otherwise fail when the job runs, perhaps hours later."""
         refuse_other_tasks(request)
         opened, inputs = open_inputs(request, self.folder)
         pipeline_of(request.task).check_inputs(ResolvedRequest.of(opened, output=self.folder / "video.mp4"), inputs)
 
     def rename(self, given: Fields) -> Fields:
-        """Fields by the names of flags; without those that are null."""
+        """Checked fields under the names of their flags, without those that are null."""
         values: Fields = {}
         for key, value in given.items():
             name = NAMES.get(key, key)
@@ -135,7 +135,7 @@ class FlagReader:
         return values
 
     def check_size(self, values: Fields) -> None:
-        """Replace size by width and height."""
+        """Replace `size` with width and height."""
         if (size := values.pop("size", None)) is None:
             return
         sides = SIZE.fullmatch(size) if isinstance(size, str) else None
@@ -147,7 +147,7 @@ class FlagReader:
             self.fields[name], values[name] = "size", int(side)
 
     def check_names(self, values: Fields) -> None:
-        """Refuse fields that are no flags, or not for clients to set."""
+        """Refuse fields that are not flags or that clients may not set."""
         for name, value in values.items():
             if name in OWN or name == "config":
                 raise UserError(f"--{name}", "is the server's to say; leave it out")
@@ -158,7 +158,7 @@ class FlagReader:
                 raise UserError(f"--{name}", "is a file; send its value")
 
     def check_models(self, values: Fields) -> None:
-        """A model that the server has, in the place of its name; LoRAs from a hub only."""
+        """Replace the name of a model that is served with its --model_id; refuse LoRAs that are not hub ids."""
         if "model_id" in values:
             name = values["model_id"]
             if not isinstance(name, str) or name not in self.settings.models:
@@ -174,7 +174,7 @@ class FlagReader:
                     raise UserError("--lora", f"{format_value(source)} is no id of a hub; give OWNER/NAME")
 
     def place_reference(self, values: Fields) -> None:
-        """Give input_reference to the flag that the task has for a picture."""
+        """Move `input_reference` to the task's flag for a picture."""
         if (reference := values.pop(REFERENCE, None)) is None:
             return
         name = "image"
@@ -188,11 +188,11 @@ class FlagReader:
     # Files
 
     async def take_inputs(self, flag: Flag, value: Any) -> Any:
-        """The names in the job's folder of what a client gives for a flag of input files."""
+        """Take the inputs that a client gives for a flag; returns their file names in the job's folder."""
         if not flag.several:
             return await self.take(flag, value, flag.name)
         entries = [value] if not isinstance(value, list) else value
-        if isinstance(value, str) and value[:5].lower() != "data:":  # which has a comma of its own
+        if isinstance(value, str) and value[:5].lower() != "data:":  # a data URL contains a comma
             entries = split(flag.name, value, "")
         taken = []
         for number, entry in enumerate(entries[: self.settings.limits.parts], start=1):
@@ -203,7 +203,7 @@ class FlagReader:
         return taken
 
     async def take(self, flag: Flag, value: Any, stem: str) -> str:
-        """The name of an input in the job's folder: an upload, a URL that is fetched, or another job's video."""
+        """Take one input, which is an upload, a URL or another job's video; returns its name in the job's folder."""
         name = f"--{flag.name}"
         if isinstance(value, dict):
             if isinstance(value.get("id"), str):
@@ -230,17 +230,17 @@ class FlagReader:
         return upload.path.rename(self.folder / f"{stem}{upload.suffix}").name
 
     async def fetch(self, url: str, name: str, most: int) -> Upload:
-        """Download an input, by the command line's rules."""
+        """Download an input, under the command line's rules."""
         seconds = self.settings.defaults.get("url_timeout", GenerationRequest.url_timeout)
         private = self.settings.allow_private_urls
         try:
             path = await download_async(url, name, self.folder, seconds, most, False, private)
-        except UserError as error:  # its advice is for the server's own user
+        except UserError as error:  # its advice is for users of the command line
             raise UserError(name, f"{error.message.partition('; ')[0]}; {self.otherwise}") from error
         return Upload(path, path.name)
 
     async def take_video(self, id: str, stem: str) -> str:
-        """Take the video of another job of this client's."""
+        """Link the video of another of this client's jobs into the folder; returns its name there."""
         job = await self.find(id)
         if not job.video.is_file():
             raise ApiError(409, f"{job.id} {STATES[job.state]}: it has no video", "video")
@@ -251,7 +251,7 @@ class FlagReader:
 
 
 def merge_extra(given: Fields) -> Fields:
-    """Fields with those in `extra_body`, a JSON object or its text, beside them."""
+    """Fields merged with those inside `extra_body` and `extra_json`, which hold a JSON object or its text."""
     merged = {name: value for name, value in given.items() if name not in EXTRA}
     for name in EXTRA:
         more = given.get(name)
@@ -267,14 +267,14 @@ def merge_extra(given: Fields) -> Fields:
 
 
 def guess_task(values: Mapping[str, Any]) -> str:
-    """The task for the inputs that are given; the model's, where that has another one."""
+    """The task that the inputs suggest; if the model is published only for other tasks, the first of those."""
     guess = next((task for name, task in TASKS.items() if name in values), "t2v")
     model = values.get("model_id")
     owned = [spec.name for spec in map(task_spec, TASK_NAMES) if model in published(spec)]
     return guess if guess in owned or not owned else owned[0]
 
 
-# the first one that is given decides
+# the first input that is given decides
 TASKS = {
     "input_audio": "talking_avatar",
     "input_image": "talking_avatar",
@@ -285,7 +285,7 @@ TASKS = {
 
 
 def task_of_model(model: Any) -> str | None:
-    """The task that a published model is for; None for others."""
+    """The first task of a published model; None for other models."""
     return next((spec.name for spec in map(task_spec, TASK_NAMES) if model in published(spec)), None)
 
 
@@ -294,14 +294,14 @@ def published(spec: TaskSpec) -> tuple[str, ...]:
 
 
 def as_switch(name: str, value: Any) -> Any:
-    """A field's value; the text of a form as a truth value for a switch."""
+    """A field's value; for a boolean flag, the text in a form is converted."""
     flag = BY_NAME.get(name)
     is_switch = flag is not None and flag.kind is bool and isinstance(value, str)
     return SWITCH.get(value.lower(), value) if is_switch else value
 
 
 def part_keyframe(entry: Any) -> tuple[Any, str]:
-    """A keyframe's picture, and its time as the flag has it."""
+    """A keyframe's picture, and its time as "@SECONDS"."""
     if isinstance(entry, dict):
         return {key: value for key, value in entry.items() if key != "seconds"}, f"@{entry.get('seconds', '')}"
     image, mark, seconds = entry.rpartition("@") if isinstance(entry, str) else (entry, "", "")
@@ -313,7 +313,7 @@ def part_keyframe(entry: Any) -> tuple[Any, str]:
 
 
 def link(source: Path, target: Path) -> None:
-    """A second name for a file, or a copy of it."""
+    """Hard-link a file, or copy it where that is not possible."""
     try:
         os.link(source, target)
     except OSError:  # a file system without hard links
@@ -321,7 +321,7 @@ def link(source: Path, target: Path) -> None:
 
 
 def files_of(flags: Mapping[str, Any]) -> list[str]:
-    """The names of the files in a job's folder that its flags name."""
+    """The names of a job's input files in its folder, from its flags."""
     names: list[str] = []
     for name in filter(flags.__contains__, INPUTS):
         entries = flags[name] if isinstance(flags[name], list | tuple) else [flags[name]]
@@ -330,7 +330,7 @@ def files_of(flags: Mapping[str, Any]) -> list[str]:
 
 
 def schema_of(flag: Flag) -> dict[str, Any]:
-    """A flag's value, or an entry of one that takes several, as a JSON schema."""
+    """The JSON schema of a flag's value, or of one entry if the flag takes several."""
     kinds = {str: "string", int: "integer", float: "number", bool: "boolean"}
     entry: dict[str, Any] = {"type": kinds[flag.kind]}
     entry |= {"enum": list(flag.choices)} if flag.choices else {}
@@ -338,7 +338,7 @@ def schema_of(flag: Flag) -> dict[str, Any]:
 
 
 def schema() -> dict[str, Any]:
-    """The fields of a request as a JSON schema, for the OpenAPI page."""
+    """The JSON schema of a request's fields, for the OpenAPI description."""
     properties: dict[str, Any] = {
         "model": {"type": "string", "description": "one of GET /v1/models"},
         "seconds": {"type": "string", "description": BY_NAME["duration"].help},

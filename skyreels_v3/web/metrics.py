@@ -1,4 +1,4 @@
-"""What GET /metrics says, in Prometheus' format. No label has anything in it that a client has sent."""
+"""The metrics of GET /metrics, in Prometheus' format. No label contains text from a client."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ METHODS = ("GET", "HEAD", "POST", "DELETE")
 
 
 class Metrics:
-    """Counts requests, and jobs by their state.
+    """Counts requests, and jobs by state.
 
     Args:
-        counts: the jobs in each state.
+        counts: returns the number of jobs in each state.
     """
 
     def __init__(self, counts: Callable[[], Mapping[State, int]]) -> None:
@@ -28,7 +28,7 @@ class Metrics:
         self.registry.register(self)  # for `collect`
 
     def finished(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Count a request."""
+        """Record a finished request."""
         method = method if method in METHODS else "other"
         self.requests.labels(method, route, str(status)).inc()
         self.seconds.labels(method, route).observe(seconds)

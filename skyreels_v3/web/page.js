@@ -1,9 +1,9 @@
-// Brings what is shown up to date with the component's value. Jobs stay the elements that they are, so that a video
-// plays on, what is unfolded stays so, and the keyboard's focus stays where it was.
+// Updates the HTML that is shown to the component's value. The elements of jobs are kept, so that videos play on,
+// open details stay open, and the keyboard focus stays where it was.
 const calm = matchMedia('(prefers-reduced-motion: reduce)').matches;
 const live = element.querySelector('.live');
 const scrollTo = (id) => document.getElementById(id).scrollIntoView({ behavior: calm ? 'auto' : 'smooth', block: 'nearest' });
-let clear = () => {}; // what `mark` has done
+let clear = () => {}; // undoes what `mark` did
 const keyOf = (node) => node.dataset?.job || node.dataset?.do;
 
 function update(old, fresh) {
@@ -67,7 +67,7 @@ function mark(notice, tries = 50) { // opens the group of an error's field, and 
 	const input = field?.querySelector('textarea, input:not([type=file]), button');
 	if (!field?.offsetParent) document.querySelector(`[id="${notice.dataset.group}"] > .label-wrap:not(.open)`)?.click();
 	if (!(input && field.offsetParent) && tries && notice.isConnected) return setTimeout(() => mark(notice, tries - 1), 100);
-	if (!input) return notice.removeAttribute('data-field'); // it is shown where it is
+	if (!input) return notice.removeAttribute('data-field'); // no field to move it to
 	const error = Object.assign(document.createElement('p'), { className: 'field-error', id: `${id}-error`, textContent: notice.textContent });
 	field.append(error);
 	input.setAttribute('aria-invalid', 'true');
@@ -86,7 +86,7 @@ function mark(notice, tries = 50) { // opens the group of an error's field, and 
 	for (const type of types) field.addEventListener(type, clear, true);
 }
 
-// A double click means one, and so does a key that is held
+// A double click counts as one click, and so does a held key
 const area = element.closest('.go') ?? element;
 area.addEventListener('click', (event) => { if (event.detail > 1) event.stopPropagation(); }, true);
 area.addEventListener('keydown', (event) => { if (event.repeat && event.target.closest('button')) event.preventDefault(); }, true);

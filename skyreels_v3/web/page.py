@@ -1,7 +1,7 @@
-"""The page at /: forms for all tasks, the queue and the finished videos, by Gradio.
+"""The page at /, in Gradio: forms for all tasks, the queue and the finished videos.
 
-It calls what the HTTP API calls, and shows files by the API's routes. Gradio itself only keeps what a user drops into
-a form. Nothing is fetched from other hosts: neither by the server, nor by the browser, whose policy forbids it.
+It calls the same code as the HTTP API, and shows files through the API's routes. Gradio itself only stores what a user
+drops into a form. Nothing is fetched from other hosts: not by the server, nor by the browser, whose CSP forbids it.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ from skyreels_v3.web.uploads import PROBE_FPS, Fields, Upload, check_kind
 
 HERE = Path(__file__).parent
 SCRIPT = (HERE / "page.js").read_text(encoding="utf-8")
-BUSY_SECONDS, IDLE_SECONDS = 2.0, 6.0  # between looks at the queue; Gradio's timer rests while the tab is hidden
+BUSY_SECONDS, IDLE_SECONDS = 2.0, 6.0  # between refreshes; Gradio's timer pauses while the tab is hidden
 SHOWN_JOBS = 24  # in the gallery, and 24 more with each click
 MAX_WAITING = 100
-CLEAN_SECONDS = (3600, 24 * 3600)  # how often dropped files are looked at, and how old they may get
+CLEAN_SECONDS = (3600, 24 * 3600)  # between cleanups of dropped files, and their maximum age
 WAITING = (State.QUEUED, State.IN_PROGRESS)
 HEAD = """<h1>SkyReels</h1><nav aria-label="Page"><a class="narrow" href="#jobs">Queue</a>
 <a class="narrow" href="#videos">Videos</a><a href="/docs">HTTP API</a>{more}</nav>"""
 SANS = ("ui-sans-serif", "system-ui", "sans-serif")
 MONO = ("ui-monospace", "Consolas", "monospace")
-# In the browser: what is in the forms stays when Gradio loads the page again, as it does once a server is back
+# JavaScript that keeps what is in the forms when Gradio reloads the page, as it does once a server is back
 KEEP = """(...values) => {
     if (!window.forms) return; // not yet loaded
     const { ids, initial } = window.forms;
@@ -74,10 +74,10 @@ RESTORE = """(...initial) => {
 
 
 def mount_page(app: FastAPI) -> None:
-    """Serve the page at / beside the API, whose application this is."""
+    """Serve the page at / of the API's application."""
     api: Api = app.state.api
     drops = Drops(api.settings.folder / "page")
-    os.environ["GRADIO_TEMP_DIR"] = str(drops.folder)  # where Gradio keeps what is dropped
+    os.environ["GRADIO_TEMP_DIR"] = str(drops.folder)  # where Gradio stores dropped files
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     blocks = Page(api, drops).build()
     drops.share()  # the examples
@@ -91,7 +91,7 @@ def mount_page(app: FastAPI) -> None:
 
 
 def theme() -> gr.themes.Base:
-    """Gradio's own, in teal, with the fonts of the system; text has a contrast of 4.5 at least (WCAG's AA)."""
+    """Gradio's default theme in teal with system fonts; text has a contrast of at least 4.5 (WCAG's AA)."""
     base = gr.themes.Default(primary_hue="teal", neutral_hue="slate", font=SANS, font_mono=MONO, radius_size="md")
     soft = {"body_text_color_subdued", "block_info_text_color", "input_placeholder_color"}
     teal = {"button_primary_background_fill", "button_primary_border_color", "color_accent"}
@@ -107,7 +107,7 @@ class Page:
     """The page of a server.
 
     Attributes:
-        drops: what is dropped; job files are linked there for a form to show.
+        drops: dropped files; job files are linked beside them for a form to show.
     """
 
     api: Api
@@ -159,12 +159,12 @@ class Page:
         self.gallery = live_html("gallery")
         self.more = gr.Button("Show more", size="sm", visible=False)
         self.timer = gr.Timer(BUSY_SECONDS)
-        self.seen = gr.State(())  # what is shown, to send only changes
+        self.seen = gr.State(())  # hashes of what is shown, to send only changes
         self.chosen = gr.State(())  # ids of videos that are compared
         self.count = gr.State(SHOWN_JOBS)
 
     def connect(self, blocks: gr.Blocks) -> None:
-        """Say what happens when."""
+        """Attach the event handlers."""
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         view: Any = {self.seen, self.chosen, self.count}
         shown: Any = {self.status, self.queue, self.gallery, self.compare, self.more, self.timer, *view}
@@ -194,7 +194,7 @@ class Page:
     # Forms
 
     async def plan(self, form: Form, data: dict[Any, Any], request: gr.Request) -> dict[Any, Any]:
-        """Show what a form's video would take."""
+        """Show the plan of a form's video."""
         owner = owner_of(request)
         try:
             async with self.api.new_folder(owner, keep=False) as (_, folder):
@@ -216,7 +216,7 @@ class Page:
         return {form.notice: message("It is in the queue.", "jobs"), **await self.refresh(data, request)}
 
     async def read(self, form: Form, data: Mapping[Any, Any], reader: FlagReader, owner: str) -> dict[str, Any]:
-        """The flags that a form makes; its files are linked into the reader's folder. Raises ApiError."""
+        """The job's flags from a form, whose files are linked into the reader's folder; raises ApiError."""
         fields: Fields = {"task_type": form.task.name}
         with user_errors(reader):
             for each in form.fields:
@@ -228,7 +228,7 @@ class Page:
             return (await reader.read(fields))[0]
 
     def take(self, flag: Flag, values: list[str], folder: Path, owner: str) -> Any:
-        """The uploads for a flag; raises ApiError or UserError."""
+        """Link a flag's dropped files into a job's folder, as uploads; raises ApiError or UserError."""
         count = {KEYFRAMES: len(values) - 1, CLIP: 1}.get(flag.name, len(values))
         uploads = []
         for number, text in enumerate(values[:count]):
@@ -258,7 +258,7 @@ class Page:
     # Jobs
 
     async def refresh(self, data: dict[Any, Any], request: gr.Request) -> dict[Any, Any]:
-        """What has changed in queue and gallery."""
+        """Updates for what has changed in queue and gallery."""
         return await run_in_threadpool(self.changes, data, owner_of(request))
 
     def changes(self, data: dict[Any, Any], owner: str) -> dict[Any, Any]:
@@ -296,7 +296,7 @@ class Page:
         return {self.count: data[self.count], **await self.refresh(data, request)}
 
     async def act(self, data: dict[Any, Any], request: gr.Request, event: gr.EventData) -> dict[Any, Any]:
-        """Do what a button in queue or gallery says."""
+        """Handle a click on a button in the queue, gallery or comparison."""
         owner, do, id = owner_of(request), str(event._data.get("do")), str(event._data.get("id"))
         changed: dict[Any, Any] = {}
         try:
@@ -322,7 +322,7 @@ class Page:
         return {self.chosen: data[self.chosen], **changed, **await self.refresh(data, request)}
 
     def move(self, job: Job, by: int) -> None:
-        """Let a job change places with its owner's next one before it (-1) or behind it (1); others' stay in place."""
+        """Swap a job with its owner's previous (-1) or next (1) one; other owners' jobs keep their places."""
         order = self.api.queue.order()
         ids, mine = [*order], [id for id, owner in order.items() if owner == job.owner]
         index = mine.index(job.id) if job.id in mine else -1
@@ -358,7 +358,7 @@ class Page:
         return self.fill_form(job.flags, values)
 
     def fill_form(self, flags: Mapping[str, Any], files: Mapping[str, Any]) -> dict[Any, Any]:
-        """Open the form that flags are for, and put them into it."""
+        """Open the form of the flags' task, and put them into it."""
         form = self.forms[flags["task_type"]]
         values = one_size(written_out(flags))
         if "model_id" in values:
@@ -371,7 +371,7 @@ class Page:
         return changed
 
     def extend(self, job: Job, owner: str) -> dict[Any, Any]:
-        """Open the form of an extension with a job's video in it."""
+        """Open the form of an extension with a job's video as its input."""
         name = next(name for name in TASK_NAMES if task_spec(name).condition_frames and not task_spec(name).cut_at_seam)
         flags = {"task_type": name, "prompt": job.flags.get("prompt"), "include_input": True}
         kept = ("model_id",) if job.flags.get("model_id") in self.api.settings.models.values() else ()
@@ -379,7 +379,7 @@ class Page:
         return self.fill_form(flags | {each: job.flags[each] for each in kept}, files)
 
     def show(self, path: Path, owner: str) -> str:
-        """Link a file of a job's to where Gradio may send it to its owner from."""
+        """Link a job's file to where Gradio may serve it to its owner; returns that path."""
         shown = self.drops.folder / secrets.token_hex(16) / path.name
         shown.parent.mkdir()
         link(path, shown)
@@ -387,7 +387,7 @@ class Page:
         return str(shown)
 
     async def read_record(self, path: str | None) -> dict[Any, Any]:
-        """Put the settings in a video's metadata into a form; its inputs are not in it."""
+        """Put the settings in a video's metadata into a form; the metadata does not contain the inputs."""
         empty: dict[Any, Any] = {self.record: None, self.record_notice: ""}
         if path is None:
             return empty
@@ -396,7 +396,7 @@ class Page:
             if flags.get("task_type") not in self.forms:
                 raise UserError("--config", "the video does not name its task")
         except UserError as error:
-            what, *_ = error.message.replace(f"{Path(path).parent}/", "").partition(";")  # then it names YAML
+            what, *_ = error.message.replace(f"{Path(path).parent}/", "").partition(";")  # the rest names YAML
             return empty | {self.record_notice: notice(f"{what}; give a video that was made here")}
         inputs = ", ".join(label_of(name).lower() for name in INPUTS if name in flags)
         text = f"The settings are in the form.{f' Add its inputs: {inputs}.' if inputs else ''}"
@@ -405,10 +405,10 @@ class Page:
 
 
 def cut(clip: Upload, start: str, end: str) -> Upload:
-    """The part of a clip between two times in seconds, "" for its ends; to be exact, it is encoded again.
+    """The part of a clip between two times in seconds ("": its start or end), re-encoded to be exact.
 
     Raises:
-        UserError: it is no clip, or has no such part.
+        UserError: it is not a clip, or has no such part.
     """
     check_kind(CLIP, clip.path, clip.name)
     seconds = probe_video(clip.path, PROBE_FPS).seconds
@@ -430,12 +430,12 @@ def cut(clip: Upload, start: str, end: str) -> Upload:
 
 
 def live_html(id: str) -> gr.HTML:
-    """HTML that the page's script keeps up to date, without losing the focus or stopping a video that plays."""
+    """HTML that page.js updates in place, without losing the focus or stopping a video that plays."""
     return gr.HTML(elem_id=id, html_template='<div class="live"></div>', js_on_load=SCRIPT)
 
 
 def for_form(form: Form, do: Callable[[Form, dict[Any, Any], gr.Request], Awaitable[dict[Any, Any]]]) -> Any:
-    """A function of a form's own; Gradio goes by the annotations."""
+    """An event handler bound to a form; Gradio needs its annotations."""
 
     async def call(data: dict[Any, Any], request: gr.Request) -> dict[Any, Any]:
         return await do(form, data, request)
@@ -444,6 +444,6 @@ def for_form(form: Form, do: Callable[[Form, dict[Any, Any], gr.Request], Awaita
 
 
 def owner_of(request: gr.Request) -> str:
-    """Whose request it is, as the guard has found."""
+    """The owner of a request, set by `Guard`."""
     assert request.request is not None
     return request.request.scope["owner"]

@@ -1,6 +1,6 @@
-"""Who may see the page, and what of Gradio answers: signing in with a key, and a list of the routes that it needs.
+"""Access to the page: sign-in with a key, and an allowlist of the Gradio routes that the page needs.
 
-A browser sends its key as a cookie, which no script can read and no other site makes it send.
+A browser sends its key as a cookie that scripts cannot read and other sites cannot make it send.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MAX_EVENT_BYTES = 4 << 20
 BODY_SECONDS = 20
 OF_API = re.compile(r"/(v1|docs|openapi\.json|health|metrics)(/|$)")
 STATIC = re.compile(r"/(assets|static|svelte)/|/(theme\.css|favicon\.ico)$")
-# what the page's own scripts ask for
+# requested by the page's own scripts
 GRADIO = re.compile(
     r"/$|/config$|/gradio_api/(heartbeat/\w+$|file=/|((queue/(join|data)|run/predict|upload|upload_progress|cancel|reset"
     r"|startup-events|info|app_id|theme\.css)/?$))"
@@ -40,7 +40,7 @@ GRADIO = re.compile(
 EVENTS = re.compile(r"/gradio_api/(queue/join|run/predict)/?$")
 ADDRESS = re.compile(r"\s*[\w+.-]+:", re.ASCII)
 FILE, UPLOAD = "/gradio_api/file=", "/gradio_api/upload"
-# Gradio makes functions of texts, and loads WebAssembly in a worker for clips
+# Gradio compiles functions from strings, and loads WebAssembly in a worker for clips
 POLICY = (
     "default-src 'none'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "
@@ -61,12 +61,12 @@ button{{background:#0f766e;color:#fff;border:0;cursor:pointer}}
 
 
 class Drops:
-    """Whose the files in Gradio's folder are: a client sees and uses its own, and the examples.
+    """The owners of the files in Gradio's folder: a client sees and uses only its own files and the examples.
 
-    Each is in a folder that is named after its content, so several clients may have the same one.
+    Gradio puts each file into a folder named after its content, so several clients may own the same one.
 
     Args:
-        folder: emptied, since no page knows the files of an earlier server.
+        folder: emptied first, since no page knows the files of an earlier server.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -77,43 +77,43 @@ class Drops:
         self.examples: set[Path] = set()
 
     def share(self) -> None:
-        """Give everybody what is there now."""
+        """Let everyone access the files that are there now."""
         self.examples = {*self.folder.iterdir()}
 
     def add(self, path: Path, owner: str) -> None:
         self.owners.setdefault(path.resolve().parent, set()).add(owner)
 
     def allows(self, path: Path, owner: str) -> bool:
-        """Whether an owner may have a file."""
+        """Whether an owner may access a file."""
         folder = path.resolve().parent
         return folder in self.examples or owner in self.owners.get(folder, ())
 
 
 def protect(app: FastAPI, settings: Settings, drops: Drops) -> None:
-    """Put what is here before the page, which was mounted last."""
+    """Put the access checks in front of the page, which was mounted last."""
     routes = app.router.routes
     mount = routes.pop()
     assert isinstance(mount, Mount)
-    routes[:] = [route for route in routes if getattr(route, "path", "") != "/"]  # the API's own way to /docs
+    routes[:] = [route for route in routes if getattr(route, "path", "") != "/"]  # drops the API's redirect to /docs
     routes.append(PageMount("/", PageAccess(mount.app, settings, drops)))
     app.add_middleware(CookieKey)
 
 
 class PageMount(Mount):
-    """Everything that is not the API's, whose own errors stay as they are."""
+    """A mount for all paths but the API's, which keep their own errors."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         return (Match.NONE, {}) if OF_API.match(scope["path"]) else super().matches(scope)
 
 
 class CookieKey:
-    """ASGI middleware, before the guard: the key in a browser's cookie, as the header that the guard looks for."""
+    """ASGI middleware before `Guard`: copies the key from a browser's cookie to the header that `Guard` checks."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == "/manifest.json":  # browsers ask for it without cookies
+        if scope["type"] == "http" and scope["path"] == "/manifest.json":  # browsers request it without cookies
             await JSONResponse({"name": "SkyReels", "start_url": "/"})(scope, receive, send)
             return
         if scope["type"] == "http":
@@ -134,7 +134,7 @@ def key_of(headers: Headers) -> str:
 
 
 class PageAccess:
-    """ASGI: the page for who may see it, a form to sign in for others."""
+    """ASGI application: the page for clients with access, a sign-in form for others."""
 
     def __init__(self, app: ASGIApp, settings: Settings, drops: Drops) -> None:
         self.app, self.drops, self.keys = app, drops, settings.keys
@@ -146,7 +146,7 @@ class PageAccess:
 
         async def with_policy(message: Message) -> None:
             nonlocal uploaded
-            if uploaded:  # the answer is a list of paths
+            if uploaded:  # the response is a list of paths
                 paths.extend(message["body"])
                 if not message.get("more_body"):
                     for dropped in json.loads(paths):
@@ -155,13 +155,13 @@ class PageAccess:
                 uploaded = path.rstrip("/") == UPLOAD and message["status"] == 200
                 headers = MutableHeaders(scope=message)
                 headers["Content-Security-Policy"] = POLICY
-                headers["Referrer-Policy"] = "same-origin"  # without one, a form's Origin is null
+                headers["Referrer-Policy"] = "same-origin"  # with no-referrer, a form's Origin is null
                 if STATIC.match(path):
                     headers["Cache-Control"] = "private, max-age=3600"
             await send(message)
 
         if path == SIGN_OUT:
-            answer = RedirectResponse("/", 303, {"Clear-Site-Data": '"storage"'})  # what was typed
+            answer = RedirectResponse("/", 303, {"Clear-Site-Data": '"storage"'})  # clears what was typed into forms
             answer.delete_cookie(COOKIE)
             await answer(scope, receive, with_policy)
             return
@@ -185,7 +185,7 @@ class PageAccess:
         await self.app(scope, receive, with_policy)
 
     async def checked(self, request: Request) -> Receive:
-        """What Gradio receives of an event, once it has been looked at; raises ApiError."""
+        """A `receive` that gives Gradio the body of an event after checking it; raises ApiError."""
         body = await read_all(request, MAX_EVENT_BYTES)
         try:
             foreign = names_address(json.loads(body))
@@ -201,13 +201,13 @@ class PageAccess:
         return receive
 
     def is_needed(self, path: str, owner: str) -> bool:
-        """Whether the page needs a route; of files it needs only what its user has dropped into it."""
+        """Whether the page needs a route; of files, only the user's own and the examples."""
         if path.startswith(FILE):
             return self.drops.allows(Path(path.removeprefix(FILE)), owner)
         return bool(STATIC.match(path) or GRADIO.match(path))
 
     def is_key(self, key: str, scope: Scope) -> bool:
-        """Whether a key is one of the server's; raises ApiError for who tries too many."""
+        """Whether a key is one of the server's; raises ApiError after too many wrong ones."""
         try:
             return bool(self.guard.authenticate(Headers({"authorization": f"Bearer {key}"}), client_of(scope)))
         except ApiError as error:
@@ -216,7 +216,7 @@ class PageAccess:
             return False
 
     async def sign_in(self, request: Request) -> Response:
-        """Give the browser its cookie."""
+        """Give the browser its cookie if the key is right."""
         try:
             body = await read_all(request, MAX_SIGN_IN_BYTES)
         except ApiError as error:
@@ -229,14 +229,14 @@ class PageAccess:
         if not known:
             return HTMLResponse(SIGN_IN.format(problem='<p role="alert">This is not a key of the server.</p>'), 401)
         answer = RedirectResponse("/", 303)
-        # as it is in the header, for balancers: set_cookie would put "/" and "=" into quotation marks
+        # the same text as in the header, for load balancers: set_cookie would quote a key with "/" or "="
         kind = f"Max-Age={MONTH}; Path=/; HttpOnly; SameSite=strict"
         answer.headers["Set-Cookie"] = f"{COOKIE}={key}; {kind}{'; Secure' * (request.url.scheme == 'https')}"
         return answer
 
 
 async def read_all(request: Request, most: int) -> bytes:
-    """A small body; raises ApiError if it is large or slow."""
+    """Read a body of up to `most` bytes; raises ApiError if it is larger, too slow or incomplete."""
     body = b""
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -252,7 +252,7 @@ async def read_all(request: Request, most: int) -> bytes:
 
 
 def names_address(value: Any) -> bool:
-    """Whether an event of a page has a file that Gradio would fetch from elsewhere, without any limit."""
+    """Whether an event of a page names a file by its URL, which Gradio would fetch without any limit."""
     if isinstance(value, list):
         return any(map(names_address, value))
     if not isinstance(value, dict):

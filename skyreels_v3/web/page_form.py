@@ -1,4 +1,4 @@
-"""The form of a task: a component for each flag in request.py that the task takes, and what its values say."""
+"""The form of a task: components for each flag in request.py that the task takes, and their values."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ TABS = {
     **{"t2v": "Text", "i2v": "Image", "reference_to_video": "References", "talking_avatar": "Avatar"},
     **{"single_shot_extension": "Extend", "shot_switching_extension": "New shot"},
 }  # short titles, in order
-# flags that are always in view, besides prompt and inputs
+# flags that are always visible, besides prompt and inputs
 OPEN = (
     *("resolution", "width", "height", "duration", "num_frames", "num_inference_steps", "seed", "model_id"),
     *("transition", "include_input"),
 )
-HIDDEN = (*OWN, *SHORTHANDS, "task_type", "url_timeout")  # the page sends files, no URLs
+HIDDEN = (*OWN, *SHORTHANDS, "task_type", "url_timeout")  # the page uploads files, so it needs no URLs
 KEYFRAMES, CLIP = "keyframes", "input_video"
 SIZE = ("resolution", "width", "height")  # either the first or the others
 WAVEFORM = {"waveform_color": "#64748b", "waveform_progress_color": "#0d9488", "trim_region_color": "#0d948855"}
-ASSETS = CONFIG_DIR.parent / "assets"  # in a clone
-MORE_PROMPTS = {  # of words that the built-in model knows
+ASSETS = CONFIG_DIR.parent / "assets"  # only in a clone
+MORE_PROMPTS = {  # made of words that the built-in model knows
     "t2v": (
         "A red lantern floats up into the night",
         "A white sailboat drifts to the left on the sea",
@@ -58,8 +58,8 @@ MORE_PROMPTS = {  # of words that the built-in model knows
 }
 
 
-# A gr.Image that leaves it to our own checks to say what is wrong with a file, where Gradio's would just fail. Not by
-# `class`, since then Gradio writes a .pyi file beside this one.
+# A gr.Image that does not open the file, so that our own checks report what is wrong with it. Not a `class` statement:
+# with one, Gradio would write a .pyi file beside this one.
 Picture: Any = ABCMeta.__new__(
     type(gr.Image), "Picture", (gr.Image,),
     {"is_template": True, "preprocess": lambda self, payload: payload and payload.path},
@@ -71,8 +71,8 @@ class Field:
     """A flag's part of a form.
 
     Attributes:
-        initial: its value if the user does nothing; then it is not sent, and the server's default holds. Of the size
-            all that is shown is sent: it holds for any model.
+        initial: its value unless the user changes it; it is then not sent, and the server's default applies. The size
+            is always sent as shown, so that it applies to any model.
     """
 
     flag: Flag
@@ -82,7 +82,7 @@ class Field:
     def value_of(self, data: Mapping[Any, Any]) -> Any:
         """The value to send; None for none.
 
-        Files are lists of paths, keyframes with a text of seconds at the end, a clip with those where it is cut.
+        Files are lists of paths; keyframes end with a string of their times, a clip with its two cutting times.
         """
         values = [data[component] for component in self.components]
         if self.flag.name not in INPUTS:
@@ -95,7 +95,7 @@ class Field:
         return [value for value in values if value] or None
 
     def updates_for(self, value: Any) -> dict[Any, Any]:
-        """What makes the components show a value; None: the initial one, "": none."""
+        """Gradio updates that make the components show a value; None: the initial one, "": none."""
         if self.flag.name == KEYFRAMES:
             paths, times = value or ([], [])
             return dict(zip(self.components, (gr.update(value=paths), gr.update(value=", ".join(times))), strict=True))
@@ -109,12 +109,12 @@ class Field:
 
 @dataclass
 class Form:
-    """A task's form, to be made within a tab."""
+    """A task's form, built within a tab."""
 
     task: TaskSpec
     settings: Settings
     fields: list[Field] = field(default_factory=list)
-    folded: dict[str, str] = field(default_factory=dict)  # ids of groups by the names of the flags in them
+    folded: dict[str, str] = field(default_factory=dict)  # ids of folded groups, by the flags in them
     notice: Any = None
     plan_button: Any = None
     start_button: Any = None
@@ -125,7 +125,7 @@ class Form:
 
     @property
     def typed(self) -> list[Any]:
-        """The components that hold no files."""
+        """The components that do not hold files."""
         return [part for each in self.fields for part in each.components if not hasattr(part, "upload")]
 
     def build(self) -> None:
@@ -135,7 +135,7 @@ class Form:
         mine = [flag for flag in FLAGS if self.has(flag)]
         self.add(BY_NAME["prompt"])
         inputs = [flag for flag in mine if flag.name in INPUTS and flag.name != KEYFRAMES]
-        inputs.sort(key=lambda flag: (flag.name in SLOTS, flag.name not in self.task.inputs))  # what is needed first
+        inputs.sort(key=lambda flag: (flag.name in SLOTS, flag.name not in self.task.inputs))  # required ones first
         if single := [flag for flag in inputs if flag.name not in SLOTS]:
             with gr.Row(elem_classes="files"):
                 for flag in single:
@@ -144,7 +144,7 @@ class Form:
             self.add(flag)
         components = [component for each in self.example_fields for component in each.components]
         rows = self.examples()
-        prompts = [str(row[0]) for row in rows]  # as labels they make buttons, which the keyboard reaches
+        prompts = [str(row[0]) for row in rows]  # as labels they become buttons, which the keyboard reaches
         gr.Examples(rows, components, label="Examples", example_labels=prompts, elem_id=f"{self.task.name}-examples")
         with gr.Row(elem_classes=["numbers", "common"]):
             for name in OPEN:
@@ -158,24 +158,24 @@ class Form:
         self.keep_one_size()
 
     def keep_one_size(self) -> None:
-        """Let the fields show the size that is made, by resolution or by width and height. All in the browser."""
+        """Keep only one size filled in, resolution or width and height; runs in the browser."""
         fields = [each for each in self.fields if each.flag.name in SIZE]
         parts: list[Any] = [each.components[0] for each in fields]
         *resolution, width, height = parts
         options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         same = "{__type__: 'update'}"
-        for part in resolution:  # this comes when the field is left, too
+        for part in resolution:  # this event also fires when the field loses focus
             chosen = f"(resolution) => resolution ? ['', ''] : [{same}, {same}]"
             part.input(None, part, [width, height], js=chosen, **options)
         left = (
             f"(...shown) => shown.some(Boolean) ? shown.map(() => ({same})) : {json.dumps([x.initial for x in fields])}"
         )
-        for side in (width, height):  # its `input` does not come with all that is typed
+        for side in (width, height):  # its `input` event does not fire for all typing
             side.change(None, side, resolution, js=f"(side) => side ? [null] : [{same}]", **options)
             side.blur(None, parts, parts, js=left, **options)
 
     def build_group(self, name: str, flags: list[Flag]) -> None:
-        """A folded group of flags."""
+        """Make a folded group of flags."""
         id = f"{self.task.name}-{name.lower().replace(' ', '-')}"
         with gr.Accordion(name, open=False, elem_id=id), gr.Row(elem_classes="numbers"):
             for flag in flags:
@@ -183,7 +183,7 @@ class Form:
                 self.folded[flag.name] = id
 
     def has(self, flag: Flag) -> bool:
-        """Whether the form has a flag: of the task, for a client to set, and no other spelling of another one."""
+        """Whether the form has a flag: one of the task that clients may set, and not a shorthand for another."""
         return flag.in_line and flag.is_for(self.task) and flag.name not in HIDDEN
 
     def add(self, flag: Flag) -> None:
@@ -209,7 +209,7 @@ class Form:
         self.fields.append(Field(flag, components, initial))
 
     def file_component(self, flag: Flag, number: int) -> Any:
-        """A place to drop a file."""
+        """The component for one file of a flag."""
         many = f" {number + 1}" if flag.name in SLOTS else ""
         others = (a if b == flag.name else b for a, b in EXCLUSIVE if flag.name in (a, b))
         instead = [label_of(other).lower() for other in others if other not in HIDDEN]
@@ -229,12 +229,12 @@ class Form:
 
     @property
     def models(self) -> list[str]:
-        """Models of the server for this task."""
+        """The server's models for this task."""
         others = {name for task in map(task_spec, TASK_NAMES) for name in published(task)} - {*published(self.task)}
         return [name for name in self.settings.models if name not in others]
 
     def examples(self) -> list[list[Any]]:
-        """Values of prompt and inputs: the preset's own example, and more prompts for the same inputs."""
+        """Rows of prompt and inputs: the preset's example, and more prompts for the same inputs."""
         names = [each.flag.name for each in self.example_fields]
         values = example_of(self.task.name)
         prompts = [values["prompt"], *MORE_PROMPTS.get(self.task.name, ())]
@@ -253,12 +253,12 @@ class Form:
 
     @property
     def example_fields(self) -> list[Field]:
-        """Prompt and required inputs."""
+        """The fields of the prompt and the required inputs."""
         return [each for each in self.fields if each.flag.name in ("prompt", *self.task.inputs)]
 
 
 def value_component(flag: Flag, id: str, initial: Any, models: list[str]) -> Any:
-    """The component of a flag that is no file."""
+    """The component of a flag that does not take a file."""
     help = explain(flag)
     options: dict[str, Any] = {"label": label_of(flag.name), "info": help, "elem_id": id, "min_width": 150}
     if flag.kind is bool:
@@ -278,7 +278,7 @@ def value_component(flag: Flag, id: str, initial: Any, models: list[str]) -> Any
 
 
 def one_size(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values for a form with one size: that of width and height, where both that and a resolution are given."""
+    """Values for a form with only one size: width and height win over a resolution."""
     sides = dict.fromkeys(SIZE[1:], "")
     if any(values.get(side) for side in sides):
         return {**sides, **values, "resolution": ""}
@@ -287,10 +287,10 @@ def one_size(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @cache
 def example_of(task: str) -> dict[str, Any]:
-    """The flags of a preset's example, with the paths of their files, where those are there."""
+    """The prompt and inputs of a preset's example; files that do not exist are left out."""
     found, _ = build_parser().parse_known_args(shlex.split(" ".join(task_spec(task).example)))
     given = {name: value for name, value in vars(found).items() if value is not None}
-    values: dict[str, Any] = {"prompt": given["prompt"].removeprefix(task_spec(task).prompt_prefix)}  # it is put back
+    values: dict[str, Any] = {"prompt": given["prompt"].removeprefix(task_spec(task).prompt_prefix)}  # added later
     for name in filter(given.__contains__, INPUTS):
         entries = convert_entries(BY_NAME[name], given[name]) if BY_NAME[name].several else [given[name]]
         paths = [ASSETS / Path(entry).name for entry in entries]

@@ -1,4 +1,4 @@
-"""What the page shows of jobs, as HTML. Everything that a user has written is escaped."""
+"""The page's HTML for jobs. Everything that a user has written is escaped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from skyreels_v3.web.queue import Job, State
 from skyreels_v3.web.settings import Settings
 from skyreels_v3.web.views import error_of, progress_of, size_of
 
-# flags that are shown elsewhere, or say nothing here
+# flags that are shown elsewhere, or of no interest here
 SHOWN = ("task_type", "prompt", "include_input", "memory", "width", "height")
 ENDS = {State.COMPLETED: "Completed", State.CANCELLED: "Cancelled", State.FAILED: "Failed"}
 
@@ -25,25 +25,25 @@ def button(do: str, id: str, text: str, **attributes: str) -> str:
 
 
 def actions(job: Job, buttons: Iterable[str]) -> str:
-    """A job's buttons, which are named after its prompt for who cannot see where they are."""
+    """A job's buttons, as a group labeled with its prompt for screen readers."""
     return f'<div class="actions" role="group" aria-label="{escape(prompt_of(job)[:80])}">{"".join(buttons)}</div>'
 
 
 def notice(text: str, field: str = "", group: str = "") -> str:
-    """An error above the buttons, or at the field with the id: the page's script puts it there, and opens its group."""
+    """An error above the buttons, or at the element `field`: page.js moves it there and opens the field's group."""
     at = f'data-field="{escape(field)}" data-group="{escape(group)}"' if field else ""
     return f'<p class="notice" role="alert" data-time="{monotonic_ns()}" {at}>{escape(text)}</p>'
 
 
 def message(text: str, link: str = "", scroll: str = "") -> str:
-    """A message above the buttons, new each time, with a link to where it is on the page, or scrolling there."""
+    """A message above the buttons, with a link to an element of the page or a scroll to it; shown anew each time."""
     more = f' <a href="#{link}">Show it</a>' if link else ""
     to = f'data-scroll="{scroll}"' if scroll else ""
     return f'<p class="message" role="status" data-time="{monotonic_ns()}" {to}>{escape(text)}{more}</p>'
 
 
 def plan_html(plan: Mapping[str, Any]) -> str:
-    """A plan: its numbers in large, the text of --dry_run below."""
+    """A plan: its main numbers, and below them the text of --dry_run."""
     most = plan["memory_bytes"][plan["memory"]]["whole"]
     seconds = plan.get("denoising_seconds")
     facts = {
@@ -59,13 +59,13 @@ def plan_html(plan: Mapping[str, Any]) -> str:
 
 
 def terms(facts: Mapping[str, str]) -> str:
-    """A list of names with values."""
+    """A description list of names and values."""
     pairs = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
     return f"<dl>{pairs}</dl>"
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people."""
+    """Seconds in readable units."""
     if seconds < 60:
         return f"{max(1, round(seconds))} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -73,7 +73,7 @@ def duration(seconds: float) -> str:
 
 
 def queue_html(jobs: Sequence[Job], places: Mapping[str, int]) -> str:
-    """Jobs that wait or run, in order; `places` says how many are before each that waits."""
+    """Waiting and running jobs, in order; `places` has the number of jobs ahead of each waiting one."""
     if not jobs:
         return '<p class="empty">Nothing is waiting. Videos that you start appear here.</p>'
     movable = [job.id for job in jobs if job.id in places]
@@ -82,7 +82,7 @@ def queue_html(jobs: Sequence[Job], places: Mapping[str, int]) -> str:
 
 
 def status_html(waiting: Sequence[Job], ended: Sequence[Job]) -> str:
-    """The state of all in a line. It changes with the stage, not with each step: it is read aloud."""
+    """The state of all jobs in one line. It changes with the stage, not each step, as screen readers read it out."""
     running = [job for job in waiting if job.state is State.IN_PROGRESS]
     stage = f" ({stage_of(running[0])})" if running else ""
     parts = [f"{len(running)} running{stage}", f"{len(waiting) - len(running)} waiting"] if waiting else []
@@ -91,7 +91,7 @@ def status_html(waiting: Sequence[Job], ended: Sequence[Job]) -> str:
 
 
 def queue_entry(job: Job, place: int | None, movable: Sequence[str]) -> str:
-    """A job among those that wait or run; `movable` has the ids of those that wait, in order."""
+    """A waiting or running job; `movable` has the ids of the waiting ones, in order."""
     preview = progress_of(job)["preview"]
     picture = f'<img class="picture" src="{escape(preview)}" alt="Preview">' if preview else ""
     part = round(100 * min(1.0, max(0.0, job.progress.part)))
@@ -109,7 +109,7 @@ def queue_entry(job: Job, place: int | None, movable: Sequence[str]) -> str:
 
 
 def stage_of(job: Job) -> str:
-    """What a running job does."""
+    """What a running job is doing."""
     progress = job.progress
     stage = "cancelling" if job.cancelling else progress.stage or "starting"
     return (
@@ -120,7 +120,7 @@ def stage_of(job: Job) -> str:
 
 
 def state_text(job: Job, place: int | None) -> str:
-    """Where a job is, in a line."""
+    """The state of a waiting or running job in one line."""
     progress = job.progress
     if place is not None:
         return "next" if place == 0 else f"waiting, {place} before it"

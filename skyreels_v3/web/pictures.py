@@ -1,6 +1,6 @@
-"""Pictures of a finished video: its first frame small, its last one, and a sheet of frames.
+"""Pictures of a finished video: a thumbnail of its first frame, its last frame, and a sprite sheet.
 
-Each is made when it is first asked for, and then kept.
+Each is made on the first request and then kept.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from skyreels_v3.media.video_reader import last_frames, probe_video, read_frames
 
 THUMBNAIL_SIDE = 512  # pixels, at most
 SHEET_COLUMNS, SHEET_FRAMES, SHEET_SIDE = 5, 25, 320
-SHEET_FPS = 4  # of the frames that are looked at
+SHEET_FPS = 4  # at which videos are sampled
 
-_lock = Lock()  # one at a time: ffmpeg takes a core
+_lock = Lock()  # one at a time: ffmpeg uses a whole core
 
 
 def picture_of(video: Path, variant: str) -> Path:
-    """The file with a picture of a video, one of `PICTURES`.
+    """The file of one of a video's `PICTURES`, made if it does not exist.
 
     Raises:
         OSError, RuntimeError: the video is gone, or the disk is full.
@@ -48,13 +48,13 @@ def thumbnail(video: Path) -> Image.Image:
 
 
 def last_frame(video: Path) -> Image.Image:
-    """The last frame, in its own size."""
+    """The last frame at full size."""
     fps = round(probe_video(video, SHEET_FPS).fps)
     return Image.fromarray(last_frames(video, fps, 1)[0])
 
 
 def spritesheet(video: Path) -> Image.Image:
-    """Frames from all of the video, row by row."""
+    """Evenly spaced frames of the whole video, row by row."""
     step = max(1, math.ceil(probe_video(video, SHEET_FPS).frames / SHEET_FRAMES))
     frames = [frame for number, frame in enumerate(small_frames(video, SHEET_SIDE)) if number % step == 0]
     width, height = frames[0].size
@@ -67,7 +67,7 @@ def spritesheet(video: Path) -> Image.Image:
 
 
 def small_frames(video: Path, side: int) -> Iterator[Image.Image]:
-    """Some frames a second, no side longer than `side` pixels."""
+    """Frames at `SHEET_FPS`, scaled down to at most `side` pixels per side."""
     with closing(read_frames(video, SHEET_FPS)) as frames:  # type: ignore[type-var]  # generators have `close`
         for frame in frames:
             image = Image.fromarray(frame)
@@ -75,7 +75,7 @@ def small_frames(video: Path, side: int) -> Iterator[Image.Image]:
             yield image
 
 
-PICTURES = {  # files, and what makes them
+PICTURES = {  # file names, and the functions that make the pictures
     "thumbnail": ("thumbnail.webp", thumbnail),
     "spritesheet": ("spritesheet.jpg", spritesheet),
     "last": ("last.png", last_frame),

@@ -1,7 +1,6 @@
-"""Plans for clients, made by a process of their own: planning imports torch, and may take seconds.
+"""Plans for clients, made in a separate process, since planning imports torch and may take seconds.
 
-`python -m skyreels_v3.web.planning` reads a line of JSON, {"flags", "group", "folder"}, and answers with one, again and
-again.
+`python -m skyreels_v3.web.planning` reads lines of JSON, {"flags", "group", "folder"}, and answers each with a line.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ from typing import Any
 from skyreels_v3.errors import UserError
 from skyreels_v3.subprocesses import kill, module_environment
 
-IDLE_SECONDS = 300.0  # then the process is ended, which frees its memory
+IDLE_SECONDS = 300.0  # after which the process is killed to free its memory
 
 
 class PlanFailed(Exception):
-    """No plan in time, or none at all."""
+    """Planning failed or took too long."""
 
 
 class Planner:
     """Makes one plan at a time.
 
     Args:
-        seconds: for each.
+        seconds: time limit for each.
         group: see `Settings`.
     """
 
@@ -40,7 +39,7 @@ class Planner:
         self.timer: asyncio.TimerHandle | None = None
 
     async def plan(self, flags: dict[str, Any], folder: Path) -> dict[str, Any]:
-        """The plan of a job whose files are in a folder: its text, and numbers.
+        """The plan of a job whose files are in `folder`, as text and numbers.
 
         Raises:
             UserError: the job cannot work on this machine.
@@ -76,14 +75,14 @@ class Planner:
         return json.loads(await self.process.stdout.readline())
 
     def end(self) -> Process | None:
-        """End the process, and return it."""
+        """Kill the process, and return it."""
         process, self.process = self.process, None
         if process is not None:
             kill(process)
         return process
 
     async def close(self) -> None:
-        """End the process, and wait for its end."""
+        """Kill the process, and wait until it has ended."""
         if self.timer is not None:
             self.timer.cancel()
         if (process := self.end()) is not None:
@@ -91,7 +90,7 @@ class Planner:
 
 
 def answer_to(question: dict[str, Any]) -> dict[str, Any]:
-    """The plan that is asked for, or what is wrong."""
+    """The requested plan, or what is wrong with the request."""
     from skyreels_v3.checks import request_of
     from skyreels_v3.cli import job_flags
     from skyreels_v3.dry_run import describe, plan_of

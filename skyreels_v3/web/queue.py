@@ -1,7 +1,7 @@
-"""The durable queue of a server: jobs in SQLite, in the server's folder, and a folder for each job's files.
+"""A server's durable queue: jobs in an SQLite database in the server's folder, and a folder for each job's files.
 
-Several processes use it at once: the web process adds, lists, cancels and deletes; each worker claims, reports and ends
-jobs. A change is one transaction; what a method has returned from is on the disk.
+Several processes use it at once: the web process adds, lists, cancels and deletes jobs; workers claim them, report
+progress and end them. Each change is one transaction, and is on the disk when the method returns.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from skyreels_v3.resume import state_folders
 
 DATABASE = "queue.sqlite"
 SERVER_LOCK = "server.lock"
-JOBS = "jobs"  # the folder with a folder for each
-WORKERS = "workers"  # the folder with the lock file of each
+JOBS = "jobs"  # folder of the jobs' folders
+WORKERS = "workers"  # folder of the workers' lock files
 VERSION = 1  # of the schema
 BUSY_SECONDS = 30.0  # to wait for another process's transaction
-MAX_JOBS = 1000  # that have not ended, of all owners
+MAX_JOBS = 1000  # not yet ended, of all owners
 MAX_OWNER_JOBS = 100
 UPLOADING = ""  # the state of an id that is not a job yet
-# Times are for people and for `expire`. Order is by counters, and a job is a worker's until that lets go of it, or its
-# process is known to have ended: a clock that jumps changes nothing.
+# Times are only for display and `expire`. Jobs are ordered by counters, and belong to a worker until it gives them up
+# or its process is known to have ended, so clock jumps do not matter.
 SCHEMA = """CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, state TEXT NOT NULL,
     flags TEXT NOT NULL DEFAULT '{}', owner TEXT NOT NULL DEFAULT '', parent TEXT NOT NULL DEFAULT '',
@@ -72,13 +72,13 @@ STATES = {  # for messages, after a job's id
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a job is.
+    """How far a job has got.
 
     Attributes:
         stage: "loading", "encoding", "denoising", "decoding" or "writing".
-        part: of all, 0 to 1.
-        window, windows: which pass of how many, from 1; 0 before the first.
-        step, steps: of that pass, from 1.
+        part: share of the whole job, 0 to 1.
+        window, windows: current pass, from 1 (0 before the first), and number of passes.
+        step, steps: current denoising step of that pass, from 1, and number of steps.
         seconds_left: an estimate, or None.
         preview: number of the newest preview, from 1; 0 for none. Its file is `Job.preview`.
     """
@@ -95,22 +95,22 @@ class Progress:
 
 @dataclass(frozen=True)
 class Job:
-    """A video to make, being made, or made.
+    """The job of making one video, in any state.
 
     Attributes:
         id: "video_" and 32 hexadecimal digits, random.
-        flags: as in a line of --jobs, `task_type` among them; paths are within the job's folder.
-        owner: whose it is; "" where nobody needs a key.
+        flags: as in a line of --jobs, including `task_type`; paths are relative to the job's folder.
+        owner: owner id, see `security.owner_of`; "" where no key is needed.
         parent: id of the job that it extends or repeats.
-        priority: higher ones first; `order` decides among equals, lower ones first.
-        cancelling: it is to end, and has not yet.
-        error: (code, message) of a failed one.
-        facts: of the result: seed, width, height, frames, fps, seconds taken, peak memory, quality.
+        priority: higher first; among equals, lower `order` first.
+        cancelling: cancelled, but still running.
+        error: (code, message) of a failed job.
+        facts: about the result: seed, width, height, frames, fps, seconds taken, peak memory, quality.
         created, started, ended: seconds since the epoch.
-        folder: with the files uploaded for it, `video.mp4` once completed, thumbnails and previews.
-        worker: that has it; "" for none.
-        losses: how many workers were killed that had it.
-        reports: how often its progress was recorded.
+        folder: holds its uploaded files, `video.mp4` once completed, thumbnails and previews.
+        worker: name of the worker that runs it; "" for none.
+        losses: number of workers that were killed while running it.
+        reports: number of progress reports.
     """
 
     id: str
@@ -138,26 +138,26 @@ class Job:
 
     @property
     def partial(self) -> Path:
-        """The windows that were finished before it was cancelled or failed, if there are any."""
+        """The windows that were finished before the job failed or was cancelled, if any."""
         return self.folder / "video.partial.mp4"
 
     @property
     def preview(self) -> Path:
-        """The newest picture of what is being made."""
+        """The newest preview, if any."""
         return self.folder / "preview.png"
 
 
 class Queue:
-    """The queue in a folder. Threads may share one.
+    """The queue in a folder. Threads may share an instance.
 
     Args:
-        server: this process serves the folder: no other server can, while it lives.
-        max_jobs, max_owner_jobs: that have not ended, of all and of each owner.
+        server: this process serves the folder, and no other server can while it runs.
+        max_jobs, max_owner_jobs: limits on jobs that have not ended, of all owners and per owner.
 
     Raises:
-        UserError: (when opened) the folder cannot be used, another server has it, or its database is damaged: it has
-            been put aside, and the message says where.
-        OSError: (by each method) a full disk, or another error of it; nothing has changed then.
+        UserError: (on opening) the folder cannot be used, another server has it, or its database is damaged and has
+            been renamed; the message gives the new name.
+        OSError: (from any method) the disk is full or fails; nothing has changed then.
     """
 
     def __init__(
@@ -169,22 +169,22 @@ class Queue:
         self._lock: IO[str] | None = None
         try:
             with suppress(FileExistsError):
-                self.folder.mkdir(0o700, parents=True)  # in it are copies of files that others may not read
+                self.folder.mkdir(0o700, parents=True)  # it holds copies of files that other users may not read
             (self.folder / JOBS).mkdir(exist_ok=True)
             if server:
                 self._lock = lock_server(self.folder)
             self._db = self._open()
-            self._reader = self._connect()  # reads do not wait until a change is on the disk
+            self._reader = self._connect()  # so that reads do not wait until a change is on the disk
         except OSError as error:
             reason = f"{format_value(folder)} cannot be used ({reason_of(error, self.folder / DATABASE)})"
             raise UserError("--outdir", f"{reason}; give another folder") from error
         if server:
-            with self._change() as db:  # uploads that a server has left
+            with self._change() as db:  # unfinished uploads of an earlier server
                 db.execute("UPDATE jobs SET deleted = 1 WHERE state = ?", (UPLOADING,))
             self._purge()
 
     def take_over(self) -> bool:
-        """Become the server of the folder, unless another process is; returns whether this one now is."""
+        """Become the folder's server unless another process is; returns whether this process is the server."""
         if self._lock is None:
             with suppress(FolderInUse):
                 self._lock = lock_server(self.folder)
@@ -199,7 +199,7 @@ class Queue:
     # The web process
 
     def new_id(self) -> tuple[str, Path]:
-        """An id for a job, and its folder, made, for uploads; the job does not exist before `add`."""
+        """Reserve a job id and create its folder, for uploads; the job does not exist until `add`."""
         id = f"video_{secrets.token_hex(16)}"
         with self._change() as db:
             db.execute("INSERT INTO jobs (id, state) VALUES (?, ?)", (id, UPLOADING))
@@ -207,7 +207,7 @@ class Queue:
         return id, self.folder_of(id)
 
     def add(self, id: str, flags: Mapping[str, Any], owner: str = "", parent: str = "", priority: int = 0) -> Job:
-        """Queue a job. Raises QueueFull beyond the limits of all jobs or of its owner's."""
+        """Queue a job; raises QueueFull beyond the limit on all jobs or on its owner's."""
         with self._change() as db:
             self._check_limits(db, owner)
             db.execute("DELETE FROM jobs WHERE id = ? AND state = ?", (id, UPLOADING))
@@ -229,7 +229,7 @@ class Queue:
         limit: int = 20,
         newest_first: bool = True,
     ) -> tuple[list[Job], bool]:
-        """Jobs by the time they were created, those behind the job `after`, and whether there are more."""
+        """Jobs in order of creation, starting behind the job `after`, and whether there are more."""
         where, values = [VISIBLE], list[Any]()
         if owner is not None:
             where, values = [*where, "owner = ?"], [*values, owner]
@@ -244,7 +244,7 @@ class Queue:
         return [self._job(row) for row in rows[:limit]], len(rows) > limit
 
     def running(self) -> dict[str, Job]:
-        """What each worker has, deleted or not."""
+        """The job that each worker runs, by the worker's name, including deleted jobs."""
         return {row["worker"]: self._job(row) for row in self._rows("SELECT * FROM jobs WHERE state = 'in_progress'")}
 
     def counts(self) -> dict[State, int]:
@@ -252,16 +252,16 @@ class Queue:
         return dict.fromkeys(State, 0) | {State(row["state"]): row["jobs"] for row in rows}
 
     def place(self, id: str) -> int:
-        """How many queued jobs are before a queued one; 0 for any other."""
+        """The number of queued jobs ahead of a queued one; 0 for any other job."""
         ids = [*self.order()]
         return ids.index(id) if id in ids else 0
 
     def order(self) -> dict[str, str]:
-        """The ids of the queued jobs in their order, and the owner of each."""
+        """The ids of the queued jobs in queue order, and the owner of each."""
         return {row["id"]: row["owner"] for row in self._rows(f"SELECT id, owner {ORDERED}")}
 
     def move(self, id: str, before: str | None) -> bool:
-        """Put a queued job before another queued one, or last; it takes that one's priority.
+        """Move a queued job before another queued one, or to the end; it gets its new neighbor's priority.
 
         Returns:
             False if one of them is not queued.
@@ -280,14 +280,14 @@ class Queue:
             return True
 
     def cancel(self, id: str) -> Job | None:
-        """Cancel: a queued one at once, a running one within a step's time; a finished one stays as it is."""
+        """Cancel a job: at once if queued, within a step's time if running; a job that has ended stays as it is."""
         with self._change() as db:
             self._cancel(db, id)
         self._tidy(id)
         return self.get(id)
 
     def delete(self, id: str) -> bool:
-        """Cancel it if need be, and forget it and its files once no worker has it."""
+        """Delete a job, cancelling it if need be; its files are removed once no worker has it."""
         with self._change() as db:
             self._cancel(db, id)
             found = db.execute("UPDATE jobs SET deleted = 1 WHERE id = ? AND NOT deleted", (id,)).rowcount == 1
@@ -298,8 +298,8 @@ class Queue:
         """Delete finished jobs, oldest first; returns their ids.
 
         Args:
-            max_age: seconds since they ended that they may stay.
-            max_bytes: that the folders of all jobs may take.
+            max_age: seconds to keep a job after it has ended.
+            max_bytes: maximum total size of all jobs' folders.
         """
         rows = self._rows(f"SELECT * FROM jobs WHERE {VISIBLE} ORDER BY number")
         sizes = {row["id"]: folder_bytes(self.folder_of(row["id"])) for row in rows} if max_bytes is not None else {}
@@ -320,8 +320,8 @@ class Queue:
     # Workers
 
     def claim(self, worker: str) -> Job | None:
-        """The next job, now in progress and this worker's; None if there is none."""
-        if not self._rows(f"{IN_ORDER} LIMIT 1"):  # without a transaction: idle workers ask often
+        """Claim the next job for a worker, which puts it in progress; None if there is none."""
+        if not self._rows(f"{IN_ORDER} LIMIT 1"):  # without a transaction: idle workers poll often
             return None
         with self._change() as db:
             row = db.execute(f"{IN_ORDER} LIMIT 1").fetchone()
@@ -332,10 +332,10 @@ class Queue:
             return self._job(db.execute("SELECT * FROM jobs WHERE id = ?", (row["id"],)).fetchone())
 
     def report(self, id: str, worker: str, progress: Progress, facts: Mapping[str, Any] | None = None) -> bool:
-        """Record progress; False if the job is to end: it was cancelled, or is not this worker's any more.
+        """Record progress; returns False if the job must end: it was cancelled, or no longer belongs to this worker.
 
         Args:
-            facts: what is known of the result already.
+            facts: what is already known about the result.
         """
         known = None if facts is None else json.dumps(dict(facts))
         with self._change() as db:
@@ -344,23 +344,23 @@ class Queue:
             return db.execute(f"{change} WHERE id = ? AND {OF_WORKER} AND NOT cancelling", values).rowcount == 1
 
     def complete(self, id: str, worker: str, facts: Mapping[str, Any]) -> bool:
-        """Its video is at its place; `facts` add to those that were reported.
+        """Complete a job whose video is in place; `facts` are added to those reported before.
 
         Returns:
-            False if the job is not this worker's any more, or was cancelled before: then it is cancelled.
+            False if the job no longer belongs to this worker, or was cancelled before and so ends as cancelled.
         """
         return self._end(id, worker, State.COMPLETED, facts=facts)
 
     def fail(self, id: str, worker: str, code: str, message: str) -> bool:
-        """It has failed.
+        """Mark a job as failed.
 
         Returns:
-            False if the job is not this worker's any more, or was cancelled before: then it is cancelled.
+            False if the job no longer belongs to this worker, or was cancelled before and so ends as cancelled.
         """
         return self._end(id, worker, State.FAILED, error=(code, message))
 
     def release(self, worker: str, reason: str = "") -> None:
-        """What a lost worker had: with a reason it failed for it, otherwise it is queued again, first of all."""
+        """Take a stopped worker's job from it: fail it with a reason, or without one requeue it ahead of all others."""
         with self._change() as db:
             rows = db.execute(f"SELECT * FROM jobs WHERE {OF_WORKER}", (worker,)).fetchall()
             for row in rows:
@@ -368,10 +368,10 @@ class Queue:
         self._tidy(*(row["id"] for row in rows))
 
     def lose(self, worker: str, reason: str) -> bool:
-        """What a worker had that was killed: it is queued again, but fails for the reason if that happens twice.
+        """Take a killed worker's job from it: requeue it the first time, fail it with the reason the second time.
 
         Returns:
-            Whether it had a job.
+            Whether the worker had a job.
         """
         with self._change() as db:
             rows = db.execute(f"SELECT * FROM jobs WHERE {OF_WORKER}", (worker,)).fetchall()
@@ -384,7 +384,7 @@ class Queue:
     # The database
 
     def _open(self) -> sqlite3.Connection:
-        """The database, made if need be; raises UserError if it is damaged, or of another version."""
+        """Open the database, creating it if need be; raises UserError if it is damaged or of another version."""
         path, db = self.folder / DATABASE, self._connect()
         try:
             with explain_errors(path):
@@ -406,7 +406,7 @@ class Queue:
         return db
 
     def _connect(self) -> sqlite3.Connection:
-        """A connection; `_change` and `_rows` keep threads apart, and `_change` alone begins and ends transactions."""
+        """A connection in autocommit mode; `_change` and `_rows` hold locks, and only `_change` uses transactions."""
         path = self.folder / DATABASE
         with explain_errors(path):
             db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
@@ -414,7 +414,7 @@ class Queue:
         return db
 
     def _put_aside(self, path: Path, damage: Damaged) -> None:
-        """Rename a damaged database and raise UserError; does nothing while a server uses it."""
+        """Rename a damaged database and raise UserError; does nothing while another server has the folder."""
         if self._lock is None:
             try:
                 self._lock = lock_server(self.folder)
@@ -431,7 +431,7 @@ class Queue:
 
     @contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
-        """A transaction: all of a `with` block or, after an error, nothing."""
+        """A `with` block as one transaction: committed at its end, rolled back after an error."""
         with self._mutex, explain_errors(self.folder / DATABASE):
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -494,7 +494,7 @@ class Queue:
         return not row["cancelling"]
 
     def _let_go(self, db: sqlite3.Connection, row: sqlite3.Row, reason: str) -> None:
-        """End the job of a lost worker, or queue it before all others."""
+        """End the job of a stopped worker, or requeue it ahead of all others."""
         values: dict[str, Any] = {"worker": "", "state": State.QUEUED}
         if row["cancelling"] or reason:
             error = None if row["cancelling"] else json.dumps(("internal_error", reason))
@@ -505,14 +505,14 @@ class Queue:
         self._update(db, row["id"], **values)
 
     def _tidy(self, *ids: str) -> None:
-        """Remove what was kept to go on with jobs, if they have ended, and purge."""
+        """Remove the resume state of jobs that have ended, and purge."""
         for job in filter(None, map(self.get, ids)):
             for folder in state_folders(job.video) if job.state in FINAL else ():
                 shutil.rmtree(folder, ignore_errors=True)
         self._purge()
 
     def _purge(self) -> None:
-        """Remove the files of deleted jobs that no worker has, then the jobs: a crash between leaves work for later."""
+        """Remove the files, then the rows, of deleted jobs that no worker has; after a crash the next purge goes on."""
         for row in self._rows("SELECT id FROM jobs WHERE deleted AND worker = ''"):
             shutil.rmtree(self.folder_of(row["id"]), ignore_errors=True)
             if not self.folder_of(row["id"]).exists():
@@ -521,7 +521,7 @@ class Queue:
 
 
 def lock_server(folder: Path) -> IO[str]:
-    """The lock of the server of a folder, see `open_locked`.
+    """The lock of a folder's server, see `open_locked`.
 
     Raises:
         FolderInUse: another server has it.
@@ -534,7 +534,7 @@ def lock_server(folder: Path) -> IO[str]:
 
 
 def lock_worker(folder: Path, worker: str) -> IO[str]:
-    """The lock of a worker of a folder, see `open_locked`: as long as that is locked, its jobs are not to be released.
+    """The lock of a worker, see `open_locked`; while it is held, the worker's job must not be released.
 
     Raises:
         BlockingIOError: a worker of that name is alive.
@@ -544,7 +544,7 @@ def lock_worker(folder: Path, worker: str) -> IO[str]:
 
 
 def open_locked(path: Path) -> IO[str]:
-    """A lock file, locked until it is closed, if only by the end of the process, however it ends.
+    """A lock file, locked until it is closed or the process ends, however it ends.
 
     Raises:
         BlockingIOError: another process, or another part of this one, has locked it.
@@ -572,11 +572,11 @@ class Damaged(UserError):
 
 @contextmanager
 def explain_errors(path: Path) -> Iterator[None]:
-    """Turn SQLite's errors within a `with` block into OSError or `Damaged`; programming errors stay."""
+    """Turn SQLite's errors within a `with` block into OSError or `Damaged`, but let programming errors pass."""
     try:
         yield
     except sqlite3.DatabaseError as error:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary one
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code
         if code in DAMAGE:
             raise Damaged(path, str(error)) from error
         if code == sqlite3.SQLITE_FULL:
@@ -587,7 +587,7 @@ def explain_errors(path: Path) -> Iterator[None]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """The bytes of the files in a folder; those that vanish meanwhile count 0."""
+    """The total size in bytes of the files in a folder; files that vanish meanwhile count as 0."""
     total = 0
     for path in folder.rglob("*"):
         with suppress(OSError):
@@ -596,4 +596,4 @@ def folder_bytes(folder: Path) -> int:
 
 
 class QueueFull(Exception):
-    """There are as many jobs as may be; the message says of whom and how many."""
+    """A limit on jobs that have not ended is reached; the message says which."""

@@ -1,4 +1,4 @@
-"""Retention: which jobs that have ended a server deletes, and when it looks for them."""
+"""Retention: which ended jobs a server deletes, and when it checks for them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from skyreels_v3.web.queue import Queue
 logger = logging.getLogger(__name__)
 
 DAY_SECONDS = 86400.0
-LOOK_SECONDS = 600.0  # between two looks
-JUMP_SECONDS = 3600.0  # between two looks, against a clock that nobody sets
-IDLE_SECONDS = 7 * DAY_SECONDS  # without a new job: a server was off, or its clock is wrong
+LOOK_SECONDS = 600.0  # between checks
+JUMP_SECONDS = 3600.0  # drift from the monotonic clock between checks that means the clock was set
+IDLE_SECONDS = 7 * DAY_SECONDS  # without a new job: the server was off, or its clock is wrong
 
 
 class Retention:
-    """Deletes jobs that have ended, the oldest first.
+    """Deletes ended jobs, oldest first.
 
-    A clock that was set, or is a week ahead of the newest job at the start, may be wrong: nothing is deleted for its
-    age before the clock has been steady for a day. A job that ended in the future stays.
+    A clock that was set, or at the start is a week ahead of the newest job, may be wrong: no job is then deleted for
+    its age until the clock has been steady for a day. A job that ended in the future stays.
 
     Args:
-        days: that a job may stay after it has ended; None: forever.
-        gigabytes: that the files of all jobs may take (1 GB = 10^9 bytes); None: any number.
+        days: to keep a job after it has ended; None: forever.
+        gigabytes: maximum total size of all jobs' files (1 GB = 10^9 bytes); None: no limit.
     """
 
     def __init__(self, queue: Queue, days: float | None = None, gigabytes: float | None = None) -> None:
@@ -38,7 +38,7 @@ class Retention:
         self._steady_since = monotonic() if is_ahead else -DAY_SECONDS
 
     def apply(self) -> None:
-        """Delete what is to be deleted; does nothing for a while after the last time."""
+        """Delete jobs that are due; does nothing within `LOOK_SECONDS` of the last check."""
         if (self.max_age is None and self.max_bytes is None) or monotonic() < self._next:
             return
         self._next = monotonic() + LOOK_SECONDS  # also after an error

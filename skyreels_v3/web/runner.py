@@ -1,12 +1,12 @@
-"""A worker of a server: `python -m skyreels_v3.web.runner FOLDER NAME [FLAGS]` makes the jobs of a queue, one by one.
+"""A server's worker: `python -m skyreels_v3.web.runner FOLDER NAME [FLAGS]` runs the jobs of a queue, one at a time.
 
-What a job needs stays loaded for the next one. A job that was begun before goes on where it stopped, as with --resume.
-The process ends with its parent, the other end of its stdin, and on SIGTERM: then its job is queued again. It also ends
-when a job failed for a reason that may have left the device in disorder; the supervisor starts a new one.
+Models stay loaded between jobs. An interrupted job resumes where it stopped, as with --resume. The process ends when
+its parent does, which closes its stdin, and on SIGTERM; its job is then requeued. It also ends after an error that may
+have left the device in a bad state; the supervisor then starts a new one.
 
-FLAGS, in JSON, are for all jobs that do not contradict them. With `gpu_num` above 1 among them the worker is a group of
-so many processes, which make each video together: this one starts and ends the others. Rank 0 claims jobs and says how
-they get on; the others follow it.
+FLAGS, in JSON, are for all jobs that do not contradict them. If they have a `gpu_num` above 1, the worker is a group of
+so many processes that share each video: this one starts and stops them. Rank 0 claims jobs and reports their progress;
+the others follow it.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.5  # between looks for a job
+POLL_SECONDS = 0.5  # between polls for a job
 REPORT_SECONDS = 1.0  # between reports within a stage other than denoising, and between previews
-DENOISING = 0.9  # of the time of a pass, about
+DENOISING = 0.9  # approximate share of a pass's time
 MODULE = ("-m", "skyreels_v3.web.runner")
-OUT_OF_STEP = USER_ERROR  # a rank's exit code that `launch` passes on once it has ended the others
+OUT_OF_STEP = USER_ERROR  # a rank's exit code, which `launch` returns once it has stopped the others
 
 
 class Ended(Exception):
-    """The job is to end: it was cancelled, or is not this worker's any more."""
+    """The job must end: it was cancelled, or no longer belongs to this worker."""
 
 
 class Follower:
-    """A rank's part in the end of a job: all ranks end it after the same step or frame.
+    """One rank's side of ending a job early: all ranks end it after the same step or frame.
 
     Args:
-        is_any: whether something is so on any rank, see `processes.connect_flags`.
+        is_any: whether its argument is true on any rank, see `processes.connect_flags`.
     """
 
     def __init__(self, is_any: Callable[[bool], bool] = bool) -> None:
@@ -72,15 +72,15 @@ class Follower:
         self.ended = False  # as far as this rank knows
 
     def check(self) -> None:
-        """Raise Ended, on all ranks, if the job is to end."""
+        """Raise Ended, on all ranks, if the job must end."""
         if self.is_any(self.ended):
             raise Ended
 
     def begin(self, plan: Plan, projection: Projection) -> None:
-        """Everything is loaded."""
+        """Called when everything is loaded."""
 
     def watch(self, events: Iterator[Event]) -> Iterator[Event]:
-        """The same events; a job that is to end raises Ended after a step or a frame."""
+        """Pass events on; raises Ended after a step or a frame if the job must end."""
         from skyreels_v3.stages import Step
 
         done = 0  # passes
@@ -94,34 +94,34 @@ class Follower:
                 done += 1
 
     def step(self, step: Step, done: int) -> None:
-        """A step is made, after `done` passes."""
+        """Called after each denoising step; `done` passes are complete."""
 
     def frames(self, made: Pass, done: int) -> Iterator[np.ndarray]:
-        """The frames of a pass, after `done` others."""
+        """Pass on the frames of a pass; `done` earlier ones are complete."""
         for frame in made.frames:
             yield frame
             self.check()
 
 
 class Reporter(Follower):
-    """Tells the queue how a job is getting on, on the main process."""
+    """Reports a job's progress to the queue, on the main process."""
 
     def __init__(self, queue: Queue, job: Job, worker: str, is_any: Callable[[bool], bool] = bool) -> None:
         super().__init__(is_any)
         self.queue, self.job, self.worker = queue, job, worker
         self.progress = Progress(preview=job.progress.preview)
         self.preview = Preview(Projection())
-        self._frames = 1  # of a pass
+        self._frames = 1  # per pass
         self._reported = self._shown = -REPORT_SECONDS
-        self._begun: tuple[float, float] | None = None  # the time of the first step, and the part done then
+        self._begun: tuple[float, float] | None = None  # time of the first step, and the part done then
 
     def report(self, facts: Mapping[str, Any] | None = None, **changes: Any) -> None:
-        """Record changes of the progress, and see whether the job is to end."""
+        """Record changes in progress, and find out whether the job must end."""
         self.progress = replace(self.progress, **changes)
         self._reported = monotonic()
         try:
             self.ended |= not self.queue.report(self.job.id, self.worker, self.progress, facts)
-        except OSError as error:  # of the disk: the video matters more
+        except OSError as error:  # of the disk; the video matters more
             logger.warning("the progress of %s cannot be recorded (%s)", self.job.id, reason_of(error))
 
     def begin(self, plan: Plan, projection: Projection) -> None:
@@ -157,9 +157,9 @@ class Reporter(Follower):
             self.report(stage="decoding", window=done + 1, **self._part(done, 1.0))
 
     def _part(self, done: int, of_pass: float) -> dict[str, Any]:
-        """How much is done, and an estimate of the seconds left."""
+        """The part that is done, and an estimate of the seconds left."""
         part = min(1.0, (done + of_pass) / self.progress.windows)
-        if self._begun is None:  # what was loaded from an interrupted run says nothing of the speed
+        if self._begun is None:  # steps restored from an interrupted run say nothing about speed
             self._begun = monotonic(), part
             return {"part": part}
         start, before = self._begun
@@ -167,7 +167,7 @@ class Reporter(Follower):
         return {"part": part, "seconds_left": left}
 
     def _show(self, picture: np.ndarray) -> None:
-        """Make a picture the preview. A job goes on without one."""
+        """Save a picture as the preview. If that fails, the job continues without one."""
         self._shown = monotonic()
         try:
             replace_file(self.job.preview, png(picture))
@@ -178,11 +178,11 @@ class Reporter(Follower):
 
 
 class Runner:
-    """Makes the jobs that it claims from a queue. Several ranks make each one together.
+    """Claims jobs from a queue and runs them. Several ranks share each job.
 
     Args:
-        flags: for all jobs that do not contradict them, as beside --jobs.
-        ranks: this process among those of the worker.
+        flags: for all jobs that do not contradict them, as on a command line with --jobs.
+        ranks: this process's place among the worker's.
     """
 
     def __init__(self, queue: Queue, name: str, flags: Mapping[str, Any], ranks: Ranks = SINGLE) -> None:
@@ -193,14 +193,14 @@ class Runner:
         if ranks.world_size > 1:
             processes.init_process_group(ranks, self.flags.get("device", "auto"))
         self.is_any = processes.connect_flags(ranks)
-        self.jobs = 0  # that were begun
+        self.jobs = 0  # started so far
         self.in_step = True
         self.projections: dict[Path | None, Projection] = {}
 
     def run(self) -> int:
-        """Make jobs until one leaves the device in disorder, or the ranks; returns the exit code."""
+        """Run jobs until one may have left the device or the ranks in a bad state; returns the exit code."""
         if self.ranks.is_main:
-            self.queue.release(self.name)  # what a process of this name had when it was killed
+            self.queue.release(self.name)  # the job of an earlier process of this name that was killed
         in_order = True
         while in_order:
             if (job := self.next_job()) is None:
@@ -211,7 +211,7 @@ class Runner:
         return 0 if self.in_step else OUT_OF_STEP
 
     def next_job(self) -> Job | None:
-        """The next job, the main process's on all ranks; None, on that only, if there is none."""
+        """The next job, broadcast from the main process; None, on the main process only, if there is none."""
         job = self.claim() if self.ranks.is_main else None
         if job is not None or not self.ranks.is_main:
             self.jobs += 1
@@ -221,14 +221,14 @@ class Runner:
         return job
 
     def claim(self) -> Job | None:
-        """The next job whose video is to be made."""
+        """Claim the next job, skipping jobs whose video is already there."""
         while (job := self.queue.claim(self.name)) is not None and job.video.exists():
-            # under its name only when whole: an earlier worker ended before it could say so
+            # a video has its final name only when complete: an earlier worker ended before it could report it
             self.end(job)
         return job
 
     def run_job(self, job: Job) -> bool:
-        """Make a job's video and end the job; returns False after an error that may have left anything behind."""
+        """Make a job's video and end the job; returns False if the device or the ranks may be in a bad state."""
         code, message, facts = "", "", dict[str, Any]()
         try:
             facts = self.make_video(job)
@@ -243,14 +243,14 @@ class Runner:
             logger.debug("%s", job.id, exc_info=True)
             code = "internal_error" if requested_size(error) is None else "out_of_memory"
             message = one_line(cause_of(error))
-        if not self.in_step:  # maybe because another rank has ended: then the launcher interrupts this
+        if not self.in_step:  # perhaps because another rank has ended: then the launcher interrupts this one
             time.sleep(processes.LAUNCHER_ENDS)
-        if self.ranks.is_main or not self.in_step:  # the first rank to say why; the others change nothing
+        if self.ranks.is_main or not self.in_step:  # the first rank gives the reason; the others change nothing
             self.end(job, code, message, facts)
         return self.in_step and code not in ("out_of_memory", "internal_error")
 
     def end(self, job: Job, code: str = "", message: str = "", facts: Mapping[str, Any] | None = None) -> None:
-        """Complete a job, or with a code fail it."""
+        """Complete a job, or fail it if there is an error code."""
         if code:
             logger.warning("%s: %s", job.id, message)
             self.queue.fail(job.id, self.name, code, message)
@@ -258,10 +258,10 @@ class Runner:
             self.queue.complete(job.id, self.name, facts or {})
 
     def make_video(self, job: Job) -> dict[str, Any]:
-        """Make the video of a job, from where an earlier worker stopped; returns facts of it.
+        """Make a job's video, resuming where an earlier worker stopped; returns facts about it.
 
         Raises:
-            Ended: the job is to end; the finished passes are in `video.partial.mp4`.
+            Ended: the job must end; the finished passes are in `video.partial.mp4`.
         """
         start, alone = monotonic(), self.ranks.world_size == 1
         follower = Follower(self.is_any)
@@ -296,10 +296,10 @@ class Runner:
 
 
 def without_folders(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags as a client may read them in its video: of paths on this machine the name alone; hubs' ids as they are."""
+    """Flags for the video's metadata, which clients can read: only the names of local paths, hub ids as they are."""
 
     def name_of(entry: str) -> str:
-        path = os.path.expanduser(parse_lora(entry).source)  # without a scale, which others have not
+        path = os.path.expanduser(parse_lora(entry).source)  # drops a LoRA's scale; other values have none
         return os.path.basename(entry.rstrip("/")) if os.path.isabs(path) or os.path.exists(path) else entry
 
     def named(value: Any) -> Any:
@@ -309,7 +309,7 @@ def without_folders(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def end_with_parent() -> None:
-    """End this process in time when the other end of its stdin is closed, if only by the end of its parent."""
+    """End this process when its stdin is closed, as it is when the parent ends; after `GRACE` by force."""
 
     def watch() -> None:
         while os.read(0, 1):
@@ -322,7 +322,7 @@ def end_with_parent() -> None:
 
 
 def wait_for_lock(folder: Path, name: str) -> IO[str]:
-    """The worker's lock, once an earlier process of that name has ended; raises BlockingIOError if it does not."""
+    """Lock the worker once an earlier process of that name has ended; raises BlockingIOError if it does not end."""
     end = monotonic() + 2 * processes.GRACE
     while True:
         try:
@@ -334,7 +334,7 @@ def wait_for_lock(folder: Path, name: str) -> IO[str]:
 
 
 def launch_group(queue: Queue, name: str, command: Sequence[str], count: int) -> int:
-    """Run the ranks of a worker until one ends, and see to its job; returns the exit code."""
+    """Run a worker's ranks until one ends, and requeue or fail an interrupted job; returns the exit code."""
 
     said: list[str] = []
     code = launch(command, count, said.append)
@@ -349,7 +349,7 @@ def launch_group(queue: Queue, name: str, command: Sequence[str], count: int) ->
 
 
 def main(argv: Sequence[str], command: Sequence[str] = MODULE) -> int:
-    """Run a worker; returns the exit code, 0 if it is to be started again.
+    """Run a worker; returns the exit code, 0 if it should be restarted at once.
 
     Args:
         command: what Python runs in each process of a group, before `argv`.
@@ -371,7 +371,7 @@ def main(argv: Sequence[str], command: Sequence[str] = MODULE) -> int:
             try:
                 return Runner(queue, name, flags, ranks).run()
             except KeyboardInterrupt:
-                if ranks.world_size == 1:  # else the launcher does, unless it is due to a rank that was killed
+                if ranks.world_size == 1:  # else `launch_group` does, unless a rank was killed
                     queue.release(name)
                 return processes.INTERRUPTED
     except KeyboardInterrupt:

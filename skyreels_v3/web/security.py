@@ -1,7 +1,7 @@
-"""What stands before every request: who may ask, from where, how often; and headers on every answer.
+"""Checks before every request: keys, hosts and origins, rate limits; and security headers on every response.
 
-A page in a browser on this machine could send requests here by way of a name that leads to 127.0.0.1 (DNS rebinding),
-or just from another site. So Host must be an address or a name of this server, and Origin, if there is one, the same.
+A web page in a browser on this machine could send requests here through a name that resolves to 127.0.0.1 (DNS
+rebinding), or from another site. So Host must be an address or a name of this server, and Origin, if sent, the same.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; frame-ancestors 'none'; base-uri 'none'",
     "Cache-Control": "no-store",
 }
-BY_POST = ("/gradio_api/", "/mcp")  # whose clients ask by POST, too
-SCHEMES = ("http", "https")  # the latter before a proxy
+BY_POST = ("/gradio_api/", "/mcp")  # their clients also read by POST, so the limit on posts does not apply
+SCHEMES = ("http", "https")  # https: behind a proxy that terminates TLS
 MINUTE = 60.0
 MAX_BUCKETS = 10_000
-KEY = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # what a header and a cookie can hold as it is (RFC 6750)
+KEY = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # valid unquoted in a header and a cookie (RFC 6750)
 WRONG_KEY = "this server needs a key: send it as 'Authorization: Bearer KEY'"
 
 
 class Buckets:
-    """Counts requests of each client: so many per minute, as many at once."""
+    """A token bucket per client: allows `per_minute` requests per minute, and as many at once."""
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.per_minute, self.clock = per_minute, clock
-        self.filled: dict[str, tuple[float, float]] = {}  # requests left, at a time
+        self.filled: dict[str, tuple[float, float]] = {}  # requests left, and when that was counted
 
     def take(self, client: str) -> float:
-        """0 if a client may ask now, otherwise the seconds until it may."""
+        """Count a request; returns 0 if it is allowed, otherwise the seconds until one is."""
         now = self.clock()
-        if len(self.filled) > MAX_BUCKETS:  # those who have been away for a minute are as new
+        if len(self.filled) > MAX_BUCKETS:  # buckets that were idle for a minute are full again
             self.filled = {name: entry for name, entry in self.filled.items() if now - entry[1] < MINUTE}
         left, before = self.filled.get(client, (float(self.per_minute), now))
         left = min(self.per_minute, left + (now - before) * self.per_minute / MINUTE)
@@ -62,12 +62,12 @@ class Buckets:
 
 
 def owner_of(key: str) -> str:
-    """What is stored of a key with its jobs."""
+    """The owner id of a key, a hash, which is stored with its jobs."""
     return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
 class Guard:
-    """ASGI middleware: checks a request before anything reads it. `scope["owner"]` is then whose request it is.
+    """ASGI middleware that checks a request before anything reads it, and sets `scope["owner"]` to its owner.
 
     Args:
         finished: called with method, route, status and seconds of each request.
@@ -108,14 +108,14 @@ class Guard:
                 await self.app(scope, receive, secured)
         except Exception:
             logger.exception("%s failed", route_of(scope))
-            if status:  # too late for another answer
+            if status:  # the response has already started
                 raise
             await response_of(ApiError(500, "the server has failed; its log says why"))(scope, receive, secured)
         finally:
             self.finished(scope["method"], route_of(scope), status, time.monotonic() - start)
 
     def check(self, scope: Scope) -> str:
-        """Whose request it is, "" where nobody needs a key; raises ApiError if it is refused."""
+        """The owner of a request, "" where no key is needed; raises ApiError if it is refused."""
         headers = Headers(scope=scope)
         self.check_host(headers)
         client = (scope.get("client") or ("", 0))[0]
@@ -127,7 +127,7 @@ class Guard:
         return owner
 
     def check_host(self, headers: Headers) -> None:
-        """Refuse names that are not this server's, and pages of other sites."""
+        """Refuse host names that are not this server's, and requests from pages of other sites."""
         hosts, origin = headers.getlist("host"), headers.get("origin")
         if len(hosts) != 1 or not self.is_own(hosts[0]):
             raise ApiError(403, "Host is not a name of this server; ask by its address, or a name in --allowed_hosts")
@@ -137,7 +137,7 @@ class Guard:
             raise ApiError(403, "a page of another site may not ask")
 
     def is_own(self, host: str) -> bool:
-        """Whether a Host header names this server. Addresses cannot be rebound."""
+        """Whether a Host header names this server. IP addresses are safe: DNS cannot rebind them."""
         try:
             name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
             _ = urlsplit(f"//{host}").port  # raises ValueError
@@ -149,7 +149,7 @@ class Guard:
         return address is not None and (address.is_loopback or not is_loopback(self.settings.host))
 
     def authenticate(self, headers: Headers, client: str) -> str:
-        """The owner whose key was sent; takes as long for any wrong key."""
+        """The owner of the key that was sent, compared in constant time; raises ApiError for a wrong key."""
         if not self.owners:
             return ""
         sent = headers.getlist("authorization")
@@ -158,7 +158,7 @@ class Guard:
         found = [owner for expected, owner in self.owners if hmac.compare_digest(expected, digest)]
         if found and kind.lower() == "bearer":
             return found[0]
-        if wait := self.posts.take(f"no key, {client}"):  # who guesses waits
+        if wait := self.posts.take(f"no key, {client}"):  # slows down guessing
             raise too_many(wait)
         raise ApiError(401, WRONG_KEY, headers={"WWW-Authenticate": "Bearer"})
 
@@ -168,7 +168,7 @@ def too_many(wait: float) -> ApiError:
 
 
 def route_of(scope: Scope) -> str:
-    """The route that has answered, as a short label: never what a client has sent."""
+    """The path pattern of the matched route, as a label; never text from a client."""
     return getattr(scope.get("route"), "path", "other")
 
 

@@ -1,4 +1,4 @@
-"""--serve and --mcp: the flags of a server, checked, and its run until Ctrl-C or the end of its client."""
+"""--serve and --mcp: check a server's flags, and run it until Ctrl-C or the end of its client."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ MAX_KEYS_BYTES = 64 << 10
 MIN_KEY = 16  # characters of a key on the command line
 FILE_NAME = re.compile(r".+\.\w{1,5}")
 NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
-GRACE = 5  # seconds for open answers at the end
+GRACE = 5  # seconds for open responses at shutdown
 MAX_HEADER_BYTES = 64 << 10
 MAX_CONNECTIONS = 1000
-KEEP_ALIVE = 75  # seconds; longer than balancers keep an idle connection (60), which would send into a closed one
+KEEP_ALIVE = 75  # seconds; longer than load balancers' 60, which would otherwise send into a closed connection
 
 
 def serve(flags: Mapping[str, Any]) -> int:
-    """Serve until the process is told to end, or its client at stdin has gone; returns the exit code.
+    """Serve until the process is told to stop or its client closes stdin; returns the exit code.
 
     Raises:
         UserError: it cannot start.
-        KeyboardInterrupt: it was told to end, and all is closed.
+        KeyboardInterrupt: it was told to stop, and everything is closed.
     """
     is_http, is_mcp = flags.get("serve", False), flags.get("mcp", False)
     if is_mcp:
@@ -83,7 +83,7 @@ Workers = tuple[Sequence["Slot"], Mapping[str, Any]]  # their slots, and flags f
 def settings_of(
     flags: Mapping[str, Any], host: str, keys: tuple[str, ...], defaults: Mapping[str, Any], group: Mapping[str, Any]
 ) -> Settings:
-    """The settings of a server; raises UserError for defaults that no job could have."""
+    """The settings of a server; raises UserError for defaults that no job could use."""
     from skyreels_v3.web.settings import Settings
 
     folder, private = Path(os.path.expanduser(flags.get("outdir", FOLDER))), flags.get("allow_private_urls", False)
@@ -100,7 +100,7 @@ def settings_of(
 
 
 def run(flags: Mapping[str, Any], settings: Settings, workers: Workers, listener: socket.socket) -> int:
-    """Serve on a socket. The packages are imported only now."""
+    """Serve HTTP on a socket. The web packages are imported only now."""
     from skyreels_v3.web.api import app_of
     from skyreels_v3.web.queue import Queue
 
@@ -125,9 +125,9 @@ def run(flags: Mapping[str, Any], settings: Settings, workers: Workers, listener
 
 
 def converse(flags: Mapping[str, Any], settings: Settings) -> int:
-    """Serve the client at stdin and stdout. Several such processes, or one and a server, may share a folder.
+    """Serve one MCP client over stdin and stdout. Several such processes, and a server, may share a folder.
 
-    The client hears from it before the GPUs are counted, which imports torch.
+    The client gets answers before the GPUs are counted, which imports torch.
     """
     from skyreels_v3.web.queue import FolderInUse, Queue
 
@@ -135,7 +135,7 @@ def converse(flags: Mapping[str, Any], settings: Settings) -> int:
         queue = Queue(settings.folder, server=True)
     except FolderInUse:
         queue = Queue(settings.folder)
-    from skyreels_v3.web.mcp.server import serve_stdio  # takes a second: later than errors
+    from skyreels_v3.web.mcp.server import serve_stdio  # takes a second: only after errors are reported
 
     return serve_stdio(settings, queue, lambda: supervisor_of(flags, queue, workers_of(flags)))
 
@@ -148,7 +148,7 @@ def supervisor_of(flags: Mapping[str, Any], queue: Queue, workers: Workers) -> S
 
 
 def files_of(flags: Mapping[str, Any], outdir: Path) -> Path | None:
-    """The folder of --files, without symbolic links in its path; raises UserError."""
+    """The folder of --files, with symbolic links in its path resolved; raises UserError."""
     if (given := flags.get("files")) is None:
         return None
     folder = os.path.realpath(os.path.expanduser(given))
@@ -179,9 +179,9 @@ def workers_of(flags: Mapping[str, Any]) -> tuple[list[Slot], dict[str, Any]]:
 
 
 def check_degrees(flags: Mapping[str, Any], size: int) -> None:
-    """Raise UserError if a group of `size` processes cannot divide any video in the way that is asked for.
+    """Raise UserError if a group of `size` processes cannot divide any video by the requested degrees.
 
-    Heads are left to each job: they depend on its model.
+    Attention heads are checked with each job, since they depend on its model.
     """
     requests = [GenerationRequest(task_spec(name)) for name in TASK_NAMES]
     degrees: dict[str, Any] = {name: flags.get(name) for name in ("cfg_degree", "ring_degree", "ulysses_degree")}
@@ -197,7 +197,7 @@ def check_degrees(flags: Mapping[str, Any], size: int) -> None:
 
 
 def server_of(app: FastAPI) -> uvicorn.Server:
-    """The HTTP server of an application."""
+    """The uvicorn server of an application."""
     import uvicorn
 
     from skyreels_v3.web.connection import Connection
@@ -243,7 +243,7 @@ def keys_of(flags: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def check_literal(key: str) -> None:
-    """Raise UserError for what is rather the name of a file that is missing, or easily guessed."""
+    """Raise UserError for a key that looks like the name of a missing file, or is easily guessed."""
     if "/" in key or FILE_NAME.fullmatch(key):
         shown = f" {format_value(key)}" if key[0] in "/.~" or FILE_NAME.fullmatch(key) else ""  # else maybe a secret
         raise UserError("--api_key", f"there is no such file{shown}; put a key with / or a suffix into one")
@@ -253,7 +253,7 @@ def check_literal(key: str) -> None:
 
 
 def check_access(host: str, keys: tuple[str, ...], no_auth: bool) -> None:
-    """Raise UserError if other machines could use the server without a key, and nobody has said that they may."""
+    """Raise UserError if other machines could use the server without a key and --no_auth does not allow it."""
     from skyreels_v3.web.security import is_loopback
 
     if not is_loopback(host) and not keys and not no_auth:
@@ -263,14 +263,14 @@ def check_access(host: str, keys: tuple[str, ...], no_auth: bool) -> None:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise UserError for what no client sends as a host."""
+    """Raise UserError for a name that is not a valid host name."""
     for name in names:
         if not NAME.fullmatch(name):
             raise UserError("--allowed_hosts", f"{format_value(name)} is not a host name; give video.example.com or so")
 
 
 def defaults_of(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that are for the jobs; a folder is named from the root."""
+    """The flags that apply to jobs, with model folders as absolute paths."""
     defaults = {name: value for name, value in flags.items() if BY_NAME[name].in_line and name != "outdir"}
     for name in ("model_id", "base_model_id"):
         model = defaults.get(name, TINY)
@@ -283,13 +283,13 @@ NOT_BASE = {"model_id": f", or {TINY}", "base_model_id": ""}
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound to an address; raises UserError if that cannot be."""
+    """A socket that listens on an address; raises UserError if that is not possible."""
     try:
         (family, kind, protocol, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         reason = f"{format_value(host)} is not an address of this machine ({reason_of(error)})"
         raise UserError("--host", f"{reason}; give 127.0.0.1, 0.0.0.0 or another one") from error
-    # asyncio sends small answers at once only where the protocol is named
+    # asyncio disables Nagle's algorithm only if the socket's protocol is given
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""What a server was started with, and its limits."""
+"""A server's settings and its limits on clients."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from skyreels_v3.tasks import TASK_NAMES, TINY, task_spec
 
 @dataclass(frozen=True)
 class Limits:
-    """What clients may do.
+    """Limits on clients.
 
     Attributes:
-        file_bytes, body_bytes, json_bytes: of one file, of a form with its files, of a body in JSON.
-        parts: files and fields of a form.
-        field_bytes: of one field that is no file.
-        stall_seconds: without a byte of the body; body_seconds: for all of it.
-        slowest: bytes per second that a body must arrive with, once `stall_seconds` are over.
-        uploads: bodies read at one time; streams: of events, open at one time.
+        file_bytes, body_bytes, json_bytes: size of one file, of a form with its files, of a JSON body.
+        parts: number of files and fields in a form.
+        field_bytes: size of one field that is not a file.
+        stall_seconds: longest wait for the next bytes of a body; body_seconds: time for all of it.
+        slowest: minimum average bytes per second of a body, checked after `stall_seconds`.
+        uploads: requests read at once; streams: event streams and waiting MCP calls open at once.
         requests, posts: per minute, for each key, or for each address where no key is needed.
-        plan_seconds: for one plan.
+        plan_seconds: time for one plan.
     """
 
     file_bytes: int = MAX_VIDEO_BYTES
@@ -47,14 +47,14 @@ class Settings:
     """A server's settings.
 
     Attributes:
-        folder: with the queue and the jobs' files.
-        defaults: flags for all jobs that do not say otherwise, converted.
-        host: address to listen on; allowed_hosts: other names that clients reach it by.
-        files: whose files clients of MCP may use as inputs, with no symbolic link in its path; None: no files.
-        group: --use_usp and related flags for all jobs, if each is made by several processes.
+        folder: holds the queue and the jobs' files.
+        defaults: default flags of all jobs, converted.
+        host: address to listen on; allowed_hosts: other host names that clients may use.
+        files: folder whose files MCP clients may use as inputs, without symbolic links in its path; None: no files.
+        group: --use_usp and related flags for all jobs, if several processes share each job.
         keys: clients must send one of them; empty: none is needed.
         allow_private_urls: also fetch inputs from private networks.
-        keep_days: days that a job stays after it has ended; None: forever.
+        keep_days: days to keep a job after it has ended; None: forever.
     """
 
     folder: Path
@@ -70,7 +70,7 @@ class Settings:
 
     @cached_property
     def models(self) -> dict[str, str]:
-        """What clients may ask for as `model`, and the --model_id that it stands for; the default first."""
+        """The values of `model` that clients may send, and the --model_id of each; the default first."""
         default = self.defaults.get("model_id", TINY)
         names = {Path(default).name if Path(default).is_dir() else default: default}
         for spec in map(task_spec, TASK_NAMES):
@@ -78,5 +78,5 @@ class Settings:
         return names | {TINY: TINY}
 
     def model_name(self, model_id: str) -> str:
-        """The name of a --model_id for clients, who see no folder of the server."""
+        """The name of a --model_id for clients, who must not see the server's folders."""
         return next((name for name, id in self.models.items() if id == model_id), Path(model_id).name)

@@ -1,7 +1,7 @@
-"""Starts the workers of a server, one for each GPU, starts one again that has ended, and ends all with the server.
+"""Starts a server's workers, one per GPU, restarts those that end, and stops all of them with the server.
 
-A job whose worker was killed is made once more, from where it stopped; if that happens again, it fails. With --use_usp
-there is one worker, a group of processes on all GPUs.
+A job whose worker was killed is resumed once; if its worker is killed again, it fails. With --use_usp there is one
+worker: a group of processes that share each video.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
 HANG_SECONDS = 1800.0  # a step on a slow GPU takes minutes
 CANCEL_SECONDS = 10.0
-LOADING, CANCELLED = ("", "loading"), -1  # stages, and what stands for a number of reports in `Slot.seen`
-START_SECONDS = 30.0  # who fails before that has not got far: it is started again later and later
+LOADING, CANCELLED = ("", "loading"), -1  # stages that may take any time; `seen[1]` for a cancelled job
+START_SECONDS = 30.0  # a worker that ends sooner has failed to start; the delay before a restart then grows
 MAX_DELAY = 60.0  # seconds
 RUNNER = (sys.executable, "-m", "skyreels_v3.web.runner")
 GPUS = "CUDA_VISIBLE_DEVICES"
@@ -39,15 +39,15 @@ GPUS = "CUDA_VISIBLE_DEVICES"
 
 @dataclass
 class Slot:
-    """A worker's name, and its process, if that is running.
+    """A worker's name, and its process if it is running.
 
     Attributes:
-        environment: variables of the process.
-        begun: when it was started; all times are those of `monotonic`.
-        next_start: when it may be started again.
-        failures: in a row, at the start.
-        seen: job and number of its reports when that last changed, and when.
-        killed_for: why the supervisor has killed it.
+        environment: environment variables of the process.
+        begun: when it was started; all times are from `monotonic`.
+        next_start: earliest time of the next start.
+        failures: number of failed starts in a row.
+        seen: job id and number of reports at the last change of either, and its time.
+        killed_for: why the supervisor killed it; "" if it did not.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Slot:
 
 
 def gpus_of(device: str) -> list[str]:
-    """The GPUs that processes for a device may have, each as CUDA_VISIBLE_DEVICES names it."""
+    """The GPUs that workers on a device may use, as entries of CUDA_VISIBLE_DEVICES."""
     if device == "cpu":
         return []
     import torch
@@ -72,13 +72,13 @@ def gpus_of(device: str) -> list[str]:
 
 
 def slots_of(gpus: Sequence[str], workers: int | None = None) -> list[Slot]:
-    """A slot for each GPU, one where there is none; or as many as `workers` says, which share the GPUs."""
+    """One slot per GPU, or one if there are no GPUs; or `workers` slots, which share the GPUs."""
     count = range(workers or max(1, len(gpus)))
     return [Slot(str(n), {GPUS: gpus[n % len(gpus)]} if gpus else {}) for n in count]
 
 
 def group_size(gpus: Sequence[str], wanted: int | None) -> int:
-    """How many processes share each video: as many as are wanted, or one for each GPU; raises UserError."""
+    """The number of processes that share each video: `wanted`, or one per GPU; raises UserError."""
     if wanted is None and not gpus:
         raise UserError("--use_usp", "this machine has no GPUs to divide a video among; give --gpu_num as well")
     if wanted is not None and gpus and wanted > len(gpus):
@@ -89,15 +89,15 @@ def group_size(gpus: Sequence[str], wanted: int | None) -> int:
 
 
 class Supervisor:
-    """Keeps a worker running in each slot, from a thread of its own, within a `with` block.
+    """Keeps a worker running in each slot within a `with` block, from a background thread.
 
     Args:
-        queue: the server's.
-        flags: for all jobs that do not contradict them, as beside --jobs.
-        command: starts a worker; folder, name and flags are added.
-        hang_seconds: a worker without progress for so long is killed; not while it loads, which may be a download.
-        cancel_seconds: a worker that goes on loading for so long after its job was cancelled is killed.
-        retention: applied now and then.
+        queue: the server's queue.
+        flags: for all jobs that do not contradict them, as on a command line with --jobs.
+        command: starts a worker; folder, name and flags are appended.
+        hang_seconds: a worker without progress for so long is killed; loading is exempt, as it may download.
+        cancel_seconds: a worker still loading so long after its job was cancelled is killed.
+        retention: called at every check of the workers.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Supervisor:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """End all workers; their jobs are queued again."""
+        """Stop all workers and requeue their jobs."""
         self._stopping.set()
         self._thread.join()
         running = [(slot, slot.process) for slot in self.slots if slot.process is not None]
@@ -137,7 +137,7 @@ class Supervisor:
                 kill(process)
                 process.wait()
             slot.process = None
-            with suppress(OSError, UserError):  # the next start does it too
+            with suppress(OSError, UserError):  # the next start releases its job too
                 self.queue.release(slot.name)
 
     def _run(self) -> None:
@@ -145,14 +145,14 @@ class Supervisor:
         while not self._stopping.is_set():
             try:
                 self.look_after()
-            except (OSError, UserError) as error:  # a full disk, maybe; tried again
+            except (OSError, UserError) as error:  # perhaps a full disk; retried
                 if str(error) != problem:
                     logger.error("supervisor: %s", error)
                 problem = str(error)
             self._stopping.wait(POLL_SECONDS)
 
     def look_after(self) -> None:
-        """Start what is to be started, end what hangs, and see what has ended."""
+        """Start workers that are due, kill those that hang, and handle those that have ended."""
         jobs = self.queue.running()
         for worker in jobs.keys() - {slot.name for slot in self.slots}:
             self._release_left(worker)
@@ -168,7 +168,7 @@ class Supervisor:
             self.retention.apply()
 
     def _start(self, slot: Slot) -> None:
-        # with a session of its own it does not hear Ctrl-C; it ends when its stdin is closed
+        # in its own session it does not receive Ctrl-C; it ends when its stdin is closed
         slot.process = subprocess.Popen(
             [*self.command, str(self.queue.folder), slot.name, self.flags],
             stdin=subprocess.PIPE,
@@ -178,16 +178,16 @@ class Supervisor:
         slot.begun, slot.killed_for, slot.seen = monotonic(), "", ("", 0, 0.0)
 
     def _end(self, slot: Slot, code: int) -> None:
-        """A worker has ended: see to its job, and when to start it again."""
+        """Handle the end of a worker: requeue or fail its job, and schedule the next start."""
         assert slot.process is not None
         reason = slot.killed_for or reason_of_end(code)
-        had_job = self.queue.lose(slot.name, reason)  # first: after an error all of this is tried again
+        had_job = self.queue.lose(slot.name, reason)  # first: after an error all of this is retried
         close_stdin(slot.process)
         slot.process = None
         if code == 0:
             slot.failures = 0
             return
-        # a job that goes on killing workers fails; without one there would be no end
+        # restarts with a job are limited, since a job that kills workers fails; those without one need a delay
         has_begun = had_job or monotonic() - slot.begun >= START_SECONDS
         slot.failures = 0 if has_begun else slot.failures + 1
         delay = min(MAX_DELAY, 2.0**slot.failures) if slot.failures else 0.0
@@ -197,7 +197,7 @@ class Supervisor:
     def _check_progress(self, slot: Slot, process: subprocess.Popen[bytes], job: Job | None) -> None:
         """Kill a worker that has made no progress for too long."""
         if job is not None and job.cancelling and job.progress.stage in LOADING:
-            # it hears of that after the download, which may take hours; what has been downloaded stays
+            # it would notice only after the download, which may take hours; downloaded files are kept
             if slot.seen[:2] != (job.id, CANCELLED):
                 slot.seen = (job.id, CANCELLED, monotonic())
             elif monotonic() - slot.seen[2] > self.cancel_seconds:
@@ -210,7 +210,7 @@ class Supervisor:
             kill(process)
 
     def _release_left(self, worker: str) -> None:
-        """Queue again what a worker of an earlier server had, once it has ended."""
+        """Requeue the job of an earlier server's worker, once that worker has ended."""
         with suppress(BlockingIOError), lock_worker(self.queue.folder, worker):
             self.queue.release(worker)
 
@@ -222,7 +222,7 @@ def close_stdin(process: subprocess.Popen[bytes]) -> None:
 
 
 def reason_of_end(code: int) -> str:
-    """What a process's exit code says, for people."""
+    """A description of a worker's exit code, for messages."""
     if code >= 0:
         return f"the worker ended with code {code}"
     text = f"the worker was ended by {signal.Signals(-code).name}"

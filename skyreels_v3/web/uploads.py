@@ -1,6 +1,6 @@
-"""Reading a request's body without trusting it: fields, and files streamed to the job's folder under our own names.
+"""Reads untrusted request bodies: fields, and files that are streamed to the job's folder under generated names.
 
-A body that is too large, too slow, broken off or not what it says ends as an ApiError; the caller removes the folder.
+A body that is too large, too slow, incomplete or malformed raises ApiError; the caller then removes the folder.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from skyreels_v3.web.errors import ApiError
 from skyreels_v3.web.settings import Limits
 
 FORM, JSON = "multipart/form-data", "application/json"
-NESTED = re.compile(r"([^\[\]]+)\[([^\[\]]*)\]")  # a[b] and a[] of forms
+NESTED = re.compile(r"([^\[\]]+)\[([^\[\]]*)\]")  # form fields a[b] and a[]
 SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,5}")
 DATA_URL = re.compile(r"data:[\w.+-]*/?[\w.+-]*(;[\w.+-]+=[\w.+-]+)*;base64,", re.IGNORECASE)
 DRAIN_SECONDS, QUIET_SECONDS = 3.0, 0.2
-PROBE_FPS = 24  # any will do: a clip's length is checked later, against the task
+PROBE_FPS = 24  # any value works: a clip's length is checked later, against the task
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A file that a client has sent.
+    """A file from a client.
 
     Attributes:
-        name: the client's, for messages only.
+        name: the client's name for it, used only for messages and `suffix`.
     """
 
     path: Path
@@ -55,16 +55,16 @@ class Upload:
 
     @property
     def suffix(self) -> str:
-        """The suffix of the client's name, if it is a plain one; decoders go by the content."""
+        """The suffix of the client's name if it is a plain one, else ""; decoders look at the content."""
         suffix = os.path.splitext(self.name)[1].lower()
         return suffix if SUFFIX.fullmatch(suffix) else ""
 
 
-Fields = dict[str, Any]  # texts, uploads, lists and mappings of them; from JSON also numbers and the like
+Fields = dict[str, Any]  # strings, uploads, and lists and dicts of them; from JSON any values
 
 
 async def read_fields(request: Request, folder: Path, limits: Limits) -> Fields:
-    """The fields of a body, JSON or a form; its files are in `folder`.
+    """Read the fields of a JSON or form body; its files go to `folder`.
 
     Raises:
         ApiError: 400, 408, 413 or 415.
@@ -78,7 +78,7 @@ async def read_fields(request: Request, folder: Path, limits: Limits) -> Fields:
 
 
 async def drain(request: Request) -> None:
-    """Read on for a while: a client that is still sending would not see an answer before the connection is closed."""
+    """Keep reading for a while: a client still sending would lose the connection before it sees the response."""
     with suppress(TimeoutError):
         async with asyncio.timeout(DRAIN_SECONDS):
             more = True
@@ -99,14 +99,14 @@ async def read_body(request: Request, folder: Path, limits: Limits) -> Fields:
     body = chunks(request, most, limits)
     try:
         return await (read_form(body, options.get(b"boundary", b""), folder, limits) if form else read_json(body))
-    except (FormParserError, UnicodeError, ValueError, RecursionError) as error:  # RecursionError: a million brackets
+    except (FormParserError, UnicodeError, ValueError, RecursionError) as error:  # RecursionError: deep nesting
         raise ApiError(400, f"the body is not valid {FORM if form else JSON} ({format_value(error)})") from error
     except ClientDisconnect as error:
         raise ApiError(400, "the body was broken off") from error
 
 
 async def chunks(request: Request, most: int, limits: Limits) -> AsyncIterator[bytes]:
-    """The body as it arrives."""
+    """Yield the body as it arrives; raises ApiError beyond the limits."""
     stream, start, size = request.stream(), time.monotonic(), 0
     while True:
         try:
@@ -157,7 +157,7 @@ async def read_form(body: AsyncIterator[bytes], boundary: bytes, folder: Path, l
 
 
 class FormReader:
-    """Takes what the parser of a form finds."""
+    """Collects fields and files from a form parser's callbacks."""
 
     def __init__(self, folder: Path, limits: Limits) -> None:
         self.folder, self.limits = folder, limits
@@ -223,7 +223,7 @@ class FormReader:
             add(self.fields, self.name, self.text.decode())
         elif upload.name or self.size:
             add(self.fields, self.name, upload)
-        else:  # a page's form, in which no file was chosen
+        else:  # a web page's file input without a file
             upload.path.unlink()
 
     def end(self) -> None:
@@ -236,7 +236,7 @@ class FormReader:
 
 
 def add(fields: Fields, name: str, value: str | Upload) -> None:
-    """Add a field of a form: `a[b]` is a mapping's, `a[]` and a repeated name a list's."""
+    """Add a form field: `a[b]` is an entry of a dict; `a[]` and a repeated name are entries of a list."""
     nested = NESTED.fullmatch(name)
     if nested is not None and nested[2]:
         inner = fields.setdefault(nested[1], {})
@@ -252,7 +252,7 @@ def add(fields: Fields, name: str, value: str | Upload) -> None:
 
 
 def decode_data_url(url: str, folder: Path, param: str, limits: Limits) -> Upload:
-    """The file in a data URL, which has to be in base64."""
+    """Save the file in a base64 data URL to `folder`."""
     begin = DATA_URL.match(url)
     try:
         if begin is None:
@@ -271,15 +271,15 @@ IMAGES, SOUNDS = ("image", "input_image", "ref_imgs", "keyframes"), ("input_audi
 
 
 def max_bytes(flag: str) -> int:
-    """The largest file for a flag."""
+    """The maximum size of a flag's file."""
     return MAX_IMAGE_BYTES if flag in IMAGES else MAX_VIDEO_BYTES
 
 
 def check_kind(flag: str, path: Path, name: str) -> None:
-    """Check by its content that a file is what a flag takes.
+    """Check from its content that a file is of the kind that a flag takes.
 
     Raises:
-        UserError: it is not, or it is damaged.
+        UserError: it is not, or it is empty or damaged.
     """
     if not path.stat().st_size:
         raise UserError(f"--{flag}", f"{format_value(name)} is empty (0 bytes); give a complete file")

@@ -14,12 +14,12 @@ from skyreels_v3.web.queue import Job, State
 from skyreels_v3.web.retention import DAY_SECONDS
 from skyreels_v3.web.settings import Settings
 
-FACTS = ("width", "height", "frames", "fps", "seconds", "stages", "peak_bytes", "quality")  # of a result, for clients
+FACTS = ("width", "height", "frames", "fps", "seconds", "stages", "peak_bytes", "quality")  # that clients see
 
 
 @lru_cache(maxsize=1024)
 def request_for(id: str, flags: tuple[tuple[str, Any], ...]) -> GenerationRequest | None:
-    """The request of a job; None if this version cannot make it any more."""
+    """A job's request; None if this version does not accept its flags any more."""
     try:
         return request_of(convert_flags(dict(flags)))
     except UserError:
@@ -27,13 +27,13 @@ def request_for(id: str, flags: tuple[tuple[str, Any], ...]) -> GenerationReques
 
 
 def request_of_job(job: Job) -> GenerationRequest | None:
-    """See `request_for`; flags are hashable but for lists."""
+    """See `request_for`, whose flags must be hashable: lists become tuples."""
     flags = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in job.flags.items())
     return request_for(job.id, flags)
 
 
 def video_of(job: Job, settings: Settings) -> dict[str, Any]:
-    """The Video object; beyond OpenAI's fields there is `details`."""
+    """The Video object of a job: OpenAI's fields, and `details`."""
     request, facts = request_of_job(job), job.facts or {}
     model = job.flags.get("model_id") or (request.model_id if request is not None else "")
     state, error = State.FAILED if job.state is State.CANCELLED else job.state, error_of(job)
@@ -66,14 +66,14 @@ def video_of(job: Job, settings: Settings) -> dict[str, Any]:
 
 
 def expiry_of(job: Job, keep_days: float | None) -> int | None:
-    """When a completed video is deleted for its age, at the earliest; None where age does not matter."""
+    """The earliest time at which a completed video is deleted for its age; None for others or without a limit."""
     if keep_days is None or job.ended is None or job.state is not State.COMPLETED:
         return None
     return int(job.ended + keep_days * DAY_SECONDS)
 
 
 def progress_of(job: Job) -> dict[str, Any]:
-    """Where a job is, for a progress bar."""
+    """A job's progress, for a progress bar."""
     progress = job.progress
     return {
         **{"stage": progress.stage, "part": progress.part, "window": progress.window, "windows": progress.windows},
@@ -83,7 +83,7 @@ def progress_of(job: Job) -> dict[str, Any]:
 
 
 def seconds_of(job: Job, request: GenerationRequest | None) -> str:
-    """Length of the file: of all frames once they are known, if sound or an input clip decide; else as asked for."""
+    """The video's length in seconds: as requested, or of its frames where sound, a clip or num_frames decides."""
     facts = job.facts or {}
     is_known = bool(facts.get("frames") and facts.get("fps"))
     takes_over = request is None or bool(request.input_audio) or (request.include_input and is_known)
@@ -97,7 +97,7 @@ def seconds_of(job: Job, request: GenerationRequest | None) -> str:
 
 
 def size_of(job: Job, request: GenerationRequest | None) -> str:
-    """WIDTHxHEIGHT; before an input was opened that settles it, the name of its bucket."""
+    """WIDTHxHEIGHT; while that still depends on an unopened input, the name of the resolution."""
     facts = job.facts or {}
     if facts.get("width") and facts.get("height"):
         return f"{facts['width']}x{facts['height']}"
@@ -107,7 +107,7 @@ def size_of(job: Job, request: GenerationRequest | None) -> str:
 
 
 def error_of(job: Job) -> dict[str, str] | None:
-    """Why there is no video; flags in the message have dashes, see `ApiError`."""
+    """Why a job has no video, or None; the message names fields as --flags, see `ApiError`."""
     if job.state is State.CANCELLED:
         return {"code": "cancelled", "message": "it was cancelled"}
     if job.state is not State.FAILED:

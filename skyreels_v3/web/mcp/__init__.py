@@ -1,1 +1,1 @@
-"""MCP, the Model Context Protocol: the server's videos, for agents."""
+"""MCP, the Model Context Protocol: the server's tools and videos for agents."""

@@ -1,4 +1,4 @@
-"""The tools, and their arguments: those of a video are from the table of flags, others are checked in the same way."""
+"""The tools and their arguments: a video's come from the table of flags; others are checked in the same way."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from skyreels_v3.web.uploads import IMAGES, Upload, max_bytes
 WAIT_SECONDS, MAX_WAIT = 20, 300
 LISTED, MAX_LISTED = 10, 100
 FETCHED = re.compile(r"\s*(https?://|data:)", re.IGNORECASE)
-# of a video; other spellings of the same, and what is the server's to say, are left out
+# arguments of a video, without shorthands and flags that only the server sets
 VIDEO = tuple(flag for flag in FLAGS if flag.name not in (*OWN, *SHORTHANDS, *COMMAND_ONLY, "model_id"))
 INPUT = "an http(s) URL, a data URL, {files}or the id of a video made here (for a picture: its last frame)"
 FILES = "a path below the server's folder of files, "
@@ -40,9 +40,9 @@ class Tool:
     """A tool.
 
     Attributes:
-        description: with {inputs} for what an input may be.
+        description: may contain {inputs}, which stands for the kinds of inputs.
         flags: its arguments.
-        hints: what a client may know before it calls the tool.
+        hints: what a client should know before it calls the tool.
     """
 
     name: str
@@ -110,7 +110,7 @@ TOOLS = {
 
 
 def read_arguments(tool: Tool, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a tool that is not about a new video, in their types; raises UserError."""
+    """The converted arguments of a tool that is not about a new video; raises UserError."""
     flags = {flag.name: flag for flag in tool.flags}
     for name in filter(lambda name: name not in values, tool.required):
         raise UserError(f"--{name}", f"missing; give the {flags[name].help}")
@@ -121,7 +121,7 @@ def read_arguments(tool: Tool, values: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class ToolReader(FlagReader):
-    """Reads the arguments of a new video. Inputs may also be files below one folder, and what was made here."""
+    """Reads the arguments of a new video. Inputs may also be files in the folder of --files, and earlier videos."""
 
     wanted: ClassVar[str] = "give a text: a URL, a path or an id"
     otherwise: ClassVar[str] = "give another address"
@@ -137,7 +137,7 @@ class ToolReader(FlagReader):
         return await super().take(flag, value, stem)
 
     async def take_made(self, flag: Flag, named: re.Match[str], stem: str) -> Upload:
-        """What there is of a video made here; where a picture is needed, the video's last frame."""
+        """Take the named content of an earlier video, or its last frame where a picture is needed."""
         id, content = named.groups() or (named[0], CLIP)
         if content == CLIP and flag.name in IMAGES:
             content = LAST
@@ -149,7 +149,7 @@ class ToolReader(FlagReader):
         return upload
 
     def take_file(self, flag: Flag, name: str, stem: str) -> Upload:
-        """A copy of a file below the folder of files; raises ApiError."""
+        """Take a copy of a file in the folder of --files; raises ApiError."""
         files, upload = self.settings.files, Upload(self.folder / f"file-{stem}", Path(name).name)
         try:
             if files is None or not name or is_url(name):
@@ -171,7 +171,7 @@ class ToolReader(FlagReader):
 
 
 def schema(tool: Tool, settings: Settings) -> dict[str, Any]:
-    """A tool's arguments as a JSON schema."""
+    """The JSON schema of a tool's arguments."""
     properties: dict[str, Any] = {}
     for flag in tool.flags:
         kind = schema_of(flag)
@@ -207,5 +207,5 @@ def describe(flag: Flag, settings: Settings) -> str:
 
 
 def input_kinds(files: Path | None) -> str:
-    """What an input may be."""
+    """What an input may be, for descriptions and errors."""
     return INPUT.format(files="" if files is None else FILES)

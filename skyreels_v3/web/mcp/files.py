@@ -1,4 +1,4 @@
-"""Files in one folder, for clients who may see nothing else of this machine."""
+"""Access to the files in one folder, for clients that may read nothing else on this machine."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ BLOCK = 1 << 20  # bytes
 
 
 class Outside(Exception):
-    """A path that leads out of the folder, or to where nobody may read."""
+    """A path that leads out of the folder, or into the excluded one."""
 
 
 def open_below(folder: Path, name: str, without: Path) -> IO[bytes]:
-    """A regular file in a folder or in one below it, open for reading.
+    """Open a regular file in a folder or its subfolders for reading.
 
     Args:
-        folder: with no symbolic link in its path. What is in it may be changed meanwhile, by anyone.
-        name: relative to the folder, or from the root.
+        folder: without symbolic links in its path. Anyone may change its contents meanwhile.
+        name: relative to the folder, or absolute.
         without: a folder whose files are refused, as if they were outside.
 
     Raises:
-        Outside: it is in another place, or a symbolic link to one, or has `..` in it.
+        Outside: the path leads elsewhere, directly or through a symbolic link, or has `..` in it.
         OSError, ValueError: there is no such file, or it cannot be read.
     """
     path = Path(name)
     real = Path(os.path.realpath(folder / path))
     if ".." in path.parts or folder not in real.parents or without in real.parents:
         raise Outside
-    # no link is left in `real`: one that is met now was put there since
+    # `real` contains no links: O_NOFOLLOW refuses those put there since
     *folders, last = real.relative_to(folder).parts
     place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -48,7 +48,7 @@ def open_below(folder: Path, name: str, without: Path) -> IO[bytes]:
 
 
 def copy_below(folder: Path, name: str, without: Path, target: Path, most: int) -> None:
-    """Copy a file of a folder, or its first `most` + 1 bytes, to a new one; see `open_below`."""
+    """Copy a file in a folder, or its first `most` + 1 bytes, to a new one; see `open_below`."""
     with open_below(folder, name, without) as source, target.open("xb") as copy:
         while (left := most + 1 - copy.tell()) > 0 and (block := source.read(min(BLOCK, left))):
             copy.write(block)

@@ -1,4 +1,4 @@
-"""What there is of a video, each under a URI of its own: skyreels://ID/NAME."""
+"""The contents of a video as MCP resources, each under its own URI: skyreels://ID/NAME."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from skyreels_v3.web.queue import STATES, Job, State
 
 CLIP, FRAMES, LAST, PREVIEW, PARTIAL = "video.mp4", "frames.jpg", "last.png", "preview.png", "partial.mp4"
 URI = re.compile(rf"skyreels://({ID.pattern})/([a-z.0-9]+)")
-MAX_BYTES = 64 << 20  # of one that is read: it becomes one line of text
+MAX_BYTES = 64 << 20  # of a resource: it is sent as one line of text
 
 
 class Content(NamedTuple):
-    """What there is of a video: its MIME type, what it is, and the states of a job that may have it."""
+    """A content of a video: its MIME type, its title, and the states of a job in which it may exist."""
 
     kind: str
     title: str
@@ -40,7 +40,7 @@ def uri_of(id: str, name: str) -> str:
 
 
 def file_of(job: Job, name: str) -> Path:
-    """The file with one of CONTENTS of a video, made if need be; raises ApiError."""
+    """The file of one of a video's CONTENTS, made if need be; raises ApiError."""
     if name not in CONTENTS:
         raise ApiError(404, f"there is no {format_value(name)} of a video; choose one of {', '.join(CONTENTS)}", "uri")
     path = {CLIP: job.video, PREVIEW: job.preview, PARTIAL: job.partial}.get(name)
@@ -56,7 +56,7 @@ def file_of(job: Job, name: str) -> Path:
 
 
 def read_base64(path: Path) -> str:
-    """A file as text; raises ApiError."""
+    """A file's content as base64 text; raises ApiError."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)

@@ -1,4 +1,4 @@
-"""How agents reach the tools: by the stdin and stdout of a process of their own, or by HTTP beside the API."""
+"""MCP's transports: stdin and stdout of a process of the agent's own, or HTTP beside the API."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from skyreels_v3.web.uploads import chunks
 logger = logging.getLogger(__name__)
 
 PATH = "/mcp"
-POLL_SECONDS = 1.0  # between looks for whether another process still serves the folder
+POLL_SECONDS = 1.0  # between checks whether another process still serves the folder
 
 
 # HTTP
 
 
 def mount_mcp(app: FastAPI) -> None:
-    """Serve MCP beside the API, whose application this is: behind the same guard, and with its limits.
+    """Serve MCP in the API's application, behind the same guard and with the same limits.
 
-    There are no sessions: each request stands alone, as in the protocol's newest version.
+    It is stateless: there are no sessions, as in the protocol's newest version.
     """
     api: Api = app.state.api
     limits = api.settings.limits
@@ -59,13 +59,13 @@ def mount_mcp(app: FastAPI) -> None:
 
 
 class Endpoint:
-    """ASGI application that reads a body as patiently as the API does, and no more."""
+    """ASGI application that reads a body within the API's limits of size and time."""
 
     def __init__(self, manager: StreamableHTTPSessionManager, limits: Limits) -> None:
         self.manager, self.limits = manager, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["method"] != "POST":  # by which a client learns that there are no sessions
+        if scope["method"] != "POST":  # tells a client that there are no sessions
             raise ApiError(405, "ask by POST", headers={"Allow": "POST"})
         request = Request(scope, receive)
         try:
@@ -84,10 +84,10 @@ class Endpoint:
 
 
 def serve_stdio(settings: Settings, queue: Queue, supervise: Callable[[], Supervisor]) -> int:
-    """Serve the client at stdin and stdout until it closes stdin; returns the exit code.
+    """Serve one client over stdin and stdout until it closes stdin; returns the exit code.
 
     Args:
-        supervise: makes a supervisor of the workers, which run as long as no other process serves the folder.
+        supervise: makes the workers' supervisor; workers run only while no other process serves the folder.
     """
     asyncio.run(converse(settings, queue, supervise))
     return 0
@@ -100,7 +100,7 @@ async def converse(settings: Settings, queue: Queue, supervise: Callable[[], Sup
         loop.add_signal_handler(number, stop.set)
     api = Api(settings, queue)
     server = Tools(api, is_local=True).server()
-    # meanwhile Python's stdout is stderr, and so is that of all processes that are started
+    # inside, stdout goes to stderr, also that of child processes
     async with stdio_server() as (reading, writing):
         talk = asyncio.create_task(server.run(reading, writing, server.create_initialization_options()))
         tasks = (talk, asyncio.create_task(work(queue, supervise)), asyncio.create_task(stop.wait()))
@@ -111,7 +111,7 @@ async def converse(settings: Settings, queue: Queue, supervise: Callable[[], Sup
         finally:
             for task in tasks:
                 task.cancel()
-            with CancelScope(shield=True):  # where stdout is closed all is cancelled
+            with CancelScope(shield=True):  # if stdout is closed, everything is cancelled
                 outcomes = await asyncio.gather(*tasks, return_exceptions=True)
                 await api.planner.close()
             queue.close()
@@ -120,7 +120,7 @@ async def converse(settings: Settings, queue: Queue, supervise: Callable[[], Sup
 
 
 def end_process(failure: Exception | None) -> NoReturn:
-    """End this process at once: the thread that waits for stdin cannot be ended."""
+    """End this process at once: the thread that waits for stdin cannot be stopped."""
     if failure is None:
         code = processes.report_exit("interrupted\n", processes.INTERRUPTED, SINGLE, KeyboardInterrupt())
     else:

@@ -1,6 +1,6 @@
-"""What agents can call by MCP: the tools, and the resources of what these have made.
+"""What agents can use through MCP: the tools, and the resources that these make.
 
-The tools are the HTTP API in other words: they read the same flags, into the same queue.
+The tools mirror the HTTP API: they read the same flags and use the same queue.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ INSTRUCTIONS = (
     "failed or cancelled. A completed one comes with a picture of its frames: look at it. A video takes seconds to "
     "hours: plan says what it would take, models which checkpoints are on this machine."
 )
-PAGE = 20  # resources that are listed at one time
+PAGE = 20  # resources per page of a list
 PROGRESS = ("stage", "window", "windows", "step", "steps", "seconds_left")
 DEFAULTS = ("resolution", "width", "height", "num_frames", "num_inference_steps", "fps")
 
@@ -69,7 +69,7 @@ class Tools:
     """The tools and resources of a server.
 
     Args:
-        is_local: clients are on this machine and its user's, so that they are told where files are.
+        is_local: the client runs on this machine for the same user, so it is told the paths of files.
     """
 
     def __init__(self, api: Api, is_local: bool) -> None:
@@ -87,7 +87,7 @@ class Tools:
         ]  # fmt: skip
 
     def server(self) -> Server[Any]:
-        """An MCP server of these."""
+        """An MCP server with these tools and resources."""
         return Server(
             "skyreels", title="SkyReels", version=__version__, instructions=INSTRUCTIONS,
             on_list_tools=self.list_tools, on_call_tool=self.call_tool, on_list_resources=self.list_resources,
@@ -107,7 +107,7 @@ class Tools:
 
         async def report(job: Job) -> None:
             nonlocal told
-            if job.progress.part > told:  # the protocol wants it to increase
+            if job.progress.part > told:  # the protocol requires it to increase
                 told = job.progress.part
                 await ctx.session.report_progress(100 * told, 100, job.progress.stage or job.state.value)
 
@@ -198,7 +198,7 @@ class Tools:
         return result(await self.describe(job), *content)
 
     async def wait(self, id: str, owner: str, seconds: float, report: Report) -> Job:
-        """A job, once it has ended or so many seconds have passed."""
+        """A job, once it has ended or `seconds` have passed."""
         streams, end = self.api.streams, monotonic() + seconds
         self.api.check_share(streams, owner, self.api.settings.limits.streams, "calls are waiting")
         streams[owner] += 1
@@ -227,10 +227,10 @@ class Tools:
         read_arguments(TOOLS["models"], values)
         return result({"tasks": [await run_in_threadpool(self.describe_task, name) for name in TASK_NAMES]})
 
-    # What they answer
+    # Results
 
     async def describe(self, job: Job) -> dict[str, Any]:
-        """A job, without what says nothing."""
+        """The facts about a job, without empty ones."""
         video = video_of(job, self.api.settings)
         details, error = video["details"], video["error"] or {}
         facts = {
@@ -269,19 +269,19 @@ class Tools:
 
 
 def owner_of(ctx: Context) -> str:
-    """Whose request it is, as the guard has found; on stdin and stdout there is one client."""
+    """The owner of a request, set by `Guard`; "" on stdin and stdout, which have one client."""
     return "" if ctx.request is None else ctx.request.scope["owner"]
 
 
 def result(facts: dict[str, Any], *content: types.ContentBlock) -> types.CallToolResult:
-    """Facts, as text: beside structured content some clients show a model nothing else, no picture either."""
+    """Facts as text: given structured content, some clients show a model nothing else, not even pictures."""
     text = types.TextContent(text=json.dumps(facts, ensure_ascii=False))
     return types.CallToolResult(content=[text, *content])
 
 
 @contextmanager
 def protocol_errors() -> Iterator[None]:
-    """Turn an ApiError into one of the protocol, where there is no tool to report it."""
+    """Turn an ApiError into a protocol error, where no tool's result can report it."""
     try:
         yield
     except ApiError as error:
@@ -292,7 +292,7 @@ def protocol_errors() -> Iterator[None]:
 
 
 def checkpoint_state(request: GenerationRequest) -> dict[str, Any]:
-    """Whether a request's checkpoint is on this machine, or what would be downloaded; no hub is asked."""
+    """Whether a request's checkpoint is on this machine, or what would be downloaded, without contacting a hub."""
     missing = [] if request.model_id == TINY else missing_repositories(request)
     if not missing:
         return {"on_this_machine": True}
@@ -303,7 +303,7 @@ def checkpoint_state(request: GenerationRequest) -> dict[str, Any]:
 
 
 def missing_repositories(request: GenerationRequest) -> list[Repository]:
-    """The repositories that are not on this machine, or not with all of their files."""
+    """The repositories that are missing from this machine, or incomplete."""
     missing, first = list[Repository](), None
     for repository in repositories_of(request):
         try:
