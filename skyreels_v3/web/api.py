@@ -129,7 +129,7 @@ class Api:
         return await self.submit(request)
 
     async def extend(self, request: Request) -> JSONResponse:
-        """Queue the continuation of a video, {id} or a file. With `include_input` (the default) both become one."""
+        """Queue a video that continues {id} or a file; with `include_input` (the default) it begins with that video."""
         fields = {"input_video": "video", "duration": "seconds"}
         return await self.submit(request, fields, task_type=EXTENSIONS[-1], include_input=True)
 
@@ -163,7 +163,7 @@ class Api:
             return await self.add(id, flags, owner, source.id)
 
     async def plan(self, request: Request) -> dict[str, Any]:
-        """What a request for a video would take: the text of --dry_run, and its numbers. Nothing is queued."""
+        """What a request for a video would need: the text of --dry_run, and its numbers. Nothing is queued."""
         owner = owner_of(request)
         async with self.new_folder(owner, keep=False) as (_, folder):
             reader = self.flag_reader(folder, owner)
@@ -255,7 +255,7 @@ class Api:
         return await self.answer(await self.find(id, owner_of(request)))
 
     async def delete(self, id: str, request: Request) -> dict[str, Any]:
-        """Delete a video and its files; one that is being made is cancelled first."""
+        """Delete a video and its files; if it is being made, it is cancelled first."""
         await self.find(id, owner_of(request))
         deleted = await run_in_threadpool(self.queue.delete, id)
         if not deleted:
@@ -263,7 +263,7 @@ class Api:
         return {"id": id, "object": "video.deleted", "deleted": True}
 
     async def cancel(self, id: str, request: Request) -> JSONResponse:
-        """Cancel a video that is queued or being made; one that has ended stays as it is."""
+        """Cancel a video that is queued or being made; one that has ended does not change."""
         await self.find(id, owner_of(request))
         job = await run_in_threadpool(self.queue.cancel, id)
         if job is None:
@@ -275,7 +275,7 @@ class Api:
     async def content(
         self, id: str, request: Request, variant: Literal["video", "partial", "thumbnail", "spritesheet"] = "video"
     ) -> Response:
-        """The bytes of a completed video or of pictures of it; `partial`: of what a job had finished when it ended."""
+        """The bytes of a completed video or a picture of it; `partial`: of the frames finished before its job ended."""
         job = await self.find(id, owner_of(request))
         if variant == "partial":
             return await send_file(job.partial, KINDS[variant], request, f"{id}-partial.mp4")
@@ -292,7 +292,7 @@ class Api:
         return await send_file(path, KINDS[variant], request, f"{id}{path.suffix}")
 
     async def preview(self, id: str, request: Request, number: int = 0) -> Response:
-        """The newest preview of a video that is being made; `number` only keeps caches from showing an older one."""
+        """The latest preview of a video that is being made; `number` only keeps caches from returning an older one."""
         job = await self.find(id, owner_of(request))
         try:  # read at once: the next preview may replace it
             return Response(await run_in_threadpool(job.preview.read_bytes), media_type="image/png")
@@ -349,12 +349,12 @@ class Api:
         return {"object": "list", "data": data}
 
     async def health(self) -> dict[str, str]:
-        """Whether the server answers, and reaches its queue."""
+        """Whether the server responds and can reach its queue."""
         await run_in_threadpool(self.queue.counts)
         return {"status": "ok", "version": __version__}
 
     async def show_metrics(self) -> Response:
-        """Figures for Prometheus."""
+        """Metrics for Prometheus."""
         text = await run_in_threadpool(self.metrics.text)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 

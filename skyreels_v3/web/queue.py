@@ -359,12 +359,12 @@ class Queue:
         """
         return self._end(id, worker, State.FAILED, error=(code, message))
 
-    def release(self, worker: str, reason: str = "") -> None:
-        """Take a stopped worker's job from it: fail it with a reason, or without one requeue it ahead of all others."""
+    def release(self, worker: str) -> None:
+        """Take a stopped worker's job from it and requeue it ahead of all others."""
         with self._change() as db:
             rows = db.execute(f"SELECT * FROM jobs WHERE {OF_WORKER}", (worker,)).fetchall()
             for row in rows:
-                self._let_go(db, row, reason)
+                self._let_go(db, row)
         self._tidy(*(row["id"] for row in rows))
 
     def lose(self, worker: str, reason: str) -> bool:
@@ -493,8 +493,8 @@ class Queue:
         self._tidy(id)
         return not row["cancelling"]
 
-    def _let_go(self, db: sqlite3.Connection, row: sqlite3.Row, reason: str) -> None:
-        """End the job of a stopped worker, or requeue it ahead of all others."""
+    def _let_go(self, db: sqlite3.Connection, row: sqlite3.Row, reason: str = "") -> None:
+        """End a cancelled job, fail one with a `reason`, or requeue it ahead of all others."""
         values: dict[str, Any] = {"worker": "", "state": State.QUEUED}
         if row["cancelling"] or reason:
             error = None if row["cancelling"] else json.dumps(("internal_error", reason))

@@ -76,7 +76,7 @@ def test_a_job_from_its_id_to_its_end(queue):
     for late in (queue.complete(id, "w", {}), queue.fail(id, "w", "a", "b"), queue.report(id, "w", progress)):
         assert not late
     assert queue.cancel(id).state == State.COMPLETED
-    queue.release("w", "lost")
+    queue.release("w")
     assert queue.get(id) == done
 
 
@@ -140,7 +140,7 @@ def test_cancel(queue):
     assert queue.claim("w") is None
 
 
-@pytest.mark.parametrize("end", ["fail", "release", "release with a reason", "lose"])
+@pytest.mark.parametrize("end", ["fail", "release", "lose"])
 def test_a_cancelled_job_ends_as_cancelled(queue, end):
     id = add(queue)
     queue.claim("w")
@@ -150,7 +150,7 @@ def test_a_cancelled_job_ends_as_cancelled(queue, end):
     elif end == "lose":
         queue.lose("w", "killed")
     else:
-        queue.release("w", "killed" if "reason" in end else "")
+        queue.release("w")
     job = queue.get(id)
     assert (job.state, job.cancelling, job.error) == (State.CANCELLED, False, None)
 
@@ -189,8 +189,6 @@ def test_a_released_job_comes_first(queue):
     queue.release("w")
     assert [queue.claim("x").id for _ in range(2)] == [first, other]
     assert queue.get(urgent).worker == "v"
-    queue.release("v", "the GPU is gone")
-    assert queue.get(urgent).error == ("internal_error", "the GPU is gone")
 
 
 def test_a_job_that_loses_two_workers_fails(queue):
