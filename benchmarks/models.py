@@ -1,4 +1,4 @@
-"""Transformers with random weights for the benchmarks, of any or the published sizes, and their inputs."""
+"""Transformers with random weights, of the published or other sizes, and their inputs, for the benchmarks."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def random_model(
     home: torch.device | None = None,
     float32_names: Sequence[str] = (),
 ) -> Any:
-    """A model with random weights of typical initial scale, created on `device` one by one and kept on `home`.
+    """A model with random weights of typical initial scale, created one by one on `device` and kept on `home`.
 
     On `home` all blocks share the same weights: moving 28 GB there would take as long as a whole benchmark. On another
     device, or after a conversion, each block has its own.

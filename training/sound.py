@@ -102,7 +102,7 @@ def audio_module() -> Wav2Vec2Model:
             layer.conv.weight.copy_(weight)
         projection = model.feature_projection.projection
         projection.weight.copy_(torch.from_numpy(random.standard_normal(projection.weight.shape) / 4))
-        model.encoder.pos_conv_embed.conv.parametrizations.weight.original0.zero_()  # no position: only loudness matters
+        model.encoder.pos_conv_embed.conv.parametrizations.weight.original0.zero_()  # only loudness matters
     return model.eval().requires_grad_(False)
 
 

@@ -1,6 +1,6 @@
 """Training data of each transformer: drawn samples, encoded once, in batches with the pipelines' conditioning.
 
-A bank holds encoded samples on the device and grows during training; new samples replace the oldest. `velocity` runs the
+A bank holds encoded samples on the device and grows during training; new ones replace the oldest. `velocity` runs the
 transformer as `wan.conditioning.Conditioning.predict` does, with a noise level per sample.
 """
 
@@ -36,8 +36,8 @@ SHORT_FRAMES, ROLL_FRAMES = 4 * 9, 4 * 33  # new frames of it; the longer in its
 CUT_LENGTHS = {2: 9, 5: 33}  # of a shot switch: seconds -> condition frames
 CUTS = {f"cut {seconds}": (seconds, seen) for seconds, seen in CUT_LENGTHS.items()}
 VOICE_SECONDS = 12.0
-DROPPED = 0.1  # share of prompts
-COLOURLESS = 0.6  # share of prompts with reference pictures
+DROPPED = 0.1  # share of prompts that are dropped
+COLOURLESS = 0.6  # share of prompts without colors, with reference pictures
 PICTURE = "picture"  # a kind of sample: single frames, which cost little and so allow many more scenes
 TEXT = "text"  # no task's condition: without reference pictures a single frame costs a quarter of one with them
 MOUTH_WEIGHT = 6.0

@@ -7,8 +7,8 @@ In time the VAE is causal: it processes one latent frame after another, and its 
 earlier frames. In space, only the attention in the middle, at an eighth of the frame's size, sees everything. Most
 memory is used by the outer stages, above a quarter of the size: convolutions with a total reach of 24 pixels (decoder)
 or 16 (encoder). These run tile by tile: each stage gets the halo that later stages need, which shrinks to nothing at
-the end. Nothing is blended. The values are those of the whole frame, except for float32 rounding where
-another shape selects another kernel. The caches hold the whole frame and limit the savings: more than 2 x 3 tiles save little.
+the end. Nothing is blended. The values are those of the whole frame, except for float32 rounding where another
+shape selects another kernel. The caches hold the whole frame and limit the savings: more than 2 x 3 tiles save little.
 """
 
 from __future__ import annotations
