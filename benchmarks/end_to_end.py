@@ -1,4 +1,4 @@
-"""A whole run of generate_video.py, stage by stage: time, and on a GPU peak memory against the plan's.
+"""A whole run of generate_video.py, stage by stage: time, and on a GPU peak memory against the planner's.
 
 The normal code runs in this process and is watched from outside: every stage asks the runtime for its models by name,
 every denoising step advances the progress bar, and frames are decoded while they are written.

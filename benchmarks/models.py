@@ -243,7 +243,7 @@ def make_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
 
 
 def forward_of(model: SkyReelsTransformer3DModel, inputs: Inputs) -> Work:
-    """Our forward for one condition."""
+    """Our forward pass for one condition."""
     return lambda: model([Segment(inputs.latents)], inputs.timestep, inputs.text, inputs.image, inputs.audio)[0]
 
 
@@ -252,7 +252,7 @@ def outputs_of(
 ) -> Iterator[tuple[str, Tensor, int | None]]:
     """Name, output on the CPU and peak memory of each forward, after a first, slower run.
 
-    The peak is that of one model alone: its weights on the device plus what a forward adds. None without a GPU.
+    The peak is that of one model alone: its weights on the device plus what a forward pass adds. None without a GPU.
     """
     for name, work in works.items():
         work()
@@ -262,7 +262,7 @@ def outputs_of(
 
 
 def diffusers_forward_of(model: WanTransformer3DModel, inputs: Inputs, case: Case) -> Work:
-    """diffusers' forward, with a timestep per token where ours takes one per frame."""
+    """diffusers' forward pass, with a timestep per token where ours has one per frame."""
     timestep = inputs.timestep
     if timestep.ndim == 2:
         timestep = timestep.repeat_interleave(case.tokens_per_frame, dim=1)

@@ -5,7 +5,7 @@
     python benchmarks/quality.py --only t2v --scenes 5    # one task
     python benchmarks/quality.py --switches --scenes 20   # each switch that can change the picture, next to the default
 
-Each scene is generated twice: as specified, and with a wrong prompt, reference or sound, which must score clearly worse:
+Each scene is generated twice, as specified and with a wrong prompt, reference or sound, which must score clearly worse,
 else a figure means nothing. Each line of the table has the share of correct scenes, or the median of a figure; its JSON
 is appended to `results.jsonl` in --out when it is done. --page FILE writes all results from there as Markdown.
 """

@@ -33,7 +33,7 @@ from skyreels_v3.runtime import set_environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PATIENCE = 3  # times the estimate, after which a benchmark is stopped
-SLACK = 60  # and seconds on top
+SLACK = 60  # seconds on top
 PROBE = 120  # seconds, for the first use of a GPU
 SAID = 2000  # characters kept from the end of a benchmark's output
 

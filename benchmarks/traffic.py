@@ -169,7 +169,7 @@ def wan_counts(case: Case) -> Iterator[tuple[str, Count]]:
 
 
 def compiled_count(case: Case) -> Count:
-    """Our compiled block: what Inductor moves, scaled to the case's size."""
+    """Counts of our compiled block: what Inductor moves, scaled to the case's size."""
     tokens, heads = COMPILED_TOKENS, COMPILED_HEADS
     ratio = case.sizes.ffn_dim / width_of(case.sizes)
     width = heads * case.sizes.attention_head_dim

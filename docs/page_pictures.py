@@ -23,7 +23,7 @@ ROOT = DOCS.parent
 EXAMPLES = (("reference_to_video", 0), ("i2v", 0), ("single_shot_extension", 0), ("talking_avatar", 0))
 RUNNING = ("single_shot_extension", 0)
 SECONDS = "30"  # of RUNNING: long enough to capture it running
-MAX_COLORS = 256  # screenshots have few colors; the files are a third as large
+MAX_COLORS = 256  # screenshots have few colors; files are a third as large
 
 
 def run_example(page: Any, task: str, number: int, seconds: str = "") -> None:

@@ -1,7 +1,7 @@
 """Runs the passes of a talking avatar.
 
-`windows.plan_windows` plans the passes; `Avatar.make_window` runs one: the key-frame pass or a window.
-Only the last few frames are kept between windows, so memory does not grow with the video's length.
+`windows.plan_windows` plans the passes; `Avatar.make_window` runs one: the key-frame pass or a window. Only the
+last few frames are kept between windows, so memory does not grow with the video's length.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Plans the passes of a talking avatar from the audio length, without torch.
 
-A long video is made in windows of 81 frames. A first pass over the first 81 frames of audio makes *key frames*, images
-of how the person may look later on. Each window then begins with the last frames of the one before and ends in its key
-frame, so that the video neither jumps nor drifts. Frames just before a key frame are dropped: the next window makes
-them again.
+A long video is generated in windows of 81 frames. A first pass over the first 81 frames of audio creates *key frames*,
+images of how the person may look later on. Each window then begins with the last frames of the one before and ends in
+its key frame, so that the video neither jumps nor drifts. Frames just before a key frame are dropped: the next window
+generates them again.
 """
 
 from __future__ import annotations
