@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Draws the sample inputs in this folder: reference images, a portrait and a clip; and has espeak-ng speak.
+"""Generates the sample inputs in this folder: reference images, a portrait, a clip and speech.
 
-Needs the program espeak-ng for the speech; everything else is drawn here.
+The speech needs the program espeak-ng; everything else is drawn here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SPEECH = "Good morning. The boat leaves at nine, and the fox has found its lante
 
 
 def canvas(width: int, height: int, top: str, bottom: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """A picture with a vertical gradient, and its pen."""
+    """A picture with a vertical gradient, and a pen to draw on it."""
     ends = np.array([Image.new("RGB", (1, 1), color).getpixel((0, 0)) for color in (top, bottom)], dtype=float)
     weight = np.linspace(0, 1, height * SCALE)[:, None]
     column = (ends[0] * (1 - weight) + ends[1] * weight).round().astype(np.uint8)
@@ -74,7 +74,7 @@ def lantern() -> Image.Image:
 
 
 def boat(frame: int) -> Image.Image:
-    """A boat that crosses a bay while the sun sets."""
+    """A frame of a boat that crosses a bay at sunset."""
     picture, pen = canvas(480, 272, "#203a6b", "#f2a65a")
     time = frame / (FPS * SECONDS)
     sun = 90 + 70 * time
@@ -93,7 +93,7 @@ def boat(frame: int) -> Image.Image:
 
 
 def portrait() -> Image.Image:
-    """A person who looks at us."""
+    """A person who faces the viewer."""
     picture, pen = canvas(480, 480, "#b8d4e3", "#e6eef2")
     pen.ellipse(scaled(110, 60, 370, 400), fill="#3a2317")
     pen.rectangle(scaled(200, 330, 280, 420), fill="#e0ad8c")
@@ -112,7 +112,7 @@ def portrait() -> Image.Image:
 
 
 def speak(path: Path) -> None:
-    """SPEECH, spoken by espeak-ng, as an mp3 file."""
+    """Write SPEECH, spoken by espeak-ng, to an mp3 file."""
     with tempfile.TemporaryDirectory() as folder:
         wave = Path(folder) / "speech.wav"
         subprocess.run(["espeak-ng", "-v", "en-gb", "-s", "150", "-w", str(wave), SPEECH], check=True)

@@ -3,9 +3,9 @@
     python benchmarks/check.py DIR/results.jsonl                    # with benchmarks/results/*/results.jsonl
     python benchmarks/check.py DIR/results.jsonl --baseline FILE
 
-Compared are seconds, ratios to a peer in the same run, peak memory and counts, as far as both files have them. A whole
-run may take 15 % longer, its denoising 10 %, anything shorter 25 %; memory and counts may grow by 2 %. Seconds on a CPU
-are not compared, since CPUs have no names here; their ratios are.
+It compares seconds, ratios to a baseline in the same run, peak memory and counts that both files have. A whole run may
+take 15 % longer, its denoising 10 %, anything shorter 25 %; memory and counts may grow by 2 %. Seconds on a CPU are not
+compared, since results do not name the CPU; ratios are.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LIMITS = {  # by the last part of a figure's name
     "waits": 0.0,
 }
 TIMES = ("total", "seconds", "seconds_per_frame")
-MIN_SECONDS = 0.1  # shorter times say little
+MIN_SECONDS = 0.1  # shorter times are too noisy
 
 
 class Change(NamedTuple):
@@ -58,7 +58,7 @@ class Change(NamedTuple):
 
     @property
     def is_worse(self) -> bool:
-        return not self.growth <= self.limit  # nor is what is not a number
+        return not self.growth <= self.limit  # true for NaN too
 
 
 def records_of(file: Path) -> list[dict[str, Any]]:
@@ -66,12 +66,12 @@ def records_of(file: Path) -> list[dict[str, Any]]:
 
 
 def lines_of(file: Path) -> dict[str, dict[str, Any]]:
-    """The lines of the benchmarks that ended well, by name."""
+    """The result lines of the benchmarks that succeeded, by name."""
     return {record["name"]: record["line"] for record in records_of(file) if record["status"] == "done"}
 
 
 def broken_in(file: Path) -> list[str]:
-    """The benchmarks that failed or were stopped."""
+    """The benchmarks that failed or timed out."""
     return [record["name"] for record in records_of(file) if record["status"] in ("failed", "timed out")]
 
 
@@ -89,13 +89,13 @@ def figures_of(line: Any, name: str = "") -> Iterator[tuple[str, float]]:
 
 
 def limit_of(name: str) -> float | None:
-    """How much a figure may grow, by the longest part of its name that says so; None where it is not compared."""
+    """How much a figure may grow, by the longest matching end of its name; None if it is not compared."""
     found = [part for part in LIMITS if name.endswith(f"/{part}")]
     return LIMITS[max(found, key=len)] if found else None
 
 
 def compare(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> list[Change]:
-    """What is in both; `before` and `now` are of the same device."""
+    """Changes of the figures that both have, worst first; `before` and `now` are of the same device."""
     changes = []
     for name in before.keys() & now.keys():
         old = dict(figures_of(before[name], name))
@@ -110,7 +110,7 @@ def compare(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -
 
 
 def main() -> int:
-    """Print what is worse; 1 if something is."""
+    """Print what got worse; 1 if anything did or failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, metavar="FILE", help="results.jsonl of run_all.py")
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="earlier results (default: of the same device)")

@@ -6,8 +6,8 @@ every denoising step advances the progress bar, and frames are decoded while the
 --model_id tiny, the default, is the built-in model: it shows the overhead around the models. --model_id full has
 the published sizes of V3 with random weights, created on the device in seconds: nothing is downloaded, and the output
 is noise. On the host all blocks share the same weights, so they take little memory there unless pinned. With --layers N
-the transformer has N blocks, and a step is also scaled to all of them. --model_id small is the same at
-the smallest sizes. All other flags are generate_video.py's.
+the transformer has N blocks, and the time of a step is also scaled to all of them. --model_id small is the same at
+minimal sizes. All other flags are generate_video.py's.
 
     python benchmarks/end_to_end.py
     python benchmarks/end_to_end.py --model_id full --low_vram --resolution 480P
@@ -76,11 +76,11 @@ INPUTS = {
     "t2v": (),
     "i2v": ("--image", str(ASSETS / "fox.png")),
 }
-V3 = (*INPUTS,)[:4]  # random encoders are made for these alone
-SECONDS, RATE = 3, 16_000  # of audio: one pass, however long the asset is
-FEW = ("--height", "128", "--width", "192", "--num_inference_steps", "4")  # of a small model
+V3 = (*INPUTS,)[:4]  # only these have random encoders
+SECONDS, RATE = 3, 16_000  # of audio: short enough for one pass
+FEW = ("--height", "128", "--width", "192", "--num_inference_steps", "4")  # for a small model
 FEW_FULL = ("--height", "720", "--width", "1280", "--num_inference_steps", "2")
-# apart from the transformer's, which the task knows
+# apart from the transformer's, which are in the task
 PUBLISHED: dict[str, dict[str, Any]] = {
     "text_encoder": {
         **{"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
@@ -124,7 +124,7 @@ def main() -> int:
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    """The benchmark's own flags, and the others."""
+    """The benchmark's own flags, and the remaining arguments."""
     parser = parser_of(__doc__, device=False)
     parser.add_argument("--model_id", choices=(TINY, FULL, SMALL), default=TINY)
     parser.add_argument(
@@ -173,7 +173,7 @@ class Record:
             self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated(device))
 
     def timed(self, name: str, make: Callable[..., Iterator[Any]]) -> Callable[..., Generator[Any, None, None]]:
-        """`make`, the time it takes to give each of its items being part of a stage."""
+        """Wrap `make`: the time it takes to yield each item counts towards a stage."""
 
         def items(*arguments: Any) -> Generator[Any, None, None]:
             made = make(*arguments)
@@ -198,7 +198,7 @@ class Laps:
 
     def update(self, count: int = 1) -> None:
         """Count a step; it has ended on the device by then, because its result was read."""
-        if count == 0:  # of an interrupted run's steps, of which there are none
+        if count == 0:  # the steps done by an interrupted run: none here
             return
         now = time.perf_counter()
         self.steps.append(now - self.last)
@@ -214,7 +214,7 @@ class WatchedRuntime(Runtime):
 
     @contextmanager
     def resident(self, module: nn.Module, stage: str, blocks: Sequence[nn.Module] = ()) -> Iterator[None]:
-        """As the product's; the decoding is timed where it is done, since it waits for the writer in between."""
+        """As in `Runtime`, with recording; decoding is timed per item, since it waits for the writer in between."""
         with ExitStack() as stack:
             if stage != DECODING:
                 stack.enter_context(self.record.stage(stage))
@@ -224,7 +224,7 @@ class WatchedRuntime(Runtime):
 
     @contextmanager
     def bar(self, name: str, total: int) -> Iterator[Any]:
-        """As the product's."""
+        """As in `Runtime`, with recording of denoising steps."""
         with super().bar(name, total) as inner:
             denoising = total == self.plan.request.num_inference_steps and name.startswith(DENOISING)
             yield Laps(inner, self.record.steps) if denoising else inner
@@ -234,7 +234,7 @@ class WatchedRuntime(Runtime):
 
 
 def watched_run(args: argparse.Namespace, rest: list[str], folder: Path, record: Record) -> GenerationRequest:
-    """generate_video.py's own path with the watchers in it; returns the request as it was run."""
+    """Run generate_video.py's own code with the watchers patched in; returns the request that was run."""
     flags = ["--task_type", args.task_type, "--model_id", TINY, "--prompt", "A boat sails into the dusk"]
     given = [*INPUTS[args.task_type]]
     if args.task_type == "talking_avatar" and args.model_id != TINY:
@@ -253,7 +253,7 @@ def watched_run(args: argparse.Namespace, rest: list[str], folder: Path, record:
         layers = args.layers or request.task.transformer["num_layers"]
         task = replace(request.task, transformer={**request.task.transformer, "num_layers": layers})
         request = replace(request, model_id=request.task.model_id, task=task)
-    # without a checkpoint the plan takes the published sizes
+    # without a checkpoint the plan uses the published sizes
     checked = replace(checked, request=request, checkpoint=None if args.model_id == FULL else tiny)
     starting, frames = runtime.start, session.all_frames
     with ExitStack() as stack:
@@ -279,7 +279,7 @@ def watch(started: Runtime, record: Record) -> Runtime:
 
 
 def watched_loading(load: Callable[..., components.Components], record: Record, *given: Any) -> components.Components:
-    """The components, with recording on the VAE."""
+    """Load the components, with the VAE's decoding recorded."""
     with record.stage("load"):
         made = load(*given)
     made.vae.decode_stream = record.timed(DECODING, made.vae.decode_stream)
@@ -287,7 +287,7 @@ def watched_loading(load: Callable[..., components.Components], record: Record, 
 
 
 def watched_writing(write: Callable[..., Path], record: Record) -> Callable[..., Path]:
-    """The writer, with the making of its frames, which is taken off later."""
+    """Time the writer; this includes making its frames, which is subtracted later."""
 
     def written(*given: Any) -> Path:
         with record.stage("write"):
@@ -297,7 +297,7 @@ def watched_writing(write: Callable[..., Path], record: Record) -> Callable[...,
 
 
 def write_sound(path: Path) -> Path:
-    """A tone that rises and fades."""
+    """Write a tone that rises and fades."""
     time = np.linspace(0, SECONDS, SECONDS * RATE)
     samples = 0.3 * np.sin(2 * np.pi * 220 * time) * np.sin(2 * np.pi * time) ** 2
     with wave.open(str(path), "wb") as file:
@@ -358,12 +358,12 @@ def predicted(planned: Plan, made: Runtime, stage: str) -> int | None:
     working = now.activations if part == name else vae_bytes(planned.request, part, made.policy.tiles)
     if made.policy.mode != "resident":
         return working + (now.streamed if made.policy.mode == "stream" else now.weights)
-    there = {name.split()[0]: part.weights for name, part in planned.components.items()}  # the VAE's twice
+    there = {name.split()[0]: part.weights for name, part in planned.components.items()}  # counts the VAE once
     return working + sum(there.values())
 
 
 def summarize(record: Record, full: bool) -> dict[str, Any]:
-    """Results of each stage, in the order they began."""
+    """Results of each stage, in the order they first ended."""
     assert record.runtime is not None
     planned = record.runtime.plan if full else None
     made: dict[str, Any] = {}

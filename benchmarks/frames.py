@@ -41,7 +41,7 @@ def newest(path: Path) -> Path:
 
 
 def row_of(video: Path, count: int) -> Image.Image:
-    """Frames beside each other."""
+    """Evenly spaced frames of a video, side by side."""
     total, _ = count_frames_and_secs(str(video))
     wanted = {round(index) for index in np.linspace(0, total - 1, count)}
     reader = read_frames(str(video))

@@ -207,7 +207,7 @@ def allocated(device: torch.device) -> int:
 
 
 def bind_inputs(ways: Mapping[str, Way], args: argparse.Namespace, sizes: dict[str, int]) -> dict[str, Work]:
-    """A step of each on the same noise and texts."""
+    """A step of each variant on the same noise and texts."""
     noise = partial(torch.randn, device=args.device)
     latents = noise(1, sizes["in_channels"], args.frames, args.height, args.width)
     texts = [

@@ -188,7 +188,7 @@ def describe(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-# One comparison, in a process of its own
+# One comparison, in its own process
 
 
 @dataclass(frozen=True)

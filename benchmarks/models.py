@@ -1,4 +1,4 @@
-"""Transformers with random weights for the benchmarks, of any or the published sizes, and their inputs."""
+"""Transformers with random weights, of the published or other sizes, and their inputs, for the benchmarks."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def random_model(
     home: torch.device | None = None,
     float32_names: Sequence[str] = (),
 ) -> Any:
-    """A model with random weights of typical initial scale, created on `device` one by one and kept on `home`.
+    """A model with random weights of typical initial scale, created one by one on `device` and kept on `home`.
 
     On `home` all blocks share the same weights: moving 28 GB there would take as long as a whole benchmark. On another
     device, or after a conversion, each block has its own.
@@ -243,7 +243,7 @@ def make_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
 
 
 def forward_of(model: SkyReelsTransformer3DModel, inputs: Inputs) -> Work:
-    """Our forward for one condition."""
+    """Our forward pass for one condition."""
     return lambda: model([Segment(inputs.latents)], inputs.timestep, inputs.text, inputs.image, inputs.audio)[0]
 
 
@@ -252,7 +252,7 @@ def outputs_of(
 ) -> Iterator[tuple[str, Tensor, int | None]]:
     """Name, output on the CPU and peak memory of each forward, after a first, slower run.
 
-    The peak is that of one model alone: its weights on the device plus what a forward adds. None without a GPU.
+    The peak is that of one model alone: its weights on the device plus what a forward pass adds. None without a GPU.
     """
     for name, work in works.items():
         work()
@@ -262,7 +262,7 @@ def outputs_of(
 
 
 def diffusers_forward_of(model: WanTransformer3DModel, inputs: Inputs, case: Case) -> Work:
-    """diffusers' forward, with a timestep per token where ours takes one per frame."""
+    """diffusers' forward pass, with a timestep per token where ours has one per frame."""
     timestep = inputs.timestep
     if timestep.ndim == 2:
         timestep = timestep.repeat_interleave(case.tokens_per_frame, dim=1)

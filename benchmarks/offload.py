@@ -1,4 +1,4 @@
-"""The cost of not keeping all blocks on the device: time of a forward relative to a resident model.
+"""The cost of not keeping all blocks on the device: time of a forward pass relative to a resident model.
 
     resident             all weights on the device
     stream               ours, as with --memory stream: two blocks on the device, pinned host memory on a GPU

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What the built-in model makes of scenes that it was not trained on, whose truth is known.
+"""Measures the built-in model on scenes that it was not trained on, whose ground truth is known.
 
     python benchmarks/quality.py                          # all tasks, 50 scenes each: about an hour on 2 cores
     python benchmarks/quality.py --only t2v --scenes 5    # one task
     python benchmarks/quality.py --switches --scenes 20   # each switch that can change the picture, next to the default
 
-Each scene is made twice: as asked, and with a wrong prompt, reference or sound, which must score clearly worse: else a
-figure means nothing. Each line of the table has the share of scenes that are right, or the median of a figure; its JSON
-is appended to `results.jsonl` in --out as it is done. --page FILE writes all that is in there as Markdown.
+Each scene is generated twice, as specified and with a wrong prompt, reference or sound, which must score clearly worse,
+else a figure means nothing. Each line of the table has the share of correct scenes, or the median of a figure; its JSON
+is appended to `results.jsonl` in --out when it is done. --page FILE writes all results from there as Markdown.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from training.tasks import CONDITION_FRAMES, CUT_LENGTHS, from_bytes, to_bytes
 
 HEIGHT, WIDTH, FACE = 96, 160, 128  # as trained
 FPS = 24
-NEAR = 0.1  # of the frame's width: how far from its place a thing may be
+NEAR = 0.1  # of the frame's width: how far off its place a thing may be
 MADE = "results.jsonl"
 LABEL = 12  # pixels
 
@@ -64,11 +64,11 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class Case:
-    """A video to make.
+    """A video to generate and judge.
 
     Attributes:
         flags: of the call.
-        judge: figures of its frames (3, F, H, W) in [-1, 1]; a share's are 0 or 1.
+        judge: returns figures of its frames (3, F, H, W) in [-1, 1]; booleans become shares.
     """
 
     flags: dict[str, Any]
@@ -76,7 +76,7 @@ class Case:
 
 
 def scene_of(seed: int) -> world.Scene:
-    """The scene of a seed, whose caption says where its thing moves."""
+    """A held-out scene for a seed, whose caption gives the direction of motion."""
     while not (scene := world.make_scene(HELD_OUT + seed, WIDTH / HEIGHT)).told:
         seed += 100_000
     return scene
@@ -93,7 +93,7 @@ def pixels_of(video: Tensor) -> np.ndarray:
 
 
 def write_clip(path: Path, video: Tensor) -> Path:
-    """A lossless clip."""
+    """Write a lossless clip."""
     writer = write_frames(
         str(path), (video.shape[3], video.shape[2]), fps=FPS, codec="libx264rgb", pix_fmt_out="rgb24", quality=None,
         macro_block_size=1, output_params=["-crf", "0"],
@@ -106,7 +106,7 @@ def write_clip(path: Path, video: Tensor) -> Path:
 
 
 def write_picture(path: Path, video: Tensor) -> Path:
-    """The first frame."""
+    """Write the first frame."""
     Image.fromarray(pixels_of(video[:, :1])[0]).save(path)
     return path
 
@@ -117,7 +117,7 @@ def write_voice(path: Path, samples: np.ndarray) -> Path:
 
 
 def told_apart(video: Tensor, scene: world.Scene) -> Figures:
-    """Whether the scene's first thing is there as named."""
+    """Whether kind, color and direction of the scene's first thing are right."""
     found, thing = measure.find_thing(video, scene), scene.things[0]
     return {
         "thing": found.kind == thing.kind,
@@ -152,7 +152,7 @@ def from_references(seed: int, folder: Path, wrong: bool) -> Case:
     shown = world.references(scene_of(seed + 1) if wrong else scene)
     pictures = world.render(shown, 1, HEIGHT, HEIGHT, fine=True)
     names = [str(write_picture(folder / f"{n}.png", picture)) for n, picture in enumerate(pictures)]
-    prompt = captions.without_colours(scene.caption)  # which only the references tell
+    prompt = captions.without_colours(scene.caption)  # only the references show them
     return Case({"prompt": prompt, "ref_imgs": names, "num_frames": 49}, lambda video: told_apart(video, scene))
 
 
@@ -227,7 +227,7 @@ def avatar(seed: int, folder: Path, wrong: bool) -> Case:
 
 
 def long_extension(seed: int, folder: Path, wrong: bool) -> Case:
-    """30 s, of which only the first seconds have a truth: things turn back at the frame's sides."""
+    """30 s; only the first seconds have a ground truth, since things turn back at the frame's sides."""
     made = extension(seed, folder, wrong)
     return Case(made.flags | {"duration": 30}, drifting)
 
@@ -240,7 +240,7 @@ def long_avatar(seed: int, folder: Path, wrong: bool) -> Case:
 
 
 def drifting(video: Tensor, fps: int = FPS) -> Figures:
-    """What needs no truth."""
+    """Figures that need no ground truth."""
     meter = Meter(fps)
     meter.add(pixels_of(video))
     quality = meter.quality()
@@ -253,11 +253,12 @@ def drifting(video: Tensor, fps: int = FPS) -> Figures:
 
 
 class Subject(NamedTuple):
-    """What is judged.
+    """A subject of the benchmark.
 
     Attributes:
-        case: of a seed, in a folder for its inputs; `wrong` swaps what the model is told for that of another scene.
-        share: of the scenes.
+        case: makes the case of a seed, with its inputs in a folder; if `wrong`, one input is another scene's.
+        wrong: which input that is.
+        share: fraction of the scenes that are run.
     """
 
     task: str
@@ -276,7 +277,7 @@ SUBJECTS = {
     "single_shot_extension, 30 s": Subject("single_shot_extension", long_extension, "clip", 0.1),
     "talking_avatar, 100 s": Subject("talking_avatar", long_avatar, "sound", 0.04),
 }
-SWITCHES: dict[str, dict[str, dict[str, Any]]] = {  # what is next to the default, by subject
+SWITCHES: dict[str, dict[str, dict[str, Any]]] = {  # variants to compare with the default, by subject
     "t2v": {
         "--quant fp8": {"quant": "fp8"},
         "--quant fp8_dynamic": {"quant": "fp8_dynamic"},
@@ -322,7 +323,7 @@ def video_of(task: str, model: str, flags: Mapping[str, Any], seed: int) -> Tens
 
 
 def judged(subject: Subject, model: str, scenes: int, wrong: bool = False, **more: Any) -> tuple[Figures, list[Tensor]]:
-    """Figures over some scenes, a share or a median each, and the videos."""
+    """Figures over `scenes` scenes, each a share or a median, and the videos."""
     found: dict[str, list[float]] = {}
     videos = []
     for seed in range(scenes):
@@ -335,7 +336,7 @@ def judged(subject: Subject, model: str, scenes: int, wrong: bool = False, **mor
 
 
 def summary(values: list[float]) -> float:
-    """The share of those that are true, or the median."""
+    """The share of true values if all are booleans, else the median."""
     shares = all(isinstance(value, bool | np.bool_) for value in values)
     return round(float(np.mean(values) if shares else np.median(values)), 3)
 
@@ -352,7 +353,7 @@ class Result(NamedTuple):
 
 def run(args: argparse.Namespace) -> Iterator[Result]:
     families = dict.fromkeys(task_spec(subject.task).family for subject in SUBJECTS.values())
-    for family in () if args.only or args.switches else families:  # no switch changes them
+    for family in () if args.only or args.switches else families:  # no switch affects them
         yield Result(f"VAE, {family}", "", args.scenes, vae_figures(family, args.scenes))
     for name in args.only or SUBJECTS:
         subject = SUBJECTS[name]
@@ -373,7 +374,7 @@ def run(args: argparse.Namespace) -> Iterator[Result]:
 
 @torch.no_grad()
 def vae_figures(family: str, scenes: int) -> Figures:
-    """PSNR of clips after encoding and decoding, and what pieces and tiles add to the error."""
+    """PSNR of clips after encoding and decoding, and the errors that pieces and tiles add."""
     spec = next(task_spec(subject.task) for subject in SUBJECTS.values() if task_spec(subject.task).family == family)
     folder = make_tiny(spec)
     vae = family_of(spec).loaders(spec, folder, folder, torch.float32, torch.float32)["vae"]()
@@ -400,7 +401,7 @@ def slug(subject: str) -> str:
 
 
 def add_row(path: Path, title: str, video: Tensor, count: int = 6) -> None:
-    """Add frames of a video to a picture, below those that are in it."""
+    """Append a row of a video's frames to a picture."""
     numbers = np.linspace(0, video.shape[1] - 1, count).round().astype(int)
     frames = np.concatenate([*pixels_of(video[:, numbers])], axis=1)
     row = Image.new("RGB", (frames.shape[1], frames.shape[0] + LABEL), "white")
@@ -414,7 +415,7 @@ def add_row(path: Path, title: str, video: Tensor, count: int = 6) -> None:
 
 
 def page_of(folder: Path, pictures: Path) -> str:
-    """Tables of all that was measured, as Markdown, with the pictures; of what was measured twice, the later."""
+    """All results as Markdown tables, with the pictures; the latest of repeated measurements."""
     lines = [json.loads(line) for line in (folder / MADE).read_text(encoding="utf-8").splitlines()]
     latest = {(line["subject"], line["variant"]): line for line in lines}
     text = [INTRODUCTION]

@@ -33,7 +33,7 @@ from skyreels_v3.runtime import set_environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PATIENCE = 3  # times the estimate, after which a benchmark is stopped
-SLACK = 60  # seconds more
+SLACK = 60  # seconds on top
 PROBE = 120  # seconds, for the first use of a GPU
 SAID = 2000  # characters kept from the end of a benchmark's output
 
@@ -139,7 +139,7 @@ def main() -> int:
 
 
 def run_set(entries: dict[str, Entry], folder: Path, minutes: float | None, toy: bool, gpu: bool) -> int:
-    """Run them one after the other and write each result."""
+    """Run the benchmarks one after another and write each result."""
     start = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,7 @@ def run_set(entries: dict[str, Entry], folder: Path, minutes: float | None, toy:
         importlib.import_module(f"benchmarks.{entry.script}")
     context: Any = multiprocessing.get_context("fork")
     if gpu and run(context, "machine", ["benchmarks.run_all", "probe"], folder, PROBE)[0] != "done":
-        context = multiprocessing.get_context("spawn")  # an import has initialized CUDA all the same
+        context = multiprocessing.get_context("spawn")  # an import has initialized CUDA nevertheless
     statuses = []
     for name, entry in entries.items():
         left = float("inf") if minutes is None else 60 * minutes - (time.monotonic() - start)
@@ -199,7 +199,7 @@ def run(context: Any, name: str, call: Sequence[str], folder: Path, limit: float
 
 
 def carry_out(call: Sequence[str], log: Path) -> None:
-    """In the new process: call it, with all output going to `log`."""
+    """In the new process: call the function, with all output going to `log`."""
     os.setsid()  # own session, so it can be killed with its children
     with log.open("wb") as file:
         for number in (1, 2):
@@ -211,7 +211,7 @@ def carry_out(call: Sequence[str], log: Path) -> None:
 
 
 def probe() -> None:
-    """Use the GPU, and print which it is."""
+    """Initialize the GPU and print its environment."""
     import torch
 
     from benchmarks.common import environment

@@ -1,12 +1,12 @@
-"""A server under load: many clients at once put small videos into it while they list, poll and follow events.
+"""A server under load: many concurrent clients queue small videos while they list, poll and follow events.
 
-`generate_video.py --serve` runs in a process of its own with the built-in model. Each client has its own key, as many
-users would. It queues its share of the jobs, and until the last has ended it lists its videos, polls one, waits for as
-long as the server says, and follows the events of one. A request that is refused for its rate is sent again when
-Retry-After says so. At the end each job must have been completed once, with one file, and no process may be left.
+`generate_video.py --serve` runs in its own process with the built-in model. Each client has its own API key, like
+separate users. It queues its share of the jobs, and until the last has ended it lists its videos, polls one, waits for
+as long as the server asks, and follows the events of one. Rate-limited requests are retried after Retry-After. At the
+end each job must have completed once, with one file, and no process may be left.
 
 Latencies are measured by the clients, which run in one process on the same machine. Memory and open files are those of
-the server's process without its workers, sampled twice a second: the last tenth of the run against the middle one.
+the server's process without its workers, sampled twice a second; the last tenth of the run is compared with the middle.
 
     python benchmarks/serve_load.py
     python benchmarks/serve_load.py --clients 5 --jobs 6
@@ -52,7 +52,7 @@ FRAMES, SIDE = 5, 32
 
 @dataclass(frozen=True)
 class Sample:
-    """The server's process at one time."""
+    """The server's process at a point in time."""
 
     rss: int  # bytes
     files: int
@@ -60,14 +60,14 @@ class Sample:
 
 @dataclass
 class Record:
-    """What the clients and the sampler have seen.
+    """The measurements of the clients and the sampler.
 
     Attributes:
-        seconds: of each request, by its kind.
-        refused: requests that had to be sent again.
-        ended: the first answer that said so, for each job.
-        streams: the ends that event streams have brought, for each job.
-        processes: all that the server has started.
+        seconds: latency of each request, by kind.
+        refused: number of rate-limited requests.
+        ended: for each job, the first answer with its final status.
+        streams: for each followed job, the number of end events.
+        processes: the server and all processes that it started.
     """
 
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"list": [], "get": [], "post": []})
@@ -113,7 +113,7 @@ def parse_arguments() -> argparse.Namespace:
 
 @contextmanager
 def running_server(folder: Path, workers: int) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server and its address; it is told to end like by Ctrl-C."""
+    """Run a server; yields its process and address, and stops it as Ctrl-C would."""
     command = [sys.executable, str(ROOT / "generate_video.py"), "--serve", "--port", "0", "--model_id", "tiny"]
     command += ["--device", "cpu", "--workers", str(workers), "--outdir", str(folder / "server")]
     command += ["--api_key", str(folder / "keys")]
@@ -131,7 +131,7 @@ def running_server(folder: Path, workers: int) -> Iterator[tuple[subprocess.Pope
             try:
                 process.wait(STOP_SECONDS)
             finally:
-                process.kill()  # does nothing to one that has ended
+                process.kill()  # no effect if it has ended
 
 
 # The clients
@@ -140,7 +140,7 @@ def running_server(folder: Path, workers: int) -> Iterator[tuple[subprocess.Pope
 async def load(
     address: str, keys: Sequence[str], args: argparse.Namespace, record: Record, server: psutil.Process
 ) -> list[dict[str, Any]]:
-    """Run all clients; returns the videos that the server lists in the end."""
+    """Run all clients; returns the videos that the server lists at the end."""
     sampler = asyncio.create_task(sample(server, record))
     shares = [len(range(number, args.jobs, args.clients)) for number in range(args.clients)]
     clients = [Client(address, key, record) for key in keys]
@@ -156,7 +156,7 @@ async def load(
 
 
 async def sample(server: psutil.Process, record: Record) -> None:
-    """Note memory, open files and processes now and then."""
+    """Record memory, open files and processes periodically."""
     while True:
         record.samples.append(Sample(server.memory_info().rss, server.num_fds()))
         record.processes |= {server, *server.children(recursive=True)}
@@ -172,7 +172,7 @@ class Client:
         self.http = httpx.AsyncClient(base_url=address, headers=headers, timeout=60, trust_env=False)
 
     async def run(self, jobs: int) -> None:
-        """Queue jobs and look at them until all have ended."""
+        """Queue jobs and poll them until all have ended."""
         body = {"prompt": "a boat", "num_frames": FRAMES, "height": SIDE, "width": SIDE, "num_inference_steps": 1}
         waiting: list[str] = []
         async with asyncio.TaskGroup() as group:
@@ -207,7 +207,7 @@ class Client:
                 self.record.streams[id] += line == "event: end"
 
     async def ask(self, kind: str, method: str, path: str, **content: Any) -> httpx.Response:
-        """Send a request until it is not refused for its rate, and note how long its answer took."""
+        """Send a request, retry it while it is rate-limited, and record the latency of its answer."""
         while True:
             start = time.perf_counter()
             answer = await self.http.request(method, path, **content)
@@ -223,7 +223,7 @@ class Client:
 
 
 def problems_of(record: Record, videos: Sequence[dict[str, Any]], folder: Path, jobs: int) -> list[str]:
-    """What is wrong with the jobs, their files and the processes, in words."""
+    """Messages about what is wrong with the jobs, their files and the processes."""
     problems = []
     last = {video["id"]: video for video in videos}
     if len(last) != jobs or len(videos) != jobs:
@@ -244,21 +244,21 @@ def problems_of(record: Record, videos: Sequence[dict[str, Any]], folder: Path, 
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether a process runs; one that nobody has waited for yet does not."""
+    """Whether a process is running; zombies are not."""
     with suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """Milliseconds of the median, the slowest 5 % and 1 %, and the slowest request."""
+    """Median, 95th and 99th percentile and maximum, in milliseconds."""
     cuts = statistics.quantiles(seconds, n=100, method="inclusive")
     found = {"p50": cuts[49], "p95": cuts[94], "p99": cuts[98], "max": max(seconds)}
     return {name: round(1000 * value, 1) for name, value in found.items()}
 
 
 def middle_and_end(values: Sequence[int]) -> dict[str, float]:
-    """The first value, medians of the middle tenth and of the last one, and the ratio of these."""
+    """The first value, the medians of the middle and last tenths, the maximum, and the medians' ratio."""
     size = max(1, len(values) // 10)
     start = (len(values) - size) // 2
     middle, end = statistics.median(values[start : start + size]), statistics.median(values[-size:])

@@ -4,8 +4,8 @@ The model is diffusers' HunyuanVideo transformer, small and with random weights;
 and noise. The loops take turns, each round starting with a different one, and ratios are within a round.
 
 The share of blocks computed and the time saved hold for any model whose blocks take most of the time. How much a
-threshold skips, and how far the result then is from the exact one (PSNR of the latents), depends on the weights: random
-ones say little about the published checkpoints. The thresholds are chosen so that random weights have something to
+threshold skips, and how far the result is from the exact one (PSNR of the latents), depends on the weights: random ones
+say little about the published checkpoints. The thresholds are chosen so that random weights have something to
 skip; they are not a recommendation.
 
     python benchmarks/step_cache.py

@@ -1,16 +1,16 @@
-"""What a block does besides its matrix products and attention: bytes moved and operations launched. Counted, not timed.
+"""Counts the bytes moved and operations launched by a block besides matrix products and attention.
 
     python benchmarks/traffic.py
 
-Runs anywhere in seconds: tensors of official sizes have no memory behind them (torch's fake tensors). Ours is counted
-in each mode, next to diffusers' block of the same weights; the VAE next to diffusers' as well, for one latent frame of
-those that a stream decodes or encodes.
+Runs anywhere in seconds: nothing is timed, and tensors of official sizes are torch's fake tensors, without memory. Our
+block is counted in each mode, next to diffusers' with the same weights; the VAE next to diffusers' as well, for one
+latent frame within a stream.
 
-    bytes         read and written by all operations but products, attention and convolutions, each input and output
+    bytes         read and written by all operations except products, attention and convolutions, each input and output
                   once; per token and channel, for the VAE per pixel of the decoded frames
-    operations    of any kind; on a GPU each is a kernel or more
-    peak          of the bytes that the forward itself allocates
-    host waits    times that Python needs a value from the device
+    operations    of any kind; on a GPU each is one or more kernels
+    peak          of the bytes that the forward pass itself allocates
+    host waits    times that Python waits for a value from the device
 
 RMSNorm and LayerNorm are one operation each, as on a GPU. `compile` is what Inductor plans to read and write, counted
 at a small size.
@@ -53,16 +53,16 @@ from skyreels_v3.wan.transformer import Context, TransformerBlock
 from skyreels_v3.wan.vae import VideoVAE
 
 CPU, DTYPE = torch.device("cpu"), torch.bfloat16
-PRODUCTS = ("mm", "attention", "conv")  # parts of the names of what is left out of the bytes
+PRODUCTS = ("mm", "attention", "conv")  # in names of operations whose bytes are not counted
 UNCOUNTED = ("empty", "detach", "dropout")  # no memory is read or written
-VALUES = ("_local_scalar_dense", "is_nonzero", "item")  # Python wants one
+VALUES = ("_local_scalar_dense", "is_nonzero", "item")  # Python reads a value
 HUNYUAN_LATENTS = (25, 68, 120)  # of t2v's 97 frames at 544 x 960
 COMPILED_TOKENS, COMPILED_HEADS = 512, 4
 
 
 @dataclass(frozen=True)
 class Count:
-    """Counts of one forward."""
+    """Counts of one forward pass."""
 
     bytes: int
     operations: int
@@ -118,7 +118,7 @@ class Counting(TorchDispatchMode):
     def rms_norm(
         self, x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
     ) -> Tensor:
-        """One operation, as on a GPU: there is no such kernel for a CPU."""
+        """RMS norm as one operation, as on a GPU; a CPU has no such kernel."""
         out = torch.empty_like(x)
         self.add("rms_norm", *(t for t in (x, weight, out) if t is not None))
         return out
@@ -130,7 +130,7 @@ class Counting(TorchDispatchMode):
 
 
 def count(work: Callable[[], Any]) -> Count:
-    """Counts of a call; under fake tensors."""
+    """Counts of a call, to be made under fake tensors."""
     counting = Counting()
     with torch.no_grad(), mock.patch.object(F, "rms_norm", counting.rms_norm), counting:
         work()
@@ -169,7 +169,7 @@ def wan_counts(case: Case) -> Iterator[tuple[str, Count]]:
 
 
 def compiled_count(case: Case) -> Count:
-    """Our compiled block: what Inductor moves, scaled to the case's size."""
+    """Counts of our compiled block: what Inductor moves, scaled to the case's size."""
     tokens, heads = COMPILED_TOKENS, COMPILED_HEADS
     ratio = case.sizes.ffn_dim / width_of(case.sizes)
     width = heads * case.sizes.attention_head_dim
@@ -188,17 +188,17 @@ def compiled_count(case: Case) -> Count:
             kernels = planned_kernels(method, arguments)
             moved += sum(size for is_product, size in kernels if not is_product)
             operations += len(kernels)
-    moved, operations = moved + 2 * x.nbytes, operations + 1  # the result is copied to all tokens
+    moved, operations = moved + 2 * x.nbytes, operations + 1  # the result is copied into that of all tokens
     scale = case.tokens * width_of(case.sizes) / (tokens * width)
     return Count(round(moved * scale), operations * math.ceil(case.tokens / TOKENS_AT_ONCE) + 1, None, 0)
 
 
 class Planned(Exception):
-    """Inductor's plan is known, and no code is wanted."""
+    """Stops Inductor once its plan is known, before it generates code."""
 
 
 def planned_kernels(function: Callable[..., Any], arguments: Sequence[Any]) -> list[tuple[bool, int]]:
-    """Whether each kernel is a product of a library's, and the bytes that it moves."""
+    """For each kernel, whether it is a library's (a product), and the bytes that it moves."""
     kernels: list[tuple[bool, int]] = []
 
     def read(graph: GraphLowering) -> None:

@@ -1,4 +1,4 @@
-"""One forward of our transformer in each mode against diffusers' `WanTransformer3DModel`: same weights, same inputs.
+"""A forward pass of our transformer in each mode against diffusers' `WanTransformer3DModel`, with the same weights.
 
     exact        as in a run, with the attention kernel chosen for the device
     compile      as with --compile
@@ -11,7 +11,7 @@ take turns, each round starting with a different one: other load on the machine 
 a round says more than two medians. The weights are held once; FP8 and streaming have their own copies.
 
 FLOPs are counted by the planner, the same for all. The ceiling is the fastest product of square matrices in the run's
-dtype, found on the device just before.
+dtype, measured on the device just before.
 
 The defaults are the 14B model's proportions at a quarter of its width. --official uses its real sizes; with fewer
 --layers, seconds are also shown scaled to all of them.
@@ -100,7 +100,7 @@ def main() -> int:
     ceiling = max(product_rate(size, args.device, dtype) for size in PRODUCT_SIZES.get(args.device.type, (4096,)))
     with ExitStack() as stays:
         models = build_models(case, args, stays)
-        with torch.inference_mode():  # the forwards alone, as in a run
+        with torch.inference_mode():  # only the forward passes, as in a run
             works = bind_inputs(models, case, args.device, dtype)
             results = compare(works, models, args.device)
             if not agree(results, args.dtype):
@@ -127,7 +127,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Case]:
 
 
 def impossible(modes: list[str], device: torch.device) -> str | None:
-    """Why one of the modes is unavailable here."""
+    """Why one of the modes is unavailable here; None if all are available."""
     if "compile" in modes and device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
         return "compile needs a C++ compiler"
     if "fp8_dynamic" in modes and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
@@ -196,7 +196,7 @@ MAKERS: dict[str, Callable[[Model, Model, torch.device, ExitStack], Model]] = {
 
 
 def bind_inputs(models: dict[str, Any], case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Work]:
-    """A forward of each model on the same inputs."""
+    """A forward pass of each model on the same inputs."""
     inputs = make_inputs(case, device, dtype)
     return {
         name: diffusers_forward_of(model, inputs, case) if name == BASELINE else forward_of(model, inputs)

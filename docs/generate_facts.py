@@ -1,4 +1,4 @@
-"""Generates the tables of tasks/*.md, from presets and plans, and of memory_and_speed.md, from benchmarks/results:
+"""Generates the tables in tasks/*.md (from presets and plans) and memory_and_speed.md (from benchmarks/results):
 python docs/generate_facts.py"""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from skyreels_v3.tasks import MEMORY_MODES, TASK_NAMES, TaskSpec, task_spec  # n
 DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results" / "h100" / "results.jsonl"
 GPU = Machine("cuda:0", "bfloat16", 10**12, 10**12)  # with room for everything
-# flags, the benchmark, where its result has the variant and the baseline
+# label, benchmark, and the paths of variant and baseline in its result
 MEASURED = (
     ("`--memory stream`, not `resident`", "stream-480p", ("ways", "stream"), ("ways", "resident")),
     ("`--quant fp8`", "step-720p-fp8", ("modes", "fp8"), ("modes", "exact")),
@@ -50,7 +50,7 @@ def page_of(task: str) -> Path:
 
 
 def task_table(name: str) -> str:
-    """Markdown: what a task takes, and what its page's first command does at the published sizes."""
+    """A Markdown table: a task's inputs and defaults, and the cost of its page's first command at published sizes."""
     spec = task_spec(name)
     command = next(iter(commands_of(page_of(name))))
     made, quantized = plan_of(command), plan_of(f"{command} --low_vram")
@@ -76,7 +76,7 @@ def task_table(name: str) -> str:
 
 
 def plan_of(command: str) -> Plan:
-    """The plan of a command, for a GPU with room for everything and a checkpoint that is not there yet."""
+    """The plan of a command, for a GPU with room for everything and a checkpoint that is not downloaded yet."""
     with tempfile.TemporaryDirectory() as folder:
         return plan(replace(preflight(parse_request(shlex.split(command)[2:]), Path(folder)), checkpoint=None), GPU)
 
@@ -100,7 +100,7 @@ def steps_of(spec: TaskSpec) -> str:
 
 
 def measured_table() -> str:
-    """Markdown: what modes cost, as measured on a GPU."""
+    """A Markdown table: time and memory of modes relative to their baselines, as measured on a GPU."""
     lines = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
     results = {line["name"]: line["line"] for line in lines}
     rows = ["| | time | memory |", "|---|---:|---:|"]

@@ -1,4 +1,4 @@
-"""Makes the help pages and example workflows of comfyui/: python docs/generate_nodes.py"""
+"""Generates the help pages and example workflows of comfyui/: python docs/generate_nodes.py"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from comfyui import nodes  # noqa: E402
 from comfyui.nodes import NODES, SkyReelsLoadModel, Task  # noqa: E402
 from skyreels_v3.tasks import TINY, task_spec  # noqa: E402
 
-# inputs of tasks: the file, ComfyUI's node that opens it, what else its widgets hold, its outputs
+# task inputs: sample file, the ComfyUI node that loads it, its other widget values, its outputs
 FILES: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
     "image": ("fox.png", "LoadImage", ("image",), ("IMAGE", "MASK")),
     "ref_imgs_1": ("fox.png", "LoadImage", ("image",), ("IMAGE", "MASK")),
@@ -27,7 +27,7 @@ FILES: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
     "input_video": ("boat.mp4", "LoadVideo", ("image",), ("VIDEO",)),
     "input_audio_1": ("speech.mp3", "LoadAudio", ("", ""), ("AUDIO",)),
 }
-# of the examples; the built-in model is made for small videos
+# widget values of the examples; the built-in model is made for small videos
 VALUES: dict[str, dict[str, Any]] = {
     "reference_to_video": {"prompt": "A fox carries a red lantern through the snow", "num_frames": 49},
     "single_shot_extension": {"prompt": "The boat sails on into the dusk"},
@@ -64,7 +64,7 @@ def values_of(each: Any) -> str:
 
 
 class Workflow:
-    """A workflow as ComfyUI's page saves it."""
+    """A workflow in the format that ComfyUI's editor saves."""
 
     def __init__(self) -> None:
         self.nodes: list[dict[str, Any]] = []
@@ -88,14 +88,14 @@ class Workflow:
         inputs.append({"name": input, "type": kind, "link": link[0]})
 
     def text(self) -> str:
-        """The file."""
+        """The workflow as JSON."""
         ends = {"last_node_id": len(self.nodes), "last_link_id": len(self.links)}
         parts = {"nodes": self.nodes, "links": self.links, "groups": [], "config": {}, "extra": {}, "version": 0.4}
         return json.dumps(ends | parts, indent=1) + "\n"
 
 
 def widget_values(node: type[io.ComfyNode], chosen: dict[str, Any]) -> list[Any]:
-    """The values of a node's widgets in their order; a seed's is followed by what becomes of it."""
+    """The values of a node's widgets, in order; a seed is followed by its `control_after_generate` value."""
     values: list[Any] = []
     for each in node.define_schema().inputs:
         if isinstance(each, io.WidgetInput):
@@ -106,7 +106,7 @@ def widget_values(node: type[io.ComfyNode], chosen: dict[str, Any]) -> list[Any]
 
 
 def example(node: type[Task]) -> str:
-    """A task's workflow with the built-in model."""
+    """The example workflow of a task, with the built-in model."""
     made, task = Workflow(), task_spec(node.TASK)
     height, width = task.tiny_size
     model = made.add(
@@ -130,7 +130,7 @@ def example(node: type[Task]) -> str:
 
 
 def main(pack: Path = ROOT / "comfyui") -> None:
-    """Write all of them."""
+    """Write all help pages and workflows."""
     pages, workflows = pack / "web" / "docs", pack / "example_workflows"
     shutil.rmtree(pages, ignore_errors=True)
     pages.mkdir(parents=True)

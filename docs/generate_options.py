@@ -22,7 +22,7 @@ def main() -> None:
 
 
 def fill(page: Path, script: str, made: str) -> None:
-    """Replace what a script has made of a page, which is between two marks."""
+    """Replace the part of a page that a script generates, between two markers."""
     begin, end = f"<!-- made by docs/{Path(script).name} -->\n", "<!-- end -->\n"
     text = page.read_text(encoding="utf-8")
     made, pattern = f"{begin}\n{made}\n{end}", f"{re.escape(begin)}.*?{re.escape(end)}"

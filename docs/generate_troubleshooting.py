@@ -1,7 +1,7 @@
 """Generates the tables of troubleshooting.md from the errors in the source: python docs/generate_troubleshooting.py
 
-Messages are read from syntax trees. By convention a message is `problem; remedy`. Names in it of texts are replaced by
-these texts, those of constants by their values; other names stand for what they hold.
+Messages are read from syntax trees. By convention a message is `problem; remedy`. Variables with known text and
+constants are replaced by their values; other names become placeholders.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from skyreels_v3.request import BY_NAME  # noqa: E402
 
 PACKAGE = ROOT / "skyreels_v3"
 PAGE = ROOT / "docs" / "troubleshooting.md"
-# subjects, and whose errors are theirs: modules, or folders for those of their modules that are not named elsewhere
+# subject -> the modules with its errors; a folder stands for those of its modules that are not named elsewhere
 SUBJECTS = {
     "Command line and files of flags": ("cli", "main", "config_text", "api"),
     "Flags": ("checks", "request"),
@@ -43,9 +43,9 @@ SUBJECTS = {
 
 
 class Form(NamedTuple):
-    """How an error for users is made: the place of its message among the arguments, and what is shown around it.
+    """How to read a call that creates an error: the index of the message argument, and the text shown around it.
 
-    `{}` in `before` is the first argument.
+    `{}` in `before` stands for the argument at `FLAG_AT`, or else the first.
     """
 
     message: int
@@ -74,13 +74,13 @@ OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv},
     **{ast.FloorDiv: operator.floordiv, ast.LShift: operator.lshift, ast.RShift: operator.rshift, ast.Pow: pow},
 }
-MAX_VARIANTS, MAX_DEPTH = 12, 12  # of a message: what it may say, and how far names are followed
+MAX_VARIANTS, MAX_DEPTH = 12, 12  # variants of a message, and how deep expressions are followed
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Constants = Mapping[str, ast.expr]
 
 
 class Undecided(Exception):
-    """A text depends on something that has not been decided yet; without choices, there is no such text."""
+    """A text depends on a choice that has not been made yet; with 0 choices there is no such text."""
 
     def __init__(self, question: str, choices: int) -> None:
         self.question, self.choices = question, choices
@@ -145,7 +145,7 @@ def imported(tree: ast.Module, constants: Mapping[str, Constants]) -> Iterator[t
 
 
 class Errors:
-    """The errors that a function makes."""
+    """The errors that a function creates."""
 
     def __init__(self, function: Function, constants: Constants) -> None:
         self.function, self.constants = function, constants
@@ -161,11 +161,11 @@ class Errors:
                 self.parents[before] = node
                 both = ast.copy_location(ast.BinOp(before, ast.Add(), node.value), node)
                 self.definitions.setdefault(node.target.id, []).append((node, both))
-        self.row: dict[str, ast.expr] = {}  # of a loop over a table, names and what they are in the row at hand
+        self.row: dict[str, ast.expr] = {}  # the variables of a loop over a table, in the current row
         self.decided: dict[str, int] = {}
 
     def walk(self, node: ast.AST) -> Iterator[ast.AST]:
-        """All within the function that isn't within a function in it, from top to bottom."""
+        """All nodes of the function, from top to bottom, except those of nested functions."""
         for child in ast.iter_child_nodes(node):
             if not isinstance(child, Function):
                 self.parents[child] = node
@@ -180,7 +180,7 @@ class Errors:
                     yield from self.variants(node, node.func.id)
 
     def rows_around(self, call: ast.Call) -> Iterator[dict[str, ast.expr]]:
-        """What the names of a loop over a table of the source are, for each row; nothing where there is none."""
+        """The loop variables around `call` for each row of a table in the source; one empty dict without a loop."""
         rows: list[dict[str, ast.expr]] = [{}]
         for node in self.nodes:
             if isinstance(node, ast.For) and call in ast.walk(node):
@@ -189,7 +189,7 @@ class Errors:
         yield from rows
 
     def rows_of(self, table: ast.expr) -> list[ast.expr]:
-        """The rows of a tuple of tuples or a dictionary that is written in the source."""
+        """The rows of a literal tuple of tuples or dictionary; empty for anything else."""
         match table:
             case ast.Call(func=ast.Attribute(value=inner, attr="items")):
                 return self.rows_of(inner)
@@ -202,7 +202,7 @@ class Errors:
         return []
 
     def variants(self, call: ast.Call, name: str) -> Iterator[Entry]:
-        """What an error may say; nothing if it only hands on another's message."""
+        """All messages an error may have; none if it only passes on another error's message."""
         form, several = FORMS[name], [{}]
         if len(call.args) <= form.message:
             return
@@ -221,17 +221,17 @@ class Errors:
             problem, *remedy = REMEDY.split(form.before.format(flag) + message + form.after, maxsplit=1)
             advice = re.sub(r"^<[^>]*>$", HANDED_ON, "".join(remedy))
             advice = advice or (HANDED_ON if problem.endswith("<error>") else "")
-            if advice or name != "RuntimeError":  # those without are for programmers
+            if advice or name != "RuntimeError":  # RuntimeErrors without a remedy are for programmers
                 yield Entry(markdown(problem), markdown(advice))
 
     def choose(self, question: str, choices: Sequence[Any]) -> Any:
-        """What has been decided; the same in all of a message."""
+        """The choice made for a question, the same throughout a message; raises Undecided if there is none yet."""
         if len(choices) > 1 and question not in self.decided:
             raise Undecided(question, len(choices))
         return choices[self.decided[question] if len(choices) > 1 else 0]
 
     def text(self, node: ast.expr, depth: int = 0) -> str:
-        """What an expression says, as it has been decided."""
+        """The text of an expression, under the choices made so far."""
         if depth > MAX_DEPTH:
             return UNKNOWN
         if (number := self.number(node)) is not None:
@@ -289,18 +289,18 @@ class Errors:
         return UNKNOWN
 
     def reaching(self, use: ast.Name) -> list[ast.expr]:
-        """What a variable may have been set to where it is used."""
+        """The values that a variable may have where it is used."""
         around, found = {*self.blocks(use)}, {}
         for statement, value in reversed(self.definitions.get(use.id, ())):
             block = next(self.blocks(statement))
-            if statement.lineno < use.lineno and block not in found:  # else a later one in the block replaces it
+            if statement.lineno < use.lineno and block not in found:  # else a later one in the block overrides it
                 found[block] = value
-            if block in found and block in around:  # whatever was before is replaced
+            if block in found and block in around:  # overrides all earlier ones
                 break
         return [*reversed(found.values())]
 
     def blocks(self, node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
-        """The lists of statements that a node is in, from the innermost."""
+        """The blocks (lists of statements) around a node, innermost first."""
         while node in self.parents:
             parent = self.parents[node]
             for field, value in ast.iter_fields(parent):
@@ -309,7 +309,7 @@ class Errors:
             node = parent
 
     def number(self, node: ast.expr) -> Any:
-        """The value of an expression of numbers and constants, None for any other."""
+        """The value of an arithmetic expression of numbers and constants; None for anything else."""
         match node:
             case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
                 return value
@@ -322,7 +322,7 @@ class Errors:
 
 
 def bind(target: ast.expr, value: ast.expr) -> Iterator[tuple[str, ast.expr]]:
-    """The names that an assignment sets, and what to."""
+    """The names that an assignment binds, with their values."""
     if isinstance(target, ast.Name):
         yield target.id, value
     elif isinstance(target, ast.Tuple):
@@ -339,7 +339,7 @@ def placeholder(name: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """A message with names in italics, and flags as code."""
+    """A message as Markdown: placeholders in italics, flags as code."""
     text = re.sub(r"[\\*\[\]|`]", r"\\\g<0>", " ".join(text.split()))
     text = re.sub(r"<([a-z0-9. -]+)>", r"*\1*", text).replace("**", "* *")
     return re.sub(r"(?<![\w*-])--[a-z]\w*", r"`\g<0>`", text)

@@ -14,7 +14,7 @@ COMMAND = re.compile(rf"(?:[A-Z_]+=\S* )*(?:{PROGRAMS}) .*")
 
 
 def commands_of(page: Path) -> Iterator[str]:
-    """The shell commands in a page's blocks of code, each on one line."""
+    """The shell commands in a page's code blocks, each on one line."""
     text = page.read_text(encoding="utf-8")
     blocks = [block for language, block in FENCE.findall(text) if language in SHELL]
     blocks += INDENTED.findall(FENCE.sub("", text))

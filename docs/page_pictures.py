@@ -1,6 +1,6 @@
-"""Make the pictures of the page for the documentation: `python docs/page_pictures.py [FLAGS OF THE SERVER]`.
+"""Makes the documentation's screenshots of the web page: `python docs/page_pictures.py [FLAGS OF THE SERVER]`.
 
-It starts a server with the built-in model, makes some videos, and takes docs/page_*.png with Chromium. Needs
+Starts a server with the built-in model, generates some videos and captures docs/page_*.png with Chromium. Needs
 requirements-dev.txt.
 """
 
@@ -19,19 +19,19 @@ from playwright.sync_api import sync_playwright
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
-# tabs, and which of their examples
+# tabs, and the index of the example to run
 EXAMPLES = (("reference_to_video", 0), ("i2v", 0), ("single_shot_extension", 0), ("talking_avatar", 0))
 RUNNING = ("single_shot_extension", 0)
-SECONDS = "30"  # of that one: long enough for a picture
-MAX_COLORS = 256  # pictures of a page have few, and are a third as large
+SECONDS = "30"  # of RUNNING: long enough to capture it running
+MAX_COLORS = 256  # screenshots have few colors; files are a third as large
 
 
 def run_example(page: Any, task: str, number: int, seconds: str = "") -> None:
-    """Start an example of a tab, of some length if that is given."""
+    """Start an example of a tab, with a duration of `seconds` if given."""
     page.click(f"#tab-{task}-button")
     page.locator(f"#{task}-examples button").nth(number).click()
     page.wait_for_function(f"document.querySelector('#{task}-prompt textarea').value")
-    page.wait_for_timeout(1000)  # its files
+    page.wait_for_timeout(1000)  # for its files to load
     if seconds:
         page.fill(f"#{task}-duration input", seconds)
     page.click(f"#{task}-start")

@@ -1,6 +1,6 @@
 """Makes the pictures of tasks/*.md: python docs/task_pictures.py [TASK ...]
 
-Each page's command with the built-in model is run, and frames of its video become tasks/TASK.webp.
+Runs each page's command with the built-in model; frames of its video become tasks/TASK.webp.
 """
 
 from __future__ import annotations

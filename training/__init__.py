@@ -1,1 +1,1 @@
-"""Training of the small models: a drawn world whose truth is known, and what learns to draw it."""
+"""Training of the small models on a drawn world with known ground truth."""

@@ -1,4 +1,4 @@
-"""Sentences about the world, in several words for the same, and all words that there are."""
+"""Captions of the drawn world, with synonyms, and their vocabulary."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from skyreels_v3.prompts import transitions, with_transition
 from training.drawing import COLOURS
 
-# Words that mean the same are one to the text encoder too
+# Synonyms; the text encoder gives them the same embedding
 SAME: dict[str, tuple[str, ...]] = {
     "fox": ("fox", "vixen"),
     "cat": ("cat", "kitten"),
@@ -102,7 +102,7 @@ CUT_VIEWS: dict[str, tuple[str, ...]] = {
     "MULTI_ANGLE_CUT": ("Another angle of {}", "{} from the other side"),
     "CUT_AWAY": ("{}", "We see {}"),
 }
-CUT_TRANSITIONS = {  # of the command's flag
+CUT_TRANSITIONS = {  # values of --transition
     "ZOOM_IN_CUT": ("cut_in",),
     "ZOOM_OUT_CUT": ("cut_out",),
     "MULTI_ANGLE_CUT": ("multi_angle", "shot_reverse_shot"),
@@ -115,13 +115,13 @@ def one_of(random: np.random.Generator, choices: Sequence[str]) -> str:
 
 
 def word(random: np.random.Generator, meaning: str) -> str:
-    """A word of that meaning; the plain one half of the time."""
+    """A synonym of `meaning`; half of the time the plain word."""
     choices = SAME.get(meaning, (meaning,))
     return meaning if random.random() < 0.5 else one_of(random, choices)
 
 
 def named(random: np.random.Generator, kind: str, colour: str, natural: bool) -> str:
-    """A thing with its colour, which may be left out where it is its natural one."""
+    """A noun phrase for a thing with its color, which may be left out if it is the natural one."""
     first, _, worn = kind.partition(" in ")
     words = [] if natural and random.random() < 0.5 else [word(random, colour)]
     words.append(word(random, first))
@@ -138,7 +138,7 @@ def describe(
     ground: str,
     camera: str,
 ) -> str:
-    """The caption of a scene; `things` are kind, colour and whether that is its natural one."""
+    """The caption of a scene; `things` are kind, color and whether the color is the natural one."""
     names = [named(random, *thing) for thing in things]
     move = one_of(random, MOVES[direction])
     if move.startswith("moves"):
@@ -168,14 +168,14 @@ def describe(
 
 
 def without_colours(caption: str) -> str:
-    """The same without colours, which only reference pictures tell then."""
+    """The caption without colors, which are then known only from reference pictures."""
     first, *others = caption.split(" ")
     kept = [word for word in others if meaning_of(word.strip(".,")) not in COLOURS]
     return " ".join([first, *kept])
 
 
 def describe_cut(random: np.random.Generator, kind: str, thing: str, colour: str, natural: bool, ground: str) -> str:
-    """The prompt of a shot after a cut: a tag and a sentence that says the same, or what `--transition` makes of it."""
+    """The prompt of a shot after a cut: a tag and a matching sentence, or the prompt that `--transition` creates."""
     seen = named(random, thing, colour, natural)
     place = f" {one_of(random, GROUNDS[ground])}" if random.random() < 0.6 else ""
     tagged = random.random() < 0.5
@@ -196,7 +196,7 @@ def describe_face(random: np.random.Generator, coat: str, long_hair: bool) -> st
 
 
 def vocabulary() -> list[str]:
-    """All words, in lower case."""
+    """All words, sorted, in lower case."""
     known = [*OTHERS, *PUNCTUATION, "fps", "24", "there", "comes"]
     sentences = [
         text for table in (GROUNDS, MOVES, CAMERAS, CUT_VIEWS) for choices in table.values() for text in choices
@@ -207,7 +207,7 @@ def vocabulary() -> list[str]:
 
 
 def meaning_of(token: str) -> str:
-    """What a word is one with: the first word of the same meaning, or itself."""
+    """The first of a word's synonyms, or the word itself."""
     return MEANINGS.get(token.lower(), token.lower())
 
 

@@ -1,7 +1,7 @@
-"""What the world is made of, drawn once: things, grounds, faces. Textures that `world.render` lays over each other.
+"""Textures of the drawn world (things, grounds, faces), drawn once; `world.render` composites them.
 
 Shapes are those of `assets/make_assets.py`, so that the sample inputs belong to the world. Everything is drawn at four
-times its size and averaged down, with alpha multiplied in.
+times its size and averaged down, with premultiplied alpha.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Colour = tuple[int, int, int]
 Points = Sequence[float]
 
 SCALE = 4
-TEXTURE = 128  # pixels of a texture's side
-FACE = 160  # and of a face's
+TEXTURE = 128  # side of a texture, in pixels
+FACE = 160  # side of a face texture
 GROUND = (192, 384)  # rows and columns of a ground: 1.6 by 3.2 heights of a frame
 GROUND_SPAN = (1.6, 3.2)
 BLACK, WHITE = (32, 20, 14), (255, 255, 255)
@@ -41,7 +41,7 @@ COLOURS: dict[str, Colour] = {
 
 
 def shade(colour: Colour, factor: float) -> Colour:
-    """Darker below 1, towards white above."""
+    """The color, darker for factors below 1, towards white above."""
     if factor <= 1:
         return tuple(round(value * factor) for value in colour)
     return tuple(round(255 - (255 - value) * (2 - factor)) for value in colour)
@@ -79,7 +79,7 @@ class Pen:
 
 
 def averaged(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [S*H, S*W, 3 or 4] -> float32 [4, H, W] in 0..1, colours multiplied by alpha."""
+    """uint8 [S*H, S*W, 3 or 4] -> float32 [4, H, W] in 0..1, colors multiplied by alpha."""
     values = pixels.astype(np.float32) / 255
     if values.shape[2] == 3:
         values = np.concatenate((values, np.ones_like(values[..., :1])), axis=2)
@@ -216,7 +216,7 @@ def thing_texture(kind: str, colour: str) -> np.ndarray:
 
 @cache
 def flakes_texture(number: int) -> np.ndarray:
-    """Snow flakes that repeat in both directions."""
+    """A tile of snowflakes that repeats in both directions."""
     random = np.random.default_rng([7, number])
     pen = Pen()
     for _ in range(9):
@@ -228,7 +228,7 @@ def flakes_texture(number: int) -> np.ndarray:
 
 @cache
 def waves_texture() -> np.ndarray:
-    """Lines on water that repeat to the right: one wave of each of five."""
+    """A tile of water lines that repeats horizontally: one period of five waves."""
     side = TEXTURE * SCALE
     y, x = np.mgrid[0:side, 0:side] / side
     pixels = np.zeros((side, side, 4), np.float32)
@@ -242,7 +242,7 @@ def waves_texture() -> np.ndarray:
 
 
 def gradient(top: Points, bottom: Points, size: tuple[int, int] = GROUND, part: float = 1 / 1.6) -> Image.Image:
-    """A picture that goes from one colour to another in a `part` in its middle, drawn SCALE times as large."""
+    """A picture, SCALE times as large, that changes from one color to another in the middle `part` of it."""
     rows, columns = size[0] * SCALE, size[1] * SCALE
     place = ((np.linspace(-0.5, 0.5, rows) / part) + 0.5).clip(0, 1)[:, None]
     column = np.asarray(top) * (1 - place) + np.asarray(bottom) * place
@@ -250,7 +250,7 @@ def gradient(top: Points, bottom: Points, size: tuple[int, int] = GROUND, part: 
 
 
 def rows_of(y: float) -> float:
-    """A height in the world, 0 the middle of the frame, in pixels of the drawing."""
+    """A height in the world (0 is the middle of the frame) in pixels of the drawing."""
     return (y / GROUND_SPAN[0] + 0.5) * GROUND[0] * SCALE
 
 
@@ -259,7 +259,7 @@ def columns_of(x: float) -> float:
 
 
 def ridge(pen: ImageDraw.ImageDraw, random: np.random.Generator, y: float, height: float, colour: Colour) -> None:
-    """Hills from side to side, `y` their foot."""
+    """Draw hills across the whole width, with their foot at `y`."""
     xs = np.arange(-1.7, 1.75, 0.28) + random.uniform(-0.06, 0.06, 13)
     ys = y - height * np.where(np.arange(13) % 2 == int(random.integers(2)), 1.0, 0.25) * random.uniform(0.7, 1.2, 13)
     points = [(columns_of(x), rows_of(top)) for x, top in zip(xs, ys, strict=True)]
@@ -267,13 +267,13 @@ def ridge(pen: ImageDraw.ImageDraw, random: np.random.Generator, y: float, heigh
 
 
 def mixed(random: np.random.Generator, *choices: Colour, spread: float = 14) -> Colour:
-    """One of some colours, a little changed."""
+    """A random choice of the colors, slightly varied."""
     colour = np.asarray(choices[int(random.integers(len(choices)))]) + random.uniform(-spread, spread, 3)
     return tuple(int(value) for value in colour.clip(0, 255))
 
 
 class Ground:
-    """A sky, and what is drawn in front of it."""
+    """A sky and the picture drawn over it."""
 
     def __init__(self, top: Points, bottom: Points) -> None:
         self.picture = gradient(top, bottom)
@@ -281,7 +281,7 @@ class Ground:
         self.pen = ImageDraw.Draw(self.picture)
 
     def fill_below(self, y: float, colour: Colour) -> None:
-        """One colour from `y` down."""
+        """Fill with one color from `y` down."""
         self.pen.rectangle((0, rows_of(y), *self.picture.size), fill=colour)
 
 
@@ -378,7 +378,7 @@ VARIANTS = 12  # of each ground
 
 @cache
 def ground_texture(name: str, variant: int) -> np.ndarray:
-    """[4, *GROUND]: a picture, and where it is sky."""
+    """[4, *GROUND]: a picture, with a mask of its sky as the last channel."""
     random = np.random.default_rng([11, list(GROUNDS).index(name), variant])
     ground = GROUNDS[name](random)
     texture = averaged(np.asarray(ground.picture))
@@ -387,7 +387,7 @@ def ground_texture(name: str, variant: int) -> np.ndarray:
     return texture
 
 
-# Faces. The mouth and the lids move, so they are textures of their own, in the square of the face.
+# Faces. The mouth and the lids move, so they have their own textures, placed in the face's square.
 
 FACES = 96  # different drawings
 COATS = ("red", "green", "blue", "purple", "grey", "brown", "yellow", "white")
@@ -403,9 +403,9 @@ WALLS = (
 
 @cache
 def face_texture(number: int) -> tuple[np.ndarray, str, bool]:
-    """A person without mouth [4, FACE, FACE], the colour of the coat, and whether the hair is long.
+    """A face without a mouth [4, FACE, FACE], the color of the coat, and whether the hair is long.
 
-    Number 0 is the one of the sample portrait. In pixels of that portrait, 480 each way.
+    Number 0 is that of the sample portrait. Coordinates are pixels of that portrait, 480 x 480.
     """
     random = np.random.default_rng([13, number])
     coat = "red" if number == 0 else COATS[int(random.integers(len(COATS)))]
@@ -448,7 +448,7 @@ def skin_of(number: int) -> Colour:
 
 @cache
 def part_texture(part: str, number: int = 0) -> np.ndarray:
-    """A moving part of a face, filling its square: lips, the dark between them, a lid of the face's skin."""
+    """A moving part of a face, filling its square: the lips, the gap between them, or a lid in the skin's color."""
     pen = Pen(64)
     colour = {"lips": LIPS, "gap": GAP}.get(part) or shade(skin_of(number), 0.93)
     pen.ellipse(0, 0, 0.98, 0.98, colour)
@@ -456,7 +456,7 @@ def part_texture(part: str, number: int = 0) -> np.ndarray:
 
 
 def draw_everything() -> None:
-    """Draw all textures, on all cores, so that none is waited for later."""
+    """Draw all textures in advance, on all cores."""
     with ThreadPoolExecutor() as pool:
         pool.map(lambda names: ground_texture(*names), itertools.product(GROUNDS, range(VARIANTS)))
         pool.map(lambda names: thing_texture(*names), itertools.product(THINGS, COLOURS))

@@ -1,8 +1,8 @@
-"""Text encoders that are made, not trained: fixed features that tell words apart and know their neighbours.
+"""Text encoders that are constructed, not trained: fixed features that distinguish words and include their neighbors.
 
-Words that mean the same have the same embedding, which its meaning seeds; so it does not depend on the vocabulary. One
-attention layer brings each word something of the words around it: in "a blue fox and a red lantern" the lantern's row
-has red in it. All random numbers are numpy's.
+Synonyms have the same embedding, seeded by their meaning, so it does not depend on the vocabulary. One attention layer
+mixes the words around each word into its row: in "a blue fox and a red lantern" the lantern's row has red in it. All
+random numbers are numpy's.
 """
 
 from __future__ import annotations
@@ -43,24 +43,24 @@ LLAMA = {
     "num_key_value_heads": HEADS,
     "max_position_embeddings": 512,
 }
-STRESS = 8.0  # how much an attention prefers its neighbour to others
-CONSTANT = 8.0  # the first value of every row of the Llama's, which makes up for biases
+STRESS = 8.0  # how much an attention head prefers its neighbor to other tokens
+CONSTANT = 8.0  # the first value of every Llama embedding, which replaces biases
 
 
 def embedding_of(piece: str) -> np.ndarray:
-    """The row (WIDTH,) of a piece of text, that of all words of its meaning."""
+    """The embedding (WIDTH,) of a piece of text, shared by its synonyms."""
     meaning = captions.meaning_of(piece.replace(SPACE, "").strip()) or piece
     return np.random.default_rng([19, zlib.crc32(meaning.encode())]).standard_normal(WIDTH)
 
 
 def matrix(number: int, rows: int = WIDTH, columns: int = WIDTH) -> torch.Tensor:
-    """A random matrix that keeps the size of what it is given."""
+    """A random matrix that preserves the scale of its input."""
     values = np.random.default_rng([23, number]).standard_normal((rows, columns)) / math.sqrt(columns)
     return torch.from_numpy(values)
 
 
 def word_forms() -> list[str]:
-    """All words, as they are within a sentence and at its beginning."""
+    """All words, as written within a sentence and at its beginning."""
     words = captions.vocabulary()
     return list(dict.fromkeys([*words, *(word.capitalize() for word in words), "FPS"]))
 
@@ -69,19 +69,19 @@ def word_forms() -> list[str]:
 
 
 def umt5_pieces() -> list[str]:
-    """The vocabulary: special ones, single characters, words."""
+    """The vocabulary: special tokens, single characters, words."""
     words = [f"{SPACE}{word}" for word in (*word_forms(), *captions.TAGS)]
     return list(dict.fromkeys([*umt5_characters(), *words]))
 
 
 def write_umt5_tokenizer(folder: Path) -> None:
-    """A tokenizer of words, and of characters where it knows no word."""
+    """Write a tokenizer of words that falls back to characters."""
     pieces = umt5_pieces()
     write_pieces(folder, {piece: -1.0 if len(piece) > 1 and piece.startswith(SPACE) else -9.0 for piece in pieces})
 
 
 def umt5_module() -> UMT5EncoderModel:
-    """One layer whose four heads bring in the word before, the two before that, and the one behind."""
+    """One layer whose four heads attend to the three words before and the one after."""
     pieces = umt5_pieces()
     config = UMT5Config(
         vocab_size=len(pieces),
@@ -112,7 +112,7 @@ def umt5_module() -> UMT5EncoderModel:
 
 
 def text_encoder(tokenizer: Path) -> TextEncoder:
-    """V3's as the product wraps it; the tokenizer's folder is made if it is not there."""
+    """V3's text encoder in the pipelines' wrapper; writes the tokenizer's folder if it is missing."""
     if not tokenizer.is_dir():
         write_umt5_tokenizer(tokenizer)
     return TextEncoder(umt5_module(), load_tokenizer(tokenizer, AutoTokenizer))
@@ -122,17 +122,17 @@ def text_encoder(tokenizer: Path) -> TextEncoder:
 
 
 def llama_pieces() -> dict[str, int]:
-    """Bytes, the words of the library's request, and the world's words with and without the space before them."""
+    """Bytes, the words of diffusers' prompt template, and the world's words with and without a leading space."""
     words = [word for word in word_forms() if word.isalpha()]
     tags = [part for tag in captions.TAGS for part in re.findall(r"[A-Za-z]+", tag)]
     return llama_vocabulary(llama_template() + "".join(f"\n{word}\n {word}" for word in (*words, *tags)))
 
 
 def llama_module() -> LlamaModel:
-    """Three layers of which the first does something: its heads bring in the four words before.
+    """Three layers of which only the first has an effect: its heads attend to the four words before.
 
-    The transformer is given what comes out of that one. Positions are turned: a head whose query is everywhere the
-    same, and whose key is that one turned by n places, looks n places back.
+    The transformer is given that layer's output. Rotary positions: a head with the same query everywhere, and with the
+    query rotated by n positions as its key, attends n positions back.
     """
     pieces = list(llama_pieces())
     marks = 3 + len(set(re.findall(MARK, DEFAULT_PROMPT_TEMPLATE["template"])))
@@ -164,7 +164,7 @@ def llama_module() -> LlamaModel:
 
 
 def hunyuan_text_encoder(folder: Path) -> HunyuanTextEncoder:
-    """V1's as the product wraps it; the tokenizers' folders are made if they are not there."""
+    """V1's text encoders in the pipeline's wrapper; writes the tokenizers' folders if they are missing."""
     llama, clip = folder / "tokenizer", folder / "tokenizer_2"
     if not llama.is_dir():
         write_llama_tokenizer(llama, llama_pieces())

@@ -1,4 +1,4 @@
-"""Files of checkpoints in the published layouts, written from networks of any size, and their tokenizers' formats."""
+"""Writes checkpoints of networks of any size, and tokenizers, in the published layouts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from skyreels_v3.wan import key_maps
 from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
 SEED = 20260  # of all random networks
-# Networks whose values don't matter, or that are made: sizes of the smallest kind
+# Minimal sizes, for networks that are constructed or whose values do not matter
 CLIP = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -49,9 +49,9 @@ AUDIO_ENCODER = {
 }
 SCHEDULER = {"shift": 7.0}
 
-# Llama's tokenizer is of the published kind, bytes and whole words for diffusers' prompt template: so the template has
-# as many tokens as with the published one, a number that diffusers relies on.
-PIECES = r" ?[A-Za-z]+|\n+|."  # words with the space before them, line ends, single characters
+# Llama's tokenizer is of the published kind, with bytes and the whole words of diffusers' prompt template, so that the
+# template has as many tokens as with the published tokenizer: diffusers relies on that number.
+PIECES = r" ?[A-Za-z]+|\n+|."  # words with a leading space, line ends, single characters
 MARK = r"<\|\w+\|>"  # special tokens of the chat format
 BEGIN, END, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<pad>"
 SPACE = "\u2581"  # the beginning of a word, to UMT5's tokenizer
@@ -67,12 +67,12 @@ def random_model(build: Callable[[], nn.Module]) -> Any:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """A model's parameters, tied ones once."""
+    """A model's parameters by name, tied ones once."""
     return {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
 
 
 def save(model: Any, folder: Path) -> None:
-    """Write one of transformers' models to a new folder; its own method would show a progress bar."""
+    """Write a transformers model to a new folder; `save_pretrained` would show a progress bar."""
     model.config.save_pretrained(folder)
     save_file(weights(model), folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -81,7 +81,7 @@ def save(model: Any, folder: Path) -> None:
 
 
 def write_native_transformer(folder: Path, transformer: SkyReelsTransformer3DModel) -> None:
-    """A transformer under its native names."""
+    """Write a transformer under Wan-native names."""
     config = transformer.config
     avatar = config["audio_dim"] is not None
     values = config | {"dim": config["num_attention_heads"] * config["attention_head_dim"]}
@@ -98,7 +98,7 @@ def random_image_encoder() -> CLIPVisionModel:
 
 
 def write_native_image_encoder(file: Path, model: CLIPVisionModel) -> None:
-    """CLIP's image encoder under its native names; two embeddings have leading axes of size 1 there."""
+    """Write CLIP's image encoder under native names, in which two embeddings have leading axes of size 1."""
     tensors = native(weights(model), key_maps.NATIVE_IMAGE_ENCODER)
     tensors["visual.cls_embedding"] = tensors["visual.cls_embedding"][None, None]
     tensors["visual.pos_embedding"] = tensors["visual.pos_embedding"][None]
@@ -106,7 +106,7 @@ def write_native_image_encoder(file: Path, model: CLIPVisionModel) -> None:
 
 
 def write_umt5_tokenizer(folder: Path, pieces: Mapping[str, float]) -> None:
-    """A tokenizer of pieces with their scores, in UMT5's format."""
+    """Write a tokenizer of pieces with scores, in UMT5's format."""
     tokenizer = Tokenizer(Unigram([*pieces.items()], unk_id=2, byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
@@ -139,7 +139,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_llama_tokenizer(folder: Path, pieces: Mapping[str, int]) -> None:
-    """A tokenizer of pieces, and of bytes where it knows none, in Llama 3's format."""
+    """Write a tokenizer of pieces that falls back to bytes, in Llama 3's format."""
     template = str(DEFAULT_PROMPT_TEMPLATE["template"])
     marks = [BEGIN, END, PAD, *sorted(set(re.findall(MARK, template)))]
     tokenizer = Tokenizer(BPE(dict(pieces), [], ignore_merges=True))
@@ -161,21 +161,21 @@ def llama_template() -> str:
 
 
 def llama_vocabulary(text: str) -> dict[str, int]:
-    """All bytes, as the letters that stand for them, and the pieces of a text."""
+    """All bytes, in their byte-level encoding, and the pieces of a text."""
     pieces = [BYTES.pre_tokenize_str(piece)[0][0] for piece in re.findall(PIECES, text)]
     known = dict.fromkeys([*sorted(pre_tokenizers.ByteLevel.alphabet()), *pieces])
     return {piece: number for number, piece in enumerate(known)}
 
 
 def clip_vocabulary() -> dict[str, int]:
-    """All bytes, as the letters that stand for them, inside a word and at its end."""
+    """All bytes, in their byte-level encoding, inside a word and at its end."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = [*alphabet, *(f"{letter}</w>" for letter in alphabet), CLIP_BEGIN, CLIP_END]
     return {piece: number for number, piece in enumerate(pieces)}
 
 
 def write_clip_tokenizer(folder: Path) -> None:
-    """A tokenizer of single characters in CLIP's format."""
+    """Write a tokenizer of single characters, in CLIP's format."""
     folder.mkdir()
     write_json(folder / "vocab.json", clip_vocabulary())
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")

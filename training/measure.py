@@ -1,7 +1,7 @@
-"""How near frames come to the scene that they should show, in numbers that need the drawn world's truth.
+"""Measures how close frames are to the scene they should show, given the drawn world's ground truth.
 
-Video is (3, F, H, W) in [-1, 1] as `world.render` makes it, on any device. Lengths are heights of a frame, as in
-`training.world`. Figures that need no truth are in `skyreels_v3.quality`.
+Video is (3, F, H, W) in [-1, 1] as `world.render` makes it, on any device. Lengths are in frame heights, as in
+`training.world`. Metrics without ground truth are in `skyreels_v3.quality`.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from training.world import Face, Scene
 RANGE = 2.0  # of values in [-1, 1]
 SSIM_WINDOW, SSIM_SIGMA, SSIM_K = 11, 1.5, (0.01, 0.03)
 
-KINDS = tuple(kind for kind in drawing.THINGS if kind != "sun")  # that scenes are about
+KINDS = tuple(kind for kind in drawing.THINGS if kind != "sun")  # that a scene can be about
 COLOURS = tuple(drawing.COLOURS)
-EVERY = 0.15  # seconds between the frames that a thing is followed in
-KEY_FRAMES = 3  # that are searched everywhere
-SIZES = np.geomspace(0.075, 0.37, 9)  # of things in a frame, half their heights: those of the world, and a little more
-# power of the size by which evidence counts: 2 is that of pixels, with which half a sky would beat a small thing
+EVERY = 0.15  # seconds between the frames in which a thing is tracked
+KEY_FRAMES = 3  # that are searched completely
+SIZES = np.geomspace(0.075, 0.37, 9)  # half heights of things in a frame: those of the world, and a little more
+# power of the size that weights evidence: with 2, as for pixels, half a sky would beat a small thing
 AREA, FINE_AREA = 0.5, 2.0
-GRAIN = 0.004  # mean square of what no drawing explains, of values in [0, 1]
+GRAIN = 0.004  # mean square that no drawing explains, for values in [0, 1]
 TURNS = np.arange(12) * math.pi / 6
 COARSE, FINE = (8, 2), (12, 2)  # pixels of a template's side, and of the margin around it
-MATCH = 0.68  # least explained share of a thing that was found: the truth has 0.77 and more, blurred 0.7
-SYMMETRY = {"star": 5, "ball": 2}  # turns that look the same
-# the least of a direction: heights in a second, across and down; growth of the logarithm of the size; radians
+MATCH = 0.68  # least explained share for a thing to count as found: true frames have 0.77 or more, blurred ones 0.7
+SYMMETRY = {"star": 5, "ball": 2}  # number of turns that look the same
+# least motion per second: frame heights, across and down; growth of the logarithm of the size; radians
 STEADY = {"x": 0.09, "y": 0.05, "growth": 0.11, "turn": 0.6}
 
 Steps = tuple[Sequence[float], Sequence[float], Sequence[float]]  # shifts in sizes of a thing, sizes, turns
 
-# the mouth's region of a face of size 1, left, top, right, bottom; a part's texture fills so much of its square
+# the mouth's region of a face of size 1: left, top, right, bottom; the share of its square that the gap fills
 MOUTH = (-0.15, 0.18, 0.15, 0.47)
 GAP_FILL = 0.98**2
-SHUT = 0.05  # a mouth no further open is shut
+SHUT = 0.05  # a mouth open no further counts as shut
 CLOSER = 1.15  # ratio of sizes
 
 
@@ -85,15 +85,15 @@ def ssim(video: Tensor, truth: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Found:
-    """A thing that was looked for.
+    """The result of searching for a thing.
 
     Attributes:
         times: (T,) seconds of the scene.
-        poses: (T, 4), x, y and size in the frame, as `Scene.on_screen` has them, and its turn in radians. Sizes come
-            out a few percent small.
+        poses: (T, 4), x, y and size in the frame, as in `Scene.on_screen`, and its turn in radians. Sizes are
+            underestimated by a few percent.
         fit: (T,) share of the thing's contrast to its surroundings that the drawing explains; 1 is all.
-        kind, colour: of the drawing that fits there best, whatever was looked for; "" where nothing like it was found.
-        direction: one of `world.DIRECTIONS`, of its motion in the world; "" likewise.
+        kind, colour: of the drawing that fits best there, whatever was searched for; "" if nothing like it was found.
+        direction: of its motion in the world, one of `world.DIRECTIONS`; "" likewise.
     """
 
     times: np.ndarray
@@ -110,13 +110,13 @@ class Found:
 
 @dataclass(frozen=True)
 class Templates:
-    """Drawings (C,) on squares of Q pixels, whose margin is empty.
+    """C drawings on squares of Q x Q pixels with an empty margin.
 
     Attributes:
         alpha: (C, Q, Q).
         colours: (C, 3, Q, Q), multiplied by alpha.
         squares: (C, Q, Q) of the colours' squares times alpha.
-        reach: half the side of the square, where the drawing's is 1.
+        reach: half the square's side, in units of half the drawing's side.
     """
 
     alpha: Tensor
@@ -127,7 +127,7 @@ class Templates:
 
 @cache
 def templates(names: tuple[tuple[str, str], ...], grain: tuple[int, int], device: str) -> Templates:
-    """Drawings of some kinds and colours; `grain`: pixels of the side and of the margin."""
+    """Drawings of the kinds and colors in `names`; `grain`: pixels of the drawing's side and of the margin."""
     side, margin = grain
     made = torch.from_numpy(np.stack([drawing.thing_texture(*name) for name in names]))
     small = F.pad(F.adaptive_avg_pool2d(made, side), (margin,) * 4).to(device)
@@ -149,8 +149,8 @@ def turned(made: Templates, turns: np.ndarray) -> Templates:
 
 
 class Sums(NamedTuple):
-    """Sums over the pixels of a square with a drawing of alpha A and colour T on a picture I; pixels outside of the
-    frame do not count.
+    """Sums over the pixels of a square with a drawing of alpha A and color T on a picture I; pixels outside the frame
+    do not count.
 
     Attributes:
         whole, inner: of I and of A I, (..., 3).
@@ -167,11 +167,11 @@ class Sums(NamedTuple):
     squares: Tensor
 
     def evidence(self) -> tuple[Tensor, Tensor]:
-        """How much better the drawing explains the pixels under it than the mean colour B of those around does.
+        """How much better the drawing explains the pixels under it than the mean color B of the surrounding ones.
 
-        The logarithm of the ratio of the mean squares of I - B and I - T, times the sum of A: twice the logarithm of
-        the likelihoods' ratio, where errors are normal and of unknown variance. It is large only where the drawing
-        fits, and differs from its ground. And the share of the first that the drawing explains, 1 at most.
+        Returns the logarithm of the ratio of the mean squares of I - B and I - T, times the sum of A: twice the log
+        likelihood ratio, for normal errors of unknown variance. It is large only where the drawing fits and differs
+        from the background. And the share of the first mean square that the drawing explains, at most 1.
         """
         ground = (self.whole - self.inner) / (self.pixels - self.covered).clamp(min=1e-3)[..., None]
         before = self.power - 2 * (ground * self.inner).sum(dim=-1) + ground.square().sum(dim=-1) * self.covered
@@ -182,7 +182,7 @@ class Sums(NamedTuple):
 
 
 def search(frame: Tensor, made: Templates, sizes: np.ndarray, turns: np.ndarray) -> np.ndarray:
-    """The pose (4,) in a frame (3, H, W) in [0, 1] where a drawing fits best, of all places, sizes and turns."""
+    """The pose (4,) in a frame (3, H, W) in [0, 1] where a drawing fits best, over all places, sizes and turns."""
     side, margin = COARSE
     every = turned(made, turns)
     count, length = len(turns), side + 2 * margin
@@ -220,7 +220,7 @@ def search(frame: Tensor, made: Templates, sizes: np.ndarray, turns: np.ndarray)
 def patches(frames: Tensor, poses: Tensor, length: int, reach: float) -> Tensor:
     """Squares (T, N, 5, Q, Q) of frames (T, 3, H, W) around poses (T, N, 4), turned upright: the picture, 1, its power.
 
-    All is 0 outside of the frame.
+    All channels are 0 outside the frame.
     """
     height, width = frames.shape[2:]
     planes = torch.cat((frames, torch.ones_like(frames[:, :1]), frames.square().sum(dim=1, keepdim=True)), dim=1)
@@ -254,7 +254,7 @@ def compare(frames: Tensor, poses: Tensor, made: Templates) -> tuple[Tensor, Ten
 
 
 def around(poses: Tensor, shifts: Sequence[float], sizes: Sequence[float], turns: Sequence[float]) -> Tensor:
-    """Poses (T, N, 4) near poses (T, 4); `shifts` in sizes of the thing, the first of each is 0 or 1: no change."""
+    """Poses (T, N, 4) near poses (T, 4); `shifts` are in sizes of the thing; the first of each is no change."""
     steps = torch.tensor([*product(shifts, shifts, sizes, turns)], dtype=poses.dtype, device=poses.device)
     near = poses[:, None].expand(-1, len(steps), -1).clone()
     near[..., :2] += steps[:, :2] * poses[:, None, 2:3]
@@ -263,7 +263,7 @@ def around(poses: Tensor, shifts: Sequence[float], sizes: Sequence[float], turns
     return near
 
 
-# steps to try from a pose: where a thing may be `EVERY` seconds later, then smaller ones
+# steps to try from a pose: where a thing may be `EVERY` seconds later, then finer ones
 REACH = ((0.0, -0.25, 0.25, -0.5, 0.5), (1.0, 0.9, 1.1), (0.0, -0.2, 0.2, -0.4, 0.4))
 REFINE = (
     ((0.0, -0.12, 0.12), (1.0, 0.93, 1.07), (0.0, -0.1, 0.1)),
@@ -272,9 +272,9 @@ REFINE = (
 
 
 def climb(frame: Tensor, pose: Tensor, made: Templates, first: Steps) -> tuple[Tensor, float]:
-    """The best pose (4,) near one in a frame (1, 3, H, W) after some first steps and smaller ones, and its evidence.
+    """The best pose (4,) near `pose` in a frame (1, 3, H, W), by the `first` and then finer steps, and its evidence.
 
-    In the smaller ones every pixel counts: no other thing is in reach.
+    In the finer steps every pixel counts: no other thing is in reach.
     """
     limits = torch.tensor((frame.shape[3] / frame.shape[2] / 2, 0.5), device=frame.device)
     value = -math.inf
@@ -284,14 +284,14 @@ def climb(frame: Tensor, pose: Tensor, made: Templates, first: Steps) -> tuple[T
         near[..., 2] = near[..., 2].clamp(float(SIZES[0]), float(SIZES[-1]))
         evidence = compare(frame, near, made)[0][0, :, 0]
         counted = evidence * near[0, :, 2] ** power
-        # among equals the nearest
+        # the nearest of equal ones
         at = int((counted - 1e-4 * counted.abs().amax() * (near[0] - pose).abs().sum(dim=-1)).argmax())
         pose, value = near[0, at], float(evidence[at] * near[0, at, 2] ** AREA)
     return pose, value
 
 
 def follow(frames: Tensor, made: Templates, coarse: Templates) -> Tensor:
-    """The poses (T, 4) of a drawing in frames (T, 3, H, W), from the key frame where it fits best to both ends."""
+    """Track a drawing through frames (T, 3, H, W), from the key frame where it fits best to both ends: poses (T, 4)."""
     keys = sorted({round(at) for at in np.linspace(0, len(frames) - 1, KEY_FRAMES)})
     best, begin, pose = -math.inf, 0, torch.zeros(4, device=frames.device)
     for key in keys:
@@ -309,7 +309,7 @@ def follow(frames: Tensor, made: Templates, coarse: Templates) -> Tensor:
 
 @torch.no_grad()
 def find_thing(video: Tensor, scene: Scene, number: int = 0, start: float = 0.0, fps: float = 24.0) -> Found:
-    """Look in a video (3, F, H, W) for a thing of a scene, by its drawing; then say what is there, and how it moves.
+    """Search a video (3, F, H, W) for a thing of a scene by its drawing; recognize what is there, and how it moves.
 
     Args:
         start: the scene's time at the first frame.
@@ -331,7 +331,7 @@ def find_thing(video: Tensor, scene: Scene, number: int = 0, start: float = 0.0,
 
 
 def recognise(frames: Tensor, poses: Tensor) -> tuple[str, str]:
-    """The kind and the colour of the drawing that fits best at poses (T, 4), over all frames."""
+    """The kind and the color of the drawing that fits best at poses (T, 4), over all frames."""
     names = tuple(product(KINDS, COLOURS))
     near = around(poses, (0.0, -0.12, 0.12), (1.0, 0.85, 1.18), (0.0,))
     evidence = compare(frames, near, templates(names, FINE, str(frames.device)))[0]
@@ -340,7 +340,7 @@ def recognise(frames: Tensor, poses: Tensor) -> tuple[str, str]:
 
 
 def in_world(poses: np.ndarray, scene: Scene, times: np.ndarray) -> np.ndarray:
-    """Poses of the frame as poses in the world, which the camera does not change."""
+    """Convert poses in the frame to poses in the world, without the camera's motion."""
     zoom, sign = scene.zoom_at(times)[:, None], -1 if scene.mirrored else 1
     made = poses.copy()
     made[:, :3] *= zoom
@@ -349,9 +349,9 @@ def in_world(poses: np.ndarray, scene: Scene, times: np.ndarray) -> np.ndarray:
 
 
 def direction_of(times: np.ndarray, poses: np.ndarray, symmetry: int = 1) -> str:
-    """The direction that poses (T, 4) move in, one of `world.DIRECTIONS`.
+    """The direction of motion of poses (T, 4), one of `world.DIRECTIONS`.
 
-    Slopes are medians of those of all pairs (Theil and Sen), so a few wrong poses do not matter.
+    Slopes are medians over all pairs (Theil-Sen), so a few wrong poses do not matter.
     """
     if len(times) < 2:
         return "still"
@@ -374,7 +374,7 @@ def slope(times: np.ndarray, values: np.ndarray) -> float:
 
 
 def size_change(before: Found, after: Found) -> tuple[float, str]:
-    """How much larger a thing is after a cut than before, and whether the shot is "closer", "wider" or as it was."""
+    """How much larger a thing is after a cut than before, and whether the shot is "closer", "wider" or the "same"."""
     ratio = float(np.median(after.poses[:3, 2]) / np.median(before.poses[-3:, 2]))
     return ratio, "closer" if ratio > CLOSER else "wider" if ratio < 1 / CLOSER else "same"
 
@@ -392,7 +392,7 @@ def mouth_openings(video: Tensor, face: Face) -> np.ndarray:
     """How far a face's mouth is open in each frame (F,), from the area of the gap between its lips.
 
     In the mouth's region every pixel is a mixture of gap, lips and skin with shares that sum to 1. The sum of the
-    gap's shares, which least squares finds, is its area, however blurred the frames are.
+    gap's shares, found by least squares, is its area, however blurred the frames are.
     """
     height = video.shape[2]
     at = (torch.arange(height, device=video.device) + 0.5) / height * 2 - 1
@@ -411,12 +411,12 @@ def mouth_openings(video: Tensor, face: Face) -> np.ndarray:
 
 @dataclass(frozen=True)
 class LipSync:
-    """How a measured mouth agrees with the true one.
+    """How well a measured mouth agrees with the true one.
 
     Attributes:
         correlation: of both, frame by frame.
-        lag: frames that the measured one is late by, where they agree best, and the correlation there.
-        restless: mean absolute change from frame to frame while the true mouth is shut; 0 is still.
+        lag, best: frames that the measured one is late by where they agree best, and the correlation there.
+        restless: mean absolute change between frames while the true mouth is shut; 0 if still.
     """
 
     correlation: float
@@ -426,7 +426,7 @@ class LipSync:
 
 
 def lip_sync(measured: np.ndarray, truth: np.ndarray, most: int = 6) -> LipSync:
-    """Compare mouths (F,), shifted by up to `most` frames."""
+    """Compare mouth openings (F,), shifted by up to `most` frames."""
     assert len(measured) == len(truth)
     count = len(truth)
     lags = range(-most, most + 1)
@@ -442,7 +442,7 @@ def lip_sync(measured: np.ndarray, truth: np.ndarray, most: int = 6) -> LipSync:
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> float:
-    """Pearson's; 0 where one does not change."""
+    """Pearson's correlation; 0 if one is constant."""
     one, other = one - one.mean(), other - other.mean()
     scale = math.sqrt(float(one @ one) * float(other @ other))
     return float(one @ other) / scale if scale > 1e-9 else 0.0

@@ -1,8 +1,7 @@
-"""The small networks: sizes, beginnings, and the VAEs as training runs them.
+"""The small networks: sizes, initialization, and the VAEs' forward passes in training.
 
-The product runs the Wan VAE one latent frame at a time, with caches. Here a whole clip goes through at once, which is
-the same and takes a third of the launches: its convolutions are causal, and what is special about the first frame is
-said in `resampled`.
+The pipelines run the Wan VAE one latent frame at a time, with caches. Here a whole clip goes through at once, with the
+same result and a third of the kernel launches: its convolutions are causal, and `resampled` handles the first frame.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from skyreels_v3.wan.transformer import CrossAttention, SkyReelsTransformer3DMod
 from training.encoders import WIDTH
 from training.layouts import AUDIO_ENCODER, CLIP, IMAGE_ENCODER
 
-VAE = {"base_dim": 8, "decoder_base_dim": 12}  # training encodes much more than it decodes
+VAE = {"base_dim": 8, "decoder_base_dim": 12}  # training encodes far more than it decodes
 HUNYUAN_VAE = {"block_out_channels": [16, 32, 40, 40], "norm_num_groups": 8, "layers_per_block": 1}
 TRANSFORMER = {
     "num_attention_heads": 3,
@@ -70,15 +69,15 @@ HUNYUAN = {
 }
 SCALING = 0.476986  # the config's own default for HunyuanVideo's VAE
 LATENTS = 16
-TEXT_ROWS = 48  # of a caption at most
-LOGITS = 2**18  # of attention on a CPU, at once
+TEXT_ROWS = 48  # per caption, at most
+LOGITS = 2**18  # of attention on a CPU, at a time
 
 
 # Transformers
 
 
 def build_transformer(name: str) -> SkyReelsTransformer3DModel | HunyuanTransformer3DModel:
-    """A transformer that predicts nothing yet."""
+    """A transformer that predicts zeros."""
     if name in ("t2v", "i2v"):
         made: Any = HunyuanTransformer3DModel(**HUNYUAN, in_channels=LATENTS * (2 if name == "i2v" else 1))
         made.set_attention(attention)
@@ -94,8 +93,8 @@ def build_transformer(name: str) -> SkyReelsTransformer3DModel | HunyuanTransfor
 def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
     """Attention (B, L, N, D); `bias` (keys,) is added to the logits.
 
-    On a CPU, training by torch's own kernel takes twice as long as by plain products of a few samples at a time, whose
-    logits stay in the cache.
+    On a CPU, training with torch's own kernel takes twice as long as with plain matmuls on a few samples at a time,
+    whose logits stay in the cache.
     """
     if query.is_cuda:
         mask = None if bias is None else bias.expand(query.shape[1], -1)
@@ -111,19 +110,19 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = N
 
 
 def padded_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention (B, L, N, D) to the conditions; the last of `TEXT_ROWS` + 1 rows of text stands for all padding."""
+    """Attention (B, L, N, D) to the conditions; the last of `TEXT_ROWS` + 1 text rows stands for all padding."""
     if key.shape[1] != TEXT_ROWS + 1:
         return attention(query, key, value)
     copies = key.new_zeros(TEXT_ROWS + 1)
-    copies[-1] = math.log(TEXT_TOKENS - TEXT_ROWS)  # n equal keys are one whose logit is higher by log(n)
+    copies[-1] = math.log(TEXT_TOKENS - TEXT_ROWS)  # n equal keys act as one whose logit is higher by log(n)
     return attention(query, key, value, copies)
 
 
 @contextmanager
 def quick_tables() -> Iterator[None]:
-    """Timesteps are embedded, and rotary tables kept, where the model is: a step of training waits for no copy.
+    """Embed timesteps and cache rotary tables on the model's device, so that training steps wait for no copy.
 
-    Of the rows of text behind the prompt, which are zero, there is one, see `padded_attention`.
+    Of the zero rows of text beyond `TEXT_ROWS` only one is kept, see `padded_attention`.
     """
     tables: dict[tuple[Any, ...], Tensor] = {}
     rotary, sinusoid, keys_values = wan_transformer.rotary_tables, wan_transformer.sinusoid, CrossAttention.keys_values
@@ -161,10 +160,10 @@ def quick_tables() -> Iterator[None]:
 
 
 def build_vae(kind: str) -> AutoencoderKLWan | AutoencoderKLHunyuanVideo:
-    """A VAE that is nearly linear: the last convolution of each residual block is zero, so that it changes nothing.
+    """A nearly linear VAE: the last convolution of each residual block is zero, so that the block is the identity.
 
-    As the library begins, it does not learn. V3's does not look at the past yet: what it learns of pictures holds for
-    clips.
+    With diffusers' initialization it does not learn. V3's does not look at the past at first, so what it learns from
+    pictures holds for clips.
     """
     made = AutoencoderKLWan(**VAE) if kind == "wan" else AutoencoderKLHunyuanVideo(**HUNYUAN_VAE)
     with torch.no_grad():
@@ -188,7 +187,7 @@ def build_vae(kind: str) -> AutoencoderKLWan | AutoencoderKLHunyuanVideo:
 
 
 def lay_out(module: nn.Module) -> None:
-    """Have the kernels of convolutions lie in memory with the channels last, where bfloat16 is fast."""
+    """Convert convolution weights to the channels-last memory format, in which bfloat16 is fast."""
     for part in module.modules():
         if isinstance(part, nn.Conv2d | nn.Conv3d):
             layout = torch.channels_last if isinstance(part, nn.Conv2d) else torch.channels_last_3d
@@ -206,7 +205,7 @@ def last_layer(part: nn.Module) -> Any:
 
 
 def resampled(layer: WanResample, x: Tensor) -> Tensor:
-    """A whole clip through a layer that changes its size: the first frame goes by what changes the number of frames."""
+    """Run a whole clip through a resampling layer: the first frame bypasses the temporal resampling."""
     if layer.mode == "upsample3d" and x.shape[2] > 1:
         pairs = layer.time_conv(x[:, :, 1:]).unflatten(1, (2, -1))  # (B, 2, C, F, H, W)
         x = torch.cat((x[:, :, :1], pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)), dim=2)
@@ -224,7 +223,7 @@ def through(stages: Any, x: Tensor) -> Tensor:
 
 
 def moments_of(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo, video: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and logarithm of the variance (B, 16, F, h, w) of a video's raw latents."""
+    """Mean and log variance (B, 16, F, h, w) of a video's raw latents."""
     if isinstance(vae, AutoencoderKLHunyuanVideo):
         made = vae.quant_conv(vae.encoder(video))
     else:
@@ -237,7 +236,7 @@ def moments_of(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo, video: Tensor)
 
 
 def decoded(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo, latents: Tensor) -> Tensor:
-    """The video of raw latents, not cut to [-1, 1], where there would be no gradient."""
+    """Decode raw latents to a video, not clamped to [-1, 1], where gradients would vanish."""
     if isinstance(vae, AutoencoderKLHunyuanVideo):
         return vae.decoder(vae.post_quant_conv(latents)).float()
     decoder = vae.decoder
@@ -248,7 +247,7 @@ def decoded(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo, latents: Tensor) 
 
 
 def published_normalisation(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (16,) of raw latents that are 0 and 1 to a transformer, as the config's constants say."""
+    """Mean and standard deviation (16,) by which raw latents are normalized, from the config's constants."""
     if isinstance(vae, AutoencoderKLHunyuanVideo):
         return torch.zeros(LATENTS), torch.full((LATENTS,), 1 / SCALING)
     return torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
@@ -256,10 +255,9 @@ def published_normalisation(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo) -
 
 @torch.no_grad()
 def fold_normalisation(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo, mean: Tensor, std: Tensor) -> None:
-    """Have raw latents of measured mean and deviation (16,) come out with the published ones, and go in so.
+    """Change raw latents of measured mean and standard deviation (16,) to the published ones, in encoder and decoder.
 
-    The layouts without a config for the VAE have no place for other constants; its outermost 1 x 1 x 1 convolutions
-    have.
+    Layouts without a VAE config have no place for other constants, so they are folded into its 1 x 1 x 1 convolutions.
     """
     wanted_mean, wanted_std = (value.to(mean) for value in published_normalisation(vae))
     factor = wanted_std / std  # out' = (out - mean) * factor + wanted_mean

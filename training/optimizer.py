@@ -1,11 +1,11 @@
-"""One step of training: Muon for matrices, AdamW for the rest, a moving average; on a GPU a CUDA graph for each shape.
+"""A training step: Muon for matrices, AdamW for the rest, a moving average; on a GPU as a CUDA graph per input shape.
 
-The models are small: launching their kernels one by one takes longer than running them. So on a GPU a step is
-recorded once for each shape of its inputs, optimizer included, and replayed.
+The models are small: launching their kernels one by one takes longer than running them. So on a GPU a step, including
+the optimizer, is recorded once per input shape, and replayed.
 
 Muon: https://kellerjordan.github.io/posts/muon (Jordan et al. 2024), with the update scaled as in Liu et al.,
-arXiv:2502.16982, so that one learning rate serves both optimizers. torch's own takes no convolutions, and its learning
-rate would be a constant in a graph.
+arXiv:2502.16982, so that one learning rate serves both optimizers. torch's own does not support convolutions, and its
+learning rate would be a constant in a graph.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from skyreels_v3.hunyuan.conditioning import HunyuanConditioning
 from skyreels_v3.wan.conditioning import Conditioning
 
 MOMENTUM = 0.95
-UPDATE_RMS = 0.2  # of AdamW's updates, about
+UPDATE_RMS = 0.2  # about that of AdamW's updates
 DECAY = 0.01
 AVERAGED = 0.999  # decay of the moving average
-AHEAD = 2  # steps that may be launched before the first of them is done
+AHEAD = 2  # steps that may be launched before the first of them has finished
 
 for _conditioning in (Conditioning, HunyuanConditioning):
     pytree.register_dataclass(_conditioning)
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """(N, R, C) with their singular values near 1: five steps of Newton-Schulz."""
+    """Matrices (N, R, C) with singular values near 1, by five Newton-Schulz steps."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -45,11 +45,11 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 
 class Trainer:
-    """Trains float32 parameters; those that are `low` become bfloat16, and the optimizer keeps float32 copies.
+    """Trains float32 parameters; those in `low` become bfloat16, with float32 master copies in the optimizer.
 
     Attributes:
-        loss: sum of the losses since it was last set to zero.
-        steps: done so far.
+        loss: sum of the losses since it was last reset to zero.
+        steps: number of steps so far.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], low: Iterable[nn.Parameter] = ()) -> None:
@@ -80,7 +80,7 @@ class Trainer:
         self.running: deque[torch.cuda.Event] = deque()
 
     def step(self, loss_of: Callable[[Any], Tensor], inputs: Any, learning_rate: float) -> None:
-        """One update by the gradient of `loss_of(inputs)`; the inputs are any nest of tensors."""
+        """Run one step on the gradient of `loss_of(inputs)`; the inputs are any nested structure of tensors."""
         self.steps += 1
         self.rate.fill_(learning_rate)
         self.fade.fill_(1 - min(AVERAGED, self.steps / (self.steps + 9)))
@@ -95,7 +95,7 @@ class Trainer:
             graph, fixed = self.graphs[key]
             torch._foreach_copy_(fixed, tensors)
             graph.replay()
-        elif self.seen.get(key, 0) < 2:  # libraries choose their kernels and allocate in the first calls
+        elif self.seen.get(key, 0) < 2:  # libraries choose kernels and allocate in the first calls
             self.seen[key] = self.seen.get(key, 0) + 1
             self.update(loss_of(inputs))
         else:
@@ -110,7 +110,7 @@ class Trainer:
             self.running.popleft().synchronize()
 
     def update(self, loss: Tensor) -> None:
-        """Nothing here waits for the device or depends on a value there."""
+        """Update all parameters, without synchronizing with the device."""
         self.loss += loss.detach()
         loss.backward()
         for parameter, master in zip(self.parameters, self.masters, strict=True):
@@ -144,7 +144,7 @@ class Trainer:
 
     @torch.no_grad()
     def take_average(self) -> None:
-        """Go on from the moving average."""
+        """Set the parameters to the moving average."""
         torch._foreach_copy_([master.detach() for master in self.masters], self.average)
         torch._foreach_copy_([parameter.detach() for parameter in self.parameters], self.average)
 

@@ -3,7 +3,7 @@
 
 python3 training/pack.py --weights DIR
 
-The checkpoints are written in the published layouts first; the pack has each of their tensors once.
+Checkpoints are first written in the published layouts; a pack stores each distinct tensor once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from skyreels_v3.wan import key_maps  # noqa: E402
 from training import encoders, layouts, networks, sound  # noqa: E402
 from training.run import TRANSFORMERS  # noqa: E402
 
-TASKS = {  # a task of each checkpoint, and the name of its transformer in the training
+TASKS = {  # a task of each checkpoint -> the name of its transformer in training
     "reference_to_video": "video",
     "single_shot_extension": "video",
     "talking_avatar": "talking_avatar",
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def pack(source: Path, target: Path) -> None:
-    """A pack of the checkpoints of one family's trained weights."""
+    """Write the pack of one family's checkpoints from its trained weights."""
     stored = load_file(source)
     names = {digest(tensor): name for name, tensor in stored.items()}
     written: dict[str, dict[str, Any]] = {}
@@ -83,7 +83,7 @@ def tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def digest(tensor: Tensor) -> tuple[str, int, str]:
-    """What tensors share that have the same values, in whatever shape."""
+    """A key that is equal for tensors with the same values, whatever their shape."""
     return str(tensor.dtype), tensor.numel(), hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
@@ -91,7 +91,7 @@ def digest(tensor: Tensor) -> tuple[str, int, str]:
 
 
 def write(tensors: Mapping[str, Tensor], task: TaskSpec, name: str, root: Path) -> None:
-    """The checkpoint of a task in a new folder, of float16 weights."""
+    """Write the checkpoint of a task to a new folder, with float16 weights."""
     vae = filled(networks.build_vae(task.family), tensors, "vae")
     transformer = filled(networks.build_transformer(name), tensors, name)
     root.mkdir(parents=True)
@@ -107,7 +107,7 @@ def write(tensors: Mapping[str, Tensor], task: TaskSpec, name: str, root: Path) 
 
 
 def filled(module: Any, tensors: Mapping[str, Tensor], place: str) -> Any:
-    """A network with its part of the weights, in float16."""
+    """A module with the weights under its prefix, in float16."""
     part = {key.removeprefix(f"{place}."): value for key, value in tensors.items() if key.startswith(f"{place}.")}
     wanted = {name for name, _ in module.named_parameters()}
     assert part.keys() == wanted, f"{place}: {sorted(part.keys() ^ wanted)[:3]}"
@@ -116,7 +116,7 @@ def filled(module: Any, tensors: Mapping[str, Tensor], place: str) -> Any:
 
 
 def write_native(root: Path, task: TaskSpec, transformer: Any, vae: nn.Module) -> None:
-    """The layout of video extension, whose tasks share a transformer here, and of the avatar."""
+    """Write the native layout: of video extension, whose tasks share a transformer here, or of the avatar."""
     avatar = "input_audio" in task.inputs
     for name in (".",) if avatar else ("transformer", "shot_transformer"):
         layouts.write_native_transformer(root / name, transformer)
@@ -131,7 +131,7 @@ def write_native(root: Path, task: TaskSpec, transformer: Any, vae: nn.Module) -
 
 
 def write_hunyuan(root: Path, transformer: Any, vae: Any) -> None:
-    """V1's layout, with HunyuanVideo's parts in the transformer's folder."""
+    """Write V1's layout, with HunyuanVideo's components in the transformer's folder."""
     transformer.save_pretrained(root)
     vae.save_pretrained(root / "vae")
     layouts.save(encoders.llama_module().half(), root / "text_encoder")

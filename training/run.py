@@ -1,4 +1,4 @@
-"""What the training of one model has: a device, so much time, and places for its files."""
+"""The environment of one model's training: device, time limit and files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from training import tasks
 
-TRANSFORMERS = {  # and the family of each
+TRANSFORMERS = {  # transformer -> family
     "video": "wan",  # reference_to_video and both extensions
     "talking_avatar": "wan",
     "t2v": "hunyuan",
@@ -24,7 +24,7 @@ TRANSFORMERS = {  # and the family of each
 }
 VAES = {"vae_wan": "wan", "vae_hunyuan": "hunyuan"}
 MODELS = VAES | TRANSFORMERS
-ENCODER_ENDS, DECODER_ENDS = 0.34, 0.62  # parts of the time
+ENCODER_ENDS, DECODER_ENDS = 0.34, 0.62  # fractions of the time
 ENDS_ALONE = 0.7, 1.0  # without transformers, which wait for the encoder
 RESERVE = {"cuda": 14.0, "cpu": 20.0}  # seconds at the end, for the last pictures and files
 LOG_EVERY = {"cuda": 10.0, "cpu": 60.0}  # seconds
@@ -34,12 +34,12 @@ logger = logging.getLogger("training")
 
 
 class Run:
-    """The options of a training, as one of its processes sees them.
+    """The options of a training run, for one of its processes.
 
     Attributes:
-        folder: for what the processes leave each other: `NAME.safetensors`, `NAME.png`, and `NAME.ready` of a VAE.
+        folder: for the files that processes exchange: `NAME.safetensors`, `NAME.png`, and `NAME.ready` of a VAE.
         start, end: times, in seconds since the epoch.
-        encoder_end, decoder_end: when the encoder of a VAE is done, and its decoder.
+        encoder_end, decoder_end: when the training of a VAE's encoder ends, and of its decoder.
     """
 
     def __init__(self, options: argparse.Namespace, folder: Path, start: float) -> None:
@@ -56,18 +56,18 @@ class Run:
         self.log_every = LOG_EVERY[options.device]
 
     def has(self, name: str) -> bool:
-        """Whether there are weights to go on from."""
+        """Whether there are weights to continue from."""
         return self.file(name).is_file()
 
     def file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
 
     def ready(self, vae: str) -> Path:
-        """The mark that a VAE's encoder is done."""
+        """The file that marks a VAE's encoder as done."""
         return self.folder / f"{vae}.ready"
 
     def write(self, name: str, module: nn.Module) -> None:
-        """Write a module's weights in float16, unless they are damaged."""
+        """Write a module's weights in float16, if all are finite."""
         tensors = {key: value.detach().to("cpu", torch.float16) for key, value in module.named_parameters()}
         if all(value.isfinite().all() for value in tensors.values()):
             write_tensors(self.file(name), tensors)
@@ -79,7 +79,7 @@ class Run:
         module.load_state_dict(tensors, strict=False)
 
     def write_pictures(self, name: str, rows: Sequence[Sequence[Tensor]]) -> None:
-        """Write rows of pictures (3, H, W) in [-1, 1] as one."""
+        """Write rows of pictures (3, H, W) in [-1, 1] as one PNG."""
         lines = [torch.cat([picture.float().cpu() for picture in row], dim=2) for row in rows]
         width = max(line.shape[2] for line in lines)
         lines = [nn.functional.pad(line, (0, width - line.shape[2]), value=-1) for line in lines]
@@ -90,21 +90,21 @@ class Run:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A file that is there as a whole or not at all."""
+    """Write a safetensors file atomically."""
     temporary = path.with_suffix(".tmp")
     save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
     temporary.replace(path)
 
 
 class Schedule:
-    """A learning rate that rises for a moment and then falls as a cosine, over the time until `end`."""
+    """A learning rate with a short warm-up, then cosine decay, over the time until `end`."""
 
     def __init__(self, peak: float, end: float, lowest: float = 0.02, warm_up: float = 0.03) -> None:
         self.peak, self.lowest, self.warm_up = peak, lowest, warm_up
         self.start, self.end = time.time(), end
 
     def progress(self, now: float | None = None) -> float:
-        """How much of the time is over, 0 to 1."""
+        """Fraction of the time that has passed, 0 to 1."""
         now = time.time() if now is None else now
         return min(1.0, max(0.0, (now - self.start) / max(1e-6, self.end - self.start)))
 

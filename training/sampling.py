@@ -1,4 +1,4 @@
-"""Samples of a transformer in training, by the product's schedules, denoising loop and conditions."""
+"""Samples from a transformer in training, with the pipelines' schedulers, denoising loop and conditioning."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from training import networks
 from training.layouts import SCHEDULER
 from training.tasks import Avatar, Hunyuan, Sample, Task, Video
 
-GUIDANCE, HUNYUAN_STEPS = 3.0, 12  # of V1's samples here, which are to take a few seconds
+GUIDANCE, HUNYUAN_STEPS = 3.0, 12  # for V1's samples, which should take only a few seconds
 
 
 def sample(task: Task, model: Any, kind: str, chosen: Sample, steps: int | None = None) -> tuple[Tensor, Tensor]:
-    """Latents (B, 16, F, h, w) made from noise under the conditions of encoded samples, and the true ones.
+    """Latents (B, 16, F, h, w) sampled under the conditions of encoded samples, and the true latents.
 
-    For an extension in the same shot both begin with the frames that are seen.
+    For a single-shot extension both begin with the condition frames.
     """
     truth = chosen["video"]
     if isinstance(task, Hunyuan):
@@ -66,13 +66,13 @@ def sample_hunyuan(task: Hunyuan, model: Any, chosen: Sample, steps: int | None 
 
 
 def last(steps: Iterator[tuple[int, Tensor]]) -> Tensor:
-    """The latents that all steps end in."""
+    """The latents after the last step."""
     *_, (_, latents) = steps
     return latents
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Video of normalised latents; V1's in the product's pieces."""
+    """Decode normalized latents; V1's in the same pieces as in the pipeline."""
     from skyreels_v3.hunyuan.vae import HunyuanVAE
 
     if hasattr(vae, "tile_sample_stride_num_frames"):

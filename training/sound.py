@@ -1,4 +1,4 @@
-"""A voice that says nothing, how far a mouth is open for a sound, and an audio encoder whose features tell it."""
+"""Synthetic voices, the mouth opening for a sound, and an audio encoder whose features contain it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from training.layouts import AUDIO_ENCODER, random_model
 
 RATE = 16_000
 FPS = 25
-QUIET, LOUD = 0.25, 1.9  # of the loudness in which a mouth opens, where the whole sound has 1
+QUIET, LOUD = 0.25, 1.9  # loudness at which a mouth is shut and fully open; 1 is the whole sound's
 
 
 def make_voice(seed: int, seconds: float) -> np.ndarray:
-    """Syllables of a pitch and a colour of their own in phrases, with pauses, float32 [samples]."""
+    """Syllables of varying pitch and timbre, in phrases with pauses, float32 [samples]."""
     random = np.random.default_rng([5, seed])
     samples = np.zeros(int(seconds * RATE), np.float32)
     pitch = random.uniform(95, 240)
@@ -37,7 +37,7 @@ def make_voice(seed: int, seconds: float) -> np.ndarray:
 
 
 def make_syllable(random: np.random.Generator, length: float, pitch: float) -> np.ndarray:
-    """A vowel, and half of the time a hiss before it."""
+    """A vowel, with a hiss before it in 40 % of cases."""
     times = np.arange(int(length * RATE)) / RATE
     shape = np.sin(math.pi * np.clip(times / length, 0, 1)) ** random.uniform(0.5, 1.2)
     formants = random.uniform((300, 900, 2200), (850, 2200, 3200))
@@ -53,7 +53,7 @@ def make_syllable(random: np.random.Generator, length: float, pitch: float) -> n
 
 
 def loudness(samples: np.ndarray, fps: float = FPS) -> np.ndarray:
-    """Of each video frame, 1 for the mean of the whole sound: the samples' root mean square in 60 ms around it."""
+    """Loudness of each video frame: RMS of the 60 ms around it, relative to that of the whole sound."""
     frames = math.ceil(len(samples) / RATE * fps)
     samples = samples.astype(np.float64) - samples.mean()
     power = np.cumsum(np.concatenate(([0.0], samples**2)))
@@ -72,10 +72,10 @@ def mouth_of(samples: np.ndarray, fps: float = FPS) -> np.ndarray:
 
 
 def audio_module() -> Wav2Vec2Model:
-    """A small wav2vec2 in whose features loudness lies open.
+    """A small wav2vec2 whose features contain the loudness.
 
-    The first convolution listens to ten bands and half-rectifies them; the others take means. Three channels are kept
-    above and three below the rest, so that the norms that follow do not take the loudness away.
+    The first convolution filters ten bands and half-rectifies them; the others average. Three channels are kept above
+    and three below the others, so that the norms that follow do not remove the loudness.
     """
     model = random_model(lambda: Wav2Vec2Model(Wav2Vec2Config(**AUDIO_ENCODER)))
     random = np.random.default_rng(17)
@@ -93,7 +93,7 @@ def audio_module() -> Wav2Vec2Model:
             taps = weight.shape[2]
             for channel in range(channels):
                 weight[channel, channel] = 1 / taps
-            if number == 0:  # from 4 to 5 and the loudness, 6.5, and 3.5
+            if number == 0:  # maps the constant 4 to 5 (plus loudness), 6.5 and 3.5
                 for channel in range(bands):
                     weight[channel, channel] = 2.5 / taps
                     weight[channel, bands] = 5 / 4 / taps
@@ -102,10 +102,10 @@ def audio_module() -> Wav2Vec2Model:
             layer.conv.weight.copy_(weight)
         projection = model.feature_projection.projection
         projection.weight.copy_(torch.from_numpy(random.standard_normal(projection.weight.shape) / 4))
-        model.encoder.pos_conv_embed.conv.parametrizations.weight.original0.zero_()  # what is said does not matter
+        model.encoder.pos_conv_embed.conv.parametrizations.weight.original0.zero_()  # only loudness matters
     return model.eval().requires_grad_(False)
 
 
 def audio_encoder() -> AudioEncoder:
-    """The encoder as the product wraps it."""
+    """The audio encoder in the pipeline's wrapper."""
     return AudioEncoder(audio_module())

@@ -1,7 +1,7 @@
-"""What each transformer is trained on: drawn samples, encoded once, and batches conditioned as the pipelines do it.
+"""Training data of each transformer: drawn samples, encoded once, in batches with the pipelines' conditioning.
 
-A bank holds encoded samples on the device and grows while training goes on; the oldest give way. `velocity` runs the
-transformer as `wan.conditioning.Conditioning.predict` does, with a noise level for each sample.
+A bank holds encoded samples on the device and grows during training; new ones replace the oldest. `velocity` runs the
+transformer as `wan.conditioning.Conditioning.predict` does, with a noise level per sample.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from training import captions, encoders, networks, sound, world
 from training.layouts import SCHEDULER, random_image_encoder
 from training.networks import TEXT_ROWS
 
-AUDIO_REACH = 2  # frames before and after a frame, whose sound it sees
+AUDIO_REACH = 2  # a frame sees the sound of this many frames on either side
 FPS = 24
 CONDITION_FRAMES, CONDITION_LATENTS = 25, 7  # of a single-shot extension
-SHORT_FRAMES, ROLL_FRAMES = 4 * 9, 4 * 33  # that are new in it; the longer in its first roll-out
-CUT_LENGTHS = {2: 9, 5: 33}  # of a shot switch: seconds, and frames that are seen
+SHORT_FRAMES, ROLL_FRAMES = 4 * 9, 4 * 33  # new frames of it; the longer in its first roll-out
+CUT_LENGTHS = {2: 9, 5: 33}  # of a shot switch: seconds -> condition frames
 CUTS = {f"cut {seconds}": (seconds, seen) for seconds, seen in CUT_LENGTHS.items()}
 VOICE_SECONDS = 12.0
-DROPPED = 0.1  # of the prompts
-COLOURLESS = 0.6  # of the prompts beside reference pictures
-PICTURE = "picture"  # a kind of samples: single frames, which cost little and so show many more scenes
-TEXT = "text"  # a condition of no task: without reference pictures, a single frame costs a quarter of one with them
+DROPPED = 0.1  # share of prompts that are dropped
+COLOURLESS = 0.6  # share of prompts without colors, with reference pictures
+PICTURE = "picture"  # a kind of sample: single frames, which cost little and so allow many more scenes
+TEXT = "text"  # no task's condition: without reference pictures a single frame costs a quarter of one with them
 MOUTH_WEIGHT = 6.0
 THING_WEIGHT = 5.0
 
@@ -50,16 +50,16 @@ Batch = tuple[Tensor, Condition, Tensor]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much there is of what.
+    """Sizes of pictures, banks and batches.
 
     Attributes:
-        scene, face: heights and widths of what is drawn.
-        first: samples at the beginning.
-        kept: samples at most.
-        batch: times the usual size of a batch.
-        chunk: samples drawn at once, each so many `steps` of training.
+        scene, face: height and width of the drawings.
+        first: samples drawn at the start.
+        kept: maximum number of samples.
+        batch: factor on the usual batch size.
+        chunk: samples drawn at once, every `steps` training steps.
         pictures: the same for single frames.
-        voices: that faces speak with.
+        voices: number of voices that faces speak with.
     """
 
     scene: tuple[int, int] = (96, 160)
@@ -91,7 +91,7 @@ def from_bytes(video: Tensor) -> Tensor:
 
 
 class Latents:
-    """A trained VAE as an encoder of batches into normalised latents."""
+    """Encodes batches to normalized latents with a trained VAE."""
 
     def __init__(self, vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo, device: torch.device) -> None:
         self.vae = vae.to(device).eval().requires_grad_(False)
@@ -100,7 +100,7 @@ class Latents:
 
     @torch.no_grad()
     def __call__(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the latents of uint8 video (B, 3, F, H, W), a few clips at a time."""
+        """Mean and standard deviation of the latents of uint8 video (B, 3, F, H, W), a few clips at a time."""
         some = max(1, int(2e7 // video[0, 0].numel()))
         with torch.autocast(self.device.type, torch.bfloat16):
             parts = [
@@ -112,7 +112,7 @@ class Latents:
         return networks.normalised(self.vae, mean), (0.5 * variance).exp() / scale
 
     def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        if isinstance(self.vae, AutoencoderKLHunyuanVideo):  # long clips in the library's pieces
+        if isinstance(self.vae, AutoencoderKLHunyuanVideo):  # diffusers encodes long clips in pieces
             posterior = self.vae.encode(video).latent_dist
             return posterior.mean.float(), posterior.logvar.float()
         return networks.moments_of(self.vae, video)
@@ -146,15 +146,15 @@ class Task:
     """One transformer's training data.
 
     Attributes:
-        kinds: of conditions.
-        drawn: the kinds of samples, in the order in which they are drawn.
+        kinds: kinds of conditions.
+        drawn: kinds of samples, in the order in which they are drawn.
     """
 
     kinds: tuple[str, ...] = ("",)
     drawn: tuple[str, ...] = ("",)
     vae = "wan"
     shift = 5.0
-    floor = True  # timesteps are whole numbers
+    floor = True  # round timesteps down to whole numbers
 
     def __init__(self, name: str, sizes: Sizes, device: torch.device, folder: Path) -> None:
         self.name, self.sizes, self.device = name, sizes, device
@@ -165,17 +165,17 @@ class Task:
         self.prepare(folder)
 
     def prepare(self, folder: Path) -> None:
-        """Make the encoders, and what does not change."""
+        """Build the encoders and everything constant."""
         self.text = encoders.text_encoder(folder / "tokenizer")
         self.text.module.to(self.device)
         self.empty = self.encode_texts([""])[0]
 
     def draw(self, kind: str, seeds: Sequence[int]) -> Sample:
-        """New samples, of which names with `video` are uint8 pixels."""
+        """New samples; those with `video` in their names are uint8 pixels."""
         raise NotImplementedError
 
     def encode(self, drawn: Sample, latents: Latents) -> Sample:
-        """Pixels to latents, and `name deviation` of those that are sampled from."""
+        """Encode pixels to latents; names that end in `sampled` also get a `NAME deviation`."""
         made = {}
         for name, value in drawn.items():
             if "video" not in name:
@@ -188,7 +188,7 @@ class Task:
         return made
 
     def batch(self, progress: float) -> Batch:
-        """The next batch, and the weight of the error at its places; `progress` in the training goes from 0 to 1."""
+        """The next batch: latents, condition and loss weights; `progress` of the training goes from 0 to 1."""
         raise NotImplementedError
 
     def pick(self, kind: str, size: int) -> Sample:
@@ -203,7 +203,7 @@ class Task:
         return torch.randn(like.shape, device=self.device, generator=self.generator)
 
     def encode_texts(self, prompts: Sequence[str]) -> Tensor:
-        """(B, TEXT_ROWS, WIDTH) as they are told to the transformer, without most of the zeros behind."""
+        """Text states (B, TEXT_ROWS, WIDTH) as the transformer gets them, without most of the zero padding."""
         contexts = [self.text.encode(prompt)["context"][0] for prompt in prompts]
         return torch.stack([F.pad(context, (0, 0, 0, TEXT_ROWS - len(context))) for context in contexts])
 
@@ -211,7 +211,7 @@ class Task:
         return torch.where(self.chance(len(text), DROPPED)[:, None, None], self.empty, text)
 
     def noise_levels(self, size: int) -> Tensor:
-        """Sigmas (B,): as a sampler of the task's shift visits them, and evenly."""
+        """Sigmas (B,): most distributed as by the task's shift, the rest uniformly."""
         even = torch.rand(size, device=self.device, generator=self.generator)
         shift = torch.where(self.chance(size, 0.75), self.shift, 1.0)
         return shift * even / (1 + (shift - 1) * even)
@@ -221,7 +221,7 @@ class Task:
         return [world.make_scene(seed, width / height) for seed in seeds]
 
     def rendered(self, scenes: Sequence[world.Scene], frames: int, start: Any = 0.0) -> Sample:
-        """A video, and in which of its latents (B, 1, F, h, w) there is something of a thing."""
+        """A video, and a mask (B, 1, F, h, w) of the latents in which there is a thing."""
         video = to_bytes(world.render(scenes, frames, *self.sizes.scene, self.device, start))
         height, width = (side // 8 for side in self.sizes.scene)
         found = world.where_things_are(scenes, frames, height, width, start)
@@ -229,7 +229,7 @@ class Task:
         return {"video": video, "things": found[:, None].to(self.device)}
 
     def weights(self, chosen: Sample, frames: slice) -> Tensor:
-        """Of the error at places (B, 1, F, h, w) of some latent frames: more where things are, which are small."""
+        """Loss weights (B, 1, F, h, w) of some latent frames: larger where things are, which are small."""
         return balanced(1 + (THING_WEIGHT - 1) * chosen["things"][:, :, frames])
 
 
@@ -237,14 +237,14 @@ class Video(Task):
     """reference_to_video and both extensions, which share a transformer.
 
     A sample is a shot, its caption, and pictures of its things on white; before a cut there is another shot. The VAE is
-    causal: the first latents of any shot serve as a whole video.
+    causal, so the first latents of any shot are a complete video.
     """
 
     kinds = ("references", "short", "long", "cut 2", "cut 5")
     drawn = (
         "short", PICTURE, "cut 2", PICTURE, "long", PICTURE, "short", PICTURE, "cut 2", PICTURE, "cut 5", PICTURE,
     )  # fmt: skip
-    shift = 6.0  # the samplers have 5 and 8
+    shift = 6.0  # sampling uses 5 and 8
 
     def draw(self, kind: str, seeds: Sequence[int]) -> Sample:
         scenes = self.scenes(seeds)
@@ -316,7 +316,7 @@ class Video(Task):
         pictures = chosen["pictures"] + chosen["deviation"] * self.normal(chosen["pictures"])
         there = torch.arange(2, device=self.device) < chosen["count"][:, None]
         pictures = pictures * there[:, :, None, None, None]
-        if drop:  # where the prompt says all, nothing is learned from pictures
+        if drop:  # if the prompt says everything, nothing is learned from pictures
             colourless = self.chance(len(text), COLOURLESS)[:, None, None]
             text = torch.where(colourless, chosen["colourless text"], text)
             swapped = self.chance(len(pictures), 0.5) & (chosen["count"] == 2)
@@ -327,7 +327,7 @@ class Video(Task):
 
 
 class Avatar(Task):
-    """talking_avatar: windows of a face and its sound, as the first pass sees them, the first window and later ones."""
+    """talking_avatar: windows of a face and its sound, as in the key-frame pass, the first window and later ones."""
 
     shift = 11.0
     floor = False
@@ -354,7 +354,7 @@ class Avatar(Task):
             begin = int(random.integers(0, len(mouth) - WINDOW_FRAMES))
             made = world.make_face(seed, mouth[begin : begin + WINDOW_FRAMES].copy())
             which = int(random.choice(3, p=(0.4, 0.2, 0.4)))
-            if which < 2:  # they begin with the portrait, whatever is heard
+            if which < 2:  # these begin with the portrait, whatever the sound
                 made.mouth[0], made.lids[:2] = float(random.choice((0.0, 0.0, 0.5))), 0.0
             other = np.array([mouth[int(random.integers(len(mouth)))]] * MOTION_FRAMES)
             faces.append(made)
@@ -386,7 +386,7 @@ class Avatar(Task):
         }
 
     def noise_levels(self, size: int) -> Tensor:
-        """Half of them where the four steps of the sampler are."""
+        """Sigmas (B,): half of them those of the sampler's four steps."""
         visited = torch.tensor((1.0, 0.9565, 0.8466, 0.0109), device=self.device)
         near = visited[torch.randint(4, (size,), device=self.device, generator=self.generator)]
         return torch.where(self.chance(size, 0.5), near, super().noise_levels(size))
@@ -412,7 +412,7 @@ class Avatar(Task):
 
 
 def around_the_mouth(side: int) -> Tensor:
-    """More weight where mouths are in a square frame of latents, since little else moves."""
+    """Loss weights of a square latent frame: larger where mouths are, since little else moves."""
     y, x = torch.meshgrid(*[(torch.arange(side) + 0.5) / side * 2 - 1] * 2, indexing="ij")
     return balanced(1 + (MOUTH_WEIGHT - 1) * ((x.abs() < 0.35) & (y > 0.05) & (y < 0.75)))
 
@@ -451,7 +451,7 @@ class Hunyuan(Task):
         return made
 
     def lengthened(self, scene: world.Scene) -> str:
-        """A caption with up to two dots behind: there are only a few lengths then, of which each makes batches."""
+        """The caption with up to two dots appended: with few different lengths, each has enough samples for batches."""
         tokens = len(self.hunyuan.tokenizer(self.prefix + scene.caption).input_ids) - 1
         return scene.caption + "." * (-tokens % 3)
 
@@ -485,7 +485,7 @@ class Hunyuan(Task):
 
 
 class TextToVideo(Hunyuan):
-    """t2v, which learns from single frames too."""
+    """t2v, which is also trained on single frames."""
 
     drawn = ("", PICTURE, PICTURE, PICTURE)
 
@@ -499,7 +499,7 @@ TASKS: dict[str, Callable[..., Task]] = {
 
 
 def velocity(model: Any, condition: Condition, noisy: Tensor, sigma: Tensor, floor: bool = False) -> Tensor:
-    """Prediction (B, 16, F, h, w) for noisy latents with a noise level (B,) of each sample, float32."""
+    """Predicted velocity (B, 16, F, h, w), float32, of noisy latents with a noise level (B,) per sample."""
     times = 1000 * sigma.float()
     times = times.floor() if floor else times
     if isinstance(model, HunyuanTransformer3DModel):

@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Trains the small models: both VAEs, then the transformers, each in a process of its own, within so many minutes.
+"""Trains the small models within a time limit: both VAEs, then the transformers, each in its own process.
 
     python3 training/train.py --device cuda --minutes 10 --out DIR
 
-DIR gets `wan.safetensors` and `hunyuan.safetensors`, float16, written anew every few seconds, `log.txt`, and
-`sheet.png` with frames of scenes that were not trained on. `--resume DIR` goes on from such weights; `--only NAME`
-trains one model; `--toy` does everything in small, to see that it runs. `training/pack.py` makes the built-in model of
-the weights.
+DIR gets `wan.safetensors` and `hunyuan.safetensors`, float16, rewritten every few seconds, `log.txt`, and `sheet.png`
+with frames of held-out scenes. `--resume DIR` continues from such weights; `--only NAME` trains one model; `--toy` is a
+small test run of everything. `training/pack.py` packs the weights into the built-in model.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# The processes are forked, so that Python starts and textures are drawn once. They could not use CUDA if it had started
-# before; this way, libraries that ask whether there is a GPU do not start it.
+# The processes are forked, so that Python starts and textures are drawn only once. Forks cannot use CUDA if it has been
+# initialized before; with these settings, libraries that check for a GPU do not initialize it.
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 
 import torch  # noqa: E402
@@ -62,12 +61,12 @@ def parse() -> argparse.Namespace:
 
 
 def train_all(options: argparse.Namespace, folder: Path, start: float) -> None:
-    """A process for each model; what they have written is put together again and again."""
+    """Run a process per model, and merge what they have written every few seconds."""
     anew = options.resume is None or options.encoders
     names = options.only or list(MODELS if anew else TRANSFORMERS)
     if options.resume is not None:
         take_apart(options.resume, folder, ready=not anew)
-    torch.set_num_threads(1)  # threads of this process would be missing in the forked ones
+    torch.set_num_threads(1)  # threads are not inherited by forked processes
     drawing.draw_everything()
     context = multiprocessing.get_context("fork")
     runs = [context.Process(target=train, args=(name, options, folder, start), name=name) for name in names]
@@ -86,7 +85,7 @@ def train_all(options: argparse.Namespace, folder: Path, start: float) -> None:
 
 
 def train(name: str, options: argparse.Namespace, folder: Path, start: float) -> None:
-    """Train one model; each line of the log has the seconds since the start and its name."""
+    """Train one model; each log line begins with the seconds since the start and the model's name."""
 
     def stamp(record: logging.LogRecord) -> bool:
         record.seconds = time.time() - start
@@ -100,7 +99,7 @@ def train(name: str, options: argparse.Namespace, folder: Path, start: float) ->
     torch.set_num_threads(options.threads)
     if options.device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.cuda.set_stream(torch.cuda.Stream())  # graphs are not recorded on the default one
+        torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be recorded on the default one
     torch.manual_seed(0)
     try:
         (VAETraining if name in VAES else TransformerTraining)(name, Run(options, folder, start)).train()
@@ -110,7 +109,7 @@ def train(name: str, options: argparse.Namespace, folder: Path, start: float) ->
 
 
 def put_together(folder: Path, out: Path) -> None:
-    """The parts that there are, as a file for each family, and their pictures as one."""
+    """Merge the existing parts into a file per family, and their pictures into one."""
     for family in VAES.values():
         tensors = {}
         for name, of in MODELS.items():
@@ -132,7 +131,7 @@ def put_together(folder: Path, out: Path) -> None:
 
 
 def take_apart(source: Path, folder: Path, ready: bool) -> None:
-    """Weights of an earlier run as the parts of this one; whether its encoders are `ready` to be learned from."""
+    """Split the weights of an earlier run into parts; if `ready`, mark its VAE encoders as done."""
     for family in VAES.values():
         file = source / f"{family}.safetensors"
         tensors = load_file(file) if file.is_file() else {}

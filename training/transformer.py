@@ -23,7 +23,7 @@ logger = logging.getLogger("training")
 
 
 class TransformerTraining:
-    """Draws while the VAE is not there yet; then learns, with new samples every few steps."""
+    """Draws samples until the VAE is ready; then trains, with new samples every few steps."""
 
     def __init__(self, name: str, run: Run) -> None:
         self.name, self.run = name, run
@@ -71,7 +71,7 @@ class TransformerTraining:
         self.picture(latents)
 
     def loss_of(self, inputs: Any) -> Tensor:
-        """Flow matching: the error of the predicted velocity."""
+        """The flow-matching loss: weighted mean square of the predicted velocity's error."""
         target, noise, sigma, condition, weight = inputs
         level = sigma.view(-1, 1, 1, 1, 1)
         noisy = (1 - level) * target + level * noise
@@ -79,7 +79,7 @@ class TransformerTraining:
         return ((made - (noise - target)).square() * weight).mean()
 
     def wait_for_latents(self) -> tasks.Latents:
-        """The VAE, once its encoder is done."""
+        """Draw samples until the VAE's encoder is done; returns it."""
         ready = self.run.ready(self.vae_name)
         while not ready.is_file():
             if time.time() > self.run.end:
@@ -99,7 +99,7 @@ class TransformerTraining:
         return vae
 
     def draw(self, number: int) -> None:
-        """Draw some samples, of the kinds in turn."""
+        """Draw a chunk of samples; kinds take turns."""
         kind = self.task.drawn[number % len(self.task.drawn)]
         count = self.run.sizes.at_once(kind)
         self.drawn.append((kind, self.task.draw(kind, range(self.seed, self.seed + count))))
@@ -115,7 +115,7 @@ class TransformerTraining:
 
     @torch.no_grad()
     def picture(self, latents: tasks.Latents) -> None:
-        """Held-out scenes as the product's own denoising loop makes them: truth above, sample below, several frames."""
+        """Write several frames of held-out scenes: the truth, and below it samples by the pipelines' denoising loop."""
         task, vae = self.task, self.read_vae().to(self.run.device)
         rows: list[list[Tensor]] = []
         for kind in task.kinds:
@@ -135,6 +135,6 @@ class TransformerTraining:
 
 
 def low(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that the product has in bfloat16."""
+    """The parameters that the pipelines hold in bfloat16."""
     wide = getattr(type(model), "_keep_in_fp32_modules", None) or []
     return [value for key, value in model.named_parameters() if not any(part in key for part in wide)]

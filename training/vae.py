@@ -17,28 +17,28 @@ from training import networks, sound, tasks, world
 from training.optimizer import Trainer
 from training.run import HELD_OUT, VAES, Run, Schedule
 
-KINDS = {"scene": 0.62, "face": 0.23, "picture": 0.15}  # of clips, and how often they are learned from
-CLIP_FRAMES = 49  # what comes late in a clip must look like what comes early
-CROPPED, WHOLE = {1: 64, 9: 8, 17: 5, 49: 2}, {1: 16, 9: 3, 17: 2}  # clips in a batch, by their frames
-STAGES = (  # from a part of the time on: frames of clips, and how often
+KINDS = {"scene": 0.62, "face": 0.23, "picture": 0.15}  # kinds of clips, and how often each is used
+CLIP_FRAMES = 49  # late frames must look like early ones
+CROPPED, WHOLE = {1: 64, 9: 8, 17: 5, 49: 2}, {1: 16, 9: 3, 17: 2}  # clips per batch, by number of frames
+STAGES = (  # from a fraction of the time on: frames per clip, and how often
     (0.0, {1: 1.0}),
     (0.15, {1: 0.4, 9: 0.6}),
     (0.4, {1: 0.15, 9: 0.25, 17: 0.25, 49: 0.35}),
 )
-LONGEST = {"wan": 49, "hunyuan": 17}  # V1's goes through its VAE in pieces
-RESUMED = 0.4  # the part that is left out of a training that goes on
-RENEWED, RENEW_EVERY = 4, 16  # clips that give way to new ones, and after how many steps
+LONGEST = {"wan": 49, "hunyuan": 17}  # V1's VAE runs in pieces
+RESUMED = 0.4  # the fraction of the schedule that a resumed training skips
+RENEWED, RENEW_EVERY = 4, 16  # clips replaced at a time, and after how many steps
 PEAK_RATE = 2e-3
 FIRST_LOG_VARIANCE = -5  # little noise at first
-LOG_VARIANCE_MAX = 2.0  # of the noise that is added: one outlier would be all of a loss
+LOG_VARIANCE_MAX = 2.0  # of the added noise: else one outlier dominates the loss
 KL_WEIGHT = 3e-5
-LEAST = 0.2  # of the time is for the encoder in every case
+LEAST = 0.2  # fraction of the time that the encoder gets in any case
 
 logger = logging.getLogger("training")
 
 
 class VAETraining:
-    """First encoder and decoder; then the decoder goes on alone while the transformers learn from the encoder."""
+    """Trains encoder and decoder, then the decoder alone while the transformers train with the encoder."""
 
     def __init__(self, name: str, run: Run) -> None:
         self.name, self.run = name, run
@@ -81,7 +81,7 @@ class VAETraining:
         run.write_pictures(self.name, [[*video[:, :, 8]], [*again[:, :, 8]]])
 
     def learn(self, end: float, frozen: bool) -> None:
-        """Train what requires gradients until a time; `frozen`: the encoder does not."""
+        """Train the parameters that require gradients until `end`; `frozen`: not the encoder."""
         trainer = Trainer(parameter for parameter in self.vae.parameters() if parameter.requires_grad)
         averaged = copy.deepcopy(self.vae)
         schedule = Schedule(PEAK_RATE, end, lowest=0.03)
@@ -120,7 +120,7 @@ class VAETraining:
         return loss
 
     def batch(self, progress: float) -> Tensor:
-        """Clips (B, 3, F, H, W) in [-1, 1]: parts of single frames at first, more frames later, then whole ones."""
+        """Clips (B, 3, F, H, W) in [-1, 1]: crops of single frames at first, later more frames, then whole ones."""
         kind = self.random.choice([*KINDS], p=[*KINDS.values()])
         chances = next(chances for start, chances in reversed(STAGES) if progress >= start)
         frames = int(self.random.choice([*chances], p=[*chances.values()])) if kind != "picture" else 1
@@ -139,14 +139,14 @@ class VAETraining:
         return tasks.from_bytes(video).contiguous(memory_format=torch.channels_last_3d)
 
     def renew(self) -> None:
-        """Draw a few new clips in the place of old ones."""
+        """Replace a few clips by new ones."""
         kind = self.random.choice([*KINDS])
         at = self.replaced[kind] % (len(self.clips[kind]) - RENEWED + 1)
         self.clips[kind][at : at + RENEWED] = self.draw(kind, RENEWED)
         self.replaced[kind] = at + RENEWED
 
     def draw(self, kind: str, size: int, seed: int | None = None) -> Tensor:
-        """New clips, or those from a seed on."""
+        """Draw new clips, or those from `seed` on."""
         if seed is None:
             seed = self.seed
             self.seed += size
@@ -154,7 +154,7 @@ class VAETraining:
 
     @torch.no_grad()
     def normalise(self) -> int:
-        """Give the latents the published mean and deviation; how many of their channels hold more than noise."""
+        """Normalize latents to the published statistics; returns how many channels hold more than noise."""
         with torch.autocast(self.run.device.type, torch.bfloat16):
             found = [
                 networks.moments_of(self.vae, tasks.from_bytes(self.clips[kind][:size]))
@@ -167,7 +167,7 @@ class VAETraining:
 
     @torch.no_grad()
     def measured(self) -> str:
-        """PSNR of clips that were not trained on."""
+        """PSNR of held-out clips, as text."""
         figures = []
         for kind in ("scene", "face"):
             video = tasks.from_bytes(self.draw(kind, self.run.sizes.chunk, HELD_OUT + 1))
@@ -179,13 +179,13 @@ class VAETraining:
 
 
 def draw_clips(run: Run, kind: str, seeds: Sequence[int]) -> Tensor:
-    """uint8 clips (N, 3, F, H, W); of pictures, one frame."""
+    """uint8 clips (N, 3, F, H, W); pictures have one frame."""
     height, width = run.sizes.scene
     if kind == "face":
         mouths = [spoken(seed % 16)[:CLIP_FRAMES] for seed in seeds]
         faces = [world.make_face(seed, mouth) for seed, mouth in zip(seeds, mouths, strict=True)]
         video = world.render_faces(faces, *run.sizes.face, run.device)
-        for index in range(0, len(seeds), 4):  # as the pipeline fills up what is not known
+        for index in range(0, len(seeds), 4):  # gray, like the pipeline's unknown frames
             video[index, :, 1 if index % 8 else 5 :] = 0
         return tasks.to_bytes(video)
     scenes = [world.make_scene(seed, width / height) for seed in seeds]
@@ -204,5 +204,5 @@ def draw_clips(run: Run, kind: str, seeds: Sequence[int]) -> Tensor:
 
 @cache
 def spoken(seed: int) -> np.ndarray:
-    """How a mouth moves in a few seconds."""
+    """Mouth openings over a few seconds of speech."""
     return sound.mouth_of(sound.make_voice(seed, 4.0))[12:]

@@ -1,7 +1,7 @@
-"""The drawn world: scenes with all that is true of them, and a renderer of batches of scenes on any device.
+"""The drawn world: scenes with their ground truth, and a batched renderer for any device.
 
-A `Scene` is made from a seed by numbers of the CPU alone, so it is the same everywhere; its pixels are the same up to
-rounding. Lengths are heights of a frame, (0, 0) is the middle of the frame, y goes down, times are in seconds.
+A `Scene` is generated from a seed on the CPU, so it is the same everywhere; its pixels are the same up to rounding.
+Lengths are in frame heights, (0, 0) is the middle of the frame, y points down, times are in seconds.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from torch import Tensor
 
 from training import captions, drawing
 
-MARGIN = 0.12  # from a side of the frame, where things turn back
+MARGIN = 0.12  # distance from the frame's sides at which things turn back
 DIRECTIONS = ("left", "right", "up", "down", "towards", "away", "turning", "still")
-SIZES = (0.08, 0.36)  # half the height of a thing: things that come closer or go away turn back there
+SIZES = (0.08, 0.36)  # limits of a thing's half height, at which growing and shrinking reverse
 CUTS = ("ZOOM_IN_CUT", "ZOOM_OUT_CUT", "MULTI_ANGLE_CUT", "CUT_AWAY")
-PORTRAIT = 480  # pixels of the sample portrait, which faces are measured in
+PORTRAIT = 480  # side of the sample portrait, in pixels, the unit of faces
 
 
 @dataclass(frozen=True)
 class Motion:
-    """Where a thing is at any time."""
+    """The path of a thing over time."""
 
     start: tuple[float, float]
     velocity: tuple[float, float] = (0.0, 0.0)
     size: float = 0.2
-    growth: float = 0.0  # of the logarithm of the size, in a second
-    spin: float = 0.0  # radians in a second
+    growth: float = 0.0  # of the logarithm of the size, per second
+    spin: float = 0.0  # radians per second
     bob: float = 0.0
     bounds: tuple[float, float] = (0.83, 0.5)  # half the frame
-    beside: tuple[float, float] = (0.0, 0.0)  # of the path, in sizes of the thing
+    beside: tuple[float, float] = (0.0, 0.0)  # offset from the path, in sizes of the thing
 
     def at(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """x, y, size and turn at some times."""
+        """x, y, size and turn at `times`."""
         x, y = (
             folded(start + speed * times, MARGIN - bound, bound - MARGIN) if speed else np.full_like(times, start)
             for start, speed, bound in zip(self.start, self.velocity, self.bounds, strict=True)
@@ -50,7 +50,7 @@ class Motion:
 
 
 def folded(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Values that turn back at both ends of a range."""
+    """Reflect values at both ends of a range."""
     span = high - low
     place = np.mod(values - low, 2 * span)
     return low + np.where(place > span, 2 * span - place, place)
@@ -68,13 +68,13 @@ class Scene:
     """One shot.
 
     Attributes:
-        things: the first is the one the caption is about; those that are carried have its motion, beside it.
-        direction: of the first thing, one of `DIRECTIONS`; `told` where the caption says it.
-        zoom: heights of a frame that are seen, at time 0; `zooming` its logarithm's change in a second.
+        things: the first is the caption's subject; carried ones share its motion, beside it.
+        direction: of the first thing, one of `DIRECTIONS`; told: whether the caption says it.
+        zoom: visible height at time 0, in frame heights; zooming: change of its logarithm per second.
         centre: of the frame, in the world.
-        pan: how far the ground goes to the right in a second.
+        pan: speed of the ground to the right.
         mirrored: seen from the other side.
-        sun: where it is at time 0, or None; it sinks.
+        sun: its position at time 0, or None; it sinks.
     """
 
     seed: int
@@ -99,13 +99,13 @@ class Scene:
         return np.exp(np.clip(math.log(self.zoom) + self.zooming * times, math.log(0.5), math.log(1.5)))
 
     def on_screen(self, number: int, times: np.ndarray) -> np.ndarray:
-        """x, y and size (T, 3) of a thing in the frame: what a measurement of the frames should find."""
+        """x, y and size (T, 3) of a thing in the frame, as a measurement of the frames should find them."""
         x, y, size, _ = self.things[number].motion.at(times)
         zoom, sign = self.zoom_at(times), -1 if self.mirrored else 1
         return np.stack((sign * (x - self.centre[0]) / zoom, (y - self.centre[1]) / zoom, size / zoom), axis=1)
 
 
-PLACES: dict[str, tuple[str, ...]] = {  # where things like to be; all others are anywhere
+PLACES: dict[str, tuple[str, ...]] = {  # grounds of some things; all others can be anywhere
     "boat": ("sea", "sea", "sea", "pool"),
     "cat in sunglasses": ("pool", "pool", "room", "hills"),
     "star": ("night", "sky", "room", "hills"),
@@ -114,7 +114,7 @@ STANDING = ("fox", "cat", "cat in sunglasses", "cube")
 
 
 def make_scene(seed: int, aspect: float = 5 / 3, seconds: float = 2.0) -> Scene:
-    """A scene in which nothing turns back for so many seconds, so that the caption's direction is what is seen."""
+    """A scene in which nothing turns back for `seconds`, so that the caption's direction is what is visible."""
     random = np.random.default_rng([1, seed])
     kinds = [kind for kind in drawing.THINGS if kind != "sun"]
     kind = pick(random, kinds)
@@ -183,7 +183,7 @@ def motion_of(
     seconds: float,
     size: tuple[float, float] = (0.15, 0.23),
 ) -> Motion:
-    """Motion of a thing that begins where it has room."""
+    """A random motion in `direction`, from a start with enough room."""
     half = float(random.uniform(*size))
     bounds = (aspect / 2, 0.5)
     x = float(random.uniform(0.2 - bounds[0], bounds[0] - 0.2))
@@ -217,14 +217,14 @@ def motion_of(
 
 
 def carried(random: np.random.Generator, motion: Motion) -> Motion:
-    """The motion of what is carried: along with it, to one side and below, and smaller."""
+    """The motion of a carried thing: that of its carrier, offset to one side and down, and smaller."""
     part = float(random.uniform(0.5, 0.62))
     side = -1.0 if motion.start[0] > 0 else 1.0
     return replace(motion, size=motion.size * part, beside=(side * 0.85 / part, 0.7 / part))
 
 
 def references(scene: Scene) -> list[Scene]:
-    """A picture of each of a scene's things, alone and large on a plain ground."""
+    """A scene for each of a scene's things: alone and large on a plain ground."""
     random = np.random.default_rng([2, scene.seed])
     made = []
     for thing in scene.things:
@@ -235,7 +235,7 @@ def references(scene: Scene) -> list[Scene]:
 
 
 def cut_to(scene: Scene, seconds: float, kind: str) -> Scene:
-    """The shot after a cut at a time: the same world, seen otherwise. Its times go on from those of the scene."""
+    """The shot after a cut at `seconds`: the same world in another view. Its times continue the scene's."""
     random = np.random.default_rng([3, scene.seed])
     x, y, _, _ = (float(value[0]) for value in scene.things[0].motion.at(np.array([seconds])))
     shot = replace(scene, zooming=0.0, pan=0.0, cut=kind, zoom=1.0)
@@ -258,23 +258,23 @@ def cut_to(scene: Scene, seconds: float, kind: str) -> Scene:
 
 @dataclass
 class Layer:
-    """A texture for each scene, and how the frame's places are found in it: (B, F, 2, 3)."""
+    """A texture per scene, and affine maps (B, F, 2, 3) from the world to it."""
 
     textures: list[np.ndarray]
     places: np.ndarray
     repeats: bool = False
-    behind: bool = False  # the land
+    behind: bool = False  # hidden by the land
 
 
 def affine(x: np.ndarray, y: np.ndarray, size: np.ndarray, turn: np.ndarray | float = 0.0) -> np.ndarray:
-    """(T, 2, 3): a place in the world in the square of a thing there."""
+    """Affine maps (T, 2, 3) from the world to the square of a thing at x and y."""
     cos, sin = np.cos(turn) / size, np.sin(turn) / size
     rows = np.stack((cos, sin, -(cos * x + sin * y), -sin, cos, sin * x - cos * y), axis=-1)
     return rows.reshape(*rows.shape[:-1], 2, 3)
 
 
 def camera(scene: Scene, times: np.ndarray, aspect: float) -> np.ndarray:
-    """(T, 3, 3): a place in the frame, both axes from -1 to 1, in the world."""
+    """Affine maps (T, 3, 3) from the frame, both axes from -1 to 1, to the world."""
     zoom = scene.zoom_at(times)
     made = np.zeros((len(times), 3, 3))
     made[:, 0, 0] = zoom * aspect / 2 * (-1 if scene.mirrored else 1)
@@ -299,7 +299,7 @@ EMPTY = np.zeros((4, drawing.TEXTURE, drawing.TEXTURE), np.float32)
 
 
 def layers_of(scenes: Sequence[Scene], times: np.ndarray) -> list[Layer]:
-    """What lies on the ground, the lowest first."""
+    """The layers over the ground, bottom first."""
     layers = []
     none = np.zeros((len(times[0]), 2, 3))
     if any(scene.sun for scene in scenes):
@@ -313,7 +313,7 @@ def layers_of(scenes: Sequence[Scene], times: np.ndarray) -> list[Layer]:
         places = []
         for s, t in zip(scenes, times, strict=True):
             made = np.zeros((len(t), 2, 3))
-            if s.waves is not None:  # a wave of 0.42; the texture holds it once
+            if s.waves is not None:  # wavelength 0.42; the texture holds one period
                 made[:, 0, 0], made[:, 0, 2] = 2 / 0.42, -0.5 * t
                 made[:, 1, 1], made[:, 1, 2] = 2 / 0.26, -2 / 0.26 * (s.waves + 0.12)
             places.append(made)
@@ -337,7 +337,7 @@ _kept: dict[tuple[int, str, bool], tuple[np.ndarray, Tensor]] = {}
 
 
 def placed(texture: np.ndarray, device: torch.device, fine: bool) -> Tensor:
-    """A texture on the device, at half its size unless it is to be `fine`; kept."""
+    """A texture on the device, cached; at half size unless `fine`."""
     key = (id(texture), str(device), fine)
     if key not in _kept:
         made = torch.from_numpy(texture).to(device)
@@ -348,13 +348,13 @@ def placed(texture: np.ndarray, device: torch.device, fine: bool) -> Tensor:
 def sample(
     textures: Tensor, places: Tensor, size: tuple[int, int], repeats: bool = False, edge: bool = False
 ) -> Tensor:
-    """Textures (B, C, h, w) at places (B, F, 2, 3) of a frame -> (B, C, F, H, W)."""
+    """Sample textures (B, C, h, w) by affine maps (B, F, 2, 3) from the frame -> (B, C, F, H, W)."""
     frames, (height, width) = places.shape[1], size
     x, y = (
         (2 * torch.arange(length, device=places.device, dtype=torch.float32) + 1) / length - 1
         for length in (width, height)
     )
-    # by multiplication and addition: matrix products may be of low precision on a GPU
+    # elementwise: matrix products may have low precision on a GPU
     along, down, shift = places[..., None, None].unbind(3)  # (B, F, 2, 1, 1)
     grid = along * x + down * y[:, None] + shift  # (B, F, 2, H, W)
     if repeats:
@@ -411,7 +411,7 @@ def where_things_are(
     start: float | Sequence[float] = 0.0,
     fps: float = 24.0,
 ) -> Tensor:
-    """Which cells (B, F, rows, columns) of the frames that `render` makes have something of a thing, bool."""
+    """Mask (B, F, rows, columns), bool, of the cells of `render`'s frames that contain part of a thing."""
     starts = [start] * len(scenes) if isinstance(start, int | float) else start
     y, x = np.mgrid[:rows, :columns]
     y, x = (y + 0.5) / rows - 0.5, ((x + 0.5) / columns - 0.5) * columns / rows  # in heights of a frame
@@ -429,7 +429,7 @@ def where_things_are(
 
 @dataclass(frozen=True)
 class Face:
-    """A person who looks at us, and talks.
+    """A talking face.
 
     Attributes:
         number: of the drawing; 0 is the sample portrait's.
@@ -469,7 +469,7 @@ def make_face(seed: int, mouth: np.ndarray, blinks: bool = True) -> Face:
 def render_faces(
     faces: Sequence[Face], height: int, width: int, device: torch.device | str = "cpu", frames: slice | None = None
 ) -> Tensor:
-    """Video (B, 3, F, H, W) in [-1, 1] of faces with the same number of frames, or of some of the frames."""
+    """Video (B, 3, F, H, W) in [-1, 1] of faces with the same number of frames; `frames` selects some."""
     assert height == width, "faces are drawn in square frames"
     device, frames = torch.device(device), frames or slice(None)
     mouths = np.stack([face.mouth[frames] for face in faces])
@@ -478,7 +478,7 @@ def render_faces(
     centres = np.array([face.centre for face in faces])[..., None]  # (B, 2, 1)
 
     def places(x: float, y: np.ndarray, rx: np.ndarray, ry: np.ndarray) -> Tensor:
-        """The frame's places in the square of a part, which is at (x, y) of the face."""
+        """Affine maps from the frame to the square of a part at (x, y) of the face."""
         wide, high = rx * sizes, np.maximum(ry, 1e-3) * sizes
         made = np.zeros((*mouths.shape, 2, 3))
         made[..., 0, 0], made[..., 0, 2] = 1 / wide, -(x * sizes + centres[:, 0]) / wide
@@ -496,7 +496,7 @@ def render_faces(
     for name, x, y, rx, ry in parts:
         drawn = [drawing.part_texture(name, face.number if name == "lid" else 0) for face in faces]
         over = sample(torch.stack([placed(part, device, True) for part in drawn]), places(x, y, rx, ry), size)
-        if name == "lid":  # nothing of them is seen of open eyes
+        if name == "lid":  # invisible on open eyes
             over = over * torch.from_numpy(np.float32(lids > 0)).to(device)[:, None, :, None, None]
         picture = over[:, :3] + picture * (1 - over[:, 3:])
     return (picture * gain * 2 - 1).clamp(-1, 1)

@@ -1,1 +1,1 @@
-"""SkyReels V1: HunyuanVideo, trained further."""
+"""SkyReels V1, a fine-tuned HunyuanVideo."""

@@ -1,4 +1,4 @@
-"""Loading V1's components, under diffusers' and transformers' names. For `values`, see `read_tensors`."""
+"""Loads V1's components into diffusers' and transformers' models. For `values`, see `read_tensors`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from skyreels_v3.memory.quantize import Packed
 def load_transformer(
     folder: Path, dtype: torch.dtype, values: bool = True, file: Path | None = None
 ) -> HunyuanTransformer3DModel:
-    """The transformer in `folder`, or with the config there and the weights in `file`.
+    """The transformer in `folder`, with the weights from `file` if given.
 
-    Weights may have diffusers' names, HunyuanVideo's own or ComfyUI's.
+    The state dict may have diffusers' names, HunyuanVideo's own or ComfyUI's.
     """
     model, source = HunyuanTransformer3DModel, file or folder
     tensors = read_tensors(source, values)
@@ -58,10 +58,10 @@ def load_text_encoder(base: Path, dtype: torch.dtype, values: bool = True) -> Hu
 
 
 def load_llama(folder: Path, dtype: torch.dtype, values: bool = True) -> transformers.LlamaModel:
-    """The Llama in `folder`, without its head.
+    """The Llama model in `folder`, without its head.
 
-    Float16 weights stay so if bfloat16 is asked for, as views of the file: a conversion would read and copy the
-    published 15 GB even when the prompt was encoded by an earlier run.
+    Float16 weights stay float16 if bfloat16 is requested, as views of the file: casting would read and copy the
+    published 15 GB even if an earlier run has encoded the prompt.
     """
     tensors = read_tensors(folder, values)
     sizes = read_config(folder, tensors, {"model_type": "llama"}) | {"use_cache": False}
@@ -87,9 +87,9 @@ def load_clip(folder: Path, dtype: torch.dtype, values: bool = True) -> transfor
 
 
 def load_llama_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
-    """The Llama's tokenizer in `folder`, exactly as its file defines it.
+    """The Llama tokenizer in `folder`, exactly as its file defines it.
 
-    It is Llama 3's byte-level tokenizer, but its config names the class of Llama 2's. transformers 5 would follow the
-    name and replace the file's rules: most prompts would get other tokens.
+    It is Llama 3's byte-level tokenizer, but its config names Llama 2's tokenizer class. transformers 5 would use that
+    class and override the file's rules: most prompts would be tokenized differently.
     """
     return load_tokenizer(folder, transformers.PreTrainedTokenizerFast)

@@ -1,5 +1,4 @@
-"""What V1's transformer is conditioned on: a text encoder of two models, Llama and CLIP, and `HunyuanConditioning`,
-which calls the transformer with the encoded prompt."""
+"""V1's conditioning: the text encoders (Llama and CLIP) and `HunyuanConditioning`, which calls the transformer."""
 
 from __future__ import annotations
 
@@ -19,12 +18,12 @@ from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 
 logger = logging.getLogger(__name__)
 
-CLIP_TOKENS = 77  # of a prompt, with begin and end tokens
+CLIP_TOKENS = 77  # per prompt, including begin and end tokens
 GUIDANCE_UNIT = 1000.0  # the guidance scale is embedded like a timestep
 
 
 class HunyuanTextEncoder:
-    """Llama, for the states of a prompt's tokens, and CLIP, for one vector of all of it, with their tokenizers."""
+    """Llama, for the hidden states of a prompt's tokens, and CLIP, for one pooled vector, with their tokenizers."""
 
     def __init__(
         self,
@@ -41,15 +40,15 @@ class HunyuanTextEncoder:
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """The Llama's layers, for streaming."""
+        """Llama's layers, for streaming."""
         return cast(Sequence[nn.Module], self.llama.layers)
 
     @torch.inference_mode()
     def encode(self, prompt: str) -> dict[str, Tensor]:
-        """`context` (1, L, D) of the prompt's own tokens and `pooled` (1, P)."""
-        # the tokenizers would warn about limits of their own
+        """`context` (1, L, D), Llama's states of the prompt's own tokens, and `pooled` (1, P), CLIP's vector."""
+        # else the tokenizers warn about their own limits
         quiet: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
-        start = format_value(prompt[:40])  # which may be the negative prompt
+        start = format_value(prompt[:40])  # quoted, as it may be the negative prompt
         length, clip_length = (len(t(prompt, **quiet).input_ids) for t in (self.tokenizer, self.clip_tokenizer))
         if length > TEXT_TOKENS:
             logger.warning('only the first %d of %d tokens are used of "%s..."', TEXT_TOKENS, length, start)
@@ -69,12 +68,12 @@ class HunyuanTextEncoder:
 
 @dataclass(frozen=True)
 class HunyuanConditioning:
-    """What the transformer sees besides the latents.
+    """The transformer's inputs besides latents and timestep.
 
     Attributes:
         text: (1, L, D) Llama states of the prompt's own tokens.
-        pooled: (1, P) from CLIP.
-        guidance: the scale that the model takes as an input.
+        pooled: (1, P) CLIP's vector.
+        guidance: the embedded guidance scale, an input of the model.
         channels: (1, C, F, H, W) concatenated to the latents' channels, or None.
     """
 

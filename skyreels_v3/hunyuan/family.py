@@ -1,4 +1,4 @@
-"""The V1 family's answers to the rest of the toolkit, see `skyreels_v3.families.Family`.
+"""The V1 model family; implements `skyreels_v3.families.Family`.
 
 The transformer has its own repository. The other components are HunyuanVideo's: `text_encoder` and `tokenizer`
 (Llama), `text_encoder_2` and `tokenizer_2` (CLIP), `vae`, and the scheduler's config.
@@ -39,16 +39,16 @@ TEXT_ENCODER = TextEncoderSizes(  # Llama and CLIP; the blocks are Llama's
 )
 VAE_PARAMETERS = 246_478_803
 
-# Live bytes of a forward, per channel of the model's width and per token of video and text: at the peak, where single
-# blocks multiply the outputs of attention and feed-forward layer by their last matrix, and during attention (tokens,
-# hidden tokens of the feed-forward layer, queries, keys, values and output).
+# Live bytes of a forward pass, per channel of the model's width and per token of video and text: at the peak, which is
+# the output projection of single blocks (of attention and feed-forward outputs), and during attention (tokens, hidden
+# states of the feed-forward layer, queries, keys, values and output).
 PEAK_BYTES = {"bfloat16": 32.4, "float32": 64.4}
 ATTENTION_BYTES = {"bfloat16": 22.4, "float32": 44.4}
-# As large as a rank's tokens, while ranks exchange them: padded queries, keys and values, the same from other ranks,
-# and the output on its way back
+# Tensors as large as a rank's tokens during an exchange: padded queries, keys and values, those received from other
+# ranks, and the output that is sent back
 EXCHANGE_TENSORS = 8
 
-# Live bytes at the VAE's peak: per pixel of a tile, and per pixel of a frame
+# Peak live bytes of the VAE: per pixel of a tile, and per pixel of a frame
 TILE_SIDE = 256
 VAE_ENCODE_TILE = {"float32": 3_620, "bfloat16": 1_820}
 VAE_ENCODE = 20
@@ -57,7 +57,7 @@ VAE_DECODE = {"float32": 580, "bfloat16": 340}
 
 
 def repositories(task: TaskSpec) -> tuple[Repository, ...]:
-    """The transformer's, and HunyuanVideo's."""
+    """The transformer's repository and HunyuanVideo's."""
     transformer = {"transformer": (task.transformer_folder,)}
     others = {"text encoder": ("text_encoder", "text_encoder_2"), "VAE": ("vae",)}
     return (
@@ -69,7 +69,7 @@ def repositories(task: TaskSpec) -> tuple[Repository, ...]:
 
 
 def check_configs(task: TaskSpec, checkpoint: Path | None, base: Path | None) -> None:
-    """Raise UserError for a transformer of another task, or components that do not fit each other."""
+    """Raise UserError for another task's transformer, or for components that do not fit together."""
     if checkpoint is None:
         return
     sizes, wanted = transformer_sizes(checkpoint, task), task.transformer["in_channels"]
@@ -94,7 +94,7 @@ def component_parameters(task: TaskSpec) -> dict[str, int]:
 
 
 def published_bytes(task: TaskSpec) -> dict[str, int]:
-    """Bytes of the published files of all components, about: 16-bit weights, and a float32 VAE."""
+    """Approximate bytes of all components' published files: 16-bit weights, and a float32 VAE."""
     return {
         "transformer": published_transformer_bytes(task),
         "text encoder": 2 * TEXT_ENCODER.parameters,
@@ -103,33 +103,33 @@ def published_bytes(task: TaskSpec) -> dict[str, int]:
 
 
 def forward_flop(config: Mapping[str, Any], tokens: int, text_tokens: int = TEXT_TOKENS) -> int:
-    """Floating-point operations of one forward on so many tokens of video and text."""
+    """Floating-point operations of one forward pass on `tokens` video tokens and `text_tokens` text tokens."""
     both, dim = tokens + text_tokens, width_of(config)
-    # the same in double and single blocks: the former have layers of their own for the text, but no more work
+    # the same in double and single blocks: double blocks have separate layers for the text, but do no more work
     block = 4 * both**2 * dim + 8 * both * dim**2 + 4 * both * dim * int(dim * config.get("mlp_ratio", MLP_RATIO))
     return (config["num_layers"] + config["num_single_layers"]) * block
 
 
 def activation_bytes(config: Mapping[str, Any], tokens: int, dtype: str, degrees: ParallelConfig = UNDIVIDED) -> int:
-    """Live bytes at the peak of a forward on one of the ranks that divide it, without weights."""
+    """Peak live bytes of a forward pass on one rank, without weights."""
     dim = width_of(config)
     own = math.ceil((tokens + TEXT_TOKENS) / degrees.sequence)
     peak = PEAK_BYTES[dtype] * dim * own
     if degrees.sequence > 1:
         exchanged = EXCHANGE_TENSORS * own + (2 * tokens // degrees.ulysses if degrees.ring > 1 else 0)
         attention = ATTENTION_BYTES[dtype] * dim * own + BYTES[dtype] * dim * exchanged
-        embedded = BYTES[dtype] * dim * (tokens + own)  # all tokens, before a rank takes its own
+        embedded = BYTES[dtype] * dim * (tokens + own)  # all tokens, before a rank keeps only its own
         peak = max(peak, attention, embedded)
     return int(peak)
 
 
 def context_bytes(config: Mapping[str, Any], frames: int, speakers: int, dtype: str) -> int:
-    """None: the text's tokens are counted with the video's."""
+    """0: text tokens are counted with the video tokens."""
     return 0
 
 
 def vae_bytes(size: tuple[int, int], dtype: str, part: str, tiles: Tiles) -> int:
-    """Live bytes at the VAE's peak for frames of `size` (height, width), without weights; `tiles` has no effect."""
+    """Peak live bytes of the VAE for frames of `size` (height, width), without weights; `tiles` has no effect."""
     pixels, of_tile = math.prod(size), math.prod(min(side, TILE_SIDE) for side in size)
     if part == "encode":
         return of_tile * VAE_ENCODE_TILE[dtype] + pixels * VAE_ENCODE
@@ -137,14 +137,14 @@ def vae_bytes(size: tuple[int, int], dtype: str, part: str, tiles: Tiles) -> int
 
 
 def build_transformer(sizes: dict[str, Any]) -> HunyuanTransformer3DModel:
-    """The transformer of these sizes."""
+    """A transformer with these sizes."""
     from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 
     return HunyuanTransformer3DModel(**sizes)
 
 
 def divide_tokens(transformer: HunyuanTransformer3DModel, group: Group, usp: UspFn) -> None:
-    """Have the ranks of `group` divide the tokens of every forward."""
+    """Divide the tokens of every forward pass among the ranks of `group`."""
     from skyreels_v3.hunyuan.sequence_parallel import SequenceParallel
 
     SequenceParallel(group, usp).attach(transformer)
@@ -159,7 +159,7 @@ def loaders(
     values: bool = True,
     files: Mapping[str, Path] | None = None,
 ) -> dict[str, Callable[[], Any]]:
-    """What loads each component."""
+    """A function that loads each component, by component name."""
     from skyreels_v3.hunyuan import checkpoint as load
 
     own = files or {}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ImageToVideo(TextToVideo):
-    """The image's latents are concatenated to the channels of the first latent frame."""
+    """Concatenates the image's latents to the channels of the first latent frame."""
 
     def channels(self, stages: Stages, generator: torch.Generator) -> Tensor:
         """A sample of the image's latents, and zeros for all later frames: (1, 16, F, H, W)."""

@@ -1,13 +1,13 @@
-"""V1's checkpoints: the names of tensors in them and in LoRAs, and what configs may say."""
+"""State dict keys of V1's checkpoints and LoRAs, and the config values that are accepted."""
 
 from __future__ import annotations
 
 from skyreels_v3.checkpoints.key_maps import IDENTITY, KeyMap, rename_layers
 
-TEXT_TOKENS = 256  # of a prompt, at most
+TEXT_TOKENS = 256  # per prompt, at most
 
-# HunyuanVideo's own names and ComfyUI's -> HunyuanTransformer3DModel. `final_layer.adaLN_modulation.1` is missing: its
-# halves, shift and scale, are swapped there (`SWAPPED`), so that no LoRA can be applied to it.
+# HunyuanVideo's own names and ComfyUI's -> HunyuanTransformer3DModel. `final_layer.adaLN_modulation.1` is left out: its
+# shift and scale halves are swapped (`SWAPPED`), so LoRAs cannot be applied to it.
 _EMBEDDING = {r"(?:mlp\.0|in_layer|linear_1)": "linear_1", r"(?:mlp\.2|out_layer|linear_2)": "linear_2"}
 _REFINER_LAYERS = {
     r"self_attn[_.]qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -60,7 +60,7 @@ NATIVE_CHECKPOINT: KeyMap = (
     *NATIVE_TRANSFORMER,
 )
 
-# Llama and CLIP may be stored alone, or as part of the model that they were trained in, with its head
+# Llama and CLIP may be stored alone, or as part of the full model that they were trained in, with its head
 LLAMA: KeyMap = (
     (r"lm_head\..+|(?:.+\.)?rotary_emb\.inv_freq", None),
     (r"model\.(.+)", r"\1"),
@@ -72,7 +72,7 @@ CLIP: KeyMap = (
     *IDENTITY,
 )
 
-# Entries of configs that are no arguments of the models: any other value is refused by name
+# Config entries that are not model arguments: an error names any other value
 TRANSFORMER_CONSTANTS = {"image_condition_type": None, "patch_size": 2, "patch_size_t": 1, "qk_norm": "rms_norm"}
 VAE_CONSTANTS = {
     **{"in_channels": 3, "out_channels": 3, "latent_channels": 16},

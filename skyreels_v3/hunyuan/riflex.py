@@ -3,7 +3,7 @@
 A rotary embedding rotates each channel pair by an angle that grows with the frame, at the pair's own frequency. One
 temporal pair has a period close to the length after which the model's videos repeat: beyond it the angles recur, and so
 does the content. That pair is slowed down until its period is longer than the video. Higher frequencies, which tell
-neighboring frames apart and make motion, and lower ones stay.
+neighboring frames apart and drive motion, and lower ones are unchanged.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 
 REPEATS_AFTER = 48  # latent frames, for HunyuanVideo: 192 frames
-SAFETY = 0.9  # share of the frequency that the video's length allows; the authors' choice
+SAFETY = 0.9  # fraction of the highest frequency that the video's length allows; the authors' choice
 
 Tables = tuple[Tensor, Tensor]  # cosine and sine (L, D) of all tokens, temporal channels first
 
 
 def frequencies(channels: int, theta: float) -> Tensor:
-    """Angle from one frame to the next (channels/2,), float64, of each channel pair."""
+    """Angle per frame (channels/2,), float64, of each channel pair."""
     return theta ** -(torch.arange(0, channels, 2, dtype=torch.float64) / channels)
 
 
@@ -35,7 +35,7 @@ def intrinsic_component(channels: int, theta: float, repeats_after: float = REPE
 
 
 def riflex_frequencies(channels: int, theta: float, frames: int) -> Tensor:
-    """`frequencies` for a video of so many latent frames: the intrinsic pair's is lowered if too high."""
+    """`frequencies` for a video of `frames` latent frames, with the intrinsic pair's lowered if too high."""
     changed = frequencies(channels, theta)
     changed[intrinsic_component(channels, theta)].clamp_(max=SAFETY * 2 * math.pi / frames)
     return changed
@@ -43,7 +43,7 @@ def riflex_frequencies(channels: int, theta: float, frames: int) -> Tensor:
 
 @contextmanager
 def riflex(model: HunyuanTransformer3DModel, frames: int | None) -> Iterator[None]:
-    """Let `model` make videos of so many latent frames within a `with` block; None changes nothing."""
+    """Within a `with` block, let `model` generate videos of `frames` latent frames; None changes nothing."""
     if frames is None:
         yield
         return
@@ -59,7 +59,7 @@ def riflex(model: HunyuanTransformer3DModel, frames: int | None) -> Iterator[Non
             table.unflatten(0, (count, -1))[..., 2 * pair : 2 * pair + 2] = values.to(table)[:, None, None]
         return cos, sin
 
-    # before existing hooks: those of sequence parallelism take a part of the tables
+    # before existing hooks: those of sequence parallelism keep only a part of the tables
     handle = model.rope.register_forward_hook(slow_down, prepend=True)
     try:
         yield

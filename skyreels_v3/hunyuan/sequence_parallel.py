@@ -1,7 +1,7 @@
-"""Sequence parallelism: the tokens of a HunyuanVideo forward divided among ranks.
+"""Sequence parallelism: divides the tokens of a HunyuanVideo forward pass among ranks.
 
-Video and text are one sequence, video first, which is cut into equal parts: most ranks have video tokens only, the last
-ones the rest of the video and the text. Only attention needs the tokens of the other ranks (see parallel/usp.py).
+Video and text are one sequence, video first, cut into equal parts: most ranks have video tokens only, the last ones
+the rest of the video and the text. Only attention needs the tokens of the other ranks (see parallel/usp.py).
 
 The model itself is unchanged: hooks keep this rank's part of the blocks' inputs and gather the head's outputs. The
 patch embedding and the small text refiner run on every rank for all tokens.
@@ -27,11 +27,11 @@ from skyreels_v3.parallel.usp import UspFn
 
 @dataclass(frozen=True)
 class Layout:
-    """How the tokens of a forward are divided.
+    """How the tokens of a forward pass are divided.
 
     Attributes:
         video_tokens, text_tokens: on all ranks.
-        share: tokens on a rank; the last ones may have fewer.
+        share: tokens per rank; the last ranks may have fewer.
         video, text: indices of this rank's tokens among all video and all text tokens.
     """
 
@@ -51,7 +51,7 @@ class Layout:
 
 
 def lay_out(video: int, text: int, rank: int, size: int) -> Layout:
-    """The part of one rank of a group of `size`."""
+    """The layout for one rank of a group of `size`."""
     share = -(-(video + text) // size)
     first, last = (min(number * share, video + text) for number in (rank, rank + 1))
     own_video = range(min(first, video), min(last, video))
@@ -59,7 +59,7 @@ def lay_out(video: int, text: int, rank: int, size: int) -> Layout:
 
 
 class SequenceParallel:
-    """Divides the tokens of every forward of a model among the ranks of a group; call the model with keywords only.
+    """Divides the tokens of every forward pass among the ranks of a group; call the model with keywords only.
 
     Args:
         usp: attention among the tokens of all ranks.
@@ -68,10 +68,10 @@ class SequenceParallel:
     def __init__(self, group: Group, usp: UspFn) -> None:
         self.group = group
         self.usp = usp
-        self.layout = lay_out(0, 0, 0, 1)  # of the current forward
+        self.layout = lay_out(0, 0, 0, 1)  # of the current forward pass
 
     def attach(self, model: HunyuanTransformer3DModel) -> None:
-        """Divide every forward of `model`."""
+        """Divide every forward pass of `model`."""
         patch = (model.config["patch_size_t"], model.config["patch_size"], model.config["patch_size"])
         model.set_attention(self.attention)
         model.register_forward_pre_hook(lambda _, __, given: self.begin(given, patch), with_kwargs=True)
@@ -83,12 +83,12 @@ class SequenceParallel:
         model.proj_out.register_forward_hook(lambda _, __, tokens: self.gather(tokens))
 
     def begin(self, given: Mapping[str, Any], patch: tuple[int, int, int]) -> None:
-        """Lay out a forward, from its arguments."""
+        """Set the layout of a forward pass from its arguments."""
         video = math.prod(size // step for size, step in zip(given["hidden_states"].shape[2:], patch, strict=True))
         self.layout = lay_out(video, given["encoder_hidden_states"].shape[1], self.group.rank, self.group.size)
 
     def gather(self, tokens: Tensor) -> Tensor:
-        """All video tokens (B, Lv, D) from this rank's."""
+        """All-gather the video tokens (B, Lv, D) of all ranks."""
         layout = self.layout
         own = pad_end(tokens[:, : len(layout.video)], 1, min(layout.share, layout.video_tokens))
         return self.group.all_gather_tokens(own)[:, : layout.video_tokens]
@@ -105,6 +105,6 @@ class SequenceParallel:
 
 
 def own_part(x: Tensor, dim: int, part: range) -> Tensor:
-    """A part of `x` along a dimension, or a dummy of zeros if the part is empty."""
+    """A part of `x` along a dimension, or one dummy token of zeros if the part is empty."""
     own = x.narrow(dim, part.start, len(part)).clone()  # a copy, so that the whole can be freed
     return pad_end(own, dim, max(1, len(part)))

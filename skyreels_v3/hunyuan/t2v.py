@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class TextToVideo(Pipeline):
-    """With classifier-free guidance, besides the guidance scale that the model takes as an input."""
+    """Uses classifier-free guidance in addition to the model's embedded guidance scale."""
 
     def passes(self, request: GenerationRequest) -> Iterator[tuple[int, int]]:
         yield latent_frames(request.frames_out), 0
@@ -46,7 +46,7 @@ class TextToVideo(Pipeline):
         yield Pass(latents.cpu(), stages.decode(latents, rounding=True))
 
     def channels(self, stages: Stages, generator: torch.Generator) -> Tensor | None:
-        """What is concatenated to the latents' channels."""
+        """What to concatenate to the latents' channels, if anything."""
         return None
 
 

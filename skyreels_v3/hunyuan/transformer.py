@@ -5,7 +5,7 @@ with separate layers for text tokens, then single blocks, which treat text and v
 sequence of video tokens, then text tokens.
 
 The text is cropped to its real tokens beforehand, and a batch has one sample. So there is no padding, and attention
-takes no mask.
+needs no mask.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class JointAttention:
         attended = self.attention(query, key, value).flatten(2)
         del query, key, value
         video, text = attended.tensor_split((hidden_states.shape[1],), dim=1)
-        # single blocks have neither layer, but one matrix of their own at the end
+        # single blocks have neither layer, but one output projection of their own
         video = video if attn.to_out is None else attn.to_out[0](video)
         return video, text if attn.to_add_out is None else attn.to_add_out(text)
 
@@ -66,14 +66,14 @@ class JointAttention:
 
 
 def heads(x: Tensor, layer: nn.Module, norm: nn.Module | None, number: int, rotary: Rotary | None = None) -> Tensor:
-    """`layer` of tokens x (B, L, N * D) as (B, L, N, D), then normalized and rotated unless None."""
+    """Apply `layer` to tokens x (B, L, N * D) and split heads (B, L, N, D); normalize and rotate unless None."""
     out = layer(x).unflatten(-1, (number, -1))
     out = out if norm is None else norm(out)
     return out if rotary is None else apply_rotary(out, rotary).type_as(out)
 
 
 class HunyuanTransformer3DModel(HunyuanVideoTransformer3DModel):
-    """diffusers' HunyuanVideo transformer as `families.Transformer`."""
+    """diffusers' HunyuanVideo transformer with the interface of `families.Transformer`."""
 
     native_names: ClassVar[KeyMap] = NATIVE_TRANSFORMER
 
@@ -89,7 +89,7 @@ class HunyuanTransformer3DModel(HunyuanVideoTransformer3DModel):
             cast(Any, block).attn.set_processor(joint)
 
     def compilable(self) -> Iterator[tuple[object, str]]:
-        """Everything before attention, see `families.Transformer`."""
+        """The code before attention, see `families.Transformer`."""
         for joint in {cast(Any, block).attn.processor for block in self.blocks}:
             yield joint, "project"
 

@@ -4,7 +4,7 @@
 by the scaling factor of the VAE's config.
 
 Unlike Wan's, this decoder has no state between latent frames: its attention and norms see all frames of a call. So a
-long video is decoded in overlapping pieces that are blended: in time 5 latent frames, 3 of them new; in space tiles of
+long video is decoded in overlapping pieces that are blended: 5 latent frames in time, 3 of them new; in space tiles of
 256 pixels, 192 of them new. diffusers holds all pieces until the last one is done; here they are decoded one after
 another in time, and finished frames are yielded. An image is encoded in the same tiles. The content of a piece depends
 on its size, so the sizes belong to the model and are always those of the published code.
@@ -26,8 +26,8 @@ class HunyuanVAE:
     """Encodes video (B, 3, F, H, W) in [-1, 1] to latents (B, 16, (F-1)/4+1, H/8, W/8) and back.
 
     Attributes:
-        tiles: no effect: blended tiles are visible, so they are always the published code's.
-        group: ranks that share a decode's pieces in time.
+        tiles: ignored; blended tiles are visible, so their sizes are always those of the published code.
+        group: ranks that share the pieces in time of a decode.
     """
 
     def __init__(self, module: AutoencoderKLHunyuanVideo) -> None:
@@ -81,11 +81,11 @@ class HunyuanVAE:
                 number += 1
 
     def decoded(self, pieces: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The frames of each piece (B, 16, f, h, w) of latents, in order; with N ranks N pieces at a time."""
+        """The frames of each piece (B, 16, f, h, w) of latents, in order; N ranks decode N pieces at a time."""
         lengths = [(piece.shape[2] - 1) * self.module.temporal_compression_ratio + 1 for piece in pieces]
 
         def decode(piece: Tensor) -> Tensor:
-            """(B, 3, F, 8h, 8w), in tiles if larger than one; all as long as the first piece, which is the longest."""
+            """(B, 3, F, 8h, 8w), tiled if larger than a tile; padded to the first piece's length, the longest."""
             return pad_end(self.module.decode(piece).sample, 2, lengths[0])
 
         for frames, length in zip(self.group.map(decode, pieces), lengths, strict=True):

@@ -1,1 +1,1 @@
-"""SkyReels V3: Wan 2.1's architecture."""
+"""SkyReels V3, with Wan 2.1's architecture."""

@@ -1,7 +1,7 @@
-"""The passes of a talking avatar.
+"""Runs the passes of a talking avatar.
 
-`windows.plan_windows` says which there are; `Avatar.make_window` runs one, the key-frame pass as well as every window.
-Only the last few frames are kept between windows, so memory does not grow with the video's length.
+`windows.plan_windows` plans the passes; `Avatar.make_window` runs one: the key-frame pass or a window. Only the
+last few frames are kept between windows, so memory does not grow with the video's length.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Avatar:
     """A video of a talking avatar.
 
     Attributes:
-        portrait: (1, 3, 1, H, W) in [-1, 1] on the device; the video takes its colors.
+        portrait: (1, 3, 1, H, W) in [-1, 1] on the device; the video's colors are matched to it.
         speaker_masks: (3, H/8, W/8) first speaker, second speaker, background; None for one speaker.
-        features: (P, F, layers, D) wav2vec2 features of P speakers, F frames with the padding.
-        generator: the source of all noise, in the order of the passes.
+        features: (P, F, layers, D) wav2vec2 features of P speakers, F frames including padding.
+        generator: draws all noise, in the order of the passes.
     """
 
     features: Tensor
@@ -62,7 +62,7 @@ class Avatar:
         self.generator = self.runtime.generator(self.request.seed)
 
     def run(self) -> Iterator[Event]:
-        """The key-frame pass, and a pass for each window of a longer video; for a dubbed clip windows only."""
+        """Run the key-frame pass and, for a longer video, a pass per window; for a dubbed clip windows only."""
         request, inputs = self.request, self.inputs
         if inputs.clip is not None or request.speakers > 1:
             logger.warning("experimental: the published weights are said to be trained on one speaker and a portrait")
@@ -90,7 +90,7 @@ class Avatar:
     def make_windows(
         self, windows: Sequence[Window], known: Iterator[Known], texts: Texts, done: int
     ) -> Iterator[Event]:
-        """A pass for each window, after `done` passes; the next known frames are asked for when a window is written."""
+        """Run a pass per window, after `done` passes; known frames are read when the window before is written."""
         total = done + len(windows)
         with self.runtime.bar("windows", total) as bar:
             bar.update(done)
@@ -102,14 +102,14 @@ class Avatar:
                 bar.update()
 
     def chained_frames(self, windows: Sequence[Window], keys: Mapping[int, Tensor]) -> Iterator[Known]:
-        """Each window goes on from the last frames of the one before, and ends in its key frame."""
+        """Yield each window's known frames: the last frames of the window before, and its key frame."""
         first = self.portrait
         for window in windows:
             yield first, keys[window.start].expand(-1, -1, MOTION_FRAMES, -1, -1)
             first = torch.cat(list(self.tail), dim=2)
 
     def clip_frames(self, windows: Sequence[Window]) -> Iterator[Known]:
-        """Each window begins and ends in the clip's own frames at that time; its last frame is repeated to the end."""
+        """Yield each window's known frames from the clip; the clip's last frame is repeated if it is too short."""
         request, clip = self.request, self.inputs.clip
         assert clip is not None
         frames = resize_frames(read_frames(clip.path, request.task.fps), request.height, request.width)
@@ -123,7 +123,7 @@ class Avatar:
             yield frames_to_video(first).to(self.runtime.device), frames_to_video(last).to(self.runtime.device)
 
     def key_frames(self, plan: WindowPlan, decoded: Iterator[Tensor]) -> dict[int, Tensor]:
-        """The frame (1, 3, 1, H, W) that each window ends in, by the window's start: the user's, or one of the pass."""
+        """The key frame (1, 3, 1, H, W) of each window, by the window's start: the user's, or one of the pass."""
         wanted = {window.key_frame for window in plan.windows}
         # on the host: there may be as many as the pass has frames
         frames = (frame for piece in decoded for frame in piece.split(1, dim=2))
@@ -140,7 +140,7 @@ class Avatar:
         return keys
 
     def fitted(self, picture: Image.Image) -> Frame:
-        """A picture in the output's size."""
+        """A picture scaled and cropped to the output size."""
         request = self.request
         return np.asarray(cover_crop(picture, request.height, request.width, Image.Resampling.BILINEAR))
 
@@ -154,7 +154,7 @@ class Avatar:
         return frames_to_video([self.fitted(picture)]).to(self.runtime.device)
 
     def make_speaker_masks(self) -> Tensor | None:
-        """Where the two speakers are: the portrait's halves unless there are boxes."""
+        """The masks of two speakers and the background: the portrait's halves unless boxes are given."""
         request, inputs = self.request, self.inputs
         if request.speakers < 2:
             return None
@@ -169,7 +169,7 @@ class Avatar:
         return masks.to(self.runtime.device)
 
     def voices(self) -> list[np.ndarray]:
-        """What the model hears of each speaker, float32 [samples]; the video's own sound stays as it is."""
+        """The model's audio input for each speaker, float32 [samples]; the output's sound is not changed."""
         request, inputs = self.request, self.inputs
         read = partial(read_vocals, models=cache_folder() / "separation") if request.vocals else read_audio
         heard = [read(sound.path) for sound in inputs.audio]
@@ -194,9 +194,9 @@ class Avatar:
         return self.runtime.parallel.broadcast_from_main(encode)["features"].to(self.runtime.device)
 
     def make_window(self, texts: Texts, known: Known, start: int, name: str) -> Generator[Step, None, Tensor]:
-        """Latents (1, 16, 21, h, w) of the pass that begins at frame `start` of the audio.
+        """Run the pass that begins at frame `start` of the audio; returns latents (1, 16, 21, h, w).
 
-        Unless it is the first one, its first latent frames are held to the known ones at the noise level of each step.
+        If `start` > 0, each step replaces the first latent frames by the known ones at its noise level.
         """
         encoded: list[Tensor] = []
 
@@ -227,7 +227,7 @@ class Avatar:
         return self.stages.denoise(noise, conditions, self.guidance, self.generator, scheduler, name, constraint)
 
     def encode_known(self, first: Tensor, last: Tensor | None) -> Tensor:
-        """(1, 4 + 16, 21, h, w): which frames of a pass are known, and the latents of those frames on gray."""
+        """(1, 4 + 16, 21, h, w): mask of the known frames of a pass, and latents with all other frames gray."""
         video = first.new_zeros((*first.shape[:2], WINDOW_FRAMES, *first.shape[3:]))
         known = torch.zeros(WINDOW_FRAMES)
         video[:, :, : first.shape[2]] = first
@@ -236,7 +236,7 @@ class Avatar:
             video[:, :, -last.shape[2] :] = last.to(video)
             known[-last.shape[2] :] = 1
         latents = self.stages.encode_video(video)
-        # the first frame has a latent frame to itself, and counts for all four
+        # the first frame has a latent frame to itself, so it fills all four mask channels
         mask = torch.cat((known[:1].expand(VAE_STRIDE[0]), known[1:])).unflatten(0, (-1, VAE_STRIDE[0])).T  # (4, 21)
         mask = mask[None, :, :, None, None].to(latents).expand(-1, -1, -1, *latents.shape[3:])
         return torch.cat((mask, latents), dim=1)
@@ -253,12 +253,12 @@ class Avatar:
         return self.runtime.parallel.broadcast_from_main(encode)["image"].to(self.runtime.device)
 
     def decode_matched(self, latents: Tensor, frames: int | None = None) -> Iterator[Tensor]:
-        """Video (1, 3, f, H, W) of latents in the portrait's colors, piece by piece; see `Stages.decode_video`."""
+        """Decode to video (1, 3, f, H, W) in the portrait's colors, piece by piece; see `Stages.decode_video`."""
         for piece in self.stages.decode_video(latents, frames):
             yield match_color(piece, self.portrait, self.request.color_correction_strength)
 
     def new_frames(self, latents: Tensor, window: Window) -> Iterator[Frame]:
-        """The frames of a window that are written; `tail` ends up with the last of them."""
+        """The frames of a window that are written; leaves the last ones in `self.tail`."""
 
         def pieces() -> Iterator[Tensor]:
             for piece in self.decode_matched(latents, window.end):
@@ -269,7 +269,7 @@ class Avatar:
 
 
 def in_turn(voices: list[np.ndarray], sequential: bool) -> list[np.ndarray]:
-    """Speakers' samples padded with silence to one length: one after the other, or all from the start."""
+    """Pad speakers' samples with silence to one length: one after another if `sequential`, else all from the start."""
     lengths = [*map(len, voices)]
     begins = np.cumsum([0, *lengths[:-1]]) if sequential else np.zeros(len(voices), dtype=int)
     total = sum(lengths) if sequential else max(lengths)
@@ -279,14 +279,14 @@ def in_turn(voices: list[np.ndarray], sequential: bool) -> list[np.ndarray]:
 
 
 def token_span(start: float, end: float, side: int) -> slice:
-    """The latent pixels of the tokens between two positions on a side, in pixels: at least one token."""
+    """Latent pixels of the tokens between two pixel positions along a side: at least one token."""
     first = min(int(start / SIZE_MULTIPLE), side // SIZE_MULTIPLE - 1)
     last = max(round(end / SIZE_MULTIPLE), first + 1)
     return slice(first * PATCH_SIZE[1], last * PATCH_SIZE[1])
 
 
 def audio_windows(features: Tensor, start: int) -> Tensor:
-    """Features around each frame of a window that begins at `start`: (P, F, layers, D) -> (P, 81, 5, layers, D)."""
+    """Features around each frame of the window that begins at `start`: (P, F, layers, D) -> (P, 81, 5, layers, D)."""
     reach = torch.arange(-AUDIO_REACH, AUDIO_REACH + 1)
     frames = (start + torch.arange(WINDOW_FRAMES))[:, None] + reach
     return features[:, frames.clamp(0, features.shape[1] - 1).to(features.device)]

@@ -1,7 +1,7 @@
-"""What stays of a clip that is dubbed: all that is outside of the speaker's box.
+"""Keeps a dubbed clip's pixels outside the speaker's box.
 
-A model makes whole frames, and what should not have changed comes out a little different, if only by the VAE. Here the
-clip's own pixels are put back, and it is measured how far they had moved.
+A model generates whole frames, so the background changes a little, if only by the VAE. Here the clip's own pixels are
+restored, and the generated ones' error is measured.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from skyreels_v3.wan.windows import WINDOW_FRAMES
 
 logger = logging.getLogger(__name__)
 
-SOFT = 0.15  # of the box's shorter side: the edge inside of it over which pixels change from the clip's to the model's
+SOFT = 0.15  # width of the blended edge inside the box, as a fraction of the box's shorter side
 
 
 class Background:
     """The clip's pixels around the speaker.
 
     Attributes:
-        weights: float32 (H, W, 1), of the model's pixels; 0 outside of the box.
+        weights: float32 (H, W, 1), blend weights of the model's pixels; 0 outside the box.
     """
 
     def __init__(self, stages: Stages, clip: ClipInfo) -> None:
@@ -38,10 +38,10 @@ class Background:
         covered = covered_box(box, (clip.width, clip.height), request.height, request.width)
         self.weights = soft_box(covered, request.height, request.width)
         self.outside = self.weights[..., 0] == 0
-        self.errors: list[float] = []  # mean squares outside, of each frame
+        self.errors: list[float] = []  # mean squared error outside the box, per frame
 
     def keep(self, events: Iterator[Event]) -> Iterator[Event]:
-        """The events with frames that are the clip's outside of the box; measures what they were at the end."""
+        """The events, with the clip's pixels outside the box in their frames; logs the frames' error at the end."""
         own = self.vae_error()
         source = self.frames()
         for event in events:
@@ -51,7 +51,7 @@ class Background:
             logger.info(f"{told}; the clip's are kept", psnr(float(np.mean(self.errors))), psnr(own))
 
     def frames(self) -> Iterator[Frame]:
-        """The clip's frames in the output's size; the last one is repeated."""
+        """The clip's frames at the output size; the last one is repeated forever."""
         request = self.stages.request
         frame = None
         for frame in resize_frames(read_frames(self.clip.path, request.task.fps), request.height, request.width):
@@ -66,7 +66,7 @@ class Background:
             yield mixed.round().astype(np.uint8)
 
     def vae_error(self) -> float:
-        """The error outside of the box of the clip's first frames after encoding and decoding."""
+        """The VAE's own error outside the box: the clip's first frames, encoded and decoded."""
         frames = [*islice(self.frames(), WINDOW_FRAMES)]
         latents = self.stages.encode_video(frames_to_video(frames).to(self.stages.runtime.device))
         pieces = (video_to_frames(piece, False) for piece in self.stages.decode_video(latents))
@@ -74,21 +74,21 @@ class Background:
         return float(np.mean([self.error(*pair) for pair in zip(made, frames, strict=False)]))
 
     def error(self, made: Frame, frame: Frame) -> float:
-        """Mean square of the difference outside of the box."""
+        """Mean squared error outside the box; 0 if the box covers the frame."""
         if not self.outside.any():
             return 0.0
         return float(np.square(made[self.outside].astype(np.float32) - frame[self.outside]).mean())
 
 
 def psnr(error: float) -> float:
-    """Peak signal-to-noise ratio in dB of a mean square of 8-bit values."""
+    """Peak signal-to-noise ratio in dB for a mean squared error of 8-bit values."""
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def soft_box(box: tuple[float, float, float, float], height: int, width: int) -> np.ndarray:
-    """Weights float32 (height, width, 1): 0 outside of a box (x0, y0, x1, y1), rising to 1 within it.
+    """Weights float32 (height, width, 1): 0 outside a box (x0, y0, x1, y1), rising to 1 within it.
 
-    Where the box ends with the frame it does not rise.
+    Along sides where the box reaches the frame's border there is no such edge.
     """
     x0, y0, x1, y1 = box
     soft = SOFT * min(x1 - x0, y1 - y0)

@@ -1,4 +1,4 @@
-"""Loading V3's components, in both published layouts. For `values`, see `read_tensors`."""
+"""Loads V3's components, in both published layouts. For `values`, see `read_tensors`."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ CLIP_HEADS = 16  # ViT-H/14
 def load_transformer(
     folder: Path, dtype: torch.dtype, values: bool = True, file: Path | None = None
 ) -> SkyReelsTransformer3DModel:
-    """The transformer in `folder`, or with the config there and the weights in `file`.
+    """The transformer in `folder`, with the weights from `file` if given.
 
-    Config and weights may each have diffusers' names or Wan-native ones.
+    Config and state dict may each have diffusers' names or Wan-native ones.
     """
     model, source = SkyReelsTransformer3DModel, file or folder
     tensors = read_tensors(source, values)
@@ -41,14 +41,14 @@ def load_transformer(
         arguments = native_arguments(folder, tensors, source)
     for key, tensor in tensors.items():
         if key.endswith("modulation") and tensor.ndim == 2 and isinstance(tensor, Tensor):
-            tensors[key] = tensor[None]  # some writers of GGUF drop axes of one entry
+            tensors[key] = tensor[None]  # some GGUF writers drop axes of size 1
     key_map = key_maps.NATIVE_TRANSFORMER if native else IDENTITY
     float32_names = model._keep_in_fp32_modules
     return load_model(lambda: model(**arguments), tensors, source, dtype, key_map, float32_names)
 
 
 def native_arguments(folder: Path, tensors: Weights, source: Path) -> dict[str, float]:
-    """Arguments of the transformer, from a Wan-native config and, where that lacks them, from the tensors."""
+    """The transformer's arguments, from a Wan-native config and, for those it lacks, from tensor shapes."""
     names = {*key_maps.NATIVE_SIZES, "eps", "text_dim", "model_type"}
     config = read_config(folder, tensors, key_maps.NATIVE_CONSTANTS, names)
     arguments = key_maps.config_sizes(folder) | {"eps": config.get("eps", 1e-6)}
@@ -62,7 +62,7 @@ def native_arguments(folder: Path, tensors: Weights, source: Path) -> dict[str, 
 
 
 def load_vae(root: Path, dtype: torch.dtype, values: bool = True, file: Path | None = None) -> VideoVAE:
-    """The VAE of the checkpoint at `root`, or with the weights in `file`."""
+    """The VAE of the checkpoint at `root`, with the weights from `file` if given."""
     native_file, folder = root / key_maps.NATIVE_VAE_FILE, root / "vae"
     source = file or (native_file if native_file.is_file() else folder)
     tensors = read_tensors(source, values)
@@ -87,7 +87,7 @@ def load_vae(root: Path, dtype: torch.dtype, values: bool = True, file: Path | N
 
 
 def load_text_encoder(root: Path, dtype: torch.dtype, values: bool = True, file: Path | None = None) -> TextEncoder:
-    """The UMT5 text encoder of the checkpoint at `root`, or with the weights in `file`; with its tokenizer there."""
+    """The UMT5 text encoder and tokenizer of the checkpoint at `root`, with the weights from `file` if given."""
     native_file, folder = root / key_maps.NATIVE_TEXT_ENCODER_FILE, root / "text_encoder"
     source = file or (native_file if native_file.is_file() else folder)
     tensors = read_tensors(source, values)
@@ -105,13 +105,13 @@ def load_text_encoder(root: Path, dtype: torch.dtype, values: bool = True, file:
 
 
 def text_layers(model: Any) -> Iterator[nn.Module]:
-    """The parts of UMT5's blocks that may stay quantized: of a layer `wo`, transformers asks the dtype."""
+    """The linear layers of UMT5's blocks that may stay quantized: not `wo`, whose dtype transformers reads."""
     for block in model.encoder.block:
         yield from (part for name, part in block.named_modules() if isinstance(part, nn.Linear) and "wo" not in name)
 
 
 def text_sizes(tensors: Weights, source: Path, names: Mapping[str, str]) -> dict[str, Any]:
-    """The config of a UMT5 encoder, from its tensors under these names."""
+    """The config of a UMT5 encoder, from the shapes of the tensors that `names` lists."""
     vocabulary, width = shape_of(names["embedding"], 2, tensors, source)
     buckets, heads = shape_of(names["positions"], 2, tensors, source)
     return {
@@ -129,7 +129,7 @@ def text_sizes(tensors: Weights, source: Path, names: Mapping[str, str]) -> dict
 
 
 def load_image_encoder(root: Path, dtype: torch.dtype, values: bool = True, heads: int = CLIP_HEADS) -> ImageEncoder:
-    """The CLIP image encoder of the checkpoint at `root`; the number of heads is not in its file."""
+    """The CLIP image encoder of the checkpoint at `root`, whose file does not have the number of heads."""
     source = root / key_maps.NATIVE_IMAGE_ENCODER_FILE
     tensors = read_tensors(source, values)
     patch = shape_of("visual.patch_embedding.weight", 4, tensors, source)[-1]

@@ -1,7 +1,7 @@
-"""What V3's transformer is conditioned on.
+"""V3's conditioning.
 
-The encoders, around transformers' models: text (UMT5), images (CLIP) and audio (wav2vec2). And `Conditioning`, which
-calls the transformer with their states and with the segments that stand beside the latents.
+The encoders wrap transformers' models for text (UMT5), images (CLIP) and audio (wav2vec2). `Conditioning` calls the
+transformer with their hidden states and with the segments before and after the latents.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class TextEncoder:
         text = clean_prompt(prompt)
         length = len(self.tokenizer(text, verbose=False).input_ids)
         if length > TEXT_TOKENS:
-            start = format_value(prompt[:40])  # which may be the negative prompt
+            start = format_value(prompt[:40])  # quoted, as it may be the negative prompt
             logger.warning('only the first %d of %d tokens are used of "%s..."', TEXT_TOKENS, length, start)
         batch = self.tokenizer([text], truncation=True, max_length=TEXT_TOKENS, return_tensors="pt")
         return batch.input_ids, batch.attention_mask
@@ -98,7 +98,7 @@ class AudioEncoder:
         features = self.module.feature_extractor(samples[None].to(self.module.dtype))  # (1, C, conv frames)
         features = F.interpolate(features, frames, mode="linear", align_corners=True).transpose(1, 2)
         hidden, _ = self.module.feature_projection(features)
-        outputs: list[Tensor] = []  # transformers has a switch for them, but not for the encoder alone
+        outputs: list[Tensor] = []  # transformers can return them, but not from the encoder alone
         hooks = [
             layer.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
             for layer in self.module.encoder.layers
@@ -113,14 +113,14 @@ class AudioEncoder:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the transformer sees besides the latents.
+    """The transformer's inputs besides latents and timestep.
 
     Attributes:
         text: (B, L, text_dim) UMT5 states of the prompt's own tokens.
         start_frame: position of the latents on the time axis.
         before, after: segments that precede and follow the latents in the sequence.
         channels: (B, C', F, H, W) concatenated to the latents' channels, for models with more channels in than out.
-        image, audio, speaker_masks: as the transformer takes them.
+        image, audio, speaker_masks: see `SkyReelsTransformer3DModel.forward`.
     """
 
     text: Tensor
@@ -137,13 +137,13 @@ class Conditioning:
         own = latents if self.channels is None else torch.cat((latents, self.channels), dim=1)
         segments = (*self.before, Segment(own, self.start_frame), *self.after)
         timestep = expand_timestep(timestep, segments)
-        # as the models were trained: padding is zeros, not the encoder's states of padding tokens
+        # as in training: padding is zeros, not the encoder's states of padding tokens
         text = F.pad(self.text, (0, 0, 0, TEXT_TOKENS - self.text.shape[1]))
         return model(segments, timestep, text, self.image, self.audio, self.speaker_masks)[len(self.before)]
 
 
 def expand_timestep(timestep: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """(1,) the sample's timestep; with clean segments (1, F), one per latent frame, 0 for the clean ones."""
+    """The sample's timestep (1,) or, with clean segments, one per latent frame (1, F), 0 for clean ones."""
     if not any(segment.clean for segment in segments):
         return timestep.reshape(1)
     frames = [(segment.latents.shape[2], 0 if segment.clean else timestep.item()) for segment in segments]

@@ -1,8 +1,8 @@
-"""The V3 family's answers to the rest of the toolkit, see `skyreels_v3.families.Family`.
+"""The V3 model family; implements `skyreels_v3.families.Family`.
 
 Two layouts are published. `diffusers` (reference to video) has a folder with a config.json for each component. `native`
 (extension and avatar) has the transformer under Wan's own names and .pth files for the other components, whose sizes
-only their tensors tell.
+are only known from their tensors.
 """
 
 from __future__ import annotations
@@ -47,25 +47,25 @@ TEXT_ENCODER = TextEncoderSizes(  # UMT5-XXL
 )
 VAE_PARAMETERS = 126_892_531
 IMAGE_ENCODER_PARAMETERS = 630_766_080
-IMAGE_ENCODER_FILE_BYTES = 4_770_000_000  # it holds CLIP's text encoder, too
+IMAGE_ENCODER_FILE_BYTES = 4_770_000_000  # includes CLIP's text encoder
 AUDIO_ENCODER_PARAMETERS = 94_371_712
 
-# Live bytes of a forward, per channel of the model's width: per token during self-attention (the tokens, queries, keys,
-# values and output, and the rotary tables), per token while a chunk of them is worked on, and per token of the chunk.
+# Live bytes of a forward pass, per channel of the model's width: per token during self-attention (tokens, queries,
+# keys, values, output and rotary tables), per token while a chunk of them is processed, and per token of that chunk.
 ATTENTION_BYTES = {"bfloat16": 10.12, "float32": 20.2}
 WAITING_BYTES = {"bfloat16": 8.0, "float32": 16.0}
 WORKING_BYTES = {"bfloat16": 12.8, "float32": 23.3}
-EXCHANGE_TENSORS = 4  # as large as a rank's tokens, while ranks exchange queries, keys and values
+EXCHANGE_TENSORS = 4  # tensors as large as a rank's tokens, while ranks exchange queries, keys and values
 
-# Live bytes at the VAE's peak: per pixel of a whole frame; with tiles per pixel of the frame, and per pixel of a tile
+# Peak live bytes of the VAE: per pixel of an untiled frame; with tiles, per pixel of the frame and per pixel of a tile
 VAE_WHOLE = {"encode": {"float32": 13_410, "bfloat16": 6_790}, "decode": {"float32": 17_390, "bfloat16": 9_880}}
 VAE_SHARED = {"encode": {"float32": 6_250, "bfloat16": 3_150}, "decode": {"float32": 10_200, "bfloat16": 5_150}}
 VAE_TILE = {"encode": {"float32": 8_000, "bfloat16": 4_500}, "decode": {"float32": 8_000, "bfloat16": 4_750}}
-VAE_HALO = {"encode": 16, "decode": 8}  # pixels that a tile sees beyond its own, on one side
+VAE_HALO = {"encode": 16, "decode": 8}  # pixels that a tile needs beyond its own, per side
 
 
 def repositories(task: TaskSpec) -> tuple[Repository, ...]:
-    """One with all components."""
+    """One repository with all components."""
     components = {"transformer": (task.transformer_folder,), "VAE": ("vae",), "text encoder": ("text_encoder",)}
     if task.layout == "native":
         components |= {"VAE": (NATIVE_VAE_FILE,), "text encoder": (NATIVE_TEXT_ENCODER_FILE,)}
@@ -76,13 +76,13 @@ def repositories(task: TaskSpec) -> tuple[Repository, ...]:
 
 
 def check_configs(task: TaskSpec, checkpoint: Path | None, base: Path | None) -> None:
-    """Raise UserError for configs that cannot work."""
+    """Raise UserError for configs that cannot be used."""
     if checkpoint is not None:
         transformer_sizes(checkpoint, task)
 
 
 def transformer_sizes(checkpoint: Path, task: TaskSpec) -> dict[str, int]:
-    """The sizes in the transformer's config.json, by the names of the model's arguments."""
+    """The sizes in the transformer's config.json, under the model's argument names."""
     return config_sizes(checkpoint / task.transformer_folder, task.transformer)
 
 
@@ -95,7 +95,7 @@ def component_parameters(task: TaskSpec) -> dict[str, int]:
 
 
 def published_bytes(task: TaskSpec) -> dict[str, int]:
-    """Bytes of the published files of all components, about: bfloat16, VAE and audio encoder float32."""
+    """Approximate bytes of all components' published files: bfloat16; VAE and audio encoder float32."""
     sizes = {
         "transformer": published_transformer_bytes(task),
         "text encoder": 2 * TEXT_ENCODER.parameters,
@@ -105,12 +105,12 @@ def published_bytes(task: TaskSpec) -> dict[str, int]:
 
 
 def condition_tokens(config: Mapping[str, Any]) -> int:
-    """Tokens of text and image that cross-attention sees."""
+    """Number of text and image tokens in cross-attention."""
     return TEXT_TOKENS + (IMAGE_TOKENS if config.get("image_dim") is not None else 0)
 
 
 def forward_flop(config: Mapping[str, Any], tokens: int) -> int:
-    """Floating-point operations of one forward on so many video tokens."""
+    """Floating-point operations of one forward pass on `tokens` video tokens."""
     dim = width_of(config)
     context = condition_tokens(config)
     attention = 4 * tokens**2 * dim + 8 * tokens * dim**2
@@ -121,7 +121,7 @@ def forward_flop(config: Mapping[str, Any], tokens: int) -> int:
 
 
 def activation_bytes(config: Mapping[str, Any], tokens: int, dtype: str, degrees: ParallelConfig = UNDIVIDED) -> int:
-    """Live bytes at the peak of a forward on one of the ranks that divide it, without weights."""
+    """Peak live bytes of a forward pass on one rank, without weights."""
     dim = width_of(config)
     own = math.ceil(tokens / degrees.sequence)
     chunk = min(own, TOKENS_AT_ONCE) * max(WORKING_BYTES[dtype] * dim, BYTES[dtype] * (dim + 2 * config["ffn_dim"]))
@@ -140,7 +140,7 @@ def context_bytes(config: Mapping[str, Any], frames: int, speakers: int, dtype: 
 
 
 def vae_bytes(size: tuple[int, int], dtype: str, part: str, tiles: Tiles) -> int:
-    """Live bytes at the VAE's peak for frames of `size` (height, width), without weights."""
+    """Peak live bytes of the VAE for frames of `size` (height, width), without weights."""
     pixels = math.prod(size)
     if tiles == (1, 1):
         return pixels * VAE_WHOLE[part][dtype]
@@ -152,14 +152,14 @@ def vae_bytes(size: tuple[int, int], dtype: str, part: str, tiles: Tiles) -> int
 
 
 def build_transformer(sizes: dict[str, Any]) -> SkyReelsTransformer3DModel:
-    """The transformer of these sizes."""
+    """A transformer with these sizes."""
     from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
     return SkyReelsTransformer3DModel(**sizes)
 
 
 def divide_tokens(transformer: SkyReelsTransformer3DModel, group: Group, usp: UspFn) -> None:
-    """Have the ranks of `group` divide the tokens of every forward."""
+    """Divide the tokens of every forward pass among the ranks of `group`."""
     from skyreels_v3.wan.sequence_parallel import SequenceParallel
 
     SequenceParallel(group, usp).attach(transformer)
@@ -174,7 +174,7 @@ def loaders(
     values: bool = True,
     files: Mapping[str, Path] | None = None,
 ) -> dict[str, Callable[[], Any]]:
-    """What loads each component."""
+    """A function that loads each component, by component name."""
     import torch
 
     from skyreels_v3.wan import checkpoint as load

@@ -1,4 +1,4 @@
-"""V3's checkpoints: their files, the names of their tensors (Wan-native or transformers'), and what configs may say."""
+"""V3's checkpoints: file names, state dict keys (Wan-native or transformers') and accepted config values."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from skyreels_v3.checkpoints.files import read_sizes
 from skyreels_v3.checkpoints.key_maps import IDENTITY, KeyMap, rename_layers
 from skyreels_v3.errors import CheckpointError
 
-TEXT_TOKENS = 512  # of a prompt, with padding
-TOKENS_AT_ONCE = 8192  # that blocks work on between attentions: enough for each product to fill a large GPU
+TEXT_TOKENS = 512  # per prompt, including padding
+TOKENS_AT_ONCE = 8192  # per chunk in blocks, outside attention: enough for each matmul to fill a large GPU
 
 # Files of the native layout
 NATIVE_VAE_FILE = "Wan2.1_VAE.pth"
@@ -63,7 +63,7 @@ TRANSFORMERS_TEXT_ENCODER: KeyMap = (
     *IDENTITY,
 )
 
-# Tensors whose shapes tell the sizes of a UMT5 encoder, under both names
+# Tensors whose shapes give the sizes of a UMT5 encoder, in both naming schemes
 NATIVE_TEXT_SIZES = {
     **{"embedding": "token_embedding.weight", "positions": "blocks.0.pos_embedding.embedding.weight"},
     **{"query": "blocks.0.attn.q.weight", "hidden": "blocks.0.ffn.fc1.weight"},
@@ -90,7 +90,7 @@ NATIVE_IMAGE_ENCODER: KeyMap = (
     (r"visual\.head|textual\..+|log_scale", None),
 )
 
-# transformers' wav2vec2 files: older ones spell the weight norm differently and may have heads of the pretraining
+# transformers' wav2vec2 files: older ones name the weight norm differently and may have pretraining heads
 _WEIGHT_NORM = "encoder.pos_conv_embed.conv.parametrizations.weight.original"
 TRANSFORMERS_AUDIO_ENCODER: KeyMap = (
     (r"encoder\.pos_conv_embed\.conv\.weight_g", f"{_WEIGHT_NORM}0"),
@@ -134,7 +134,7 @@ NATIVE_SIZES = {
     **{"freq_dim": "freq_dim", "ffn_dim": "ffn_dim", "dim": "dim", "audio_window": "audio_window"},
     **{"intermediate_dim": "audio_hidden_dim", "output_dim": "audio_dim", "context_tokens": "audio_tokens"},
 }
-# Entries of configs that are no arguments of the models: any other value is refused by name
+# Config entries that are not model arguments: an error names any other value
 NATIVE_CONSTANTS = {
     **{"text_len": TEXT_TOKENS, "patch_size": [1, 2, 2], "window_size": [-1, -1], "vae_scale": 4},
     **{"qk_norm": True, "cross_attn_norm": True, "norm_input_visual": True, "norm_output_audio": True},
@@ -151,7 +151,7 @@ VAE_CONSTANTS = {
 
 
 def config_sizes(folder: Path, names: Collection[str] = ()) -> dict[str, int]:
-    """The sizes in a config.json under Wan-native names or one of `names`, by the names of the model's arguments."""
+    """The sizes in a config.json, read under Wan-native names or `names`, returned under the model's argument names."""
     sizes = {NATIVE_SIZES.get(name, name): size for name, size in read_sizes(folder, {*names, *NATIVE_SIZES}).items()}
     if "dim" in sizes:
         if "num_attention_heads" not in sizes:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ReferenceToVideo(Pipeline):
-    """The images follow the video in the sequence, as single latent frames; empty slots are zeros."""
+    """Appends the images to the video's sequence as single latent frames; empty slots are zeros."""
 
     def guidance(self, request: GenerationRequest) -> Guidance:
         return text_image_guidance(request.guidance_scale, request.image_guidance_scale)

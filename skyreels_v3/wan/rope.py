@@ -5,7 +5,7 @@ each. So the layout of a task is data: a plain video is one segment at 0; condit
 at P; a shot switch puts the earlier shot at 1024; reference images follow the video.
 
 Rotary embedding (Su et al., arXiv:2104.09864) in its 3D form: of the D/2 channel pairs of a head, D/6 rotate with the
-row, D/6 with the column and the rest with the frame. A pair is two adjacent channels. Angles are float64; see Wan 2.1.
+row, D/6 with the column and the rest with the frame. A pair is two adjacent channels. Angles are float64 as in Wan 2.1.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def rotations(angle: Tensor) -> Rotary:
 def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotate each adjacent channel pair of x (B, L, N, D) by its token's angle; computed and returned in float32."""
     pairs = x.float().unflatten(-1, (-1, 2))  # (B, L, N, D/2, 2)
-    if torch.compiler.is_compiling():  # the compiler fuses real arithmetic only, and no stack
+    if torch.compiler.is_compiling():  # the compiler fuses only real arithmetic, without stack
         cos, sin = (part.unsqueeze(-1) for part in rotary.unbind(-1))
         signs = 2 * torch.arange(2, device=x.device) - 1
         return (pairs * cos + pairs.flip(-1) * sin * signs).flatten(-2)

@@ -1,7 +1,7 @@
-"""Sequence parallelism: the tokens of a `SkyReelsTransformer3DModel` forward divided among ranks.
+"""Sequence parallelism: divides the tokens of a `SkyReelsTransformer3DModel` forward pass among ranks.
 
-Each rank has the same spatial part of every latent frame, so that what belongs to a frame, such as its timestep and its
-audio, needs no communication. Only self-attention needs the tokens of the other ranks (see parallel/usp.py).
+Each rank has the same spatial part of every latent frame, so per-frame inputs such as timesteps and audio need no
+communication. Only self-attention needs the tokens of the other ranks (see parallel/usp.py).
 
 The model itself is unchanged: hooks give it a part of each frame, laid out as one row of patches with explicit position
 ids, and gather the velocities that it returns.
@@ -25,7 +25,7 @@ from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel, positions_be
 
 @dataclass(frozen=True)
 class Layout:
-    """How the tokens of a forward are divided.
+    """How the tokens of a forward pass are divided.
 
     Attributes:
         segments: latent frames of each segment.
@@ -50,7 +50,7 @@ class Layout:
 
 
 class SequenceParallel:
-    """Divides the tokens of every forward of a model among the ranks of a group.
+    """Divides the tokens of every forward pass of a model among the ranks of a group.
 
     Args:
         usp: attention among the tokens of all ranks.
@@ -59,10 +59,10 @@ class SequenceParallel:
     def __init__(self, group: Group, usp: UspFn) -> None:
         self.group = group
         self.usp = usp
-        self.layout = Layout((), (0, 0), 0, 0)  # of the current forward
+        self.layout = Layout((), (0, 0), 0, 0)  # of the current forward pass
 
     def attach(self, model: SkyReelsTransformer3DModel) -> None:
-        """Divide every forward of `model`; attention to the conditions stays local."""
+        """Divide every forward pass of `model`; attention to the conditions stays local."""
         patch = model.config["patch_size"]
         for block in cast(Iterable[Any], model.blocks):
             block.attn1.attention = self.attention
@@ -71,7 +71,7 @@ class SequenceParallel:
         model.register_forward_hook(lambda _, __, velocities: self.gather(velocities, patch))
 
     def shard(self, segments: Sequence[Segment], patch: Sequence[int]) -> tuple[Segment, ...]:
-        """This rank's part of the space of every frame."""
+        """This rank's spatial part of every frame."""
         rows, columns = (size // step for size, step in zip(segments[0].latents.shape[3:], patch[1:], strict=True))
         share = -(-rows * columns // self.group.size)
         first = min(self.group.rank * share, rows * columns)
@@ -86,7 +86,7 @@ class SequenceParallel:
         )
 
     def gather(self, velocities: Sequence[Tensor], patch: Sequence[int]) -> tuple[Tensor, ...]:
-        """The whole velocities of all segments."""
+        """All-gather the velocities of all segments."""
         rows, columns = self.layout.grid
         parts = self.group.all_gather(torch.cat(list(velocities), dim=2))  # (N, B, C, F, p, share * p)
         row = parts.movedim(0, -2).flatten(-2)[..., : rows * columns * patch[2]]
@@ -108,11 +108,11 @@ class SequenceParallel:
         return x.unflatten(1, (self.layout.frames, self.layout.share))[:, :, : self.layout.own].flatten(1, 2)
 
     def speaker_positions(self, query: Tensor, key: Tensor, masks: Tensor) -> Tensor:
-        """As `transformer.speaker_positions`, with the first frame's keys and the extremes of all ranks."""
+        """Like `transformer.speaker_positions`, with the first frame's keys and the extremes over all ranks."""
         first_frame = self.group.all_gather_tokens(key[:, : self.layout.share])
         weights = region_weights(query, first_frame[:, : masks.shape[1]], masks)
         real = self.unpadded(weights.transpose(1, 2))  # (B, L', 3)
-        infinite = real.new_full((real.shape[0], 1, 3), torch.inf)  # a rank may have nothing but padding
+        infinite = real.new_full((real.shape[0], 1, 3), torch.inf)  # a rank may have only padding
         low = self.group.all_reduce(torch.cat((real, infinite), dim=1).amin(dim=1), dist.ReduceOp.MIN)
         high = self.group.all_reduce(torch.cat((real, -infinite), dim=1).amax(dim=1), dist.ReduceOp.MAX)
         return positions_between(weights, low[..., None], high[..., None])

@@ -16,7 +16,7 @@ CUT_POSITION = 1024  # start frame of the clip before the cut, far from the new 
 
 
 class ShotSwitchingExtension(Pipeline):
-    """The clip's last frames follow the new ones as clean frames, at a distance that means: another shot."""
+    """Appends the clip's last frames as clean frames, at a temporal position that marks them as another shot."""
 
     def passes(self, request: GenerationRequest) -> Iterator[tuple[int, int]]:
         # latent frames hold 4k+1 frames; the last frame is not written

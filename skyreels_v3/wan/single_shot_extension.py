@@ -1,4 +1,4 @@
-"""single_shot_extension: the same shot goes on after the input clip, rolled out 5 seconds at a time."""
+"""single_shot_extension: continues the input clip in the same shot, 5 seconds per roll-out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class SingleShotExtension(Pipeline):
-    """The clip's last frames precede the new ones as clean frames; each roll-out continues the one before."""
+    """Prepends the clip's last frames as clean frames; each roll-out continues the one before."""
 
     def passes(self, request: GenerationRequest) -> Iterator[tuple[int, int]]:
         for new in plan_roll_outs(request.duration):
@@ -62,7 +62,7 @@ class SingleShotExtension(Pipeline):
 def new_frames(
     stages: Stages, clip: np.ndarray, prefix: Tensor, latents: Tensor, tail: deque[Frame], wanted: int | None
 ) -> Iterator[Frame]:
-    """Decode condition and new frames together and yield the new ones; `tail` ends up with the last of them.
+    """Decode condition and new frames together and yield the new ones; leaves the last of them in `tail`.
 
     Args:
         clip: uint8 [F, H, W, 3], the condition frames before they were encoded.
@@ -80,7 +80,7 @@ def new_frames(
 
 
 def in_colors_of(clip: np.ndarray, video: Iterator[Tensor], strength: float) -> Iterator[Tensor]:
-    """The pieces of a video that begins with a clip; the others get the colors that the clip ends in."""
+    """The pieces of a video that begins with `clip`; those after it are matched to the colors that the clip ends in."""
     from skyreels_v3.media.color import match_color
     from skyreels_v3.stages import frames_to_video
 

@@ -1,6 +1,6 @@
 """talking_avatar: the person in a portrait speaks the words of an audio file, window by window.
 
-`windows.plan_windows` plans the passes, `avatar.Avatar` makes them.
+`windows.plan_windows` plans the passes, `avatar.Avatar` runs them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class TalkingAvatar(Pipeline):
-    """A key-frame pass, then windows, each from the last frames of the one before to its own key frame."""
+    """Runs a key-frame pass, then windows, each from the last frames of the one before to its own key frame."""
 
     def guidance(self, request: GenerationRequest) -> Guidance:
         return text_audio_guidance(request.text_guidance_scale, request.audio_guidance_scale)
@@ -45,7 +45,7 @@ class TalkingAvatar(Pipeline):
 
 
 def check_times(request: ResolvedRequest, clip: ClipInfo | None) -> None:
-    """Raise UserError if audio, key frames and a dubbed clip do not fit each other in time."""
+    """Raise UserError if the times of audio, key frames and a dubbed clip do not fit together."""
     seconds = request.audio_seconds or 0.0
     if seconds > MAX_SECONDS:
         reason = f"{seconds:.2f} s one after the other are too long"
@@ -61,7 +61,7 @@ def check_times(request: ResolvedRequest, clip: ClipInfo | None) -> None:
 
 
 def check_boxes(request: ResolvedRequest, inputs: Inputs) -> None:
-    """Raise UserError for a speaker's box outside the portrait or the clip, or cropped away."""
+    """Raise UserError for a speaker's box that is outside the portrait or clip, or cropped away."""
     clip = inputs.clip
     for x0, y0, x1, y1 in request.speaker_boxes:
         kind, size = ("portrait", full_size(inputs.images[0])) if clip is None else ("clip", (clip.width, clip.height))

@@ -1,7 +1,7 @@
 """`SkyReelsTransformer3DModel`: the one transformer behind all SkyReels V3 tasks.
 
 It is a Wan 2.1 DiT under diffusers' parameter names. The tasks differ only in data: where the segments are on the time
-axis, whether timesteps are per sample or per latent frame, and which conditions there are.
+axis, whether timesteps are per sample or per latent frame, and which conditions are given.
 
 Dtypes: matrix products in the dtype of the weights (normally bfloat16); normalization, modulation, time embedding and
 output head in float32; rotary angles in float64. Casts are explicit.
@@ -91,9 +91,9 @@ class ConditionEmbedding(WanTimeTextImageEmbedding):
 
 
 class AudioProjection(nn.Module):
-    """Windows of audio features to `tokens` audio tokens of width `audio_dim` per latent frame.
+    """Projects windows of audio features to `tokens` audio tokens of width `audio_dim` per latent frame.
 
-    The first latent frame is one video frame and sees that frame's whole window. A later one is four video frames, and
+    The first latent frame is one video frame and sees that frame's whole window. A later one is four video frames and
     sees the past half and center of the first one's window, the centers of the middle two, and the center and future
     half of the last.
     """
@@ -124,8 +124,8 @@ class AudioProjection(nn.Module):
 
 # The three attentions of a block. Each calls an `AttentionFn` that is set from outside
 
-# Positions on the speakers' rotary axis: ranges of the first and second person's tokens, the background between them,
-# and the positions of both persons' audio
+# Positions on the speakers' rotary axis: ranges of the first and second speaker's tokens, the background between them,
+# and the positions of both speakers' audio
 SPEAKER_RANGES = ((0.0, 4.0), (20.0, 24.0))
 BACKGROUND_POSITION = 12.0
 SPEAKER_POSITIONS = (2.0, 22.0)
@@ -136,7 +136,7 @@ SpeakerFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # see `speaker_positions
 
 
 class Attention(nn.Module):
-    """The layers that all three share. `eps` is for the norms of queries and keys; None: no norms."""
+    """The layers that all three attentions share; `eps` is for the norms of queries and keys, None for no norms."""
 
     def __init__(self, dim: int, heads: int, condition_dim: int, eps: float | None = None) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ def head_positions(positions: Tensor, frames: int, heads: int) -> Tensor:
     """Positions (B, L) of tokens -> (B, L, N): the position that each head rotates its queries to.
 
     The published model pairs frames and heads by their order in memory: head n of frame f takes the positions of frame
-    (f * N + n) modulo F, not those of its own frame. Only recordings of its outputs show this.
+    (f * N + n) modulo F, not those of its own frame. This is known only from recordings of its outputs.
     """
     frame = torch.arange(frames, device=positions.device)[:, None]
     source = (frame * heads + torch.arange(heads, device=positions.device)) % frames  # (F, N)
@@ -238,7 +238,7 @@ def speaker_positions(query: Tensor, key: Tensor, masks: Tensor) -> Tensor:
     """Position (B, L) of every token on the speakers' axis, from queries and keys (B, L, N, D) of all tokens.
 
     A token belongs to the region of the first frame that it attends to most; `masks` (3, S) are those of person one,
-    person two and the background. A person's tokens spread over that person's range by how much they attend to it.
+    person two and the background. A person's tokens are spread over that person's range by how much they attend to it.
     """
     weights = region_weights(query, key[:, : masks.shape[1]], masks)
     return positions_between(weights, weights.amin(dim=-1, keepdim=True), weights.amax(dim=-1, keepdim=True))
@@ -263,9 +263,9 @@ def positions_between(weights: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 # A block: self-attention, text (and image) attention, audio attention, feed-forward.
 #
-# Only self-attention (and `speaker_positions`) needs all tokens at once. The rest treats each token, for audio each
-# frame, by itself and runs on a chunk of tokens at a time, so that its float32 and feed-forward temporaries stay small:
-# the peak is the tokens, their queries, keys and values, and the output of attention.
+# Only self-attention (and `speaker_positions`) needs all tokens at once. The rest treats each token (for audio each
+# frame) independently and runs on a chunk of tokens at a time, so that its float32 and feed-forward temporaries stay
+# small: the peak is the tokens, their queries, keys and values, and the output of attention.
 
 
 class Context(NamedTuple):
@@ -387,7 +387,7 @@ def token_spans(tokens: int, frames: int) -> Iterator[tuple[slice, slice]]:
 
 
 def of_frames(modulation: Tensor, frames: slice) -> Tensor:
-    """The modulation (B, F, ..., D) of some frames, or the one for all frames."""
+    """The modulation (B, F, ..., D) of some frames; unchanged if one is shared by all frames."""
     return modulation if modulation.shape[1] == 1 else modulation[:, frames]
 
 
@@ -558,7 +558,7 @@ class SkyReelsTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.set_attention(sdpa)
 
     def compilable(self) -> Iterator[tuple[object, str]]:
-        """Everything before and after self-attention, see `families.Transformer`."""
+        """The code before and after self-attention, see `families.Transformer`."""
         for block in self.blocks:
             yield block, "project"
             yield block, "finish"

@@ -5,10 +5,10 @@ per channel with the constants of the VAE's config.
 
 In time the VAE is causal: it processes one latent frame after another, and its convolutions cache what they need of
 earlier frames. In space, only the attention in the middle, at an eighth of the frame's size, sees everything. Most
-memory goes to the outer stages, above a quarter of the size: convolutions that together reach 24 pixels (decoder) or 16
-(encoder). These run tile by tile: each stage gets the halo that later stages need, which shrinks to nothing at the end.
-Nothing is blended. The values are those of the whole frame, except for float32 rounding where another shape selects
-another kernel. The caches hold the whole frame and limit the savings: more than 2 x 3 tiles save little.
+memory is used by the outer stages, above a quarter of the size: convolutions with a total reach of 24 pixels (decoder)
+or 16 (encoder). These run tile by tile: each stage gets the halo that later stages need, which shrinks to nothing at
+the end. Nothing is blended. The values are those of the whole frame, except for float32 rounding where another
+shape selects another kernel. The caches hold the whole frame and limit the savings: more than 2 x 3 tiles save little.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from skyreels_v3.parallel.groups import Group, pad_end
 
 ALONE = Group()
-EPS = 1e-24  # the square of the least norm that diffusers divides by
+EPS = 1e-24  # the square of the smallest norm that diffusers divides by
 Span = tuple[int, int]  # first, last + 1
 
 
@@ -42,7 +42,7 @@ class VideoVAE:
     """Encodes video (B, 3, F, H, W) in [-1, 1] to latents (B, 16, (F-1)/4+1, H/8, W/8) and back.
 
     Attributes:
-        tiles: rows and columns of tiles; more tiles take less memory and a little more work, for the same result.
+        tiles: rows and columns of tiles; more tiles need less memory and a little more compute, for the same result.
         group: ranks that share the tiles.
     """
 
@@ -91,26 +91,26 @@ class VideoVAE:
 
 
 def streamline(module: nn.Module) -> None:
-    """Have norms, activations and convolutions move fewer bytes, for the same values except for rounding."""
+    """Patch norms, activations and convolutions to move fewer bytes; values are the same except for rounding."""
     for part in module.modules():
         if isinstance(part, WanRMS_norm):
             part.forward = partial(normalize, part)  # type: ignore[method-assign]
         elif isinstance(part, WanCausalConv3d):
-            part.padding = tuple(size // 2 for size in (0, *part.kernel_size[1:]))  # by the convolution itself
+            part.padding = tuple(size // 2 for size in (0, *part.kernel_size[1:]))  # padded by the convolution itself
             part.forward = partial(convolve, part)  # type: ignore[method-assign]
         elif isinstance(part, nn.SiLU):
-            part.inplace = True  # on what a norm has made
+            part.inplace = True  # on the output of a norm
 
 
 def normalize(norm: WanRMS_norm, x: Tensor) -> Tensor:
-    """x (B, C, ...) with channels of root mean square 1, times `gamma`: one operation instead of six."""
+    """RMS norm of x (B, C, ...) over channels, times `gamma`: one operation instead of six."""
     assert norm.channel_first and isinstance(norm.bias, float)
     channels = norm.gamma.numel()
     return F.rms_norm(x.movedim(1, -1), (channels,), norm.gamma.flatten(), EPS / channels).movedim(-1, 1)
 
 
 def convolve(layer: WanCausalConv3d, x: Tensor, past: Tensor | None = None) -> Tensor:
-    """x (B, C, F, H, W) behind its `past` frames; zeros take the place of those that are missing."""
+    """Convolve x (B, C, F, H, W) after its `past` frames; missing ones are zeros."""
     missing = int(layer._padding[4])
     if past is not None and missing:
         x = torch.cat([past, x], dim=2)
@@ -130,8 +130,8 @@ def displayable(chunk: Tensor, index: int) -> Tensor:
 def encoder_stages(encoder: WanEncoder3d, shared: bool = False) -> tuple[list[nn.Module], int]:
     """The encoder as a list of modules, and how many of them run in tiles: those above a quarter of the size.
 
-    If the tiles are `shared` by ranks, all stages before the attention: the halos cost relatively more in small stages,
-    but the other ranks' tiles cost nothing here.
+    If ranks share the tiles (`shared`), all stages before the attention run in tiles: halos cost relatively more in
+    small stages, but each rank runs only its own tiles.
     """
     stages = [encoder.conv_in, *encoder.down_blocks, encoder.mid_block]
     stages += [encoder.norm_out, encoder.nonlinearity, encoder.conv_out]
@@ -153,13 +153,13 @@ def resamplings(stages: Sequence[nn.Module]) -> list[int]:
 
 
 class TiledStages:
-    """A list of stages with their caches, called with one chunk of a video after another; runs tile by tile.
+    """A list of stages with their caches, run tile by tile on one chunk of a video after another.
 
     Args:
         stages: modules that map (B, C, F, H, W) to (B, C, F, H, W).
         size: H and W of the input.
-        tiles: rows and columns of tiles, at most those of the result.
-        group: ranks that share the tiles, all with the same input; the grid grows until every rank has tiles.
+        tiles: rows and columns of tiles, capped at those of the result.
+        group: ranks that share the tiles, all with the same input; the grid grows until each has equally many.
     """
 
     def __init__(
@@ -174,14 +174,14 @@ class TiledStages:
         grid = shared_grid(self.size, tiles, group.size)
         rows, columns = ([*split_evenly(*pair)] for pair in zip(self.size, grid, strict=True))
         self.spans = [(row, column) for row in rows for column in columns]
-        last = len(self.spans) - 1  # which several ranks may make: each needs as many tiles
+        last = len(self.spans) - 1  # several ranks may run it, so that each runs equally many tiles
         own = [self.spans[min(start + group.rank, last)] for start in range(0, last + 1, group.size)]
         self.tiles = [
             Tile(stages, crops_along(stages, size[0], row), crops_along(stages, size[1], column)) for row, column in own
         ]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The next frames (B, C, F, H, W) through all stages."""
+        """Run the next frames (B, C, F, H, W) through all stages."""
         out = None
         for piece, (rows, columns) in zip(self.pieces(x), self.spans, strict=True):
             if out is None:
@@ -196,7 +196,7 @@ class TiledStages:
         if self.group.size == 1:
             yield from (tile(x) for tile in self.tiles)
             return
-        # an all-gather takes equal shapes; tiles differ by at most one row or column
+        # an all-gather needs equal shapes; tiles differ by at most one row or column
         height, width = (max(end - first for first, end in spans) for spans in zip(*self.spans, strict=True))
 
         def make(number: int) -> Tensor:
@@ -208,7 +208,7 @@ class TiledStages:
 
 
 def shared_grid(size: Sequence[int], tiles: tuple[int, int], ranks: int) -> tuple[int, int]:
-    """The smallest grid of at least `tiles` with the same number for every rank, and with the shortest borders."""
+    """The smallest grid of at least `tiles` that divides evenly among ranks, with the shortest borders."""
     height, width = size
     grids = [
         (rows, columns)
@@ -237,7 +237,7 @@ class Tile:
 
 
 def advance(stage: nn.Module, x: Tensor, caches: list[Any], index: list[int]) -> Tensor:
-    """One stage on the next frames; the library's modules use the caches from `index[0]` on, and advance it."""
+    """Run one stage on the next frames; diffusers' modules use the caches from `index[0]` on, and advance it."""
     if isinstance(stage, WanRMS_norm | nn.SiLU):
         return stage(x)
     if not isinstance(stage, WanCausalConv3d):
@@ -250,7 +250,7 @@ def advance(stage: nn.Module, x: Tensor, caches: list[Any], index: list[int]) ->
 
 
 def split_evenly(size: int, parts: int) -> Iterator[Span]:
-    """0 .. size - 1 in `parts` spans whose lengths differ by at most 1; in fewer rather than empty ones."""
+    """Split 0 .. size - 1 into `parts` spans whose lengths differ by at most 1; fewer if some would be empty."""
     parts = min(parts, size)
     return pairwise(size * part // parts for part in range(parts + 1))
 
@@ -262,7 +262,7 @@ def mode_of(stage: nn.Module) -> str:
 
 
 def resized(stage: nn.Module, size: int) -> int:
-    """Rows that a stage makes of `size` rows. Here and below, the same holds for columns."""
+    """Rows that a stage outputs for `size` rows. Here and below, the same holds for columns."""
     return {"up": 2 * size, "down": size // 2, "": size}[mode_of(stage)]
 
 
@@ -287,13 +287,13 @@ def needed_by(stage: nn.Module, span: Span) -> Span:
 
 
 def crops_along(stages: Sequence[nn.Module], size: int, span: Span) -> list[slice]:
-    """What to crop before each stage, and at the end, for the rows `span` of the result.
+    """The crops before each stage, and at the end, for the rows `span` of the result.
 
     Needed rows are found from the last stage to the first. Rows beyond the frame are padding that a stage adds itself,
     with or without tiles; rows that padding at other borders affects are never needed.
 
     Returns:
-        one more slice than stages, each relative to the first row that the previous stage made.
+        one more slice than stages, each relative to the first row of the previous stage's output.
     """
     needed = [span]
     for stage, rows in zip(reversed(stages), reversed(sizes_along(stages, size)[:-1]), strict=True):

@@ -1,9 +1,9 @@
-"""The passes of a talking avatar: audio length -> windows. No torch.
+"""Plans the passes of a talking avatar from the audio length, without torch.
 
-A long video is made in windows of 81 frames. A first pass over the first 81 frames of audio makes *key frames*, images
-of how the person may look later on. Each window then begins with the last frames of the one before and ends in its key
-frame, so that the video neither jumps nor drifts. Frames just before a key frame are dropped: the next window makes
-them again.
+A long video is generated in windows of 81 frames. A first pass over the first 81 frames of audio creates *key frames*,
+images of how the person may look later on. Each window then begins with the last frames of the one before and ends in
+its key frame, so that the video neither jumps nor drifts. Frames just before a key frame are dropped: the next window
+generates them again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 WINDOW_FRAMES = 81
-MOTION_FRAMES = 5  # from the window before, at the start of a window; also the length of the key frame at its end
+MOTION_FRAMES = 5  # from the window before, at a window's start; also the number of copies of the key frame at its end
 DROPPED_FRAMES = 12  # at the end of every window but the last
 NEW_FRAMES = WINDOW_FRAMES - MOTION_FRAMES - DROPPED_FRAMES
 MAX_FRAMES = 5000  # 200 s at 25 fps; key frames are spread over no more, even if the padding is longer
