@@ -54,9 +54,9 @@ INTRODUCTION = """# Quality
 
 The built-in model (`--model_id tiny`) on scenes of its drawn world that it was not trained on, whose truth is known.
 Made by `make quality` (`benchmarks/quality.py`); the figures are those of `training/measure.py` and of `--check`.
-Shares are of the scenes in which something is right, 1 is all; the others are medians. "Wrong" rows are what a figure
-falls to where the model is told something else than what it is measured by. The model is small: what a switch costs
-here says which way it goes, not how much on the published checkpoints.
+Shares are of the scenes in which something is right, 1 is all; the others are medians. "Wrong" rows show what a figure
+falls to when the model gets an input of another scene than the one it is measured against. The model is small: here a
+switch shows whether it costs quality, not how much it costs with the published checkpoints.
 """
 
 Figures = dict[str, float]

@@ -21,7 +21,6 @@ MARGIN = 0.12  # distance from the frame's sides at which things turn back
 DIRECTIONS = ("left", "right", "up", "down", "towards", "away", "turning", "still")
 SIZES = (0.08, 0.36)  # limits of a thing's half height, at which growing and shrinking reverse
 CUTS = ("ZOOM_IN_CUT", "ZOOM_OUT_CUT", "MULTI_ANGLE_CUT", "CUT_AWAY")
-PORTRAIT = 480  # side of the sample portrait, in pixels, the unit of faces
 
 
 @dataclass(frozen=True)
