@@ -22,7 +22,7 @@ def rename_layers(pattern: str, target: str, names: Mapping[str, str | Sequence[
     Args:
         pattern: the prefix in the file; `#` stands for a block's number.
         target: the prefix in the model.
-        names: layer, a pattern without groups -> its name in the model, or several names if they are stacked.
+        names: maps a layer, a pattern without groups, to its name in the model, or to several if they are stacked.
     """
     number = target.count("#") + 1  # of the group that matches the parameter's name
     pattern, target = pattern.replace(".", r"\.").replace("#", r"(\d+)"), target.replace("#", r"\1")

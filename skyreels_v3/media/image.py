@@ -33,7 +33,7 @@ MAX_FILE_PIXELS = 256_000_000  # of a JPEG before it is reduced
 MAX_SCANS = 500  # of a progressive JPEG, which has about ten; each covers the whole picture
 # keys of `Image.info`
 REDUCTION = "reduction"  # 1, 2, 4 or 8
-NOTES = "notes"  # warnings for the user, printed after the file's name
+NOTES = "notes"  # warnings for the user, shown after the file's name
 
 WHITE = (255, 255, 255)
 LANCZOS = Image.Resampling.LANCZOS

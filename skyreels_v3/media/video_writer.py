@@ -86,7 +86,7 @@ def write_video(
 def write_frame_folder(
     frames: Iterable[np.ndarray], folder: Path, *, comment: str, workspace: Path | None = None
 ) -> Path:
-    """Write frames, uint8 [H, W, 3], as they arrive to 00000.png, 00001.png, ... in a new folder, lossless.
+    """Write frames, uint8 [H, W, 3], as they arrive to 00000.png, 00001.png, ... in a new folder, losslessly.
 
     Frames, names and interruptions are handled as in `write_video`; a partial folder is named `<name>.partial`. Every
     file carries `comment` in a PNG text chunk, so that a frame copied elsewhere still says how it was made.
