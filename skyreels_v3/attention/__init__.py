@@ -1,1 +1,1 @@
-"""Attention kernels: one function type, chosen once and handed to the model."""
+"""Attention kernels: one function type, chosen once and passed to the model."""

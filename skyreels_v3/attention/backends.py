@@ -1,7 +1,7 @@
-"""The attention function that is handed to the models, and the choice of its kernel.
+"""The attention function passed to the models, and the choice of its kernel.
 
 An `AttentionFn` maps q (B, Lq, N, D), k and v (B, Lk, N, D) to (B, Lq, N, D): full softmax attention, scale 1/sqrt(D),
-no mask. Models never look for kernels themselves.
+no mask. Models never choose kernels themselves.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 MIN_CUDNN = 91501  # 9.15.1, the first that torch itself prefers; older ones access invalid memory
 PROBE_SHAPE = (1, 256, 2, 128)  # (B, L, N, D); D as in all published checkpoints
-MANY_TOKENS = 100_000  # beyond which users of 8-bit kernels have seen noise
+MANY_TOKENS = 100_000  # above this, users of 8-bit kernels have seen noise
 TOLERANCE = 0.1  # the values are up to 0.7, and 8-bit kernels are off by 0.02
 MAX_REASON = 300  # characters of a library's own error message
 
@@ -55,7 +55,7 @@ def dispatched(backend: str) -> AttentionFn:
     """The kernel that diffusers' attention dispatcher calls `backend`.
 
     Raises:
-        ValueError: the installed diffusers does not know it.
+        ValueError: the installed diffusers does not have it.
         RuntimeError: the package that it needs is missing or too old.
     """
     # imports every kernel package that is installed, which takes seconds
@@ -67,7 +67,7 @@ def dispatched(backend: str) -> AttentionFn:
 
 
 class AttentionByStep:
-    """A kernel, or instead of it an exact one in the steps in which `use_exact` is set."""
+    """Attention with `kernel`, or with `exact` in the steps for which `use_exact` is set."""
 
     def __init__(self, kernel: AttentionFn, exact: AttentionFn) -> None:
         self.kernel, self.exact = kernel, exact
@@ -78,10 +78,10 @@ class AttentionByStep:
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype, tokens: int = 0) -> tuple[str, AttentionFn]:
-    """The kernel `name`, one of `kernels.ATTENTIONS`, tried on the device; for "auto" the fastest exact one.
+    """Choose the kernel `name`, one of `kernels.ATTENTIONS`, and test it; "auto" means the fastest exact one.
 
     Args:
-        tokens: of the longest sequence; an 8-bit kernel is tried on as many.
+        tokens: length of the longest sequence, with which 8-bit kernels are tested.
 
     Returns:
         The kernel's name (for "auto", of the one chosen) and its function.
@@ -113,8 +113,8 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype, tokens
 
 
 def gpu_facts(device: torch.device) -> tuple[tuple[int, int] | None, int]:
-    """An NVIDIA GPU's compute capability and torch's cuDNN version, such as (9, 0) and 92000; elsewhere None and 0."""
-    if device.type != "cuda" or torch.version.hip is not None:  # AMD numbers both in its own way
+    """An NVIDIA GPU's compute capability and torch's cuDNN version, such as (9, 0) and 92000; otherwise None and 0."""
+    if device.type != "cuda" or torch.version.hip is not None:  # AMD numbers both differently
         return None, 0
     version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     return torch.cuda.get_device_capability(device), version or 0
@@ -123,10 +123,10 @@ def gpu_facts(device: torch.device) -> tuple[tuple[int, int] | None, int]:
 def preferred(
     capability: tuple[int, int] | None, cudnn_version: int, installed: Collection[str], dtype: torch.dtype
 ) -> str:
-    """The name of the fastest exact kernel, for a GPU as described by `gpu_facts`.
+    """The name of the fastest exact kernel for a GPU described by `gpu_facts`.
 
-    On Hopper and Blackwell data center GPUs cuDNN's kernel, and on Hopper FlashAttention 3 too, is about twice as fast
-    as torch's own choice. On other GPUs they differ by a few percent either way.
+    On Hopper and Blackwell data center GPUs, cuDNN's kernel is about twice as fast as torch's own choice, and so is
+    FlashAttention 3 on Hopper. On other GPUs they differ by a few percent either way.
     """
     if capability is None or dtype not in (torch.bfloat16, torch.float16):
         return "sdpa"
@@ -136,10 +136,10 @@ def preferred(
 
 
 def load_kernel(name: str, device: torch.device, dtype: torch.dtype, tokens: int = 0) -> AttentionFn:
-    """A kernel, after comparing its values on the device with those of `sdpa` in float32.
+    """Load a kernel and check its output on the device against that of `sdpa` in float32.
 
     Raises:
-        UserError: it is not available, fails, or its values are wrong.
+        UserError: it is not available, fails, or its output is wrong.
     """
     check_attention(name, device.type, str(dtype).removeprefix("torch."))
     if name == "sdpa":
@@ -147,7 +147,7 @@ def load_kernel(name: str, device: torch.device, dtype: torch.dtype, tokens: int
     backend, shape = KERNELS[name].backend, PROBE_SHAPE
     if not KERNELS[name].exact:
         shape = (1, max(tokens, PROBE_SHAPE[1]), 1, PROBE_SHAPE[3])
-    generator = torch.Generator().manual_seed(0)  # of its own, to leave the run's random numbers alone
+    generator = torch.Generator().manual_seed(0)  # separate, to leave the run's random numbers alone
     inputs = torch.randn((3, *shape), generator=generator).to(device, dtype)
     try:
         attention = cudnn if backend is None else dispatched(backend)
@@ -163,7 +163,7 @@ def load_kernel(name: str, device: torch.device, dtype: torch.dtype, tokens: int
 def attention_map(query: Tensor, key: Tensor) -> Tensor:
     """Softmax weights (B, Lq, Lk), averaged over the heads, in float32.
 
-    One head at a time, since for a video's tokens the weights of all heads would not fit into memory.
+    One head at a time, since for a video's tokens the weights of all heads would not fit in memory.
     """
     scale = query.shape[-1] ** -0.5
     total = query.new_zeros((query.shape[0], query.shape[1], key.shape[1]), dtype=torch.float32)

@@ -1,6 +1,6 @@
-"""The attention kernels to choose from, and what each needs. No torch, so that the command line can check a choice.
+"""The attention kernels to choose from, and their requirements. No torch, so the command line can check a choice.
 
-Whether a kernel works on this GPU is found out by `backends.choose_attention`.
+`backends.choose_attention` finds out whether a kernel works on this GPU.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ FLAG = "--attention"
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a kernel needs.
+    """A kernel's requirements.
 
     Attributes:
         backend: its name in diffusers' attention dispatcher; None for torch's own kernels.
         package: the package to import, None for torch's own kernels.
-        install: the arguments of `pip install` for it.
-        devices: the types of device it works on.
-        half_only: it does not support float32.
+        install: the arguments for `pip install`.
+        devices: the supported device types.
+        half_only: float32 is not supported.
         exact: False for kernels that round queries, keys or values to 8 bits.
     """
 
@@ -50,13 +50,13 @@ INEXACT = tuple(name for name, kernel in KERNELS.items() if not kernel.exact)
 
 
 def is_installed(name: str) -> bool:
-    """Whether the package that a kernel needs is installed, without importing it."""
+    """Whether the package that a kernel needs is installed; does not import it."""
     package = KERNELS[name].package
     return package is None or has_packages(package)
 
 
 def check_attention(name: str, device: str, dtype: str | None = None) -> None:
-    """Check a choice as far as that is possible without torch.
+    """Check a choice of kernel as far as possible without torch.
 
     Args:
         name: one of `ATTENTIONS`.

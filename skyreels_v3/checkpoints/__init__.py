@@ -1,1 +1,1 @@
-"""Where checkpoints come from, what their keys mean, and how they get into models."""
+"""Checkpoints: finding or downloading them, translating their keys, loading and saving models."""

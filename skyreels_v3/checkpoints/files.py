@@ -17,25 +17,25 @@ from skyreels_v3.checkpoints.gguf import read_gguf
 from skyreels_v3.errors import CheckpointError, UserError, format_value
 
 MAIN_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-PICKLE = "pytorch_model.bin"  # transformers' older format, read where there is no safetensors file
+PICKLE = "pytorch_model.bin"  # transformers' older format, read if there is no safetensors file
 OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt")
 FLAT_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json")
-TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # one of them is needed
+TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either is enough
 
 
 @dataclass(frozen=True)
 class Repository:
-    """What a task needs of a repository on a hub, or of a folder with the same files.
+    """What a task needs from a repository on a hub, or from a folder with the same files.
 
     Attributes:
-        flag: names the repository or the folder.
-        kind: what error messages call a folder of it.
+        flag: the flag that names the repository or the folder.
+        kind: what error messages call such a folder.
         model_id: of the published one.
         components: where the weights of each component are: folders with a config.json and weights (`.` for the
             repository's root), and .pth files.
         tokenizers: folders with a tokenizer.
         files: other files that are needed.
-        extras: patterns of files that are fetched where there are such.
+        extras: patterns of optional files, fetched if they exist.
     """
 
     flag: str
@@ -53,28 +53,28 @@ class Repository:
 
     @property
     def single_files(self) -> list[str]:
-        """The files that are needed beside those of `folders` and `tokenizers`."""
+        """The files needed besides those in `folders` and `tokenizers`."""
         return [*(path for path in chain(*self.components.values()) if path.endswith(".pth")), *self.files]
 
     @property
     def patterns(self) -> list[str]:
-        """Glob patterns of all files."""
+        """Glob patterns of all files to fetch."""
         folders = [f"{folder}/*" for folder in (*self.folders, *self.tokenizers) if folder != "."]
         return [*(FLAT_PATTERNS if "." in self.folders else ()), *folders, *self.single_files, *self.extras]
 
     def without(self, component: str) -> Repository:
-        """What is needed where the weights of a component come from elsewhere: of its folders, the configs."""
+        """The same without a component's weights, which come from elsewhere; the configs of its folders stay."""
         others = {name: paths for name, paths in self.components.items() if name != component}
         folders = (path for path in self.components[component] if path in self.folders)
         configs = (Path(path, "config.json").as_posix() for path in folders)
         return replace(self, components=others, files=(*self.files, *configs))
 
     def weights(self, folder: Path, component: str) -> list[Path]:
-        """The files of a component's weights in `folder`, which has been checked."""
+        """The weight files of a component in `folder`, which has been checked."""
         return [file for path in self.components[component] for file in weight_files(folder / path)]
 
     def check(self, folder: Path, flag: str) -> None:
-        """Raise UserError about `flag` if a file is missing from `folder`, or is truncated or damaged."""
+        """Raise UserError about `flag` if a file in `folder` is missing, truncated or damaged."""
         with errors_about(flag):
             names = [*(str(Path(name, "config.json")) for name in self.folders), *self.single_files]
             weights = {str(Path(name, "*.safetensors")): weight_files(folder / name) for name in self.folders}
@@ -92,7 +92,7 @@ class Repository:
 
 @contextmanager
 def errors_about(flag: str) -> Iterator[None]:
-    """Raise errors about the files of a checkpoint as UserErrors about `flag`."""
+    """Turn errors about a checkpoint's files in a `with` block into UserErrors about `flag`."""
     try:
         yield
     except CheckpointError as error:
@@ -102,15 +102,15 @@ def errors_about(flag: str) -> Iterator[None]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files of a component's weights: `path` itself, or what is in that folder; none where there are none.
+    """The weight files of a component: `path` itself, or those in that folder; empty if there are none.
 
     Raises:
-        CheckpointError: shards are missing, files that no index names, or only files in a format that is not read.
+        CheckpointError: shards are missing, several files have no index, or all are of an unsupported format.
     """
     if path.is_file():
         return [path]
     for index in sorted(path.glob("*.safetensors.index*.json"), key=lambda index: (len(index.name), index.name)):
-        return indexed_files(index)  # of the shortest name: variants are read only where there is nothing else
+        return indexed_files(index)  # of the shortest name: variants are read only if there is nothing else
     patterns = ("*.safetensors", "*.gguf", PICKLE)
     found = next(filter(None, ([file for file in sorted(path.glob(one)) if file.is_file()] for one in patterns)), [])
     files = [file for file in found if file.name in MAIN_FILES] or found
@@ -124,7 +124,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def indexed_files(index: Path) -> list[Path]:
-    """The shards that an index names, all beside it."""
+    """The shards that an index names; all must be in its folder."""
     try:
         files = [index.parent / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     except (KeyError, AttributeError, TypeError) as error:
@@ -146,7 +146,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_sizes(folder: Path, names: Collection[str]) -> dict[str, int]:
-    """The entries of config.json that are in `names`: sizes, each a positive whole number."""
+    """Read the sizes in `names` from config.json, if it has them; each must be a positive integer."""
     sizes = {key: value for key, value in read_json(folder / "config.json").items() if key in names}
     for key, value in sizes.items():
         if type(value) is not int or value < 1:
@@ -158,7 +158,7 @@ def read_sizes(folder: Path, names: Collection[str]) -> dict[str, int]:
 
 @contextmanager
 def open_safetensors(file: Path, framework: str = "np") -> Iterator[Any]:
-    """The safetensors library's view of a file, whose header it has checked against the file's size.
+    """Open a safetensors file, whose header the library checks against the file's size.
 
     Raises:
         CheckpointError: the file cannot be read, or is truncated or damaged.
@@ -178,7 +178,7 @@ def check_file(file: Path) -> None:
     elif file.suffix == ".gguf":
         read_gguf(file)
     elif file.suffix in (".pth", ".bin"):
-        if not zipfile.is_zipfile(file):  # what torch writes
+        if not zipfile.is_zipfile(file):  # the format that torch writes
             raise CheckpointError(f"{file} is truncated or no {file.suffix} checkpoint; download it again")
     else:
         with open_safetensors(file):

@@ -1,14 +1,14 @@
-"""What weight files hold: weights as they are, or quantized in one of the forms that others publish. No torch.
+"""Recognizing how files store weights: plain, or quantized in one of the published formats. No torch.
 
-All is told by the header of a file: the names, types and shapes of its tensors, and its metadata. Read are
+The headers of the files are enough: names, types and shapes of the tensors, and the metadata. Supported are
 
-- scales beside float8 or int8 matrices, one for a matrix or one for each row: our own, ComfyUI's and ModelOpt's
+- float8 or int8 matrices with a scale for the matrix or for each row: our own, ComfyUI's and ModelOpt's
   (`weight_scale`), and ComfyUI's older ones (`scale_weight`). Scales of activations are not needed;
 - float8 matrices that were merely cast;
 - GGUF files.
 
-A quantized matrix that lost its scale, or a scale that is left over, makes noise without any other error. So every key
-that only quantized files have is matched with a matrix, or the file is refused by that key.
+A quantized matrix without its scale, or a scale without its matrix, would yield noise without any other error. So every
+key that only quantized files have must match a matrix, or the file is refused with that key.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FLOAT8 = ("F8_E4M3", "F8_E5M2")
 SCALED = (*FLOAT8, "I8")  # types of matrices with scales
 PLAIN = ("F64", "F32", "F16", "BF16")  # of weights that are not quantized, and of scales
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of all keys in repackaged transformers
-# Keys of forms that are not read, and what these are called
+# Keys of unsupported formats, and the names of these
 REFUSED = (
     (r".+\.weight_scale_2", "NVFP4"),
     (r".+\.pre_quant_scale", "AWQ"),
@@ -43,13 +43,13 @@ REFUSED = (
     (r".+\.(?:qweight|qzeros|g_idx)", "4-bit integers"),
     (r".+\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+|SCB)", "bitsandbytes' format"),
 )
-MARKER = re.compile(r"(?:.+\.)?scaled_fp8")  # of ComfyUI's older files: it has scales
+MARKER = re.compile(r"(?:.+\.)?scaled_fp8")  # in ComfyUI's older files: there are scales
 WEIGHT_SCALE = re.compile(rf"(.+)\.(?:scale_weight|{SCALE})")
 INPUT_SCALE = re.compile(r"(.+)\.(?:scale_input|input_scale)")
 LAYER_SETTINGS = re.compile(r"(.+)\.comfy_quant")  # a JSON object as bytes
 HEADER_SETTINGS = "_quantization_metadata"  # of all layers, in the metadata
 MAX_SETTINGS_BYTES = 1 << 16
-# What the settings of a layer may say: its form, and the type of the matrix; other entries
+# A layer's settings: supported formats and their matrix types; unsupported formats; allowed entries
 LAYER_FORMATS = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int8_tensorwise": "I8"}
 FORMAT_NAMES = {"nvfp4": "NVFP4", "mxfp8": "MXFP8", "awq_w4a16": "AWQ", "svdquant_w4a4": "nunchaku's SVDQuant"}
 LAYER_ENTRIES = ("format", "full_precision_matrix_mult", "convrot", "convrot_groupsize")
@@ -65,11 +65,11 @@ class Stored:
 
 @dataclass
 class Header:
-    """What the headers of a model's files say.
+    """The headers of a model's files.
 
     Attributes:
         tensors: by their keys.
-        settings: of quantized layers, where they are written down.
+        settings: of quantized layers, if the files have them.
     """
 
     tensors: dict[str, Stored] = field(default_factory=dict)
@@ -78,14 +78,14 @@ class Header:
 
 @dataclass(frozen=True)
 class Format:
-    """The form of a model's weights.
+    """The format of a model's weights.
 
     Attributes:
         name: for users, such as "scaled FP8"; empty if nothing is quantized.
         kinds: the types of its tensors, that of most weights first.
-        scales: the keys of quantized matrices, with those of their scales.
-        unused: keys that are no weights.
-        ours: whether it is what --save_quantized writes.
+        scales: key of a quantized matrix -> key of its scale.
+        unused: keys that are not weights.
+        ours: whether it is the format that --save_quantized writes.
     """
 
     name: str
@@ -96,12 +96,12 @@ class Format:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether matrices are to stay as they are in the files."""
+        """Whether matrices stay as they are in the files."""
         return not {*self.kinds} <= {*PLAIN}
 
 
 def read_format(files: Sequence[Path]) -> Format:
-    """The form of the weights in a model's files; raises CheckpointError if it is not read."""
+    """The format of the weights in a model's files; raises CheckpointError if it is unsupported."""
     header = Header()
     for file in files:
         if file.suffix in (".safetensors", ".gguf"):  # others hold no quantized weights
@@ -138,7 +138,7 @@ def read_header(file: Path, header: Header) -> None:
 
 
 def parse_settings(content: bytes | str, source: str) -> dict[str, Any]:
-    """The JSON object in a setting."""
+    """Parse the JSON object in a setting; raises CheckpointError if it is not one."""
     try:
         made = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -149,7 +149,7 @@ def parse_settings(content: bytes | str, source: str) -> dict[str, Any]:
 
 
 def recognize(header: Header, source: Path) -> Format:
-    """The form of a model's weights; raises CheckpointError if it is not read, or not complete."""
+    """The format of a model's weights; raises CheckpointError if it is unsupported or incomplete."""
     tensors = header.tensors
     declared = {layer: check_settings(layer, settings, source) for layer, settings in header.settings.items()}
     for pattern, name in REFUSED:
@@ -192,7 +192,7 @@ def recognize(header: Header, source: Path) -> Format:
 
 
 def check_settings(layer: str, settings: object, source: Path) -> str:
-    """The type that a quantized layer's settings give its matrix; raises CheckpointError for others."""
+    """The matrix type in a quantized layer's settings; raises CheckpointError if they are unsupported."""
     if not isinstance(settings, dict):
         raise left_over(source, f"the settings of {layer}")
     name = str(settings.get("format"))
@@ -206,7 +206,7 @@ def check_settings(layer: str, settings: object, source: Path) -> str:
 
 
 def check_scale(key: str, scale: Stored, weight: Stored, source: Path) -> None:
-    """Raise CheckpointError unless there is one scale for a matrix, or one for each of its rows."""
+    """Raise CheckpointError unless there is one scale for the matrix, or one for each of its rows."""
     rows = weight.shape[:1]
     if scale.kind in ("F8_E8M0", "U8"):
         raise refusal(source, "MXFP8", key)

@@ -1,6 +1,6 @@
-"""The header of a GGUF file: its tensors, and the few settings that matter here. No torch.
+"""Reading the header of a GGUF file: its tensors, and the few settings that matter here. No torch.
 
-A file is distrusted: every number in it is checked against the size of the file before it is used.
+Files are not trusted: every number is checked against the size of the file before it is used.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ VERSIONS = (2, 3)
 MAX_HEADER_BYTES = 64 << 20
 MAX_ENTRIES = 1 << 20  # of any list
 MAX_AXES = 8
-NUMBERS = ("B", "b", "H", "h", "I", "i", "f", "?", "", "", "Q", "q", "d")  # formats of the types of values
+NUMBERS = ("B", "b", "H", "h", "I", "i", "f", "?", "", "", "Q", "q", "d")  # struct formats of value types, by number
 STRING, ARRAY = 8, 9
-# Types of tensors by number: name, elements of a block and its bytes; those that are not read have no sizes
+# Tensor types by number: name, elements per block, bytes per block; unsupported ones have no sizes
 TYPES = {
     **{0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2)},
     **{2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34)},
@@ -32,7 +32,7 @@ OTHER_TYPES = {
     **{20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64"},
     **{29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"},
 }
-ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # of a tensor, where the format could not hold it
+ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # prefix of a tensor's shape, for shapes that GGUF cannot hold
 
 T = TypeVar("T")
 
@@ -43,8 +43,8 @@ class GgufTensor:
 
     Attributes:
         kind: the name of its type.
-        shape: the last axis is contiguous.
-        columns: of the stored matrix, whose rows are whole blocks; `shape` may have been another once.
+        shape: the original one; the last axis is contiguous.
+        columns: of the stored matrix, whose rows are whole blocks; its shape may differ from `shape`.
         start: offset in the file, in bytes.
     """
 
@@ -56,7 +56,7 @@ class GgufTensor:
 
 
 class Cursor:
-    """Reads values one after the other, never beyond the end."""
+    """Reads consecutive values, never past the end."""
 
     def __init__(self, content: bytes) -> None:
         self.content, self.place = content, 0
@@ -79,7 +79,7 @@ class Cursor:
         return [read() for _ in range(count)]
 
     def value(self, kind: int) -> Any:
-        """A setting of a type: a number, a text, or a list of either."""
+        """The value of a setting, of type `kind`: a number, a string, or a list of either."""
         if kind == STRING:
             return self.text()
         if kind == ARRAY:
@@ -96,7 +96,7 @@ def read_gguf(file: Path) -> dict[str, GgufTensor]:
     """The tensors of a file, by name.
 
     Raises:
-        CheckpointError: the file cannot be read, is damaged, or has tensors of a type that is not read.
+        CheckpointError: the file cannot be read, is damaged, or has tensors of an unsupported type.
     """
     try:
         size = file.stat().st_size
@@ -141,7 +141,7 @@ def parse(header: bytes, size: int, file: Path) -> dict[str, GgufTensor]:
 
 
 def read_entry(cursor: Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    """Name, shape, number of the type and offset of a tensor."""
+    """Name, shape, type number and offset of a tensor."""
     name, axes = cursor.text(), cursor.number("I")
     if axes > MAX_AXES:
         raise ValueError(f"{axes} axes")

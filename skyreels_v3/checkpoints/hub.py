@@ -1,7 +1,7 @@
-"""Where a checkpoint or a LoRA is: in a folder on this machine, or on a hub, from which it is fetched. No torch.
+"""Finding a checkpoint or a LoRA in a folder on this machine, or downloading it from a hub. No torch.
 
 Only the files that the task needs are fetched. The hub's client keeps them in its cache, where later runs find them
-without asking the hub. After an interrupted download, the next one fetches the files that are not complete.
+without contacting the hub. After an interrupted download, the next one fetches only the incomplete files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from skyreels_v3.tasks import TASK_NAMES, TINY, task_spec
 
 logger = logging.getLogger(__name__)
 
-CACHES = {"huggingface": "HF_HOME", "modelscope": "MODELSCOPE_CACHE"}  # what moves the caches of the hubs' clients
+CACHES = {"huggingface": "HF_HOME", "modelscope": "MODELSCOPE_CACHE"}  # variables that move the hub clients' caches
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 HUB_FILE = re.compile(rf"({HUB_ID.pattern})(?:/((?:[^/.][^/]*/)*[^/.][^/]*\.(?:safetensors|gguf)))?", re.ASCII)
 LORA_CONFIG = "adapter_config.json"
@@ -38,10 +38,10 @@ class FileKind:
     """A flag for a single file of weights.
 
     Attributes:
-        name: what such a file is, for a component as in `Repository`.
+        name: what such a file is; for a component, its name in `Repository`.
         suffixes: of such files.
-        usual: names that are taken where a folder holds several; without any, a hub id must name the file.
-        beside: another file that is needed, if it is there.
+        usual: names that are preferred if a folder holds several files; without any, a hub id must name the file.
+        beside: another file that is fetched with it if it exists.
     """
 
     flag: str
@@ -57,11 +57,11 @@ class FileKind:
         return f"give {file}, a folder with one, or a hub id: {ids}{self.suffixes[0]}"
 
 
-# the usual names are those that diffusers and PEFT give; PEFT has its settings beside the weights
+# the usual names are those of diffusers and PEFT; PEFT stores its settings next to the weights
 LORA = FileKind(
     "--lora", "LoRA", (".safetensors",), ("pytorch_lora_weights.safetensors", "adapter_model.safetensors"), LORA_CONFIG
 )
-# by the fields of a request, which are also the names of what is loaded
+# by field of the request, which is also the name of the loaded component
 COMPONENTS = {
     "transformer": FileKind("--transformer", "transformer", (".safetensors", ".gguf")),
     "text_encoder": FileKind("--text_encoder", "text encoder", (".safetensors",)),
@@ -79,7 +79,7 @@ ENHANCER = Repository(
 
 
 def locate(request: GenerationRequest, repository: Repository, beside: Path | None = None) -> Path | None:
-    """The folder on this machine with a repository's files, checked; None if they must be fetched.
+    """The folder on this machine with a repository's files, checked; None if they must be downloaded.
 
     Args:
         beside: a folder that may have them if the request names none.
@@ -105,10 +105,10 @@ def locate(request: GenerationRequest, repository: Repository, beside: Path | No
 
 
 def local_folder(name: str, flag: str, remedy: str) -> Path | None:
-    """The folder `name`, None if that is a hub id; raises UserError if it is neither."""
+    """The folder `name`; None if that is a hub id; raises UserError if it is neither."""
     given = format_value(name) if name.strip() else "an empty value"
     folder = Path(os.path.expanduser(name))
-    if name.strip() and os.path.isdir(folder):  # unlike Path's, it takes impossible names
+    if name.strip() and os.path.isdir(folder):  # unlike Path's, it accepts invalid names
         if (folder / "snapshots").is_dir():
             raise UserError(
                 flag, f"{given} is a hub's cache of a model; give a folder in {folder}/snapshots, or its id"
@@ -152,7 +152,7 @@ def cache_of(source: str) -> Path:
 
 
 def bytes_to_fetch(request: GenerationRequest, repository: Repository) -> tuple[int, int] | None:
-    """Bytes of all files of a repository that are needed, and of those not yet in the cache; None if unknown."""
+    """Bytes of all needed files of a repository, and of those not yet in the cache; None if unknown."""
     if request.model_source == "modelscope":
         return None
     from huggingface_hub import snapshot_download
@@ -169,14 +169,14 @@ def bytes_to_fetch(request: GenerationRequest, repository: Repository) -> tuple[
 
 
 def download(request: GenerationRequest, repository: Repository) -> Path:
-    """Fetch the files of a repository, unless they are in the cache, and return their folder, checked.
+    """Download the files of a repository, unless they are cached, and return their folder, checked.
 
     Raises:
         UserError: the hub cannot be reached, or does not have the model or all of its files; says what to do.
     """
     name, flag = model_id_of(request, repository), repository.flag
     if (folder := cached(request, name)) is not None:
-        with suppress(UserError):  # not complete
+        with suppress(UserError):  # incomplete
             repository.check(folder, flag)
             return folder
     folder = fetch(request, name, repository.patterns, flag)
@@ -185,7 +185,7 @@ def download(request: GenerationRequest, repository: Repository) -> Path:
 
 
 def cached(request: GenerationRequest, model_id: str) -> Path | None:
-    """The folder of a model in the cache of Hugging Face's client, complete or not; the hub is not asked."""
+    """The folder of a model in Hugging Face's cache, complete or not; the hub is not contacted."""
     if request.model_source != "modelscope":
         from huggingface_hub import snapshot_download
 
@@ -195,7 +195,7 @@ def cached(request: GenerationRequest, model_id: str) -> Path | None:
 
 
 def ask(model_id: str) -> None:
-    """Raise TimeoutError if Hugging Face's hub does not answer, for which its client would wait forever."""
+    """Raise TimeoutError if Hugging Face's hub does not respond; its client would wait forever."""
     import httpx
     from huggingface_hub import HfApi
 
@@ -203,12 +203,12 @@ def ask(model_id: str) -> None:
         HfApi().model_info(model_id, timeout=LIST_SECONDS)
     except httpx.TimeoutException as error:
         raise TimeoutError(f"no answer within {LIST_SECONDS:g} s") from error
-    except Exception as error:  # the client meets it again, and may do with its cache
+    except Exception as error:  # the client will get it too, and its cache may be enough
         logger.debug("%s cannot be asked for: %s", model_id, error)
 
 
 def fetch(request: GenerationRequest, model_id: str, patterns: Iterable[str], flag: str) -> Path:
-    """The folder of a model with the files that match the patterns; failures are UserErrors about `flag`."""
+    """Download a model's files that match the patterns and return its folder; failures are UserErrors about `flag`."""
     patterns = list(patterns)
     logger.info("fetching %s from %s: %s", model_id, request.model_source, ", ".join(patterns))
     if request.model_source == "modelscope":
@@ -229,7 +229,7 @@ def fetch(request: GenerationRequest, model_id: str, patterns: Iterable[str], fl
         except BaseException as error:
             fetched.set_exception(error)
 
-    # a daemon, or Ctrl-C would wait for the client, which first finishes the files that it is fetching
+    # a daemon, or Ctrl-C would wait for the client to finish the files that it is fetching
     Thread(target=run, daemon=True).start()
     try:
         return Path(fetched.result())
@@ -241,7 +241,7 @@ def fetch(request: GenerationRequest, model_id: str, patterns: Iterable[str], fl
 
 
 def fetch_error(request: GenerationRequest, model_id: str, flag: str, error: Exception) -> UserError:
-    """An error of a hub's client as a UserError."""
+    """A hub client's error as a UserError."""
     other = "huggingface" if request.model_source == "modelscope" else "modelscope"
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     remedy = f"check the id and the connection, try --model_source {other}"
@@ -253,7 +253,7 @@ def fetch_error(request: GenerationRequest, model_id: str, flag: str, error: Exc
 
 
 def status_of(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error, None if the hub did not answer."""
+    """The HTTP status behind an error, None if the hub did not respond."""
     while error is not None:
         if (status := getattr(getattr(error, "response", None), "status_code", None)) is not None:
             return status
@@ -262,10 +262,10 @@ def status_of(error: BaseException | None) -> int | None:
 
 
 def list_files(request: GenerationRequest, model_id: str, flag: str) -> list[str]:
-    """The files of a model on its hub; empty if the hub cannot be asked, since what is in the cache may do.
+    """The files of a model on its hub; empty if the hub cannot be reached, since the cache may be enough.
 
     Raises:
-        UserError: about `flag`, if the hub answers that there is no such model, or that access is restricted.
+        UserError: about `flag`, if the hub says that there is no such model, or that access is restricted.
     """
     if request.model_source == "modelscope":  # the download will tell
         return []
@@ -281,7 +281,7 @@ def list_files(request: GenerationRequest, model_id: str, flag: str) -> list[str
 
 
 def check_on_hub(request: GenerationRequest) -> None:
-    """Raise UserError for files and models that the hub does not have, or does not give to this user."""
+    """Raise UserError for files and models that the hub does not have, or that this user may not access."""
     for name, kind in single_files(request):
         if locate_file(name, kind) is None:
             file_on_hub(name, request, kind)
@@ -294,18 +294,18 @@ def check_on_hub(request: GenerationRequest) -> None:
 
 
 def components_of(request: GenerationRequest) -> dict[str, str]:
-    """What a request gives for the components that it takes from files of their own, by the keys of COMPONENTS."""
+    """The separate files that a request gives for components, by the keys of COMPONENTS."""
     return {field: name for field in COMPONENTS if (name := getattr(request, field)) is not None}
 
 
 def single_files(request: GenerationRequest) -> list[tuple[str, FileKind]]:
-    """All that a request takes from files of their own: components, and LoRAs."""
+    """All separate files that a request gives: components and LoRAs."""
     components = [(name, COMPONENTS[field]) for field, name in components_of(request).items()]
     return [*components, *((lora.source, LORA) for lora in request.lora)]
 
 
 def locate_file(name: str, kind: FileKind) -> Path | None:
-    """A file that is on this machine, checked; None if it must be fetched from a hub.
+    """A file on this machine, checked; None if it must be downloaded from a hub.
 
     Args:
         name: a file, a folder that holds one, or a hub id (OWNER/NAME or OWNER/NAME/FILE).
@@ -315,12 +315,12 @@ def locate_file(name: str, kind: FileKind) -> Path | None:
     """
     given = format_value(name) if name.strip() else "an empty value"
     path = Path(os.path.expanduser(name))
-    if name.strip() and os.path.isdir(path):  # unlike Path's, it takes impossible names
+    if name.strip() and os.path.isdir(path):  # unlike Path's, it accepts invalid names
         with errors_about(kind.flag):
             path = path / choose_file(os.listdir(path), given, kind)
     elif not os.path.isfile(path):
         match = HUB_FILE.fullmatch(name)
-        mistyped = Path(name).suffix in (".safetensors", ".gguf", *OTHER_FORMATS)  # rather a file's name than a hub id
+        mistyped = Path(name).suffix in (".safetensors", ".gguf", *OTHER_FORMATS)  # a file name rather than a hub id
         if match is not None and match[2] is not None:
             mistyped = os.path.isdir(os.path.dirname(name)) or Path(name).suffix not in kind.suffixes
         if match is None or mistyped or not (match[2] or kind.usual):
@@ -331,7 +331,7 @@ def locate_file(name: str, kind: FileKind) -> Path | None:
 
 
 def choose_file(names: Collection[str], where: str, kind: FileKind) -> str:
-    """The file among those of a folder or of a hub's model: the one with a usual name, or the only one."""
+    """Choose from the files of a folder or hub model: the one with a usual name, or the only one."""
     found = sorted(name for name in names if name.endswith(kind.suffixes) and "/" not in name)
     usual = [name for name in kind.usual if name in found]
     if not usual and len(found) != 1:
@@ -353,10 +353,10 @@ def check_single_file(file: Path, kind: FileKind) -> None:
 
 
 def file_on_hub(name: str, request: GenerationRequest, kind: FileKind) -> tuple[str, str | None]:
-    """The model that a file's hub id names, and the file in it, None where only the download can tell.
+    """The model that a file's hub id names, and the file in it, None if only the download can tell.
 
     Raises:
-        UserError: there is no such model or file, or several files may be meant.
+        UserError: there is no such model or file, or the choice of file is ambiguous.
     """
     check_client(request)
     match = HUB_FILE.fullmatch(name)
@@ -373,10 +373,10 @@ def file_on_hub(name: str, request: GenerationRequest, kind: FileKind) -> tuple[
 
 
 def download_file(name: str, request: GenerationRequest, kind: FileKind) -> Path:
-    """Fetch a file from the request's hub, with what is needed beside it, and return its path, checked.
+    """Download a file from the request's hub, with what is needed beside it, and return its path, checked.
 
     Args:
-        name: a hub id for which `locate_file` gave None.
+        name: a hub id for which `locate_file` returned None.
 
     Raises:
         UserError: the hub cannot be reached or does not have the file; says what to do.

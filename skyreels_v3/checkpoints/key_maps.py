@@ -1,8 +1,8 @@
-"""Key maps: what a checkpoint file calls a weight, and what our models and the libraries call it.
+"""Key maps: from the names of weights in checkpoint files to those in our models and the libraries.
 
 A map is a tuple of (pattern, target) pairs. The first pattern that matches a whole key applies, and its groups may be
-used in the target. A tuple of targets is for a tensor of several weights, stacked along its first axis.
-Target None drops a key that is known but not part of the model.
+used in the target. A tuple of targets splits a tensor of several weights, stacked along its first axis.
+A target of None drops a key that is known but not part of the model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def rename_layers(pattern: str, target: str, names: Mapping[str, str | Sequence[
     Args:
         pattern: the prefix in the file; `#` stands for a block's number.
         target: the prefix in the model.
-        names: for each layer, a pattern without groups, its name in the model; or several, if they are stacked.
+        names: maps a layer, a pattern without groups, to its name in the model, or to several if they are stacked.
     """
     number = target.count("#") + 1  # of the group that matches the parameter's name
     pattern, target = pattern.replace(".", r"\.").replace("#", r"(\d+)"), target.replace("#", r"\1")
@@ -49,7 +49,7 @@ def invert(key_map: KeyMap) -> KeyMap:
     The groups of a pattern become references in the new target, and the references of a target become groups.
     """
     inverse: list[tuple[str, Target]] = []
-    for pattern, target in reversed(key_map):  # plain names come after other spellings
+    for pattern, target in reversed(key_map):  # reversed, since plain names come after other spellings
         if not isinstance(target, str):
             continue
         groups = re.findall(r"\((?!\?:)(?:[^()]|\([^()]*\))*\)", pattern)

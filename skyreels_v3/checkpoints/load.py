@@ -1,8 +1,8 @@
-"""From checkpoint files to a model: build it on meta, map the files into memory, assign strictly.
+"""Loading a model from checkpoint files: build it on meta, memory-map the files, assign strictly.
 
 No weight is initialized, and none is copied unless its dtype changes: parameters are views of the mapped files, read
-from disk when first used. Every key of a file and every entry of a config must have its place in the model; any other
-raises a `CheckpointError` that names file and key.
+from disk when first used. Every key of a file and every entry of a config must belong to the model; any other raises a
+`CheckpointError` that names file and key.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 WEIGHTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8)  # dtypes of weights
 OWN_CONFIG = "give the model's own config"
 OWN_FILE = "give the model's own file"
-# Entries of configs that are sizes: at most the number of tensors, or the length of the longest axis of one.
+# Config entries that are sizes: at most the number of tensors, or the length of any tensor's longest axis.
 COUNT = re.compile(r"num_(?:\w+_)?layers|layers_per_block|num_res_blocks")
 WIDTH = re.compile(
     r"num_(?:\w+_)?heads|(?:attention_)?head_dim|(?:hidden|intermediate|vocab)_size|d_model|d_kv|d_ff|dim_mult|"
@@ -46,18 +46,18 @@ NAMED_KEYS = 5  # in an error message
 GGUF_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 Tensors = dict[str, Tensor]
-Weights = dict[str, Tensor | Packed]  # matrices of quantized files as they are
+Weights = dict[str, Tensor | Packed]  # quantized matrices as stored in the file
 
 
 def read_tensors(path: Path, values: bool = True) -> Weights:
-    """All weights of a file, or of a folder with one file or an index of shards; memory-mapped.
+    """Read all weights of a file, or of a folder with one file or an index of shards; memory-mapped.
 
     Args:
         values: False for tensors on meta, for which only the files' headers are read.
 
     Raises:
-        CheckpointError: a file is missing, damaged, or holds something other than tensors, or weights that are
-            quantized in a form that is not read (see formats.py).
+        CheckpointError: a file is missing, damaged, or holds something other than tensors, or the weights are quantized
+            in an unsupported format (see formats.py).
     """
     files = weight_files(path)
     form = read_format(files)
@@ -85,7 +85,7 @@ def read_tensors(path: Path, values: bool = True) -> Weights:
 
 
 def with_scale(weight: Tensor, scale: Tensor) -> Packed:
-    """A quantized matrix with its scale, or one for each row."""
+    """A quantized matrix with one scale, or one per row."""
     scales = scale.float().flatten().expand(len(weight)).contiguous()
     return Packed(weight, tuple(weight.shape), scales)
 
@@ -97,8 +97,8 @@ def on_meta(weight: Tensor | Packed) -> Tensor | Packed:
 def check_cast(weights: Weights, source: Path) -> None:
     """Raise CheckpointError for FP8 weights that lost their scale.
 
-    Weights that were merely cast to FP8 are accepted: published ones stay far below the end of its range, while those
-    that were divided by a scale fill it. The first matrix tells.
+    Weights that were merely cast to FP8 are accepted: published ones stay far below its maximum, while those that were
+    divided by a scale use the full range. The first matrix is enough to tell.
     """
     for name, weight in weights.items():
         if isinstance(weight, Packed) and weight.dtype in FP8:
@@ -133,7 +133,7 @@ def read_pickle(file: Path) -> Tensors:
     """The tensors of one .pth or .bin file, memory-mapped; nothing but tensors is unpickled."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged pickle raises whatever it runs into; torch's message may advise the worst
+    except Exception as error:  # a damaged pickle may raise anything; torch's message may suggest unsafe loading
         raise CheckpointError(f"{file} is damaged or holds something other than tensors; download it again") from error
     items = content.items() if isinstance(content, dict) else [(None, None)]
     if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in items):
@@ -142,7 +142,7 @@ def read_pickle(file: Path) -> Tensors:
 
 
 def read_ahead(files: Sequence[Path]) -> None:
-    """Have the system read files into free memory in the background, before their mapped weights are used."""
+    """Have the system read files into its page cache in the background, if they fit into free memory."""
     size = sum(file.stat().st_size for file in files)
     if not hasattr(os, "posix_fadvise") or size > psutil.virtual_memory().available:
         return
@@ -161,14 +161,14 @@ def read_ahead(files: Sequence[Path]) -> None:
 def read_config(
     folder: Path, tensors: Weights, constants: Mapping[str, object], names: Collection[str] | None = None
 ) -> dict[str, Any]:
-    """The arguments of a model in the config.json of `folder`, checked against the tensors beside it.
+    """Read a model's arguments from the config.json of `folder`, checked against the tensors next to it.
 
     Args:
-        constants: entries that must have these values, if they are there; they are not arguments.
-        names: of all arguments; None if the model's class takes any.
+        constants: entries that must have these values, if present; they are not arguments.
+        names: of all arguments; None if the model's class accepts any.
 
     Raises:
-        CheckpointError: a value that is not supported, an unknown entry, or a size larger than the tensors have.
+        CheckpointError: an unsupported value, an unknown entry, or a size larger than the tensors have.
     """
     source = folder / "config.json"
     config = {key: value for key, value in read_json(source).items() if not key.startswith("_")}
@@ -185,7 +185,7 @@ def read_config(
 
 
 def check_sizes(config: Mapping[str, Any], tensors: Weights, source: Path) -> None:
-    """Raise CheckpointError for entries of a config that are no valid numbers, or larger than the tensors allow."""
+    """Raise CheckpointError for entries of a config that are not valid numbers, or larger than the tensors allow."""
     longest = max((axis for tensor in tensors.values() for axis in tensor.shape), default=0)
     if config.get("quantization_config"):
         raise CheckpointError(f"{source}: quantization_config is not supported; {REMEDY}")
@@ -205,7 +205,7 @@ def check_sizes(config: Mapping[str, Any], tensors: Weights, source: Path) -> No
 
 
 def load_tokenizer(folder: Path, kind: Any) -> Any:
-    """The tokenizer in `folder`, of a class of transformers'; no code of the checkpoint is run."""
+    """Load the tokenizer in `folder` as transformers' class `kind`; no code of the checkpoint is run."""
     try:
         return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises no narrower class
@@ -213,7 +213,7 @@ def load_tokenizer(folder: Path, kind: Any) -> Any:
 
 
 def shape_of(key: str, axes: int, tensors: Weights, source: Path) -> tuple[int, ...]:
-    """The shape of the tensor `key`, from which a model's sizes are derived; it must have so many axes."""
+    """The shape of the tensor `key`, from which a model's sizes are derived; it must have `axes` axes."""
     if key not in tensors:
         raise CheckpointError(f"{source} lacks {key}, which the model's sizes are read from; {OWN_FILE}")
     shape = tuple(tensors[key].shape)
@@ -235,7 +235,7 @@ def load_model(
     buffers: Mapping[str, Tensor] | None = None,
     blocks: Callable[[Any], Iterable[nn.Module]] = lambda model: getattr(model, "blocks", ()),
 ) -> Any:
-    """Build a model on meta and give it its weights.
+    """Build a model on meta and assign its weights.
 
     Args:
         build: makes the model; called with meta as the default device.
@@ -245,14 +245,14 @@ def load_model(
         key_map: from the checkpoint's names to the model's.
         float32_names: weights with one of these in their dotted name are float32, whatever `dtype` is.
         buffers: values of the model's buffers, by name.
-        blocks: the parts of a model whose linear layers may stay quantized; a model that has blocks names them itself.
+        blocks: returns the modules whose linear layers may stay quantized; by default the model's own `blocks`.
 
     Returns:
         The model in eval mode, without gradients. Quantized matrices in its blocks become quantized layers.
 
     Raises:
-        CheckpointError: missing, unexpected or misshapen keys, by name; dtypes that hold no weights; or sizes that no
-            model can have.
+        CheckpointError: missing, unexpected or misshapen keys, by name; dtypes that weights cannot have; or sizes that
+            no model can have.
     """
     with config_errors(source), torch.device("meta"):
         model = build()
@@ -279,10 +279,10 @@ def load_model(
 def set_quantized_layers(
     model: nn.Module, inside: Collection[nn.Module], weights: Weights, float32_names: Collection[str]
 ) -> Weights:
-    """Replace those of a model's linear layers whose weights are quantized; returns the tensors of all layers.
+    """Replace a model's linear layers whose weights are quantized; returns the tensors of all layers.
 
     Args:
-        inside: the layers that may be replaced. Elsewhere weights are small, and some layers are asked for their dtype.
+        inside: the layers that may be replaced. Elsewhere weights are small, and some code reads the dtype of layers.
     """
     whole: Weights = {}
     for name, weight in weights.items():
@@ -298,7 +298,7 @@ def set_quantized_layers(
 
 @contextmanager
 def config_errors(source: Path) -> Iterator[None]:
-    """Turn whatever the libraries' classes raise for strange sizes or names into a CheckpointError."""
+    """Turn anything that the libraries' classes raise for strange sizes or names into a CheckpointError."""
     try:
         yield
     except Exception as error:
@@ -308,7 +308,7 @@ def config_errors(source: Path) -> Iterator[None]:
 def rename(
     tensors: Mapping[str, Tensor | Packed], key_map: KeyMap, source: Path, expected: Mapping[str, Tensor]
 ) -> Weights:
-    """Tensors under their model's names; stacked ones are split into views, whose shapes are checked later.
+    """Rename tensors to the model's names; stacked ones are split into views, whose shapes are checked later.
 
     Args:
         expected: the model's parameters, which tell how many rows each part has.
@@ -351,7 +351,7 @@ def check_keys(expected: Mapping[str, Tensor], found: Weights, source: Path, key
 
 
 def check_dtypes(tensors: Mapping[str, Tensor | Packed], source: Path) -> None:
-    """Raise CheckpointError for tensors whose dtype does not hold weights."""
+    """Raise CheckpointError for tensors with a dtype that weights cannot have."""
     wrong = {
         key: tensor.dtype
         for key, tensor in tensors.items()
@@ -371,7 +371,7 @@ def check_finite(model: nn.Module, name: str) -> None:
 
 
 def name_some(names: Iterable[str]) -> str:
-    """The first names of a list, and how many more there are."""
+    """The first few names in order, and how many more there are."""
     names = sorted(names)
     more = f" and {len(names) - NAMED_KEYS} more" if len(names) > NAMED_KEYS else ""
     return ", ".join(names[:NAMED_KEYS]) + more

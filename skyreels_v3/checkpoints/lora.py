@@ -1,13 +1,13 @@
-"""LoRA files, under the names that different trainers use, and the two ways to apply them: fused or live.
+"""Reading LoRA files in the naming schemes of different trainers, and the two ways to apply them: fused or live.
 
-A LoRA adds scale * (alpha / rank) * B @ A to a weight: a low-rank pair. Files that were extracted from a trained model
-hold differences beside the pairs, which are added times the scale: of whole weights (`diff`; of norms, mostly), biases
-(`diff_b`) and modulation (`diff_m`). Entries for weights that the model does not have are refused, or left out on
-request; any other kind of entry is refused.
+A low-rank pair adds scale * (alpha / rank) * B @ A to a weight. Files that were extracted from a trained model also
+hold differences, which are added times the scale: of whole weights (`diff`; norms, mostly), biases (`diff_b`) and
+modulation (`diff_m`). Entries for weights that the model lacks are refused, or left out on request; any other kind of
+entry is refused.
 
 Fused, the LoRA becomes part of the weights, and inference costs no more than without it. Live, PEFT computes the two
-thin products of each low-rank pair beside its linear layer, and the memory-mapped weights stay as they are. The rest,
-changes to biases, norms, modulation and convolutions, is small and always fused.
+thin products of each low-rank pair next to its linear layer, and the memory-mapped weights stay as they are. Changes to
+biases, norms, modulation and convolutions are small, and are always fused.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ logger = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
-Parts = dict[str, str]  # of a layer in a file: the key of each part
+Parts = dict[str, str]  # of a layer: part -> its key in the file
 
 PEFT_PREFIX = "base_model.model."
-FLAT_PREFIX = re.compile(r"lora_unet__?")  # of kohya's and musubi's names, which have underscores for dots
+FLAT_PREFIX = re.compile(r"lora_unet__?")  # of kohya's and musubi's names, with underscores for dots
 ENTRY = re.compile(
     r"(?:(?:base_model\.model|transformer|(?:model\.)?diffusion_model)\.)*(?P<layer>.+?)"
     r"\.(?:(?:(?P<A>lora_A|lora_down|lora\.down)|(?P<B>lora_B|lora_up|lora\.up))(?:\.\w+)?\.weight"
     r"|(?P<alpha>alpha)|(?P<weight>diff|w_norm)|(?P<bias>diff_b|b_norm)|(?P<modulation>diff_m))"
 )
 TEXT_ENCODER = re.compile(r"(?:base_model\.model\.)?(?:text_encoder|lora_te)\w*(?:\..+)?")
-# What may be wrong with the entries of a file, in the order of reporting: what is said, and the way out
+# What may be wrong with the entries of a file, in the order of reporting: the message, and the remedy
 PROBLEMS = {
     "unsupported": (": not supported: ", "give a LoRA of low-rank pairs and differences alone"),
     "incomplete": (": incomplete, A or B is missing of ", "download it again"),
@@ -59,20 +59,20 @@ PROBLEMS = {
 }
 
 HEADER_ENTRY = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings
-# PEFT's settings that must have one of these values, or the file means something other than B @ A times alpha / rank
+# Supported values of PEFT's settings; others would mean something other than B @ A times alpha / rank
 PLAIN_SETTINGS: dict[str, tuple[Any, ...]] = {
     "peft_type": (None, "LORA"),
     **dict.fromkeys(("use_dora", "use_rslora", "use_qalora", "alora_invocation_tokens"), (None, False, [])),
-    # the other ways change the base weights
+    # other initializations change the base weights
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
 }
 
-LAYER_PATTERN = re.compile(r"\^?(?:\w|\\?\.)+\$?")  # a name: other expressions might never end
+LAYER_PATTERN = re.compile(r"\^?(?:\w|\\?\.)+\$?")  # a plain name: matching other expressions might never end
 
 
 @dataclass(frozen=True)
 class Change:
-    """What is added to a weight as a matrix, times a scale: `up @ down`, or `up` alone if `down` is None."""
+    """What is added to a weight, as a matrix: `scale * up @ down`, or `scale * up` if `down` is None."""
 
     up: Tensor
     down: Tensor | None
@@ -95,7 +95,7 @@ def shapes_of(model: nn.Module) -> Shapes:
 
 
 def read_lora(source: Path, shapes: Shapes, native: KeyMap, partial: bool = False) -> tuple[Changes, list[str]]:
-    """What a file adds to a model, memory-mapped, and the keys that are left out.
+    """Read what a file adds to a model, memory-mapped, and the keys that are left out.
 
     Args:
         shapes: of all weights of the model, by name.
@@ -103,7 +103,7 @@ def read_lora(source: Path, shapes: Shapes, native: KeyMap, partial: bool = Fals
         partial: leave out entries that the model has no weights for.
 
     Raises:
-        UserError: no complete safetensors file, or not a LoRA that fits the model; names the file and its keys.
+        UserError: not a complete safetensors file, or not a LoRA that fits the model; names the file and its keys.
     """
     changes: Changes = {}
     problems: defaultdict[str, list[str]] = defaultdict(list)
@@ -147,7 +147,7 @@ def read_lora(source: Path, shapes: Shapes, native: KeyMap, partial: bool = Fals
 
 
 def group_entries(tensors: Tensors, problems: Mapping[str, list[str]]) -> dict[str, Parts]:
-    """The parts of each layer, under the file's names; other entries are added to `problems`."""
+    """Group a file's keys by layer, under the file's names; entries of other kinds are added to `problems`."""
     layers: dict[str, Parts] = {}
     for key in tensors:
         match = ENTRY.fullmatch(key)
@@ -164,7 +164,7 @@ def group_entries(tensors: Tensors, problems: Mapping[str, list[str]]) -> dict[s
 
 
 def changes_of(parts: Parts) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The parameters of a layer that a file changes, with the keys of A, B and any alpha, or of a difference."""
+    """Yield each parameter of a layer that a file changes, with the keys of A, B and any alpha, or of a difference."""
     if "A" in parts:
         yield "weight", tuple(parts[part] for part in ("A", "B", "alpha") if part in parts)
     for parameter in ("weight", "bias", "modulation"):
@@ -173,9 +173,9 @@ def changes_of(parts: Parts) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def wrong_shapes(keys: Sequence[str], tensors: Tensors, wanted: Shape) -> list[str]:
-    """The tensors of a change to a weight of shape `wanted` that do not fit it, with both shapes.
+    """The tensors that do not fit a change to a weight of shape `wanted`, with actual and expected shape.
 
-    A has the axes of a convolution's kernel, or one for all of them. Axes of one entry count for nothing.
+    A has the axes of a convolution's kernel, or one for all of them. Axes of size 1 are ignored.
     """
     rank = (*tensors[keys[0]].shape, 1)[0] or 1
     needed: list[Shape] = [wanted] if len(keys) == 1 else [(rank, *wanted[1:]), (wanted[0], rank), ()]
@@ -191,7 +191,7 @@ def wrong_shapes(keys: Sequence[str], tensors: Tensors, wanted: Shape) -> list[s
 
 
 def model_names(layer: str, parameter: str, native: KeyMap) -> tuple[str, ...]:
-    """Our names of a layer's parameter: native names, dotted or flat, by the key map; others are taken as ours."""
+    """Our names for a layer's parameter: native names, dotted or flat, by the key map; others are taken as ours."""
     prefix = FLAT_PREFIX.match(layer)
     name, key_map = f"{layer}.{parameter}", native
     if prefix is not None:
@@ -205,14 +205,14 @@ def model_names(layer: str, parameter: str, native: KeyMap) -> tuple[str, ...]:
 
 @cache
 def flat(native: KeyMap) -> KeyMap:
-    """The key map of the same names with underscores for dots."""
-    # a group that matches any parameter can only match these two, or k would match k_img
+    """The same key map, with underscores for dots."""
+    # the group for any parameter may match these two only, or k would match k_img
     return tuple((pattern.replace("(.+)", "(weight|bias)").replace(r"\.", "_"), target) for pattern, target in native)
 
 
 def alpha_of(layer: str, settings: Mapping[str, Any], source: Path, rank: int) -> float:
-    """The alpha of a layer in a file's settings; the rank if it has none."""
-    patterns = settings.get("alpha_pattern") or {}  # PEFT: a name, or regular expression, that ends the layer's name
+    """The alpha of a layer in a file's settings; the rank if the file has no settings."""
+    patterns = settings.get("alpha_pattern") or {}  # PEFT: the end of the layer's name, or a regular expression for it
     if not isinstance(patterns, dict) or not all(map(LAYER_PATTERN.fullmatch, patterns)):
         raise lora_error(f"{source}: its settings have an alpha_pattern that is not of names; give a plain LoRA")
     own = [value for pattern, value in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", layer)]
@@ -224,7 +224,7 @@ def alpha_of(layer: str, settings: Mapping[str, Any], source: Path, rank: int) -
 
 
 def read_settings(source: Path, peft_names: bool) -> dict[str, Any]:
-    """PEFT's settings of a file: from its header, or for PEFT's own names from the file beside it; else empty.
+    """PEFT's settings of a file: from its header or, for PEFT's own names, from the file next to it; else empty.
 
     Raises:
         UserError: they mean something other than B @ A times alpha / rank.
@@ -253,14 +253,14 @@ def read_settings(source: Path, peft_names: bool) -> dict[str, Any]:
 
 @torch.no_grad()
 def apply_loras(model: Any, loras: Sequence[Lora], fuse: bool) -> None:
-    """Add LoRAs to a model; those that change the same weight add up. To be called once, with all of them.
+    """Apply LoRAs to a model; changes to the same weight add up. Must be called once, with all of them.
 
-    Fusing replaces weights by new ones; no tensor of the model is written to.
+    Fusing replaces weights with new ones; no tensor of the model is modified.
 
     Args:
         model: an `nn.Module` with PEFT's methods and `native_names`, see `families.Transformer`.
         loras: safetensors files, and the scales of their changes.
-        fuse: add everything to the weights, rounded once; otherwise low-rank pairs become PEFT's layers.
+        fuse: add everything to the weights, rounded once; otherwise low-rank pairs become PEFT layers.
 
     Raises:
         UserError: a file cannot be read or does not fit the model.
@@ -298,10 +298,10 @@ def apply_loras(model: Any, loras: Sequence[Lora], fuse: bool) -> None:
 
 
 def attach(model: Any, loras: Sequence[tuple[Tensors, float]]) -> None:
-    """Wrap the model's layers in PEFT's, for adapters with their scales; A and B get the dtype of their layer."""
+    """Add LoRAs to a model as PEFT adapters with their scales; A and B get the dtype of their layer."""
     names = [f"adapter_{number}" for number in range(len(loras))]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs are meant
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs are intended
         for name, (state, _) in zip(names, loras, strict=True):
             model.load_lora_adapter(state, prefix=None, adapter_name=name, low_cpu_mem_usage=True)
     model.set_adapters(names, [scale for _, scale in loras])

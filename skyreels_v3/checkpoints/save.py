@@ -1,4 +1,4 @@
-"""Saving checkpoints: a folder like the one it came from, with the transformer's weights in FP8; or a transformer."""
+"""Saving checkpoints: a folder like the original, with the transformer in FP8; or a transformer alone."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def save_quantized(
     hard-linked if the file system allows, else copied.
 
     Args:
-        sources: the checkpoint's folder, and those of other components, with what the task needs of each.
-        workspace: where to write until it is complete, if that is on the same file system.
+        sources: the folders of the checkpoint and of other components, with what the task needs from each.
+        workspace: where to write the unfinished folder, if that is on the same file system.
 
     Returns:
-        The new folder: `folder`, unless that was created meanwhile.
+        The new folder: `folder`, or another name if that was created meanwhile.
     """
     if workspace is None or workspace.stat().st_dev != existing_folder(folder).stat().st_dev:
         workspace = folder.parent
@@ -67,7 +67,7 @@ def save_transformer(transformer: ModelMixin, path: Path, key_map: KeyMap | None
     """Write a transformer's weights and config to a new folder; returns it, as `save_quantized` does.
 
     Args:
-        key_map: from the names of the model's own code to ours: write one safetensors file under those names instead.
+        key_map: from the official code's names to ours; if given, write one safetensors file under those names.
     """
     temporary = temporary_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,25 +96,25 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def native(tensors: Mapping[str, Tensor], key_map: KeyMap) -> dict[str, Tensor]:
-    """Tensors under the names that the published file has for them, and stacked where it stacks them."""
+    """Tensors under the names of the published file, stacked where it stacks them."""
     found: dict[str, list[Tensor]] = {}
     stacked = [(pattern, target) for pattern, target in key_map if isinstance(target, tuple)]
     parts = [tuple((pattern, target[n]) for pattern, target in stacked if n < len(target)) for n in range(3)]
     for inverse in map(invert, (key_map, *parts)):
         for name, tensor in tensors.items():
-            with suppress(KeyError):  # no way back in this map
+            with suppress(KeyError):  # this map has no inverse for it
                 found.setdefault(str(translate(name, inverse)), []).append(tensor)
     return {key: torch.cat(parts) if len(parts) > 1 else parts[0] for key, parts in found.items()}
 
 
 def contiguous_copy(tensor: Tensor) -> Tensor:
-    """`tensor`, copied if it is a view of a larger one, as stacked weights are when they have been split."""
+    """`tensor`, copied if it is a view of a larger one, as the parts of stacked weights are."""
     alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def needed_files(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
-    """The files of a checkpoint's folder that match one of the patterns, by their names in it."""
+    """The files in a checkpoint folder that match one of the patterns, by their relative paths."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     return {name: path for name, path in files.items() if any(fnmatch(name, pattern) for pattern in patterns)}
 

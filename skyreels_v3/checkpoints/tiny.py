@@ -1,8 +1,8 @@
-"""The built-in model: small networks of all tasks, in the wheel, unpacked into the published layouts.
+"""The built-in model: small networks for all tasks, shipped in the wheel and unpacked into the published layouts.
 
-A file of weights/ has the networks of a family. Its metadata names, for each checkpoint, the files to write: their
-text, or for files of tensors the name that each tensor has in the checkpoint and in weights/. So what several layouts
-share is stored once, under different names. `training/pack.py` writes it.
+A file in weights/ has the networks of a family. For each checkpoint, its metadata lists the files to write: their text
+or, for files of tensors, the name that each tensor has in the checkpoint and in weights/. So what several layouts share
+is stored once, under different names. `training/pack.py` writes these files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from skyreels_v3.media.files import follow_umask
 from skyreels_v3.tasks import TINY, TaskSpec
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
-LAYOUTS = "layouts"  # the key of the metadata
+LAYOUTS = "layouts"  # key in the metadata
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def packed(task: TaskSpec) -> Path:
 
 
 def folder_of(task: TaskSpec) -> Path:
-    """The checkpoint of a task in the user's cache; other weights have another folder."""
+    """The folder of a task's checkpoint in the user's cache; it has another name for other weights."""
     return cache_folder() / f"{TINY}-{zlib.crc32(packed(task).read_bytes()):08x}" / Path(task.model_id).name
 
 

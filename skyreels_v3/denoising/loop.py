@@ -1,7 +1,7 @@
-"""The denoising loop of all tasks, its schedulers, and their state for a run that is interrupted.
+"""The denoising loop of all tasks, its schedulers, and saving their state for interrupted runs.
 
-Schedulers are diffusers', set to their first step, with the sigmas that the models were made for: shifted by
-s * x / (1 + (s - 1) * x), and ending in 0.
+Schedulers are diffusers', set to their first step, with the sigmas that the models expect: ending at 0, and shifted by
+s * x / (1 + (s - 1) * x).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from skyreels_v3.errors import UserError
 
 FIRST_UNIPC_SIGMA = 0.999
 LAST_EULER_SIGMA = 0.001
-CONFIG = "_internal_dict"  # the attribute of diffusers' schedulers with their config
-ATTRIBUTES = "attributes"  # the tensor of a saved state that says which attributes the others are
+CONFIG = "_internal_dict"  # the attribute with the config of diffusers' schedulers
+ATTRIBUTES = "attributes"  # the tensor of a saved state that maps attributes to the other tensors
 
 
 class Condition(Protocol):
@@ -31,7 +31,7 @@ class Condition(Protocol):
         """Velocity (B, C, F, H, W) of the latents at `timestep`, a scalar."""
 
 
-LatentConstraint = Callable[[Tensor, float], Tensor]  # latents and their noise level -> the latents to go on with
+LatentConstraint = Callable[[Tensor, float], Tensor]  # latents and their noise level -> the latents to continue with
 Predictions = Callable[[Sequence[str], Callable[[str], Tensor]], Mapping[str, Tensor]]
 
 
@@ -55,19 +55,19 @@ def denoise(
     predictions: Predictions = predict_each,
     done: int = 0,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Turn noise (B, C, F, H, W) into latents, yielding the number of each step, from 1, and its latents.
+    """Denoise latents (B, C, F, H, W), yielding the number of each step, from 1, and its latents.
 
     Args:
         model: predicts velocities.
-        scheduler: a diffusers one, set to its next step.
+        scheduler: from diffusers, set to its next step.
         latents: noise, float32, on the model's device; or the latents after the first `done` steps.
         conditions: by their names in `guidance`.
-        constraint: applied before the first step and after each, to keep known frames.
+        constraint: applied before the first step and after every step, to keep known frames.
         predictions: computes the predictions under several conditions.
-        done: number of steps that an interrupted loop has made.
+        done: number of steps that an interrupted run has completed.
 
     Raises:
-        FloatingPointError: latents became infinite or not a number.
+        FloatingPointError: latents became infinite or NaN.
     """
 
     def predict(name: str) -> Tensor:
@@ -91,16 +91,16 @@ Scheduler = TypeVar("Scheduler", UniPCMultistepScheduler, FlowMatchEulerDiscrete
 
 
 def started(scheduler: Scheduler, sigmas: Any) -> Scheduler:
-    """A scheduler, set to the first of its steps."""
+    """Set a scheduler to its first step."""
     scheduler.set_timesteps(sigmas=sigmas)
-    scheduler.set_begin_index(0)  # steps can have the same timestep, which then does not tell the index
+    scheduler.set_begin_index(0)  # steps can share a timestep, which then does not determine the index
     return scheduler
 
 
 def unipc(steps: int, shift: float | None) -> UniPCMultistepScheduler:
-    """UniPC (arXiv:2302.04867) of order 2 for a flow model; timesteps are 1000 * sigma, cut to integers.
+    """UniPC (arXiv:2302.04867) of order 2 for a flow model; timesteps are 1000 * sigma, truncated to integers.
 
-    Sigmas fall evenly from 0.999 before they are shifted, while the library's own start at 1.
+    Before shifting, sigmas fall linearly from 0.999, while diffusers' own start at 1.
     """
     assert shift is not None, "only V1's presets leave it to the checkpoint"
     scheduler = UniPCMultistepScheduler(
@@ -116,16 +116,16 @@ def unipc(steps: int, shift: float | None) -> UniPCMultistepScheduler:
 
 
 def euler(steps: int, shift: float | None) -> FlowMatchEulerDiscreteScheduler:
-    """Euler steps of a flow model. Sigmas fall evenly from 1 to 0.001 before they are shifted."""
+    """Euler scheduler for a flow model; before shifting, sigmas fall linearly from 1 to 0.001."""
     assert shift is not None, "only V1's presets leave it to the checkpoint"
     return started(FlowMatchEulerDiscreteScheduler(shift=shift), np.linspace(1.0, LAST_EULER_SIGMA, steps))
 
 
 def euler_of(config: Mapping[str, Any], steps: int, shift: float | None) -> FlowMatchEulerDiscreteScheduler:
-    """Euler steps with a checkpoint's scheduler config. Sigmas fall evenly from 1 to 1 / steps before they are shifted.
+    """Euler scheduler with a checkpoint's config; before shifting, sigmas fall linearly from 1 to 1 / steps.
 
     Args:
-        shift: instead of the config's, unless None.
+        shift: replaces the config's, unless None.
     """
     if (name := config.get("_class_name")) != (only := FlowMatchEulerDiscreteScheduler.__name__):
         raise UserError("--base_model_id", f"scheduler_config.json: {name} is not supported, only {only}; give another")
@@ -135,10 +135,10 @@ def euler_of(config: Mapping[str, Any], steps: int, shift: float | None) -> Flow
 
 
 def scheduler_state(scheduler: Any) -> dict[str, Tensor]:
-    """All that a scheduler knows between two steps, besides its config, as tensors for a file.
+    """A scheduler's state between two steps, without its config, as tensors for a file.
 
-    Multistep schedulers use the predictions of earlier steps. Other attributes, and which tensor is which, are JSON in
-    one more tensor.
+    Multistep schedulers keep the predictions of earlier steps. Other attributes, and which tensor is which, are stored
+    as JSON in one more tensor.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -155,10 +155,10 @@ def scheduler_state(scheduler: Any) -> dict[str, Tensor]:
 
 
 def restore_scheduler(scheduler: Any, state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Give a scheduler for the same steps the state of another, see `scheduler_state`; tensors go to `device`.
+    """Restore a `scheduler_state` in a scheduler for the same steps; tensors not from the CPU go to `device`.
 
     Raises:
-        KeyError, TypeError, ValueError: the state is damaged, or of another scheduler, which is left as it is.
+        KeyError, TypeError, ValueError: the state is damaged or of another scheduler; `scheduler` is unchanged.
     """
 
     def unpacked(value: Any) -> Any:

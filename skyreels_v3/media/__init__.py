@@ -1,1 +1,1 @@
-"""Pictures, clips, sounds and where they come from: decoding, resizing, encoding, downloads."""
+"""Images, video and audio: decoding, resizing, encoding, downloading."""

@@ -1,6 +1,6 @@
-"""Sound: checking it, reading it for the model, loudness, and mixing two recordings.
+"""Audio: checking it, reading it for the model, loudness, and mixing recordings.
 
-ffmpeg decodes, so anything with a sound track can be read, and the model hears what `write_video` writes. The rest is
+ffmpeg decodes, so any file with a sound track can be read, and the model hears what `write_video` writes. The rest is
 done by the libraries that the model was trained with, which take seconds to import.
 """
 
@@ -20,34 +20,34 @@ from skyreels_v3.media.files import MediaError
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_RATE = 16_000  # Hz, of what the model hears
+SAMPLE_RATE = 16_000  # Hz, of the model's input
 MIN_SECONDS = 0.4  # one block of the loudness meter
 MAX_SECONDS = 200.0
 MIN_RATE, MAX_RATE = 1_000, 192_000  # Hz
 LOUDNESS = -23.0  # LUFS
 AUDIBLE = 10 ** ((-70 + 0.691) / 10)  # the meter's gate of -70 LUFS as a power
-CANCELLED = 0.01  # of the loudest channel's power; below it, the mean of the channels is not what one hears
+CANCELLED = 0.01  # share of the loudest channel's power; a mean below it means that the channels cancel out
 
-SURROUND = re.compile(r" Hz, (?!mono|stereo|[12] channels)")  # in the description of a track
-LIMITER = "alimiter=limit=0.98:level=0:latency=1"  # no make-up gain, no delay by its look-ahead
-# In floating point, where ffmpeg does not lower the sum to what the loudest possible one would need.
+SURROUND = re.compile(r" Hz, (?!mono|stereo|[12] channels)")  # in a track's description
+LIMITER = "alimiter=limit=0.98:level=0:latency=1"  # no make-up gain, no look-ahead delay
+# In floating point, where ffmpeg does not attenuate the sum to rule out clipping.
 DOWNMIX = f"aformat=sample_fmts=fltp:channel_layouts=stereo,{LIMITER}"
 MIX_RATE = 48_000  # Hz
-# A lone center channel becomes left and right at its own level; ffmpeg's default makes it 3 dB quieter.
+# Mono (FC) goes to left and right at full level; ffmpeg's default makes it 3 dB quieter.
 MIX_FORMAT = (
     f"asetpts=N/SR/TB,aresample={MIX_RATE},aformat=sample_fmts=fltp:channel_layouts=mono|stereo,"
     "pan=stereo|FL=FL+FC|FR=FR+FC"
 )
 
-# Formats with a single track that state its length; a shorter track has lost a part.
+# Single-track formats that state the length; a shorter track is truncated.
 STATES_LENGTH = re.compile(
     r"Input #0, (?:mp3|flac|aiff|au|wv|tta|ape), from.*?Duration: (\d+):(\d+):(\d+\.\d+)", re.DOTALL
 )
-CUT_MP3 = "filesize and duration do not match"  # ffmpeg, of a file shorter than its header says
+CUT_MP3 = "filesize and duration do not match"  # ffmpeg's warning for a file shorter than its header says
 LENGTH_TOLERANCE = 0.1  # seconds; a few packets of mp3
-OGG_TAIL = 1 << 17  # bytes; two pages of an Ogg file at their longest
-WAV_SLACK = 1024  # bytes by which a WAV header may exaggerate; a few ms at most
-MAX_CHUNKS = 1000  # of a WAV file before its samples
+OGG_TAIL = 1 << 17  # bytes; two Ogg pages of the maximum size
+WAV_SLACK = 1024  # bytes that may be missing compared to a WAV header; a few ms at most
+MAX_CHUNKS = 1000  # before the samples of a WAV file
 WAV_UNKNOWN_SIZE = (0, 0xFFFFFFFF)  # in the header of a WAV file that was written to a pipe
 AU_HEADER = struct.Struct(">4s5I")  # ".snd", offset of the samples, their size, encoding, Hz, channels
 AU_FLOAT = 6  # encoding: float32
@@ -58,8 +58,8 @@ class AudioInfo:
     """A sound file that can be decoded.
 
     Attributes:
-        seconds: length of the sound track that is used.
-        notes: warnings for the user, to follow the file's name.
+        seconds: length of the sound track used.
+        notes: warnings for the user, printed after the file's name.
     """
 
     path: Path
@@ -80,7 +80,7 @@ def probe_audio(path: Path) -> AudioInfo:
     tick, packets = read_packets(track)  # hours of sound take a second
     seconds = float(sum(duration for _, duration in packets) * tick)
     notes: list[str] = []
-    if seconds <= MAX_SECONDS + 1:  # packets may hold a little more than is heard
+    if seconds <= MAX_SECONDS + 1:  # packets may hold a little more than is played
         channels, sample_rate = decode(track)
         seconds = channels.shape[1] / sample_rate
         notes = [*check_complete(track, seconds), *check_audible(channels, sample_rate)]
@@ -92,11 +92,11 @@ def probe_audio(path: Path) -> AudioInfo:
 
 
 def read_audio(path: Path) -> np.ndarray:
-    """The sound as the model hears it: float32 [samples] in [-1, 1], 16 kHz, the mean of left and right.
+    """Read the sound as the model hears it: float32 [samples] in [-1, 1], 16 kHz, the mean of left and right.
 
-    For mono and stereo WAV files these are the samples of `librosa.load(path, sr=16000)`, but values of float files
-    beyond [-1, 1] are clipped, as in every player, with a warning. If the channels cancel each other, the loudest one
-    is heard. More than two are mixed to stereo first. Everything is held in memory, so `probe_audio` comes first.
+    For mono and stereo WAV files this equals `librosa.load(path, sr=16000)`, except that values of float files beyond
+    [-1, 1] are clipped, as in every player, with a warning. If the channels cancel each other, the loudest one is used.
+    More than two are mixed to stereo first. Everything is held in memory, so call `probe_audio` first.
 
     Raises:
         MediaError: the sound cannot be decoded, is empty, or has samples that are not finite.
@@ -112,10 +112,10 @@ def read_audio(path: Path) -> np.ndarray:
 
 
 def normalize_loudness(samples: np.ndarray) -> np.ndarray:
-    """Bring mono 16 kHz sound to -23 LUFS, float32 [samples]; short peaks may then leave [-1, 1], as in training.
+    """Normalize mono 16 kHz sound, float32 [samples], to -23 LUFS; short peaks may leave [-1, 1], as in training.
 
-    Sound without a measurable loudness is returned unchanged: silence (below the meter's gate of -70 LUFS) and less
-    than the meter's block of 0.4 s.
+    Sound without a measurable loudness is returned unchanged: silence (below the meter's gate of -70 LUFS) and anything
+    shorter than the meter's block of 0.4 s.
     """
     if len(samples) < MIN_SECONDS * SAMPLE_RATE:
         return samples
@@ -133,8 +133,8 @@ def mix(paths: Sequence[Path], sequential: bool, target: Path) -> Path:
 
     Args:
         paths: files that `probe_audio` has accepted.
-        sequential: one after the other; else all start at time 0, at their own levels, and a limiter acts where their
-            sum would clip. The longest one decides the length.
+        sequential: one after the other; otherwise all start at time 0, at their own levels, with a limiter where their
+            sum would clip, and the longest one determines the length.
         target: the file to write; replaced if it exists.
 
     Returns:
@@ -155,19 +155,19 @@ def mix(paths: Sequence[Path], sequential: bool, target: Path) -> Path:
 
 
 def write_audio(samples: np.ndarray, rate: int, path: Path) -> Path:
-    """Write samples, float32 [channels, samples] in [-1, 1], to an AU file, which holds them as they are."""
+    """Write samples, float32 [channels, samples] in [-1, 1], to an AU file, which stores them unchanged."""
     header = AU_HEADER.pack(b".snd", AU_HEADER.size, samples.size * 4, AU_FLOAT, rate, len(samples))
     path.write_bytes(header + samples.T.astype(">f4").tobytes())
     return path
 
 
 def downmix_filters(track: Track) -> list[str]:
-    """ffmpeg filters that make stereo of a track with more channels."""
+    """ffmpeg filters that downmix a track with more than two channels to stereo."""
     return [DOWNMIX] if SURROUND.search(track.description) else []
 
 
 def decode(track: Track) -> tuple[np.ndarray, int]:
-    """A track's samples, float32 [channels, samples] with one or two channels and at least one sample, and their rate.
+    """Decode a track to float32 [channels, samples], one or two channels and at least one sample, and the sample rate.
 
     Raises:
         MediaError: the sound cannot be decoded, is empty, or has samples that are not finite.
@@ -194,7 +194,7 @@ def to_mono(channels: np.ndarray) -> tuple[np.ndarray, bool]:
 
 
 def check_audible(channels: np.ndarray, rate: int) -> list[str]:
-    """Notes on what the model will not hear of channels [channels, samples]."""
+    """Warnings if channels [channels, samples] are silent or cancel each other."""
     mono, cancelled = to_mono(channels)
     block = min(len(mono), round(MIN_SECONDS * rate))
     blocks = mono[: len(mono) // block * block].reshape(-1, block)
@@ -204,10 +204,10 @@ def check_audible(channels: np.ndarray, rate: int) -> list[str]:
 
 
 def check_complete(track: Track, seconds: float) -> list[str]:
-    """Refuse a file whose header or container shows that it was longer than the `seconds` that were decoded.
+    """Raise MediaError if the header or container shows that a file was longer than the decoded `seconds`.
 
     Returns:
-        A note instead for an MP3 file: cutting one between packets leaves the old length in its header.
+        For an MP3 file a warning instead, since cutting one between packets leaves the old length in its header.
     """
     stated = STATES_LENGTH.search(track.log)
     if stated and "Estimating duration" not in track.log:
@@ -223,7 +223,7 @@ def check_complete(track: Track, seconds: float) -> list[str]:
 
 
 def is_truncated_wav(path: Path) -> bool:
-    """Whether a WAV file has less data than its header says; ffmpeg takes it for a shorter one."""
+    """Whether a WAV file has less data than its header says, which ffmpeg accepts as a shorter file."""
     with path.open("rb") as file:
         head = file.read(12)
         if head[:4] != b"RIFF" or head[8:] != b"WAVE":
@@ -239,7 +239,7 @@ def is_truncated_wav(path: Path) -> bool:
 
 
 def is_truncated_ogg(path: Path) -> bool:
-    """Whether the last page of an Ogg file has lost its end; ffmpeg takes it for a shorter file."""
+    """Whether the last page of an Ogg file is cut off, which ffmpeg accepts as a shorter file."""
     with path.open("rb") as file:
         if file.read(4) != b"OggS":
             return False

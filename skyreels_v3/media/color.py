@@ -1,12 +1,12 @@
 """Color matching: frames take on the colors of a reference picture.
 
 Reinhard's transfer (doi:10.1109/38.946629): in CIE Lab, each channel of each frame gets the mean and the standard
-deviation of the reference's channel. Windows of a long video drift in color; matched to the portrait, they do not. A
-scene that changes may not be held to one picture: its frames are all changed in the same way, by which the first ones
-match those before.
+deviation of the reference's channel. Windows of a long video drift in color, unless matched to the portrait. A changing
+scene must not be held to one picture: all its frames get the same change, the one that makes the first frames match
+those before.
 
-The conversions agree with kornia's, but have no tensors of constants: each of those would be copied to the GPU, and the
-copy would wait until the GPU is idle.
+The conversions agree with kornia's, but use no constant tensors: each would be copied to the GPU, and the copy would
+wait until the GPU is idle.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 STD_FLOOR = 1e-6
-SAMPLE_STD = 1.0  # added on both sides
+SAMPLE_STD = 1.0  # added to both standard deviations
 # sRGB's primaries in CIE XYZ, with the white point D65 at 1
 WHITE = np.array([0.95047, 1.0, 1.08883])
 RGB_IN_XYZ = [[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]]
@@ -31,8 +31,7 @@ def match_color(video: Tensor, reference: Tensor, strength: float, sample: Tenso
 
     Args:
         strength: 0 leaves the video alone, 1 takes the matched colors, values in between blend them.
-        sample: frames (B, 3, N, H, W) whose change to the reference's colors all frames get; by default each has its
-            own.
+        sample: frames (B, 3, N, H, W) that determine one change for all frames; by default each frame has its own.
     """
     if strength == 0:
         return video
@@ -40,7 +39,7 @@ def match_color(video: Tensor, reference: Tensor, strength: float, sample: Tenso
     own = lab if sample is None else rgb_to_lab(sample / 2 + 0.5)
     mean, std = (each.mean(2, keepdim=True) for each in statistics(target))
     own_mean, own_std = statistics(own)
-    if sample is not None:  # a gray sample says nothing of how colors deviate
+    if sample is not None:  # a gray sample says nothing about the spread of colors
         own_mean, own_std = (each.mean(2, keepdim=True) for each in (own_mean, own_std + SAMPLE_STD))
         std = std + SAMPLE_STD
     lab = (lab - own_mean) / own_std.clamp(min=STD_FLOOR) * std + mean
@@ -71,6 +70,6 @@ def lab_to_rgb(lab: Tensor) -> Tensor:
 
 
 def mix_channels(planes: Tensor, matrix: list[list[float]]) -> Tensor:
-    """`matrix` times the channels (B, 3, ...); its numbers are kernel arguments, not copied."""
+    """`matrix` times the channels (B, 3, ...); its numbers are kernel arguments, so nothing is copied."""
     one, two, three = planes.unbind(1)
     return torch.stack([a * one + b * two + c * three for a, b, c in matrix], dim=1)

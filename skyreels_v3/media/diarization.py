@@ -1,6 +1,6 @@
-"""Who speaks when: RTTM files, as tools for speaker diarization write them.
+"""Who speaks when, from RTTM files, as written by speaker diarization tools.
 
-A line has 9 or 10 fields: SPEAKER, the recording, its channel, begin and length in seconds, <NA>, <NA>, the speaker's
+A line has 9 or 10 fields: SPEAKER, the recording, its channel, start and duration in seconds, <NA>, <NA>, the speaker's
 name, <NA> and <NA>.
 """
 
@@ -13,16 +13,16 @@ from skyreels_v3.errors import counted, format_value
 from skyreels_v3.media.files import MediaError
 from skyreels_v3.media.voice import Spans
 
-MAX_BYTES = 1 << 20  # of a file; 200 s take some kilobytes
+MAX_BYTES = 1 << 20  # of a file; 200 s need a few kilobytes
 FIELDS = (9, 10)
-COMMENT, INFO, TURN = ";;", "SPKR-INFO", "SPEAKER"  # lines that are read
+COMMENT, INFO, TURN = ";;", "SPKR-INFO", "SPEAKER"  # kinds of lines that are accepted
 
 
 def read_turns(path: Path, speakers: int, seconds: float) -> tuple[Spans, ...]:
-    """When each speaker of a recording of `seconds` speaks, in the order in which they begin.
+    """Read when each speaker talks in a recording of `seconds`, in the order of their first turns.
 
     Raises:
-        MediaError: the file is not one of just so many speakers in that recording; names the line.
+        MediaError: not a file of exactly `speakers` speakers in that recording; names a wrong line.
     """
     with path.open("rb") as file:
         content = file.read(MAX_BYTES + 1)
@@ -54,7 +54,7 @@ def read_turns(path: Path, speakers: int, seconds: float) -> tuple[Spans, ...]:
 
 
 def read_turn(fields: list[str]) -> tuple[str, float, float]:
-    """Name, begin and end of a turn; raises ValueError with what is wrong."""
+    """Name, start and end of a turn; raises ValueError saying what is wrong."""
     if fields[0] != TURN or len(fields) not in FIELDS:
         raise ValueError(f"is not SPEAKER and 8 or 9 more fields ({format_value(' '.join(fields))}); give an RTTM file")
     try:

@@ -1,7 +1,7 @@
 """Downloading an input from an http or https URL, without trusting the server.
 
-Size and total time are limited, redirects lead to http and https only, and web pages are refused. So are private
-networks, unless allowed, whatever a name resolves to at the moment of the connection.
+Size and total time are limited, redirects may lead to http and https only, and web pages are refused. So are private
+networks, unless allowed; the address that is really connected to is checked, whatever the name resolved to before.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 class Refused(Exception):
-    """Why a URL is not downloaded, and what to do instead."""
+    """Raised if a URL is not downloaded; says why, and what to do instead."""
 
 
 def download(
     url: str, flag: str, folder: Path, timeout: float, max_bytes: int, progress: bool, allow_private: bool
 ) -> Path:
-    """`download_async` in an event loop of its own."""
+    """Run `download_async` in its own event loop."""
     return asyncio.run(download_async(url, flag, folder, timeout, max_bytes, progress, allow_private))
 
 
 async def download_async(
     url: str, flag: str, folder: Path, timeout: float, max_bytes: int, progress: bool, allow_private: bool
 ) -> Path:
-    """Download a URL into a new file of `folder`, which is created if need be; a failure leaves no file.
+    """Download a URL into a new file in `folder`, which is created if needed; a failure leaves no file.
 
     Args and Raises: as in `files.local_file`.
     """
@@ -71,7 +71,7 @@ async def download_async(
         reason = "it leads to an address that is not http or https; download it and give the path"
     except httpx.TooManyRedirects:
         reason = f"more than {MAX_REDIRECTS} redirects; give the final address"
-    except (httpx.InvalidURL, UnicodeError):  # their text is a part of the URL, which may be a secret
+    except (httpx.InvalidURL, UnicodeError):  # their text has a part of the URL, which may be secret
         reason = "not a valid address; check it"
     except httpx.HTTPError as error:
         reason = (
@@ -84,7 +84,7 @@ async def download_async(
 
 
 async def fetch(url: str, folder: Path, timeout: float, max_bytes: int, progress: bool, allow_private: bool) -> Path:
-    """See `download`; failures are exceptions of httpx, TimeoutError and Refused."""
+    """Like `download_async`, but failures are exceptions of httpx, TimeoutError or Refused."""
     try:
         check = ConnectionCheck(timeout, allow_private)
         client = httpx.AsyncClient(
@@ -94,7 +94,7 @@ async def fetch(url: str, folder: Path, timeout: float, max_bytes: int, progress
             event_hooks={"request": [check.on_request]},
             headers={"User-Agent": "skyreels-v3", "Accept": "*/*", "Accept-Encoding": "identity"},
         )
-    except (ImportError, ValueError, httpx.InvalidURL) as error:  # of the proxies in the environment
+    except (ImportError, ValueError, httpx.InvalidURL) as error:  # about the proxies in the environment
         remedy = "give http://HOST:PORT or socks5://HOST:PORT, or unset it"
         raise Refused(
             f"http_proxy, https_proxy or all_proxy cannot be used ({format_value(error)}); {remedy}"
@@ -104,7 +104,7 @@ async def fetch(url: str, folder: Path, timeout: float, max_bytes: int, progress
         if not response.is_success:
             status = f"{response.status_code} {response.reason_phrase}".strip()
             raise Refused(f"the server answers {status}; check the address")
-        if response.headers.get("Content-Encoding", "identity").lower() != "identity":  # a little could become a lot
+        if response.headers.get("Content-Encoding", "identity").lower() != "identity":  # it may expand to any size
             raise Refused("the server sends it compressed; download it and give the path")
         kind = response.headers.get("Content-Type", "").lower()
         if NOT_MEDIA.match(kind):
@@ -121,8 +121,8 @@ async def fetch(url: str, folder: Path, timeout: float, max_bytes: int, progress
 
 
 async def save(response: httpx.Response, file: IO[bytes], max_bytes: int, progress: bool) -> None:
-    """Write a response to a file, and check its size and how it begins."""
-    from skyreels_v3.progress import progress_bar  # only URLs pay for it
+    """Write a response to a file, checking its size and its first bytes."""
+    from skyreels_v3.progress import progress_bar  # imported for URLs only
 
     def check_size(size: int) -> None:
         if size > max_bytes:
@@ -154,27 +154,27 @@ def suffix_of(response: httpx.Response) -> str:
 
 
 class ConnectionCheck:
-    """Keeps a download and its redirects out of private networks: nothing is sent there."""
+    """Makes sure that a download and its redirects send nothing to private networks."""
 
     def __init__(self, timeout: float, allow_private: bool) -> None:
         self.timeout = timeout
         self.allow_private = allow_private
         proxies = (urlsplit(url if "://" in url else f"//{url}") for name, url in getproxies().items() if name != "no")
-        # they may be in a private network
+        # these may be in a private network
         self.proxies = {(url.hostname, url.port or DEFAULT_PORTS.get(url.scheme, 80)) for url in proxies}
         self.address = ("", 0)
 
     async def on_request(self, request: httpx.Request) -> None:
-        """httpx's hook before each request. A proxy would resolve names, so here only what is an address is checked."""
+        """httpx's hook before each request: checks numeric addresses, since a proxy would resolve names itself."""
         if not request.url.host or not 0 <= (request.url.port or 0) <= 65535:
             raise httpx.InvalidURL("no host, or an impossible port")
-        with suppress(OSError):  # a name
+        with suppress(OSError):  # not a numeric address
             self.require_public(request.url.host, addresses_of(request.url.host, socket.AI_NUMERICHOST))
         if request.url.host.rstrip(".").lower().endswith("localhost"):
             self.require_public(request.url.host, ["127.0.0.1"])
 
     async def on_event(self, event: str, info: Mapping[str, Any]) -> None:
-        """httpx's trace of a direct connection: its host's addresses are checked, then the one it has reached."""
+        """httpx's trace hook: for direct connections, checks the host's addresses, then the one that was reached."""
         if event == "connection.connect_tcp.started":
             self.address = (info["host"], info["port"])
             if self.address not in self.proxies:
@@ -193,7 +193,7 @@ class ConnectionCheck:
 async def resolve(host: str, timeout: float) -> list[str]:
     """The addresses of a host.
 
-    In a daemon thread: the system's resolver cannot be cancelled, and may take far longer than `timeout`.
+    Looked up in a daemon thread: the system's resolver cannot be cancelled, and may take far longer than `timeout`.
     """
     found: Future[list[str]] = Future()
 
@@ -219,7 +219,7 @@ def addresses_of(host: str, flags: int = 0) -> list[str]:
 
 
 def is_public(address: str) -> bool:
-    """Whether a numeric address is on the public internet; for one that embeds an IPv4 address, whether that is."""
+    """Whether a numeric address, or the IPv4 address that it embeds, is on the public internet."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         ip = ipaddress.IPv4Address(int(ip) % 2**32) if ip in NAT64 else ip.ipv4_mapped or ip.sixtofour or ip

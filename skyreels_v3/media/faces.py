@@ -1,4 +1,4 @@
-"""Faces that scikit-image finds: where two speakers are in a portrait, and how large those in a shot are."""
+"""Face detection with scikit-image: where two speakers are in a portrait, and how large the faces in a shot are."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from skyreels_v3.packages import check_packages, has_packages
 PACKAGE, MODULE = "scikit-image", "skimage"
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels
 
-SEARCHED = 1024  # pixels of the longer side that faces are searched in
-SMALLEST, LARGE = 1 / 14, 1 / 5  # shares of a picture's shorter side: faces that are found, that fill a shot
+SEARCHED = 1024  # pixels of the longer side of the picture that is searched
+SMALLEST, LARGE = 1 / 14, 1 / 5  # as fractions of the picture's shorter side: a face that is found, that fills a shot
 SPEAKERS = 2
 
 
 class Face(NamedTuple):
-    """A face: its middle (x, y) as shares of the picture's sides, its side as one of the shorter of them."""
+    """A face: its center (x, y) as fractions of width and height, its side as a fraction of the shorter of the two."""
 
     middle: np.ndarray
     side: float
 
 
 def check_faces() -> None:
-    """Raise UserError if nothing on this machine finds faces."""
+    """Raise UserError if no face detector is installed."""
     check_packages("--speaker_boxes", PACKAGE, MODULE, value="auto", otherwise="give the boxes")
 
 
 def can_find_faces() -> bool:
-    """Whether something on this machine finds faces."""
+    """Whether a face detector is installed."""
     return has_packages(MODULE)
 
 
 def divide(picture: Image.Image) -> tuple[Box, ...]:
-    """A portrait's parts, from the left or from above, that have a face each: cut midway between the two.
+    """Split a portrait midway between its two faces; returns the parts, the left or upper one first.
 
     Raises:
-        UserError: there are not two faces.
+        UserError: there are not exactly two faces.
     """
     faces = [face.middle for face in find_faces(picture)]
     if len(faces) != SPEAKERS:
@@ -57,19 +57,19 @@ def divide(picture: Image.Image) -> tuple[Box, ...]:
 
 
 def largest_face(pictures: Iterable[Image.Image]) -> float:
-    """The side of the largest face in pictures, as a share of their shorter side; 0 if none is `LARGE`."""
+    """The side of the largest face, as a fraction of its picture's shorter side; 0 if none is `LARGE`."""
     return max((face.side for picture in pictures for face in find_faces(picture, LARGE)), default=0.0)
 
 
 def find_faces(picture: Image.Image, smallest: float = SMALLEST) -> list[Face]:
-    """All upright faces that look at the camera, with sides of at least so large a share of the shorter side."""
+    """All upright frontal faces whose sides are at least `smallest` times the picture's shorter side."""
     from skimage.data import lbp_frontal_face_cascade_filename
     from skimage.feature import Cascade
 
     small = picture.convert("RGB")
     small.thumbnail((SEARCHED, SEARCHED))
     shorter = min(small.size)
-    least = max(24, int(shorter * smallest))  # the detector was trained at 24
+    least = max(24, int(shorter * smallest))  # the detector was trained on faces of 24 pixels
     found = Cascade(lbp_frontal_face_cascade_filename()).detect_multi_scale(
         img=np.asarray(small), scale_factor=1.2, step_ratio=1, min_size=(least, least), max_size=(shorter, shorter)
     )

@@ -1,8 +1,7 @@
 """Running the ffmpeg of imageio-ffmpeg, and parsing what it reports about a file.
 
-imageio-ffmpeg's own `read_frames` and `write_frames` are not used. They hide ffmpeg's exit status, so that a clip
-which breaks in the middle or a full disk would look like success, and they kill the encoder when Ctrl-C arrives during
-a write.
+imageio-ffmpeg's own `read_frames` and `write_frames` are not used. They hide ffmpeg's exit status, so a clip that
+breaks off or a full disk would look like success, and they kill the encoder when Ctrl-C arrives during a write.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ CONTAINERS = (
 )
 # A track in ffmpeg's description of a file, with its metadata.
 TRACK = re.compile(r"^  Stream #0:(\d+)(?:\[[^]]*\])?(?:\(.*?\))?: (Video|Audio): (.*(?:\n {4,}.*)*)", re.MULTILINE)
-# Only for containers with an index: recordings of a broadcast may start and stop in the middle of a packet.
+# Only for containers with an index: broadcast recordings may start and stop in the middle of a packet.
 TRUNCATED = re.compile(r"partial file|ended prematurely|moov atom not found|/(mov|avi)[^]]*\] corrupt input packet")
 MAX_ERROR_RATE = 0.1  # of a sound track's packets. Players skip a few broken ones, and so do we.
 NO_TIMESTAMP = -(2**63)
@@ -52,7 +51,7 @@ class TrackKind:
     missing: str
     other_file: str
     damaged: str
-    max_packets: int  # hours of any format
+    max_packets: int  # enough for hours of any format
 
 
 VIDEO = TrackKind(
@@ -75,12 +74,12 @@ AUDIO = TrackKind(
 
 @dataclass(frozen=True)
 class Track:
-    """The track of a file that is used.
+    """The track of a file to use.
 
     Attributes:
         number: of the track within the file, as in ffmpeg's `-map 0:NUMBER`.
         description: ffmpeg's description of the track, with its metadata.
-        log: everything that ffmpeg reports about the file.
+        log: all that ffmpeg reports about the file.
     """
 
     path: Path
@@ -91,15 +90,15 @@ class Track:
 
     @property
     def source(self) -> list[str]:
-        """ffmpeg options that read this track only."""
+        """ffmpeg options to read only this track."""
         return [*input_options(self.path, self.kind), "-map", f"0:{self.number}"]
 
 
 def find_track(path: Path, kind: TrackKind) -> Track:
-    """The default track of a kind, or else the first one; cover pictures do not count as video.
+    """Find the default track of a kind, or else the first one; cover pictures do not count as video.
 
     Raises:
-        MediaError: the file has none, or is no media file.
+        MediaError: the file has none, or is not a media file.
     """
     _, _, log = run(["-v", "info", *input_options(path, kind)])  # without an output ffmpeg only describes the file
     tracks = []
@@ -115,7 +114,7 @@ def find_track(path: Path, kind: TrackKind) -> Track:
 
 
 def read_track(track: Track, options: list[str]) -> bytes:
-    """What ffmpeg writes to stdout when it converts a track as `options` say.
+    """Convert a track with ffmpeg's output `options`; returns what is written to stdout.
 
     Raises:
         MediaError: the track is damaged.
@@ -135,7 +134,7 @@ def read_packets(track: Track) -> tuple[Fraction, list[tuple[int, int]]]:
         The length of a tick in seconds, and the packets in ticks.
 
     Raises:
-        MediaError: there are more than of any real file, or see `read_track`.
+        MediaError: there are more packets than in any real file; or as in `read_track`.
     """
     tick = Fraction(1)
     packets: list[tuple[int, int]] = []
@@ -156,7 +155,7 @@ def read_packets(track: Track) -> tuple[Fraction, list[tuple[int, int]]]:
 
 
 def log_end(log: str | IO[bytes]) -> str:
-    """The end of ffmpeg's log in one line, for an error."""
+    """The end of ffmpeg's log in one line, for an error message."""
     if not isinstance(log, str):
         log.seek(0)
         log = log.read().decode(errors="replace")
@@ -164,7 +163,7 @@ def log_end(log: str | IO[bytes]) -> str:
 
 
 def run(arguments: list[str], timeout: float | None = None) -> tuple[int, bytes, str]:
-    """Run ffmpeg to its end; returns its exit status, output and log. An exception kills it."""
+    """Run ffmpeg and return its exit status, output and log. An exception kills it."""
     with program(ffmpeg_command(arguments), stdin=DEVNULL, stdout=PIPE, stderr=PIPE) as process:
         output, log = process.communicate(timeout=timeout)
     return process.returncode, output, log.decode(errors="replace")
@@ -189,7 +188,7 @@ def ffmpeg_process(
 
 
 def write_file(arguments: list[str], purpose: str) -> None:
-    """Run ffmpeg for the file it writes.
+    """Run ffmpeg to write a file.
 
     Raises:
         RuntimeError: it fails. The message is "ffmpeg could not <purpose>: <the end of its log>".
@@ -204,14 +203,14 @@ def ffmpeg_command(arguments: list[str]) -> list[str]:
 
 
 def input_options(path: Path, kind: TrackKind) -> list[str]:
-    """Options for reading a local file of one of the accepted containers, and nothing but that file."""
+    """ffmpeg options to read a local file in an accepted container, and nothing but that file."""
     limits = ["-protocol_whitelist", "file,pipe", "-format_whitelist", kind.containers]
     return [*limits, "-max_pixels", str(MAX_FRAME_PIXELS), "-i", f"file:{path}"]
 
 
 @cache
 def check_ffmpeg() -> None:
-    """Have ffmpeg encode one tiny frame with sound, once per process (0.05 s).
+    """Check ffmpeg by encoding one tiny frame with sound, once per process (0.05 s).
 
     Raises:
         UserError: there is no ffmpeg, or it does not start, is too old or lacks an encoder.

@@ -1,7 +1,7 @@
-"""Files: inputs from paths and URLs, whether an output can be written, and how it gets its name.
+"""Files: inputs from paths and URLs, checks that an output can be written, and its final name.
 
-What takes long to make is written under a hidden temporary name, and `publish` gives it its final name when it is
-complete. So a file under its final name is always whole, and nothing is ever overwritten.
+What takes long to make is written under a hidden temporary name, and `publish` renames it when it is complete. So a
+file under its final name is always complete, and nothing is ever overwritten.
 
 A folder for downloads belongs to one run, and each download gets a new name in it.
 """
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 NAME_BYTES = 255  # the longest file name on common file systems
 NAME_RESERVE = 16  # bytes that `publish` may add to a name
 RUN_FOLDER = "skyreels-"  # prefix of a run's temporary folder
-IN_USE = ".in-use"  # a file in that folder, locked while the run lives
+IN_USE = ".in-use"  # a file in that folder, locked while the run is alive
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 MAX_IMAGE_BYTES = 64 << 20  # of a download
 MAX_VIDEO_BYTES = 1 << 30
@@ -41,8 +41,8 @@ class MediaError(RuntimeError):
     """A media file that cannot be used.
 
     Attributes:
-        reason: what is wrong and what to give instead. The message is this after the path; a caller that knows which
-            flag or URL the file came from puts it after those.
+        reason: what is wrong and what to give instead. The message is the path and this; a caller that knows the flag
+            or URL that the file came from names those instead of the path.
     """
 
     def __init__(self, path: Path, reason: str) -> None:
@@ -59,11 +59,11 @@ def local_file(
     progress: bool = True,
     allow_private: bool = False,
 ) -> Path:
-    """A readable, non-empty local file for a path or an http(s) URL.
+    """Return a readable, non-empty local file for a path or an http(s) URL.
 
     Args:
         folder: where downloads go; the caller removes it. A URL is downloaded into it once.
-        timeout: seconds to wait for the connection and for each answer of the server (--url_timeout).
+        timeout: seconds to wait for the connection and for each response of the server (--url_timeout).
         max_bytes: largest download.
         progress: show a bar on stderr for large downloads.
         allow_private: also download from this machine and private networks.
@@ -85,14 +85,14 @@ def local_file(
         raise UserError(flag, f"{format_value(source)}: its query or password was not recorded; give the whole address")
     record = folder / f"{hashlib.sha256(source.encode()).hexdigest()}.path"  # also read by this run's other processes
     if not record.is_file():
-        from skyreels_v3.media.download import download  # only URLs pay for it
+        from skyreels_v3.media.download import download  # imported for URLs only
 
         record.write_text(download(source, flag, folder, timeout, max_bytes, progress, allow_private).name)
     return folder / record.read_text()
 
 
 def is_url(source: str) -> bool:
-    """Whether a source is a URL, not a path."""
+    """Whether a source is a URL rather than a path."""
     return SCHEME.match(source) is not None
 
 
@@ -120,10 +120,10 @@ def check_readable(path: Path, flag: str) -> None:
 
 
 def check_writable(path: Path, flag: str) -> None:
-    """Check that a file or folder `path` could be created, and leave nothing behind.
+    """Check that a file or folder `path` could be created, without leaving anything behind.
 
     Raises:
-        UserError: it exists, its name is impossible, or its folder cannot be written to.
+        UserError: it exists, its name is invalid, or its folder cannot be written to.
     """
     if os.path.lexists(path):
         remedy = "give a file name in it" if path.is_dir() else "give another name or move it away"
@@ -145,7 +145,7 @@ def check_writable(path: Path, flag: str) -> None:
 
 @contextmanager
 def run_folder() -> Iterator[Path]:
-    """A temporary folder for the length of a `with` block. Also removes the folders of runs that were killed."""
+    """A temporary folder for the duration of a `with` block. Also removes the folders of runs that were killed."""
     for marker in Path(tempfile.gettempdir()).glob(f"{RUN_FOLDER}*/{IN_USE}"):
         with suppress(OSError), open_own(marker) as file:
             if lock(file):
@@ -153,12 +153,12 @@ def run_folder() -> Iterator[Path]:
     folder = tempfile.TemporaryDirectory(prefix=RUN_FOLDER, ignore_cleanup_errors=True)
     with folder as name, Path(name, f"{IN_USE}.new").open("xb") as file:
         if lock(file):
-            os.rename(file.name, Path(name, IN_USE))  # nobody ever sees it unlocked
+            os.rename(file.name, Path(name, IN_USE))  # so that nobody sees it unlocked
         yield Path(name)
 
 
 def open_own(path: Path) -> IO[bytes]:
-    """A file of this user, open for reading; raises OSError for anything that others may have put in its place."""
+    """Open a file of this user for reading; raises OSError for anything that others may have put in its place."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
     file = os.fdopen(os.open(path, flags), "rb")
     status = os.fstat(file.fileno())
@@ -169,7 +169,7 @@ def open_own(path: Path) -> IO[bytes]:
 
 
 def lock(file: IO[Any]) -> bool:
-    """Lock a file until it is closed, if only by the end of the process; False where there are no locks.
+    """Lock a file until it is closed or the process ends; returns False if locks are not supported.
 
     Raises:
         BlockingIOError: another process holds the lock.
@@ -187,7 +187,7 @@ def lock(file: IO[Any]) -> bool:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file, and its folder if need be, in one step: readers see the old content or the new, never a part.
+    """Write a file atomically, and create its folder if needed: readers see either the old content or the new.
 
     Raises:
         OSError: it cannot be written.
@@ -206,17 +206,17 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def temporary_name(final: Path) -> Path:
-    """A new hidden name beside `final`, with the same suffix; nothing is created."""
+    """A new hidden name next to `final`, with the same suffix; nothing is created."""
     return final.with_name(f".{final.stem[:32]}.{secrets.token_hex(6)}.tmp{final.suffix}")
 
 
 def publish(temporary: Path, final: Path, partial: bool = False) -> Path:
     """Rename a finished file or folder to `final`, or to `<stem>-2`, `-3`, ... if that is taken.
 
-    Of two processes that publish under the same name, one gets the next name.
+    If two processes publish under the same name, one gets the next name.
 
     Args:
-        partial: it is what an interrupted run has made, and is called `<stem>.partial`.
+        partial: it is the output of an interrupted run, and is named `<stem>.partial`.
 
     Returns:
         The path used; a warning is logged if it is not `final`.
@@ -252,7 +252,7 @@ def rename_to_new(temporary: Path, path: Path) -> None:
             temporary.unlink()
             return
     try:
-        temporary.replace(path)  # takes the place of the empty file or folder, which reserved the name
+        temporary.replace(path)  # replaces the empty file or folder that reserved the name
     except OSError:
         remove(path)
         raise
@@ -267,12 +267,12 @@ def remove(path: Path) -> None:
 
 
 def existing_folder(path: Path) -> Path:
-    """The innermost existing folder above `path`, or whatever exists in its place."""
+    """The closest existing folder above `path`, or whatever exists in its place."""
     return next(folder for folder in path.absolute().parents if os.path.lexists(folder))
 
 
 def reason_of(error: Exception, path: Path | None = None) -> str:
-    """Why a file could not be read or written; for a full disk at `path` also how much is free there."""
+    """Why a file could not be read or written; if the disk at `path` is full, also how much is free there."""
     if path is None or not is_full(error):
         return getattr(error, "strerror", None) or str(error)
     folder = existing_folder(path)
@@ -280,19 +280,19 @@ def reason_of(error: Exception, path: Path | None = None) -> str:
 
 
 def is_full(error: Exception) -> bool:
-    """Whether the disk or the user's quota is full, also by the message of a library or of ffmpeg."""
+    """Whether an error means a full disk or quota; the messages of libraries and ffmpeg count as well."""
     return getattr(error, "errno", None) in DISK_FULL or any(os.strerror(code) in str(error) for code in DISK_FULL)
 
 
 def giga(size: float) -> str:
-    """A number of bytes, for people."""
+    """Format a number of bytes for people."""
     if size >= 5e7 or not size:
         return f"{size / 1e9:.1f} GB"
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
 def follow_umask(path: Path) -> None:
-    """Give a file, or a folder and all it contains, the permissions of newly created ones.
+    """Give a file, or a folder and all it contains, the permissions that the umask gives new ones.
 
     safetensors and tempfile restrict theirs to the user. Files with other hard links are left alone.
     """

@@ -22,31 +22,31 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from skyreels_v3.errors import format_value
 from skyreels_v3.media.files import MediaError
 
-# No others: Pillow starts programs for some, and the decoders of the rest have seen little review.
+# No others: Pillow runs external programs for some, and the decoders of the rest have had little review.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 MAX_PIXELS = 72_000_000  # cameras make up to 62 million
-# Phones make JPEGs of 108 and 200 million pixels. They are decoded at a half, a quarter or an eighth of the size, which
-# is still twice the longest side of any video: after the final resampling there is no difference.
+# Phones make JPEGs of 108 and 200 million pixels. They are decoded at a half, a quarter or an eighth of their size,
+# still twice the longest side of any video, which makes no difference after the final resampling.
 REDUCED_SIDE = 4096
 MAX_FILE_PIXELS = 256_000_000  # of a JPEG before it is reduced
-MAX_SCANS = 500  # of a progressive JPEG, which has about ten: each goes over the whole picture
+MAX_SCANS = 500  # of a progressive JPEG, which has about ten; each covers the whole picture
 # keys of `Image.info`
 REDUCTION = "reduction"  # 1, 2, 4 or 8
-NOTES = "notes"  # warnings for the user, to follow the file's name
+NOTES = "notes"  # warnings for the user, shown after the file's name
 
 WHITE = (255, 255, 255)
 LANCZOS = Image.Resampling.LANCZOS
 
-# A picture's mode and its profile's color space -> the mode in which it is converted.
+# A picture's mode and its profile's color space -> the mode to convert it in.
 PROFILED = {("L", "GRAY"): "L", ("L", "RGB"): "RGB", ("RGB", "RGB"): "RGB", ("CMYK", "CMYK"): "CMYK"}
 
 
 def open_image(path: Path) -> Image.Image:
-    """The first picture in a file, upright, 8-bit sRGB and fully decoded.
+    """Read the first picture in a file as fully decoded, upright 8-bit sRGB.
 
-    Colors are converted from the embedded profile, transparent areas become white, 16-bit values are scaled to 8
-    bits. Very large JPEGs are reduced, see `full_size`. Notes for the user are in the `info` of the picture.
+    Colors are converted from the embedded profile, transparent areas become white, 16-bit values are scaled to 8 bits.
+    Very large JPEGs are reduced, see `full_size`. Notes for the user are in the `info` of the picture.
 
     Raises:
         MediaError: the file is damaged, far too large or not a picture of a known format.
@@ -78,14 +78,14 @@ def open_image(path: Path) -> Image.Image:
         if head[4:8] == b"ftyp" and head[8:] in HEIC_BRANDS:
             raise MediaError(path, "is HEIC, which is not supported; export it as JPEG") from error
         raise MediaError(path, "is not a picture; give a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file") from error
-    except Exception as error:  # on damaged data decoders raise whatever they run into
+    except Exception as error:  # decoders may raise anything on damaged data
         reason = format_value(str(error) or type(error).__name__)
         raise MediaError(path, f"is damaged or cut off ({reason}); give a complete file") from error
 
 
 @contextmanager
 def quiet_pillow() -> Iterator[None]:
-    """Without Pillow's warnings and log, and with our limit of pixels; what the host program has set comes back."""
+    """Silence Pillow's warnings and log and set our pixel limit in a `with` block, then restore the old settings."""
     log, level, pixels = logging.getLogger("PIL"), logging.getLogger("PIL").level, Image.MAX_IMAGE_PIXELS
     try:
         log.setLevel(logging.CRITICAL)  # its exceptions say it all
@@ -99,13 +99,13 @@ def quiet_pillow() -> Iterator[None]:
 
 
 def full_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height of the file of a picture from `open_image`, up to rounding if it was reduced."""
+    """Width and height, in its file, of a picture from `open_image`; approximate if it was reduced."""
     reduction = image.info.get(REDUCTION, 1)
     return image.width * reduction, image.height * reduction
 
 
 def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The whole of `image` in the middle of a white RGB picture of `height` x `width` pixels."""
+    """Fit all of `image` into a white RGB picture of `height` x `width` pixels, centered."""
     if image.size == (width, height):
         return image
     ratio = image.width / image.height
@@ -117,7 +117,7 @@ def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def cover_crop(image: Image.Image, height: int, width: int, resample: Image.Resampling = LANCZOS) -> Image.Image:
-    """The center of `image`, scaled so that it just covers `height` x `width` pixels; unchanged if it has that size."""
+    """The center of `image`, scaled to just cover `height` x `width` pixels; unchanged if it has that size."""
     if image.size == (width, height):
         return image
     size, left, top = cover(image.size, height, width)
@@ -125,10 +125,10 @@ def cover_crop(image: Image.Image, height: int, width: int, resample: Image.Resa
 
 
 def crop_resize(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The center of `image`, cropped to the shape of `height` x `width` and then resized to it.
+    """The center of `image`, cropped to the aspect ratio of `height` x `width` and then resized to it.
 
     The crop keeps one side of the picture. The other is rounded down to whole pixels, and then each edge to the nearest
-    pixel, halves to even.
+    pixel, ties to even.
     """
     wide = min(image.width, max(1, image.height * width // height))
     high = min(image.height, max(1, image.width * height // width))
@@ -141,7 +141,7 @@ def crop_resize(image: Image.Image, height: int, width: int) -> Image.Image:
 def covered_box(
     box: tuple[int, int, int, int], size: tuple[int, int], height: int, width: int
 ) -> tuple[float, float, float, float]:
-    """Where a box (x0, y0, x1, y1) of a picture of `size` (width, height) is after `cover_crop`, clamped to it."""
+    """Map a box (x0, y0, x1, y1) in a picture of `size` (width, height) through `cover_crop`, clamped to its result."""
     (wide, high), left, top = cover(size, height, width)
     across, down = wide / size[0], high / size[1]
     x0, x1 = (min(max(x * across - left, 0.0), width) for x in (box[0], box[2]))
@@ -150,23 +150,23 @@ def covered_box(
 
 
 def cover(size: tuple[int, int], height: int, width: int) -> tuple[tuple[int, int], int, int]:
-    """The size (width, height) at which a picture just covers the frame, and what is cropped left and above."""
+    """The size (width, height) at which a picture just covers the frame, and the pixels cropped at the left and top."""
     scale = max(height / size[1], width / size[0])
     wide, high = math.ceil(scale * size[0]), math.ceil(scale * size[1])
-    return (wide, high), round((wide - width) / 2), round((high - height) / 2)  # halves to even, like torchvision
+    return (wide, high), round((wide - width) / 2), round((high - height) / 2)  # ties to even, like torchvision
 
 
 def resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
     """Antialiased resize to (width, height), horizontally first.
 
-    Pillow rounds to 8 bits between its two passes, and from version 13 on it chooses their order by the sizes. Two
-    calls fix the order, so that every version gives the same pixels.
+    Pillow rounds to 8 bits between its two passes, and since version 13 their order depends on the sizes. Two calls fix
+    the order, so that every version gives the same pixels.
     """
     return image.resize((size[0], image.height), resample).resize(size, resample)
 
 
 def to_8_bit(image: Image.Image) -> Image.Image:
-    """A picture of any mode as L, LA, RGB, RGBA or CMYK: palettes looked up, more than 8 bits scaled down."""
+    """Convert a picture of any mode to L, LA, RGB, RGBA or CMYK, with palettes resolved and values scaled to 8 bits."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.nan_to_num(np.array(image, dtype=np.float32))
         usual, larger = (1.0, 255.0) if image.mode == "F" else (65535.0, 2.0**31 - 1)  # mode "I" mostly has 16 bits
@@ -180,7 +180,7 @@ def to_8_bit(image: Image.Image) -> Image.Image:
 
 
 def to_srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Image.Image:
-    """A picture from `to_8_bit` as RGB or RGBA, its colors converted from an ICC profile."""
+    """Convert a picture from `to_8_bit` to RGB or RGBA, and its colors from an ICC profile to sRGB."""
     alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
     colors = image.convert(image.mode.removesuffix("A")) if alpha is not None else image
     if profile:
@@ -195,31 +195,31 @@ def to_srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Imag
 
 
 def convert_profile(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image:
-    """An L, RGB or CMYK picture in sRGB.
+    """Convert an L, RGB or CMYK picture to sRGB.
 
-    By relative colorimetric intent with black point compensation: colors that sRGB has stay the same.
+    With relative colorimetric intent and black point compensation, colors within sRGB stay the same.
 
     Raises:
-        KeyError: the profile is for other pictures.
+        KeyError: the profile is for another kind of picture.
         ImageCms.PyCMSError: it is damaged.
     """
     mode = PROFILED[image.mode, profile.profile.xcolor_space.strip()]
     if mode == "RGB" and "sRGB" in ImageCms.getProfileDescription(profile):
-        return image  # not even rounded
+        return image  # without rounding
     intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
     transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB", intent, flags)
     return cast(Image.Image, ImageCms.applyTransform(image.convert(mode), transform))  # None only in place
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """An RGB or RGBA picture as RGB, over white where it is transparent."""
+    """Composite an RGB or RGBA picture over white; returns RGB."""
     if image.mode == "RGB":
         return image
     return Image.alpha_composite(Image.new("RGBA", image.size, (*WHITE, 255)), image).convert("RGB")
 
 
 def encode_image(image: Image.Image, format: str, **options: int) -> bytes:
-    """A picture as a file of a format, with Pillow's options for it."""
+    """Encode a picture in a file format, with Pillow's options for it."""
     file = BytesIO()
     image.save(file, format, **options)
     return file.getvalue()

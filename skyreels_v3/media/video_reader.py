@@ -1,4 +1,4 @@
-"""Clips: checking one quickly, and reading its frames as 8-bit RGB with BT.709 colors, one in memory at a time."""
+"""Clips: quick checks, and reading frames as 8-bit RGB with BT.709 colors, one in memory at a time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from skyreels_v3.media.image import cover_crop
 PICTURE = re.compile(r", (\w+)(?:\((.*?)\))?, (\d+)x(\d+)(?:,? \[?SAR (\d+):(\d+))?")  # pixel format, details, size
 COLORS = re.compile(r"([\w-]+)/([\w-]+)/([\w-]+)")  # matrix, primaries, transfer function
 
-# Non-square pixels are stretched to square ones. Where they are square, only the pixel format changes.
+# Non-square pixels are stretched to square ones. If they are square, only the pixel format changes.
 SCALE = "scale=w='max(1,round(iw*sar))':h=ih:flags=bicubic+accurate_rnd+full_chroma_int"
 TO_RGB = f"{SCALE},setsar=1,format=rgb24"
 TO_RGB_ON_WHITE = (
@@ -40,17 +40,17 @@ TO_RGB_ON_WHITE = (
     "format=rgb24"
 )
 WITH_ALPHA = re.compile(r"yuva|gbrap|rgba|bgra|argb|abgr|ya\d|pal8|ayuv|vuya")  # pixel formats
-HD_HEIGHT = 720  # from here on an unnamed matrix is taken to be BT.709, as players do
+HD_HEIGHT = 720  # from here on an unknown matrix is assumed to be BT.709, as in players
 INTERLACED = re.compile("top first|bottom first|top coded first|bottom coded first")
 HDR = {"arib-std-b67": "HLG", "smpte2084": "PQ"}
 WIDE_PRIMARIES = ("bt2020", "smpte431", "smpte432")
-# Through linear light to BT.709's primaries and transfer function. In linear light, 1 is SDR white at 203 cd/m2
+# Converts via linear light to BT.709's primaries and transfer function. In linear light, 1 is SDR white at 203 cd/m2
 # (ITU-R BT.2408). HDR highlights, up to 1000 cd/m2, are compressed into the top fifth; nothing changes below it.
 TO_LINEAR = "zscale=transfer=linear:npl=203,format={planes}f32le,zscale=primaries=bt709"
 TONE_MAP = "tonemap=mobius:param=0.8:desat=0:peak=4.926"
 TO_SDR = "zscale=transfer=bt709,format={planes}"
-UNKNOWN = "unknown"  # ffmpeg's word
-MAX_SECONDS = 4 * 3600  # the whole clip is decoded to get at its end
+UNKNOWN = "unknown"  # what ffmpeg prints for properties that are not set
+MAX_SECONDS = 4 * 3600  # the whole clip is decoded to reach its end
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class ClipInfo:
 
     Attributes:
         width, height: as displayed: after rotation, in square pixels.
-        fps: the clip's own mean rate.
+        fps: the clip's own average rate.
         seconds: length of the video track.
-        frames: number of frames that `read_frames` yields at the requested rate. It can be off by one where a container
+        frames: number of frames that `read_frames` yields at the requested rate. It can be off by one if the container
             does not say how long the last frame is shown.
         start: time of the first frame in the file, in seconds.
-        notes: warnings for the user, to follow the file's name.
+        notes: warnings for the user, printed after the file's name.
     """
 
     path: Path
@@ -94,7 +94,7 @@ def probe_video(path: Path, fps: int) -> ClipInfo:
         raise MediaError(path, VIDEO.damaged)
     last, duration = packets[-1]
     gap = last - packets[-2][0] if len(packets) > 1 else 0
-    if duration <= 1 and gap > 2:  # made up by the demuxer; ffmpeg shows the last frame as long as the one before
+    if duration <= 1 and gap > 2:  # made up by the demuxer; ffmpeg shows the last frame as long as the previous one
         duration = gap
     start, end = packets[0][0] * tick, (last + duration) * tick
     seconds = float(end - start)
@@ -103,7 +103,7 @@ def probe_video(path: Path, fps: int) -> ClipInfo:
     try:
         height, width, _ = next(decode(track, filters)).shape
     except (RuntimeError, StopIteration) as error:
-        # also for HDR where IMAGEIO_FFMPEG_EXE names a program without the zscale filter
+        # also raised for HDR if IMAGEIO_FFMPEG_EXE names an ffmpeg without the zscale filter
         reason = f"has no frame that can be decoded ({format_value(error)})"
         raise MediaError(path, f"{reason}; convert it to an H.264 mp4 file in SDR") from error
     return ClipInfo(
@@ -126,15 +126,15 @@ def round_half_up(value: Fraction) -> int:
 def read_frames(path: Path, fps: int) -> Iterator[np.ndarray]:
     """The frames of a clip at `fps` frames per second, each uint8 [H, W, 3] as displayed.
 
-    Output frame n is the last source frame whose timestamp, in units of 1/fps and rounded, is not after n. So a clip
-    of that rate is read frame by frame; others lose or repeat frames and keep their speed. Colors become BT.709,
-    interlaced fields become frames, transparent areas become white.
+    Output frame n is the last source frame whose timestamp, in units of 1/fps and rounded, is not after n. So a clip of
+    that rate is read frame by frame; others drop or repeat frames to keep their speed. Colors are converted to BT.709,
+    interlaced fields are combined into frames, transparent areas become white.
 
     Raises:
         RuntimeError: ffmpeg fails.
     """
     track = find_track(path, VIDEO)
-    # The rate comes last: filters after it would process all repetitions of a long still before the first is read.
+    # fps comes last: filters after it would process all repetitions of a long still before the first is read.
     return decode(track, f"{rgb_filters(track)[0]},fps={fps}")
 
 
@@ -143,10 +143,10 @@ def last_frames(
 ) -> np.ndarray:
     """The last `count` frames of a clip at `fps` frames per second, uint8 [count, H, W, 3].
 
-    No more than these are held in memory. `progress(1)` is called for each frame that was read.
+    Only these are held in memory. `progress(1)` is called for each frame that is read.
 
     Raises:
-        MediaError: the clip has fewer frames, or its picture size changes.
+        MediaError: the clip has fewer frames, or their size changes.
     """
     last: deque[np.ndarray] = deque(maxlen=count)
     for frame in read_frames(path, fps):
@@ -175,7 +175,7 @@ def resize_frames(frames: Iterable[np.ndarray], height: int, width: int) -> Iter
 
 
 def rgb_filters(track: Track) -> tuple[str, list[str]]:
-    """ffmpeg's filters that make RGB pictures of a track's frames, and warnings about those.
+    """ffmpeg filters that convert a track's frames to RGB pictures, and warnings about the track.
 
     Raises:
         MediaError: the frames are too large.
@@ -201,13 +201,13 @@ def rgb_filters(track: Track) -> tuple[str, list[str]]:
     if INTERLACED.search(details):
         notes.append("is interlaced; its fields are combined into whole frames")
     if "progressive" not in details and is_yuv:
-        # without a statement for the whole track each frame has its own; progressive ones pass unchanged
+        # if not stated for the whole track, each frame states it; progressive ones pass unchanged
         filters = f"bwdif=deint=interlaced,{filters}"
     return filters, notes
 
 
 def to_sdr(matrix: str, primaries: str, transfer: str, alpha: bool) -> str:
-    """Filters that bring wide-gamut or HDR frames to SDR BT.709. Unknown properties are taken to be BT.2020's."""
+    """Filters that convert wide-gamut or HDR frames to SDR BT.709. Unknown properties are assumed to be BT.2020."""
     defaults = {"colorspace=bt2020nc": matrix, "color_primaries=bt2020": primaries, "color_trc=bt709": transfer}
     missing = ":".join(option for option, value in defaults.items() if value == UNKNOWN)
     steps = [f"setparams={missing}" if missing else "", TO_LINEAR, TONE_MAP if transfer in HDR else "", TO_SDR]
@@ -215,7 +215,7 @@ def to_sdr(matrix: str, primaries: str, transfer: str, alpha: bool) -> str:
 
 
 def decode(track: Track, filters: str) -> Iterator[np.ndarray]:
-    """Frames uint8 [H, W, 3] of a track after ffmpeg's filters.
+    """Yield frames, uint8 [H, W, 3], of a track after ffmpeg's filters.
 
     Raises:
         RuntimeError: ffmpeg fails.
@@ -236,5 +236,5 @@ def read_ppm(stream: IO[bytes]) -> np.ndarray | None:
     stream.readline()  # 255
     data = bytearray(height * width * 3)
     if stream.readinto(data) < len(data):  # type: ignore[attr-defined]  # buffered readers have it
-        return None  # ffmpeg has failed, as its exit status will say
+        return None  # ffmpeg has failed, as its exit status will show
     return np.frombuffer(data, np.uint8).reshape(height, width, 3)

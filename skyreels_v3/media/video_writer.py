@@ -33,12 +33,12 @@ TO_YUV = (
 CRF = 16  # x264's constant quality: 0 is lossless, 18 is usually called visually lossless
 H264 = ("-vf", TO_YUV, "-c:v", "libx264", "-crf", str(CRF), "-preset", "medium")
 LOSSLESS = ("-c:v", "libx264rgb", "-qp", "0", "-preset", "ultrafast")
-AAC_BITS = "256k"  # per second; the encoder uses less where the sample rate allows no more
-FROM_ZERO = "asetpts=N/SR/TB"  # samples one after the other, whatever their timestamps, as the model hears them
-CLIPPED = "aformat=sample_fmts=s32:channel_layouts=mono|stereo"  # float files may leave [-1, 1]
+AAC_BITS = "256k"  # per second; the encoder uses less if the sample rate limits it
+FROM_ZERO = "asetpts=N/SR/TB"  # samples back to back, whatever their timestamps, as the model hears them
+CLIPPED = "aformat=sample_fmts=s32:channel_layouts=mono|stereo"  # float files may exceed [-1, 1]
 SOUND_FADE = 0.01  # seconds, at the end of a clip's sound
 METADATA_BYTES = 1 << 20  # largest comment that is read
-COMMENT_BYTES = 120_000  # largest that is written: an argument of a Linux program may have 128 KiB
+COMMENT_BYTES = 120_000  # largest that is written: Linux limits a program's argument to 128 KiB
 PNG_COMPRESSION = 3  # of 9; higher levels take much longer for a few percent
 FRAMES_AHEAD = 16  # frames that may wait for the encoder: 44 MB at 1280 x 720
 
@@ -56,19 +56,19 @@ def write_video(
     audio: Path | ClipInfo | None = None,
     workspace: Path | None = None,
 ) -> Path:
-    """Encode frames, uint8 [height, width, 3], as they come: H.264, yuv420p, BT.709, index at the front.
+    """Encode frames, uint8 [height, width, 3], as they arrive: H.264, yuv420p, BT.709, index at the front.
 
-    The file gets its name when it is complete, or another one if that has been taken meanwhile. If `frames` raises, the
+    The file gets its name when it is complete, or another one if that was taken meanwhile. If `frames` raises, the
     frames so far are kept as `<stem>.partial.mp4` and the exception is passed on.
 
     Args:
         frames: up to `FRAMES_AHEAD` wait to be encoded, so do not change a frame after yielding it.
         height, width: even numbers.
-        comment: called when all frames are encoded for the file's comment, the record of how it was made, of at most
-            `COMMENT_BYTES`.
-        audio: a sound file, or a clip for its sound track, that `probe_audio` has accepted. It is encoded as AAC from
-            the first frame on, at its own sample rate (the nearest that AAC has), in mono or stereo, and cut or padded
-            with silence to the length of the frames. Or a clip whose frames come first: its sound keeps its timestamps.
+        comment: called when all frames are encoded; returns the file's comment, the record of how it was made, of at
+            most `COMMENT_BYTES`.
+        audio: a file with sound that `probe_audio` has accepted. It is encoded as AAC from the first frame on, at its
+            own sample rate (or the nearest that AAC has), in mono or stereo, and cut or padded with silence to the
+            length of the frames. Or the clip whose frames come first: its sound keeps its timestamps.
         workspace: a folder on the same file system for the unfinished file; by default that of `path`.
 
     Returns:
@@ -86,10 +86,10 @@ def write_video(
 def write_frame_folder(
     frames: Iterable[np.ndarray], folder: Path, *, comment: str, workspace: Path | None = None
 ) -> Path:
-    """Write frames, uint8 [H, W, 3], as they come to 00000.png, 00001.png, ... in a new folder, lossless.
+    """Write frames, uint8 [H, W, 3], as they arrive to 00000.png, 00001.png, ... in a new folder, losslessly.
 
-    Frames, names and interruptions as in `write_video`; a partial folder is called `<name>.partial`. Every file carries
-    `comment` in a PNG text chunk, so that a frame copied elsewhere still says how it was made.
+    Frames, names and interruptions are handled as in `write_video`; a partial folder is named `<name>.partial`. Every
+    file carries `comment` in a PNG text chunk, so that a frame copied elsewhere still says how it was made.
     """
     temporary = temporary_name((workspace or folder.parent) / folder.name)
     return write_frames(frames, temporary, folder, png_folder(temporary, comment))
@@ -98,9 +98,9 @@ def write_frame_folder(
 def copy_frames(
     frames: Generator[np.ndarray, None, None], path: Path, fps: int | Fraction
 ) -> Generator[np.ndarray, None, None]:
-    """The same frames; when all have been read, `path` is a clip of them that `read_frames` reads without any loss.
+    """Pass frames through; once all have been read, `path` is a clip from which `read_frames` reads them without loss.
 
-    An older file of that name is replaced then; so is the unfinished one of a run that was killed.
+    It replaces an older file of that name, and the unfinished one of a run that was killed.
 
     Raises:
         RuntimeError: ffmpeg fails.
@@ -153,8 +153,8 @@ def write_frames(
     """Write frames to a sink and publish the result; see `write_video`.
 
     Args:
-        sink: gives the function that adds a frame to `temporary`, which is complete when its context ends.
-        finish: called with the number of frames then; if it fails, `temporary` is published as a partial result.
+        sink: context manager with the function that adds a frame to `temporary`, which is complete on exit.
+        finish: then called with the number of frames; if it fails, `temporary` is published as a partial result.
     """
     frames = iter(frames)
     first = next(frames, None)  # nothing is created before the first frame exists
@@ -171,7 +171,7 @@ def write_frames(
                 queue.collect()
             except BaseException as error:
                 failure = error
-                thread.submit(int).result()  # the last in the queue: all writes before it have ended
+                thread.submit(int).result()  # last in the queue: waits for all earlier writes
         if queue.added:
             try:
                 finish(queue.added)
@@ -195,7 +195,7 @@ def write_frames(
 class FrameQueue:
     """A bounded queue of frames for `add`, which is called in a thread while the next frames are made.
 
-    After a failure nothing more is added, so that no frame is missing between others.
+    After a failure nothing more is added, so that no frame is missing in between.
     """
 
     def __init__(self, thread: ThreadPoolExecutor, add: AddFrame) -> None:
@@ -211,9 +211,9 @@ class FrameQueue:
         self.collect(FRAMES_AHEAD)
 
     def collect(self, waiting: int = 0) -> None:
-        """Wait until at most so many frames are queued; raises the error of a failed one."""
+        """Wait until at most `waiting` frames are queued; raises the error of a failed one."""
         while self.writes and (len(self.writes) > waiting or self.writes[0].done()):
-            self.writes[0].result()  # removed only after: an interrupt here must find it in the queue
+            self.writes[0].result()  # removed only afterwards: if interrupted here, it must still be queued
             self.writes.popleft()
 
     def _write(self, frame: np.ndarray) -> None:
@@ -229,7 +229,7 @@ class FrameQueue:
 
 @contextmanager
 def video_file(path: Path, height: int, width: int, fps: int | Fraction, codec: Sequence[str]) -> Iterator[AddFrame]:
-    """An ffmpeg process that encodes the frames it gets into a new mp4 file.
+    """Start ffmpeg and yield a function that adds a frame to a new mp4 file.
 
     Raises:
         RuntimeError: ffmpeg fails.
@@ -251,10 +251,10 @@ def video_file(path: Path, height: int, width: int, fps: int | Fraction, codec: 
 
 
 def complete(video: Path, audio: Path | ClipInfo | None, fps: int, comment: Callable[[], str], frames: int) -> None:
-    """Give a silent video of so many frames its sound and its comment, and move the index to the front.
+    """Add sound and comment to a silent video of `frames` frames, and move the index to the front.
 
-    A second process does it. So the length is known, no process waits for two inputs at once, and sound that cannot be
-    encoded does not cost the frames.
+    A second ffmpeg process does this. So the length is known, no process waits for two inputs at once, and sound that
+    cannot be encoded does not cost the frames.
     """
     text = comment()
     if len(text.encode()) > COMMENT_BYTES:
@@ -273,7 +273,7 @@ def complete(video: Path, audio: Path | ClipInfo | None, fps: int, comment: Call
 
 
 def add_sound(video: Path, audio: Path | ClipInfo, fps: int, output: Sequence[str], frames: int) -> None:
-    """Replace a silent video of so many frames by one with sound; see `write_video`."""
+    """Replace a silent video of `frames` frames with one that has sound; see `write_video`."""
     clip, path = (audio, audio.path) if isinstance(audio, ClipInfo) else (None, audio)
     timing = [FROM_ZERO]
     if clip is not None:
@@ -288,7 +288,7 @@ def add_sound(video: Path, audio: Path | ClipInfo, fps: int, output: Sequence[st
 
 
 def rewrite(video: Path, arguments: Sequence[str], purpose: str) -> None:
-    """Replace a video by what ffmpeg makes of it."""
+    """Replace a video with what ffmpeg makes of it."""
     made = temporary_name(video)
     try:
         write_file([*arguments, f"file:{made}"], purpose)
@@ -299,7 +299,7 @@ def rewrite(video: Path, arguments: Sequence[str], purpose: str) -> None:
 
 @contextmanager
 def png_folder(folder: Path, comment: str) -> Iterator[AddFrame]:
-    """A new folder of numbered PNG files."""
+    """Create a folder and yield a function that adds a frame as the next numbered PNG file."""
     folder.mkdir()
     info, numbers = PngInfo(), count()
     if comment:
@@ -310,7 +310,7 @@ def png_folder(folder: Path, comment: str) -> Iterator[AddFrame]:
         try:
             Image.fromarray(frame).save(path, pnginfo=info, compress_level=PNG_COMPRESSION)
         except BaseException:
-            path.unlink(missing_ok=True)  # no half picture in a partial result
+            path.unlink(missing_ok=True)  # no incomplete picture in a partial result
             raise
 
     yield add

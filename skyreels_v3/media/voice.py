@@ -1,7 +1,7 @@
-"""Voices: out of music, of a text, and without what is heard between the words.
+"""Voices: separating them from music, speaking a text, and silencing what is not speech.
 
-All of it is the work of optional packages and programs. Those that separate and speak run in processes of their own:
-they set what holds for a whole process, and the memory that they take is free afterwards.
+All of this is done by optional packages and programs. Those that separate and speak run in their own processes: they
+change process-wide settings, and their memory is freed afterwards.
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ logger = logging.getLogger(__name__)
 
 Spans = Sequence[tuple[float, float]]  # begin and end in seconds
 
-SPEECH_MARGIN = 0.1  # seconds around speech that are kept: lips open before they are heard
-PYTHON = (sys.executable, "-P")  # without modules of the current folder
+SPEECH_MARGIN = 0.1  # seconds kept around speech: lips open before they are heard
+PYTHON = (sys.executable, "-P")  # does not import from the current folder
 SEPARATOR = ("audio_separator", "onnxruntime")
 SEPARATE = "from audio_separator.utils.cli import main; main()"
-VOCALS = "vocals"  # name of its output
+VOCALS = "vocals"  # name of audio-separator's output
 KOKORO, ESPEAK = "kokoro", "espeak-ng"
 KOKORO_VOICE = "af_heart"  # an American one
 LIST_OF = {ESPEAK: f", see {ESPEAK} --voices"}
 
 
 def check_speakable() -> None:
-    """Raise UserError if nothing on this machine speaks texts."""
+    """Raise UserError if no text-to-speech program is installed."""
     if not has_packages(KOKORO) and shutil.which(ESPEAK) is None:
         remedy = f"pip install {KOKORO}, install {ESPEAK}, or give a recording as --input_audio"
         raise UserError("--text", f"needs the package {KOKORO}; {remedy}")
 
 
 def check_separable() -> None:
-    """Raise UserError if nothing on this machine separates voices from music."""
+    """Raise UserError if no package that separates voices from music is installed."""
     check_packages("--vocals", "audio-separator[cpu]", *SEPARATOR)
 
 
 def check_detectable() -> None:
-    """Raise UserError if nothing on this machine finds speech."""
+    """Raise UserError if no package that detects speech is installed."""
     check_packages("--speech_only", "silero-vad", "silero_vad")
 
 
 def keep_spans(samples: np.ndarray, spans: Spans) -> np.ndarray:
-    """16 kHz sound [samples] with silence outside of spans."""
+    """16 kHz sound [samples], silenced outside of `spans`."""
     kept = np.zeros_like(samples)
     for span in spans:
         part = slice(*(round(time * SAMPLE_RATE) for time in span))
@@ -67,7 +67,7 @@ def keep_spans(samples: np.ndarray, spans: Spans) -> np.ndarray:
 
 
 def keep_speech(samples: np.ndarray) -> np.ndarray:
-    """16 kHz sound [samples] with silence where nobody speaks."""
+    """16 kHz sound [samples], silenced where nobody speaks."""
     spans = find_speech(samples)
     seconds, heard = len(samples) / SAMPLE_RATE, sum(end - begin for begin, end in spans)
     if spans:
@@ -78,11 +78,11 @@ def keep_speech(samples: np.ndarray) -> np.ndarray:
 
 
 def find_speech(samples: np.ndarray) -> Spans:
-    """Where somebody speaks in 16 kHz sound [samples], by silero-vad."""
+    """Find the spans of speech in 16 kHz sound [samples] with silero-vad."""
     import torch
 
     threads = torch.get_num_threads()
-    import silero_vad  # sets their number to 1
+    import silero_vad  # sets it to 1
 
     torch.set_num_threads(threads)
     model, margin = silero_vad.load_silero_vad(), round(1000 * SPEECH_MARGIN)
@@ -91,18 +91,18 @@ def find_speech(samples: np.ndarray) -> Spans:
 
 
 def read_vocals(path: Path, models: Path) -> np.ndarray:
-    """The voice in a recording of voice and music, as `read_audio`; by audio-separator.
+    """Extract the voice from a recording with music, by audio-separator; the result is as from `read_audio`.
 
     Args:
-        models: the folder that its model is downloaded to, unless AUDIO_SEPARATOR_MODEL_DIR names one.
+        models: the folder to download its model to, unless AUDIO_SEPARATOR_MODEL_DIR names one.
 
     Raises:
-        UserError: it fails, for one because its model cannot be downloaded.
+        UserError: it fails, for example because its model cannot be downloaded.
     """
     logger.info("separating the voice from the music with audio-separator")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "ffmpeg").symlink_to(get_ffmpeg_exe())  # it needs one of this name
+        (folder / "ffmpeg").symlink_to(get_ffmpeg_exe())  # it looks for this name
         mixture = mix([path], True, folder / "mixture.wav")
         output = ["--output_dir", name, "--output_format", "WAV", "--single_stem", "Vocals"]
         output += ["--custom_output_names", json.dumps({"Vocals": VOCALS})]
@@ -114,10 +114,10 @@ def read_vocals(path: Path, models: Path) -> np.ndarray:
 
 
 def speak(text: str, voice: str | None, folder: Path) -> Path:
-    """A recording of a text in `folder`, by kokoro or else espeak-ng; made once.
+    """Speak a text with kokoro, or else espeak-ng; returns a file in `folder`, reused if it exists.
 
     Raises:
-        UserError: it fails, for one because there is no such voice.
+        UserError: it fails, for example because there is no such voice.
     """
     target = folder / f"speech-{hashlib.sha256(json.dumps([text, voice]).encode()).hexdigest()[:16]}.wav"
     if target.is_file():
@@ -144,14 +144,14 @@ def speak(text: str, voice: str | None, folder: Path) -> Path:
 def run_program(
     command: Sequence[str], flag: str, problem: str, remedy: str, text: str = "", **environment: str
 ) -> None:
-    """Run a program, with `text` on its standard input, to its end; an exception kills it.
+    """Run a program with `text` on its standard input; an exception kills it.
 
-    What it has started, and left behind, ends with it.
+    Processes that it leaves behind are killed as well.
 
     Raises:
         UserError: it fails; says `problem`, the end of its log and `remedy`.
     """
-    with tempfile.TemporaryFile() as log:  # no pipe: what is left behind may hold its other end
+    with tempfile.TemporaryFile() as log:  # not a pipe: processes left behind may hold its other end
         streams = {"stdin": PIPE, "stdout": DEVNULL, "stderr": log}
         with program(command, env=os.environ | environment, **streams) as process:
             process.communicate(text.encode())

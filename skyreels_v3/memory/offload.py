@@ -1,4 +1,4 @@
-"""Offloading: a component is on the device only while it works. And how the tensors of a module are replaced."""
+"""Offloading: a component is on the device only while it runs. Also replaces the tensors of modules."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 def on_device(
     module: nn.Module, device: torch.device, selected: Callable[[Tensor], bool] = lambda _: True
 ) -> Iterator[None]:
-    """Hold the `selected` tensors of `module` on `device` within a `with` block.
+    """Keep the `selected` tensors of `module` on `device` within a `with` block.
 
-    At the end the module gets its original tensors again, memory-mapped or not. Nothing is copied back, since inference
-    changes no weight.
+    Afterwards the module gets its original tensors back, memory-mapped or not. Nothing is copied back, since inference
+    does not change weights.
     """
     host: dict[int, Tensor] = {}
 
-    @torch.inference_mode(False)  # never inference tensors: compiled code is specialized to the kind
+    @torch.inference_mode(False)  # not inference tensors: compiled code is specialized on that
     def move(tensor: Tensor) -> Tensor:
         if not selected(tensor):
             return tensor
@@ -38,10 +38,10 @@ def on_device(
 
 
 def replace_tensors(model: nn.Module, new: Callable[[Tensor], Tensor]) -> None:
-    """Replace each parameter and buffer by `new(tensor)`, called once for a tensor that is used in several places.
+    """Replace each parameter and buffer with `new(tensor)`, called once even for a tensor used in several places.
 
     The tensor objects are replaced, not their data: the new ones may have any dtype and device, and the old ones remain
-    valid for whoever holds them.
+    valid where they are still referenced.
     """
     old = list(model.parameters()) + list(model.buffers())  # kept alive, so that ids stay unique
     made = {id(tensor): new(tensor) for tensor in old}

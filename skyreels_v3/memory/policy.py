@@ -1,11 +1,11 @@
-"""Where the weights live during a run, decided once, and what to advise when memory runs out. No torch.
+"""Where weights live during a run, decided once, and what to advise when memory runs out. No torch.
 
-- resident: each component moves to the device when it is first used, and stays there.
-- offload: a component is on the device only while it works.
-- stream: like offload, but of the transformer and the text encoder only the working blocks are on the device.
+- resident: each component moves to the device when first used, and stays there.
+- offload: a component is on the device only while it runs.
+- stream: like offload, but only the running blocks of the transformer and the text encoder are on the device.
 
-The decision (`choose_policy`) follows from the plan's estimates and the machine's free memory. If an estimate was too
-low after all, `explained` turns the error into one that names the flags that need less.
+`choose_policy` decides from the plan's estimates and the machine's free memory. If an estimate was too low,
+`explain_oom` turns the error into one that names the flags that need less.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from skyreels_v3.request import GenerationRequest
 from skyreels_v3.tasks import MEMORY_MODES, RESOLUTIONS
 
 BYTES = {"bfloat16": 2, "float32": 4}
-SCALE = "weight_scale"  # of the rows of an FP8 weight, beside it; a checkpoint with such keys is quantized
-STREAM_SLOTS = 2  # blocks on the device at a time while a model streams: the working one and the next
+SCALE = "weight_scale"  # of the rows of an FP8 weight, next to it; a checkpoint with such keys is quantized
+STREAM_SLOTS = 2  # blocks on the device at a time while a model streams: the running one and the next
 Tiles = tuple[int, int]  # rows and columns of the VAE's tiles
 TILINGS: tuple[Tiles, ...] = ((1, 1), (1, 2), (2, 2), (2, 3))  # more tiles would cost more in halos than they save
-Peak = Callable[[str, Tiles], int]  # bytes on the device in a memory mode, with a tiling of the VAE
-MARGIN = 1.1  # for the kernels' workspaces and for fragmentation
-RESERVE = 500_000_000  # bytes that the driver takes
+Peak = Callable[[str, Tiles], int]  # peak bytes on the device for a memory mode and a tiling of the VAE
+MARGIN = 1.1  # for kernel workspaces and fragmentation
+RESERVE = 500_000_000  # bytes that the driver uses
 PINNED_SHARE = 0.7  # of the host's free memory, at most
-# torch has an error class for allocations on a device only. Host allocations, drivers and libraries beside torch raise
-# plain RuntimeErrors, told apart by their messages, such as CUBLAS_STATUS_ALLOC_FAILED.
+# torch has an error class for device allocations only. Host allocations, drivers and other libraries raise plain
+# RuntimeErrors, recognized by their messages, such as CUBLAS_STATUS_ALLOC_FAILED.
 HOST_ERROR = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
 DEVICE_ERROR = re.compile(r"out ?of ?memory|ALLOC(ATION)?_?FAILED", re.IGNORECASE)
 REQUESTED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
@@ -39,14 +39,14 @@ REQUESTED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
 
 @dataclass(frozen=True)
 class Policy:
-    """The decision.
+    """The memory mode of a run and its settings.
 
     Attributes:
         mode: one of `tasks.MEMORY_MODES`.
-        reason: for the log.
+        reason: why this mode was chosen, for the log.
         resident_blocks: how many blocks of a streamed transformer stay on the device.
-        pinned: hold the streamed blocks in pinned memory.
-        tiles: of the VAE.
+        pinned: keep the streamed blocks in pinned memory.
+        tiles: rows and columns of the VAE's tiles.
     """
 
     mode: str
@@ -62,11 +62,11 @@ RESIDENT = Policy("resident", "")
 def choose_policy(
     request: GenerationRequest, peak: Peak, streamed: int, free_device: int | None, free_host: int
 ) -> Policy:
-    """The fastest mode and the fewest tiles that fit; where none fit, the ones that need least.
+    """Choose the fastest mode and the fewest tiles that fit; if none fit, those that need the least memory.
 
     Args:
-        request: names a memory mode or "auto", the number of resident blocks, and what to pin.
-        peak: bytes on the device in a mode, with a tiling.
+        request: has the memory mode or "auto", the number of resident blocks, and how much to pin.
+        peak: peak bytes on the device for a mode and a tiling.
         streamed: bytes of the blocks that stay in host memory in mode "stream".
         free_device: free bytes on the device, None if it has no memory of its own.
         free_host: free bytes of host memory.
@@ -87,13 +87,13 @@ def choose_policy(
 
 
 def resident_blocks(blocks: int, count: int) -> set[int]:
-    """Which `count` of a model's blocks stay on the device: evenly spaced, to give the others more time to arrive."""
+    """Indices of the `count` blocks that stay on the device, evenly spaced to leave time to prefetch the others."""
     count = min(count, blocks)
     return {index * blocks // count for index in range(count)}
 
 
 class MemoryPlan(Protocol):
-    """What advice about memory needs to know of a plan."""
+    """What memory advice needs to know about a plan."""
 
     @property
     def request(self) -> GenerationRequest: ...
@@ -105,7 +105,7 @@ class MemoryPlan(Protocol):
     def passes(self) -> Sized: ...
 
     def peak(self, mode: str, tiles: Tiles) -> int:
-        """Bytes in use on the device at the peak."""
+        """Peak bytes in use on the device."""
 
 
 @contextmanager
@@ -114,13 +114,13 @@ def explain_oom(stage: str, plan: MemoryPlan, free: Callable[[], int | None]) ->
 
     Args:
         stage: what the block does.
-        free: gives the free bytes on the device, None where it has no memory of its own.
+        free: returns the free bytes on the device, None if it has no memory of its own.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         requested = requested_size(error)
-        if requested is None or isinstance(error, OutOfMemory):  # the latter of a stage within this one
+        if requested is None or isinstance(error, OutOfMemory):  # the latter comes from a nested stage
             raise
         available = free()
         left = "" if available is None else f", {giga(available)} are free"
@@ -129,8 +129,8 @@ def explain_oom(stage: str, plan: MemoryPlan, free: Callable[[], int | None]) ->
 
 
 def requested_size(error: Exception) -> str | None:
-    """How much memory an out-of-memory error is about; None for any other error."""
-    text = f"{type(error).__name__}: {error}"  # the name, since the message of an OutOfMemoryError may say anything
+    """The amount of memory that an out-of-memory error reports; None for any other error."""
+    text = f"{type(error).__name__}: {error}"  # with the name, since an OutOfMemoryError's message may say anything
     if host := HOST_ERROR.search(text):
         return f"{giga(int(host[1]))} of host memory"
     if isinstance(error, MemoryError):
@@ -140,7 +140,7 @@ def requested_size(error: Exception) -> str | None:
 
 
 def advice(plan: MemoryPlan, device_memory: bool) -> str:
-    """The flags that need less memory than the plan. Moving weights helps only a device with memory of its own."""
+    """Flags that need less memory than the plan. Offloading helps only if the device has its own memory."""
     request = plan.request
     smaller = MEMORY_MODES[MEMORY_MODES.index(plan.policy.mode) + 1 :] if device_memory else ()
     sized = request.task.size is not None or "height" in request.flags
@@ -151,7 +151,7 @@ def advice(plan: MemoryPlan, device_memory: bool) -> str:
         "--low_vram (streamed, in FP8)": request.quant is None,
         "--vae_dtype bfloat16": request.vae_dtype == "float32",
         f"a smaller {size}": sized or request.resolution != RESOLUTIONS[0],
-        # with several passes, a shorter video has fewer of them, each as large
+        # with several passes, a shorter video has fewer of them, but not smaller ones
         f"a smaller {length}": request.duration > request.task.min_duration > 0 and len(plan.passes) == 1,
     }
     useful = ", ".join(way for way, helps in ways.items() if helps)

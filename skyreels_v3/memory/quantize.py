@@ -1,17 +1,17 @@
 """Quantized weights: fewer bytes than bfloat16, in plain tensors that stream and save like any others.
 
-`quantize` stores each row of a weight matrix as float8 (e4m3, with 3 bits of mantissa) times a power of two. Such a
-scale costs no accuracy, since float8 is a floating-point format, and it is exact in bfloat16: the result is that of a
-bfloat16 model whose weights were rounded to 4 significant bits. Checkpoint files hold other forms as well (see
-checkpoints/formats.py): float8 and int8 with any scales, and GGUF's blocks. They all become `QuantizedLinear` layers,
-which dequantize their weight whenever they use it.
+`quantize` stores each row of a weight matrix as float8 (e4m3, with 3 mantissa bits) times a power of two. Such a scale
+costs no accuracy, since float8 is a floating-point format, and it is exact in bfloat16: the result equals that of a
+bfloat16 model whose weights were rounded to 4 significant bits. Checkpoint files come in other formats as well (see
+checkpoints/formats.py): float8 and int8 with arbitrary scales, and GGUF's blocks. All of them become `QuantizedLinear`
+layers, which dequantize their weight on every use.
 
-`fp8` multiplies in the activations' dtype, on any device. `fp8_dynamic` rounds the activations too, with a scale for
-each token, for the FP8 matrix units of recent GPUs. No work is repeated: an input that several layers share (queries,
-keys and values) is rounded once, and `cache_dequantized` keeps a block's dequantized weights while it works on its
-tokens in chunks.
+`fp8` multiplies in the activations' dtype, on any device. `fp8_dynamic` also rounds the activations, with a scale per
+token, for the FP8 matrix units of recent GPUs. No work is repeated: an input that several layers share (queries, keys
+and values) is rounded once, and `cache_dequantized` keeps a block's dequantized weights while it processes its tokens
+in chunks.
 
-Only matrices in the repeated blocks are quantized, by `quantize` except `SKIP_MODULES`. Norms, modulation, embeddings
+Only matrices in the repeated blocks are quantized; `quantize` also skips `SKIP_MODULES`. Norms, modulation, embeddings
 and the output head, which are small and affect everything, keep their dtype.
 """
 
@@ -34,24 +34,24 @@ from skyreels_v3.memory.policy import SCALE
 FP8 = torch.float8_e4m3fn
 QUANTIZED_DTYPES = (FP8, torch.float8_e5m2, torch.int8, torch.uint8)  # of the weights of quantized layers
 LARGEST = torch.finfo(FP8).max  # 448
-MIN_EXPONENT = -126  # of a scale: smaller numbers are subnormal, which not every device computes with
-MULTIPLE = 16  # FP8 matrix units take multiples of it
-UNPACKED_AT_ONCE = 1 << 24  # elements of GGUF's blocks, which take 4 bytes each while they are unpacked
-# Cross-attention, whose output is added without a gate, so that its error shows most; `wo` of UMT5, since transformers
-# casts the input of that layer to the dtype of its weight; and the norms of HunyuanVideo's blocks, large matrices that
+MIN_EXPONENT = -126  # of a scale: smaller numbers are subnormal, which not every device supports
+MULTIPLE = 16  # FP8 matrix units need sizes that are multiples of it
+UNPACKED_AT_ONCE = 1 << 24  # elements of GGUF's blocks, of 4 bytes each while being unpacked
+# Cross-attention, whose output is added without a gate, so its error shows most; `wo` of UMT5, since transformers casts
+# that layer's input to the dtype of its weight; and the norms of HunyuanVideo's blocks, large matrices that
 # compute the modulation from the timestep.
 SKIP_MODULES = ("attn2", "attn_audio", "wo", "norm1", "norm1_context", "norm")
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight as a quantized file holds it.
+    """A weight as stored in a quantized file.
 
     Attributes:
-        data: (out, in) float8 or int8; or a GGUF type's blocks, (out, bytes of a row) uint8.
+        data: (out, in) float8 or int8; or a GGUF type's blocks, (out, bytes per row) uint8.
         shape: of the weight, (out, in) for a matrix.
         scale: (out,) float32, what each row is multiplied by; None for a GGUF type.
-        kind: the GGUF type, such as Q6_K; empty for others.
+        kind: the GGUF type, such as Q6_K; empty for other formats.
     """
 
     data: Tensor
@@ -68,19 +68,19 @@ class Packed:
         return self.data.dtype
 
     def on_meta(self) -> Packed:
-        """The same without values."""
+        """A copy on the meta device."""
         scale = None if self.scale is None else self.scale.to("meta")
         return replace(self, data=self.data.to("meta"), scale=scale)
 
     def split(self, rows: Sequence[int]) -> list[Packed]:
-        """A stacked matrix as the matrices that it is made of, with so many rows each."""
+        """Split a stacked matrix into the matrices it is made of, given the rows of each."""
         scales = [None] * len(rows) if self.scale is None else self.scale.split([*rows])
         made = zip(self.data.split([*rows]), scales, strict=True)
         return [Packed(data, (len(data), *self.shape[1:]), scale, self.kind) for data, scale in made]
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight as `dtype`."""
-        if self.scale is not None:  # in place, for the product is rounded once, however wide the scale is
+        """The weight, dequantized to `dtype`."""
+        if self.scale is not None:  # in place, so that the product is rounded once, whatever the scale's dtype
             return self.data.to(dtype).mul_(self.scale[:, None])
         columns = math.prod(self.shape) // len(self.data)
         weight = torch.empty(len(self.data), columns, dtype=dtype, device=self.data.device)
@@ -91,13 +91,13 @@ class Packed:
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer whose weight stays as a quantized file holds it.
+    """A linear layer whose weight stays as stored in a quantized file.
 
     Attributes:
         weight, weight_scale, kind: see `Packed`.
         bias: (out,) in the dtype of the activations, or None.
-        dynamic: multiply in FP8, with activations rounded token by token.
-        caching: keep the dequantized weight in `cached` from one forward to the next.
+        dynamic: multiply in FP8, with activations rounded per token.
+        caching: keep the dequantized weight in `cached` between forward calls.
     """
 
     def __init__(self, packed: Packed, bias: nn.Parameter | None, dynamic: bool = False) -> None:
@@ -115,7 +115,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def packed(self) -> Packed:
-        """The weight."""
+        """The weight with its scale."""
         return Packed(self.weight, (self.out_features, self.in_features), self.weight_scale, self.kind)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,11 +128,11 @@ class QuantizedLinear(nn.Module):
         return F.linear(x, weight, self.bias)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out, in) as `dtype`."""
+        """The weight (out, in), dequantized to `dtype`."""
         return self.packed.dequantized(dtype)
 
     def fp8_product(self, x: Tensor) -> Tensor:
-        """(..., in) -> (L, out): float8 factors, both scales applied to the sums.
+        """Multiply in FP8, (..., in) -> (L, out); both scales are applied to the sums.
 
         Fast accumulation keeps about 14 significant bits: enough for the rounded factors, and twice as fast as float32.
         """
@@ -140,16 +140,16 @@ class QuantizedLinear(nn.Module):
         rounded, scale = rounded_once(x)
         bias = None if self.bias is None else self.bias.to(torch.bfloat16)
         options: dict[str, Any] = {"bias": bias, "out_dtype": torch.bfloat16, "use_fast_accum": True}
-        # torch has no public name for the product with a scale per row
+        # torch has no public function for products with row-wise scales
         return torch._scaled_mm(rounded, self.weight.t(), scale, self.weight_scale[None], **options).to(x.dtype)
 
 
 Rounded = tuple[Tensor, Tensor]  # see `round_tokens`
-_ROUNDED = WeakTensorKeyDictionary()  # of live inputs: their version and the result
+_ROUNDED = WeakTensorKeyDictionary()  # live input -> its version and the result
 
 
 def rounded_once(x: Tensor) -> Rounded:
-    """`round_tokens`, remembered for the next layers with the same input."""
+    """`round_tokens`, cached for the next layers with the same input."""
     if torch.compiler.is_compiling():  # the compiler removes repeated work itself, and cannot trace the dictionary
         return round_tokens(x)
     version = None if x.is_inference() else x._version
@@ -160,7 +160,7 @@ def rounded_once(x: Tensor) -> Rounded:
 
 
 def round_tokens(x: Tensor) -> Rounded:
-    """Tokens (..., in) as float8 (L, in), row-major, times scales (L, 1), float32."""
+    """Round tokens (..., in) to float8 (L, in), row-major, with float32 scales (L, 1)."""
     x = x.flatten(0, -2)
     largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).float()
     scale = (largest / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
@@ -168,9 +168,9 @@ def round_tokens(x: Tensor) -> Rounded:
 
 
 def cache_dequantized(blocks: Iterable[nn.Module]) -> None:
-    """Have quantized layers dequantize once per forward of their block, however many chunks the block works in.
+    """Make quantized layers dequantize once per forward of their block, however many chunks its tokens are split into.
 
-    While a block works, its dequantized matrices take memory.
+    While a block runs, its dequantized matrices use memory.
     """
     for block in blocks:
         layers = [layer for layer in block.modules() if isinstance(layer, QuantizedLinear) and not layer.dynamic]
@@ -185,10 +185,10 @@ def _set_caching(layers: Sequence[QuantizedLinear], caching: bool, *_: object) -
 
 
 def quantize(blocks: Iterable[nn.Module], device: torch.device, dynamic: bool = False) -> None:
-    """Replace the linear layers in `blocks` by FP8 ones, computed on `device` and stored where the weights were.
+    """Replace the linear layers in `blocks` with FP8 ones, quantized on `device` and stored where the weights were.
 
-    Layers that are quantized already, as in a quantized checkpoint, only take on `dynamic`. With `dynamic`, layers that
-    FP8 matrix units do not take keep their dtype.
+    For layers that are already quantized, as in a quantized checkpoint, only `dynamic` is set. With `dynamic`, layers
+    whose size FP8 matrix units do not support keep their dtype.
     """
     skipped = {*SKIP_MODULES}
     for block in blocks:
@@ -200,12 +200,12 @@ def quantize(blocks: Iterable[nn.Module], device: torch.device, dynamic: bool = 
 
 
 def fits(layer: nn.Linear | QuantizedLinear) -> bool:
-    """Whether FP8 matrix units take a layer of this size."""
+    """Whether FP8 matrix units support the size of a layer."""
     return layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0
 
 
 def quantized(layer: nn.Linear, device: torch.device, dynamic: bool) -> QuantizedLinear:
-    """The FP8 layer closest to `layer`; the bias is shared."""
+    """An FP8 version of `layer`; the bias is shared."""
     home = layer.weight.device
     weight, scale = round_rows(layer.weight.detach().to(device))
     packed = Packed(weight.to(home), tuple(weight.shape), scale.to(home))
@@ -213,9 +213,9 @@ def quantized(layer: nn.Linear, device: torch.device, dynamic: bool) -> Quantize
 
 
 def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, in) -> float8 (out, in) and scales (out,), the smallest powers of two that keep each row in range."""
+    """Round (out, in) to float8 with scales (out,), the smallest powers of two that keep each row in range."""
     largest = weight.abs().amax(dim=1).float()
-    mantissa, exponent = torch.frexp(largest)  # exact, as a logarithm would not be
+    mantissa, exponent = torch.frexp(largest)  # exact, unlike a logarithm
     limit, highest = math.frexp(LARGEST)
     scale = torch.exp2((exponent - highest + (mantissa > limit)).float().clamp_(min=MIN_EXPONENT))
     scale = torch.where(largest.isfinite(), scale, torch.nan)  # the cast to float8 would hide an infinity
@@ -223,7 +223,7 @@ def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_layers(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace the quantized layers of a model by plain linear ones with weights of `dtype`."""
+    """Replace the quantized layers of a model with plain linear ones, with weights of `dtype`."""
     for path, layer in [*model.named_modules()]:
         if isinstance(layer, QuantizedLinear):
             with torch.device("meta"):

@@ -1,11 +1,11 @@
-"""Block streaming: a model's blocks are on the device only while they work; meanwhile the next one is prefetched.
+"""Block streaming: a model's blocks are on the device only while they run, and the next one is prefetched meanwhile.
 
-The device has two slots of one block each. While the block in one works, the next is copied into the other on a side
-stream. Nothing is copied back, since inference changes no weight. In pinned host memory a block is one buffer, copied
-in one transfer at the bus's full speed; otherwise its tensors are copied from where they are, such as a mapped file.
+The device has two slots of one block each. While the block in one slot runs, the next is copied into the other on a
+side stream. Nothing is copied back, since inference changes no weights. In pinned host memory a block is one buffer,
+copied in one transfer at full bus speed; otherwise its tensors are copied from where they are, such as a mapped file.
 
-Hooks around the blocks trigger the copies. Blocks may differ (only some may have adapters) and run in any order, but
-they are prefetched in the order of the model.
+Hooks on the blocks trigger the copies. Blocks may differ (only some may have adapters) and run in any order, but they
+are prefetched in the order of the model.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 
 def buffer_bytes(tensors: Sequence[Tensor]) -> int:
-    """Size of a buffer that holds `tensors`, each aligned."""
+    """Bytes of a buffer that holds `tensors`, each aligned."""
     return sum(math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT for tensor in tensors)
 
 
-@torch.inference_mode(False)  # never inference tensors: compiled code is specialized to the kind
+@torch.inference_mode(False)  # not inference tensors: compiled code is specialized on that
 def views(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Views of `buffer` (bytes), one after the other, with the shapes and dtypes of `tensors`."""
+    """Consecutive views of `buffer` (bytes) with the shapes and dtypes of `tensors`."""
     sizes = [buffer_bytes([tensor]) for tensor in tensors]
     parts = zip(buffer[: sum(sizes)].split(sizes), tensors, strict=True)
     made = [part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape) for part, tensor in parts]
@@ -53,27 +53,27 @@ def views(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def assign(module: nn.Module, tensors: Sequence[Tensor]) -> None:
-    """Replace the tensors of a module, in the order of `tensors_of`."""
+    """Replace the tensors of a module, given in the order of `tensors_of`."""
     new = {id(old): tensor for old, tensor in zip(tensors_of(module), tensors, strict=True)}
     replace_tensors(module, lambda tensor: new[id(tensor)])
 
 
 @dataclass
 class Slot:
-    """Memory for one block on the device, and which block is in it."""
+    """Device memory for one block, and the index of the block in it."""
 
     buffer: Tensor  # bytes
     arrived: Any  # event: the block has been copied
-    done: Any  # event: the block has worked
+    done: Any  # event: the block has run
     block: int | None = None
 
 
 class BlockStream:
-    """Streams `blocks` of `module` to `device`; the rest of the module is there as a whole.
+    """Streams `blocks` of `module` to `device`; all other weights are there while it is active.
 
     Args:
         resident: how many of the blocks stay on the device.
-        pin: registers a buffer in host memory as pinned and returns whether that worked; None: use no pinned memory.
+        pin: pins a buffer in host memory and returns whether that worked; None: use no pinned memory.
     """
 
     def __init__(
@@ -96,13 +96,13 @@ class BlockStream:
         self._prepared: Future[None] | None = None
 
     def begin(self) -> None:
-        """Prepare in the background."""
+        """Start `prepare` in the background."""
         pool = ThreadPoolExecutor(1)
         self._prepared = pool.submit(self.prepare)
         pool.shutdown(wait=False)
 
     def prepare(self) -> None:
-        """Collect the blocks' weights, in pinned memory if asked. Continues where an earlier call failed."""
+        """Collect the blocks' weights, pinned if requested. Continues where an earlier call failed."""
         for block in self.streamed[len(self._host) :]:
             buffer = self._pack(block) if self.pin is not None else None
             self._host.append((tensors_of(block), buffer))
@@ -114,7 +114,7 @@ class BlockStream:
         buffer = torch.empty(buffer_bytes(tensors), dtype=torch.uint8)
         packed = views(buffer, tensors)
         for view, tensor in zip(packed, tensors, strict=True):
-            view.copy_(tensor.detach())  # before pinning: several threads copy, and so allocate the pages
+            view.copy_(tensor.detach())  # before pinning: the copy uses several threads, which allocate the pages
         if not self.pin(buffer):
             left = len(self.streamed) - len(self._host)
             logger.warning(
@@ -127,7 +127,7 @@ class BlockStream:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Stream within a `with` block; one inside another changes nothing."""
+        """Stream the blocks within a `with` block; nested use has no effect."""
         if self._slots:
             yield
             return
@@ -144,7 +144,7 @@ class BlockStream:
                 buffers = torch.empty(shape, dtype=torch.uint8, device=self.device)
                 self._slots = [Slot(buffer, self._backend.Event(), self._backend.Event()) for buffer in buffers]
             stack.callback(self._end)
-            self._side.wait_stream(self._backend.current_stream(self.device))  # it may still use the slots' memory
+            self._side.wait_stream(self._backend.current_stream(self.device))  # which may still use the slots' memory
             for index, block in enumerate(self.streamed):
                 before, after = (lambda *_, i=index: self._before(i)), (lambda *_, i=index: self._after(i))
                 stack.callback(block.register_forward_pre_hook(before).remove)
@@ -154,26 +154,26 @@ class BlockStream:
             yield
 
     def _end(self) -> None:
-        """Free the slots and give the blocks their host tensors again."""
+        """Free the slots and give the blocks their host tensors back."""
         self._backend.current_stream(self.device).wait_stream(self._side)  # before the memory is reused
         for block, (tensors, _) in zip(self.streamed, self._host, strict=True):
             assign(block, tensors)
         self._slots = []
 
     def _tensors_outside(self) -> set[int]:
-        """Ids of the tensors outside the streamed blocks, even if one of these shares them."""
+        """Ids of the tensors used outside the streamed blocks, including those that such a block shares."""
         inside = {part for block in self.streamed for part in block.modules()}
         outside = (module for module in self.module.modules() if module not in inside)
         own = ((*module.parameters(recurse=False), *module.buffers(recurse=False)) for module in outside)
         return {id(tensor) for tensors in own for tensor in tensors}
 
     def _before(self, index: int) -> None:
-        """Block `index` is about to work: have it on the device."""
+        """Before block `index` runs: make sure that it is on the device."""
         slot = self._slot_of(index) or self._fetch(index, self._slots[0])
         self._backend.current_stream(self.device).wait_event(slot.arrived)
 
     def _after(self, index: int) -> None:
-        """Block `index` has been launched, and the one before it has worked: fetch the next into that one's slot."""
+        """After block `index` was launched: prefetch the next one into the other slot."""
         slot = self._slot_of(index)
         assert slot is not None
         slot.done.record(self._backend.current_stream(self.device))
@@ -185,7 +185,7 @@ class BlockStream:
         return next((slot for slot in self._slots if slot.block == index), None)
 
     def _fetch(self, index: int, slot: Slot) -> Slot:
-        """Copy block `index` into a slot as soon as the block there has worked."""
+        """Copy block `index` into a slot as soon as the block there has run."""
         if slot.block is not None:
             assign(self.streamed[slot.block], self._host[slot.block][0])
         tensors, buffer = self._host[index]

@@ -1,1 +1,1 @@
-"""One video on several processes, in torch.distributed's words."""
+"""Generating one video with several processes, by torch.distributed."""

@@ -1,11 +1,11 @@
 """Groups of ranks that work on one video, and weights that are broadcast or sharded among them.
 
-Ranks divide the terms of the guidance (`Parallel.predictions`: each predicts under its own conditions, and all gather
-the predictions), the tokens of the video (the family's sequence_parallel.py) and the VAE's tiles. What is needed once,
-such as an encoded prompt, the main process computes and broadcasts (`Parallel.broadcast_from_main`). All ranks draw the
-same random numbers, on the CPU, so that they have the same latents at every step.
+Ranks divide the guidance terms (`Parallel.predictions`: each predicts under its own conditions, and an all-gather
+shares the predictions), the video's tokens (the family's sequence_parallel.py) and the VAE's tiles. What is needed
+once, such as an encoded prompt, is computed by the main process and broadcast (`Parallel.broadcast_from_main`). All
+ranks draw the same random numbers, on the CPU, so that they have the same latents at every step.
 
-A group of one rank returns what it is given: a single process runs the same code without communication.
+A group of one rank returns its input: a single process runs the same code without communication.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 
 
 class Group:
-    """Some ranks, in their own order; by default this one alone."""
+    """A process group; by default of this rank alone."""
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
         self.process_group = process_group
@@ -38,7 +38,7 @@ class Group:
             self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """(N, ...) from each rank's (...), all of the same shape."""
+        """Gather each rank's (...) into (N, ...), in rank order; all have the same shape."""
         if self.size == 1:
             return x[None]
         out = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
@@ -46,11 +46,11 @@ class Group:
         return out.unflatten(0, (self.size, -1))
 
     def all_gather_tokens(self, x: Tensor) -> Tensor:
-        """(B, N * L, ...) from each rank's (B, L, ...)."""
+        """Gather each rank's (B, L, ...) into (B, N * L, ...)."""
         return self.all_gather(x).movedim(0, 1).flatten(1, 2)
 
     def all_to_all(self, x: Tensor) -> Tensor:
-        """Send part n of x (N, ...) to rank n; returns what all ranks have sent here, in order."""
+        """Send part n of x (N, ...) to rank n; returns the parts received, in rank order."""
         if self.size == 1:
             return x
         x = x.contiguous()
@@ -59,26 +59,26 @@ class Group:
         return out
 
     def all_reduce(self, x: Tensor, operation: Any) -> Tensor:
-        """x reduced over all ranks, in place; `operation` is one of `dist.ReduceOp`."""
+        """Reduce x over all ranks, in place; `operation` is one of `dist.ReduceOp`."""
         if self.size > 1:
             dist.all_reduce(x, operation, self.process_group)
         return x
 
     def map(self, work: Callable[[Any], Tensor], items: Sequence[Any]) -> Iterator[Tensor]:
-        """`work` of each item, in order, divided among the ranks; all results have the same shape."""
+        """Yield `work(item)` for each item, in order, divided among the ranks; all results have the same shape."""
         for start in range(0, len(items), self.size):
             some = items[start : start + self.size]
-            made = self.all_gather(work(some[min(self.rank, len(some) - 1)]))  # idle ranks repeat the last: all gather
+            made = self.all_gather(work(some[min(self.rank, len(some) - 1)]))  # idle ranks repeat the last item
             yield from made[: len(some)]
-            del made  # before the next ones are made
+            del made  # before the next results are made
 
 
 class Parallel:
-    """The ranks that make a video together.
+    """The ranks that generate a video together.
 
     Args:
-        ranks: this process among all processes of the run.
-        degrees: how they divide the work; `UNDIVIDED` where each makes videos of its own.
+        ranks: this process's ranks in the run.
+        degrees: how they divide the work; `UNDIVIDED` if each process makes its own videos.
     """
 
     _groups: ClassVar[dict[tuple[ParallelConfig, str], dict[str, Group]]] = {}
@@ -105,10 +105,10 @@ class Parallel:
         return self._groups[key][name]
 
     def broadcast_from_main(self, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """What `make` returns on the main process, which alone calls it; on the other ranks, on the CPU."""
+        """Call `make` on the main process only; returns its tensors on all ranks, on the CPU except on the main one."""
         if self.is_single:
             return dict(make())
-        # as a safetensors file: nothing is unpickled
+        # as safetensors, so that nothing is unpickled
         made = save({name: tensor.cpu().clone() for name, tensor in make().items()}) if self.is_main else b""
         length = torch.tensor([len(made)])
         dist.broadcast(length, 0)
@@ -126,13 +126,13 @@ class Parallel:
 
 
 def pad_end(x: Tensor, dim: int, size: int) -> Tensor:
-    """`x` padded with zeros at the end of a dimension, to `size`."""
+    """Pad `x` with zeros at the end of a dimension, to `size`."""
     after = x.dim() - 1 - dim % x.dim()  # F.pad counts dimensions from the last one
     return x if x.shape[dim] == size else F.pad(x, (0, 0) * after + (0, size - x.shape[dim]))
 
 
 def broadcast_weights(module: nn.Module, device: torch.device) -> None:
-    """Give `module` the main process's weights, on `device`; on the other ranks it may be on meta."""
+    """Broadcast the main process's weights to `module`, on `device`; on other ranks it may be on meta before."""
 
     def received(tensor: Tensor) -> Tensor:
         if dist.get_rank() == 0:
@@ -146,7 +146,7 @@ def broadcast_weights(module: nn.Module, device: torch.device) -> None:
 
 
 def shard_weights(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
-    """Shard the weights of `model` among all ranks; this rank's shards go to `device`."""
+    """Shard the weights of `model` among all ranks with FSDP; this rank's shards go to `device`."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in blocks:
         fully_shard(block, mesh=mesh)
@@ -154,5 +154,5 @@ def shard_weights(model: nn.Module, blocks: Iterable[nn.Module], device: torch.d
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether the weights are sharded."""
+    """Whether the weights of `module` are sharded."""
     return isinstance(module, FSDPModule)

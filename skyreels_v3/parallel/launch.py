@@ -1,6 +1,6 @@
-"""Starts the processes of a run on this machine with torchrun's own launcher, which ends all when one fails.
+"""Starts the processes of a run on this machine with torchrun's launcher, which stops all when one fails.
 
-Each process finds its rank in its environment, see `ranks.ranks_of`.
+Each process reads its rank from environment variables, see `ranks.ranks_of`.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def launch(command: Sequence[str], processes: int, report: Callable[[str], objec
     """Run a Python script with its arguments in several processes.
 
     Args:
-        report: is given what none of the processes could say itself, such as which one was killed.
+        report: called with what no process could report itself, such as which one was killed.
 
     Returns:
-        The exit code of the first one that failed, or 0.
+        0, `INTERRUPTED`, or the code that `outcome` gives for failed processes.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ[LAUNCHER] = str(os.getpid())
@@ -74,14 +74,14 @@ def launch(command: Sequence[str], processes: int, report: Callable[[str], objec
 
 
 def is_handled(name: str) -> bool:
-    """Whether the system has this signal and does not ignore it, as SIGHUP under nohup."""
+    """Whether the system has this signal and it is not ignored, as SIGHUP is under nohup."""
     return hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN
 
 
 def outcome(failures: Mapping[int, ProcessFailure]) -> tuple[int, str]:
-    """The exit code for failed processes, by rank, and a message that none of them could write itself.
+    """The exit code for failed processes, by rank, and a message that none of them could report itself.
 
-    A killed process counts first: others may have failed because of it, or were ended by the launcher.
+    A killed process takes precedence: others may have failed because of it, or were stopped by the launcher.
     """
     killed = {rank: failure for rank, failure in failures.items() if failure.exitcode < 0}
     causes = {rank: failure for rank, failure in killed.items() if failure.exitcode != -signal.SIGTERM}

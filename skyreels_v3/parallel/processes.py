@@ -1,8 +1,8 @@
-"""How the processes of a run connect, exchange small values, and end together. Connecting imports torch.
+"""How the processes of a run connect, exchange small values, and exit together. Connecting imports torch.
 
-`torchrun` ends all processes when one fails. This file adds that only the process that failed first reports it; that a
-process which is told to end does so in time, even while it waits for one that is gone; and that processes end with a
-launcher that was killed.
+`torchrun` stops all processes when one fails. This module ensures that only the process that failed first reports it;
+that a process asked to stop does so in time, even while waiting for one that is gone; and that processes exit when
+their launcher is killed.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)  # the main process may be reading weights or encoding a prompt
 STORE_TIMEOUT = timedelta(days=7)  # it may be downloading a checkpoint
-GRACE = 15.0  # seconds to end after a signal; torchrun itself waits 30
-LOCAL_MAIN_REPORTS = 5.0  # seconds in which a local main process reports an error that all processes have
-LAUNCHER_ENDS = 2.0  # seconds in which a launcher notices that a process is gone and ends the others
+GRACE = 15.0  # seconds to exit after a signal; torchrun itself waits 30
+LOCAL_MAIN_REPORTS = 5.0  # seconds for a local main process to report an error that all processes have
+LAUNCHER_ENDS = 2.0  # seconds for a launcher to notice that a process is gone and stop the others
 INTERRUPTED = 130
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 LAUNCHER = "SKYREELS_LAUNCHER"  # process id of `launch`, which reports an interrupt itself
@@ -40,9 +40,9 @@ _store: Store | None = None  # after `init_process_group`
 
 
 def handle_signals(ranks: Ranks) -> None:
-    """Have SIGINT, SIGTERM and SIGHUP end this process in time; torchrun sends one when another process has failed.
+    """Make this process exit in time on SIGINT, SIGTERM and SIGHUP; torchrun sends one when another process fails.
 
-    Local main processes, which may have to clean up, are interrupted and get `GRACE` seconds; the others end at once.
+    Local main processes, which may have to clean up, are interrupted and get `GRACE` seconds; the others exit at once.
     """
     for number in STOP_SIGNALS:
         if signal.getsignal(number) == signal.SIG_IGN:  # as under nohup
@@ -55,7 +55,7 @@ def handle_signals(ranks: Ranks) -> None:
         end_with_launcher()
     if ranks.world_size == 1 or not ranks.is_local_main:
         return
-    # a Python handler does not run while a collective waits, but a signal always writes its byte to this pipe
+    # Python handlers do not run while a collective waits, but a signal always writes a byte to this pipe
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -70,24 +70,24 @@ def handle_signals(ranks: Ranks) -> None:
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """A signal handler that acts like Ctrl-C, and tells which signal it was."""
+    """A signal handler that acts like Ctrl-C and passes on the signal's number."""
     raise KeyboardInterrupt(number)
 
 
 def end_with_launcher() -> None:
-    """Have the system send SIGTERM to this process when its launcher ends, however it ends."""
+    """Have Linux send SIGTERM to this process when its launcher exits for any reason."""
     if sys.platform != "linux":
         return
     parent = int(os.environ.get(LAUNCHER) or os.getppid())
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:  # it has ended already
+    if os.getppid() != parent:  # it is gone already
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def exit_process(code: int, at_once: bool = False) -> NoReturn:
-    """End this process; after an interrupt, or `at_once`, without waiting for threads, which may be downloading.
+    """Exit this process; after an interrupt, or `at_once`, without waiting for threads, which may be downloading.
 
-    Nor does it wait for other processes that it is still connected to: they may be gone.
+    It also does not wait for other processes that it is still connected to: they may be gone.
     """
     if at_once or code == INTERRUPTED or _store is not None:
         for stream in (sys.stdout, sys.stderr):
@@ -98,7 +98,7 @@ def exit_process(code: int, at_once: bool = False) -> NoReturn:
 
 
 def init_process_group(ranks: Ranks, device: str) -> None:
-    """Wait for all processes and connect them; `device` is the request's."""
+    """Wait for all processes and connect them; `device` is that of the request."""
     global _store
     import torch
     import torch.distributed as dist
@@ -111,38 +111,38 @@ def init_process_group(ranks: Ranks, device: str) -> None:
 
 
 def destroy() -> None:
-    """Disconnect the processes after a run that went well; does nothing in a single process."""
+    """Disconnect the processes after a successful run; does nothing in a single process."""
     global _store
     if _store is None:
         return
     import torch.distributed as dist
 
-    dist.barrier()  # the process that holds the store has to end last
+    dist.barrier()  # the process that holds the store must exit last
     dist.destroy_process_group()
     _store = None
 
 
 def store_set(key: str, value: Any) -> None:
-    """Publish a JSON value to the other processes; use a key once. Does nothing in a single process."""
+    """Publish a JSON value to the other processes; use each key once. Does nothing in a single process."""
     if _store is not None:
         _store.set(key, json.dumps(value))
 
 
 def store_get(key: str) -> Any:
-    """Wait for the value that another process sets."""
+    """Wait for a value that another process sets, and return it."""
     assert _store is not None
     _store.wait([key], STORE_TIMEOUT)
     return json.loads(_store.get(key))
 
 
 def store_next(key: str) -> int:
-    """0, 1, 2, ...: another number for each call, by any process."""
+    """Count calls from all processes: 0, 1, 2, ..."""
     assert _store is not None
     return _store.add(key, 1) - 1
 
 
 def broadcast_object(key: str, value: Any, ranks: Ranks) -> Any:
-    """The main process's JSON value; use a key once."""
+    """The main process's JSON value, on all processes; use each key once."""
     if ranks.is_main:
         store_set(key, value)
         return value
@@ -150,9 +150,9 @@ def broadcast_object(key: str, value: Any, ranks: Ranks) -> Any:
 
 
 def connect_flags(ranks: Ranks) -> Callable[[bool], bool]:
-    """A function that says whether its argument is true on any rank; all call it together.
+    """Return a function that tells whether its argument is true on any rank; all ranks call it together.
 
-    Other collectives may be at work meanwhile, in another thread.
+    Other collectives may run meanwhile, in another thread.
     """
     if ranks.world_size == 1:
         return bool
@@ -170,16 +170,16 @@ def connect_flags(ranks: Ranks) -> Callable[[bool], bool]:
 
 
 def report_exit(text: str, code: int, ranks: Ranks, error: BaseException | None = None) -> int:
-    """Write to stderr how this process ends, unless it ends because of another one, which reports that itself.
+    """Write to stderr how this process ends, unless another process caused that and reports it.
 
     Returns:
         The exit code. After `init_process_group` it exits instead: Python's own cleanup would complain that the other
         processes are gone.
     """
-    if isinstance(error, KeyboardInterrupt):  # all is cleaned up; another signal would only disturb Python's exit
+    if isinstance(error, KeyboardInterrupt):  # cleanup is done; another signal would only disturb Python's exit
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-    with suppress(KeyboardInterrupt):  # while it waits for others to report: the launcher ends all
+    with suppress(KeyboardInterrupt):  # while waiting for others to report: the launcher stops all
         if is_reporter(ranks, error):
             if ranks.world_size > 1:
                 place = "" if ranks.world_size == ranks.local_world_size else f" (local rank {ranks.local_rank})"
@@ -197,11 +197,11 @@ def is_reporter(ranks: Ranks, error: BaseException | None) -> bool:
         launched = LAUNCHER in os.environ or (error.args and "TORCHELASTIC_RUN_ID" in os.environ)
         if launched and ranks.world_size > 1:
             return False
-    elif _store is not None:  # the error may be due to another process's end
+    elif _store is not None:  # another process's exit may have caused the error
         time.sleep(LAUNCHER_ENDS)
-    if _store is None:  # before they connect, all have the same error, or a local main process alone has one
+    if _store is None:  # before connecting, all have the same error, or only a local main process has one
         if not ranks.is_local_main:
-            time.sleep(LOCAL_MAIN_REPORTS)  # torchrun ends them all as soon as one has ended
+            time.sleep(LOCAL_MAIN_REPORTS)  # torchrun stops them all as soon as one exits
         return True
     try:
         return store_next("reported") == 0

@@ -1,7 +1,7 @@
-"""The ranks of a run: what their launcher says about them, and how they divide the work. No torch.
+"""The ranks of a run: reading them from the launcher's environment, and how they divide the work. No torch.
 
 `torchrun` starts one process per GPU and gives each its rank in environment variables. All run the same program on the
-same request. Rank 0, the main process, alone logs and writes, and reads what has to be read once.
+same request. Only rank 0, the main process, logs and writes, and reads what has to be read once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ADDRESS = ("MASTER_ADDR", "MASTER_PORT")  # of the main process
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all processes of a run and, local, among those of its machine."""
+    """Rank and world size of this process in the run and, local, on its machine."""
 
     rank: int = 0
     world_size: int = 1
@@ -46,7 +46,7 @@ SINGLE = Ranks()
 
 
 def ranks_of(environment: Mapping[str, str]) -> Ranks:
-    """The ranks in the environment variables of a launcher such as torchrun; a single process without these.
+    """Read the ranks from the environment variables of a launcher such as torchrun; without them, a single process.
 
     Raises:
         UserError: the variables are not numbers, contradict each other, or lack the main process's address.
@@ -72,7 +72,7 @@ def ranks_of(environment: Mapping[str, str]) -> Ranks:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Degrees of parallelism: `cfg` ranks divide the terms of the guidance, `ring` and `ulysses` the video's tokens.
+    """Degrees of parallelism: `cfg` ranks divide the guidance terms, `ring` and `ulysses` the video's tokens.
 
     Ranks are numbered with `ulysses` changing fastest and `cfg` slowest: those that communicate most are neighbors.
     """
@@ -98,21 +98,21 @@ UNDIVIDED = ParallelConfig()
 
 
 def check_ranks(request: GenerationRequest, ranks: Ranks) -> None:
-    """Raise UserError for several processes without a flag that says what they are for."""
+    """Raise UserError for several processes without a flag that says how to use them."""
     if ranks.world_size > 1 and not request.use_usp:
         reason = f"missing; {ranks.world_size} processes were started"
         raise UserError("--use_usp", f"{reason}; add it to share one video, or --jobs to make several")
 
 
 def choose_degrees(request: GenerationRequest, world_size: int, heads: int, terms: int) -> ParallelConfig:
-    """How `world_size` ranks divide the work on `request`.
+    """Choose how `world_size` ranks divide the work on `request`.
 
-    The guidance comes first, unless that leaves ranks idle: its terms are independent. Then Ulysses, which communicates
-    less than a ring but needs a whole number of attention heads on each rank.
+    The guidance is divided first, since its terms are independent, unless that leaves ranks idle. Then comes Ulysses,
+    which communicates less than a ring but needs a whole number of attention heads per rank.
 
     Args:
-        heads: of the transformer's attention.
-        terms: of the guidance, 1 without guidance.
+        heads: number of the transformer's attention heads.
+        terms: number of guidance terms, 1 without guidance.
 
     Raises:
         UserError: the degrees asked for do not fit the world size, the heads or the guidance.

@@ -1,13 +1,13 @@
-"""Attention among the tokens of several ranks: unified sequence parallelism (USP, arXiv:2405.07719).
+"""Attention across the tokens of several ranks: unified sequence parallelism (USP, arXiv:2405.07719).
 
-A `UspFn` is attention of one rank's tokens to those of all ranks. All ranks hold equally many; of all tokens, the first
-`tokens` are real and the rest is padding at the end of the last ranks' parts.
+A `UspFn` computes the attention of one rank's tokens to those of all ranks. All ranks hold equally many tokens;
+overall, the first `tokens` are real and the rest is padding at the end of the last ranks' parts.
 
 Ulysses (arXiv:2309.14509) is an all-to-all that trades tokens for heads: each rank then has all tokens of some heads.
-Where there are too few heads, a ring (arXiv:2310.01889) of such groups passes keys and values around.
+With too few heads for that, a ring (arXiv:2310.01889) of such groups passes keys and values around.
 
 On GPUs this is xDiT's USP. `torch_usp` works everywhere else, with any kernel and with the padding that xDiT's ring
-does not take; it uses an all-gather instead of a ring.
+does not support; it uses an all-gather instead of a ring.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def choose_usp(kernel: str, attention: AttentionFn, parallel: Parallel) -> UspFn
         return xdit
 
     def usp(query: Tensor, key: Tensor, value: Tensor, tokens: int) -> Tensor:
-        # the ring takes no padding, and its kernels no float32
+        # the ring does not support padding, nor its kernels float32
         fits = query.shape[1] * parallel.degrees.sequence == tokens and query.dtype != torch.float32
         return (xdit if fits else plain)(query, key, value, tokens)
 
@@ -58,7 +58,7 @@ def choose_usp(kernel: str, attention: AttentionFn, parallel: Parallel) -> UspFn
 
 
 def torch_usp(kernel: AttentionFn, ulysses: Group, ring: Group) -> UspFn:
-    """USP with torch's collectives, around any kernel; the size of `ulysses` must divide the number of heads."""
+    """USP with torch's collectives and any kernel; the size of `ulysses` must divide the number of heads."""
 
     def to_heads(x: Tensor) -> Tensor:
         """Some tokens and all heads (B, L, N, D) -> all tokens of the group and some heads (B, P * L, N / P, D)."""
@@ -79,7 +79,7 @@ def torch_usp(kernel: AttentionFn, ulysses: Group, ring: Group) -> UspFn:
 
 
 def has_xdit(kernel: str, device: torch.device) -> bool:
-    """Whether xDiT works here: it needs a GPU, the package xfuser, and a kernel that it knows."""
+    """Whether xDiT works here: it needs a GPU, the package xfuser, and a kernel that it supports."""
     if device.type != "cuda":
         return False
     if kernel not in XDIT_KERNELS:
@@ -90,11 +90,11 @@ def has_xdit(kernel: str, device: torch.device) -> bool:
 
 
 def xdit_usp(kernel: str, degrees: ParallelConfig, backend: str | None = None) -> UspFn:
-    """xDiT's USP, with its groups initialized; takes no padding with a ring degree above 1.
+    """Initialize xDiT's groups and return its USP, which supports no padding with a ring degree above 1.
 
     Args:
-        kernel: a name of `attention.kernels.KERNELS`; xDiT calls kernels itself.
-        backend: of torch.distributed; by default xDiT chooses by the device.
+        kernel: a name in `attention.kernels.KERNELS`; xDiT calls kernels itself.
+        backend: of torch.distributed; by default xDiT chooses it by device.
     """
     os.environ.setdefault("LOG_LEVEL", "error")  # xDiT logs to stdout, on each rank
     from xfuser import xFuserArgs
@@ -104,7 +104,7 @@ def xdit_usp(kernel: str, degrees: ParallelConfig, backend: str | None = None) -
     from xfuser.model_executor.layers.usp import USP
 
     class State(runtime_state.ExternalRuntimeState):
-        """The state that USP asks for; xDiT makes one without a pipeline for a single process only."""
+        """The state that USP needs; without a pipeline, xDiT creates one for single processes only."""
 
         def __init__(self) -> None:
             arguments = xFuserArgs(
@@ -116,7 +116,7 @@ def xdit_usp(kernel: str, degrees: ParallelConfig, backend: str | None = None) -
         destroy_model_parallel()
     init_distributed_environment(rank=dist.get_rank(), world_size=dist.get_world_size(), backend=backend)
     initialize_model_parallel(
-        data_parallel_degree=degrees.cfg,  # takes any number, and numbers the ranks as ours for the guidance
+        data_parallel_degree=degrees.cfg,  # accepts any degree, and orders the ranks like our cfg
         sequence_parallel_degree=degrees.sequence,
         ring_degree=degrees.ring,
         ulysses_degree=degrees.ulysses,
