@@ -186,7 +186,7 @@ def report_exit(text: str, code: int, ranks: Ranks, error: BaseException | None 
                 text = text.replace("error: ", f"error: rank {ranks.rank}{place}: ", 1)
             say(text if ranks.is_main else f"\n{text}")  # below the main process's progress bar
     if _store is not None:
-        os._exit(code)
+        exit_process(code)
     return code
 
 
