@@ -65,7 +65,7 @@ FUSE = pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A checkpoint in float32 and in bfloat16 (but for always-float32 weights), so that loading maps it with no cast."""
+    """A checkpoint in float32 and in bfloat16 (but for always-float32 weights), which therefore load without a cast."""
     path = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     SkyReelsTransformer3DModel(**SMALL).save_pretrained(path / "float32")
