@@ -1,7 +1,8 @@
 """Fetching a checkpoint: only what the task needs, cached for next time, with a clear error when it fails.
 
 The hub is a local server that answers as much of the API as huggingface_hub uses. Each fetch runs in its own process,
-because the library reads its settings from the environment at import."""
+because the library reads its settings from the environment at import.
+"""
 
 from __future__ import annotations
 

@@ -137,8 +137,8 @@ def test_tiles_in_float64(random_vae):
 
 
 def test_reach_of_the_tiles():
-    """By hand. Decoder, from the output back: conv_out takes 1 and three blocks 6, 7 in all at full size; with 1 for the
-    upsampling 8, or 4 at half size; three blocks take 6 and the other upsampling 1, 11 in all, or 6 at a quarter.
+    """By hand. Decoder, from the output back: conv_out takes 1 and three blocks 6, 7 in all at full size; with 1 for
+    the upsampling 8, or 4 at half size; three blocks take 6 and the other upsampling 1, 11 in all, or 6 at a quarter.
     Encoder: two blocks take 4 at half size, which is 8 at full size, where two more blocks and conv_in take 4 + 1; at
     the end of a tile each downsampling takes one row more, which is 2 and 1 at full size."""
     with torch.device("meta"):

@@ -253,7 +253,7 @@ def ranks_of(supervisor: Supervisor) -> list[psutil.Process]:
 
 @pytest.mark.slow
 def test_a_group_makes_each_video_together(queue, supervise):
-    """The video is that of one process; canceling stops all ranks at the same step, and they go on with the next job."""
+    """The video is what one process makes; canceling stops all ranks in the same step, then they do the next job."""
     with Supervisor(queue, [Slot("w")], command=FAULTY):
         alone = ended(queue, add(queue))
     group = supervise(flags=GROUP)
