@@ -15,7 +15,7 @@ WIDTH = 5120
 
 
 def test_counting():
-    """A matmul is no traffic; x + 1 and a broadcast sum are; views are free; values and memory are seen."""
+    """A matmul is no traffic; x + 1 and a broadcast sum are; views are free; syncs and peak memory are counted."""
 
     def work(x, row):
         y = x @ x

@@ -25,7 +25,7 @@ CLIP = Path(__file__).resolve().parents[2] / "assets" / "boat.mp4"
 @pytest.mark.slow
 @pytest.mark.parametrize("duration", [6, 11, 26])
 def test_exactly_the_seconds_asked_for(tmp_path, monkeypatch, duration):
-    """For 26 s, five segments already make more than enough, but a sixth is made as in the official code."""
+    """For 26 s, five passes already make more than enough, but a sixth is made as in the official code."""
     monkeypatch.setenv("SKYREELS_CACHE", str(tmp_path))
     request = parse_request(
         ["--task_type", "single_shot_extension", "--model_id", "tiny", "--prompt", "a", "--input_video", str(CLIP),
