@@ -61,7 +61,7 @@ def bad(argv: Sequence[str], flag: str, values: dict[str | tuple[str, ...], Word
     """Valid command lines, each made invalid by one flag's value; the error shows the value and the remedy.
 
     Args:
-        values: the remedy for each value or tuple of values; or (shown, remedy), if the error shows the value differently.
+        values: the remedy for each value or tuple of values; or (shown, remedy), if the error shows something else.
     """
     start = argv[1].partition("{files}/")[2] or argv[1]
     if flag in argv:  # some flags accumulate when repeated
