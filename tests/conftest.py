@@ -1,4 +1,4 @@
-"""Paths and small tools that tests of several folders share."""
+"""Paths and fixtures that tests in several folders share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from imageio_ffmpeg import write_frames
 
-# No test asks a real hub. Clients read this when they are imported.
+# No test may contact a real hub. Its clients read these variables at import.
 for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
     del os.environ[name]
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "assets"
 REFERENCE = ROOT / "tests" / "data" / "reference"
 
-# A shell starts background jobs with SIGINT ignored, nohup ignores SIGHUP; runs in tests must hear both
+# A shell starts background jobs with SIGINT ignored, nohup ignores SIGHUP; runs under test must receive both
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -44,13 +44,13 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with the files that take longest, so that no worker is left with one of them at the end."""
+    """Run the slowest files first, so that no worker is still busy with one of them at the end."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")
 def reference() -> Path:
-    """The recorded inputs and outputs of the official code."""
+    """The folder with recorded inputs and outputs of the official code."""
     return REFERENCE
 
 
@@ -84,7 +84,7 @@ def write_tone(path: Path, seconds: float, rate: int = 8000, frequency: int = 44
 
 @pytest.fixture
 def refuse(main, tmp_path, monkeypatch, caplog) -> Callable[..., str]:
-    """Run a bad command line, check what all usage errors have in common, and return the error's line."""
+    """Run an invalid command line, check what all usage errors have in common, and return the error line."""
     home, working = tmp_path / "home", tmp_path / "working"
     working.mkdir()
     for name in ("HF_HOME", "SKYREELS_CACHE"):
@@ -105,13 +105,13 @@ def refuse(main, tmp_path, monkeypatch, caplog) -> Callable[..., str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory) -> None:
-    """Do not take compiled code that another run has left, perhaps for another processor."""
+    """Ignore compiled code from earlier runs, perhaps for another processor."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.fixture(autouse=True)
 def log_level() -> Iterator[None]:
-    """The level that a program sets is its own: later tests read what is logged."""
+    """Restore the log level that a run sets, for later tests that read the log."""
     logger = logging.getLogger("skyreels_v3")
     level = logger.level
     yield
@@ -120,7 +120,7 @@ def log_level() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> Path:
-    """A cache folder with random toys in the place of the built-in model, which takes longer."""
+    """A cache folder with random toys in place of the built-in model, which is slower."""
     folder = tmp_path_factory.mktemp("cache")
     toys.put_into(folder)
     return folder
@@ -128,7 +128,7 @@ def cache(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def t2v_toy(tmp_path_factory) -> Path:
-    """V1's toy with HunyuanVideo's parts, in one folder."""
+    """V1's toy checkpoint and HunyuanVideo's components in one folder."""
     folder = tmp_path_factory.mktemp("toy")
     toys.write(folder, task_spec("t2v"))
     return folder
@@ -136,7 +136,7 @@ def t2v_toy(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def start(tmp_path, cache) -> Callable[..., subprocess.Popen[str]]:
-    """Start the command in a folder of its own, with its temporary files beside that."""
+    """Start the command in its own working folder, with its temporary files in another."""
     environment = os.environ | {"SKYREELS_CACHE": str(cache), "TMPDIR": str(tmp_path / "temporary")}
     for name in ("working", "temporary"):
         (tmp_path / name).mkdir()
@@ -169,7 +169,7 @@ def main(tmp_path, cache, monkeypatch, capsys) -> Callable[..., tuple[int, str, 
 
 @pytest.fixture
 def interrupt(monkeypatch) -> Callable[[int], None]:
-    """Interrupt the next denoising after a step; 0: do not, from now on."""
+    """Interrupt later denoising after the given step; 0 stops doing so."""
 
     def interrupt(at: int) -> None:
         from skyreels_v3.denoising.loop import denoise
@@ -187,7 +187,7 @@ def interrupt(monkeypatch) -> Callable[[int], None]:
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Callable[[int], Path]]:
-    """Make a file system of so many KiB; only root can."""
+    """Mount a file system of the given size in KiB; requires root."""
     mounted: list[Path] = []
 
     def mount(kib: int) -> Path:
@@ -209,7 +209,7 @@ def files_in(folder: Path) -> set[str]:
 
 
 def stop_at(run: subprocess.Popen[str], pattern: str, number: int) -> str:
-    """Send a signal when stderr says `pattern`; returns all of stderr."""
+    """Send a signal once stderr matches `pattern`; returns all of stderr."""
     said = b""
     while not re.search(pattern.encode(), said):
         more = os.read(run.stderr.fileno(), 4096)

@@ -1,4 +1,4 @@
-"""Plans of requests that nobody has checked, and what their numbers are counted with."""
+"""Plans for requests that were not validated, and a counter to check their numbers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def planned(
     inputs: Inputs = NONE,
     free_host: int = 1000 * GB,
 ) -> Plan:
-    """The plan of a request for a CPU, or with `free` bytes for a device with so much memory of its own."""
+    """The plan of a request on a CPU, or on a device with `free` bytes of memory of its own."""
     resolved = ResolvedRequest.of(request, output=request.output or Path("made.mp4"))
     machine = Machine("cpu", request.dtype or dtype, free, free_host)
     return plan(Checked(resolved, inputs, checkpoint), machine, ranks)
@@ -39,7 +39,7 @@ def bytes_of(module: nn.Module) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that exist at one time."""
+    """Counts the bytes of all live tensors, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()

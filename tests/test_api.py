@@ -49,7 +49,7 @@ def test_cancelled_and_used_again():
     again, other = ([*generator(seed=seed)][-1].latents[0] for seed in (1, 2))
     assert generator.worker.generator is loaded and not np.array_equal(again, other)
     np.testing.assert_array_equal([*generator(seed=1)][-1].latents[0], again)
-    [*generator(seed=1, memory="offload")]  # which overrules what contradicts it
+    [*generator(seed=1, memory="offload")]  # overrides the conflicting flag
     assert isinstance(next(load("t2v", memory="offload", prompt="FPS-24, a cat", **SMALL)(low_vram=True)), Step)
     assert generator.worker.generator is not loaded
 

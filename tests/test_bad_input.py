@@ -1,6 +1,6 @@
-"""Requests that cannot work: one line that names flag, value and way out, exit code 2, nothing left behind.
+"""Requests that cannot work: one line that names the flag, the value and the remedy; exit code 2; nothing left behind.
 
-The cases run in this process; a few run with the real command elsewhere, marked slow.
+The cases run in this process, except a few marked slow that run the real command.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def case(argv: Sequence[str], flag: str, *words: str, name: str = "") -> Any:
 
 
 def bad(argv: Sequence[str], flag: str, values: dict[str | tuple[str, ...], Words]) -> Iterator[Any]:
-    """Good command lines made bad by a value of one flag; the error shows the value and the remedy.
+    """Valid command lines, each made invalid by one flag's value; the error shows the value and the remedy.
 
     Args:
-        values: bad values, or tuples of them, with the remedy; a tuple where the value is shown in another way.
+        values: the remedy for each value or tuple of values; or (shown, remedy), if the error shows something else.
     """
     start = argv[1].partition("{files}/")[2] or argv[1]
-    if flag in argv:  # given twice, some flags add up
+    if flag in argv:  # some flags accumulate when repeated
         place = list(argv).index(flag)
         argv = [*argv[:place], *argv[place + 2 :]]
     for several, words in values.items():
@@ -404,7 +404,7 @@ OUTPUTS = [
     }),
 ]  # fmt: skip
 LINES = "write 'flag: value' lines"
-CONFIG_TEXTS = {  # the content of a file for --config, and what the error says of it
+CONFIG_TEXTS = {  # content of a --config file, and what the error says about it
     "list.yaml": ("- seed: 1\n- shift: 2\n", "holds no 'flag: value' lines", "write some"),
     "broken.yaml": ("seed: 1\nprompt: [a\n", "is not YAML (line 3", LINES),
     "nest.yaml": ("prompt: " + "[" * 100_000, "is not YAML", LINES),
@@ -507,7 +507,7 @@ RUNS = [
     *bad(JOBS, "--video_num", {"2": "write a line for each"}),
     case([*JOBS, "--resume"], "--resume", "--jobs makes several", "leave it out"),
 ]  # fmt: skip
-WORKS_HERE = {  # on some machines
+WORKS_HERE = {  # valid on some machines
     "--device=cuda": any(map(has_library, GPU_DRIVERS)),
     "--device=mps": sys.platform == "darwin",
     "--model_source=modelscope": importlib.util.find_spec("modelscope") is not None,
@@ -517,7 +517,7 @@ WORKS_HERE = {  # on some machines
 class Handler(BaseHTTPRequestHandler):
     """Answers according to the first folder of the path."""
 
-    release = threading.Event()  # lets waiting handlers end
+    release = threading.Event()  # lets blocked handlers finish
 
     def log_message(self, *_: object) -> None:
         pass
@@ -539,7 +539,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    """The address of a web server."""
+    """The address of a running web server."""
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.daemon_threads = True
     threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True).start()
@@ -551,7 +551,7 @@ def server() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, write_lossless) -> Path:
-    """A folder of inputs, most of them bad."""
+    """A folder of input files, most of them bad."""
     folder = tmp_path_factory.mktemp("files")
     picture = Image.effect_noise((64, 48), 80).convert("RGB")
     picture.save(folder / "good.png")
@@ -608,7 +608,7 @@ def filled(argv: Sequence[str], files: Path, server: str = "") -> list[str]:
 
 
 def check_words(line: str, words: Sequence[str]) -> None:
-    """Check that the line has all words in this order; `...` stands for anything."""
+    """Check that the line has all words in this order; `...` matches anything."""
     place = 0
     for part in "...".join(words).split("..."):
         place = line.find(part, place)
@@ -679,7 +679,7 @@ sys.exit(f"imported {heavy}" if heavy else code)
     ("argv", "name", "remedy"), [(I2V, "image", COMPLETE), (AVATAR, "diarization", "an RTTM file")]
 )
 def test_errors_come_without_torch(files, argv, name, remedy):
-    """Even an error that is found late."""
+    """Even errors that are found late."""
     argv = filled([*argv, f"--{name}", "{files}/cut.png"], files)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", WITHOUT_TORCH, *argv]
@@ -689,7 +689,7 @@ def test_errors_come_without_torch(files, argv, name, remedy):
 
 
 def test_what_an_interrupted_run_left_is_found(files):
-    """The refused cases differ from a state that is accepted."""
+    """A control: the refused cases differ from a state that is accepted."""
     request = parse_request(filled(LEFT, files))
     checked = preflight(request, files).request
     assert (checked.resume, checked.output) == (True, request.output)

@@ -1,4 +1,4 @@
-"""--jobs: many videos in one run, in one process, in several that share the jobs, and in several together."""
+"""--jobs: many videos in one run: by one process, by several that share the jobs, and by several that work together."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ MISSING = BOAT | {"input_video": "nowhere.mp4"}
 
 @pytest.fixture
 def write(tmp_path, monkeypatch) -> Callable[..., Path]:
-    """Write jobs.jsonl; lines are objects or texts."""
+    """Write jobs.jsonl from objects or lines of text."""
     monkeypatch.chdir(tmp_path)
 
     def write(*lines: Any) -> Path:
@@ -85,7 +85,7 @@ def test_defaults_and_what_overrules_them(write):
 
 
 def test_ids(write):
-    """An id depends on the flags, not on their order or line, nor on flags that only say how to do the job."""
+    """An id depends on the flags, but not on their order, the line number, or flags that only say how to do the job."""
     turned = dict(reversed(FOX.items()))
     first, again, other = read_jobs(str(write("", FOX, turned, FOX | {"seed": 1})), {})
     assert len({first.id, again.id, other.id}) == 3
@@ -169,7 +169,7 @@ def test_many_writers_and_a_line_that_was_cut_off(tmp_path):
 
 
 def test_what_is_left_to_do(write, tmp_path, caplog):
-    """Jobs that failed before come last; finished ones are left out unless their video is gone."""
+    """Previously failed jobs come last; finished ones are left out unless their video is gone."""
     file = write(*(FOX | {"seed": seed} for seed in range(5)))
     lines, results = read_jobs(str(file), {}), Results(results_file(str(file)))
     (tmp_path / "there").mkdir()  # a folder of frames
@@ -193,7 +193,7 @@ input()
 
 @pytest.mark.slow
 def test_a_job_is_one_runs(write, tmp_path):
-    """One run claims a job until it ends; then another may, unless it started before the job was done."""
+    """A run holds a job until the run ends; then another may claim it, unless it started before the job was done."""
     (job, other) = read_jobs(str(write(FOX, BOAT)), {})
     results = Results(tmp_path / "jobs.results.jsonl")
 
@@ -263,7 +263,7 @@ def test_what_is_fetched_is_fetched_once(monkeypatch, tmp_path):
     stock, other = AssetResolver(), AssetResolver()
     wanted = [replace(request, model_id=name) for name in ("a/b", "no/where", "a/b", "no/where", "c/d")]
     stock.resolve_all(wanted)
-    other.merge_outcomes(json.loads(json.dumps(stock.outcomes)))  # as another process is told
+    other.merge_outcomes(json.loads(json.dumps(stock.outcomes)))  # as another process receives them
     for known in (stock, other):
         assert known.resolve(wanted[0], None) == (wanted[0], tmp_path)
         with pytest.raises(UserError, match=r"^--model_id: no/where: is nowhere; look elsewhere$") as error:
@@ -277,7 +277,7 @@ def test_what_is_fetched_is_fetched_once(monkeypatch, tmp_path):
 
 @pytest.fixture
 def loads(monkeypatch) -> list[str]:
-    """The tasks whose models were loaded."""
+    """Lists the tasks whose models have been loaded."""
     tasks = []
     load = session.load_components
 
@@ -291,7 +291,7 @@ def loads(monkeypatch) -> list[str]:
 
 @pytest.fixture
 def on_make(monkeypatch) -> Callable[[Callable[[Any], object]], None]:
-    """Call something with the request before each video is made."""
+    """Call a function with the request before each video is made."""
 
     def on_make(act: Callable[[Any], object]) -> None:
         generate = Generator.write
@@ -317,7 +317,7 @@ def test_good_and_bad_lines(main, write, loads, on_make, tmp_path, caplog):
     assert (code, stdout) == (1, "one.mp4\ntwo.mp4\nframes\n")
     assert stderr.splitlines()[-1] == "error: 3 of 6 jobs failed; jobs.results.jsonl says why"
     assert loads == ["reference_to_video", "shot_switching_extension"]
-    assert seen == [[4, 7], [4, 7, 1], [4, 7, 1, 6, 2]]  # as they end
+    assert seen == [[4, 7], [4, 7, 1], [4, 7, 1, 6, 2]]  # in the order they end
     assert {"one.mp4", "two.mp4", "two.safetensors"} < files_in(tmp_path)
     assert len([*(tmp_path / "frames").iterdir()]) == 48
     results = {result["job"]: result for result in results_of(file)}
@@ -349,7 +349,7 @@ def test_good_and_bad_lines(main, write, loads, on_make, tmp_path, caplog):
     "mode", [(), ("--offload",), ("--low_vram",), ("--memory", "stream", "--stream_blocks", 1)], ids=str
 )
 def test_a_job_makes_what_a_run_makes(main, write, tmp_path, mode):
-    """Whatever was made before it. In bfloat16, whose products do not depend on the alignment of weights."""
+    """The videos before do not matter. In bfloat16, where matmuls do not depend on the alignment of weights."""
     mode = (*mode, "--dtype", "bfloat16", "--no_cache")
     write(
         FOX | {"prompt": "before"},
@@ -366,7 +366,7 @@ def test_a_job_makes_what_a_run_makes(main, write, tmp_path, mode):
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("Tried to allocate 9.00 GiB"), ValueError("odd\nvery odd")])
 def test_one_job_fails(main, write, loads, monkeypatch, error):
-    """The next job loads its models anew: a failure may leave them in any state."""
+    """The next job reloads its models: a failure may leave them in any state."""
     file = write(FOX | {"seed": 1}, FOX | {"seed": 2}, FOX | {"seed": 3}, BOAT)
     transformers: list[weakref.ref[Any]] = []
     denoise, start = Stages.denoise, runtime.start
@@ -379,7 +379,7 @@ def test_one_job_fails(main, write, loads, monkeypatch, error):
         transformers.append(weakref.ref(self.components.transformer))
         if self.request.seed == 2:
             with self.runtime.resident(self.components.transformer, "denoising"):
-                raise type(error)(*error.args)  # a new one: what is raised holds all that was at work
+                raise type(error)(*error.args)  # a new one: the caught one references what was in use
         return denoise(self, *given, **more)
 
     monkeypatch.setattr(Stages, "denoise", fail)
@@ -410,7 +410,7 @@ def test_interrupted(main, write, on_make):
     assert stderr.splitlines()[-1] == "interrupted"
     assert [(result["job"], result["status"]) for result in results_of(file)] == [(1, "done")]
     with results_file(str(file)).open("a") as results:
-        results.write('{"job": 2, "id')  # as if it had been killed
+        results.write('{"job": 2, "id')  # as if the run had been killed
     code, stdout, _ = main("--jobs", "jobs.jsonl", *TOY)
     assert code == 0 and len(stdout.splitlines()) == 2
     lines = results_file(str(file)).read_text().splitlines()
@@ -420,7 +420,7 @@ def test_interrupted(main, write, on_make):
 
 @pytest.mark.slow
 def test_a_job_goes_on_from_its_finished_passes(main, write, monkeypatch, caplog, tmp_path):
-    """A job without an output, whose seed was drawn."""
+    """A job without an output, whose seed was random."""
     talk = {"task_type": "talking_avatar", "input_image": str(ASSETS / "portrait.png"), "prompt": "a", "seed": -1}
     small = {"input_audio": str(ASSETS / "speech.mp3"), "height": 32, "width": 32, "num_inference_steps": 1}
     file = write(talk | small)
@@ -467,7 +467,7 @@ def test_a_dry_run(main, write, tmp_path):
     assert main("--jobs", "jobs.jsonl", *flags)[0] == 0
 
 
-# What is loaded
+# What stays loaded
 
 
 @pytest.fixture(scope="module")
@@ -508,7 +508,7 @@ def test_a_larger_video_may_need_another_memory_mode(loaded):
 
 # Several processes
 
-# generate_video.py, and a note of who did what
+# generate_video.py, plus a note of which rank worked on which job
 NOTED = """
 import os
 import sys
@@ -548,7 +548,7 @@ def launch(tmp_path, cache) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 def notes(folder: Path) -> dict[int, set[int]]:
-    """Ranks by job."""
+    """The ranks that worked on each job."""
     did: dict[int, set[int]] = {}
     for line in (folder / "notes").read_text().splitlines():
         number, rank = map(int, line.split())
@@ -570,12 +570,12 @@ def test_two_processes_share_them_out(launch, write, tmp_path):
     did = notes(tmp_path)
     assert all(len(ranks) == 1 for ranks in did.values()) and set.union(*did.values()) == {0, 1}
     assert made.stderr.count("error: 2 of 8 jobs failed; jobs.results.jsonl says why\n") == 1
-    assert made.stderr.count("loading: 100%") == 1  # of the one that speaks
+    assert made.stderr.count("loading: 100%") == 1  # only the main process logs
 
 
 @pytest.mark.slow
 def test_two_processes_together(launch, write, tmp_path):
-    """Two tasks, a line that is wrong at once, and one that turns out to be wrong later."""
+    """Two tasks, a line that is invalid from the start, and one that proves invalid later."""
     small = {"height": 32, "width": 32}
     fox, boat = FOX | small | {"seed": -1, "num_frames": 9}, BOAT | small
     file = write(fox, MISSING, fox | {"output": "second.mp4"}, FOX | {"height": 31}, boat)

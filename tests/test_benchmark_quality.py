@@ -1,4 +1,4 @@
-"""`benchmarks/quality.py`: the truth scores full marks, something else does not; it runs and makes its page."""
+"""`benchmarks/quality.py`: the truth scores full marks and anything else does not; it runs and writes its page."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from skyreels_v3.quality import Meter
 from training import sound, world
 from training.tasks import CONDITION_FRAMES, CUT_LENGTHS
 
-START = 0.5  # of clips, in seconds of their scenes
+START = 0.5  # start of the clips in their scenes, in seconds
 
 
 def truth_of(subject: str, seed: int) -> torch.Tensor:
-    """What a perfect model would make."""
+    """What a perfect model would generate."""
     scene = quality.scene_of(seed)
     if subject == "single_shot_extension":
         seen = 2 * CONDITION_FRAMES - 1
@@ -41,7 +41,7 @@ def test_a_long_avatar_is_measured_at_its_rate(tmp_path, monkeypatch):
     assert rates == [25]
 
 
-WORST = {  # of the truth, at least; of figures where less is better, at most
+WORST = {  # the worst scores that the truth may get: minimum, or maximum where less is better
     "first frame, dB": 60,
     "video, dB": 60,
     "first new frame, dB": 60,

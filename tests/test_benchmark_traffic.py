@@ -1,4 +1,4 @@
-"""Bytes and operations of a forward at official sizes stay what they are; the counter counts what is known."""
+"""Memory traffic and FLOPs of a forward at official sizes do not change; the counter is right on known cases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WIDTH = 5120
 
 
 def test_counting():
-    """A product is no traffic; x + 1 and a broadcast sum are; views are free; values and memory are seen."""
+    """A matmul is no traffic; x + 1 and a broadcast sum are; views are free; syncs and peak memory are counted."""
 
     def work(x, row):
         y = x @ x

@@ -1,6 +1,6 @@
-"""Every benchmark runs at its smallest size and ends in its JSON line. What it measures is not checked.
+"""Every benchmark runs at its smallest size and ends with its JSON line. The measurements are not checked.
 
-`memory_vs_length.py` is left out: it has no small size, its lengths are what it is about.
+`memory_vs_length.py` is left out: measuring long videos is its purpose, so it has no small size.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ def run(name: str, arguments: tuple[str, ...], cache: Path) -> subprocess.Comple
     """Run a benchmark in a new process."""
     return subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *arguments],
-        env=os.environ | {"SKYREELS_CACHE": str(cache), "OMP_NUM_THREADS": "1"},  # on a busy machine threads wait
+        env=os.environ | {"SKYREELS_CACHE": str(cache), "OMP_NUM_THREADS": "1"},  # busy machine: threads would wait
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
 
 
 @pytest.mark.extended
 def test_the_gpus_set_at_toy_size(tmp_path, cache):
-    """The whole set, each on the path it takes on a GPU; each writes its line when it ends."""
+    """The whole set runs, each benchmark on its GPU code path, and each writes its line when it ends."""
     made = run("run_all", ("gpu", "--toy", "--out", str(tmp_path)), cache)
     assert made.returncode == 0, made.stdout + made.stderr
     records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -71,7 +71,7 @@ def test_the_gpus_set_at_toy_size(tmp_path, cache):
         assert all(len(row) == len(line["table"][0]) for row in line["table"])
     assert {record["script"] for record in records} == KEYS.keys()
     ways = next(record["line"]["ways"] for record in records if record["script"] == "hunyuan")
-    assert ways["resident"]["predicted_bytes"] < 1e8  # of the model that is timed, not of the published one
+    assert ways["resident"]["predicted_bytes"] < 1e8  # of the model that was timed, not of the published one
     made = run("run_all", ("--table", str(tmp_path / "results.jsonl")), cache)
     assert made.stdout.count("### ") == len(records)
 
@@ -99,9 +99,9 @@ def test_load_ends_in_json(tmp_path, monkeypatch, capsys):
     load = importlib.import_module("benchmarks.load")
     monkeypatch.setattr(load, "BLOCKS", {"14B": load.Blocks(128, 1, 128)})
     monkeypatch.setattr(load, "TEXT_DIM", 64)
-    monkeypatch.setattr(load, "run_fresh", load.compare)  # processes of its own would take their seconds to start
+    monkeypatch.setattr(load, "run_fresh", load.compare)  # starting new processes would take seconds
     monkeypatch.setattr(sys, "argv", ["load", "--size-gb", "1e-6", "--runs", "2"])
-    with torch.set_grad_enabled(True):  # taken back at the end
+    with torch.set_grad_enabled(True):  # to undo what the benchmark changes
         load.main()
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line.keys() >= COMMON | {"loads", "limits", "met"}
@@ -109,7 +109,7 @@ def test_load_ends_in_json(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.extended
 def test_a_server_under_load(tmp_path, cache):
-    """All jobs are completed once and no process is left, else it fails; a busy machine may answer slowly."""
+    """Unless all jobs are completed once and no process is left, it fails; on a busy machine answers may be slow."""
     pytest.importorskip(
         "fastapi", reason="the server's packages are not installed: pip install -r requirements-dev.txt"
     )
@@ -162,7 +162,7 @@ def results_with(file, device, **line):
     return file
 
 
-FASTER_AND_SLOWER = (  # seconds of a whole run, of its denoising, peak bytes, ratio to a peer; what is worse
+FASTER_AND_SLOWER = (  # seconds of the run and of its denoising, peak bytes, ratio to a peer; the number of regressions
     ((100, 50, 1000, 1.0), 0),
     ((50, 20, 500, 0.5), 0),
     ((114, 54, 1019, 1.2), 0),
@@ -185,7 +185,7 @@ def test_what_got_worse(figures, worse, device, tmp_path, monkeypatch, capsys):
     before, now = of("before", 100, 50, 1000, 1.0), of("now", *figures)
     monkeypatch.setattr(sys, "argv", ["check", str(now), "--baseline", str(before)])
     only_time = figures[2:] == (1000, 1.0)
-    worse = 0 if device == "cpu" and only_time else worse  # seconds of another CPU say nothing
+    worse = 0 if device == "cpu" and only_time else worse  # timings from another CPU are not compared
     assert check.main() == worse
     assert f"{worse} of {2 if device == 'cpu' else 4} figures are worse" in capsys.readouterr().out
 

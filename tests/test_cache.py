@@ -1,4 +1,4 @@
-"""The cache folder: what is stored is found again, and damage costs only time."""
+"""The cache folder: what is stored is found again, and damage only costs time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_what_was_stored_is_recalled(tmp_path, dtype):
 def test_prompts_and_encoders_are_distinguished(tmp_path):
     made = {}
     for identity in ("one", "two"):
-        for prompt in ("a cat", "a cat ", "A cat", "", "\ud83d\ude00", "caf\udce9"):  # the last from a bad encoding
+        for prompt in ("a cat", "a cat ", "A cat", "", "\ud83d\ude00", "caf\udce9"):  # the last is not valid UTF-8
             made[identity, prompt] = context()
             TensorCache(tmp_path, identity).store(prompt, made[identity, prompt])
     for (identity, prompt), expected in made.items():
@@ -87,14 +87,14 @@ def test_the_newest_stay(tmp_path, monkeypatch):
     prompts = TensorCache(tmp_path, "an encoder")
     for number in range(5):
         prompts.store(f"{number}", context())
-        for file in files(tmp_path):  # a second has passed
+        for file in files(tmp_path):  # as if a second had passed
             os.utime(file, ns=(0, file.stat().st_mtime_ns - 10**9))
     assert [prompts.recall(f"{number}") is not None for number in range(5)] == [False, False, True, True, True]
     assert len(files(tmp_path)) == 3
 
 
 def test_identity_of_an_encoder(tmp_path):
-    """It depends on each file's path, size and modification time, and on every other argument."""
+    """It depends on each file's path, size and modification time, and on all other arguments."""
     one, two = tmp_path / "one", tmp_path / "two"
 
     def write(file: Path, content: bytes, time: int) -> None:

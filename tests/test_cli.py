@@ -1,4 +1,4 @@
-"""Requests that work: flags, presets, config files, and their precedence."""
+"""Valid requests: flags, presets, config files, and their precedence."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AVATAR = ["--task_type", "talking_avatar", "--prompt", "a", "--input_image", "p.
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """Write a config file and return the flags that name it."""
+    """Write a config file and return the flags that select it."""
     monkeypatch.chdir(tmp_path)
 
     def write(content: object, path: str = "config.yaml") -> list[str]:
@@ -94,7 +94,7 @@ def test_minus_one_draws_a_seed():
 
 
 def test_relative_paths_begin_where_the_config_file_is(config, tmp_path):
-    """Only paths that exist there; others may be recorded by a run, or be hub ids."""
+    """Only if they exist there; others may be from a run's record, or hub ids."""
     for name in ("here.png", "both.png", "there/both.png", "there/a.safetensors", "there/model/x", "there/tiny/x"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()
@@ -139,7 +139,7 @@ def test_the_command_line_wins(config):
     for argv in ([*flags, *REFERENCE], [*REFERENCE, *flags]):
         request = parse_request([*argv, "--seed", "8", "--num_frames", "5", "--verbose"])
         assert (request.prompt, request.seed, request.shift) == ("a fox", 8, 3.0)
-        assert (request.num_frames, request.verbosity) == (5, 1)  # also over what contradicts it in the file
+        assert (request.num_frames, request.verbosity) == (5, 1)  # flags also override conflicting ones in the file
 
 
 def test_the_config_file_wins_over_the_preset(config):
@@ -149,7 +149,7 @@ def test_the_config_file_wins_over_the_preset(config):
 def test_texts_and_references_in_config_files(config):
     assert parse_request([*REFERENCE, *config('shift: "2.5"\nseed: "9"\n')]).shift == 2.5
     assert parse_request([*REFERENCE[:4], *config("ref_imgs: a.png,b.png\n")]).ref_imgs == ("a.png", "b.png")
-    assert parse_request([*REFERENCE, *config("\ufeffseed: 3\n")]).seed == 3  # as Windows' editors write it
+    assert parse_request([*REFERENCE, *config("\ufeffseed: 3\n")]).seed == 3  # with the BOM that Windows editors write
     assert parse_request([*REFERENCE, *config("{}")]).seed == 42
     for references in ([], ["a.png", ""], ["a"] * 5):
         with pytest.raises(UserError, match=r"--ref_imgs: .*give 1 to 4 images"):
@@ -161,13 +161,13 @@ def test_the_record_makes_the_same_request_again(config):
     request = parse_request([*argv, "--output", "a.mp4", "--save_latents", "l.safetensors", "--quiet", "--dry_run"])
     record = json.loads(json.dumps(dict(request.flags)))
     assert record["seed"] == request.seed
-    assert record["num_inference_steps"] == 8  # a preset's values too: the presets may change
+    assert record["num_inference_steps"] == 8  # a preset's values are recorded too, since presets may change
     assert not {"output", "save_latents", "quiet", "dry_run", "duration"} & record.keys()
     again = parse_request(config(json.dumps(record)))
     assert again.flags == request.flags
     assert (again.output, again.dry_run, again.verbosity) == (None, False, 0)
     assert (again.ref_imgs, again.num_frames, again.quant) == (request.ref_imgs, 9, "fp8")
-    assert (request.memory, again.memory) == ("stream", "auto")  # the same video wherever its weights live
+    assert (request.memory, again.memory) == ("stream", "auto")  # not recorded: the video does not change
 
 
 @pytest.mark.parametrize(("task", "durations"), [(REFERENCE, (1, 10)), (EXTENSION, (5, 30)), (SHOT, (2, 5))])
@@ -280,7 +280,7 @@ def test_what_commas_separate(case, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("entries", [[PICTURE, "b.png"], ["http://host/a.png,b.png", "c, d.png"]])
 def test_lists_of_a_config_file(entries, tmp_path, monkeypatch):
-    """Their entries are not split at commas, and the command line replaces them."""
+    """Their entries are not split at commas, and the command line replaces the whole list."""
     monkeypatch.chdir(tmp_path)
     Path("a.yaml").write_text(yaml.safe_dump({"ref_imgs": entries, "lora": [f"{STYLE}:2"]}))
     request = parse_request([*REFERENCE[:-2], "--config", "a.yaml"])

@@ -1,4 +1,4 @@
-"""Compiled blocks: the same results, and one set of graphs for however many blocks."""
+"""Compiled blocks: the same results, and one set of graphs for any number of blocks."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ SMALL = {"num_attention_heads": 2, "attention_head_dim": 24, "text_dim": 16, "fr
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """One folder of compiled code for all tests, as for all runs of a user."""
+    """One folder of compiled code for all tests, as a user has for all runs."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(autouse=True)
 def own_compiler(cache, monkeypatch):
-    """Nothing of an earlier test is compiled, and the settings are put back."""
+    """Discard what earlier tests compiled, and restore the compiler's settings."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache / "compiled"))
     torch._dynamo.reset()
     counters.clear()
@@ -50,7 +50,7 @@ def transformer(layers: int) -> SkyReelsTransformer3DModel:
 
 @torch.inference_mode()
 def run(model: SkyReelsTransformer3DModel) -> torch.Tensor:
-    """Two steps with a timestep per frame, one of them clean."""
+    """Two steps with a timestep per frame, with one clean frame."""
     draw = torch.Generator().manual_seed(1)
     latents = torch.randn(1, 16, 3, 4, 6, generator=draw)
     context = torch.randn(1, 512, 16, generator=draw)
@@ -79,7 +79,7 @@ def test_the_same_results_and_no_more_graphs_for_more_blocks(cache):
 
 
 def test_streamed(cache):
-    """Blocks whose weights change places; in FP8 as well, where the weights are of another kind."""
+    """Blocks whose weights move between buffers; also in FP8, where weights have another type."""
     model = transformer(4)
     compile_blocks(model)
     for kinds in (1, 2):
@@ -88,12 +88,12 @@ def test_streamed(cache):
             for mode in (torch.inference_mode, contextlib.nullcontext):
                 with mode(), BlockStream(model, model.blocks, CPU, resident, pin).active():
                     torch.testing.assert_close(run(model), expected, atol=1e-5, rtol=0)
-        assert graphs() == 2 * kinds  # none for each block, none for a place
+        assert graphs() == 2 * kinds  # not one per block or buffer
         quantize(model.blocks, CPU)
 
 
 def test_a_few_tokens_at_a_time(cache, monkeypatch):
-    """Pieces of two sizes take no graph for each size that follows."""
+    """After pieces of two sizes, further sizes need no new graphs."""
     monkeypatch.setattr(wan_transformer, "TOKENS_AT_ONCE", 12)
     model = transformer(3)
     expected = run(model)

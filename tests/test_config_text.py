@@ -1,4 +1,4 @@
-"""Texts that expand, nest too deeply or repeat a key are refused early; reading them to the end would take minutes."""
+"""Config text that expands, nests too deeply or repeats a key is refused early; parsing it all would take minutes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stream that cannot be written to costs only the message."""
+"""If a stream cannot be written to, only the message is lost."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_nobody_reads_stdout_any_more(monkeypatch, caplog):
 
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
 def test_closed_from_the_start(monkeypatch, closed):
-    monkeypatch.setattr(sys, closed, None)  # as Python does
+    monkeypatch.setattr(sys, closed, None)  # as Python does with closed streams
     escape_unknown()
     show("a.mp4")
     say("error: a\n")

@@ -1,4 +1,4 @@
-"""`skyreels convert`: from community formats to our layout, and back to one native file."""
+"""`skyreels convert`: from community formats to our layout, and back to a single native file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     ("task", "folder"), [("single_shot_extension", "video_extension"), ("talking_avatar", "talking_avatar")]
 )
 def test_there_and_back(convert, task, folder, tmp_path):
-    """The recorded native checkpoints: to our layout, which diffusers' names are, and back to the same tensors."""
+    """The recorded native checkpoints: to our layout with diffusers' names, and back to the same tensors."""
     source = REFERENCE / "pipelines" / "checkpoints" / folder
     own = task_spec(task).transformer_folder
     plain = ("--task_type", task, "--dtype", "float32")
@@ -72,13 +72,13 @@ def toy(tmp_path) -> Callable[[str], tuple[TaskSpec, Path]]:
 @pytest.mark.parametrize("task", ["reference_to_video", "t2v"])
 @pytest.mark.parametrize("form", ["scale_weight", "Q4_1"])
 def test_quantized_files(convert, toy, task, form, tmp_path):
-    """What is written holds the values that the quantized file stands for."""
+    """The output holds the dequantized values."""
     spec, root = toy(task)
     file = tmp_path / ("a.safetensors" if form == "scale_weight" else "a.gguf")
     if form == "scale_weight":
         writers.write_older(file, writers.native_tensors(root, spec))
     else:
-        pytest.importorskip("gguf")  # of requirements-dev.txt
+        pytest.importorskip("gguf")  # in requirements-dev.txt
         writers.write_gguf(file, writers.native_tensors(root, spec), form)
     argv = ("--task_type", task, "--transformer", file, "--model_id", root)
     code, _, stderr = convert(*argv, "--output", tmp_path / "made" / spec.transformer_folder)
@@ -129,7 +129,7 @@ def test_what_cannot_be_converted(convert, argv, says, tmp_path):
 
 
 def test_published_sizes_where_there_is_no_config(convert, toy, tmp_path):
-    """A file alone is held against the published config."""
+    """A file without a config is checked against the published one."""
     spec, root = toy("single_shot_extension")
     shutil.copy(root / spec.transformer_folder / "diffusion_pytorch_model.safetensors", tmp_path / "a.safetensors")
     argv = ("--task_type", spec.name, "--transformer", tmp_path / "a.safetensors", "--output", tmp_path / "made")

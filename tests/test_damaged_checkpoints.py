@@ -1,4 +1,4 @@
-"""Incomplete or damaged checkpoints: the error names the folder, what is wrong in it, and the way out."""
+"""Incomplete or damaged checkpoints: the error names the folder, what is wrong in it, and the remedy."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def remove(path: Path) -> None:
 
 
 def cut(size: int = -100) -> Change:
-    """Cut a file off; a negative size counts from its end."""
+    """Truncate a file to `size` bytes; a negative size counts from the end."""
     return lambda path: path.write_bytes(path.read_bytes()[:size])
 
 
@@ -44,7 +44,7 @@ def put(content: str | bytes) -> Change:
 
 
 def entries(**changed: object) -> Change:
-    """Change a JSON file."""
+    """Change entries of a JSON file."""
     return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | changed))
 
 
@@ -53,7 +53,7 @@ def two_files(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "b.safetensors")
 
 
-# layout, what is damaged, how, and what the error says; the layouts are those of `damaged`
+# layout (see `damaged`), what is damaged, how, and what the error says
 CONFIG, INDEX = "transformer/config.json", f"transformer/{WEIGHTS}.index.json"
 DAMAGES: list[tuple[str, str, Change, str]] = [
     ("diffusers", "", lambda root: [remove(path) for path in root.iterdir() if path.is_dir()],
@@ -105,9 +105,9 @@ DAMAGES: list[tuple[str, str, Change, str]] = [
 
 @pytest.fixture
 def damaged(reference, t2v_toy, tmp_path) -> Callable[[str], tuple[Path, list[str]]]:
-    """Copy a checkpoint of a layout; returns its root and a command line that needs it.
+    """Copy a checkpoint in one of the layouts; returns its root and a command line that needs it.
 
-    Layouts: "diffusers" and "native" are those of V3. "whole" is V1's transformer beside the rest of HunyuanVideo;
+    Layouts: "diffusers" and "native" are V3's. "whole" is V1's transformer beside HunyuanVideo's other components;
     "divided" and "base" are HunyuanVideo's own folder, with the transformer in one of its folders.
     """
 
@@ -163,7 +163,7 @@ def test_a_checkpoint_in_fp8_takes_no_lora(refuse, damaged, tmp_path):
     assert line.startswith("error: --lora: ") and "--save_quantized" in line
 
 
-# What only the loaders see: layout, file, how its content is changed, what the error says of it
+# Damage that only the loaders detect: layout, file, how its content is changed, what the error says about it
 CONTENT: list[tuple[str, str, Callable[[dict[str, Any]], object], str]] = [
     ("diffusers", f"transformer/{WEIGHTS}", lambda t: t.pop("proj_out.bias"), "missing keys proj_out.bias"),
     ("native", f"transformer/{SHARD}", lambda t: t.update(surplus=t["text_embedding.0.bias"].clone()),

@@ -1,6 +1,6 @@
-"""Whole runs on a device other than the CPU, on any machine: its tensors are CPU tensors under another device's name.
+"""Whole runs on a simulated accelerator, on any machine: its tensors are CPU tensors that report another device.
 
-Whatever mixes tensors of the two is an error, as it is on a GPU.
+Mixing them with CPU tensors in an operation is an error, as it is on a GPU.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from skyreels_v3 import generate as session
 from skyreels_v3.memory.policy import Policy
 from tests.conftest import ASSETS
 
-GPU = torch.device("meta")  # one that every build of torch has
+GPU = torch.device("meta")  # a device that every build of torch has
 BETWEEN = {"_to_copy", "to", "copy_", "index", "index_put_", "_index_put_impl_", "_local_scalar_dense"}
 
 
 class GpuTensor(Tensor):
-    """A CPU tensor that claims to be on the GPU."""
+    """A CPU tensor that reports the GPU as its device."""
 
     held: Tensor
 
@@ -45,14 +45,14 @@ class GpuTensor(Tensor):
 
 
 class Gpu(TorchDispatchMode):
-    """Wraps what is created on the GPU or moved there."""
+    """Wraps tensors that are created on the GPU or moved to it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return carried_out(func, args, kwargs or {})
 
 
 class Numbers(TorchFunctionMode):
-    """Moves Python numbers by way of the CPU, as on a GPU; on meta torch drops them."""
+    """Copies Python numbers to the device via the CPU, as for a GPU; on meta torch would drop their values."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -65,7 +65,7 @@ class Numbers(TorchFunctionMode):
 
 
 def carried_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Run an operation on the wrapped tensors; the result is on the device where PyTorch would put it."""
+    """Run an operation on the wrapped tensors; the result is on the device where torch would put it."""
     name, tensors = func.overloadpacket.__name__, []
     if name == "_has_compatible_shallow_copy_type":
         return False
@@ -84,7 +84,7 @@ def carried_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     def wrapped(each: Any) -> Any:
         if not isinstance(each, Tensor):
             return each
-        if id(each) in owners:  # what was changed in place
+        if id(each) in owners:  # changed in place
             return owners[id(each)]
         return GpuTensor(each) if on_gpu else each
 
@@ -92,15 +92,15 @@ def carried_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def of_cpu(argument: Any) -> Any:
-    """The CPU argument behind a wrapped one."""
+    """The CPU tensor inside a wrapped argument."""
     if isinstance(argument, GpuTensor):
         return argument.held
     return torch.device("cpu") if isinstance(argument, torch.device) else argument
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
-    """scaled_dot_product_attention in plain operations, (B, N, L, D)."""
-    if key.shape[1] != query.shape[1]:  # groups of heads share keys and values
+    """scaled_dot_product_attention in elementary operations, (B, N, L, D)."""
+    if key.shape[1] != query.shape[1]:  # grouped-query attention
         key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
     scores = query @ key.transpose(-1, -2) * (_.get("scale") or query.shape[-1] ** -0.5)
     if _.get("is_causal"):
@@ -147,7 +147,7 @@ def test_nothing_is_on_two_devices(main, monkeypatch, tmp_path, task, quant):
         policy = Policy("offload" if quant == "fp8" else "resident", "for a test", tiles=(1, 2))
         return lambda plan: replace(start(replace(plan, policy=policy)), device=device)
 
-    # the same arithmetic in both runs: FP8 rounds a difference of 1e-7 to one of 1e-3 where it is near a middle
+    # the same arithmetic in both runs: near a midpoint, FP8 turns a difference of 1e-7 into one of 1e-3
     monkeypatch.setattr(F, "scaled_dot_product_attention", plain_attention)
     monkeypatch.setattr(runtime, "start", on(torch.device("cpu")))
     code, _, stderr = main(*argv, "--output", "cpu.mp4")
@@ -157,12 +157,12 @@ def test_nothing_is_on_two_devices(main, monkeypatch, tmp_path, task, quant):
 
     monkeypatch.setattr(runtime, "start", on(GPU))
     monkeypatch.setattr(runtime.Runtime, "make_device_current", lambda self: Gpu().__enter__())
-    # tensors with a dispatch of their own do not go with inference mode
+    # inference mode does not work with tensor subclasses that dispatch
     monkeypatch.setattr(torch.inference_mode, "__enter__", lambda self: None)
     monkeypatch.setattr(torch.inference_mode, "__exit__", lambda self, *_: None)
-    # a module's parameters are exchanged, not their content, which has no name of a device
+    # replace a module's parameters instead of their data, which would keep the old device
     monkeypatch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
-    for owner, name in ((components, "quantize"), (session.Generator, "write")):  # not what loads, by way of meta
+    for owner, name in ((components, "quantize"), (session.Generator, "write")):  # not the loader, which uses meta
         monkeypatch.setattr(owner, name, with_gpu(getattr(owner, name)))
     code, _, stderr = main(*argv, "--output", "gpu.mp4")
     assert code == 0, stderr

@@ -1,4 +1,4 @@
-"""The README, CONTRIBUTING and docs/: commands work as written, links lead somewhere, made tables are current."""
+"""The README, CONTRIBUTING and docs/: commands work as written, links lead somewhere, generated tables are current."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
 SCRIPTS = ("generate_video.py", "video_generate.py")
-SUBCOMMANDS = {"generate": [], "serve": ["--serve"], "mcp": ["--mcp"]}  # of skyreels that take the same flags
-# what a flag's value or package needs is not on every machine: commands with these are parsed, not planned
+SUBCOMMANDS = {"generate": [], "serve": ["--serve"], "mcp": ["--mcp"]}  # of skyreels, with the same flags
+# commands with these flags are parsed but not planned: their files or packages are not on every machine
 ELSEWHERE = {"transformer", "text", "vocals", "speech_only", "diarization", "enhance_prompt", "serve", "mcp"}
 FILES = re.compile(r"(?<![\w/.-])(?:assets|cluster|benchmarks|comfyui|training)/[\w./-]+|requirements[\w-]*\.txt")
 FOREIGN = ("nproc_per_node", "node_rank", "cpu", "input_reference", "size")  # torchrun's, ComfyUI's, the API's fields
@@ -41,7 +41,7 @@ NOTEBOOK = DOCS / "skyreels.ipynb"
 
 
 def flags_of(command: str) -> list[str] | None:
-    """The flags of a command that makes videos, without what is left open; None for any other command."""
+    """The flags of a video command, without placeholders; None for any other command."""
     words = [word for word in shlex.split(command, comments=True) if word != "..."]
     scripts = [place for place, word in enumerate(words) if word in SCRIPTS]
     if words[0] == "skyreels" and words[1] in SUBCOMMANDS:
@@ -50,7 +50,7 @@ def flags_of(command: str) -> list[str] | None:
 
 
 def plannable(command: str) -> bool:
-    """Whether a command is complete, and all that it needs is in the repository; or wrong, to be reported by a test."""
+    """Whether a command is complete and needs only files of the repository; or invalid, so that a test reports it."""
     try:
         flags = parse_flags(flags_of(command) or [])
     except UserError:
@@ -61,7 +61,7 @@ def plannable(command: str) -> bool:
 
 
 def missing_files(command: str) -> list[str]:
-    """The files of the repository that a command names and that are not there."""
+    """Files of the repository that a command names but that do not exist."""
     return [name for name in FILES.findall(command) if not (ROOT / name).exists() and name != "cluster/api_key"]
 
 
@@ -82,7 +82,7 @@ def test_each_task_has_commands():
 
 @pytest.mark.parametrize("command", PLANNED, ids=NAMES)
 def test_command(main, monkeypatch, command):
-    """What is planned is that of a published checkpoint, unless it is for the built-in model."""
+    """The plan is for the published checkpoint, except for commands with the built-in model."""
     monkeypatch.chdir(ROOT)
     flags = flags_of(command)
     if command.startswith("torchrun"):
@@ -109,7 +109,7 @@ def test_command(main, monkeypatch, command):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["reference_to_video", "shot_switching_extension"])
 def test_command_of_the_built_in_model(main, tmp_path, task):
-    """Of the tasks that take least time, and with toys in its place."""
+    """For the fastest tasks, with toys in place of the built-in model."""
     (command,) = (each for each in TINY if f"--task_type {task} " in each)
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     code, stdout, stderr = main(*flags_of(command), "--quiet")
@@ -129,7 +129,7 @@ def test_command_that_needs_more_is_parsed(command):
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command not in OURS])
 def test_other_command(command):
-    """It is one of those below, and the files that it names are there."""
+    """It is one of those below, and the files that it names exist."""
     program, *words = shlex.split(command, comments=True)
     assert missing_files(command) == []
     if program == "make":
@@ -152,7 +152,7 @@ def test_other_command(command):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_flags(page):
-    """Links lead to files and headings, those of docs/ to files in it; flags in code are ours."""
+    """Links lead to files and headings, those in docs/ to files in docs/; flags in code are ours."""
     text = page.read_text(encoding="utf-8")
     for link in LINK.findall(FENCE.sub("", text)):
         if "://" not in link:
@@ -167,13 +167,13 @@ def test_links_and_flags(page):
 
 
 def headings(page: Path) -> set[str]:
-    """The anchors of a page's headings, as in a repository's view of it."""
+    """The anchors of a page's headings, as repository hosts generate them."""
     found = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
 
 
 def test_made_tables_are_current():
-    """If it fails: run the script that it names."""
+    """If this fails, run the script that it names."""
     options = generate_options.options_table()
     assert options in (DOCS / "options.md").read_text(encoding="utf-8"), "docs/generate_options.py"
     assert all(f"`--{flag.name}`" in options for flag in FLAGS)
@@ -185,9 +185,9 @@ def test_made_tables_are_current():
     errors = generate_troubleshooting.tables()
     assert errors in (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), "docs/generate_troubleshooting.py"
     for line in (
-        "`--width`: *value*: not a multiple of 16 | give *below* or *...* |",  # of a loop
-        "| `--voice`: *value*: is for a text that is spoken | add `--text` |",  # of a table
-        "| *flag*: *url*: took more than 300 s | download it and give the path |",  # one of a name's values
+        "`--width`: *value*: not a multiple of 16 | give *below* or *...* |",  # from a loop
+        "| `--voice`: *value*: is for a text that is spoken | add `--text` |",  # from a table
+        "| *flag*: *url*: took more than 300 s | download it and give the path |",  # one of several values of a name
     ):
         assert line in errors
 
@@ -201,7 +201,7 @@ def test_all_pages_are_in_the_navigation():
 
 
 def test_the_site_builds(tmp_path):
-    """In strict mode: links and anchors are checked."""
+    """In strict mode, which checks links and anchors."""
     shutil.copytree(DOCS, tmp_path / "docs", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "zensical.toml", tmp_path)
     build = [sys.executable, "-m", "zensical", "build", "--strict"]
@@ -216,7 +216,7 @@ def test_the_site_builds(tmp_path):
 
 @pytest.mark.slow
 def test_the_notebook(monkeypatch, tmp_path):
-    """All cells but those that download or need a GPU, by their tags."""
+    """All cells except those tagged as downloading or needing a GPU."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]

@@ -23,7 +23,7 @@ def described(request: GenerationRequest, checkpoint: Path | None = None) -> dic
 
 
 def test_the_download_and_the_room_for_it(monkeypatch, tmp_path):
-    """From the hub, or from the published sizes where the hub cannot be reached."""
+    """From the hub, or from the published sizes if the hub cannot be reached."""
     files = [DryRunFileInfo("c", size, n, "", size < 9e9, size > 9e9) for n, size in (("a", 3e9), ("b", 40e9))]
 
     def snapshot_download(name: str, allow_patterns: list[str], dry_run: bool) -> list[DryRunFileInfo]:
@@ -41,7 +41,7 @@ def test_the_download_and_the_room_for_it(monkeypatch, tmp_path):
     room = f"41.0 GB free in {tmp_path}"
     assert described(request)["download"] == f"{name}: 40.0 GB of 43.0 GB to fetch; {room}"
     files.clear()
-    # 14.3 and 5.7 billion parameters of two bytes, 0.13 billion of four
+    # 14.3 and 5.7 billion parameters of two bytes each, 0.13 billion of four
     assert described(request)["download"] == f"{name}: about 40.8 GB in bfloat16; {room}"
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1e8))
     plan_ = described(request)
@@ -54,7 +54,7 @@ def test_the_download_and_the_room_for_it(monkeypatch, tmp_path):
 def test_the_toy_downloads_nothing_and_is_told_in_small_units(task):
     request = GenerationRequest(task=task_spec(task), model_id="tiny", prompt="p", height=64, width=64, audio_seconds=1)
     told = described(request)
-    assert not {"download", "time"} & told.keys()  # no run has been measured
+    assert not {"download", "time"} & told.keys()  # no speed has been measured
     assert not any(re.search(r"\b0\.0 GB|0\.0\d+ TFLOP", text) for text in told.values())
 
 
@@ -66,10 +66,10 @@ def test_the_time_is_told_where_it_was_measured(monkeypatch, tmp_path):
     assert throughput.seconds_of(made) is None
     throughput.store(made, 21, 100.0)
     assert throughput.seconds_of(made) == pytest.approx(100 * len(made.passes))
-    assert f"{'time':14}about 7 min of denoising" in describe(made)  # of four passes
+    assert f"{'time':14}about 7 min of denoising" in describe(made)  # for four passes
     longer = planned(replace(request, audio_seconds=100, num_inference_steps=16))
     assert throughput.seconds_of(longer) == pytest.approx(200 * len(longer.passes))
-    assert throughput.seconds_of(planned(replace(request, quant="fp8"))) is None  # that is not known
+    assert throughput.seconds_of(planned(replace(request, quant="fp8"))) is None  # not measured in FP8
     throughput.path().write_text("damaged")
     assert throughput.seconds_of(made) is None
     throughput.store(made, 21, 50.0)

@@ -1,4 +1,4 @@
-"""Talking avatars through the command line, with the toy model: picture and sound, two speakers, a folder of PNGs."""
+"""Talking avatars from the command line with the toy model: picture and sound, two speakers, a folder of PNGs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EXPERIMENTAL = "experimental: the published weights are said to be trained on on
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Warnings of the pipeline."""
+    """The pipeline's warnings."""
     return [record.message for record in caplog.records if record.name.endswith("avatar")]
 
 
@@ -49,7 +49,7 @@ def test_picture_and_sound_are_as_long(main, tmp_path, seconds, rate, frames):
     sound = write_tone(tmp_path / "sound.wav", seconds, rate)
     code, stdout, stderr = main(*AVATAR, "--input_audio", sound, "--output", "a.mp4")
     assert (code, stdout) == (0, "a.mp4\n"), stderr
-    bars = dict(re.findall(r"^(\w[\w /]+): +(\d+%)", stderr, re.MULTILINE))  # how far each has come
+    bars = dict(re.findall(r"^(\w[\w /]+): +(\d+%)", stderr, re.MULTILINE))  # how far each bar got
     assert {"loading", "decoding"} < bars.keys()
     assert {*bars.values()} == {"100%"}
     made = probe_video(tmp_path / "a.mp4", 25)
@@ -74,7 +74,7 @@ def test_two_speakers_are_experimental(main, tmp_path, caplog, audio_type, frame
     assert abs(len(heard) / 16_000 - made.seconds) < FRAME
     late = np.abs(np.fft.rfft(heard[int(1.1 * 16_000) : int(1.4 * 16_000)])) if audio_type == "sequential" else None
     early = np.abs(np.fft.rfft(heard[1600:6400]))
-    assert early[132] > 100  # 440 Hz of 10/3 Hz steps
+    assert early[132] > 100  # 440 Hz, in bins of 10/3 Hz
     assert (early[600] > 100) == (audio_type == "parallel")  # 2000 Hz
     assert late is None or late[600] > 100 > late[132]
 
@@ -103,7 +103,7 @@ def test_a_dubbed_clip_is_experimental(main, tmp_path, caplog):
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
 @pytest.mark.skipif(find_spec("kokoro") is not None, reason="kokoro would speak, and download its model")
 def test_a_text_is_spoken(main, tmp_path, caplog):
-    """The picture is as long as the sound, which is louder than silence and is in the file."""
+    """The picture lasts as long as the speech, which is louder than silence and is in the file."""
     code, stdout, stderr = main(*AVATAR, "--text", "Good evening.", "--voice", "en-gb", "--output", "a.mp4")
     assert (code, stdout) == (0, "a.mp4\n"), stderr
     assert [record.message for record in caplog.records if "espeak-ng" in record.message]
@@ -113,13 +113,13 @@ def test_a_text_is_spoken(main, tmp_path, caplog):
     expected, heard = read_audio(spoken), read_audio(tmp_path / "a.mp4")
     assert made.frames == np.ceil(len(expected) / 16_000 * 25)
     count = min(len(expected), len(heard))
-    assert np.corrcoef(expected[:count], heard[:count])[0, 1] > 0.95  # but for AAC
+    assert np.corrcoef(expected[:count], heard[:count])[0, 1] > 0.95  # apart from AAC's losses
     assert files_in(tmp_path) == {"a.mp4", "spoken.wav"}
 
 
 @pytest.mark.slow
 def test_the_sound_of_the_video_is_the_recording(main, tmp_path, monkeypatch):
-    """Whatever the model hears of it."""
+    """Whatever processing the model's input gets."""
     heard = []
     monkeypatch.setattr("skyreels_v3.inputs.check_voice", lambda request: None)
     monkeypatch.setattr("skyreels_v3.wan.avatar.read_vocals", lambda path, models: read_audio(path) * 0)
@@ -135,9 +135,9 @@ def test_the_sound_of_the_video_is_the_recording(main, tmp_path, monkeypatch):
 @pytest.mark.extended
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
 def test_lips_follow_a_voice_in_music(tmp_path, monkeypatch):
-    """The built-in model's mouth in music as loud as the voice, with --vocals and without, next to the clean voice.
+    """The built-in model's mouth for a voice in equally loud music, with and without --vocals, against the clean voice.
 
-    The separation is a stand-in that leaves music 13 dB below the voice, which is published for the default model.
+    The stand-in separator leaves music 13 dB below the voice, the published figure for the default model.
     """
     spoken = ["espeak-ng", "-v", "en-us", "-w", tmp_path / "voice.wav", "The boat sails on into the dusk."]
     subprocess.run(spoken, check=True)

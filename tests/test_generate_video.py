@@ -1,7 +1,7 @@
 """Whole runs of the command: what is printed where, what is written, and what is left when a run ends early.
 
-The built-in toy model makes them short. Runs that need no process of their own call `main` here, which saves importing
-torch once more.
+The built-in toy model keeps them short. Runs that need no new process call `main` here, which saves importing torch
+again.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def test_a_run_and_its_repetition_twice_at_once(start, toy, tmp_path):
     assert sorted(stdout for stdout, _ in outputs) == ["again-2.mp4\n", "again.mp4\n"]
     warnings = [line for _, stderr in outputs for line in stderr.splitlines()]
     assert warnings.count(TINY_WARNING) == 2
-    assert sorted(warnings)[:-2] == [  # of the run that came second, and nothing else
+    assert sorted(warnings)[:-2] == [  # only from the run that came second
         f"WARNING: again.{suffix} exists already; the output is again-2.{suffix}" for suffix in ("mp4", "safetensors")
     ]
     expected = load_file(working / "latents.safetensors")
@@ -108,7 +108,7 @@ def test_a_run_and_its_repetition_twice_at_once(start, toy, tmp_path):
 
 @pytest.mark.slow
 def test_a_closed_terminal_keeps_the_frames_that_there_are(start, toy, tmp_path):
-    # large enough that decoding takes seconds, however fast the machine
+    # large enough that decoding takes seconds on any machine
     size = ("--height", "128", "--width", "192", "--num_frames", "241")
     run = start(*toy, *size, "--output", "a/b.mp4")
     stderr = stop_at(run, r"decoding: .* ([2-9]|[12]\d)/61 ", signal.SIGHUP)
@@ -124,12 +124,12 @@ def test_a_closed_terminal_keeps_the_frames_that_there_are(start, toy, tmp_path)
 
 def test_interrupted_while_writing_no_bar_comes_after_the_last_word(main, toy, monkeypatch):
     def interrupted(frames: Iterator[np.ndarray], *_: object, **__: object) -> None:
-        next(frames)  # the bar of decoding is open
+        next(frames)  # the decoding bar is now open
         raise KeyboardInterrupt
 
     monkeypatch.setattr("skyreels_v3.generate.write_video", interrupted)
     code, stdout, stderr = main(*toy)
-    os.kill(os.getpid(), signal.SIGINT)  # pressed twice
+    os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C pressed twice
     assert (code, stdout) == (130, "")
     assert re.search(r"decoding: .* 1/2 ", stderr)
     assert stderr.splitlines()[-1] == "interrupted"
@@ -269,14 +269,14 @@ def test_a_video_is_made_again_from_what_it_says(main, toy, tmp_path, output):
             expected = [np.asarray(Image.open(path)) for path in sorted(source.iterdir())]
             made = [np.asarray(Image.open(path)) for path in sorted((tmp_path / f"again{number}").iterdir())]
             assert np.array_equal(expected, made)
-    code, out, _ = main("--config", source, "--quiet")  # its name is not used again
+    code, out, _ = main("--config", source, "--quiet")  # the output's name is not reused
     assert code == 0
     assert out.startswith("result/reference_to_video/")
     if not source.is_dir():
         first, second = ([*read_frames(path, 24)] for path in (source, tmp_path / out.strip()))
         assert np.array_equal(first, second)
     plan = main("--config", source, "--seed", 5, "--dry_run")[1]
-    assert plan.count("5_") == 1  # the command line wins
+    assert plan.count("5_") == 1  # the command line takes precedence
     assert re.search(r"^time +about [\d.]+ s of denoising", plan, re.MULTILINE)
 
 
@@ -303,7 +303,7 @@ def test_videos_that_do_not_say_how_they_were_made(main, tmp_path):
 
 @pytest.fixture
 def address(picture) -> Iterator[str]:
-    """The picture's signed URL on a local web server."""
+    """The image's signed URL on a local web server."""
 
     class Handler(SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -328,7 +328,7 @@ def test_addresses_are_recorded_without_their_secrets(main, address, tmp_path, m
     assert b"secret" not in (tmp_path / "a.mp4").read_bytes()
     other = [*flags[:-1], address.replace("sig=secret", "sig=another")]
     code, stdout, more = main(*other, "--output", "a.mp4", "--allow_private_urls", "--resume")
-    assert (code, stdout) == (0, "a.mp4\n"), more  # the same input under another signature: it is made already
+    assert (code, stdout) == (0, "a.mp4\n"), more  # the same input with another signature: the video is already done
     (tmp_path / "again.yaml").write_text(json.dumps(comment_of(tmp_path / "a.mp4")["flags"]))
     code, _, stderr = main("--config", "again.yaml", "--output", "b.mp4")
     assert code == 2

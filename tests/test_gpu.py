@@ -1,4 +1,4 @@
-"""What only a GPU can show: equal videos in every memory mode, attention kernels, FP8, compilation, peak memory."""
+"""What only a GPU can show: equal videos in all memory modes, attention kernels, FP8, compilation, peak memory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TASKS = {
     "t2v": ("--num_frames", 9, "--num_inference_steps", 8),
     "i2v": ("--image", ASSETS / "fox.png", "--num_frames", 9, "--num_inference_steps", 8),
 }
-MODELS = ("reference_to_video", "t2v")  # a task of each kind of transformer
+MODELS = ("reference_to_video", "t2v")  # one task per transformer family
 
 
 XDIT_ALONE = """
@@ -65,11 +65,11 @@ dist.destroy_process_group()
 
 @pytest.mark.skipif(find_spec("xfuser") is None, reason="xfuser is not installed")
 def test_xdit_alone_agrees(tmp_path):
-    """In a new process, since xDiT keeps its state in globals."""
+    """In a new process, because xDiT keeps its state in globals."""
     command = [sys.executable, "-c", XDIT_ALONE]
     made = subprocess.run(command, cwd=ASSETS.parent, capture_output=True, text=True, check=False, timeout=300)
     assert made.returncode == 0, made.stderr
-    assert made.stdout.startswith("xDiT agrees, ")  # and nothing of xDiT's own
+    assert made.stdout.startswith("xDiT agrees, ")  # nothing printed by xDiT itself
 
 
 CUDA = ("--device", "cuda", "--no_cache")
@@ -86,12 +86,12 @@ class Made:
 
 
 Run = Callable[..., Made]
-KNOWN: dict[tuple[str, ...], Made] = {}  # what several tests look at is made once
+KNOWN: dict[tuple[str, ...], Made] = {}  # results that several tests use
 
 
 @pytest.fixture
 def run(main, tmp_path) -> Run:
-    """Run a task in this process; equal runs are made once."""
+    """Run a task in this process; results of equal runs are reused."""
 
     def made(task: str, *flags: object) -> Made:
         key = (task, *map(str, flags))
@@ -109,13 +109,13 @@ def run(main, tmp_path) -> Run:
 
 
 def argv(task: str) -> tuple[object, ...]:
-    """A small video of the toy model."""
+    """Flags for a small video with the toy model."""
     size = ("--height", 64, "--width", 96)
     return ("--task_type", task, "--model_id", "tiny", "--prompt", "A boat", *size, *TASKS[task])
 
 
 def close(made: Made, expected: Made) -> bool:
-    """Whether latents differ no more than by another dtype or kernel."""
+    """Whether latents differ no more than between dtypes or kernels."""
     return np.abs(made.latents - expected.latents).mean() < 0.1 * expected.latents.std()
 
 
@@ -134,7 +134,7 @@ def test_bfloat16_by_default(run, task):
 
 
 MODES = {"offload": ("--offload",), "stream": ("--memory", "stream")}
-MORE_MODES = {  # of which one task of a kind says it all
+MORE_MODES = {  # one task per family is enough
     "stream, one stays": ("--memory", "stream", "--stream_blocks", 1),
     "stream, pinned whatever it takes": ("--offload", "--parameters_level", "--high_cpu_memory"),
 }
@@ -143,7 +143,7 @@ MORE_MODES = {  # of which one task of a kind says it all
 @pytest.mark.parametrize("quant", [(), ("--quant", "fp8")], ids=["bfloat16", "fp8"])
 @pytest.mark.parametrize("task", TASKS)
 def test_memory_modes(run, task, quant):
-    """Bit for bit: memory is plenty here, so the VAE uses no tiles in any mode."""
+    """Bit for bit: there is plenty of memory, so the VAE is never tiled."""
     resident = run(task, *RESIDENT, *quant)
     for flags in (MODES | MORE_MODES if task in MODELS else MODES).values():
         made = run(task, *CUDA, *quant, *flags)
@@ -151,7 +151,7 @@ def test_memory_modes(run, task, quant):
         np.testing.assert_array_equal(made.frames, resident.frames)
 
 
-FP8_LOSS = 16  # times bfloat16's: rounding to three bits of mantissa is so much coarser than to seven
+FP8_LOSS = 16  # relative to bfloat16: 3 mantissa bits instead of 7
 
 
 @pytest.mark.parametrize("flags", [("--low_vram",), ("--quant", "fp8_dynamic")], ids=["low_vram", "fp8_dynamic"])
@@ -168,7 +168,7 @@ def test_fp8(run, task, flags):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("task", MODELS)
 def test_attention_kernels(main, run, task, kernel):
-    """Not every kernel takes the toys' head sizes, 24 and 16, in this GPU's dtype; one that refuses is skipped."""
+    """A kernel that does not support the toys' head sizes (24 and 16) in this GPU's dtype is skipped."""
     if not is_installed(kernel):
         pytest.skip("not installed")
     chosen = ("--attention", kernel)
@@ -187,7 +187,7 @@ def test_compiled_blocks(run, task):
 
 
 def largest_model(folder: Path, task: str) -> Path:
-    """A toy whose blocks are large enough to show in device memory: about 0.9 GB in bfloat16."""
+    """A toy with blocks large enough to show in device memory: about 0.9 GB in bfloat16."""
 
     from skyreels_v3.checkpoints.tiny import make_tiny
     from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
@@ -208,7 +208,7 @@ def largest_model(folder: Path, task: str) -> Path:
 
 @pytest.mark.parametrize("task", MODELS)
 def test_streaming_is_pinned_and_takes_less_memory(main, monkeypatch, tmp_path, caplog, task):
-    """In this process, since the peak is its allocator's."""
+    """In this process, to read the peak of its allocator."""
     from skyreels_v3 import runtime
 
     made: list[runtime.Runtime] = []
@@ -231,7 +231,7 @@ def test_streaming_is_pinned_and_takes_less_memory(main, monkeypatch, tmp_path, 
         assert made[-1].policy.mode == mode
         assert made[-1].policy.pinned == (mode == "stream")
         assert "unpinned" not in caplog.text
-        made.clear()  # with it go a resident run's weights
+        made.clear()  # frees a resident run's weights
     assert peaks["stream"] < 0.5 * peaks["resident"]
     assert peaks["offload"] <= peaks["resident"]
     for mode in ("offload", "stream"):

@@ -1,4 +1,4 @@
-"""Suggestions for unknown flags and for values that are none of the choices."""
+"""Suggestions for unknown flags and for invalid choices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RENAMED = {
     "ring_size": "ring_degree", "ckpt_dir": "model_id", "audio": "input_audio", "steps": "num_inference_steps",
     "batch-size": "video_num", "cfg": "guidance_scale",
 }  # fmt: skip
-# a command line of another tool, and what it should have been here
+# a command line for another tool, and its equivalent here
 SUGGESTIONS = {
     **{f"--{theirs} 7": f"give --{ours} 7" for theirs, ours in RENAMED.items()},
     "--size 832*480": "give --height 480 --width 832",

@@ -1,4 +1,4 @@
-"""Which part of the package may import which: only what is below it or beside it, and never in a circle."""
+"""Which parts of the package may import which: only those below or beside them, and never in a cycle."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "skyreels_v3"
-# folders and modules of the package, from below; those of one row may import each other if that makes no circle
+# folders and modules of the package, lowest first; those in one row may import each other without cycles
 LAYERS = (
     ("version", "errors", "packages", "console", "vector_kernels", "progress", "config_text", "subprocesses"),
     ("tasks", "prompts", "hints", "attention"),
@@ -28,7 +28,7 @@ LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 
 
 def module_of(name: str) -> str | None:
-    """The longest part of a dotted name in the package that is a module."""
+    """The longest prefix of a dotted name in the package that is a module."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         path = PACKAGE.parent.joinpath(*parts[:length])
@@ -38,7 +38,7 @@ def module_of(name: str) -> str | None:
 
 
 def read_imports() -> dict[str, set[str]]:
-    """The modules that each module imports; imports inside functions and for typing count too."""
+    """The modules that each module imports, including imports in functions and for type checking."""
     found: dict[str, set[str]] = defaultdict(set)
     for path in PACKAGE.rglob("*.py"):
         file = path.relative_to(PACKAGE)

@@ -1,4 +1,4 @@
-"""Unusual pictures and sounds are accepted, as the plan shows."""
+"""Unusual images and sounds are accepted, as the plan shows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GRAY = np.linspace(0, 255, 64 * 48).reshape(48, 64)
 RGB = Image.fromarray(GRAY.astype(np.uint8)).convert("RGB")
 FRAMES = {"save_all": True, "append_images": [RGB.rotate(180)]}
 TURNED = Image.Exif()
-TURNED[0x0112] = 6  # orientation: lies on its side
+TURNED[0x0112] = 6  # orientation: rotated by 90 degrees
 PICTURES: dict[str, Callable[[Path], object]] = {
     "animated.gif": lambda path: RGB.save(path, **FRAMES),
     "animated.webp": lambda path: RGB.save(path, **FRAMES),
@@ -63,7 +63,7 @@ def test_sounds(main, tmp_path, name):
     subprocess.run(command, stdin=subprocess.DEVNULL, check=True)
     task = ("--task_type", "talking_avatar", "--input_image", ASSETS / "portrait.png")
     frames = int(plan(main, *task, "--input_audio", name).split(" new frames")[0].split()[-1])
-    assert 25 <= frames <= 27  # encoders fill up their last block
+    assert 25 <= frames <= 27  # encoders pad their last block
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_v1s_size_is_that_of_the_pictures_shape(main, tmp_path, size, expected):
     ("flags", "expected"), [((), "160 x 96"), (("--resolution", "480P"), "640 x 640"), (SQUARE, "64 x 64")], ids=str
 )
 def test_the_built_in_models_size(main, tmp_path, flags, expected):
-    """As it was trained, whatever the picture's shape, unless a size is asked for."""
+    """The size it was trained at, whatever the image's aspect ratio, unless a size is given."""
     Image.new("RGB", (300, 300)).save(tmp_path / "a.png")
     made = plan(main, "--task_type", "reference_to_video", "--ref_imgs", "a.png", *flags)
     assert f"video         {expected}, " in made

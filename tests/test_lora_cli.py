@@ -28,7 +28,7 @@ Make = Callable[..., np.ndarray]
 
 
 def write_lora(path: Path, seed: int = 0, rank: int = 4, **layers: tuple[int, int]) -> Path:
-    """A LoRA for some layers of the toy's first block; if none are named, with differences beside the pairs."""
+    """Write a LoRA for the given layers of the toy's first block; by default for some layers, plus differences."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, (rows, columns) in (layers or LAYERS).items():
@@ -43,7 +43,7 @@ def write_lora(path: Path, seed: int = 0, rank: int = 4, **layers: tuple[int, in
 
 @pytest.fixture
 def make(main, tmp_path) -> Make:
-    """Runs the command with more flags, and gives its latents."""
+    """Run the command with additional flags; returns its latents."""
     runs = iter(range(100))
 
     def make(*flags: object) -> np.ndarray:
@@ -118,7 +118,7 @@ def test_a_lora_that_does_not_fit(main, tmp_path, name, flags):
 
 
 def test_a_hubs_lora_is_looked_at_before_the_checkpoint_is_fetched(main, tmp_path, monkeypatch):
-    """By what the published model is known to be."""
+    """By the known shapes of the published model."""
     file = write_lora(tmp_path / "small.safetensors")
     monkeypatch.setattr("skyreels_v3.resolve.download_file", lambda name, request, kind: file)
     monkeypatch.setattr("skyreels_v3.resolve.download", lambda *_: pytest.fail("the checkpoint is fetched"))
@@ -128,7 +128,7 @@ def test_a_hubs_lora_is_looked_at_before_the_checkpoint_is_fetched(main, tmp_pat
 
 
 def test_a_part_of_a_lora(make, tmp_path, caplog):
-    """What is left out is said, and the rest is what it is alone; what commas separate may have some, too."""
+    """What is left out is reported, and the rest works as it does alone; also for file names with commas."""
     layers, _ = WRONG["layer"]
     file = write_lora(tmp_path / "one, or more.safetensors", **layers)
     rest = write_lora(tmp_path / "rest.safetensors", **dict(list(layers.items())[1:]))
@@ -139,7 +139,7 @@ def test_a_part_of_a_lora(make, tmp_path, caplog):
 
 
 def test_loras_of_another_model(main, lora, tmp_path):
-    """V3's for V1, and the other way round."""
+    """V3's for V1, and vice versa."""
     layer = "transformer.single_transformer_blocks.1.attn.to_v.lora_"
     v1_lora = tmp_path / "v1.safetensors"
     save_file({f"{layer}A.weight": torch.zeros(4, 64), f"{layer}B.weight": torch.zeros(64, 4)}, v1_lora)

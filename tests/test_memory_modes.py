@@ -75,8 +75,8 @@ def psnr(made: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize("task", INPUTS)
 def test_modes_make_the_same_video(make, task):
-    """In bfloat16, which the files are not in, so weights are copies. Memory-mapped weights may start anywhere, and the
-    CPU's products with those differ in the last bit from products with aligned ones."""
+    """In bfloat16, unlike the files, so that weights are copied. Mapped weights can have any alignment, and on CPUs the
+    products with those differ in the last bit."""
     plain = make(task, "--dtype", "bfloat16")
     for mode in MODES:
         assert_same(make(task, "--dtype", "bfloat16", *mode), plain)
@@ -98,7 +98,7 @@ def test_a_bfloat16_vae_changes_little(make):
 
 @pytest.fixture
 def encoded(monkeypatch) -> list[str]:
-    """The texts that the text encoder is given."""
+    """The texts that have been passed to the text encoder."""
     texts: list[str] = []
     call = TextEncoder.encode
 
@@ -148,7 +148,7 @@ def ask_for_too_much(*_: object, **__: object) -> None:
 
 
 FINISHED_PASS = {"out/a.state/request.json", "out/a.state/pass-000.safetensors"}  # for --resume
-# stage: what is patched to ask for too much, and the files that are left
+# stage: what is patched to run out of memory, and the files that are left
 SHORTAGES: dict[str, tuple[type, str, set[str]]] = {
     "encoding the prompt": (TextEncoder, "encode", set()),
     "encoding with the VAE": (VideoVAE, "encode", set()),

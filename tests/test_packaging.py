@@ -1,4 +1,4 @@
-"""The package as users install it: a wheel or an editable install, used from another folder."""
+"""The package as users install it: as a wheel or editable, used from another folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Skyreels = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="module", params=["wheel", "editable"])
 def skyreels(request, tmp_path_factory, cache) -> Skyreels:
-    """Install the package into a new virtual environment, offline; gives its `skyreels` command.
+    """Install the package offline into a new virtual environment; returns the path of its `skyreels` command.
 
     The environment sees the packages of the one that runs the tests, but not the repository.
     """
@@ -70,7 +70,7 @@ def test_help_and_version(skyreels: Skyreels) -> None:
     assert skyreels("--version").stdout == f"skyreels_v3 {__version__}\n"
     helped = skyreels("generate", "--help")
     assert (helped.returncode, helped.stderr) == (0, "")
-    for task in TASK_NAMES:  # each with its example, from its preset
+    for task in TASK_NAMES:  # for each task an example, generated from its preset
         assert f"skyreels generate --task_type {task} " in helped.stdout
 
 

@@ -1,4 +1,4 @@
-"""The planner's counts, against the real modules."""
+"""The planner's figures against the real modules."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def clip_vision() -> CLIPVisionModel:
 
 
 def llama_and_clip() -> nn.Module:
-    """Llama 3 of 8 billion with HunyuanVideo's words, without its head, and CLIP ViT-L/14's text tower."""
+    """Llama 3 8B with HunyuanVideo's vocabulary and no head, and CLIP ViT-L/14's text encoder."""
     llama = LlamaConfig(
         vocab_size=128320, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8,
@@ -94,13 +94,13 @@ def test_parameters_of_the_components(task, component):
 @pytest.mark.parametrize("task", TASK_NAMES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_bytes_of_the_transformers(task, dtype):
-    """To the byte: whole, in FP8, and while blocks are streamed."""
+    """Exact to the byte: whole, in FP8, and while blocks are streamed."""
     spec = task_spec(task)
     assert published_elements(spec) == count_elements(spec.family, tuple(spec.transformer.items()), False)
     model = build_on_meta(spec.family, spec.transformer)
     kept = model._keep_in_fp32_modules or ()
     for name, parameter in [*model.named_parameters()]:
-        if not any(part in name for part in kept):  # as it is loaded
+        if not any(part in name for part in kept):  # cast as on loading
             path, _, own = name.rpartition(".")
             setattr(model.get_submodule(path), own, nn.Parameter(parameter.to(getattr(torch, dtype))))
     for quant in (None, "fp8"):
@@ -141,11 +141,11 @@ def test_what_is_streamed_from_the_host(resident, quant):
     assert made.components["transformer"].streamed == weights.on_device(resident)
 
 
-# Activations of the VAEs; those of the transformers are with their families
+# Activations of the VAEs; those of the transformers are tested with their families
 
 
 def activations_of_a_vae(model: Any, frames: int, latent_frames: int, height: int, width: int) -> tuple[int, int]:
-    """Bytes at the peak of encoding and of decoding, on meta."""
+    """Peak bytes of encoding and of decoding, on the meta device."""
     with LiveBytes() as encoding:
         model.encode(torch.empty(1, 3, frames, height, width, device=META))
     with LiveBytes() as decoding:
@@ -159,8 +159,8 @@ def activations_of_a_vae(model: Any, frames: int, latent_frames: int, height: in
 @pytest.mark.parametrize(("height", "width"), [(720, 1280), (480, 832)])
 @pytest.mark.parametrize("tiles", [(1, 1), (2, 3)])
 def test_activations_of_the_vae(monkeypatch, dtype, height, width, tiles):
-    """At the official sizes, without values. Three latent frames: a longer video has no more alive at one time."""
-    monkeypatch.setattr(wan_vae, "displayable", lambda chunk, index: chunk)  # it looks at values
+    """At the official sizes, on the meta device. Three latent frames suffice: longer videos have the same peak."""
+    monkeypatch.setattr(wan_vae, "displayable", lambda chunk, index: chunk)  # it needs values
     with META:
         model = VideoVAE(AutoencoderKLWan().eval())
     replace_tensors(model.module, lambda tensor: nn.Parameter(tensor.detach().to(getattr(torch, dtype))))
@@ -175,8 +175,8 @@ def test_activations_of_the_vae(monkeypatch, dtype, height, width, tiles):
 @pytest.mark.slow
 @pytest.mark.parametrize(("height", "width", "dtype"), [(544, 960, "bfloat16"), (720, 720, "float32")])
 def test_activations_of_the_hunyuan_vae(monkeypatch, dtype, height, width):
-    """A picture's encoding, and the decoding of two pieces in time; a longer video has no more at one time."""
-    monkeypatch.setattr(hunyuan_vae, "displayable", lambda chunk, index: chunk.float())  # it looks at values
+    """Encoding an image, and decoding two pieces in time; longer videos have the same peak."""
+    monkeypatch.setattr(hunyuan_vae, "displayable", lambda chunk, index: chunk.float())  # it needs values
     with META:
         model = HunyuanVAE(AutoencoderKLHunyuanVideo().eval())
     replace_tensors(model.module, lambda tensor: nn.Parameter(tensor.detach().to(getattr(torch, dtype))))
@@ -203,7 +203,7 @@ def test_the_plan_of_v1(frames, size, tokens, petaflop):
     assert made.forwards == 60
     assert only.flop / made.forwards == pytest.approx(petaflop * 1e15, rel=0.02)
     assert list(made.components) == ["text encoder", "transformer", "VAE decode"]
-    assert made.peak("stream") < 18.5e9 < made.peak("resident")  # the peak that was published for V1, streamed
+    assert made.peak("stream") < 18.5e9 < made.peak("resident")  # the published peak of V1, streamed
     cached = plan_of("t2v", **values, cache=0.1)
     assert (
         cached.components["transformer"].activations - made.components["transformer"].activations
@@ -214,7 +214,7 @@ def test_the_plan_of_v1(frames, size, tokens, petaflop):
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
 @pytest.mark.parametrize(("frames", "tokens"), [(97, 25 * 45 * 80), (289, 73 * 45 * 80)])
 def test_v1_at_720p_with_embedded_guidance(task, frames, tokens):
-    """One forward for each step, not two as with --guidance_scale; the length of the text is not counted."""
+    """One forward per step, not two as with --guidance_scale; text tokens are not counted."""
     flags = {"num_frames": frames, "embedded_guidance_scale": 6.0, "num_inference_steps": 30, "memory": "stream"}
     made, guided = (plan_of(task, **flags, guidance_scale=scale) for scale in (1.0, 6.0))
     (only,) = made.passes
@@ -227,20 +227,20 @@ def test_v1_at_720p_with_embedded_guidance(task, frames, tokens):
     ("task", "tokens", "petaflop"), [("reference_to_video", 126_000, 16.1), ("single_shot_extension", 144_000, 20.5)]
 )
 def test_the_published_sizes(task, tokens, petaflop):
-    """5 s in 720 x 1280, worked out by hand."""
+    """5 s at 720 x 1280, worked out by hand."""
     (made,) = plan_of(task).passes
     assert made.tokens == tokens
     assert made.flop / 8 == pytest.approx(petaflop * 1e15, rel=0.005)
 
 
 def test_the_published_avatar():
-    """Windows at 720 x 1280; 8 s are the key-frame pass and three windows."""
+    """Windows at 720 x 1280; 8 s take the key-frame pass and three windows."""
     made = plan_of("talking_avatar", audio_seconds=8.0, num_inference_steps=4)
     assert [part.tokens for part in made.passes] == [75_600] * 4
 
 
 def test_one_of_several_processes():
-    """Its share of the tokens and, if they are sharded, of the weights; a shard stays while other stages work."""
+    """Its share of the tokens and, if sharded, of the weights; shards stay on the device during other stages."""
     alone, eight = plan_of(use_usp=True), plan_of(use_usp=True, ranks=Ranks(3, 8, 3, 8))
     assert eight.degrees == ParallelConfig(1, 1, 8)
     transformer = eight.components["transformer"]
@@ -255,4 +255,4 @@ def test_one_of_several_processes():
     )
     assert (
         plan_of(use_usp=True, shard_weights=True).components == alone.components
-    )  # alone, there is nobody to shard with
+    )  # a single process has nobody to shard with

@@ -1,4 +1,4 @@
-"""From a user's prompt to the model's: transitions, and what they are recognised by."""
+"""From a user's prompt to the model's: transitions, and how they are recognized."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_each_transition_is_said_and_only_documented_tags_are_used(name):
     assert request.prompt == f"{head}{transitions()[name].sentence} The sail"
     assert ("[" in request.prompt) == (name in TAGS)
     assert request.given == {"prompt": "The sail", "transition": name}
-    again = request_of(request.flags)  # as from the video's record
+    again = request_of(request.flags)  # as from the video's metadata
     assert (again.prompt, again.flags, again.given, again.notes) == (request.prompt, request.flags, {}, ())
 
 
@@ -33,13 +33,13 @@ def test_each_transition_is_said_and_only_documented_tags_are_used(name):
     ("prompt", "expected"),
     [
         ("A close-up of the sail", "cut_in"),
-        ("The boat, far out: a WIDE\u2011angle view", None),  # another hyphen, which no keyboard has
+        ("The boat, far out: a WIDE\u2011angle view", None),  # a non-breaking hyphen, which keyboards lack
         ("Wide shot of the bay, not a close-up", "cut_out"),
         ("Anna replies with a smile", "shot_reverse_shot"),
         ("The boat from the\nother side", "multi_angle"),
         ("A bird\u2019s eye view", "multi_angle"),
         ("Meanwhile, a wide view of the town", "cut_away"),
-        ("He macros a replying widely", None),  # words within words
+        ("He macros a replying widely", None),  # parts of other words
         ("No cut away, please: Anna replies", "shot_reverse_shot"),
         ("Without any close-up or wide shot", None),
         ("Don\u2019t cut to a close-up; the boat from another angle", "multi_angle"),

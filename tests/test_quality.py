@@ -1,4 +1,4 @@
-"""Figures of frames whose truth is known, and what a run with --check says."""
+"""Quality metrics of frames whose true values are known, and what a run with --check reports."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def quality_of(frames: np.ndarray, before: np.ndarray | None = None) -> Quality:
 
 
 def rendered(scene: world.Scene, frames: int = 24, start: float = 0.0) -> np.ndarray:
-    """uint8 (F, 96, 160, 3)."""
+    """Render a scene as uint8 (F, 96, 160, 3)."""
     video = world.render([scene], frames, 96, 160, start=start)[0]
     return ((video + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
 
@@ -96,20 +96,20 @@ def test_flicker_and_drift(moving):
     assert quality_of(moving).flicker < 0.2
     signs = np.where(np.arange(48) % 2, 3, -3)[:, None, None, None]
     quality = quality_of((moving.astype(int) + signs).clip(0, 255).astype(np.uint8))
-    assert quality.flicker == pytest.approx(12, rel=0.1)  # 3, -3 and 3: a second difference of 12
+    assert quality.flicker == pytest.approx(12, rel=0.1)  # 3, -3, 3 has a second difference of 12
     assert any("flicker" in line for line in warnings(quality))
-    # a grey that gets lighter: L goes up, and nothing else
+    # a gray that gets lighter: only L changes
     greys = np.linspace(100, 160, 72).round().astype(np.uint8)
     quality = quality_of(np.broadcast_to(greys[:, None, None, None], (72, 40, 40, 3)))
     lightness = 116 * ((((greys / 255) + 0.055) / 1.055) ** 2.4) ** (1 / 3) - 16
     assert quality.drift == pytest.approx(lightness[-24:].mean() - lightness[:24].mean(), rel=1e-3)
-    assert quality.drift_per_minute == pytest.approx(quality.drift * 30)  # two seconds lie between
+    assert quality.drift_per_minute == pytest.approx(quality.drift * 30)  # the means lie 2 s apart
     assert any("drift" in line for line in warnings(quality))
 
 
 @pytest.mark.parametrize("kind", world.CUTS)
 def test_seams(scene, moving, kind):
-    """A shot that goes on, a cut of each kind, and a shot that goes on in other colors."""
+    """A continuing shot, a cut of each kind, and a shot that continues in other colors."""
     before, goes_on = moving[:24], moving[24:]
     new = rendered(world.cut_to(scene, 1.0, kind), start=1.0)
     whole, cut = quality_of(goes_on, before), quality_of(new, before)
@@ -137,7 +137,7 @@ def test_cuts_are_counted_in_the_file(scene, moving):
     assert quality.cuts == (48,) and "1 unexpected cut, the first at frame 48" in [*warnings(quality)]
     assert not [*warnings(quality, cuts_known=False)]
     meter = Meter(FPS)
-    meter.first = 100  # frames of an input that the file has
+    meter.first = 100  # the file starts with 100 input frames
     meter.add_before(moving[:24])
     meter.add(np.concatenate((moving[24:], other)))
     quality = meter.quality()
@@ -162,9 +162,9 @@ def test_distances():
     still = np.full((40, lags), 0.5)
     still[20, :] = 30
     for lag in range(1, lags):
-        still[20 + lag, lag:] = 30  # what lies before the cut stays far
+        still[20 + lag, lag:] = 30  # the frames before the cut stay far from those after it
     assert find_cuts(still) == [20]
-    still[20 - CUT_AROUND : 20, 0] = 12  # as fast as that before
+    still[20 - CUT_AROUND : 20, 0] = 12  # changes as fast before it
     assert find_cuts(still) == []
 
 
@@ -179,13 +179,13 @@ SMALL = {"model_id": "tiny", "device": "cpu", "num_inference_steps": 2, "height"
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["single_shot_extension", "shot_switching_extension"])
 def test_the_seam_of_a_run(main, tmp_path, caplog, task):
-    """The same with and without the input in the file, where it is counted from its first frame."""
+    """The same with and without the input in the file; frame numbers count from the file's first frame."""
     run = {"task_type": task, "input_video": str(ASSETS / "boat.mp4"), "check": True, **SMALL}
     lines = [{"output": "new/"}, {"output": "both.mp4", "include_input": True}, {"output": "c/", "check": False}]
     (tmp_path / "jobs.jsonl").write_text("\n".join(json.dumps(run | line) for line in lines))
     code, stdout, stderr = main("--jobs", "jobs.jsonl")
     assert code == 0, stderr
-    assert stdout.splitlines() == ["new", "both.mp4", "c"]  # and nothing else
+    assert stdout.splitlines() == ["new", "both.mp4", "c"]  # nothing else
     results = [json.loads(line) for line in (tmp_path / "jobs.results.jsonl").read_text().splitlines()]
     new, both = (result["quality"] for result in results[:2])
     assert "quality" not in results[2] and len(results) == 3

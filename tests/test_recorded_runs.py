@@ -1,8 +1,8 @@
 """Whole runs through the command, against what the official code computed for the same checkpoint and inputs.
 
-Tolerances are those of the recordings' README: latents of the first pass 2e-3, of later passes 2e-2 (they see frames
-that went through 8 bits). Frames of one pass are at most two levels apart, and under 2 % of the values differ. Over
-several passes a rounding of one level, which depends on the CPU's instruction set, grows: those agree to 50 dB.
+Tolerances are those in the recordings' README: 2e-3 for latents of the first pass, 2e-2 for later passes (which see
+8-bit frames). Frames of a single pass differ by at most two levels, in under 2 % of the values. Over several passes,
+rounding differences of one level, which depend on the CPU's instruction set, grow: those frames agree to 50 dB.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ MODES = (
     ("--memory", "stream", "--stream_blocks", 1),
 )
 FP8 = (("--quant", "fp8"), ("--quant", "fp8_dynamic"))
-FP8_LOSS = 10  # times bfloat16's: with three bits of mantissa rounding is 16 times coarser than with seven
-FP8_LOSS_OF_CHAINS = 4  # both lose more, and their losses are closer
+FP8_LOSS = 10  # relative to bfloat16: 3 mantissa bits instead of 7 make rounding 16 times coarser
+FP8_LOSS_OF_CHAINS = 4  # both lose more, and the ratio is smaller
 LEAST_PSNR = 50.0
 FIRST_PASS, LATER_PASS = 2e-3, 2e-2
 
@@ -38,8 +38,8 @@ class Recording:
     """The flags of a run, and its recorded results.
 
     Attributes:
-        latents: final latents, pass by pass.
-        count: frames of the video.
+        latents: final latents of each pass.
+        count: number of frames in the video.
         frames: the file that holds some of them.
     """
 
@@ -78,14 +78,14 @@ def recording(reference, write_lossless, tmp_path) -> Callable[[str, Any], Recor
         flags = (*common, *size_of(found), *model, "--input_video", clip, "--duration", case)
         stored = load_file(folder / f"duration_{case}.safetensors")
         latents = [stored[f"roll{number}.final_latents"] for number in range(len(found["rolls"]))]
-        frames = 10 if task == "single_shot_extension" and case == 5 else case  # the first ones of a longer run
+        frames = 10 if task == "single_shot_extension" and case == 5 else case  # the first frames of a longer run
         return Recording(flags, latents, case * 24, folder / f"duration_{frames}_frames.npz")
 
     return find
 
 
 def of_references(folder: Path, meta: dict[str, Any], case: Any, common: tuple[object, ...]) -> Recording:
-    """A run with `case` reference images; "guided" has all images and both guidances."""
+    """A run with `case` reference images; "guided" uses all images and both guidances."""
     images = ",".join(str(folder / name) for name in meta["refs"][: None if case == "guided" else case])
     model = folder.parent / "checkpoints" / "reference_to_video"
     flags = (*common, *size_of(meta), "--ref_imgs", images, "--model_id", model)
@@ -107,7 +107,7 @@ def size_of(case: dict[str, Any]) -> tuple[object, ...]:
 
 
 def recorded_clip(recordings: Path, write_lossless, path: Path, height: int, width: int) -> Path:
-    """The recorded input clip in the size of the run, by nearest pixels at floor(i * in / out) as recorded."""
+    """The recorded input clip, resized like the recording by nearest pixels: floor(i * in / out)."""
     stored = np.load(recordings / "video_input" / "input_frames.npz")
     frames = stored[stored.files[0]]
     rows = np.arange(height) * frames.shape[1] // height
@@ -117,7 +117,7 @@ def recorded_clip(recordings: Path, write_lossless, path: Path, height: int, wid
 
 @pytest.fixture
 def run(main, tmp_path) -> Callable[..., tuple[list[np.ndarray], np.ndarray]]:
-    """Run the command; gives latents, pass by pass, and frames [F, H, W, 3]."""
+    """Run the command; returns the latents of each pass, and frames [F, H, W, 3]."""
     runs = iter(range(100))
 
     def run(*flags: object) -> tuple[list[np.ndarray], np.ndarray]:
@@ -138,7 +138,7 @@ def check_latents(latents: list[np.ndarray], recorded: Recording) -> None:
 
 
 def distance(one: np.ndarray, other: np.ndarray) -> float:
-    """Root mean square of the difference, in levels."""
+    """The RMS difference, in levels."""
     return float(np.sqrt(np.mean((one.astype(float) - other) ** 2)))
 
 
@@ -184,7 +184,7 @@ def test_exact_memory_modes(run, recording, task, case):
 
 @pytest.mark.parametrize(("task", "case"), [*SHORT, pytest.param("talking_avatar", "5p8s", marks=pytest.mark.extended)])
 def test_fp8(run, recording, task, case):
-    """FP8's distance from float32 in units of bfloat16's, which has this CPU's rounding too."""
+    """FP8's distance from float32, in multiples of bfloat16's on the same CPU."""
     flags = recording(task, case).flags
     _, exact = run(*flags, "--dtype", "float32")
     _, plain = run(*flags, "--dtype", "bfloat16")

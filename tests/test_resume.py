@@ -1,4 +1,4 @@
-"""Interrupted runs: what they leave, and that they resume to the same video as an uninterrupted run."""
+"""Interrupted runs: what they leave behind, and that they resume to the same video as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ TINY = (
     *("--prompt", "a", "--model_id", "tiny", "--device", "cpu", "--height", "32", "--width", "32"),
     *("--output", "o/a.mp4"),
 )
-STEPS = 60  # enough to be stopped in
-SECONDS = {"talking_avatar": 5.6, "single_shot_extension": 6}  # of three passes, and of two
+STEPS = 60  # enough to be interrupted in between
+SECONDS = {"talking_avatar": 5.6, "single_shot_extension": 6}  # for three passes, and for two
 
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch) -> Iterator[None]:
-    """Here and in child processes, so that sums agree; small tensors are also faster."""
+    """Use one thread, here and in child processes, for reproducible sums; it is also faster for small tensors."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -86,7 +86,7 @@ def frames_of(path: Path, fps: int) -> np.ndarray:
     ],
 )
 def test_an_ended_run_goes_on_to_the_same_video(start, main, command, tmp_path, caplog, task, passes, fps, stop):
-    """From the middle of a pass, with the weights folder it has written, to the same latents."""
+    """From the middle of a pass to the same latents, keeping the folder of quantized weights that was already saved."""
     working, argv = tmp_path / "working", (*command[task], "--save_latents", "o/a.safetensors")
     more = ("--quant", "--save_quantized", "q")
     run = start(*argv, *more, "--checkpoint_every", "0.05")
@@ -105,7 +105,7 @@ def test_an_ended_run_goes_on_to_the_same_video(start, main, command, tmp_path, 
         assert run.returncode == -stop
     finished = {f"a.state/pass-{number:03d}.safetensors" for number in range(passes - 1)}
     assert left >= {"a.state/request.json", f"a.state/steps-{passes - 1:03d}.safetensors", *finished}
-    assert {name.split("/")[0] for name in left} <= {"a.state", "a.partial.mp4"}  # and unfinished files
+    assert {name.split("/")[0] for name in left} <= {"a.state", "a.partial.mp4"}  # unfinished files
     (working / "o" / "a.state" / ".a.0123456789ab.tmp.mp4").touch()
 
     os.chdir(working)
@@ -145,7 +145,7 @@ def test_a_run_of_which_nothing_is_left_begins(main, small, interrupt, tmp_path,
 
 
 def test_a_run_that_begins_again_leaves_nothing_of_the_first(main, small, interrupt, tmp_path):
-    """Once it is complete; what another one has left stays."""
+    """Once it is complete; what other runs left stays."""
     argv, folder = (*small, "--checkpoint_every", "0.0001"), tmp_path / "result" / "reference_to_video"
     interrupt(2)
     for seed in (7, 42):
@@ -162,7 +162,7 @@ def test_a_run_that_begins_again_leaves_nothing_of_the_first(main, small, interr
 
 
 def test_the_device_is_what_it_came_to(tmp_path):
-    """--device auto is not known before torch is imported; then it is compared."""
+    """--device auto is only resolved once torch is imported; then the devices are compared."""
     on_cpu = replace(record_of(tmp_path), device="cpu")
     for flags, device in (({"device": "auto"}, ""), ({}, "cpu"), ({"device": "cpu"}, ""), ({"device": "auto"}, "cpu")):
         leave(on_cpu, 1.0)
@@ -206,14 +206,14 @@ def test_a_run_that_was_complete_is_done(main, small, tmp_path, caplog, output):
     assert code == 2 and "exists already" in stderr
     left = json.loads(read_comment(tmp_path / output)) | {"output": output, "save_quantized": None}
     left["flags"]["seed"] = 1
-    (tmp_path / "o" / "a.state").mkdir()  # of a run that was interrupted before
+    (tmp_path / "o" / "a.state").mkdir()  # from an earlier interrupted run
     (tmp_path / "o" / "a.state" / "request.json").write_text(json.dumps(left))
     code, _, stderr = main(*argv, "--seed", "1", "--resume")
     assert code == 2 and "exists already" in stderr and (tmp_path / "o" / "a.state").exists()
 
 
 def test_a_job_that_was_complete_is_done(main, small, tmp_path):
-    """By a run that was killed before it could report or clean up."""
+    """By a run that was killed before it could report success or clean up."""
     names, values = small[::2], small[1::2]
     flags = {name.removeprefix("--"): str(value) for name, value in zip(names, values, strict=True)}
     (tmp_path / "jobs.jsonl").write_text(json.dumps(flags | {"output": "o/a.mp4"}))
@@ -251,7 +251,7 @@ def test_latents_that_could_not_be_saved_are_saved_later(main, small, monkeypatc
 
 @pytest.mark.slow
 def test_a_full_disk(main, small, small_disk, caplog):
-    """What cannot fit is refused at once; safety copies that do not fit are only a warning."""
+    """What cannot fit is refused at once; intermediate saves that do not fit only cause a warning."""
     disk = small_disk(40)
     argv = (*small, "--num_frames", 33, "--height", 96, "--width", 96, "--num_inference_steps", 1, "--output")
     code, _, stderr = main(*argv, "o/a.mp4", "--save_latents", disk / "a.safetensors")
@@ -265,7 +265,7 @@ def test_a_full_disk(main, small, small_disk, caplog):
     assert not any(disk.iterdir())
 
 
-# The files of a run
+# The files of an interrupted run
 
 
 def record_of(folder: Path, **changes: object) -> RunRecord:
@@ -278,7 +278,7 @@ def save_passes(state: RunState, *values: float) -> None:
 
 
 def leave(record: RunRecord, *values: float) -> Path:
-    """Save passes and stop, as an interrupted run; returns its state folder."""
+    """Save passes and stop, like an interrupted run; returns its state folder."""
     state = open_state(record)
     save_passes(state, *values)
     state.close(completed=False)
@@ -325,7 +325,7 @@ def test_two_runs_for_one_output(tmp_path):
     save_passes(second, 2.0)
     second.close(completed=False)
     first.close(completed=True)
-    again = open_state(record_of(tmp_path, seed=2), resume=True)  # though it is not the first any more
+    again = open_state(record_of(tmp_path, seed=2), resume=True)  # although it is no longer the first
     assert again.folder == second.folder
     check_pass(again, 2.0)
     again.close(completed=True)
@@ -403,7 +403,7 @@ def test_a_copy_that_cannot_be_written_is_a_warning(tmp_path, caplog):
         (state.folder / f"pass-00{number}.safetensors" / "in the way").mkdir(parents=True)
     save_passes(state, 1.0, 2.0, 3.0)
     assert state.failed and state.passes == 3
-    (warning,) = (record.getMessage() for record in caplog.records)  # once for all
+    (warning,) = (record.getMessage() for record in caplog.records)  # only once
     assert warning.startswith(f"{state.folder}/pass-000.safetensors cannot be written (Is a directory)")
 
 
@@ -426,7 +426,7 @@ def test_files_have_the_rights_that_the_user_gives(tmp_path):
 )
 @pytest.mark.parametrize("done", [1, 2, 5, 7])
 def test_denoising_goes_on_after_any_step_to_the_same_latents(tmp_path, make_scheduler, done):
-    """With noise drawn at every step, and a model whose steps depend on the previous one."""
+    """With noise drawn at every step, and with multistep schedulers."""
 
     def denoised(state: RunState | None, start: int = 0) -> torch.Tensor:
         scheduler, generator = make_scheduler(), torch.Generator().manual_seed(3)
@@ -455,7 +455,7 @@ def test_denoising_goes_on_after_any_step_to_the_same_latents(tmp_path, make_sch
     state = open_state(record_of(tmp_path), resume=True)
     assert torch.equal(denoised(state, done), expected)
     save_passes(state, 1.0)
-    assert files_in(state.folder) == {"request.json", "pass-000.safetensors"}  # what was unfinished has had its day
+    assert files_in(state.folder) == {"request.json", "pass-000.safetensors"}  # the unfinished pass's file is gone
     state.close(completed=True)
 
 
@@ -470,7 +470,7 @@ class SimpleModel:
     "record", [{"save_quantized": None}, {"output": "a.mp4"}, {"output": "a/", "save_quantized": None}]
 )
 def test_a_record_of_another_kind_is_no_interrupted_run(tmp_path, record):
-    """Without what it must say, or of a folder of frames with the same name."""
+    """A record that lacks required entries, or is of a folder of frames with the same name."""
     folder = tmp_path / "a.state"
     folder.mkdir()
     (folder / "request.json").write_text(json.dumps({"flags": FLAGS, "inputs": [], **record}))

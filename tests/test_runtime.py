@@ -1,4 +1,4 @@
-"""Device and dtype choices, noise, and when modules are on the device."""
+"""Choice of device and dtype, noise, and when modules are on the device."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_residence(mode):
 
 
 def test_a_stream_is_made_once_and_keeps_what_it_was_made_with():
-    """As the transformer's is, before its first use."""
+    """It is created, with its options, before the transformer's first use."""
     run = start(REQUEST, "stream")
     module = nn.ModuleList([nn.Linear(2, 2) for _ in range(5)])
     made = run.stream(module, module, resident=2, pinned=True)
@@ -71,7 +71,7 @@ def test_a_stream_is_made_once_and_keeps_what_it_was_made_with():
     assert run.stream(module, module) is made
     other = nn.ModuleList([nn.Linear(2, 2)])
     assert run.stream(other, other) is not made and run.stream(other, other).pin is None
-    with run.resident(nn.Linear(2, 2), "a test"):  # without blocks it is on the device as a whole
+    with run.resident(nn.Linear(2, 2), "a test"):  # without blocks, a whole module is moved
         assert len(run.streams) == 2
 
 
@@ -82,7 +82,7 @@ def test_a_cpu_has_no_memory_of_its_own():
 
 @pytest.mark.parametrize(("code", "pinned"), [(0, True), (2, False)])
 def test_an_error_of_pinning_is_not_left_for_the_next_kernel(monkeypatch, code, pinned):
-    """With a driver that behaves like CUDA: the next kernel launch reports an earlier error, once."""
+    """With a driver that behaves like CUDA: the next kernel launch raises an earlier error, once."""
     pending = []
 
     class Driver:

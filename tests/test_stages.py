@@ -1,4 +1,4 @@
-"""Frames from the device: their memory layout, and the thread that prepares the next ones. Attention step by step."""
+"""Frames from the device: their memory layout, and the thread that prepares the next ones. Exact attention per step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_frames_lie_as_they_are_written():
 
 
 class Source:
-    """Numbers, with a record of which were consumed."""
+    """Yields numbers, and records which were consumed."""
 
     def __init__(self, fails_at: int = 9) -> None:
         self.fails_at = fails_at
@@ -44,7 +44,7 @@ def test_the_next_item_is_made_while_one_is_used():
     source, prepared = Source(), []
     items = prefetch(source.items(), lambda: prepared.append(threading.get_ident()))
     assert next(items) == 0
-    assert source.made[1].wait(10) and not source.made[2].wait(0.1)  # one, and no more
+    assert source.made[1].wait(10) and not source.made[2].wait(0.1)  # only one ahead
     assert [*items] == [1, 2, 3]
     assert source.closed and source.threads == {*prepared} != {threading.get_ident()}
 
@@ -68,7 +68,7 @@ def test_left_in_the_middle():
 
 @pytest.mark.parametrize(("exact", "rounded"), [(0, [1, 2, 3, 4, 5]), (1, [2, 3, 4]), (2, [3]), (3, [])])
 def test_exact_attention_in_the_first_and_last_steps(exact, rounded, monkeypatch, caplog):
-    """An 8-bit kernel that counts its calls stands in for SageAttention, which needs a GPU."""
+    """An 8-bit kernel that records its calls stands in for SageAttention, which needs a GPU."""
     calls = []
 
     def rounding(query, key, value):
@@ -80,7 +80,7 @@ def test_exact_attention_in_the_first_and_last_steps(exact, rounded, monkeypatch
     monkeypatch.setattr(backends, "MANY_TOKENS", 11)
     flags = {"prompt": "a fox", "attention": "sage", "num_inference_steps": 5}
     generator = load("t2v", model_id="tiny", device="cpu", height=32, width=48, num_frames=5)
-    if exact == 2:  # what was loaded for a video without exact steps does not do
+    if exact == 2:  # models loaded for a video without exact steps are not reused
         assert [event.number for event in generator(**flags) if isinstance(event, Step)] == [1, 2, 3, 4, 5]
         calls.clear()
     events = generator(**flags, **({"exact_steps": exact} if exact else {}))
@@ -89,6 +89,6 @@ def test_exact_attention_in_the_first_and_last_steps(exact, rounded, monkeypatch
         if isinstance(event, Step):
             found += [event.number] if len(calls) > before else []
             before = len(calls)
-    assert calls[0] == (1, 256, 1, 128)  # tried on the device
+    assert calls[0] == (1, 256, 1, 128)  # the trial on the device
     assert found == rounded
     assert "with more than 11 tokens (here 12) that can show as noise; --exact_steps 2" in caplog.text

@@ -1,4 +1,4 @@
-"""Stories: lines of a jobs file that go on from the videos of others, and the film of all of them."""
+"""Stories: lines of a jobs file that continue other lines' videos, and the film that joins them all."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ I2V = {"task_type": "i2v", "image": "{prev}", "prompt": "a"}
 
 @pytest.fixture
 def write(tmp_path, monkeypatch) -> Callable[..., str]:
-    """Write a jobs file of these lines."""
+    """Write a jobs file with these lines."""
     monkeypatch.chdir(tmp_path)
 
     def write(*lines: dict[str, Any]) -> str:
@@ -123,7 +123,7 @@ def test_bad_references(write, lines, problems):
 
 
 def test_colors_are_kept_in_a_story(write):
-    """And only there, unless the line says otherwise; what is done is in the flags to make it again."""
+    """Only there, unless the line says otherwise; the value is recorded in the flags."""
     boat = ON | {"input_video": "boat.mp4"}
     alone, on, other = read_jobs(write(boat, ON, ON | {"color_correction_strength": 0.5}), {})
     strengths = [job.request.color_correction_strength for job in (alone, on, other)]
@@ -131,7 +131,7 @@ def test_colors_are_kept_in_a_story(write):
 
 
 def test_order(write):
-    """Those of a model together, but each after what it needs; what failed before, and what needs it, at the end."""
+    """Grouped by model, but each job after those it needs; failed jobs, and those that need them, come last."""
     far = ON | {"input_video": "{job:last}"}
     file = write(far, FOX, ON, CUT, FOX | {"seed": 1}, ON, FOX | {"seed": 2, "name": "last"}, {})
     jobs = read_jobs(file, {})
@@ -146,7 +146,7 @@ def test_order(write):
 
 
 def fading(count: int, start: int = 0, size: tuple[int, int] = SIZE) -> Iterator[np.ndarray]:
-    """A picture with all colors that moves, and slowly gets darker."""
+    """A moving picture with all colors that slowly gets darker."""
     y, x = np.indices(size)
     for frame in range(start, start + count):
         picture = np.stack([40 + 3 * x, 60 + 4 * y, 200 - 2 * x], axis=-1)
@@ -162,7 +162,7 @@ def done(results: Results, job: Job, video: Path) -> None:
 
 
 def test_inputs_when_they_are_there(write, tmp_path, caplog):
-    """The size is that of the video before; the last frame is a picture. Without the frames, the mp4 has to do."""
+    """The size is the previous video's, and its last frame becomes the image. Without its frames, the mp4 is read."""
     file = write(FOX, ON, FOX, I2V, FOX, CUT | {"resolution": "540P"})
     jobs, results = read_jobs(file, {}), Results(results_file(file))
     assert [job.follows_size for job in jobs] == [False, True, False, True, False, False]
@@ -193,7 +193,7 @@ def test_what_needs_a_failed_job_fails(write):
 
 
 def test_another_process_makes_what_is_needed(write, monkeypatch, tmp_path):
-    """It is waited for, as long as that process lives."""
+    """The job waits as long as that process is alive."""
     file = write(FOX, ON)
     fox, _ = read_jobs(file, {})
     results, other, slept = Results(results_file(file)), Results(results_file(file)), []
@@ -201,7 +201,7 @@ def test_another_process_makes_what_is_needed(write, monkeypatch, tmp_path):
     monkeypatch.setattr(Results, "_lock", lambda *_, **__: locked.pop(0) if locked else True)
     monkeypatch.setattr(batch, "sleep", slept.append)
     assert results.wait(fox.id) is None
-    assert len(slept) == 3 + batch.IDLE_POLLS + 1  # locked, then by nobody for some time
+    assert len(slept) == 3 + batch.IDLE_POLLS + 1  # locked three times, then unlocked for a while
 
     def make(seconds: float) -> None:
         (tmp_path / "fox.mp4").touch()
@@ -212,7 +212,7 @@ def test_another_process_makes_what_is_needed(write, monkeypatch, tmp_path):
 
 
 def test_what_a_run_that_has_ended_leaves_is_taken_over(write, monkeypatch):
-    """The first run ends while the second waits for its line."""
+    """The first run ends while the second waits for one of its jobs."""
     file = write(FOX, ON, CUT | {"input_video": "{prev}"})
     jobs, results = read_jobs(file, {}), Results(results_file(file))
     lock, held = Results._lock, [jobs[0].id]
@@ -247,7 +247,7 @@ def test_a_file_where_frames_are_to_be_kept(main, write):
 
 
 def once(frames: list[np.ndarray]) -> np.ndarray:
-    """The frames as they are after having been encoded once."""
+    """The frames after being encoded once."""
     path = write_video(iter(frames), Path("once.mp4"), height=SIZE[0], width=SIZE[1], fps=FPS, comment=str)
     made = np.stack([*read_frames(path, FPS)])
     path.unlink()
@@ -255,7 +255,7 @@ def once(frames: list[np.ndarray]) -> np.ndarray:
 
 
 def shoot(file: str, shots: list[Any], **sounds: int) -> tuple[list[Job], Results]:
-    """The jobs of a file and their results: videos of these frames, lossless; and with a tone of some seconds."""
+    """Write lossless videos of these frames as the results of a file's jobs, with tones that last `sounds` seconds."""
     jobs, results = read_jobs(file, {}, keep_frames=True), Results(results_file(file))
     for job, frames in zip(jobs, shots, strict=True):
         put(job.request.frames_copy, (frame for frame in frames), job.request.task.fps)
@@ -268,7 +268,7 @@ def shoot(file: str, shots: list[Any], **sounds: int) -> tuple[list[Job], Result
 
 
 def film(write: Callable[..., str], lines: list[dict[str, Any]], shots: list[Any], **sounds: int) -> np.ndarray:
-    """The frames of the film of lines whose videos have these frames, see `shoot`."""
+    """The frames of the film for lines whose videos have these frames; see `shoot`."""
     jobs, results = shoot(write(*lines), shots, **sounds)
     made = join_videos(Path("film.mp4"), jobs, results, check=True)
     assert check_film(made, group_by_model(jobs), videos_in(results.path))
@@ -291,7 +291,7 @@ def test_the_frame_that_begins_a_video_is_there_once(write):
 
 
 def test_an_avatar_gets_the_rate_of_the_film(write, caplog):
-    """Its frames are shown as long as before; every 25th is left out."""
+    """Its frames keep their timing, so every 25th is dropped."""
     caplog.set_level("INFO")
     frames, talking = [*fading(24)], [*fading(50, 24)]
     made = film(write, [FOX, TALK], [frames, talking])
@@ -304,7 +304,7 @@ def test_an_avatar_gets_the_rate_of_the_film(write, caplog):
 
 
 def test_a_film_and_the_videos_that_are_there_now(write, caplog):
-    """Gone ones are named, others are refused; one that was made again just as it was is the same."""
+    """Missing videos are named, changed ones refused; one remade with the same content is accepted."""
     jobs, results = shoot(write(FOX, CUT), [[*fading(24)], [*fading(24, 24)]])
     path = join_videos(Path("film.mp4"), jobs, results, check=False)
     size = {"height": SIZE[0], "width": SIZE[1], "fps": FPS}
@@ -334,7 +334,7 @@ os.rename("made.mp4", "film.mp4")
 
 
 def test_a_film_is_made_once(write, monkeypatch):
-    """Another run is joining it: that is waited for; and it waits for this one."""
+    """A run waits while another one joins the same film, and the other way round."""
     jobs, results = shoot(write(FOX, CUT), [[*fading(24)], [*fading(24, 24)]])
     made = make_film(Path("made.mp4"), jobs, videos_in(results.path), check=False).stat().st_ino
     command = [sys.executable, "-c", HOLDER, str(results.path), str(lock_offset(digest_of(jobs)))]
@@ -395,7 +395,7 @@ def test_a_film_needs_jobs(refuse):
 
 @pytest.mark.slow
 def test_a_story(main, write, tmp_path, caplog):
-    """Planned, then made: the second shot goes on from the very frames of the first, which are in the film."""
+    """Planned, then made: the second shot continues from the first one's exact frames, which are in the film."""
     file = write(FOX | {"output": "fox/"}, CUT, CUT | {"input_video": "nowhere.mp4"}, CUT)
     code, stdout, _ = main("--jobs", file, *TOY, "--dry_run", "--concat", "film.mp4")
     first, second, third, fourth = stdout.rstrip("\n").split("\n\n")

@@ -1,4 +1,4 @@
-"""Sizes and counts, against the official tables."""
+"""Sizes and counts against the official tables."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_latent_frames():
 
 
 def test_avatar_540p_is_made_like_the_others():
-    """Sides are multiples of 16, areas within 3 % of 544 x 960 pixels, ratios as their keys say."""
+    """Sides are multiples of 16, areas within 3 % of 544 x 960, aspect ratios as their keys say."""
     buckets = load_yaml(CONFIG_DIR / "size_buckets.yaml")["talking_avatar"]["540P"]
     assert len(buckets) > 10
     for ratio, (height, width) in buckets.items():

@@ -1,4 +1,4 @@
-"""The flags of SkyReels V1's command line, and what they stand for here."""
+"""SkyReels V1's command-line flags, and what they mean here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_published_defaults():
     assert request.negative_prompt.startswith("Aerial view")
     assert request.shift is None
     assert parse_request(I2V).model_id == "Skywork/SkyReels-V1-Hunyuan-I2V"
-    assert parse_request(I2V).height is None  # the picture's shape says
+    assert parse_request(I2V).height is None  # it follows from the image
 
 
 def test_every_flag_of_v1_is_taken():
@@ -44,7 +44,7 @@ def test_every_flag_of_v1_is_taken():
     assert (request.height, request.width, request.video_num, request.image) == (720, 720, 2, "cat.webp")
     assert (request.embedded_guidance_scale, request.task.fps) == (2.0, 30)
     assert (request.quant, request.memory, request.high_cpu_memory, request.compile) == ("fp8", "stream", True, True)
-    assert request.use_usp  # by --gpu_num
+    assert request.use_usp  # implied by --gpu_num
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_names_in_outdir(tmp_path, monkeypatch):
     assert name.parent == Path("results/films")
     assert name.name.startswith("FPS-24, AB: a\\ cat. \u732b") and name.name.endswith("_5_0.mp4")
     name.parent.mkdir(parents=True)
-    name.touch()  # a name that the file system takes
+    name.touch()  # the file system accepts the name
     assert free_name(request).name.endswith("_5_0-2.mp4")
 
 
@@ -131,7 +131,7 @@ def test_cache(text, threshold):
     ],
 )  # fmt: skip
 def test_what_v1_does_nothing_with_is_noted(flags, note, same):
-    """The request is the same as without it; for other tasks it is an error."""
+    """Without them the request is the same; for other tasks they are an error."""
     request, plain = parse_request([*T2V, *flags]), parse_request([*T2V, *same])
     assert request.notes[0].startswith(note) and len(request.notes) == 1
     assert replace(request, notes=()) == plain
@@ -141,7 +141,7 @@ def test_what_v1_does_nothing_with_is_noted(flags, note, same):
 
 def test_one_side_of_the_built_in_models_size():
     request = parse_request([*T2V, "--model_id", "tiny", "--width", "320"])
-    assert (request.height, request.width) == (192, 320)  # as 96 x 160
+    assert (request.height, request.width) == (192, 320)  # in the ratio of 96 x 160
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_one_side_of_the_built_in_models_size():
     ],
 )
 def test_one_side_of_a_picture(tmp_path, flags, size):
-    """The other one follows the picture, here 3 x 2."""
+    """The other one follows from the image's aspect ratio, here 3:2."""
     Image.new("RGB", (300, 200)).save(tmp_path / "a.png")
     request = parse_request([*I2V, *flags, "--image", str(tmp_path / "a.png")])
     opened, _ = open_inputs(request, tmp_path)
@@ -202,7 +202,7 @@ def test_a_seed_that_leaves_no_room_for_the_others(monkeypatch):
 
 @pytest.mark.parametrize("argv", [T2V, I2V], ids=["t2v", "i2v"])
 def test_what_is_recorded_makes_the_same_request(argv, tmp_path, monkeypatch):
-    """A video's recorded flags work as --config."""
+    """A video's recorded flags work as a --config file."""
     flags = ["--num_frames", "100", "--quant", "--cache", "fbcache:0.2", "--fps", "30", "--no_riflex", "--seed", "9"]
     request = parse_request([*argv, *flags])
     monkeypatch.chdir(tmp_path)
@@ -213,7 +213,7 @@ def test_what_is_recorded_makes_the_same_request(argv, tmp_path, monkeypatch):
 
 
 def test_the_rate_changes_no_limit():
-    assert parse_request([*T2V, "--fps", "60"]).frames_out == 97  # as at 24
+    assert parse_request([*T2V, "--fps", "60"]).frames_out == 97  # as at 24 fps
     assert parse_request([*T2V, "--fps", "60", "--duration", "5"]).frames_out == 301
     with pytest.raises(UserError, match="--duration: 16: too long at --fps 60; t2v makes up to 385 frames"):
         parse_request([*T2V, "--fps", "60", "--duration", "16"])

@@ -1,4 +1,4 @@
-"""Random checkpoints of the smallest sizes, in the published layouts: what they make is noise, in no time."""
+"""Random checkpoints of minimal size in the published layouts; they generate noise, but fast."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ AVATAR = {
 }
 TEXT_ENCODER = {"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
 VAE = {"base_dim": 4}
-HUNYUAN: dict[str, Any] = {  # its RoPE has 4 frequencies on the time axis
+HUNYUAN: dict[str, Any] = {  # RoPE with 4 frequencies on the time axis
     **{"num_attention_heads": 4, "attention_head_dim": 16, "rope_axes_dim": [8, 4, 4], "num_layers": 2},
     **{"num_single_layers": 2, "num_refiner_layers": 1, "text_embed_dim": 32, "pooled_projection_dim": 16},
     **{"guidance_embeds": True, "out_channels": 16},
@@ -42,11 +42,11 @@ LLAMA = {
     **{"vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2},
 }
-GAIN = 1.5  # of V1's random matrices: as initialized, the prompt hardly changes the video
+GAIN = 1.5  # for V1's random matrices: without it the prompt hardly changes the video
 
 
 def put_into(cache: Path) -> None:
-    """Put the toys of all tasks where `--model_id tiny` looks for the built-in model."""
+    """Write the toys of all tasks to where `--model_id tiny` looks for the built-in model."""
     for task in map(task_spec, TASK_NAMES):
         folder = cache / tiny.folder_of(task).relative_to(tiny.cache_folder())
         if not folder.exists():
@@ -60,7 +60,7 @@ def write(root: Path, task: TaskSpec) -> None:
 
 
 def sizes_of(task: TaskSpec) -> dict[str, Any]:
-    """The sizes of a toy's transformer."""
+    """The config of a toy's transformer."""
     if task.family == "hunyuan":
         return HUNYUAN | {"in_channels": task.transformer["in_channels"]}
     return TRANSFORMER | (AVATAR if "input_audio" in task.inputs else {})

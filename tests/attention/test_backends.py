@@ -1,4 +1,4 @@
-"""Kernels against plain arithmetic in float64, and which of them is taken where."""
+"""Attention kernels against plain float64 arithmetic, and how a kernel is chosen."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def exact(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention (B, Lq, N, D) and its weights (B, N, Lq, Lk), term by term in float64."""
+    """Attention output (B, Lq, N, D) and weights (B, N, Lq, Lk), computed term by term in float64."""
     scores = torch.einsum("bqnd,bknd->bnqk", query.double(), key.double()) / query.shape[-1] ** 0.5
     weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
     return torch.einsum("bnqk,bknd->bqnd", weights, value.double()), weights
@@ -35,19 +35,19 @@ def inputs(batch: int, queries: int, keys: int, heads: int, size: int) -> tuple[
 
 @pytest.fixture
 def plain(monkeypatch):
-    """A choice that this machine has: the dispatcher's own way to torch."""
+    """A kernel that every machine has: torch's own attention, called through diffusers' dispatcher."""
     monkeypatch.setitem(KERNELS, "plain", Kernel("native", devices=("cpu",), half_only=False))
     return "plain"
 
 
-# self, text, image; a batch of frames with their audio
+# self-, text and image attention; a batch of frames with their audio
 SHAPES = [(1, 60, 60, 3, 128), (2, 70, 33, 2, 16), (1, 65, 257, 2, 64), (5, 12, 32, 2, 128)]
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, "joint"])
 @pytest.mark.parametrize("attention", [sdpa, dispatched("native")], ids=["sdpa", "dispatched"])
 def test_attention_is_softmax(attention, shape):
-    """Of separate tensors, and of slices of one, as a joint projection gives them."""
+    """For separate tensors, and for slices of one tensor as a joint projection returns them."""
     joint = torch.randn(2, 40, 3, 4, 16, generator=torch.Generator().manual_seed(0))
     tensors = joint.unbind(2) if shape == "joint" else inputs(*shape)
     torch.testing.assert_close(attention(*tensors).double(), exact(*tensors)[0], rtol=0, atol=2e-6)
@@ -60,13 +60,13 @@ def test_attention_map_is_the_mean_of_the_heads():
 
 
 def test_cudnn_and_no_other():
-    """It does not quietly take another kernel."""
+    """It raises rather than silently falling back to another kernel."""
     with pytest.raises(RuntimeError):
         cudnn(*inputs(1, 8, 8, 1, 8))
 
 
 def test_the_dispatcher_knows_our_names_and_checks_packages():
-    """In words of its own, which end up in the message."""
+    """The dispatcher says what to install or build, and our error message quotes it."""
     names = {kernel.backend for kernel in KERNELS.values() if kernel.backend}
     assert names <= {member.value for member in AttentionBackendName}
     for name in KERNELS:
@@ -118,7 +118,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_kernel_that_does_not_work(case, plain, monkeypatch, caplog):
-    """An explicit choice is refused, auto takes another one."""
+    """An explicitly chosen kernel is refused; auto falls back to another one."""
     attention, reason = BROKEN[case]
     monkeypatch.setattr(backends, "dispatched", lambda backend: attention)
     with pytest.raises(UserError, match=reason) as caught:
@@ -173,7 +173,7 @@ def test_preferred(capability, cudnn_version, installed, expected, dtype):
 @pytest.mark.parametrize("name", ["auto", *KERNELS])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_on_a_gpu(name, shape):
-    """Whatever this GPU has is right at the shapes of the models; 8-bit kernels in their precision."""
+    """Every kernel available on this GPU is correct at the models' shapes, the 8-bit ones within their precision."""
     device = torch.device("cuda", 0)
     try:
         _, attention = choose_attention(name, device, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What can be said of a choice of attention kernel before torch is imported."""
+"""Checks on the choice of attention kernel that need no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = [name for name in KERNELS if KERNELS[name].package]
 
 @pytest.fixture
 def packages(monkeypatch):
-    """The packages that there are: a set to add to."""
+    """The set of packages that count as installed; tests add to it."""
     there: set[str] = set()
     monkeypatch.setattr("skyreels_v3.packages.find_spec", lambda name: object() if name in there else None)
     return there

@@ -1,4 +1,4 @@
-"""Quantized transformers of others: read, dequantized, streamed; refused if damaged or in another format."""
+"""Third-party quantized transformers are read, dequantized and streamed; damaged or unsupported files are refused."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from tests.checkpoints import writers
 from tests.conftest import ASSETS, write_tone
 from training import layouts
 
-gguf = pytest.importorskip("gguf")  # of requirements-dev.txt
+gguf = pytest.importorskip("gguf")  # in requirements-dev.txt
 
 SHOT = task_spec("shot_switching_extension")
 R2V, SINGLE, AVATAR, T2V = map(task_spec, ("reference_to_video", "single_shot_extension", "talking_avatar", "t2v"))
 FLOAT8 = torch.float8_e4m3fn
 K_TYPES = ("Q6_K", "Q5_K", "Q4_K")
-WRITTEN = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")  # the package does not quantize to K types
-HALVES = {"Q6_K": (208,), "Q8_0": (0,), "Q5_0": (0,), "Q4_0": (0,)}  # where blocks have float16 numbers; else (0, 2)
-WIDE = {  # rows of whole blocks of 256
+WRITTEN = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")  # the gguf package cannot quantize to K types
+HALVES = {"Q6_K": (208,), "Q8_0": (0,), "Q5_0": (0,), "Q4_0": (0,)}  # offsets of float16 scales if not (0, 2)
+WIDE = {  # rows that divide into blocks of 256
     **{"num_attention_heads": 4, "attention_head_dim": 64, "num_layers": 4, "ffn_dim": 512, "text_dim": 32},
     **{"freq_dim": 64},
 }
@@ -68,7 +68,7 @@ EIGHT_BITS: dict[str, Write] = {
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory) -> dict[str, Path]:
-    """The toys of all tasks."""
+    """A toy checkpoint for each task."""
     root = tmp_path_factory.mktemp("toys")
     for name in TASK_NAMES:
         toys.write(root / name, task_spec(name))
@@ -82,14 +82,14 @@ def load(folder: Path, task: TaskSpec, file: Path | None = None, values: bool = 
 
 
 def whole(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The weights that a model computes with."""
+    """The dequantized weights of a model, by name."""
     made = {name: parameter.detach() for name, parameter in model.named_parameters() if "weight_scale" not in name}
     layers = {name: part for name, part in model.named_modules() if isinstance(part, QuantizedLinear)}
     return made | {f"{name}.weight": layer.dequantized(torch.float32) for name, layer in layers.items()}
 
 
 def random_blocks(kind: str, rows: int, columns: int) -> np.ndarray:
-    """Any bits, but for float16 numbers of usual sizes."""
+    """Blocks of random bits, except that their float16 scales have ordinary sizes."""
     elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     random = np.random.default_rng(0)
     blocks = random.integers(0, 256, (rows * columns // elements, size), dtype=np.uint8)
@@ -99,7 +99,7 @@ def random_blocks(kind: str, rows: int, columns: int) -> np.ndarray:
     return blocks.reshape(rows, -1)
 
 
-# The arithmetic
+# Dequantization arithmetic
 
 
 @pytest.mark.parametrize("kind", [*K_TYPES, *(kind for kind in WRITTEN if kind[0] == "Q")])
@@ -109,7 +109,7 @@ def test_blocks_are_unpacked_as_by_gguf(kind, monkeypatch):
     packed = Packed(torch.from_numpy(data), (7, 768), kind=kind)
     assert torch.equal(packed.dequantized(torch.float32), wanted)
     assert torch.equal(packed.dequantized(torch.bfloat16), wanted.bfloat16())  # rounded once
-    monkeypatch.setattr("skyreels_v3.memory.quantize.UNPACKED_AT_ONCE", 1000)  # a row at a time
+    monkeypatch.setattr("skyreels_v3.memory.quantize.UNPACKED_AT_ONCE", 1000)  # one row at a time
     assert torch.equal(packed.dequantized(torch.float32), wanted)
     parts = [part.dequantized(torch.float32) for part in packed.split((2, 5))]
     assert torch.equal(torch.cat(parts), wanted)
@@ -150,7 +150,7 @@ def test_gguf_files(checkpoints, kind, prefix, tmp_path):
 
 @pytest.mark.parametrize("task", TASK_NAMES)
 def test_weights_of_all_tasks(checkpoints, task, tmp_path):
-    """Every task's transformer from a GGUF file with native names: the right weights in the right places."""
+    """For every task, a GGUF file with native names puts the right weights in the right places."""
     spec, folder, file = task_spec(task), checkpoints[task], tmp_path / "a.gguf"
     writers.write_gguf(
         file, writers.native_tensors(folder, spec), "Q8_0", "hyvid" if spec.family == "hunyuan" else "wan"
@@ -159,7 +159,7 @@ def test_weights_of_all_tasks(checkpoints, task, tmp_path):
     made, wanted = whole(model), whole(load(folder, spec))
     assert made.keys() == wanted.keys()
     for name, weight in wanted.items():
-        atol = float(weight.abs().max()) / 127  # half a step, and float16 scales
+        atol = float(weight.abs().max()) / 127  # half a quantization step, plus float16 scales
         torch.testing.assert_close(made[name], weight, atol=atol, rtol=0)
     layers = {name for name, part in model.named_modules() if isinstance(part, QuantizedLinear)}
     assert len(layers) > 15 and all("blocks." in name for name in layers)
@@ -171,7 +171,7 @@ def test_weights_of_all_formats(checkpoints, name, tmp_path):
     EIGHT_BITS[name](tmp_path / name, writers.native_tensors(folder, SINGLE))
     made, wanted = whole(load(folder, SINGLE, tmp_path / name)), whole(load(folder, SINGLE))
     for key, weight in wanted.items():
-        # float8 rounds to 4 bits, its smallest numbers to multiples of 2 ** -9 (without a scale, of the weights)
+        # float8 keeps 4 significant bits; its subnormals are multiples of 2 ** -9 (of the weight, if there is no scale)
         atol = max(float(weight.abs().max()) / 127, 2**-10)
         torch.testing.assert_close(made[key], weight, atol=atol, rtol=2**-4)
 
@@ -179,7 +179,7 @@ def test_weights_of_all_formats(checkpoints, name, tmp_path):
 def test_hunyuans_own_names_are_those_that_diffusers_converts(checkpoints):
     tensors = load_file(checkpoints[T2V.name] / "diffusion_pytorch_model.safetensors")
     native = writers.native_hunyuan(tensors)
-    stacked = {key for key in native if ".linear1." in key}  # diffusers splits these by the published sizes
+    stacked = {key for key in native if ".linear1." in key}  # diffusers splits these by the published sizes only
     assert len(stacked) == 2 * toys.HUNYUAN["num_single_layers"]
     converted = convert_hunyuan_video_transformer_to_diffusers(
         {key: tensor for key, tensor in native.items() if key not in stacked}
@@ -227,7 +227,7 @@ def test_modulation_without_its_first_axis(checkpoints, tmp_path):
 
 
 def test_a_file_in_the_checkpoints_folder(checkpoints, tmp_path):
-    """Instead of the published one: the config is diffusers', the names are Wan's."""
+    """A GGUF file replaces the published weights: config.json is diffusers', the tensors have Wan's names."""
     source, folder = checkpoints[R2V.name] / "transformer", tmp_path / "transformer"
     folder.mkdir()
     (folder / "config.json").write_bytes((source / "config.json").read_bytes())
@@ -257,12 +257,12 @@ def test_what_is_said_of_a_file(checkpoints, tmp_path):
     assert describe([own]).startswith("(F32), ") and not read_format([own]).is_quantized
 
 
-# Memory: what is kept and streamed are the files' bytes
+# Memory: weights are kept and streamed as the file's bytes
 
 
 @pytest.fixture(scope="session")
 def q6_k(tmp_path_factory) -> Path:
-    """A folder with a transformer of random Q6_K blocks, in the blocks of the model and elsewhere."""
+    """A checkpoint folder whose transformer has random Q6_K weights, inside its blocks and outside."""
     folder, types = tmp_path_factory.mktemp("q6_k"), gguf.GGMLQuantizationType
     model = layouts.random_model(lambda: SkyReelsTransformer3DModel(**WIDE))
     layouts.write_native_transformer(folder, model)
@@ -307,12 +307,12 @@ def test_blocks_stream_as_they_are_stored(q6_k, pin):
     assert stored <= sum(tensor.nbytes for tensor in tensors_of(model.blocks[0])) <= stored + 4096
     assert len(slots) == 2 and all(stored <= size <= 1.1 * stored for size in slots)
     elements = sum(np.prod(entry.shape) for name, entry in entries.items() if name.startswith("blocks.0."))
-    assert stored < 0.9 * elements  # 6.6 bits a weight, where bfloat16 would take 2 bytes
+    assert stored < 0.9 * elements  # 6.6 bits per weight; bfloat16 would take 16
 
 
 @pytest.mark.parametrize(("kind", "size", "streamed"), [("Q6_K", 12.5e9, 1.4e9), ("F8_E4M3", 14.5e9, 1.7e9)])
 def test_a_plan_of_the_published_size(kind, size, streamed, tmp_path):
-    """By headers alone: the files have no data but holes."""
+    """Planning reads the headers alone: the files' data are holes."""
     with torch.device("meta"):
         model = family_of(SINGLE).build_transformer(dict(SINGLE.transformer))
     model.save_config(tmp_path / "transformer")
@@ -339,7 +339,7 @@ INPUTS: dict[str, tuple[object, ...]] = {
 
 @pytest.fixture
 def make(main, tmp_path) -> Callable[..., np.ndarray]:
-    """Run a task with its toy; gives the frames."""
+    """Run a task with its toy checkpoint; returns the frames."""
     sound, runs = write_tone(tmp_path / "sound.wav", 0.5), iter(range(100))
 
     def make(task: str, *flags: object) -> np.ndarray:
@@ -368,7 +368,7 @@ def psnr(made: np.ndarray, expected: np.ndarray) -> float:
     ],
 )
 def test_frames_with_8_bits(make, checkpoints, task, names, tmp_path):
-    """At 30 dB or better to those in full precision, and the same wherever the weights are."""
+    """A PSNR of at least 30 dB against full precision, and the same frames in every memory mode."""
     native = writers.native_tensors(checkpoints[task], task_spec(task))
     plain = make(task)
     for name in names:
@@ -380,7 +380,7 @@ def test_frames_with_8_bits(make, checkpoints, task, names, tmp_path):
 
 
 def companions(root: Path, task: TaskSpec, to: Path) -> dict[str, Path]:
-    """Text encoders and VAE as single files: FP8 with transformers' names as ComfyUI has it, others with Wan's."""
+    """Single-file text encoders and VAE: FP8 with transformers' names as in ComfyUI, the others with Wan's names."""
     if task.layout == "diffusers":
         text = load_file(root / "text_encoder" / "model.safetensors")
         native = layouts.native(text, key_maps.NATIVE_TEXT_ENCODER)
@@ -402,7 +402,7 @@ def companions(root: Path, task: TaskSpec, to: Path) -> dict[str, Path]:
 
 @pytest.mark.parametrize("task", [R2V, SHOT], ids=lambda task: task.name)
 def test_companions(make, main, checkpoints, task, tmp_path):
-    """UMT5 and the VAE from single files, in both layouts of the checkpoint, which then needs none of its own."""
+    """UMT5 and the VAE load from single files, in both checkpoint layouts, with no weights in the checkpoint itself."""
     root = tmp_path / "root"
     toys.write(root, task)
     files = companions(root, task, tmp_path)
@@ -445,7 +445,7 @@ def test_dry_run_says_what_it_found(main, checkpoints, tmp_path):
     assert weights.dequantized > 8 * UNPACKED_AT_ONCE
     stored = sum(entry.nbytes for name, entry in reader.read_gguf(file).items() if name.startswith("blocks."))
     assert sum(weights.blocks) == stored
-    # a checkpoint's folder without weights will do
+    # a checkpoint folder without weights is enough
     assert main(*argv, "--model_id", checkpoints[SINGLE.name], "--dry_run")[1].count("weights       (F32), ") == 1
 
 
@@ -461,7 +461,7 @@ def test_weights_are_not_needed_beside_a_file(main, checkpoints, tmp_path, make)
 
 
 def test_loras_and_fp8(make, main, checkpoints, tmp_path):
-    """A LoRA needs weights that it can be added to; --quant treats what is not quantized yet."""
+    """A LoRA needs weights that it can be added to; --quant quantizes only what is not quantized yet."""
     native, lora = writers.native_tensors(checkpoints[R2V.name], R2V), tmp_path / "lora.safetensors"
     torch.manual_seed(0)
     pair = {"A": torch.randn(4, 96) / 10, "B": torch.randn(96, 4) / 10}
@@ -500,7 +500,7 @@ def entry(name: str, shape: tuple[int, ...], kind: int = 0, offset: int = 0) -> 
 
 
 def gguf_file(*entries: bytes, settings: tuple[bytes, ...] = (), counts: tuple[int, int] | None = None) -> bytes:
-    """A file with a kilobyte of data."""
+    """A GGUF file with one kilobyte of data."""
     header = b"GGUF" + struct.pack("<IQQ", 3, *(counts or (len(entries), len(settings)))) + b"".join(settings + entries)
     return header + bytes(-len(header) % 32) + bytes(1024)
 
@@ -581,7 +581,7 @@ def settings_of(**entries: object) -> Callable[[dict[str, Tensor]], dict[str, Te
     return lambda tensors: tensors | {f"{LAYER}.comfy_quant": content}
 
 
-# how a file with `comfy_quant` is changed, and what is said
+# how a file with `comfy_quant` is changed, and what the error says
 SETTINGS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
     "NVFP4": (settings_of(format="nvfp4"), f"holds weights in NVFP4 ({LAYER})"),
     "MXFP8": (settings_of(format="mxfp8"), f"holds weights in MXFP8 ({LAYER})"),
@@ -648,7 +648,7 @@ def test_what_is_no_file(refuse, name):
 
 
 def test_another_tasks_transformer(refuse, checkpoints, tmp_path):
-    """Extension's weights for the avatar: found without reading them."""
+    """Video-extension weights for the avatar task are detected without reading them."""
     file = tmp_path / "a.gguf"
     writers.write_gguf(file, writers.native_tensors(checkpoints[SINGLE.name], SINGLE), "Q8_0")
     argv = ["--task_type", AVATAR.name, "--prompt", "a", "--input_image", str(ASSETS / "portrait.png")]

@@ -1,7 +1,7 @@
-"""Fetching a checkpoint: only what the task needs, kept for the next time, and what is said when it cannot be had.
+"""Fetching a checkpoint: only what the task needs, cached for next time, with a clear error when it fails.
 
-The hub is a server on this machine that answers as much of the API as huggingface_hub asks for. Each fetch is a
-process of its own: the library reads its settings from the environment when it is imported.
+The hub is a local server that answers as much of the API as huggingface_hub uses. Each fetch runs in its own process,
+because the library reads its settings from the environment at import.
 """
 
 from __future__ import annotations
@@ -71,14 +71,14 @@ def locate(request: GenerationRequest) -> Path | None:
 
 
 class Hub:
-    """A hub with one model, and the paths that were asked of it."""
+    """A hub that serves one model and records the requested paths."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = files
         self.asked: list[str] = []
-        self.slow = ""  # the file whose rest comes when it is released
+        self.slow = ""  # the file that stops after 1000 bytes until `released` is set
         self.reached, self.released = threading.Event(), threading.Event()
-        self.status = 0  # what everything is answered with, if not 0
+        self.status = 0  # the status of every answer, if not 0
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -141,7 +141,7 @@ def read_all(root: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def serve(reference) -> Iterator[Callable[..., Hub]]:
-    """Serve a small checkpoint with files beside it that no task needs, or a model of files of these names."""
+    """Serve a small checkpoint plus files that no task needs, or a model that consists of the named files."""
     hubs = []
 
     def serve(*names: str) -> Hub:
@@ -159,14 +159,14 @@ def serve(reference) -> Iterator[Callable[..., Hub]]:
 
 
 def environment(url: str, home: Path) -> dict[str, str]:
-    """This process's, with a hub's address and an empty cache."""
+    """This process's environment, with the hub's address and an empty cache."""
     kept = {key: v for key, v in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()}
     return kept | {"HF_ENDPOINT": url, "HF_HOME": str(home), "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture
 def fetch(tmp_path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Fetch in a process of its own, from `url`, into this test's cache."""
+    """Fetch in a new process from `url`, into this test's cache."""
 
     def fetch(url: str, *argv: str, driver: str = DRIVER, **more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -193,7 +193,7 @@ def test_only_what_the_task_needs_is_fetched_and_found_again_offline(serve, fetc
     server.asked.clear()
     server.status = 500
     again = fetch(server.url, *REFERENCE, HTTP_PROXY=NOWHERE)
-    assert (again.stdout, again.stderr) == (run.stdout, "")  # the hub is not asked, nor a proxy
+    assert (again.stdout, again.stderr) == (run.stdout, "")  # neither the hub nor a proxy is asked
     offline = fetch(NOWHERE, *REFERENCE, "--quiet")
     assert offline.returncode == 0, offline.stderr
     assert offline.stdout == run.stdout
@@ -230,7 +230,7 @@ def test_a_snapshot_that_is_only_partly_cached(serve, fetch, tmp_path):
     assert run.returncode == 1
     assert "vae/config.json" in run.stderr
     assert "download" in run.stderr
-    again = fetch(server.url, *REFERENCE, "--quiet")  # goes on where it stopped
+    again = fetch(server.url, *REFERENCE, "--quiet")  # resumes where it stopped
     assert again.stdout.strip() == str(folder)
 
 
@@ -258,7 +258,7 @@ def test_an_interrupted_download_ends_at_once_and_goes_on(serve, fetch, tmp_path
     )  # fmt: skip
     assert server.reached.wait(60)
     run.send_signal(signal.SIGINT)
-    _, stderr = run.communicate(timeout=25)  # the server would answer after 30 s
+    _, stderr = run.communicate(timeout=25)  # the server would only answer after 30 s
     assert (run.returncode, stderr.splitlines()[-1]) == (130, "interrupted")
     server.released.set()
     server.slow = ""
@@ -300,7 +300,7 @@ def test_a_model_that_the_hub_does_not_give(serve, fetch, status, ways):
     ],
 )  # fmt: skip
 def test_a_lora_that_is_not_on_the_hub(serve, fetch, files, name, message):
-    """It is found out before anything is fetched."""
+    """The error comes before anything is fetched."""
     server = serve(*files)
     main = "import sys; from skyreels_v3.main import main; sys.exit(main(sys.argv[1:]))"
     run = fetch(server.url, *REFERENCE, "--dry_run", "--lora", name, driver=main)
@@ -311,8 +311,8 @@ def test_a_lora_that_is_not_on_the_hub(serve, fetch, files, name, message):
 
 
 def test_a_hub_that_never_answers(tmp_path, monkeypatch):
-    """Its client would wait forever."""
-    with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections
+    """The hub's client would wait forever."""
+    with socket.create_server(("127.0.0.1", 0)) as server:  # accepts connections, never answers
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         monkeypatch.setattr(hub, "LIST_SECONDS", 0.2)
@@ -343,7 +343,7 @@ def test_published_ids_are_hub_ids(name):
 
 
 def test_modelscope_gets_the_same_patterns(monkeypatch, reference, tmp_path):
-    """The package is not installed here: what is tested are the calls."""
+    """modelscope is not installed here, so only the calls to it are tested."""
     root = reference / "pipelines" / "checkpoints" / "reference_to_video"
     (tmp_path / "style.safetensors").write_bytes(tensor_file())
     calls = []
@@ -366,7 +366,7 @@ def test_modelscope_gets_the_same_patterns(monkeypatch, reference, tmp_path):
 
 
 def tensor_file(*names: str) -> bytes:
-    """A safetensors file of empty tensors, made by hand: no torch here."""
+    """A safetensors file of empty tensors, built by hand to avoid importing torch."""
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     header = json.dumps(dict.fromkeys(names or ("a",), entry)).encode()
     return struct.pack("<Q", len(header)) + header
@@ -374,7 +374,7 @@ def tensor_file(*names: str) -> bytes:
 
 @pytest.fixture
 def fetch_lora(fetch) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Fetch a LoRA, for a request whose model is another one."""
+    """Fetch a LoRA for a request that uses a different model."""
 
     def fetch_lora(url: str, name: str, **more: str) -> subprocess.CompletedProcess[str]:
         return fetch(url, *REFERENCE, "--model_id", "other/model", "--quiet", "--lora", name, **more)
@@ -444,7 +444,7 @@ def test_loras_on_this_machine(tmp_path, monkeypatch):
     assert hub.locate_file(f"{file.parent}/", hub.LORA) == file
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert hub.locate_file("owner/style", hub.LORA) == Path("owner/style/b.safetensors")  # before any hub
+    assert hub.locate_file("owner/style", hub.LORA) == Path("owner/style/b.safetensors")  # local folders come first
     assert hub.locate_file("~/owner/style/b.safetensors", hub.LORA) == file
     for usual in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
         (file.parent / usual).write_bytes(tensor_file())
@@ -456,7 +456,7 @@ def test_loras_on_this_machine(tmp_path, monkeypatch):
 )
 def test_loras_on_a_hub(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "owner").mkdir()  # a folder of that name alone makes no difference
+    (tmp_path / "owner").mkdir()  # a folder that is just called `owner` makes no difference
     assert hub.locate_file(name, hub.LORA) is None
 
 
@@ -467,13 +467,13 @@ def test_loras_on_a_hub(name, tmp_path, monkeypatch):
         (" ", "an empty value is"),
         ("style", "style is not a file or folder"),
         ("style.safetensors", "style.safetensors is not a file or folder"),
-        ("loras/style.safetensors", "loras/style.safetensors is not a file or folder"),  # hardly a hub id
+        ("loras/style.safetensors", "loras/style.safetensors is not a file or folder"),  # unlikely to be a hub id
         ("loras/style.pt", "loras/style.pt is not a file or folder"),
         ("owner/name/style.pt", "owner/name/style.pt is not a file or folder"),
         ("owner/name/../a.safetensors", "owner/name/../a.safetensors is not a file or folder"),
         ("/owner/name", "/owner/name is not a file or folder"),
         ("https://hub/owner/name", "https://hub/owner/name is not a file or folder"),
-        ("here/now/a.safetensors", "here/now/a.safetensors is not a file or folder"),  # the folder is here
+        ("here/now/a.safetensors", "here/now/a.safetensors is not a file or folder"),  # because the folder exists
         ("a\0b/c\n", r"a\x00b/c\n is not a file or folder"),
         ("here", "here holds no .safetensors file; give the LoRA's own file, here/FILE.safetensors"),
         ("here/two/", "here/two/ holds 2 .safetensors files (a.safetensors, b.safetensors); give the LoRA's own file, "

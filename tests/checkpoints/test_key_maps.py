@@ -1,4 +1,4 @@
-"""Key maps: every key of the published files has a place, and the way back leads to the same key."""
+"""Key maps: every key of the published files maps to a parameter, and the inverse map returns the same key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading: views of the mapped files, strict; what cannot work is named, by the headers alone where those tell it."""
+"""Loading is strict and memory-maps the files; errors name what is wrong, from the headers alone where possible."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_tied_weights_stay_tied_and_dtypes_follow_the_rule(tmp_path):
 
 
 def test_weights_are_views_of_the_file(tmp_path):
-    """Nothing is copied: all weights of a file lie in one mapping of it."""
+    """No copies: all weights of a file point into a single mapping of it."""
     save_file(tensors(), tmp_path / "model.safetensors")
     read = read_tensors(tmp_path)
     model = load_model(Net, read, tmp_path, torch.float32)
@@ -91,7 +91,7 @@ def test_code_in_a_checkpoint_is_not_run(reference, tmp_path):
             (folder / name).write_text(json.dumps(old | planted | config))
         (folder / "planted.py").write_text(code)
         for kind in (AutoTokenizer, PreTrainedTokenizerFast):
-            with suppress(CheckpointError):  # to take it without its code is as good
+            with suppress(CheckpointError):  # loading it without running its code is fine too
                 load_tokenizer(folder, kind)
 
     class Planted:
@@ -103,10 +103,10 @@ def test_code_in_a_checkpoint_is_not_run(reference, tmp_path):
         read_tensors(tmp_path / "planted.pth")
     assert not marker.exists()
     torch.load(tmp_path / "planted.pth", weights_only=False)
-    assert marker.exists()  # it would have worked
+    assert marker.exists()  # the planted code does run when loaded unsafely
 
 
-# Small checkpoints of each layout, spoilt
+# Small checkpoints of each layout, damaged
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def change_config(folder: Path, **entries: object) -> None:
 
 @pytest.mark.parametrize("task", [R2V, SHOT, T2V], ids=lambda task: task.name)
 def test_headers_alone(checkpoints, task):
-    """All components have the same parameters with and without values."""
+    """Every component has the same parameters whether it is loaded with values or from headers alone."""
     root = checkpoints[task.name]
     for component in ("transformer", "vae"):
         whole, empty = (load(root, task, component, values) for values in (True, False))
@@ -181,7 +181,7 @@ def test_a_prefix_of_all_names_is_taken_off(copy, checkpoints, task, prefix):
 
 
 def scaled(tensors: Tensors, suffix: str, *shape: int) -> Tensors:
-    """Matrices in FP8, each divided by one scale, which fills the format's range."""
+    """FP8 matrices, each divided by a scale that makes it fill the format's range."""
     made = dict(tensors)
     for key, weight in tensors.items():
         if weight.ndim == 2 and "blocks" in key:
@@ -197,7 +197,7 @@ def without(tensors: Tensors, key: str) -> Tensors:
 
 
 QUERY = "blocks.0.attn1.to_q"
-# how the transformer's tensors are changed, what is said, and whether the headers alone tell
+# how the transformer's tensors are changed, what the error says, and whether the headers alone reveal it
 FORMATS: dict[str, tuple[Callable[[Tensors], Tensors], str, bool]] = {
     "scales for blocks of a row": (lambda t: scaled(t, "weight_scale_inv"), "in FP8 scaled by blocks (blocks.0.", True),
     "two scales for each": (
@@ -272,7 +272,7 @@ def test_a_plain_cast_to_fp8_is_taken(copy, checkpoints):
     ],
 )
 def test_other_components(copy, task, component, folder, layers):
-    """Integers, foreign formats and sizes beyond the weights."""
+    """Integer weights, foreign formats, and sizes that do not show in the weights."""
     root = copy(task)
     (file,) = weight_files(root / folder)
     whole = load_file(file)
@@ -312,7 +312,7 @@ def test_configs_are_held_against_the_headers(copy, task, entries, says):
 
 
 def test_files_of_a_variant(copy):
-    """Read where there are no others: one file, or shards with an index of their own name."""
+    """Variant files (.fp16) are read if there are no others: one file, or shards with an index of the same variant."""
     folder = copy(R2V) / "transformer"
     whole = load_file(folder / WEIGHTS)
     change(folder / WEIGHTS, lambda t: t, "diffusion_pytorch_model.fp16.safetensors")

@@ -1,4 +1,4 @@
-"""LoRAs in every spelling, against W + scale * (alpha / rank) * B A in float64; files of PEFT's and diffusers'."""
+"""LoRAs in every naming scheme, against W + scale * (alpha / rank) * B A in float64; files from PEFT and diffusers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SMALL = {
     "audio_hidden_dim": 10,
     "audio_tokens": 3,
 }
-# ours, native, out, in; the last one is stacked in native files
+# our name, native name, out, in; native files stack the last one
 LAYERS = (
     ("blocks.0.attn1.to_q", "blocks.0.self_attn.q", 32, 32),
     ("blocks.1.attn1.to_out.0", "blocks.1.self_attn.o", 32, 32),
@@ -58,14 +58,14 @@ LAYERS = (
     ("proj_out", "head.head", 64, 32),
 )
 STACKED = "blocks.0.audio_cross_attn.kv_linear"
-Pairs = dict[str, tuple[Tensor, Tensor]]  # A and B of a layer
-Added = dict[str, Tensor]  # to the weights of a model, by name, in float64
+Pairs = dict[str, tuple[Tensor, Tensor]]  # A and B of each layer, by name
+Added = dict[str, Tensor]  # what is added to a model's weights, by name, in float64
 FUSE = pytest.mark.parametrize("fuse", [False, True], ids=["live", "fused"])
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A checkpoint in bfloat16, but for the weights that are always float32: mapped as it is, with no cast."""
+    """A checkpoint in float32 and in bfloat16 (but for always-float32 weights), which therefore load without a cast."""
     path = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     SkyReelsTransformer3DModel(**SMALL).save_pretrained(path / "float32")
@@ -86,7 +86,7 @@ def read_lora(file: Path, shapes: Shapes, native: KeyMap = NATIVE_TRANSFORMER) -
 
 
 def random_pairs(seed: int = 0, native: bool = False) -> Pairs:
-    """A LoRA for all of LAYERS, with ranks from 2 to 4."""
+    """Random LoRA pairs for all of LAYERS, with ranks from 2 to 4."""
     torch.manual_seed(seed)
     names = [(theirs if native else ours, rows, columns) for ours, theirs, rows, columns in LAYERS]
     ranks = (2 + number % 3 for number in range(len(names)))
@@ -99,7 +99,7 @@ def random_pairs(seed: int = 0, native: bool = False) -> Pairs:
 def write(
     path: Path, pairs: Pairs, template: str = "{}.lora_{}.weight", alpha: float | None = None, parts: str = "A B"
 ) -> Path:
-    """Write A and B, called as in `parts`, under the names that `template` makes, and an alpha for each layer."""
+    """Write each layer's A and B (called as in `parts`) under the names from `template`, and `alpha` if given."""
     named = {name: zip(parts.split(), pair, strict=True) for name, pair in pairs.items()}
     tensors = {template.format(name, part): tensor for name, pair in named.items() for part, tensor in pair}
     if alpha is not None:
@@ -109,7 +109,7 @@ def write(
 
 
 def add(*loras: tuple[Pairs, float, float | None]) -> Added:
-    """What LoRAs add, each with its scale and alpha (None: the rank)."""
+    """The sum of what LoRAs add, given each one's pairs, scale and alpha (None: the rank)."""
     added: Added = {}
     for pairs, scale, alpha in loras:
         for layer, (down, up) in pairs.items():
@@ -119,7 +119,7 @@ def add(*loras: tuple[Pairs, float, float | None]) -> Added:
 
 
 def merged(model: nn.Module) -> Added:
-    """A model's weights by their own names, PEFT's layers taken into them."""
+    """A model's weights by their own names, with PEFT's adapters merged in."""
     made = {}
     for name, weight in model.named_parameters():
         plain = name.replace("base_layer.", "")
@@ -134,7 +134,7 @@ def merged(model: nn.Module) -> Added:
 
 
 def check_weights(model: nn.Module, folder: Path, added: Added) -> None:
-    """The weights of `model` are those in `folder` plus what was added; the very same where that is nothing."""
+    """Check that the weights of `model` are those in `folder` plus `added`, bit-identical where nothing is added."""
     found, base = merged(model), dict(mapped(folder).named_parameters())
     assert found.keys() == base.keys() and added.keys() < base.keys()
     for name, weight in base.items():
@@ -167,7 +167,7 @@ FORMATS = {
 def test_spellings(tmp_path, folder, spelling, alpha, fuse):
     template, parts, native = FORMATS[spelling]
     pairs = random_pairs(native=native)
-    if "lora_unet" in template:  # underscores for dots: the native names tell which is which
+    if "lora_unet" in template:  # underscores replace dots: only the native names say which is which
         pairs = {name.replace(".", "_"): pair for name, pair in pairs.items()}
     model = mapped(folder)
     apply_loras(model, [(write(tmp_path / "a.safetensors", pairs, template, alpha, parts), 0.7)], fuse)
@@ -175,13 +175,13 @@ def test_spellings(tmp_path, folder, spelling, alpha, fuse):
 
 
 def test_every_native_linear_layer_has_its_flat_name(folder):
-    """Dotted or flat, native names lead to the same layers, and together to all there are."""
+    """Dotted and flat native names map to the same layers, and together they cover all linear layers."""
     inverse = invert(NATIVE_TRANSFORMER)
     layers = {name for name, module in mapped(folder).named_modules() if isinstance(module, nn.Linear)}
     found = set()
     for name in layers:
         native = restore(f"{name}.weight", inverse).removesuffix(".weight")
-        native = re.sub(r"attn_audio\.to_[kv]", "audio_cross_attn.kv_linear", native)  # no way back: two in one
+        native = re.sub(r"attn_audio\.to_[kv]", "audio_cross_attn.kv_linear", native)  # not invertible: k and v are one
         assert native != name
         dotted = model_names(native, "weight", NATIVE_TRANSFORMER)
         assert model_names(f"lora_unet_{native.replace('.', '_')}", "weight", NATIVE_TRANSFORMER) == dotted
@@ -201,7 +201,7 @@ def test_a_stacked_layer_becomes_two(tmp_path, folder, name, fuse):
 
 @FUSE
 def test_several_loras_add_up(tmp_path, folder, fuse, recwarn):
-    """Different layers, ranks, formats and scales; one of them several times."""
+    """Different layers, ranks, formats and scales; one file is given several times."""
     first = dict(list(random_pairs(1).items())[:6])
     one = write(tmp_path / "1.safetensors", first)
     two = write(tmp_path / "2.safetensors", random_pairs(2, native=True), alpha=1.0)
@@ -212,7 +212,7 @@ def test_several_loras_add_up(tmp_path, folder, fuse, recwarn):
 
 
 def test_live_keeps_the_mapped_weights(tmp_path, folder):
-    """The same memory with the same bits, and LoRA weights of each layer's dtype."""
+    """The mapped weights keep their memory and their bits, and LoRA weights get each layer's dtype."""
     model = mapped(folder, torch.bfloat16)
     before = dict(model.named_parameters())
     copies = {name: tensor.clone() for name, tensor in before.items()}
@@ -231,7 +231,7 @@ def test_live_keeps_the_mapped_weights(tmp_path, folder):
 
 
 def test_fused_weights_are_new_and_rounded_once(tmp_path, folder):
-    """As float64 sums would be, but for what float32 cannot tell; nothing else is touched, PEFT leaves nothing."""
+    """Equal to float64 sums within one rounding; other weights are untouched and no PEFT layers remain."""
     model = mapped(folder, torch.bfloat16)
     before = dict(model.named_parameters())
     copies = {name: tensor.clone() for name, tensor in before.items()}
@@ -254,7 +254,7 @@ def test_fused_weights_are_new_and_rounded_once(tmp_path, folder):
 @FUSE
 @pytest.mark.parametrize("writer", ["PEFT", "diffusers"])
 def test_what_the_libraries_save(tmp_path, folder, writer, fuse):
-    """Ranks and alphas of their own for some layers: in settings beside the file, or in its header."""
+    """Per-layer ranks and alphas, read from settings beside the file or from its header."""
     config = LoraConfig(
         r=4, lora_alpha=6, target_modules=["to_q", "to_k", "net.0.proj", "net.2", "proj_out"],
         rank_pattern={"attn1.to_q": 2, r"blocks\.1\.ffn\.net\.2": 3},
@@ -273,7 +273,7 @@ def test_what_the_libraries_save(tmp_path, folder, writer, fuse):
     apply_loras(model, [(file, 1.0)], fuse)
     added = {name: wanted[name] - weight.double() for name, weight in base.items()}
     added = {name: difference for name, difference in added.items() if difference.any()}
-    assert len(added) == 2 * 8 + 2 + 1  # of two blocks, the image embedding and the head
+    assert len(added) == 2 * 8 + 2 + 1  # two blocks, the image embedding and the head
     check_weights(model, folder, added)
 
 
@@ -301,7 +301,7 @@ def test_settings_beside_are_of_files_with_pefts_names_and_no_alpha(tmp_path, fo
         (
             {"alpha_pattern": {"(.+)+": 1}},
             "alpha_pattern that is not of names",
-        ),  # as a regular expression it never ends
+        ),  # catastrophic as a regular expression
         ({"alpha_pattern": [1]}, "alpha_pattern that is not of names"),
         ({"lora_alpha": math.inf}, "give inf for the lora_alpha of blocks.0"),
         ({"lora_alpha": None}, "give None for the lora_alpha of blocks.0"),
@@ -380,7 +380,7 @@ def test_files_that_do_not_fit(tmp_path, folder, tensors, message, fuse):
         apply_loras(model, [(good, 1.0), (bad, 1.0)], fuse)
     assert str(caught.value).startswith(f"--lora: {bad}")
     assert "\n" not in str(caught.value)
-    check_weights(model, folder, {})  # none is applied unless all are good
+    check_weights(model, folder, {})  # LoRAs are applied all or none
 
 
 def test_files_that_are_none(tmp_path):
@@ -395,7 +395,7 @@ def test_files_that_are_none(tmp_path):
         read_lora(tmp_path / "none.safetensors", {})
 
 
-# Differences beside the pairs: native name, our weight, its shape
+# Differences stored beside the pairs: native name, our weight, its shape
 DIFFERENCES = (
     ("blocks.0.self_attn.q.diff_b", "blocks.0.attn1.to_q.bias", (32,)),
     ("blocks.0.self_attn.norm_q.diff", "blocks.0.attn1.norm_q.weight", (32,)),
@@ -437,7 +437,7 @@ def differences(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 @FUSE
 def test_differences_are_added_beside_the_pairs(tmp_path, folder, fuse):
-    """To biases, norms, modulation, convolutions and whole weights, of two files, each times its scale."""
+    """Differences of biases, norms, modulation, convolutions and whole weights are added, each file times its scale."""
     scales = (0.5, -2.0)
     added: Added = {}
     for number, scale in enumerate(scales):
@@ -457,7 +457,7 @@ SIBLING = (
 
 @FUSE
 def test_a_part_of_a_lora_of_another_model(tmp_path, folder, fuse, caplog):
-    """What the model has nothing for is left out and counted; what does not fit is refused all the same."""
+    """`partial` skips and counts entries for layers that the model lacks; entries that do not fit are still refused."""
     save_file(SIBLING, tmp_path / "a.safetensors")
     model = mapped(folder)
     with pytest.raises(UserError, match=r"has nothing for .* and 1 more; a\.safetensors:1:partial applies the rest"):
@@ -474,13 +474,13 @@ def test_a_part_of_a_lora_of_another_model(tmp_path, folder, fuse, caplog):
             apply_loras(mapped(folder), [(tmp_path / "b.safetensors", 1.0)], fuse, partial=True)
 
 
-# SkyReels V1. The references are diffusers' model, with LoRAs loaded by itself, and its converter of names.
+# SkyReels V1. The references are diffusers' model with its own LoRA loading, and its name converter.
 
 TOY_HUNYUAN = {
     **{"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "num_single_layers": 1},
     **{"num_refiner_layers": 1, "text_embed_dim": 24, "pooled_projection_dim": 12, "rope_axes_dim": (8, 4, 4)},
 }
-# HunyuanVideo's own names of all linear layers but one, and out / in as multiples of the width
+# HunyuanVideo's own names of all linear layers but one, with out and in as multiples of the width
 NATIVE_LAYERS = {
     **{f"{part}_in.mlp.{layer}": (1, 1) for part in ("time", "guidance") for layer in (0, 2)},
     **{"vector_in.in_layer": (1, 1), "vector_in.out_layer": (1, 1), "txt_in.input_embedder": (1, 1)},
@@ -503,7 +503,7 @@ NATIVE_LAYERS = {
     "single_blocks.0.modulation.linear": (3, 1),
     "final_layer.linear": (1, 1),
 }  # fmt: skip
-CONVERTED_WIDTH = 3072  # the converter knows no other
+CONVERTED_WIDTH = 3072  # the only width that the converter supports
 
 
 @pytest.fixture(scope="module")
@@ -521,7 +521,7 @@ def loaded_hunyuan(folder: Path) -> HunyuanTransformer3DModel:
 
 
 def all_pairs(folder: Path, seed: int = 0) -> Pairs:
-    """A LoRA for every linear layer there is."""
+    """A LoRA for every linear layer of the model."""
     torch.manual_seed(seed)
     layers = {n: m for n, m in loaded_hunyuan(folder).named_modules() if isinstance(m, nn.Linear)}
     return {
@@ -545,7 +545,7 @@ def velocities(model: nn.Module) -> Tensor:
 
 
 def stock_hunyuan(folder: Path, files: list[tuple[Path, float]], prefix: str | None) -> HunyuanVideoTransformer3DModel:
-    """diffusers' model with LoRAs as it loads them."""
+    """diffusers' model, with LoRAs loaded by diffusers."""
     model = HunyuanVideoTransformer3DModel.from_pretrained(folder).eval()
     for number, (file, _) in enumerate(files):
         model.load_lora_adapter(read_tensors(file), prefix=prefix, adapter_name=f"lora_{number}")
@@ -558,7 +558,7 @@ def stock_hunyuan(folder: Path, files: list[tuple[Path, float]], prefix: str | N
 @pytest.mark.parametrize("prefix", ["transformer", None, "base_model.model"])
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_hunyuans_loras_are_the_librarys(tmp_path, hunyuan, prefix, fuse):
-    """Two of them, for all linear layers, with scales."""
+    """Two LoRAs for all linear layers, with scales, give the weights that diffusers computes."""
     template = "{}.lora_{}.weight" if prefix is None else prefix + ".{}.lora_{}.weight"
     files = [
         (write(tmp_path / f"{seed}.safetensors", all_pairs(hunyuan, seed), template), scale)
@@ -574,7 +574,7 @@ def test_hunyuans_loras_are_the_librarys(tmp_path, hunyuan, prefix, fuse):
 
 @pytest.mark.parametrize("prefix", ["", "transformer.", "diffusion_model.", "base_model.model."])
 def test_hunyuans_own_names_as_the_library_converts_them(tmp_path, prefix):
-    """But for the refiner's queries, keys and values: the converter divides A as well, which then fits nothing."""
+    """Except for the refiner's queries, keys and values: the converter also splits A, so its result fits no layer."""
     pairs = {
         name: (torch.randn(1, columns * CONVERTED_WIDTH), torch.randn(rows * CONVERTED_WIDTH, 1))
         for name, (rows, columns) in NATIVE_LAYERS.items()
@@ -597,7 +597,7 @@ def test_hunyuans_own_names_as_the_library_converts_them(tmp_path, prefix):
 
 
 def test_every_linear_layer_has_hunyuans_name_dotted_and_flat(hunyuan):
-    """But for one, whose rows come in another order there."""
+    """Except for one layer, whose rows HunyuanVideo orders differently."""
     layers = {name for name, module in loaded_hunyuan(hunyuan).named_modules() if isinstance(module, nn.Linear)}
     found = set()
     for name in NATIVE_LAYERS:
@@ -611,7 +611,7 @@ def test_every_linear_layer_has_hunyuans_name_dotted_and_flat(hunyuan):
 
 
 def comfyui(name: str) -> str:
-    """ComfyUI's name for one of HunyuanVideo's own."""
+    """ComfyUI's name for one of HunyuanVideo's native names."""
     for one, other in (
         ("attn_qkv", "attn.qkv"), ("attn_proj", "attn.proj"), ("mlp.fc1", "mlp.0"), ("mlp.fc2", "mlp.2"),
         ("mod.linear", "mod.lin"), ("modulation.linear", "modulation.lin"),

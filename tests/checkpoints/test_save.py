@@ -1,4 +1,4 @@
-"""Saving FP8 checkpoints from the command line, in every layout, and making the same video with them."""
+"""Saving FP8 checkpoints from the command line in every layout, and making the same video with them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Make = Callable[..., dict[str, np.ndarray]]
 
 @pytest.fixture
 def make(main, tmp_path_factory) -> Make:
-    """Run a task; gives its latents."""
+    """Run a task; returns its latents."""
     folder = tmp_path_factory.mktemp("runs")
     with wave.open(str(folder / "sound.wav"), "wb") as file:
         file.setparams((1, 2, 16_000, 0, "NONE", ""))
@@ -53,19 +53,19 @@ def make(main, tmp_path_factory) -> Make:
 
 
 def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
-    """But for the last bit: mapped weights lie elsewhere in the new file, which the CPU's products depend on."""
+    """Compare to within 1e-5: mapped weights are aligned differently in the new file, which affects CPU matmuls."""
     assert one.keys() == other.keys()
     for name, latents in one.items():
         np.testing.assert_allclose(latents, other[name], atol=1e-5, rtol=0)
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a transformer's folder."""
+    """All tensors in a transformer's folder."""
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_tensors(file).items()}
 
 
 def in_cache(source: Path, folder: Path) -> Path:
-    """A checkpoint as the hub's client keeps it: blobs, and a snapshot of links to them."""
+    """Copy a checkpoint into the layout of the hub client's cache: blobs, and a snapshot of links to them."""
     for number, file in enumerate(sorted(path for path in source.rglob("*") if path.is_file())):
         blob = folder / "blobs" / f"{number:064x}"
         blob.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def test_the_saved_checkpoint_makes_the_same_video(make, task, tmp_path, cache):
     assert_same(make(task, "--model_id", saved, "--quant", "fp8"), expected)
     assert_same(make(task, "--model_id", saved), expected)
     assert_same(make(task, "--model_id", saved, "--low_vram"), make(task, "--model_id", "tiny", "--low_vram"))
-    # saving it once more changes nothing
+    # saving it again changes nothing
     make(task, "--model_id", saved, "--quant", "fp8", "--save_quantized", tmp_path / "again")
     tensors, again = weights_of(saved / transformer), weights_of(tmp_path / "again" / transformer)
     assert tensors.keys() == again.keys()
@@ -110,13 +110,13 @@ def test_the_saved_checkpoint_makes_the_same_video(make, task, tmp_path, cache):
     ],
 )
 def test_a_recorded_checkpoint_behind_links(make, reference, task, recorded, tmp_path):
-    """Shards, links into a cache, and files that the task does not need."""
+    """A checkpoint with shards, links into a cache, and files that the task does not need."""
     source = in_cache(reference / "pipelines" / "checkpoints" / recorded, tmp_path / "hub")
     (source / "README.md").write_text("words")
     saved = tmp_path / "saved"
     expected = make(task, "--model_id", source, "--quant", "fp8", "--save_quantized", saved)
     assert_same(make(task, "--model_id", saved), expected)
-    shutil.rmtree(tmp_path / "hub")  # links would now lead nowhere
+    shutil.rmtree(tmp_path / "hub")  # links would now be broken
     assert_same(make(task, "--model_id", saved), expected)
     assert not (saved / "README.md").exists()
     assert not any(path.is_symlink() for path in saved.rglob("*"))

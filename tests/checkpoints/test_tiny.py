@@ -1,4 +1,4 @@
-"""The built-in model: unpacked once, the same everywhere, into the published layouts."""
+"""The built-in model is unpacked once, identically everywhere, into the published layouts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.planning import planned
 
 
 def digest(folder):
-    """One number for all files of a folder, which a second making must reproduce."""
+    """Names and hashes of all files in a folder, to compare two builds."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return [(str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
 
@@ -47,7 +47,7 @@ def test_it_is_the_same_everywhere(task, tmp_path, monkeypatch):
     made = []
     for name in ("one", "two"):
         monkeypatch.setenv("SKYREELS_CACHE", str(tmp_path / name))
-        torch.manual_seed(len(made))  # must not matter
+        torch.manual_seed(len(made))  # the global seed must not matter
         made.append(digest(make_tiny(task_spec(task))))
     assert made[0] == made[1]
 

@@ -1,4 +1,4 @@
-"""Quantized transformers as others write them: safetensors by the formats' descriptions, GGUF by its own package."""
+"""Write quantized transformers as others do: safetensors by the formats' descriptions, GGUF by its own package."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from training import layouts
 
 Tensors = dict[str, Tensor]
 FLOAT8 = torch.float8_e4m3fn
-HIGH_PRECISION = re.compile(  # of the older files
+HIGH_PRECISION = re.compile(  # as in the older files
     r"norm|bias|time_in|time_|patch_embedding|img_emb|modulation|text_embedding|adapter|add|ref_conv|audio_proj"
 )
 
 
 def native_tensors(folder: Path, task: TaskSpec) -> Tensors:
-    """The transformer of a checkpoint under the names that its model's own code gives."""
+    """A checkpoint's transformer under the original model's native names."""
     tensors: Tensors = {}
     for file in sorted((folder / task.transformer_folder).glob("*.safetensors")):
         tensors |= load_file(file)
@@ -33,7 +33,7 @@ def native_tensors(folder: Path, task: TaskSpec) -> Tensors:
     return tensors if "head.modulation" in tensors else layouts.native(tensors, wan.NATIVE_TRANSFORMER)
 
 
-# diffusers' names of V1's layers, in the order of replacement, and HunyuanVideo's
+# diffusers' names of V1's layers in order of replacement, and HunyuanVideo's
 HUNYUAN_NAMES = {
     r"context_embedder\.token_refiner\.refiner_blocks": "txt_in.individual_token_refiner.blocks",
     r"context_embedder\.proj_in": "txt_in.input_embedder",
@@ -70,7 +70,7 @@ HUNYUAN_NAMES = {
 
 
 def native_hunyuan(tensors: Tensors) -> Tensors:
-    """The transformer under HunyuanVideo's own names, the reverse of diffusers' conversion."""
+    """The transformer under HunyuanVideo's native names, the inverse of diffusers' conversion."""
     made: Tensors = {}
     stacks: dict[str, list[tuple[int, Tensor]]] = {}
     for key, tensor in tensors.items():
@@ -102,7 +102,7 @@ def is_matrix(key: str, tensor: Tensor) -> bool:
 
 
 def scaled(weight: Tensor, dtype: torch.dtype, by_rows: bool = False) -> tuple[Tensor, Tensor]:
-    """A matrix divided by one scale, or by one for each row, so that it fills the range of `dtype`."""
+    """A matrix divided by one scale, or one per row, so that it fills the range of `dtype`; and the scale."""
     largest = weight.float().abs().amax(dim=1, keepdim=True) if by_rows else weight.float().abs().amax()
     whole = dtype is torch.int8
     scale = largest / (127 if whole else torch.finfo(dtype).max)
@@ -111,7 +111,7 @@ def scaled(weight: Tensor, dtype: torch.dtype, by_rows: bool = False) -> tuple[T
 
 
 def write_older(file: Path, tensors: Tensors, prefix: str = "") -> None:
-    """FP8 with `scale_weight`, and the mark `scaled_fp8`."""
+    """Write FP8 weights with `scale_weight` tensors and the `scaled_fp8` marker."""
     made: Tensors = {"scaled_fp8": torch.zeros(2, dtype=FLOAT8)}
     for key, tensor in tensors.items():
         made[key] = tensor
@@ -124,7 +124,7 @@ def write_older(file: Path, tensors: Tensors, prefix: str = "") -> None:
 def write_newer(
     file: Path, tensors: Tensors, dtype: torch.dtype, by_rows: bool = False, header: bool = False, prefix: str = ""
 ) -> None:
-    """FP8 or INT8 with `weight_scale`, and each layer's settings in a tensor, or all of them in the header."""
+    """Write FP8 or INT8 with `weight_scale`, with settings in one tensor per layer or all in the header."""
     names = {FLOAT8: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2", torch.int8: "int8_tensorwise"}
     settings, made = {"format": names[dtype]}, {}
     layers: dict[str, object] = {}
@@ -143,19 +143,19 @@ def write_newer(
 
 
 def write_cast(file: Path, tensors: Tensors, dtype: torch.dtype = FLOAT8) -> None:
-    """FP8 without scales."""
+    """Write FP8 weights without scales."""
     save_file({key: tensor.to(dtype) if is_matrix(key, tensor) else tensor for key, tensor in tensors.items()}, file)
 
 
 def write_gguf(file: Path, tensors: Tensors, kind: str, architecture: str = "wan", prefix: str = "") -> None:
-    """All matrices in one of GGUF's types, the rest in F32 as in the published files, by the format's own package."""
+    """Write a GGUF file with all matrices in type `kind` and the rest in F32, as published files have it."""
     import gguf
 
     types = gguf.GGMLQuantizationType
     writer = gguf.GGUFWriter(str(file), architecture)
     for key, tensor in tensors.items():
         values = tensor.float().numpy()
-        if tensor.ndim > 4:  # what the format's own tools do not hold
+        if tensor.ndim > 4:  # more dimensions than GGUF supports
             writer.add_array(f"comfy.gguf.orig_shape.{prefix}{key}", [*values.shape])
             values = values.reshape(values.shape[0], -1)
         made = (
@@ -171,7 +171,7 @@ def write_gguf(file: Path, tensors: Tensors, kind: str, architecture: str = "wan
 
 
 def write_hollow_gguf(file: Path, tensors: Tensors, kind: str) -> None:
-    """A file with the header of `write_gguf`, and holes for data."""
+    """Write a file with the header of `write_gguf` and holes in place of the data."""
     import gguf
 
     types, size = gguf.GGMLQuantizationType, 0
@@ -194,7 +194,7 @@ def write_hollow_gguf(file: Path, tensors: Tensors, kind: str) -> None:
 
 
 def write_hollow_safetensors(file: Path, tensors: Tensors, kind: str) -> None:
-    """A file with the header of older scaled FP8, and holes for data."""
+    """Write a file with the header of `write_older` and holes in place of the data."""
     header: dict[str, object] = {}
     end = 0
 

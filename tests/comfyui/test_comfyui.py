@@ -1,4 +1,4 @@
-"""The nodes in the real ComfyUI, started without a GPU: COMFYUI names its folder, PYTHONPATH the packages it needs."""
+"""The nodes in the real ComfyUI, without a GPU: COMFYUI names its folder, PYTHONPATH leads to the packages it needs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(COMFYUI is None, reason="needs ComfyUI; give its folder as COMFYUI"),
 ]
 SMALL = {"width": 48, "height": 32, "num_inference_steps": 2}
-# a task's changes of its example, and the command that makes the same frames
+# changes to each task's example, and extra flags for the command that makes the same frames
 TASKS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "t2v": ({"num_frames": 9, "seed": 5}, []),
     "i2v": ({"num_frames": 9, "seed": 5}, ["--image", "fox.png"]),
@@ -43,13 +43,13 @@ Prompt = dict[str, dict[str, Any]]
 
 
 class Server:
-    """ComfyUI's HTTP API."""
+    """A running ComfyUI, driven over its HTTP API."""
 
     def __init__(self, port: int, folder: Path) -> None:
         self.address, self.folder = f"http://127.0.0.1:{port}", folder
 
     def call(self, path: str, **body: Any) -> Any:
-        """A GET, or a POST of a body."""
+        """Send a GET, or a POST if there is a body."""
         data = json.dumps(body).encode() if body else None
         request = urllib.request.Request(f"{self.address}/{path}", data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as answer:
@@ -57,7 +57,7 @@ class Server:
         return json.loads(text) if text else None
 
     def wait(self, id: str, seconds: float = 300) -> dict[str, Any]:
-        """What has become of a prompt, once it has ended."""
+        """Wait until a prompt has finished; returns its history entry."""
         end = time.monotonic() + seconds
         while not (found := self.call(f"history/{id}")):
             assert time.monotonic() < end
@@ -68,7 +68,7 @@ class Server:
         return self.wait(self.call("prompt", prompt=prompt)["prompt_id"])
 
     def example(self, task: str, **changes: Any) -> Prompt:
-        """A task's example workflow as a prompt, which saves the frames, too."""
+        """A task's example workflow as a prompt, with a node added that saves the frames."""
         workflow = json.loads((ROOT / "comfyui" / "example_workflows" / f"{task}.json").read_text())
         links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
         known, prompt = self.call("object_info"), {}
@@ -99,7 +99,7 @@ class Server:
 
     @property
     def loads(self) -> int:
-        """How often networks have been loaded."""
+        """How many times models have been loaded."""
         return (self.folder / "log.txt").read_text().count("device cpu, dtype")
 
     @property
@@ -161,7 +161,7 @@ def test_the_same_frames_as_the_command(server, main, tmp_path, task):
 
 
 def test_images_as_a_clip_with_options(server):
-    """From ComfyUI's own nodes: frames and their rate, and flags of the node of options."""
+    """Frames and frame rate from ComfyUI's own nodes, and flags from the options node."""
     prompt = server.example("shot_switching_extension", **SMALL, include_input=True)
     task = next(node for node in prompt.values() if node["class_type"] == "SkyReelsShotSwitchingExtension")
     prompt["parts"] = {"class_type": "GetVideoComponents", "inputs": {"video": task["inputs"]["input_video"]}}
@@ -172,7 +172,7 @@ def test_images_as_a_clip_with_options(server):
 
 
 def test_two_speakers(server):
-    """As long as both one after the other, with their sound."""
+    """Sequential speech: the video lasts as long as both recordings together, and has their sound."""
     prompt = server.example("talking_avatar", **SMALL, audio_type="sequential")
     task = next(node for node in prompt.values() if node["class_type"] == "SkyReelsTalkingAvatar")
     source = task["inputs"]["input_audio_1"]
@@ -201,7 +201,7 @@ def test_interrupted_and_run_again(server):
     first, other = make(1), make(2)
     assert not np.array_equal(first, other) and server.loads == before
     server.call("free", unload_models=True)
-    time.sleep(1)  # done by the thread that runs prompts
+    time.sleep(1)  # ComfyUI unloads in the thread that runs prompts
     np.testing.assert_array_equal(make(1), first)
     assert server.loads == before + 1
 
@@ -264,7 +264,7 @@ USED = {
 
 
 def test_the_stand_in_has_the_same_parameters():
-    """The real ones may have more."""
+    """The real functions may have more."""
 
     def parameters(folder: str) -> dict[str, list[str]]:
         command = [sys.executable, "-c", PROGRAM, folder]

@@ -1,4 +1,4 @@
-"""The nodes, driven through a stand-in of ComfyUI's API; test_comfyui.py runs them in the real one."""
+"""The nodes, driven through a stand-in for ComfyUI's API; test_comfyui.py runs them in the real one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TINY = {"model_id": "tiny"}
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, cache, monkeypatch) -> Iterator[None]:
-    """A cache with toys, and no temporary files that stay."""
+    """Use a cache of toys, and check that no temporary files are left."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("SKYREELS_CACHE", str(cache))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
@@ -51,7 +51,7 @@ def place(tmp_path, cache, monkeypatch) -> Iterator[None]:
 
 
 def picture(name: str) -> torch.Tensor:
-    """An IMAGE, as ComfyUI opens a file."""
+    """An IMAGE, as ComfyUI loads it from a file."""
     return torch.from_numpy(np.asarray(Image.open(ASSETS / name).convert("RGB")).astype(np.float32) / 255)[None]
 
 
@@ -69,7 +69,7 @@ def test_the_pack():
 
 
 def test_each_flag_has_one_place():
-    """A new flag is on the node of options, unless it is said that it is elsewhere or nowhere."""
+    """Every flag is an input of its task's node or of the options node, unless listed as elsewhere or left out."""
     elsewhere = {*nodes.LEFT_OUT, *nodes.FILES, "model_id", "lora"}
     options, loader = (set(inputs_of(NODES[name])) for name in ("SkyReelsOptions", "SkyReelsLoadModel"))
     for name, node in TASKS.items():
@@ -83,7 +83,7 @@ def test_each_flag_has_one_place():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_node_left_alone_changes_nothing(task):
-    """Its values are those of the preset, in their ranges."""
+    """Default inputs equal the preset's values and are within their ranges."""
     for each in inputs_of(TASKS[task]).values():
         if isinstance(each, io.Int.Input | io.Float.Input):
             assert each.min <= each.default <= each.max, each.id
@@ -130,7 +130,7 @@ def frames_of_command(tmp_path: Path) -> np.ndarray:
 
 
 def test_the_frames_of_the_command(main, tmp_path):
-    """With progress and previews; a LoRA-free model and options are handed on."""
+    """The node's frames equal the command's; progress and previews are shown, and options are passed on."""
     options = {"guidance_scale": 3.0}
     values = {**SMALL, "num_frames": 9, "seed": 3, "image": picture("fox.png"), "options": options, "duration": 4}
     images, video = TASKS["i2v"].execute(TINY, "FPS-24, a fox", **values).args
@@ -147,7 +147,7 @@ def test_the_frames_of_the_command(main, tmp_path):
 
 
 def test_two_speakers(main, tmp_path):
-    """Sounds reach the model as they are, and the video has both."""
+    """The sounds reach the model unchanged, and the video has both."""
     paths = [write_tone(tmp_path / f"{rate}.wav", 0.5, rate) for rate in (8000, 16000)]
     tracks = [decode(find_track(path, AUDIO)) for path in paths]
     sounds = [{"waveform": torch.from_numpy(samples)[None], "sample_rate": rate} for samples, rate in tracks]
@@ -166,7 +166,7 @@ def test_two_speakers(main, tmp_path):
 
 
 def test_a_clip_and_what_goes_on_from_it(main, tmp_path, write_lossless):
-    """As images with a rate and as a video with sound; the frames of both come first."""
+    """A clip is accepted as images with a rate and as a video with sound; its frames come first in the output."""
     frames = np.random.default_rng(0).integers(0, 256, (10, 32, 48, 3), dtype=np.uint8)
     clip, images = write_lossless(tmp_path / "clip.mp4", frames), media.to_images([*frames])
     sound = {"waveform": torch.zeros(1, 1, 4000), "sample_rate": 8000}
@@ -185,7 +185,7 @@ def test_a_clip_and_what_goes_on_from_it(main, tmp_path, write_lossless):
 
 
 def test_interrupted(monkeypatch):
-    """Nothing stays but the networks, until ComfyUI wants their memory."""
+    """After an interruption only the loaded models remain, until ComfyUI frees their memory."""
     from comfyui.engine import networks
 
     values = {**SMALL, "num_frames": 5}
@@ -205,7 +205,7 @@ def test_interrupted(monkeypatch):
 
 
 def test_what_is_wrong():
-    """One line, with the names that the nodes have."""
+    """Errors are one line and use the nodes' input names."""
     with pytest.raises(RuntimeError, match=r"^num_frames: 6: not 4k[^\n]*$"):
         TASKS["reference_to_video"].execute(TINY, "a fox", num_frames=6, ref_imgs_1=picture("fox.png"))
     with pytest.raises(RuntimeError, match=r"^keyframe_times: 1 for 2 keyframes"):
@@ -248,7 +248,7 @@ def test_sounds_lose_nothing(tmp_path):
     assert rate == 44100
 
 
-# Files of the pack
+# Files of the node pack
 
 
 def test_the_registry_gets_the_packages_version():

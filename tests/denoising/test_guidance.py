@@ -1,4 +1,4 @@
-"""Guidance, against the published formulas and recorded predictions."""
+"""Guidance against the published formulas and recorded predictions."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_no_guidance(guidance):
 
 
 def test_text_audio_guidance():
-    """The three published forms: both, text alone, sound alone."""
+    """The three published forms: both guidances, text only, audio only."""
     full, no_text, _, silent, nothing = PREDICTIONS.values()
     both = text_audio_guidance(2.0, 3.0)(PREDICTIONS.__getitem__)
     torch.testing.assert_close(both, nothing + 2.0 * (full - no_text) + 3.0 * (no_text - nothing))

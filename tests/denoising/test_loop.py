@@ -1,4 +1,4 @@
-"""The loop, with a model whose predictions are known; schedulers against official trajectories."""
+"""The denoising loop with a model of known predictions; schedulers against official trajectories."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHAPE = (1, 16, 2, 4, 4)
 
 
 class Constant:
-    """A condition under which every velocity is the same number."""
+    """A condition that predicts the same constant velocity everywhere."""
 
     def __init__(self, velocity: float) -> None:
         self.velocity = velocity
@@ -24,7 +24,7 @@ class Constant:
 
 
 def test_guidance_reaches_the_scheduler():
-    """The straight line from noise to data: guided velocity 3 * 2 - 2 * 1 = 4, so the loop ends at noise - 4."""
+    """On the straight path from noise to data, a guided velocity of 3 * 2 - 2 * 1 = 4 must end at noise - 4."""
     noise, scheduler = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)), unipc(8, 5.0)
     steps = [*denoise(None, scheduler, noise, {FULL: Constant(2), NO_TEXT: Constant(1)}, text_guidance(3.0))]
     torch.testing.assert_close(steps[-1][1], noise - 4.0 * scheduler.sigmas[0], atol=1e-4, rtol=0)
@@ -37,7 +37,7 @@ def test_latents_that_are_not_finite_are_an_error():
 
 
 def test_the_constraint_reaches_every_step():
-    """It is applied before the first step and after each, with the noise level that the latents then have."""
+    """It is applied before the first step and after each one, with the latents' current noise level."""
     seen, levels = [], []
 
     class Noted(Constant):
@@ -81,7 +81,7 @@ def test_official_trajectories(reference, case, scheduler):
 
 @pytest.mark.parametrize("steps", [1, 2, 200])
 def test_any_number_of_steps_ends_without_noise(steps):
-    """For a velocity that points from the data to the noise, the last step gives the data."""
+    """With a velocity that points from data to noise, the last step returns the data."""
     data, noise = torch.full((1, 1, 1, 2, 2), 0.5), torch.ones(1, 1, 1, 2, 2)
     scheduler = unipc(steps, 8.0)
     sample = scheduler.sigmas[0] * noise + (1 - scheduler.sigmas[0]) * data

@@ -1,4 +1,4 @@
-"""First-Block Cache: of HunyuanVideo beside diffusers' own hook, and of our transformer, whose blocks overwrite."""
+"""First-Block Cache: HunyuanVideo's against diffusers' own hook, and our transformer's, whose blocks work in place."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def hunyuan():
 
 
 def prompt(name):
-    """What the model is conditioned on under a name."""
+    """The conditioning inputs for a name."""
     generator = torch.Generator().manual_seed(len(name))
     return {
         "encoder_hidden_states": torch.randn(1, 5, 16, generator=generator),
@@ -50,7 +50,7 @@ def prompt(name):
 
 
 def sample(model, under, names):
-    """Euler steps from noise to data, of the sum of the predictions; `under` is as `StepCache.under`."""
+    """Euler steps from noise to data with the sum of the predictions; `under` is called like `StepCache.under`."""
     latents = torch.randn(1, 4, 2, 4, 6, generator=torch.Generator().manual_seed(1))
     for sigma, following in pairwise(torch.linspace(1, 0, STEPS + 1)):
 
@@ -63,7 +63,7 @@ def sample(model, under, names):
 
 @contextmanager
 def counted(model):
-    """The number of blocks that really work: diffusers' hooks call skipped ones too."""
+    """Count the blocks that are actually computed: diffusers' hooks also call skipped ones."""
     count = []
     blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
     handles = [block.attn.register_forward_hook(lambda *_: count.append(1)) for block in blocks]
@@ -103,7 +103,7 @@ def uncached(name, predict):
 
 
 def walk(model, under, names=("full",)):
-    """Euler steps as above, with a clean frame in front; under each name there is another text."""
+    """Euler steps as above, with a clean frame in front and a different text for each name."""
     generator = torch.Generator().manual_seed(1)
     latents, before = torch.randn(1, 16, 2, 4, 6, generator=generator), torch.randn(1, 16, 1, 4, 6, generator=generator)
     contexts = {name: torch.randn(1, 512, 16, generator=generator) for name in names}
@@ -129,7 +129,7 @@ def test_nothing_skipped_changes_nothing():
 
 
 def test_a_skipped_step_adds_what_was_added_before():
-    """To what the first block makes of its own input."""
+    """The cached residual is added to the first block's output for the new input."""
     model, ends = wan(), []
     segments = [[Segment(torch.randn(1, 16, 2, 4, 6))] for _ in range(3)]
     times, context = torch.tensor([[900], [880], [860]]), torch.randn(1, 512, 16)
@@ -169,7 +169,7 @@ def test_conditions_and_loops_are_independent():
 
 
 def test_streamed_blocks():
-    """A block's weights are on the device only while it is called; those of skipped blocks do not come."""
+    """A block's weights are on the device only while it runs; those of skipped blocks are not fetched."""
     model, fetched = wan(), []
     expected = walk_cached(model, StepCache(0.1))
     stream = BlockStream(model, model.blocks, torch.device("cpu"))
@@ -180,7 +180,7 @@ def test_streamed_blocks():
     with stream.active():
         assert torch.equal(walk_cached(model, cache), expected)
     assert 0 < cache.skipped
-    assert len(fetched) <= cache.computed + 1  # the first block, for a step that does not come
+    assert len(fetched) <= cache.computed + 1  # the first block is prefetched for a step that never comes
 
 
 @pytest.mark.parametrize("make", [wan, hunyuan])
@@ -194,7 +194,7 @@ def test_the_blocks_come_back(make):
 
 
 class Others:
-    """A group whose other process has the sums that are given: of changes, and of sizes."""
+    """A group with one other process, which reports fixed sums: of changes, and of magnitudes."""
 
     def __init__(self, *sums):
         self.sums = torch.tensor(sums)
@@ -205,7 +205,7 @@ class Others:
 
 @pytest.mark.parametrize(("sums", "computed"), [((0.0, 1e9), STEPS + 2), ((1e9, 1e9), 3 * STEPS)])
 def test_all_processes_decide(sums, computed):
-    """Theirs outweigh our own: nothing has changed, or everything."""
+    """The other process outweighs this one: nothing has changed, or everything has."""
     cache = StepCache(0.1, Others(*sums))
     walk_cached(wan(), cache)
     assert cache.computed == computed

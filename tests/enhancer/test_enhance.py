@@ -1,4 +1,4 @@
-"""--enhance_prompt: endpoints that behave well and badly, a model on this machine, and whole runs."""
+"""--enhance_prompt with well- and badly-behaved endpoints, with a local model, and in whole runs."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class Endpoint:
     """A server on loopback.
 
     Attributes:
-        answer: what to do with a request.
-        asked: path, headers and body of the requests.
+        answer: handles a request.
+        asked: path, headers and body of each request.
     """
 
     answer: Callable[[BaseHTTPRequestHandler], None]
@@ -73,7 +73,7 @@ def serving(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[Endpoi
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             endpoint.asked.append((self.path, dict(self.headers), body))
-            with suppress(OSError):  # the client has left
+            with suppress(OSError):  # the client has disconnected
                 endpoint.answer(self)
 
         do_GET = do_POST
@@ -97,7 +97,7 @@ def serving(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[Endpoi
 
 def reply(body: bytes, status: int = 200, **headers: str) -> Callable[[BaseHTTPRequestHandler], None]:
     def answer(handler: BaseHTTPRequestHandler) -> None:
-        handler.send_response(status, KEY)  # a phrase that must not be repeated
+        handler.send_response(status, KEY)  # a reason phrase that must not be repeated
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             handler.send_header(name.replace("_", "-"), value)
         handler.end_headers()
@@ -184,8 +184,8 @@ def test_a_redirect_is_not_followed_and_nobody_there(quick, caplog, monkeypatch)
         assert not other.asked
         assert "answers 307 Temporary Redirect, which is not followed: give the final address" in caplog.text
         for name in ("http_proxy", "all_proxy"):
-            monkeypatch.setenv(name, other.url)  # which would get the key
-        assert enhance(asking(endpoint.url), Inputs()).prompt == PROMPT  # it has ended
+            monkeypatch.setenv(name, other.url)  # which would be sent the key
+        assert enhance(asking(endpoint.url), Inputs()).prompt == PROMPT  # the endpoint has ended
         assert not other.asked
     assert "the endpoint cannot be reached (ConnectError)" in caplog.text
 
@@ -202,8 +202,8 @@ def test_a_good_endpoint_is_asked_once(quick, caplog):
         assert request.prompt == request.flags["prompt"] == better
         again = asking(endpoint.url)
         assert enhance(again, inputs).prompt == recall(again, inputs).prompt == request.prompt
-        assert len(endpoint.asked) == 2  # the first was refused
-        assert recall(again, Inputs(images=(noise(),))).to_enhance  # other pictures are another question
+        assert len(endpoint.asked) == 2  # the first request was refused
+        assert recall(again, Inputs(images=(noise(),))).to_enhance  # different images make a different request
         assert recall(replace(again, no_cache=True), inputs).to_enhance
     assert f"the prompt is now: {request.prompt}" in caplog.messages
     path, headers, body = endpoint.asked[-1]
@@ -273,7 +273,7 @@ def test_a_bad_key_is_refused_and_not_shown(monkeypatch):
         ("\u00c9mile ist and \u00d8rsted say \u0418\u0432\u0430\u043d", ["\u00d8rsted", "\u0418\u0432\u0430\u043d"]),
         ("A FOX RUNS THROUGH DEEP SNOW", []),
         ("A Fox Runs Through the Deep Snow", []),
-        ("Ein Fuchs l\u00e4uft durch den Schnee und das Eis", []),  # all nouns have capitals
+        ("Ein Fuchs l\u00e4uft durch den Schnee und das Eis", []),  # German capitalizes all nouns
         ("A POV shot of a TV", []),
         ("[ZOOM_IN_CUT] The sign says \u201cWelcome home\u201d and 'no entry'", ["Welcome home", "no entry"]),
         ('"Stop!" says Bob', ["Stop!", "Bob"]),
@@ -329,7 +329,7 @@ def test_the_words_of_training_are_not_rewritten():
 
 
 def test_an_interrupted_run_keeps_its_prompt():
-    """What the prompt was made from says whether it is the same run, not the prompt."""
+    """Runs are compared by the prompt that was given, not by the enhanced one."""
     asked = asking("http://127.0.0.1")
     begun = asked.with_prompt(BETTER)
     left = json.loads(RunRecord(Path("a.mp4"), begun.flags, given=begun.given).to_json())
@@ -338,7 +338,7 @@ def test_an_interrupted_run_keeps_its_prompt():
     for other in (asking("http://127.0.0.1", "A dog"), asking("http://127.0.0.1", enhancer_model="another")):
         with pytest.raises(UserError, match="--resume: the interrupted run had other flags"):
             RunRecord(Path("a.mp4"), other.flags, given=other.given, to_enhance=True).check_same(left)
-    plain = json.loads(RunRecord(Path("a.mp4"), asked.flags).to_json())  # the same prompt, used as it is
+    plain = json.loads(RunRecord(Path("a.mp4"), asked.flags).to_json())  # the same prompt, but not enhanced
     with pytest.raises(UserError, match="enhance_prompt None -> remote"):
         RunRecord(Path("a.mp4"), asked.flags, given=asked.given, to_enhance=True).check_same(plain)
 
@@ -357,7 +357,7 @@ def test_jobs_with_another_transition_are_other_jobs():
     assert identity_of(line) != identity_of(line | {"enhance_prompt": "local"})
 
 
-# A model on this machine
+# A local model
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 SPECIAL = ("<|im_end|>", "<|endoftext|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
@@ -366,12 +366,12 @@ TEMPLATE = (
     "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SAID = "Wind blows"  # no letter twice: each says which is next
+SAID = "Wind blows"  # no letter repeats, so each determines the next
 
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory) -> Path:
-    """A small Qwen3-VL of random weights, but for those by which each token says the next one of `SAID`."""
+    """A small random Qwen3-VL, except for weights that make each token predict the next one of `SAID`."""
     folder = tmp_path_factory.mktemp("qwen")
     plain = Tokenizer(models.BPE({letter: number for number, letter in enumerate(ALPHABET)}, []))
     plain.pre_tokenizer, plain.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -380,7 +380,7 @@ def qwen(tmp_path_factory) -> Path:
     )
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
-    pictures = {  # as published
+    pictures = {  # the published settings
         **{"size": {"longest_edge": 16777216, "shortest_edge": 4096}, "patch_size": 16, "merge_size": 2},
         **{"temporal_patch_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
         **{"processor_class": "Qwen3VLProcessor", "image_processor_type": "Qwen2VLImageProcessorFast"},
@@ -431,7 +431,7 @@ def test_a_model_on_this_machine(qwen, quick, monkeypatch):
     assert enhance(asked, inputs).prompt == SAID
     assert seen == [[[1, 6, 4], [1, 4, 8]]]  # patches of 16 pixels
     assert enhance(asked, inputs).prompt == recall(asked, inputs).prompt == SAID
-    assert len(seen) == 1  # the answer was kept
+    assert len(seen) == 1  # the answer was cached
 
 
 def test_an_endless_answer_and_models_that_are_none(qwen, quick, monkeypatch, tmp_path, caplog):
@@ -493,7 +493,7 @@ def test_runs_of_the_command(main, quick, interrupt, write_lossless, tmp_path, c
     assert comment["flags"]["prompt"] == expected
     given = {"prompt": "The sail", "transition": "auto", "enhance_prompt": "remote", "enhancer_model": "m"}
     assert comment["given"] == given and endpoint.url not in json.dumps(comment)
-    code, _, stderr = main("--config", "a.mp4", "--output", "b.mp4", "--no_cache")  # the endpoint has ended
+    code, _, stderr = main("--config", "a.mp4", "--output", "b.mp4", "--no_cache")  # the endpoint is gone
     assert code == 0, stderr
     repeated = json.loads(read_comment(tmp_path / "b.mp4"))
     assert repeated["flags"] == comment["flags"] and "given" not in repeated

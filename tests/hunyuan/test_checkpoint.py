@@ -1,4 +1,4 @@
-"""SkyReels V1's checkpoint layout: the toy is one that the stock libraries read, and the loaders are strict."""
+"""SkyReels V1's checkpoint layout: the stock libraries can read the toy, and our loaders are strict."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def toy(tmp_path_factory):
 
 @pytest.fixture
 def root(toy, tmp_path):
-    """A copy to spoil."""
+    """A copy that tests may damage."""
     return shutil.copytree(toy, tmp_path / "copy")
 
 
@@ -64,7 +64,7 @@ def test_it_is_what_the_stock_libraries_load(toy):
 
 
 def test_dtypes(toy):
-    """The Llama's frequencies are float32 in every case."""
+    """The Llama's rotary frequencies are always float32."""
     llama = load_llama(toy / "text_encoder", torch.bfloat16)
     assert {parameter.dtype for parameter in llama.parameters()} == {torch.bfloat16}
     assert {buffer.dtype for buffer in llama.buffers()} == {torch.float32}
@@ -72,7 +72,7 @@ def test_dtypes(toy):
 
 @pytest.mark.parametrize("prefix", ["", "text_model."])
 def test_clips_names(root, toy, prefix):
-    """As a part of the model with the projection, or alone; with the positions that older files hold."""
+    """With and without the `text_model.` prefix, with a projection and the position ids that older files contain."""
     positions = {f"{prefix}embeddings.position_ids": torch.arange(77)[None], "text_projection.weight": torch.ones(4, 4)}
     file = root / "text_encoder_2" / "model.safetensors"
     named = {f"{prefix}{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(file).items()}
@@ -83,7 +83,7 @@ def test_clips_names(root, toy, prefix):
 
 
 def test_llamas_names(root, toy):
-    """As a part of the model that predicts the next token, in shards."""
+    """As part of a causal language model, in shards."""
     file = root / "text_encoder" / "model.safetensors"
     tensors = {f"model.{name}": tensor for name, tensor in load_file(file).items()}
     tensors |= {"lm_head.weight": torch.ones(2, 2), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}

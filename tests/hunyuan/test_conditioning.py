@@ -46,7 +46,7 @@ def stock(request, root):
 
 @pytest.fixture
 def said(caplog) -> Iterator[pytest.LogCaptureFixture]:
-    """All that is logged, by the libraries too, which keep it from the root logger."""
+    """Everything that is logged, including by the libraries, which do not propagate to the root logger."""
     libraries = [logging.getLogger(name) for name in ("transformers", "diffusers")]
     for library in libraries:
         library.addHandler(caplog.handler)
@@ -77,7 +77,7 @@ def test_long_prompts(encoder, said, capsys):
 
 
 def test_prompts_that_are_long_for_clip(root, said, capsys):
-    """One line for each; the libraries have more to say, and do not."""
+    """One warning per prompt; the libraries' own, longer ones are suppressed."""
     encoder = load_text_encoder(root, torch.float32)
     encoder.encode("x" * 75)
     assert not said.messages
@@ -107,7 +107,7 @@ def test_bfloat16_stays_close(root, encoder):
 
 @pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"])
 def test_the_tokenizers_file_counts_and_not_its_class(root, encoder, tmp_path, name):
-    """The published tokenizer is a Llama 3's under the name of Llama 2's."""
+    """The published tokenizer is Llama 3's but declares Llama 2's class."""
     shutil.copytree(root / "tokenizer", tmp_path / "tokenizer")
     config = json.loads((root / "tokenizer" / "tokenizer_config.json").read_text())
     text = json.dumps(config | {"tokenizer_class": name, "legacy": True, "add_prefix_space": None})

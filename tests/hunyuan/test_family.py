@@ -1,4 +1,4 @@
-"""The V1 family: where its components are (beside each other, in a folder, on a hub), and what a forward takes."""
+"""The V1 family: where its components are found (together, in another folder, on a hub), and the cost of a forward."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ REMEDY = f"download these files of {BASE_ID}"
 
 @pytest.fixture
 def whole(t2v_toy, tmp_path) -> Path:
-    """A copy to spoil."""
+    """A copy that tests may damage."""
     return shutil.copytree(t2v_toy, tmp_path / "whole")
 
 
 @pytest.fixture
 def divided(whole, tmp_path) -> tuple[Path, Path]:
-    """The transformer alone, and the rest."""
+    """The transformer's folder, and one with the other components."""
     transformer = tmp_path / "transformer"
     transformer.mkdir()
     for name in TRANSFORMER:
@@ -66,12 +66,12 @@ def locate_base(request: GenerationRequest, checkpoint: Path | None) -> Path | N
 
 
 def test_where_the_other_components_are(divided, t2v_toy):
-    """Beside the transformer or in a folder of their own, which goes first; else they must be fetched."""
+    """Beside the transformer, or in the base model's folder, which takes precedence; otherwise they must be fetched."""
     transformer, base = divided
     given = request_for("--model_id", transformer, "--base_model_id", base)
     assert locate(given) == transformer
     assert locate_base(given, transformer) == base
-    assert locate_base(request_for("--base_model_id", f"{base}/"), None) == base  # the transformer on a hub
+    assert locate_base(request_for("--base_model_id", f"{base}/"), None) == base  # with the transformer on a hub
     assert locate_base(given, t2v_toy) == base
     assert locate_base(request_for("--model_id", t2v_toy), t2v_toy) == t2v_toy
     for task in ("t2v", "i2v"):
@@ -101,7 +101,7 @@ def test_a_missing_file_is_named(divided, lost, named):
 
 
 def test_what_is_beside_the_transformer_is_that_flags(whole):
-    """Where the models are there and something with them is not; a part of them counts for nothing."""
+    """If all models are there, a missing file is an error of --model_id; if a model is missing, the rest is ignored."""
     (whole / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"^--model_id: .* missing tokenizer/tokenizer\.json; download these"):
         locate_base(request_for("--model_id", whole), whole)
@@ -110,7 +110,7 @@ def test_what_is_beside_the_transformer_is_that_flags(whole):
 
 
 def test_clips_tokenizer_in_one_file(divided):
-    """The toy's is in two, as in older repositories."""
+    """The toy's is split into two files, as in older repositories."""
     _, base = divided
     tokenizer = base / "tokenizer_2"
     assert (tokenizer / "vocab.json").is_file() and not (tokenizer / "tokenizer.json").exists()
@@ -139,7 +139,7 @@ def download_base(request: GenerationRequest) -> Path:
 
 @pytest.fixture
 def fetched(monkeypatch, t2v_toy) -> list[tuple[tuple, dict]]:
-    """The calls of the hub's client, which has the toy."""
+    """The calls to the hub's client, which returns the toy."""
     calls: list[tuple[tuple, dict]] = []
 
     def snapshot_download(*names: str, **options: object) -> str:
@@ -154,7 +154,7 @@ def fetched(monkeypatch, t2v_toy) -> list[tuple[tuple, dict]]:
 
 @pytest.mark.parametrize(("flags", "name"), [((), BASE_ID), (("--base_model_id", "some/base"), "some/base")])
 def test_only_what_is_needed_is_fetched(fetched, t2v_toy, flags, name):
-    """The transformer's repository is another one, and HunyuanVideo's own transformer is not wanted."""
+    """The transformer comes from another repository, so HunyuanVideo's own is not fetched."""
     assert download_base(request_for("--model_id", "some/model", *flags)) == t2v_toy
     ((names, options),) = fetched
     assert names == (name,)
@@ -166,7 +166,7 @@ def test_only_what_is_needed_is_fetched(fetched, t2v_toy, flags, name):
 
 @pytest.mark.parametrize(("flags", "name"), [((), BASE_ID), (("--base_model_id", "some/base"), "some/base")])
 def test_a_download_that_fails(monkeypatch, flags, name):
-    """One line about the base's flag, whoever named it."""
+    """One line about --base_model_id, even if it was not given."""
 
     def fail(*_: object, local_files_only: bool = False, **__: object) -> None:
         raise LocalEntryNotFoundError("nothing is here yet") if local_files_only else OSError("no route\nto host")
@@ -180,11 +180,11 @@ def test_a_download_that_fails(monkeypatch, flags, name):
     )
 
 
-# Both folders at work
+# Runs with two folders
 
 
 def test_one_folder_or_two_make_the_same(main, t2v_toy, divided):
-    """Named by their flags, or the rest beside the transformer."""
+    """Both folders given by their flags, or all components in the transformer's folder."""
     transformer, base = divided
     common = (
         *("--task_type", "t2v", "--device", "cpu", "--prompt", "FPS-24, a cat", "--negative_prompt", "blur"),
@@ -200,13 +200,13 @@ def test_one_folder_or_two_make_the_same(main, t2v_toy, divided):
 
 
 def test_the_transformer_of_the_other_task(whole):
-    """It takes another number of channels, which would be found out at the first step."""
+    """Its number of input channels differs; without this check the run would fail at the first step."""
     with pytest.raises(UserError, match=r"in_channels = 16 is not i2v's 32; give a checkpoint of Skywork/SkyReels-V1"):
         check_configs(task_spec("i2v"), whole, whole)
     check_configs(task_spec("t2v"), whole, whole)
 
 
-# What a forward takes, counted in the real transformer
+# The cost of a forward, measured on the real transformer
 
 SMALL = {
     "num_attention_heads": 3, "attention_head_dim": 32, "num_layers": 2, "num_single_layers": 5, "mlp_ratio": 2.7,
@@ -236,7 +236,7 @@ def test_the_published_sizes_are_the_librarys():
 
 
 def test_work_of_a_forward():
-    """torch's own counter sees embeddings, modulation and head as well, which are left out of the plan."""
+    """torch's counter includes embeddings, modulation and head, which the plan leaves out."""
     model = HunyuanTransformer3DModel(**SMALL)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         predict(model, 4, 24, 32, 20)
@@ -246,7 +246,7 @@ def test_work_of_a_forward():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("frames", "height", "width"), [(25, 68, 120), (97, 68, 120), (7, 48, 80)])
 def test_activations_of_a_forward(frames, height, width, dtype):
-    """At the published sizes, on meta."""
+    """At the published sizes, on the meta device."""
     model = build_on_meta("hunyuan", {**task_spec("t2v").transformer, "num_layers": 2, "num_single_layers": 2})
     nn.Module.to(model, getattr(torch, dtype))
     with LiveBytes() as counter:
@@ -256,7 +256,7 @@ def test_activations_of_a_forward(frames, height, width, dtype):
 
 
 def test_activations_of_one_of_several_ranks():
-    """More than its share, for what is exchanged; a ring needs all keys and values of some heads besides."""
+    """More than 1 / n, because of communication buffers; a ring also needs all keys and values of some heads."""
     config = build_on_meta("hunyuan", task_spec("t2v").transformer).config
     alone = family.activation_bytes(config, 50_000, "bfloat16")
     for degrees in (ParallelConfig(1, 1, 2), ParallelConfig(2, 1, 8), ParallelConfig(1, 2, 4)):

@@ -1,4 +1,4 @@
-"""t2v and i2v against diffusers' own pipelines, on the toy's components, in float32."""
+"""t2v and i2v in float32 against diffusers' own pipelines with the toy's components."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ FLAGS = {
 
 @pytest.fixture
 def picture(tmp_path) -> Path:
-    """Of the output's shape, larger."""
+    """An image with the output's aspect ratio, but larger."""
     image = Image.open(ROOT / "assets" / "fox.png").convert("RGB").resize((2 * WIDTH, 2 * HEIGHT))
     image.save(tmp_path / "picture.png")
     return tmp_path / "picture.png"
@@ -71,7 +71,7 @@ def stock(cache, monkeypatch):
             text_encoder_2=CLIPTextModel.from_pretrained(root / "text_encoder_2"),
             tokenizer_2=AutoTokenizer.from_pretrained(root / "tokenizer_2"),
         )
-        pipeline.vae.enable_tiling()  # as the published code has it
+        pipeline.vae.enable_tiling()  # as in the published code
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -79,7 +79,7 @@ def stock(cache, monkeypatch):
 
 
 def expected(pipeline, guidance: float, output: str = "latent", **more):
-    """What diffusers' pipeline makes."""
+    """What diffusers' pipeline returns."""
     return pipeline(
         prompt=PROMPT, negative_prompt=NEGATIVE, height=HEIGHT, width=WIDTH, num_frames=FRAMES,
         num_inference_steps=STEPS, true_cfg_scale=guidance, guidance_scale=1.0, output_type=output,
@@ -88,7 +88,7 @@ def expected(pipeline, guidance: float, output: str = "latent", **more):
 
 
 def made(main, task: str, *flags: object) -> torch.Tensor:
-    """The latents that the command makes."""
+    """The command's final latents."""
     code, _, stderr = main("--task_type", task, *COMMAND, *flags)
     assert code == 0, stderr
     return load_file("made.safetensors")["latents.0"]
@@ -115,7 +115,7 @@ def test_image_to_video(main, stock, picture, way):
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["offload", "streamed"])
 def test_a_picture_of_another_shape_and_more_than_a_tile(main, stock, tmp_path, way):
-    """Cut to the video's shape, then resized, and encoded in the library's tiles: two rows of three."""
+    """Cropped to the video's aspect ratio, then resized, and encoded in diffusers' tiles: two rows of three."""
     fox = Image.open(ROOT / "assets" / "fox.png").convert("RGB").resize((300, 403))
     fox.save(tmp_path / "fox.png")
     height, width = 272, 400
@@ -128,13 +128,13 @@ def test_a_picture_of_another_shape_and_more_than_a_tile(main, stock, tmp_path, 
     ).frames  # fmt: skip
     size = ["--height", height, "--width", width, "--num_frames", 1, "--num_inference_steps", 2]
     flags = [*size, "--image", "fox.png", "--negative_prompt", NEGATIVE, *FLAGS[way]]
-    # the library's pipeline has torch's slow convolutions, whose rounding differs, and this small VAE amplifies it
+    # diffusers' pipeline uses torch's slow convolutions, which round differently, and this small VAE amplifies that
     torch.testing.assert_close(made(main, "i2v", *flags), latents, atol=3 * TOLERANCE, rtol=0)
 
 
 @pytest.mark.slow
 def test_the_embedded_guidance_is_told(main, stock, monkeypatch):
-    """As V1 is used without classifier-free guidance: one forward for each step."""
+    """V1 without classifier-free guidance: one forward per step."""
     pipeline = stock("t2v")
     latents = pipeline(
         prompt=PROMPT, height=HEIGHT, width=WIDTH, num_frames=FRAMES, num_inference_steps=STEPS, guidance_scale=6.0,
@@ -150,7 +150,7 @@ def test_the_embedded_guidance_is_told(main, stock, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
 def test_fp8(main, stock, picture, task):
-    """24 dB of signal over noise in the latents: that of a weight whose rounding, up to 1 in 16, is at its worst."""
+    """At least 24 dB SNR in the latents, the worst case when rounding changes weights by up to 1 in 16."""
     more = {"image": Image.open(picture)} if task == "i2v" else {}
     latents = expected(stock(task), 6.0, **more)
     flags = ["--num_frames", FRAMES, "--negative_prompt", NEGATIVE, "--quant"]
@@ -162,7 +162,7 @@ def test_fp8(main, stock, picture, task):
 
 @pytest.mark.slow
 def test_frames(main, stock, tmp_path):
-    """The decoded video, through H.264."""
+    """The decoded video, after H.264."""
     code, _, _ = main("--task_type", "t2v", *COMMAND, "--num_frames", FRAMES, "--negative_prompt", NEGATIVE,
                         "--output", "frames/")  # fmt: skip
     assert code == 0
@@ -180,13 +180,13 @@ def test_frames_a_second(main):
 
 @pytest.mark.slow
 def test_a_long_video_is_made_with_riflex(main):
-    """201 frames; without RIFLEx it would be another one, and shorter ones are what they are without it."""
+    """With 201 frames RIFLEx changes the video; shorter videos are the same without it."""
     small = ["--height", 32, "--width", 32, "--num_inference_steps", 1, "--guidance_scale", 1]
     long = made(main, "t2v", *small, "--num_frames", 201)
     assert long.shape == (1, 16, 51, 4, 4)
     without = made(main, "t2v", *small, "--num_frames", 201, "--no_riflex", "--save_latents", "b.safetensors")
     assert (load_file("b.safetensors")["latents.0"] - long).abs().max() > 1e-3
-    assert torch.equal(without, long)  # the first file is as it was
+    assert torch.equal(without, long)  # the first file is unchanged
     short = made(main, "t2v", *small, "--num_frames", 189, "--save_latents", "c.safetensors")
     made(main, "t2v", *small, "--num_frames", 189, "--no_riflex", "--save_latents", "d.safetensors")
     assert torch.equal(load_file("c.safetensors")["latents.0"], load_file("d.safetensors")["latents.0"])
@@ -195,7 +195,7 @@ def test_a_long_video_is_made_with_riflex(main):
 
 @pytest.mark.slow
 def test_several_videos(main, tmp_path):
-    """The seeds follow each other, and each video is that of its own seed; one load of the networks."""
+    """Seeds are consecutive, each video is that of its seed, and the models are loaded once."""
     small = ["--task_type", "t2v", *COMMAND[:-2], "--num_frames", 5, "--outdir", "films"]
     code, out, stderr = main(*small, "--video_num", 2)
     assert code == 0
@@ -216,13 +216,13 @@ def test_several_videos(main, tmp_path):
 
 
 def test_a_quantized_checkpoint_stands_alone(main, tmp_path):
-    """Saved with all that V1 takes from elsewhere, and the same video comes of it."""
+    """It includes the components that V1 takes from elsewhere, and makes the same video."""
     flags = ["--num_frames", 5, "--quant"]
     first = made(main, "t2v", *flags, "--save_quantized", "saved")
     code, _, stderr = main("--task_type", "t2v", *COMMAND, *flags[:2], "--model_id", "saved",
                            "--save_latents", "again.safetensors")  # fmt: skip
     assert code == 0, stderr
-    # where a weight lies in memory changes the order of sums
+    # the alignment of weights in memory changes the order of summation
     torch.testing.assert_close(load_file("again.safetensors")["latents.0"], first, atol=1e-4, rtol=0)
     assert {path.name for path in (tmp_path / "saved").iterdir()} >= {"text_encoder", "vae", "scheduler", "config.json"}
 
@@ -231,7 +231,7 @@ CACHED_STEPS = ["--num_frames", FRAMES, "--negative_prompt", NEGATIVE, "--num_in
 
 
 def blocks_of(caplog) -> tuple[int, int]:
-    """Blocks that were computed, and all, as the last run said."""
+    """The numbers of computed blocks and of all blocks, from the last run's log."""
     found = re.findall(r"computed (\d+) of (\d+) blocks", caplog.text)
     return int(found[-1][0]), int(found[-1][1])
 
@@ -251,7 +251,7 @@ def test_first_block_cache_is_that_of_diffusers(main, stock, caplog):
     computed, total = blocks_of(caplog)
     assert total == 2 * 16 * 4 and computed < 0.9 * total  # conditions, steps, blocks
     plain = made(main, "t2v", *CACHED_STEPS, "--save_latents", "plain.safetensors")
-    assert torch.equal(plain, cached)  # the first file is as it was
+    assert torch.equal(plain, cached)  # the first file is unchanged
     assert (load_file("plain.safetensors")["latents.0"] - cached).abs().max() > 1e-3
 
 

@@ -1,4 +1,4 @@
-"""RIFLEx, against the paper's formula in plain float64."""
+"""RIFLEx against the paper's formula in plain float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from skyreels_v3.hunyuan.riflex import intrinsic_component, riflex, riflex_frequencies
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 
-FRAMES = 73  # latent frames of 289, which is one and a half times what the model repeats after
+FRAMES = 73  # latent frames of 289 frames, 1.5 times the length after which the model repeats itself
 THETA, CHANNELS = 256.0, 16
 SMALL = {
     **{"num_attention_heads": 1, "attention_head_dim": 32, "num_layers": 1, "num_single_layers": 1},
@@ -25,12 +25,12 @@ def model() -> HunyuanTransformer3DModel:
 
 
 def period(component: int) -> float:
-    """Latent frames until a pair's angles come back, by the definition of rotary embeddings."""
+    """The period of a rotary component in latent frames, by the definition of rotary embeddings."""
     return 2 * math.pi * THETA ** (2 * component / CHANNELS)
 
 
 def test_the_intrinsic_component():
-    """By the paper the fourth of HunyuanVideo's: its period is closest to the 48 latent frames of a repetition."""
+    """The fourth for HunyuanVideo, as in the paper: its period is closest to the 48 latent frames of a repetition."""
     assert intrinsic_component(CHANNELS, THETA) == 3
     assert period(3) == pytest.approx(50.3, abs=0.05)
     for repeats_after in (7.0, 30.0, 90.0, 1000.0):
@@ -40,7 +40,7 @@ def test_the_intrinsic_component():
 
 @pytest.mark.parametrize("frames", [25, 51, FRAMES, 129])
 def test_frequencies(frames):
-    """Only the intrinsic pair's changes, if its period is too short for the video."""
+    """Only the intrinsic component changes, and only if its period is too short for the video."""
     made = riflex_frequencies(CHANNELS, THETA, frames)
     assert made.dtype == torch.float64 and made.shape == (CHANNELS // 2,)
     for component, frequency in enumerate(made.tolist()):
@@ -50,12 +50,12 @@ def test_frequencies(frames):
 
 
 def test_tables_of_the_model(model):
-    """(cos, sin) of all tokens: the intrinsic pair's by the formula, all others to the bit."""
+    """The (cos, sin) tables of all tokens: the formula for the intrinsic component, bit-identical otherwise."""
     latents = torch.zeros(1, 16, FRAMES, 4, 6)
     stock = model.rope(latents)
     with riflex(model, FRAMES):
         tables = model.rope(latents)
-    angles = np.repeat(np.arange(FRAMES) * 0.9 * 2 * np.pi / FRAMES, 2 * 3)  # frame by frame, 6 tokens each
+    angles = np.repeat(np.arange(FRAMES) * 0.9 * 2 * np.pi / FRAMES, 2 * 3)  # frame by frame, 6 tokens per frame
     others = [*range(6), *range(8, 32)]
     for table, before, function in zip(tables, stock, (np.cos, np.sin), strict=True):
         assert table.dtype == torch.float32 and table.shape == (FRAMES * 6, 32)
@@ -68,7 +68,7 @@ def test_tables_of_the_model(model):
 
 
 def test_ahead_of_existing_hooks(model):
-    """Those that take a part of the tokens get the changed tables."""
+    """Existing hooks, which select some of the tokens, receive the changed tables."""
     model.rope.register_forward_hook(lambda _, __, tables: tuple(table[3:9] for table in tables))
     latents = torch.zeros(1, 16, 5, 4, 4)
     with riflex(model, 60):
@@ -79,4 +79,4 @@ def test_ahead_of_existing_hooks(model):
     np.testing.assert_allclose(sin[:, 7], np.sin(expected), atol=1e-6)
     with pytest.raises(ValueError, match="here"), riflex(model, 60):
         raise ValueError("here")
-    assert len(model.rope._forward_hooks) == 1  # put back, whatever happens
+    assert len(model.rope._forward_hooks) == 1  # the hook is removed even after an error

@@ -1,4 +1,4 @@
-"""Several ranks predict what one does, and send the bytes that docs/scaling.md says."""
+"""Several ranks predict what one does, and send as many bytes as docs/scaling.md says."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SMALL = {
     **{"num_refiner_layers": 1, "text_embed_dim": 24, "pooled_projection_dim": 12, "rope_axes_dim": (4, 2, 2)},
 }
 BLOCKS, DIM = 4, 96
-CASES = {  # latents, and tokens of the text
-    "nothing divides": ((3, 4, 6), 5),  # 23; of 4 ranks the last one has the text, only that and all of it
+CASES = {  # latents, and number of text tokens
+    "nothing divides": ((3, 4, 6), 5),  # 23 tokens; of 4 ranks the last one has exactly the text
     "even": ((2, 4, 6), 12),
     "a text of one token": ((3, 4, 6), 1),
     "more text than video": ((1, 2, 4), 9),
-    "fewer tokens than ranks": ((1, 2, 4), 1),  # 3
+    "fewer tokens than ranks": ((1, 2, 4), 1),  # 3 tokens
     "one of each": ((1, 2, 2), 1),
 }
 
@@ -93,4 +93,4 @@ def test_every_token_is_on_one_rank(video, text, size):
     assert [token for part in made for token in part.text] == [*range(text)]
     assert all(part.tokens == video + text and part.own <= part.share for part in made)
     full = (video + text) // made[0].share
-    assert all(part.own == part.share for part in made[:full])  # padding, if any, is at the end
+    assert all(part.own == part.share for part in made[:full])  # any padding is at the end

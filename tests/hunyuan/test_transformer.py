@@ -1,4 +1,4 @@
-"""The transformer of SkyReels V1, against the library's own."""
+"""SkyReels V1's transformer against diffusers' own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL = {
 }
 TEXT, PADDING = 5, 4
 CPU = torch.device("cpu")
-MATRICES = (  # of a block of either kind, by hand
+MATRICES = (  # the matrices of both kinds of block, listed by hand
     {
         *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "to_add_out")),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -38,7 +38,7 @@ MATRICES = (  # of a block of either kind, by hand
 def made(kind: type[HunyuanVideoTransformer3DModel], **changes: object) -> HunyuanVideoTransformer3DModel:
     torch.manual_seed(0)
     model = kind(**(SMALL | changes)).eval().requires_grad_(False)
-    for parameter in model.parameters():  # norms and biases of a new model do nothing
+    for parameter in model.parameters():  # freshly initialized norms and biases have no effect
         if parameter.ndim == 1:
             parameter.add_(torch.randn_like(parameter) * 0.2)
     if isinstance(model, HunyuanTransformer3DModel):
@@ -47,7 +47,7 @@ def made(kind: type[HunyuanVideoTransformer3DModel], **changes: object) -> Hunyu
 
 
 def inputs(channels: int = 16, text: int = TEXT, padding: int = 0) -> dict[str, Tensor]:
-    """Arguments of a forward; the text's real tokens are the same whatever the padding."""
+    """Arguments of a forward; padding does not change the text's real tokens."""
     draw = torch.Generator().manual_seed(1)
     latents, states = torch.randn(1, channels, 3, 4, 6, generator=draw), torch.randn(1, 64, 24, generator=draw)
     return {
@@ -79,7 +79,7 @@ def test_the_forward_is_the_librarys(channels):
 
 
 def test_attention_is_set_from_outside():
-    """All blocks call it in order, with the whole sequence."""
+    """All blocks call it, in order, with the whole sequence."""
     model = made(HunyuanTransformer3DModel)
     order, seen = [], []
     for block in model.blocks:
@@ -111,7 +111,7 @@ def test_either_class_loads_what_the_other_saves(tmp_path):
 
 
 def test_what_is_quantized():
-    """Attention and feed-forward layers; modulation, embeddings and the head stay."""
+    """Attention and feed-forward layers are quantized; modulation, embeddings and the head are not."""
     model = made(HunyuanTransformer3DModel)
     linear = {name for name, part in model.named_modules() if type(part) is nn.Linear}
     quantize(model.blocks, CPU)
@@ -125,7 +125,7 @@ def test_what_is_quantized():
 
 
 def plain_fp8() -> Tensor:
-    """What a model that is not compiled predicts in FP8."""
+    """The FP8 prediction of a model that is not compiled."""
     model = made(HunyuanTransformer3DModel)
     quantize(model.blocks, CPU)
     return predict(model, inputs())
@@ -133,7 +133,7 @@ def plain_fp8() -> Tensor:
 
 @pytest.fixture
 def traced_only(monkeypatch) -> Iterator[None]:
-    """Graphs are made, and run as they are: how many there are does not depend on the code they become."""
+    """Trace graphs but run them eagerly: the number of graphs does not depend on the backend."""
     torch._dynamo.reset()
     counters.clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
@@ -144,7 +144,7 @@ def traced_only(monkeypatch) -> Iterator[None]:
 
 @pytest.mark.slow
 def test_compiled_and_streamed(traced_only):
-    """One graph for each kind of block, and none for a step or for weights that move."""
+    """One graph per kind of block, and none for further steps or for weights that move."""
     model = made(HunyuanTransformer3DModel)
     expected = predict(model, inputs())
     compile_blocks(model)
@@ -162,7 +162,7 @@ def test_compiled_and_streamed(traced_only):
 
 @pytest.mark.slow
 def test_compiled_for_prompts_of_any_length(traced_only):
-    """A second length takes a graph for all that follow."""
+    """The second length compiles a graph that serves all later ones."""
     model, plain = made(HunyuanTransformer3DModel), made(HunyuanTransformer3DModel)
     compile_blocks(model)
     for text in (5, 9, 17, 33):

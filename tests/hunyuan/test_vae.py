@@ -1,4 +1,4 @@
-"""HunyuanVideo's VAE as a stream, against the library's own decode of everything at once."""
+"""HunyuanVideo's VAE as a stream, against diffusers' decode of everything at once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def stock() -> AutoencoderKLHunyuanVideo:
 
 @pytest.fixture(scope="module")
 def ours(stock) -> HunyuanVAE:
-    """Of a module as it is loaded, without tiles."""
+    """A VAE from the module as loaded, without tiling."""
     module = copy.deepcopy(stock)
     module.disable_tiling()
     return HunyuanVAE(module)
@@ -55,7 +55,7 @@ def test_it_is_the_librarys_decode(ours, stock, frames):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(33, 3), (3, 40)])
 def test_tiles_are_the_librarys(ours, stock, size):
-    """Larger than a tile of 32 x 32, one way or the other; what the planner asks for changes nothing."""
+    """Latents larger than a 32 x 32 tile in one dimension; the planner's number of tiles has no effect."""
     latents = noise(1, 16, 5, *size)
     ours.tiles = (2, 3)
     video = torch.cat(list(ours.decode_stream(latents)), dim=2)
@@ -63,7 +63,7 @@ def test_tiles_are_the_librarys(ours, stock, size):
 
 
 def test_pieces_are_made_when_they_are_asked_for(ours, monkeypatch):
-    """And the frames of one are out before the next one begins: those that it shares with it are held back."""
+    """All frames of a piece are out before the next piece is decoded; those that overlap with it are held back."""
     made, decode = [], ours.module.decode
     monkeypatch.setattr(ours.module, "decode", lambda z: made.append(z.shape[2]) or decode(z))
     seen = [len(made) for _ in ours.decode_stream(noise(1, 16, 9, 2, 2))]
@@ -74,7 +74,7 @@ def test_pieces_are_made_when_they_are_asked_for(ours, monkeypatch):
 @pytest.mark.parametrize("size", [2, 5])
 @pytest.mark.parametrize("frames", [1, 5, 9])
 def test_a_group_makes_the_same(ours, size, frames):
-    """Pieces of unequal length, and fewer than there are processes."""
+    """Pieces of unequal length, and fewer pieces than processes."""
     latents = noise(1, 16, frames, 2, 3)
     expected = torch.cat(list(ours.decode_stream(latents)), dim=2)
     barrier, pieces = Barrier(size), [None] * size
@@ -95,7 +95,7 @@ def test_a_group_makes_the_same(ours, size, frames):
     [((24, 272), False), ((256, 256), True), ((400, 16), True), ((272, 464), True)],
 )
 def test_encode_is_the_librarys(ours, stock, size, sample):
-    """One tile, and several one way or both; the last ones are cut, down to 16 pixels."""
+    """One tile, and several in one or both dimensions; the last ones are cut off, down to 16 pixels."""
     picture = noise(1, 3, 1, *size).clamp(-1, 1)
     generator, own = (torch.Generator().manual_seed(3) if sample else None for _ in range(2))
     expected = retrieve_latents(stock.encode(picture), generator, "sample" if sample else "argmax")
@@ -105,7 +105,7 @@ def test_encode_is_the_librarys(ours, stock, size, sample):
 
 
 def test_pieces_have_the_published_sizes(ours):
-    """256 pixels, every 192; 16 frames and the one before them, every 12."""
+    """256 pixels with a stride of 192; 16 frames plus the preceding one, with a stride of 12."""
     module = ours.module
     assert (module.tile_sample_min_height, module.tile_sample_stride_height) == (256, 192)
     assert (module.tile_sample_min_width, module.tile_sample_stride_width) == (256, 192)
@@ -114,7 +114,7 @@ def test_pieces_have_the_published_sizes(ours):
 
 @torch.inference_mode()
 def test_bfloat16(ours, stock):
-    """float32 at both ends; the sample's noise is the published code's, drawn in the VAE's dtype."""
+    """Inputs and outputs are float32; the sample's noise is drawn in the VAE's dtype, as in the published code."""
     half = HunyuanVAE(copy.deepcopy(ours.module).to(torch.bfloat16))
     assert half.dtype == torch.bfloat16
     video, seed = noise(1, 3, 1, 16, 16).clamp(-1, 1), torch.Generator().manual_seed

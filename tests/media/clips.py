@@ -1,4 +1,4 @@
-"""Clips and sounds for tests, made and looked at with ffmpeg itself."""
+"""Clips and sounds for tests, written and inspected with ffmpeg itself."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def description(path: Path) -> str:
 
 
 def fake_ffmpeg(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a shell script take the place of ffmpeg; in it, $FFMPEG is the real one."""
+    """Replace ffmpeg with a shell script, in which $FFMPEG is the real program."""
     program = folder / "ffmpeg"
     program.write_text(f'#!/bin/sh\nFFMPEG="{get_ffmpeg_exe()}"\n{script}\n')
     program.chmod(0o755)
@@ -39,7 +39,7 @@ def fake_ffmpeg(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def encode(frames: np.ndarray, path: Path, rate: object, *options: object) -> Path:
-    """Write uint8 [N, H, W, 3]."""
+    """Encode uint8 [N, H, W, 3] frames with ffmpeg."""
     size = f"{frames.shape[2]}x{frames.shape[1]}"
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", rate, "-i", "-"]
     ffmpeg(*source, *options, path, data=frames.tobytes())
@@ -54,13 +54,13 @@ def smooth(count: int, height: int = 64, width: int = 96) -> np.ndarray:
 
 
 def write(frames: np.ndarray | Iterator[np.ndarray], path: Path, fps: int = 24, comment: str = "", **options) -> Path:
-    """Our own writer on 64 x 96 frames."""
+    """Write 64 x 96 frames with our own writer."""
     size = {"height": 64, "width": 96, "fps": fps}
     return write_video(iter(frames), path, **(size | options), comment=lambda: comment)
 
 
 def clicks(path: Path, rate: int, seconds: float, times: tuple[float, ...], channels: int = 1) -> Path:
-    """A sound file of silence with a click of 2 ms at every one of `times`; the codec is that of its suffix."""
+    """Write silence with 2 ms clicks at `times` (seconds), in the codec that the suffix implies."""
     levels = np.zeros((round(seconds * rate), channels), "<f4")
     for begin in times:
         levels[round(begin * rate) : round((begin + 0.002) * rate)] = 0.8
@@ -69,19 +69,19 @@ def clicks(path: Path, rate: int, seconds: float, times: tuple[float, ...], chan
 
 
 def heard(path: Path) -> np.ndarray:
-    """The first channel of what a player plays, at 48 kHz and with timestamps obeyed."""
+    """The first channel as a player would play it, at 48 kHz and following the timestamps."""
     options = ["-af", "aresample=48000:async=1:first_pts=0,pan=mono|c0=c0", "-f", "f32le", "-"]
     return np.frombuffer(ffmpeg("-i", path, *options).stdout, "<f4")
 
 
 def click_times(path: Path) -> list[float]:
-    """When the clicks of a file begin, in seconds."""
+    """When the clicks in a file begin, in seconds."""
     loud = np.flatnonzero(np.abs(heard(path)) > 0.2)
     return [float(i) / 48_000 for i, before in zip(loud, [-(10**6), *loud[:-1]], strict=True) if i - before > 4800]
 
 
 def lengths(path: Path) -> tuple[float, float]:
-    """Seconds of picture and sound according to the packets."""
+    """Seconds of picture and sound, according to the packets."""
     totals = []
     for stream in ("0:v", "0:a"):
         listing = ffmpeg("-i", path, "-map", stream, "-c", "copy", "-f", "framecrc", "-").stdout.decode().splitlines()
@@ -92,7 +92,7 @@ def lengths(path: Path) -> tuple[float, float]:
 
 
 def check_refused(work: Callable[[Path], object], path: Path, *words: str) -> None:
-    """That a file is refused, named once, with these words in the reason."""
+    """Check that a file is refused with an error that names it once and contains these words."""
     with pytest.raises(MediaError) as caught:
         work(path)
     assert str(caught.value) == f"{path} {caught.value.reason}"
@@ -102,7 +102,7 @@ def check_refused(work: Callable[[Path], object], path: Path, *words: str) -> No
 
 
 def cut(path: Path, kept: float) -> Path:
-    """A copy of the first part of a file."""
+    """A copy of the first part of a file; `kept` is the fraction of its bytes."""
     short = path.with_name(f"cut_{path.name}")
     short.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
     return short

@@ -1,4 +1,4 @@
-"""Sound of any format is what librosa makes of it, has its loudness set as in training, and can be put together."""
+"""Audio of any format is read as librosa reads it, normalized in loudness as for training, and can be joined."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ refused = partial(check_refused, probe_audio)
 
 
 def save(path: Path, samples: np.ndarray, rate: int = 16_000, subtype: str = "PCM_16") -> Path:
-    """Write [samples] or [samples, channels] by libsndfile."""
+    """Write [samples] or [samples, channels] with libsndfile."""
     soundfile.write(path, samples, rate, subtype=subtype)
     return path
 
@@ -106,7 +106,7 @@ def test_late_sound_track_begins_at_its_first_sample(tmp_path: Path) -> None:
 
 
 def test_wav_of_unknown_length(tmp_path: Path) -> None:
-    """As programs write it into a pipe, which cannot go back to the header."""
+    """As written by programs that output to a pipe and cannot go back to fill in the header."""
     content = bytearray(SPEECH.read_bytes())
     for size in (0, 0xFFFFFFFF):
         content[40:44] = size.to_bytes(4, "little")
@@ -135,13 +135,13 @@ def test_clipping(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def in_5_1(**channels: np.ndarray) -> np.ndarray:
-    """[samples, 6] in the order of WAV files; channels that are not given are silent."""
+    """[samples, 6] in the channel order of WAV files; omitted channels are silent."""
     silent = np.zeros_like(next(iter(channels.values())))
     return np.stack([channels.get(name, silent) for name in ("FL", "FR", "FC", "LFE", "BL", "BR")], 1)
 
 
 def test_surround_is_mixed_to_stereo(tmp_path: Path) -> None:
-    """As ITU-R BS.775 has it, at its level, and without the bass channel."""
+    """As in ITU-R BS.775, at the same level and without the LFE channel."""
     names = ("FL", "FR", "FC", "LFE", "BL", "BR")
     levels = {name: tone(1.0, hertz=200 + 100 * i, level=0.1) for i, name in enumerate(names)}
     samples = read_audio(save(tmp_path / "a.wav", in_5_1(**levels), subtype="FLOAT"))
@@ -150,7 +150,7 @@ def test_surround_is_mixed_to_stereo(tmp_path: Path) -> None:
 
 
 def loudness(path: Path) -> float:
-    """LUFS by ffmpeg's meter."""
+    """LUFS as measured by ffmpeg."""
     log = ffmpeg("-i", path, "-af", "ebur128=framelog=quiet", "-f", "null", "-").stderr.decode()
     return float(re.findall(r"I: +(-?[\d.]+) LUFS", log)[-1])
 
@@ -187,8 +187,8 @@ def test_default_track_is_heard(tmp_path: Path) -> None:
 def test_nothing_to_hear_is_said(tmp_path: Path) -> None:
     note = "has nothing to hear, it is below -70 LUFS; the lips will not follow it"
     assert probe_audio(save(tmp_path / "a.wav", np.zeros(16_000))).notes == (note,)
-    assert probe_audio(save(tmp_path / "b.wav", np.full(16_000, 0.5))).notes == (note,)  # a constant
-    # one second, of many, of a tone 2 dB below and above the gate; the meter's filter is flat here
+    assert probe_audio(save(tmp_path / "b.wav", np.full(16_000, 0.5))).notes == (note,)  # constant: only DC
+    # one second of a tone, 2 dB below and above the gate, in ten seconds of silence; the meter's filter is flat here
     for level, notes in ((-72, (note,)), (-68, ())):
         quiet = np.zeros(160_000)
         quiet[60_000:76_000] = tone(1.0, hertz=997, level=10 ** (level / 20) * np.sqrt(2))
@@ -207,7 +207,7 @@ def test_channels_that_cancel_are_said_and_heard(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [["-b:a", "64k"], ["-q:a", 4]])
 def test_cut_mp3_is_said(tmp_path: Path, options: list[object]) -> None:
-    """Tools that cut between packets leave the length in its header, and players do not mind."""
+    """Tools that cut between packets leave the old length in the header, and players ignore it."""
     save(tmp_path / "noise.wav", np.random.default_rng(0).normal(0, 0.1, 80_000))
     ffmpeg("-i", tmp_path / "noise.wav", *options, tmp_path / "a.mp3")
     (note,) = probe_audio(cut(tmp_path / "a.mp3", 0.6)).notes
@@ -215,7 +215,7 @@ def test_cut_mp3_is_said(tmp_path: Path, options: list[object]) -> None:
 
 
 def test_many_channels(tmp_path: Path) -> None:
-    """More than there are places for are refused, others mixed to stereo."""
+    """More channels than a layout has speakers are refused, others are mixed to stereo."""
     refused(save(tmp_path / "a.wav", np.zeros((16_000, 64))), "unknown channel layout", "stereo")
     ffmpeg("-i", SPEECH, "-af", "pan=7.1.4|FC=c0", "-c:a", "pcm_f32le", tmp_path / "b.wav")
     assert correlation(read_audio(tmp_path / "b.wav"), read_audio(SPEECH)) > 0.99
@@ -296,7 +296,7 @@ def test_limits(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_probe_is_fast(tmp_path: Path) -> None:
     ffmpeg("-f", "lavfi", "-i", "sine=r=44100:d=200", "-ac", 2, "-q:a", 6, tmp_path / "a.mp3")
-    begin = sum(os.times()[:4])  # of processors: the machine may be busy
+    begin = sum(os.times()[:4])  # CPU time: the machine may be busy
     assert probe_audio(tmp_path / "a.mp3").seconds == pytest.approx(200.0)
     assert sum(os.times()[:4]) - begin < 1.5
 
@@ -338,7 +338,7 @@ def test_loud_peaks_are_kept_without_a_warning() -> None:
     assert louder[20_000] / 0.9 == pytest.approx(float(louder[5] / samples[5]), rel=1e-5)
 
 
-# two recordings together
+# joining two recordings
 
 
 def test_mix_parallel(tmp_path: Path) -> None:
@@ -380,7 +380,7 @@ def test_loud_mix_is_limited_not_clipped(tmp_path: Path) -> None:
 
 
 def test_a_flood_of_packets_is_refused(tmp_path: Path) -> None:
-    """Three million of a byte each, which would take half a minute and a gigabyte to list."""
+    """Three million one-byte packets, which would take half a minute and a gigabyte to list."""
     path = tmp_path / "a.amr"
     path.write_bytes(b"#!AMR\n" + b"\x7c" * 3_000_000)
     with pytest.raises(MediaError, match="has more than 500,000 packets; cut it"):

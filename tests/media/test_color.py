@@ -1,4 +1,4 @@
-"""Color matching, against the official one; the conversions against kornia's."""
+"""Color matching against the official implementation; color conversions against kornia's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_off(reference):
 
 
 def test_conversions():
-    """All corners, both sides of all knees, and Lab values that no color has."""
+    """All corners, both sides of every threshold, and Lab values outside the gamut."""
     steps = torch.cat((torch.linspace(0, 0.05, 12), torch.linspace(0.05, 1, 12)))
     rgb = torch.cartesian_prod(steps, steps, steps).T.reshape(1, 3, 24, 576)
     lab = color.rgb_to_lab(rgb)
@@ -36,7 +36,7 @@ def test_conversions():
 
 
 def test_nothing_is_copied_to_the_device():
-    """Such a copy begins with a tensor made from numbers on the host."""
+    """A copy to the device would start with a tensor built from Python numbers."""
     made = []
 
     class Watch(TorchDispatchMode):
@@ -51,7 +51,7 @@ def test_nothing_is_copied_to_the_device():
 
 
 def test_one_change_for_all():
-    """What makes the sample's colors those of the reference is undone in all frames, which differ from each other."""
+    """The color change that maps the sample to the reference is applied to all frames, although they differ."""
     torch.manual_seed(0)
     scene = torch.rand(1, 3, 12, 16, 16) * 0.6 + 0.1
     scene = scene * torch.linspace(1, 0.7, 12)[:, None, None]

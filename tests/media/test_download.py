@@ -1,4 +1,4 @@
-"""URLs, good and bad; the web is a server thread on this machine."""
+"""Downloading from good and bad URLs; the web is a server thread on this machine."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def png(color: tuple[int, int, int]) -> bytes:
 RED, BLUE = png((255, 0, 0)), png((0, 0, 255))
 HTML = b"\n<!-- hi -->\n<!DOCTYPE html><html><body>sign in</body></html>"
 SEEN: list[Message] = []  # headers of the requests
-RELEASE = threading.Event()  # lets waiting handlers end
+RELEASE = threading.Event()  # lets blocked handlers finish
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers by the path's first folder."""
+    """Answers according to the first folder of the path."""
 
     def log_message(self, *_: object) -> None:
         pass
@@ -61,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def drip(self, head: bytes, piece: bytes) -> None:
-        """An answer without end, slower than any timeout between two bytes would notice."""
+        """Send an endless answer whose pieces come faster than any timeout between bytes."""
         self.wfile.write(head)
         while not RELEASE.wait(0.05):
             self.wfile.write(piece)
@@ -116,7 +116,7 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fetch(source: str, folder: Path, **options: int) -> Path:
-    """A download from this machine."""
+    """Download from this machine."""
     return local_file(source, FLAG, folder, **({"timeout": 5, "allow_private": True} | options))
 
 
@@ -171,13 +171,13 @@ def test_not_media(tmp_path: Path, server: str) -> None:
 
 def test_oversize(tmp_path: Path, server: str) -> None:
     downloads = tmp_path / "downloads"
-    check_refused(f"{server}/big/a.png", downloads, "larger than the limit of", max_bytes=2**19)  # says so itself
+    check_refused(f"{server}/big/a.png", downloads, "larger than the limit of", max_bytes=2**19)  # by Content-Length
     check_refused(f"{server}/endless/a.png", downloads, "0.125 MiB", max_bytes=2**17)  # must be counted
     assert fetch(f"{server}/endless/a.png", tmp_path / "ok", max_bytes=200_000).stat().st_size == 200_000
 
 
 def test_compressed(tmp_path: Path, server: str) -> None:
-    """A few hundred bytes could become gigabytes before they are counted."""
+    """A few hundred compressed bytes could expand to gigabytes before they are counted."""
     check_refused(f"{server}/packed/a.png", tmp_path / "no", "the server sends it compressed", max_bytes=2**19)
     assert SEEN[-1]["Accept-Encoding"] == "identity"
 
@@ -193,7 +193,7 @@ def test_server_that_does_not_answer(tmp_path: Path, server: str, case: str) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["trickle", "headers", "slowhops"])
 def test_server_that_takes_its_time(tmp_path: Path, server: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "MAX_SECONDS", 0.5)  # less than the timeout between two bytes
+    monkeypatch.setattr(download, "MAX_SECONDS", 0.5)  # shorter than the timeout between two bytes
     begin = time.monotonic()
     check_refused(f"{server}/{case}/a.png", tmp_path / "downloads", "more than 0.5 s", timeout=3)
     assert time.monotonic() - begin < 2.5
@@ -201,7 +201,7 @@ def test_server_that_takes_its_time(tmp_path: Path, server: str, case: str, monk
 
 def test_no_server(tmp_path: Path) -> None:
     web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    web.server_close()  # nobody listens on its port any more
+    web.server_close()  # nothing listens on its port any more
     downloads = tmp_path / "downloads"
     check_refused(f"http://127.0.0.1:{web.server_port}/a.png", downloads, "cannot be downloaded", "network")
     ports = [f"http://127.0.0.1:{port}/a.png" for port in (-1, 99999)]
@@ -221,7 +221,7 @@ def test_slow_name_lookup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     done = threading.Event()
 
     def look_up(*_: object, flags: int = 0, **__: object) -> None:
-        if not flags:  # a name, not an address
+        if not flags:  # resolving a name, not parsing an address
             done.wait(10)
         raise OSError
 
@@ -260,7 +260,7 @@ def test_redirect_inside(tmp_path: Path, server: str, monkeypatch: pytest.Monkey
 
 
 def test_name_that_changes_its_meaning(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Public when it is looked at, private when it is connected to: nothing is sent."""
+    """A name that is public when checked but private when connected to: nothing is sent."""
     answers = iter(["127.0.0.2", "127.0.0.1"])
     resolve = socket.getaddrinfo
 
@@ -288,7 +288,7 @@ def test_proxy(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> 
     for host in ("127.1", "localhost", "169.254.169.254", "[::1]"):
         check_refused(f"http://{host}/red/a.png", tmp_path / "no", "--allow_private_urls", allow_private=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # the same host, another port
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # same host, different port
     check_refused(f"{server}/red/a.png", tmp_path / "no", "--allow_private_urls", allow_private=False)
 
 

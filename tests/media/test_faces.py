@@ -1,4 +1,4 @@
-"""Two speakers in a portrait are parted between their faces."""
+"""In a portrait of two speakers, the boundary is placed between their faces."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from skyreels_v3.media.video_writer import write_video
 from skyreels_v3.prompts import transitions
 from skyreels_v3.request import GenerationRequest
 
-MIDDLE, SIDE = (224, 113), 109  # of the face in the 512 x 512 photograph that scikit-image has
+MIDDLE, SIDE = (224, 113), 109  # of the face in scikit-image's 512 x 512 photograph
 
 
 def photograph(*places: tuple[int, int, int], size: tuple[int, int] = (1280, 720)) -> Image.Image:
-    """Prints of the photograph on green: left, top and side of each."""
+    """A green picture with copies of the photograph at the given (left, top, side)."""
     skimage = pytest.importorskip("skimage")
     woman = Image.open(Path(skimage.__file__).parent / "data" / "astronaut.png").convert("RGB")
     picture = Image.new("RGB", size, (90, 120, 90))
@@ -49,7 +49,7 @@ def test_other_numbers_of_faces(places: tuple[tuple[int, int, int], ...], count:
 
 
 def shot(tmp_path: Path, side: int, prompt: str = "She waits") -> GenerationRequest:
-    """What --transition auto makes of a clip whose last frames have a face in the photograph, of so many pixels."""
+    """The request that --transition auto makes for a clip that ends in a photograph of `side` pixels; 0 for none."""
     picture = photograph(*([(100, 30, side)] if side else []), size=(640, 360))
     frames = [np.zeros((360, 640, 3), np.uint8)] * 20 + [np.asarray(picture)] * 6
     clip = write_video(frames, tmp_path / "clip.mp4", height=360, width=640, fps=24, comment=str)

@@ -1,4 +1,4 @@
-"""An ffmpeg that cannot do its work here is refused before anything long begins."""
+"""An ffmpeg that cannot do its work here is refused before any long work begins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs are checked or downloaded; outputs are whole, overwrite nothing and leave nothing behind."""
+"""Inputs are checked or downloaded; outputs are written whole, overwrite nothing and leave no partial files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FLAG = "--output"
 
 
 def make(path: Path, folder: bool, text: str) -> Path:
-    """A file, or a folder with one file in it, that says `text`."""
+    """Write a file that contains `text`, or a folder with one such file."""
     if folder:
         path.mkdir()
         (path / "content").write_text(text)
@@ -45,7 +45,7 @@ def said(path: Path) -> str:
 
 @pytest.fixture(params=["link", "no link"])
 def links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second round runs as on a file system without hard links."""
+    """Run with hard links, and as on a file system without them."""
 
     def refuse(*_: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
@@ -148,7 +148,7 @@ def test_check_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_check_writable_without_rights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rights do not stop the superuser, so the refusal is played."""
+    """Permissions do not stop root, so the error is simulated."""
 
     def refuse(**options: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(options["dir"]))
@@ -160,7 +160,7 @@ def test_check_writable_without_rights(tmp_path: Path, monkeypatch: pytest.Monke
 def test_check_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = make(tmp_path / "good", False, "x")
     check_readable(good, FLAG)
-    os.mkfifo(tmp_path / "fifo")  # reading it would wait for ever
+    os.mkfifo(tmp_path / "fifo")  # reading it would block forever
     (tmp_path / "empty").touch()
     for name, word in [
         ("missing", "does not exist"),
@@ -198,7 +198,7 @@ HOLDER = "from skyreels_v3.media.files import run_folder as f\nwith f() as folde
 
 
 def test_temporary_folders_of_killed_runs_are_removed(tmp_path, monkeypatch):
-    """And no others: of runs that live, or made by anybody else."""
+    """Only those: folders of live runs and of anybody else stay."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     root = Path(__file__).resolve().parents[2]
     environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(root)}
@@ -259,7 +259,7 @@ def test_refused(tmp_path: Path, source: str, reason: str) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs")
 def test_what_others_put_into_the_temporary_folder_is_left_alone(tmp_path, monkeypatch):
-    """A FIFO would be waited for without end, a link could lead anywhere."""
+    """A FIFO would block forever, and a link could lead anywhere."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "skyreels-fifo").mkdir()
     os.mkfifo(tmp_path / "skyreels-fifo" / ".in-use")

@@ -1,4 +1,4 @@
-"""Pictures of every kind become 8-bit RGB; the two ways of fitting them agree with the recordings to the bit."""
+"""Images of every kind become 8-bit RGB; both ways of fitting them match the recordings bit for bit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 def sample(height: int = 30, width: int = 40, channels: int = 3) -> np.ndarray:
-    """A smooth picture without any symmetry, uint8 [height, width, channels]."""
+    """A smooth image without any symmetry, uint8 [height, width, channels]."""
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
     planes = [255 * x, 255 * y, 200 * (1 - x) * (0.3 + y), 40 + 180 * x]
     return np.stack(planes[:channels], -1).astype(np.uint8)
@@ -129,7 +129,7 @@ def test_animation_gives_its_first_frame(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
 def test_transparency_becomes_white(tmp_path: Path, mode: str) -> None:
-    """Left half opaque (80, 80, 80), right half transparent."""
+    """The left half is opaque (80, 80, 80), the right half transparent."""
     options: dict[str, object] = {}
     if mode in ("RGBA", "LA"):
         image = Image.new(mode, (20, 10), (0,) * len(mode))
@@ -174,7 +174,7 @@ def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     Image.new("RGB", (30, 30)).save(tmp_path / "big.png")
     monkeypatch.setattr("skyreels_v3.media.image.MAX_FILE_PIXELS", 800)
     refused(tmp_path / "big.png", "too many pixels", "scale it down")
-    monkeypatch.setattr("skyreels_v3.media.image.MAX_FILE_PIXELS", 1200)  # only a warning of Pillow's
+    monkeypatch.setattr("skyreels_v3.media.image.MAX_FILE_PIXELS", 1200)  # Pillow only warns
     assert open_image(tmp_path / "big.png").size == (30, 30)
 
 
@@ -190,7 +190,7 @@ def test_pillow_settings_of_the_host_program_stay(tmp_path: Path, monkeypatch: p
 
 
 def adapted(primaries: list[tuple[float, float]]) -> np.ndarray:
-    """Linear RGB of these primaries and a D65 white to XYZ as an ICC profile has it, adapted to D50 by Bradford."""
+    """The matrix from linear RGB (these primaries, D65 white) to D50 XYZ as in ICC profiles, by Bradford adaptation."""
     xyz = np.array([(x / y, 1, (1 - x - y) / y) for x, y in primaries]).T
     d65, d50 = np.array([0.95046, 1, 1.08906]), np.array([0.9642, 1, 0.8249])
     cones = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
@@ -203,7 +203,7 @@ def fixed(*values: float) -> bytes:
 
 
 def profile(space: bytes, pcs: bytes, tags: dict[bytes, bytes], kind: bytes = b"mntr") -> bytes:
-    """An ICC file of version 2."""
+    """A version 2 ICC profile."""
     white = fixed(0.9642, 1, 0.8249)
     tags = {b"wtpt": b"XYZ \0\0\0\0" + white, b"cprt": b"text\0\0\0\0none\0", **tags}
     table, body, start = b"", b"", 132 + 12 * len(tags)
@@ -236,7 +236,7 @@ def linear_to_srgb(values: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("name", WIDE)
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
 def test_wide_gamuts_become_srgb(tmp_path: Path, name: str, mode: str) -> None:
-    """The same colors, written in a wider space with its profile; a P3 photograph without it looks pale."""
+    """The same colors in a wider space with its profile; without conversion a P3 photograph looks pale."""
     expected = np.array([(200, 60, 40), (40, 90, 200), (230, 230, 230), (90, 180, 60)], np.uint8)[None].repeat(8, 0)
     matrix = np.linalg.solve(adapted(WIDE[name]), adapted(SRGB))
     stored = np.rint(255 * (srgb_to_linear(expected / 255) @ matrix.T).clip(0, 1) ** (1 / 2.2)).astype(np.uint8)
@@ -249,7 +249,7 @@ def test_wide_gamuts_become_srgb(tmp_path: Path, name: str, mode: str) -> None:
     image = Image.fromarray(stored)
     image = image.quantize(16) if mode == "P" else image.convert(mode)
     image.save(tmp_path / "a.png", icc_profile=data)
-    assert np.abs(pixels(open_image(tmp_path / "a.png")) - expected).max() <= 2  # levels of 8 bits in between
+    assert np.abs(pixels(open_image(tmp_path / "a.png")) - expected).max() <= 2  # rounding to 8 bits in between
 
 
 @pytest.mark.parametrize("mode", ["L", "LA"])
@@ -262,7 +262,7 @@ def test_gray_profile(tmp_path: Path, mode: str) -> None:
 
 
 def test_cmyk_profile(tmp_path: Path) -> None:
-    """Of an ink that knows only black, and turns it into lightness."""
+    """The profile of a printer that uses only the black channel, and maps it to lightness."""
     ramp = bytes(range(256))
     lightness = b"".join(bytes([255 * (1 - index % 2), 128, 128]) for index in range(16))
     table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + fixed(1, 0, 0, 0, 1, 0, 0, 0, 1) + ramp * 4 + lightness + ramp * 3
@@ -291,14 +291,14 @@ def test_unusable_profile_is_said(tmp_path: Path) -> None:
         assert image.info[NOTES] == ["has a color profile that cannot be used; it is read as sRGB"]
 
 
-# what is not taken
+# unsupported files
 
 
 @pytest.mark.parametrize(
     "content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n", b"P6 1 1 255\nabc"]
 )
 def test_other_formats_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
-    """For the first one Pillow starts a program, whatever the file's name is."""
+    """For the first one Pillow would start a program, whatever the file's name is."""
     program = tmp_path / "gs"
     program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     program.chmod(0o755)
@@ -327,7 +327,7 @@ def test_large_jpeg_is_decoded_reduced(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_jpeg_of_many_scans(tmp_path: Path) -> None:
-    """Each takes its time, and costs a few bytes."""
+    """Each scan takes time to decode but only a few bytes."""
     Image.new("L", (160, 160), 90).save(tmp_path / "a.jpg", progressive=True)
     assert pixels(open_image(tmp_path / "a.jpg")).max() <= 91
     content = (tmp_path / "a.jpg").read_bytes()

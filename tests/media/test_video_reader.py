@@ -1,4 +1,4 @@
-"""Clips are read by their timestamps, upright and in BT.709 colors, one frame at a time."""
+"""Clips are read by timestamp, upright and in BT.709 colors, one frame at a time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REFERENCE = Path(__file__).parent.parent / "data" / "reference" / "pipelines" / 
 
 
 def numbered(count: int) -> np.ndarray:
-    """Gray frames of which each says its number: value = 2 * number. uint8 [count, 16, 16, 3]."""
+    """Gray frames that encode their number: value = 2 * number. uint8 [count, 16, 16, 3]."""
     return np.repeat(np.arange(count, dtype=np.uint8) * 2, 16 * 16 * 3).reshape(count, 16, 16, 3)
 
 
@@ -34,7 +34,7 @@ def numbers(frames: Iterator[np.ndarray]) -> list[int]:
 
 
 def picked(times: list[Fraction], end: Fraction, fps: int) -> list[int]:
-    """Which source frame every output frame shows: the last one that is not later, to half a frame."""
+    """The source frame that each output frame shows: the last one that starts at most half a frame later."""
 
     def slot(seconds: Fraction) -> int:
         return floor(seconds * fps + Fraction(1, 2))
@@ -70,21 +70,21 @@ def test_other_rates_are_resampled_by_timestamps(tmp_path: Path, rate: str, fps:
 
 
 def test_variable_rate(tmp_path: Path) -> None:
-    """Frames further and further apart: 11, 15, 19, ... milliseconds."""
+    """Frames at growing intervals: 11, 15, 19, ... milliseconds."""
     milliseconds = [9 * n + 2 * n * n for n in range(30)]
     options = ["-vf", "setpts='9*N+2*N*N'", "-fps_mode", "passthrough", "-enc_time_base", "1/1000"]
     clip = encode(numbered(30), tmp_path / "vfr.mkv", 1000, *options, *LOSSLESS)
     times = [Fraction(t, 1000) for t in milliseconds]
     expected = picked(times, times[-1] + Fraction(1), 24)
     frames = numbers(read_frames(clip, 24))
-    known = expected.index(29)  # how long the last frame is shown is not in the file
+    known = expected.index(29)  # the file does not say how long the last frame is shown
     assert frames[:known] == expected[:known]
     assert set(frames[known:]) <= {29}
     assert probe_video(clip, 24).frames == len(frames)
 
 
 def test_long_still_does_not_pile_up(tmp_path: Path) -> None:
-    """Recordings of a screen have no frames while nothing moves: here for hours."""
+    """Screen recordings have no frames while nothing moves, here for hours."""
     pause = "setpts='PTS+gte(N,12)*20000/TB'"
     clip = encode(numbered(24), tmp_path / "a.mkv", 24, "-vf", pause, "-fps_mode", "passthrough", *LOSSLESS)
     begin = time.monotonic()
@@ -162,7 +162,7 @@ TO_BT2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.016
 
 
 def encode_deep(rgb: np.ndarray, path: Path, transfer: str) -> Path:
-    """Write three frames of RGB colors in [0, 1], each a patch of 16 x 16 pixels, as BT.2020 in 12 bits, lossless."""
+    """Write three identical frames of 16 x 16 patches with these RGB colors in [0, 1], as lossless 12-bit BT.2020."""
     picture = np.rint(np.clip(rgb, 0, 1) * 65535).astype("<u2").repeat(16, 0)[None].repeat(16, 0)
     source = ["-f", "rawvideo", "-pix_fmt", "rgb48le", "-s", f"{16 * len(rgb)}x16", "-r", 24, "-i", "-"]
     filters = "scale=out_color_matrix=bt2020:out_range=tv:flags=accurate_rnd,format=yuv444p12le,"
@@ -177,13 +177,13 @@ def patches(path: Path) -> np.ndarray:
 
 
 def pq(nits: np.ndarray) -> np.ndarray:
-    """SMPTE ST 2084."""
+    """The SMPTE ST 2084 transfer function."""
     power = (nits / 10000) ** (2610 / 16384)
     return ((3424 / 4096 + 2413 / 128 * power) / (1 + 2392 / 128 * power)) ** (2523 / 32)
 
 
 def hlg(nits: np.ndarray) -> np.ndarray:
-    """ITU-R BT.2100 for a display of 1000 cd/m2."""
+    """The ITU-R BT.2100 transfer function for a 1000 cd/m2 display."""
     display = nits / 1000
     luminance = np.maximum(display @ [0.2627, 0.6780, 0.0593], 1e-9)[..., None]
     scene = display * luminance ** (1 / 1.2 - 1)
@@ -195,9 +195,9 @@ def hlg(nits: np.ndarray) -> np.ndarray:
     "name, curve, transfer, tolerance", [("PQ", pq, "smpte2084", 2), ("HLG", hlg, "arib-std-b67", 12)]
 )
 def test_hdr_is_tone_mapped(tmp_path: Path, name: str, curve, transfer: str, tolerance: int) -> None:
-    """The same picture as SDR's, whose white is at 203 cd/m2; brighter colors are not all white.
+    """HDR gives the same picture as SDR with white at 203 cd/m2, and not all brighter colors become white.
 
-    The tolerance for HLG is for its system gamma, which zimg applies to each channel and not to the luminance.
+    The tolerance for HLG covers its system gamma, which zimg applies per channel instead of to the luminance.
     """
     nits = 203 * (PATCHES / 255) ** 2.4 @ TO_BT2020.T
     highlights = np.array([203, 400, 1000])[:, None] * np.ones(3)
@@ -232,7 +232,7 @@ def test_wide_gamut_becomes_bt709(tmp_path: Path, transfer: str) -> None:
 )
 @pytest.mark.parametrize("values", ["tv", "pc"])
 def test_matrix_and_range(tmp_path: Path, matrix: str, height: int, options: list[str], values: str) -> None:
-    """As the clip says, else by its height."""
+    """As declared in the clip, otherwise chosen by its height."""
     frame = np.full((1, height, 64, 3), (200, 90, 40), np.uint8)
     scale = ["-vf", f"scale=out_color_matrix={matrix}:out_range={values},format=yuv444p", "-color_range", values]
     clip = encode(frame, tmp_path / "a.mkv", 24, *scale, *options, *LOSSLESS)
@@ -242,14 +242,14 @@ def test_matrix_and_range(tmp_path: Path, matrix: str, height: int, options: lis
 INTERLACED = {
     "a.mp4": ("96x96", ["-c:v", "libx264", "-flags", "+ilme+ildct", "-crf", 4]),
     "b.mkv": ("96x96", ["-c:v", "mpeg2video", "-flags", "+ilme+ildct", "-q:v", 2]),
-    "c.avi": ("720x576", ["-c:v", "dvvideo"]),  # a camcorder's, which only says so of each frame
+    "c.avi": ("720x576", ["-c:v", "dvvideo"]),  # from a camcorder; only its frames say that they are interlaced
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INTERLACED)
 def test_interlaced_fields_become_frames(tmp_path: Path, name: str) -> None:
-    """A bar that moves by 8 pixels a field is straight in every frame."""
+    """A bar that moves by 8 pixels per field has straight edges in every frame."""
     size, codec = INTERLACED[name]
     bar = np.zeros((32, 64, 96, 3), np.uint8)
     for number, frame in enumerate(bar):
@@ -266,7 +266,7 @@ def test_interlaced_fields_become_frames(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name, codec", [("a.avi", ["mjpeg"]), ("b.mkv", ["huffyuv", "-pix_fmt", "yuv422p"])])
 def test_progressive_frames_are_left_alone(tmp_path: Path, name: str, codec: list[object]) -> None:
-    """Where the file does not say what they are, as the recorded clip does."""
+    """When the file does not say whether it is interlaced; the recorded clip does."""
     clip = encode(smooth(30), tmp_path / name, 24, "-c:v", *codec)
     expected = ffmpeg("-i", clip, "-vf", TO_RGB, "-f", "rawvideo", "-").stdout
     assert b"".join(frame.tobytes() for frame in read_frames(clip, 24)) == expected
@@ -281,7 +281,7 @@ TRANSPARENT = {
 
 @pytest.mark.parametrize("name", TRANSPARENT)
 def test_transparency_becomes_white(tmp_path: Path, name: str) -> None:
-    """As in pictures: opaque, half and wholly transparent."""
+    """As for images: opaque, half transparent and fully transparent."""
     frames = np.zeros((2, 32, 96, 4), np.uint8)
     frames[..., :3] = (200, 40, 90)
     frames[:, :, :32, 3], frames[:, :, 32:64, 3] = 255, 128
@@ -305,7 +305,7 @@ def test_recorded_clip() -> None:
 @pytest.mark.slow
 def test_probe_is_fast(tmp_path: Path) -> None:
     clip = encode(np.repeat(smooth(1, 360, 640), 240, 0), tmp_path / "a.mp4", 24, "-preset", "ultrafast")
-    begin = sum(os.times()[:4])  # of processors: the machine may be busy
+    begin = sum(os.times()[:4])  # CPU time: the machine may be busy
     assert probe_video(clip, 24).frames == 240
     assert sum(os.times()[:4]) - begin < 0.5
 
@@ -344,7 +344,7 @@ def test_not_a_clip(tmp_path: Path) -> None:
 
 
 def test_undecodable_clip(tmp_path: Path) -> None:
-    """The index is fine, the pictures are zeros."""
+    """The index is intact, the frames are zeros."""
     clip = encode(smooth(10), tmp_path / "a.mp4", 24, "-c:v", "mpeg4")
     content = bytearray(clip.read_bytes())
     begin = content.index(b"mdat") + 4
@@ -355,7 +355,7 @@ def test_undecodable_clip(tmp_path: Path) -> None:
 
 
 def test_too_large_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also by their aspect ratio, which may be anything in the file."""
+    """Including through the aspect ratio, which the file can set to anything."""
     monkeypatch.setattr("skyreels_v3.media.video_reader.MAX_FRAME_PIXELS", 1000)
     refused(encode(smooth(2, 32, 32), tmp_path / "a.mkv", 24, *LOSSLESS), "frames of more than", "scale it down")
     wide = encode(smooth(2, 16, 32), tmp_path / "b.mkv", 24, *LOSSLESS, "-vf", "setsar=2")

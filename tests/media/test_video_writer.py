@@ -1,4 +1,4 @@
-"""Videos and frame folders are written whole, streamed, whatever goes wrong on the way."""
+"""Videos and frame folders are streamed and written whole, whatever goes wrong on the way."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def atoms(path: Path) -> list[str]:
 
 
 def check_video(path: Path, size: str, fps: int) -> None:
-    """That a file is what players and browsers like."""
+    """Check that players and browsers will accept a file."""
     assert atoms(path).index("moov") < atoms(path).index("mdat")
     assert re.search(rf"Video: h264 \(High\).*yuv420p\(tv, bt709, progressive\), {size}.*{fps} fps", description(path))
 
@@ -76,7 +76,7 @@ def test_colors_are_bt709(tmp_path: Path) -> None:
     path = write(np.broadcast_to(row, (6, 48, *row.shape)), tmp_path / "a.mp4", height=48, width=len(row))
     for frame in read_frames(path, 24):
         assert np.abs(frame[24, 16::32].astype(int) - colors).max() <= 3
-    # and by the standard's own numbers, so that reader and writer cannot be wrong together
+    # and by the standard's own constants, so that reader and writer cannot share an error
     raw = ffmpeg("-i", path, "-f", "rawvideo", "-pix_fmt", "yuv420p", "-").stdout
     luma = np.frombuffer(raw, np.uint8)[: 48 * len(row)].reshape(48, -1)[24, 16::32]
     assert np.abs(luma - (16 + 219 / 255 * colors @ [0.2126, 0.7152, 0.0722])).max() <= 2
@@ -94,7 +94,7 @@ def test_comment(tmp_path: Path) -> None:
 
 
 def test_frames_are_encoded_as_they_come(tmp_path: Path) -> None:
-    """A frame is let go before the next but one is asked for."""
+    """At most two frames are alive at a time."""
     alive: list[weakref.ref[np.ndarray]] = []
 
     def frames() -> Iterator[np.ndarray]:
@@ -125,7 +125,7 @@ def test_frame_folder_is_lossless(tmp_path: Path) -> None:
 
 
 def test_copied_frames_are_the_same(tmp_path: Path) -> None:
-    """Once all have passed; what a killed run has left is replaced."""
+    """The copy appears once all frames have passed; what a killed run left behind is replaced."""
     frames = [*np.random.default_rng(0).integers(0, 256, (7, 32, 48, 3), np.uint8)]
     copy = tmp_path / "folder" / "copy.mp4"
     copying = copy_frames((frame for frame in frames), copy, 24)
@@ -174,7 +174,7 @@ def test_no_frames(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize("bad", [np.zeros((64, 95, 3), np.uint8), np.zeros((64, 96, 3), np.float32)])
 def test_only_whole_frames_before_a_failure_are_kept(tmp_path: Path, bad: np.ndarray) -> None:
-    """A frame that cannot be written ends the file, even if good ones wait behind it."""
+    """A frame that cannot be written ends the file, even if good frames follow."""
     with pytest.raises(ValueError, match=r"frame is .* not uint8"):
         write([*smooth(5), bad, *smooth(5)], tmp_path / "a.mp4")
     assert len(list(read_frames(tmp_path / "a.partial.mp4", 24))) == 5
@@ -182,7 +182,7 @@ def test_only_whole_frames_before_a_failure_are_kept(tmp_path: Path, bad: np.nda
 
 @pytest.mark.parametrize("read", ["", "head -c 100000 >/dev/null;", "cat >/dev/null;"])
 def test_ffmpeg_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: str) -> None:
-    """At once, in the middle, at the end."""
+    """At once, in the middle, and at the end."""
     leave = 'for last; do :; done\n: > "${last#file:}"'
     fake_ffmpeg(tmp_path, f'{leave}\n{read}\necho "No space left" >&2\nexit 1', monkeypatch)
     (tmp_path / "out").mkdir()
@@ -208,7 +208,7 @@ write_video(frames(), Path(sys.argv[1]), height=480, width=640, fps=24, comment=
 
 @pytest.mark.slow
 def test_ctrl_c_keeps_the_frames(tmp_path: Path) -> None:
-    """As in a terminal: the signal goes to the whole process group, mostly while a frame is being handed over."""
+    """As in a terminal: the signal goes to the whole process group, mostly while a frame is being passed to ffmpeg."""
     run = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED, str(tmp_path / "a.mp4")],
         cwd=ROOT,
@@ -229,20 +229,20 @@ def test_ctrl_c_keeps_the_frames(tmp_path: Path) -> None:
     assert len(list(read_frames(tmp_path / "a.partial.mp4", 24))) == frames
 
 
-# Making frames while others are written
+# Producing frames while others are written
 
 
 @pytest.fixture
 def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """ffmpeg does not begin, and takes no frame, before this file is there."""
+    """Returns a file; until it exists ffmpeg does not start and accepts no frame."""
     path = tmp_path / "go"
     fake_ffmpeg(tmp_path, f'while [ ! -e "{path}" ]; do sleep 0.01; done\nexec "$FFMPEG" "$@"', monkeypatch)
     yield path
-    path.touch()  # a test that fails must not hang
+    path.touch()  # a failing test must not hang
 
 
 class Producer:
-    """Counts the frames that it was asked for, each a gray of its own; they are larger than a pipe."""
+    """Produces frames of different grays and counts them; a frame is larger than a pipe's buffer."""
 
     def __init__(self, count: int, error: BaseException | None = None) -> None:
         self.made = 0
@@ -257,7 +257,7 @@ class Producer:
             raise self.error
 
     def has_made(self, count: int) -> bool:
-        """Whether it comes to make `count` frames, and no more while one could wait for them."""
+        """Whether exactly `count` frames get produced while the writer is blocked."""
         end = time.monotonic() + 10
         while self.made < count and time.monotonic() < end:
             time.sleep(0.01)
@@ -282,7 +282,7 @@ def no_thread_is_left() -> Iterator[None]:
 
 
 def test_frames_are_made_while_one_is_written(tmp_path: Path, gate: Path) -> None:
-    """As many as the bound allows, and none is lost or changes its place."""
+    """As many as the bound allows, with none lost or out of order."""
     frames = Producer(3 * FRAMES_AHEAD)
     run = threading.Thread(target=write_large, args=(frames, tmp_path / "a.mp4"))
     run.start()
@@ -294,7 +294,7 @@ def test_frames_are_made_while_one_is_written(tmp_path: Path, gate: Path) -> Non
 
 
 def interrupt(frames: Producer, made: int, then: Callable[[], object]) -> None:
-    """Send Ctrl-C when so many frames are made, and do something a little later."""
+    """Send Ctrl-C once `made` frames are produced, and call `then` a little later."""
 
     def work() -> None:
         frames.has_made(made)
@@ -308,7 +308,7 @@ def interrupt(frames: Producer, made: int, then: Callable[[], object]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [FRAMES_AHEAD - 6, 3 * FRAMES_AHEAD])
 def test_ctrl_c_while_waiting_for_the_encoder(tmp_path: Path, gate: Path, count: int) -> None:
-    """For its end, and for room: every frame that was made is kept."""
+    """Waiting for it to finish, and waiting for room in its queue: every frame that was produced is kept."""
     frames = Producer(count)
     made = min(count, FRAMES_AHEAD + 1)
     interrupt(frames, made, gate.touch)
@@ -320,7 +320,7 @@ def test_ctrl_c_while_waiting_for_the_encoder(tmp_path: Path, gate: Path, count:
 
 @pytest.mark.slow
 def test_second_ctrl_c_does_not_wait_for_the_encoder(tmp_path: Path, gate: Path) -> None:
-    """The encoder hangs for good; it is ended, and nothing is left."""
+    """The encoder hangs; it is killed and nothing is left."""
     frames = Producer(3 * FRAMES_AHEAD)
     interrupt(frames, FRAMES_AHEAD + 1, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
@@ -354,7 +354,7 @@ def write_with(audio: object, count: int, path: Path, fps: int = 25, **options) 
     ],
 )
 def test_sound_is_heard_in_time_at_its_own_quality(tmp_path: Path, rate: int, channels: int, layout: str) -> None:
-    """AAC begins with a frame of nothing, which must not delay the sound."""
+    """AAC starts with a priming frame, which must not delay the sound."""
     path = write_with(clicks(tmp_path / "a.wav", rate, 2.0, (0.2, 1.0, 1.9), channels), 50, tmp_path / "a.mp4")
     assert click_times(path) == pytest.approx([0.2, 1.0, 1.9], abs=0.004)
     assert lengths(path) == pytest.approx((2.0, 2.0), abs=1e-3)
@@ -383,7 +383,7 @@ def test_sound_leaves_picture_and_file_as_they_are(tmp_path: Path) -> None:
 
 
 def test_late_sound_track_begins_with_the_picture(tmp_path: Path) -> None:
-    """As `read_audio` hands it to the model."""
+    """The model gets the sound from `read_audio`, which starts it at zero too."""
     sound = clicks(tmp_path / "a.flac", 44_100, 1.0, (0.3,))
     late = tmp_path / "late.mkv"
     ffmpeg("-i", encode(smooth(50), tmp_path / "b.mp4", 25), "-itsoffset", 0.7, "-i", sound, "-c", "copy", late)
@@ -402,7 +402,7 @@ def test_partial_file_has_sound(tmp_path: Path, error: BaseException) -> None:
 
 
 def test_unusable_sound_does_not_cost_the_frames(tmp_path: Path) -> None:
-    """It was whole when it was probed, hours ago."""
+    """The file was intact when it was probed, perhaps hours ago."""
     (tmp_path / "a.wav").write_text("hello " * 100)
     with pytest.raises(RuntimeError, match=r"a\.wav "):
         write_with(tmp_path / "a.wav", 20, tmp_path / "out" / "a.mp4")
@@ -421,7 +421,7 @@ def test_ctrl_c_while_the_sound_is_added(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(list(read_frames(tmp_path / "out" / "a.partial.mp4", 25))) == 20
 
 
-# The sound of a clip that comes first
+# The sound of a clip that precedes the new frames
 
 
 @pytest.mark.slow
@@ -435,7 +435,7 @@ def test_ctrl_c_while_the_sound_is_added(tmp_path: Path, monkeypatch: pytest.Mon
     ],
 )
 def test_sound_of_the_clip_stays_with_its_frames(tmp_path: Path, name: str, options: list[object], heard_at) -> None:
-    """Silence comes after it; the clip is 1.5 s long, at another rate, and the video 3 s."""
+    """Silence follows it; the clip lasts 1.5 s at another frame rate, the video 3 s."""
     sound = clicks(tmp_path / "a.wav", 48_000, 3.0, (0.2, 0.9, 1.9), 2)
     picture = encode(smooth(45), tmp_path / "b.mp4", 30)
     streams = ["-c:v", "copy", "-c:a", "aac", "-map", "0:v", "-map", "1:a"]
@@ -448,7 +448,7 @@ def test_sound_of_the_clip_stays_with_its_frames(tmp_path: Path, name: str, opti
 
 
 def test_sound_of_a_clip_with_gaps_in_its_times(tmp_path: Path) -> None:
-    """Both tracks pause for a second, as where a phone's recording was interrupted."""
+    """Both tracks have a gap of one second, as when a phone's recording is interrupted."""
     pause = "'PTS+gte(T,0.5)/TB'"
     sound = clicks(tmp_path / "a.wav", 48_000, 1.5, (0.2, 0.9))
     picture = encode(smooth(36), tmp_path / "b.mp4", 24)

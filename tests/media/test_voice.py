@@ -1,4 +1,4 @@
-"""Voices: out of music, of a text, when somebody speaks, and who. Truths are known: the sounds are made here."""
+"""Voices: separated from music, synthesized, detected and told apart. The sounds are synthetic, so truth is known."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RATE = 16_000
 
 
 class Interrupted(BaseException):
-    """Like KeyboardInterrupt, but pytest goes on."""
+    """Like KeyboardInterrupt, but does not stop pytest."""
 
 
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
@@ -48,15 +48,15 @@ def music(seconds: float) -> np.ndarray:
 
 @pytest.mark.parametrize("noise", ["silence", "hiss", "music"])
 def test_silence_between_the_words(noise: str, caplog: pytest.LogCaptureFixture) -> None:
-    """What is heard before, between and after two sentences is taken away, and they stay as they are."""
+    """Sound before, between and after two sentences is muted, the sentences are unchanged."""
     pytest.importorskip("silero_vad")
-    sentence = normalize_loudness(read_audio(ASSETS / "speech.mp3"))  # 5.42 s, the last 0.25 of them silent
+    sentence = normalize_loudness(read_audio(ASSETS / "speech.mp3"))  # 5.42 s, of which the last 0.25 are silent
     speech = np.concatenate((silence(1.0), sentence, silence(1.5), sentence, silence(1.0)))
     hiss = np.random.default_rng(0).normal(0, 0.01, len(speech)).astype(np.float32)
     noises = {"silence": 0 * speech, "hiss": hiss, "music": 0.2 * music(len(speech) / RATE)}[noise]
     threads = torch.get_num_threads()
     heard = voice.keep_speech(speech + noises)
-    assert torch.get_num_threads() == threads  # which the package changes
+    assert torch.get_num_threads() == threads  # the package changes it
     times = np.arange(len(speech)) / RATE
     for begin, end in ((0, 0.8), (6.5, 7.7), (13.4, 14.4)):
         assert not heard[(times >= begin) & (times < end)].any()
@@ -68,7 +68,7 @@ def test_silence_between_the_words(noise: str, caplog: pytest.LogCaptureFixture)
     assert "there is no speech in 14.3 s of sound" in caplog.records[-1].message
 
 
-# vocals
+# vocal separation
 
 STAND_IN = '''
 """As audio-separator's command line is documented; its "model" is a recording of the music."""
@@ -95,7 +95,7 @@ def main():
 
 @pytest.fixture
 def separator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in for audio-separator; returns the folder of its models."""
+    """Install a stand-in for audio-separator; returns the folder of its models."""
     packages = tmp_path / "packages"
     (packages / "audio_separator" / "utils").mkdir(parents=True)
     (packages / "audio_separator" / "utils" / "cli.py").write_text(STAND_IN)
@@ -122,18 +122,18 @@ def test_a_voice_without_its_music(separator: Path, tmp_path: Path) -> None:
     assert np.corrcoef(read_audio(tmp_path / "song.flac")[inner], speech[inner])[0, 1] < 0.9
 
 
-# speaking
+# speech synthesis
 
 
 @needs_espeak
 def test_a_text_is_spoken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("skyreels_v3.media.voice.has_packages", lambda *names: False)  # not kokoro
+    monkeypatch.setattr("skyreels_v3.media.voice.has_packages", lambda *names: False)  # no kokoro
     text = "-w /tmp/x --version; $(reboot)\nThe boat sails on into the dusk."
     path = voice.speak(text, None, tmp_path)
     assert caplog.records[0].message.startswith("espeak-ng speaks the text")
     assert 3 < probe_audio(path).seconds < 15 and np.abs(read_audio(path)).max() > 0.1
     before = path.stat().st_mtime_ns
-    assert voice.speak(text, None, tmp_path) == path and path.stat().st_mtime_ns == before  # not spoken again
+    assert voice.speak(text, None, tmp_path) == path and path.stat().st_mtime_ns == before  # from the cache
     slow = voice.speak("Guten Tag", "de", tmp_path)
     assert slow != path and 0.5 < probe_audio(slow).seconds < 3
     with pytest.raises(UserError, match=r"--voice: espeak-ng fails \(Error: .*voice does not exist.*\); give one"):
@@ -142,7 +142,7 @@ def test_a_text_is_spoken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplo
 
 
 def test_kokoro_speaks_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in with the options of its command line, which says how it was called."""
+    """A stand-in with kokoro's command line, which records how it was called."""
     package = tmp_path / "packages" / "kokoro"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -163,7 +163,7 @@ def test_kokoro_speaks_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(("end", "error"), [("exit 1", UserError), ("kill -9 $$", UserError), ("wait", Interrupted)])
 def test_what_a_program_has_started_ends_with_it(tmp_path: Path, end: str, error: type[BaseException]) -> None:
-    """Also if it has ended itself, or was killed: nobody waits for what it leaves behind."""
+    """Also when the program itself has exited or was killed: what it left running is not waited for."""
     file = tmp_path / "pid"
 
     def interrupt(*_: object) -> None:
@@ -199,7 +199,7 @@ SPEAKER talk 1 2.25 0.5 <NA> <NA> bob <NA> <NA>
 def test_turns_of_two_speakers(tmp_path: Path) -> None:
     (tmp_path / "a.rttm").write_text(TURNS)
     turns = read_turns(tmp_path / "a.rttm", 2, 4.0)
-    assert turns == ([(0.5, 1.5), (2.25, 2.75)], [(2.0, 2.5), (3.0, 4.0)])  # bob begins; cut at the end
+    assert turns == ([(0.5, 1.5), (2.25, 2.75)], [(2.0, 2.5), (3.0, 4.0)])  # bob speaks first; cut at the end
     sound = np.ones(4 * RATE, np.float32)
     times = np.arange(len(sound)) / RATE
     bob, anna = (voice.keep_spans(sound, spans) for spans in turns)

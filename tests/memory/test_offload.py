@@ -1,4 +1,4 @@
-"""Offloading: on the device for the length of the block, then the very same host memory again."""
+"""Offloading: weights are on the device while a module runs, then back in the same host memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ META = torch.device("meta")  # a device that every machine has
 
 
 def test_weights_go_and_come_back_uncopied():
-    """Tied ones together, and from a block inside another only with the outer one."""
+    """Tied weights move together; those of a nested block return only with the outer one."""
     module = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Linear(2, 2))
     module[2].weight = module[0].weight
     before = {name: (parameter, parameter.clone()) for name, parameter in module.named_parameters()}

@@ -1,5 +1,5 @@
-"""Where weights live: a table by hand, and the published models on cards of all sizes. And advice on errors, in torch's
-own words and from a real one."""
+"""Where weights live: a table by hand, and the published models on GPUs of all sizes. Also advice on out-of-memory
+errors, in torch's own words and from a real one."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def test_no_torch():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-# The decision
+# The choice
 
 
 def choose(free: int | None, wanted: str = "auto", host: int = 256 * GB, blocks: int = 0) -> Policy:
-    """For 45, 35 or 7 GB at the peak, and 28 GB that are streamed from the host."""
+    """Choose for peaks of 45, 35 or 7 GB, with 28 GB of weights streamed from the host."""
     peaks = {"resident": 45, "offload": 35, "stream": 7}
     asked = request(memory=wanted, stream_blocks=blocks)
     return choose_policy(asked, lambda mode, tiles: peaks[mode] * GB, 28 * GB, free, host)
 
 
 def free_for(need: float) -> int:
-    """Free bytes of a device that just has room for `need` GB."""
+    """Free bytes on a device that has just enough room for `need` GB."""
     return int(need * GB * MARGIN) + RESERVE + 100
 
 
@@ -57,7 +57,7 @@ def free_for(need: float) -> int:
         (free_for(35), "offload"),
         (free_for(34.9), "stream"),
         (free_for(7), "stream"),
-        (free_for(1), "stream"),  # nothing needs less
+        (free_for(1), "stream"),  # no mode needs less
         (1, "stream"),
     ],
 )
@@ -91,7 +91,7 @@ def test_pinned_if_the_host_has_room(host, pinned):
 @pytest.mark.parametrize("resolution", SIZES)
 @pytest.mark.parametrize("task", TASK_NAMES)
 def test_every_card(task, resolution, quant, vae_dtype):
-    """The decision fits, no faster mode does, and no smaller number of tiles."""
+    """The choice fits; no faster mode would, nor would fewer tiles."""
     asked = request(task, resolution, quant=quant, vae_dtype=vae_dtype)
     plan = planned(asked)
     order, before = [*MEMORY_MODES], 0
@@ -100,7 +100,7 @@ def test_every_card(task, resolution, quant, vae_dtype):
     for size in (80, 48, 24, 16, 12, 8, 4):
         usable = (size * GB - RESERVE) / MARGIN
         decided = planned(asked, free=size * GB).policy
-        assert order.index(decided.mode) >= before  # never a faster one on a smaller card
+        assert order.index(decided.mode) >= before  # never a faster mode on a smaller card
         before = order.index(decided.mode)
         assert all(plan.peak(faster, smallest) > usable for faster in order[:before])
         fewer = TILINGS[: TILINGS.index(decided.tiles)]
@@ -108,10 +108,10 @@ def test_every_card(task, resolution, quant, vae_dtype):
         if decided.mode != "stream" or decided.tiles != smallest:
             assert plan.peak(decided.mode, decided.tiles) <= usable
         streamed = planned(replace(asked, memory="stream"), free=size * GB).policy
-        assert size < 80 or decided.tiles == streamed.tiles == (1, 1)  # in any mode, there is room for everything
+        assert size < 80 or decided.tiles == streamed.tiles == (1, 1)  # room for everything in every mode
 
 
-# Out of memory
+# Out-of-memory errors
 
 FREE = 1_050_000_000
 GPU = torch.OutOfMemoryError(
@@ -138,7 +138,7 @@ def advised(error: Exception, mode: str = "resident", free: int | None = FREE, *
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than 1EB memory."), "some memory"),
         (torch.OutOfMemoryError("Allocation on device"), "some memory"),
         (MemoryError(), "some host memory"),
-        *(  # of drivers and libraries: not of torch's own class
+        *(  # from drivers and libraries, which do not use torch's class
             (RuntimeError(words), "some memory")
             for words in (
                 "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
@@ -216,7 +216,7 @@ def test_moving_weights_within_shared_memory_is_not_advised(mode):
         ({"duration": 1}, "--duration"),
         ({"quant": "fp8"}, "--low_vram"),
         ({"num_frames": 97}, "--duration"),
-        ({"task": "single_shot_extension", "duration": 30}, "--duration"),  # more passes, none larger
+        ({"task": "single_shot_extension", "duration": 30}, "--duration"),  # makes more passes, not larger ones
     ],
 )
 def test_ways_that_do_not_help_are_not_named(changes, way):

@@ -1,4 +1,4 @@
-"""FP8 weights, against a search through all float8 numbers in float64 and plain products of what they stand for."""
+"""FP8 weights against a search over all float8 numbers in float64 and matmuls with the dequantized weights."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ AVATAR = {
     **{"num_attention_heads": 2, "attention_head_dim": 24, "text_dim": 16, "freq_dim": 32, "ffn_dim": 64},
     **{"num_layers": 2, "image_dim": 8, "audio_dim": 16, "audio_hidden_dim": 4, "audio_tokens": 3},
 }
-MATRICES = {  # of one block, by hand
+MATRICES = {  # the matrices of one block, listed by hand
     *("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ffn.net.0.proj", "ffn.net.2"),
 }
 
 
 def float8_numbers() -> np.ndarray:
-    """All finite e4m3 numbers, from the format's definition: bias 7, 3 bits of mantissa, no infinity."""
+    """All finite e4m3 numbers, by the format's definition: bias 7, 3 mantissa bits, no infinity."""
     positive = [mantissa / 8 * 2.0**-6 for mantissa in range(8)]
     positive += [(1 + mantissa / 8) * 2.0 ** (exponent - 7) for exponent in range(1, 16) for mantissa in range(8)]
-    positive.pop()  # that code is not a number
+    positive.pop()  # that code is NaN
     return np.array([*(-number for number in positive[:0:-1]), *positive])
 
 
@@ -55,7 +55,7 @@ def random_layer(out: int = 48, dtype: torch.dtype = torch.float32, bias: bool =
 
 
 def odd_rows() -> torch.Tensor:
-    """Rows that are ordinary, of zeros, huge, tiny, of one spike, at and just over float8's largest number."""
+    """Ordinary, zero, huge and tiny rows, one with a spike, and rows at and just above float8's largest number."""
     torch.manual_seed(0)
     ordinary = torch.randn(8, 200) * torch.tensor([1e-6, 0.02, 0.02, 1.0, 3.0, 448.0, 1e4, 1e20])[:, None]
     spike = torch.randn(200) * 1e-3
@@ -117,7 +117,7 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_dynamic(layout, dtype):
-    """Tokens (..., 64) of widely different sizes, some zero, against the same rounding in float64; and, beyond 4
+    """Against the same rounding in float64 for tokens (..., 64) of widely different sizes, some zero; and, within 4
     significant bits of each factor, against the layer itself."""
     layer = random_layer(dtype=dtype)
     made = quantized(layer, CPU, dynamic=True)
@@ -131,11 +131,11 @@ def test_dynamic(layout, dtype):
     rounded = (x.float() / scale.float()).to(FP8).double() * scale
     emulated = F.linear(rounded, dequantized(made), layer.bias.bfloat16().double())
     float32_sums = 64 * 2**-24 * F.linear(rounded.abs(), dequantized(made).abs(), layer.bias.double().abs())
-    assert ((out.double() - emulated).abs() <= 2**-8 * emulated.abs() + float32_sums).all()  # bfloat16 comes out
+    assert ((out.double() - emulated).abs() <= 2**-8 * emulated.abs() + float32_sums).all()  # the output is bfloat16
     if x.numel():
         exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
         error = (out.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
-        assert 0 < error < 0.05  # two roundings to 4 significant bits, 2 ** -4 / sqrt(3) each at most
+        assert 0 < error < 0.05  # at most two roundings to 4 significant bits, 2 ** -4 / sqrt(3) each
     assert torch.equal(
         out[(x == 0).all(dim=-1)], layer.bias.bfloat16().to(dtype).expand((x == 0).all(dim=-1).sum(), -1)
     )
@@ -159,7 +159,7 @@ def test_what_is_quantized_in_the_transformer():
     assert after.keys() - before.keys() == {f"{name}.{SCALE}" for name in names}
     assert before.keys() <= after.keys()
     for name, (parameter, value) in weights.items():
-        assert torch.equal(parameter, value)  # the originals, for whoever has them
+        assert torch.equal(parameter, value)  # the originals are untouched for other owners
         assert (after[name] is parameter) == (name.removesuffix(".weight") not in names)  # biases are shared
 
 
@@ -197,7 +197,7 @@ def test_the_model_stays_close():
 
 @pytest.fixture
 def pieces(monkeypatch) -> tuple[SkyReelsTransformer3DModel, Callable[[], torch.Tensor]]:
-    """A model whose blocks work on their tokens in 3 pieces, and a forward of it."""
+    """A model whose blocks process their tokens in 3 pieces, and a function that runs it."""
     monkeypatch.setattr(block_module, "TOKENS_AT_ONCE", 8)
     torch.manual_seed(0)
     sizes = AVATAR | {"attention_head_dim": 32, "audio_dim": None, "image_dim": None}
@@ -212,14 +212,14 @@ def pieces(monkeypatch) -> tuple[SkyReelsTransformer3DModel, Callable[[], torch.
 
 
 def counted(monkeypatch, owner: object, name: str) -> list[torch.Tensor]:
-    """What a function or method is called with first, from now on."""
+    """Record the first argument of each call to a function or method from now on."""
     calls, plain = [], getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda first, *others: calls.append(first) or plain(first, *others))
     return calls
 
 
 def test_each_input_is_rounded_once(monkeypatch, pieces):
-    """In a piece: for queries, keys and values; what leaves attention; before and within the feed-forward layer."""
+    """Per piece: queries, keys and values share one rounding; plus attention's output and both feed-forward inputs."""
     model, forward = pieces
     quantize(model.blocks, CPU, dynamic=True)
     calls = counted(monkeypatch, module, "round_tokens")
@@ -229,7 +229,7 @@ def test_each_input_is_rounded_once(monkeypatch, pieces):
     assert torch.equal(forward(), out)
     assert len(calls) == 2 * 3 * (4 + 6)
     calls.clear()
-    assert not module._ROUNDED  # nothing is held longer than what it was made of
+    assert not module._ROUNDED  # a rounded input does not outlive the input
 
 
 def test_an_input_that_has_changed_is_rounded_again():
@@ -259,7 +259,7 @@ def test_weights_are_dequantized_once_a_block(monkeypatch, pieces):
 
 
 def test_what_is_quantized_stays_so():
-    """The sizes of b are no multiples of 16: FP8 units do not take them."""
+    """The layer b has sizes that are not multiples of 16, which FP8 units do not support."""
     block = nn.ModuleDict({"a": random_layer(), "b": random_layer(out=40)})
     quantize([block], CPU, dynamic=True)
     assert type(block["a"]) is QuantizedLinear and type(block["b"]) is nn.Linear

@@ -1,4 +1,4 @@
-"""Block streaming on the CPU, where it copies as on any device: the same results, host memory unchanged."""
+"""Block streaming on the CPU, which copies as on any device: the same results, and unchanged host memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def noise(*shape: int) -> torch.Tensor:
 
 
 def transformer(layers: int = 5) -> tuple[SkyReelsTransformer3DModel, Forward]:
-    """A model with all conditions, and two steps of it."""
+    """A model with all conditions, and a function that runs two steps of it."""
     torch.manual_seed(0)
     model = SkyReelsTransformer3DModel(**SMALL, num_layers=layers).eval()
     segments = [Segment(noise(1, 16, 1, 4, 6), clean=True), Segment(noise(1, 16, 1, 4, 6), 1)]
@@ -54,7 +54,7 @@ def addresses(module: nn.Module) -> list[int]:
 
 
 class Watch:
-    """What a stream must leave as it was; taken when its blocks have been brought into form."""
+    """What streaming must not change, recorded once the blocks have been packed."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -74,7 +74,7 @@ def no_hooks(blocks) -> bool:
 
 
 def check_stream(model: nn.Module, forward: Forward, pin: Callable | None = None, resident: int = 0) -> BlockStream:
-    """Streamed, the model gives the same results, time and again, and afterwards is what it was."""
+    """Check that the model gives the same results when streamed, repeatedly, and is unchanged afterwards."""
     expected = forward()
     stream = BlockStream(model, model.blocks, CPU, resident, pin)
     stream.prepare()
@@ -117,7 +117,7 @@ def test_live_adapters_on_some_blocks(pin):
 @PINS
 @pytest.mark.parametrize("resident", [0, 1, 3])
 def test_at_most_two_blocks_are_streamed_at_a_time(resident, pin):
-    """Looked at from the attention kernel, while each block works."""
+    """Checked from the attention kernel while each block runs."""
     model, forward = transformer(layers=6)
     stream = BlockStream(model, model.blocks, CPU, resident, pin)
     stream.prepare()
@@ -137,12 +137,12 @@ def test_at_most_two_blocks_are_streamed_at_a_time(resident, pin):
     assert len(moved) == 2 * 6
     for call, streamed in enumerate(moved):
         assert not stay & streamed and len(streamed) <= STREAM_SLOTS
-        assert call % 6 in streamed | stay  # the one that works
+        assert call % 6 in streamed | stay  # the block that runs
     assert [addresses(block) for block in model.blocks] == host
 
 
 def test_the_next_block_is_prefetched():
-    """When the one before it has been launched; a resident one never."""
+    """When the previous block has been launched; never for a resident one."""
     model, forward = transformer(layers=6)
     stream = BlockStream(model, model.blocks, CPU, resident=1)
     fetch, log = stream._fetch, []
@@ -175,7 +175,7 @@ def test_an_error_in_the_middle():
 
 
 def test_preparing_continues_where_it_failed():
-    """Each block is packed once, into one buffer."""
+    """Each block is packed only once, into one buffer."""
     model, forward = transformer(layers=4)
     expected = forward()
     buffers, attempts = [], []
@@ -235,7 +235,7 @@ def test_host_memory_that_cannot_be_pinned(caplog, pinned):
 
 
 class Chain(nn.Module):
-    """Blocks in an order that is set from outside."""
+    """Blocks that run in an order set from outside."""
 
     def __init__(self, blocks) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ def test_out_of_order(order, resident):
 
 @PINS
 def test_blocks_that_are_not_alike(pin):
-    """In sizes, number of tensors, dtypes, with buffers, scalars, empty tensors and views; one has nothing at all."""
+    """In sizes, number of tensors and dtypes; with buffers, scalars, empty tensors and views. One has no tensors."""
     torch.manual_seed(0)
     odd = nn.Linear(8, 8)
     odd.register_buffer("scalar", torch.tensor(3.0))
@@ -278,14 +278,14 @@ def test_blocks_that_are_not_alike(pin):
     watch = Watch(chain)
     with stream.active():
         for _ in range(3):
-            torch.testing.assert_close(chain(x), expected, rtol=1e-6, atol=1e-6)  # one weight lies another way
+            torch.testing.assert_close(chain(x), expected, rtol=1e-6, atol=1e-6)  # one weight has another memory layout
             assert all(map(torch.equal, odd.buffers(), (torch.tensor(3.0), torch.empty(0, 4), torch.arange(7).byte())))
     watch.check()
 
 
 @PINS
 def test_tied_tensors(pin):
-    """Within a block, between blocks, and between a block and what is not streamed."""
+    """Within a block, between blocks, and between a block and a part that is not streamed."""
     torch.manual_seed(0)
     pair = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     pair[1].weight = pair[0].weight
@@ -307,6 +307,6 @@ def test_weights_mapped_from_a_file(tmp_path):
     watch = Watch(model)
     for _ in range(2):
         with BlockStream(model, model.blocks, CPU).active():
-            torch.testing.assert_close(forward(), expected)  # aligned in another way
+            torch.testing.assert_close(forward(), expected)  # aligned differently
         watch.check()
     assert file.read_bytes() == content

@@ -1,4 +1,4 @@
-"""Ranks in real processes that communicate over gloo, and a count of the bytes that they send."""
+"""Ranks in real processes that communicate over gloo, and a counter of the bytes that they send."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from skyreels_v3.parallel.groups import Group
 
 WORLD_SIZE = 4
-DEGREES = [(1, 2), (3, 1), (2, 2), (1, 4)]  # ring and Ulysses
+DEGREES = [(1, 2), (3, 1), (2, 2), (1, 4)]  # ring and Ulysses degrees
 
 
 def spawn(test: Callable[[], None], folder: Path) -> None:
     """Run a function of a test module on all ranks."""
-    mp.get_context("forkserver").set_forkserver_preload([test.__module__])  # imports once for all of them
+    mp.get_context("forkserver").set_forkserver_preload([test.__module__])  # import once for all ranks
     mp.start_processes(run_rank, (test, folder), WORLD_SIZE, start_method="forkserver")
 
 
@@ -34,7 +34,7 @@ def run_rank(rank: int, test: Callable[[], None], folder: Path) -> None:
 
 
 def groups(ring: int, ulysses: int) -> dict[str, Group]:
-    """This rank's groups where the first ranks divide the work, none for the others; all ranks have to call it."""
+    """This rank's groups if the first ring * ulysses ranks share the work, else none; every rank must call this."""
     ranks = torch.arange(ring * ulysses).view(ring, ulysses)
     own: dict[str, Group] = {}
     for name, members in (("ulysses", ranks), ("ring", ranks.T), ("sequence", ranks.view(1, -1))):
@@ -45,7 +45,7 @@ def groups(ring: int, ulysses: int) -> dict[str, Group]:
     return own
 
 
-KINDS = {  # of a collective: its name, the argument with the whole tensor, what part of it each of n ranks sends
+KINDS = {  # of a collective: its name, the argument with the whole tensor, the fraction that each of n ranks sends
     "alltoall_base_": ("all_to_all", 1, lambda n: (n - 1) / n),
     "_allgather_base_": ("all_gather", 0, lambda n: (n - 1) / n),
     "allreduce_": ("all_reduce", 0, lambda n: 2 * (n - 1) / n),
@@ -53,7 +53,7 @@ KINDS = {  # of a collective: its name, the argument with the whole tensor, what
 
 
 class BytesSent(TorchDispatchMode):
-    """The bytes that this rank sends in torch's collectives, by their kind."""
+    """Counts the bytes that this rank sends in torch collectives, by kind."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Several processes make the video that one makes: real torchrun, the real command, gloo, the built-in toy.
+"""Several processes make the same video as one: real torchrun, the real command, gloo, the built-in toy.
 
-The jobs of a file are done by one process, then by several in the ways there are, and final latents and frames are
-compared. The toy has 4 attention heads; its sizes have 15 tokens a frame, which only 3 processes divide evenly, or 8,
-which only 3 do not.
+The jobs run in one process, then in several with every kind of parallelism, and final latents and frames are compared.
+The toy has 4 attention heads. Its frames have 15 tokens, which only 3 processes divide evenly, or 8, which only 3 do
+not.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TOY = ("--model_id", "tiny", "--device", "cpu", "--num_inference_steps", "2", "-
 ODD, EVEN = {"height": 48, "width": 80}, {"height": 32, "width": 64}
 TOLERANCE = 1e-4
 LAUNCHER = (sys.executable, "-m", "torch.distributed.run")
-ENDS_IN = 30  # seconds that a run may take to end after one of its processes has
+ENDS_IN = 30  # seconds within which a run must end after one of its processes has
 
 fox = {"task_type": "reference_to_video", "ref_imgs": str(ASSETS / "fox.png"), "num_frames": 5, "prompt": "a fox"}
 boat = {"input_video": str(ASSETS / "boat.mp4"), "prompt": "a boat", "seed": 7}
@@ -45,7 +45,7 @@ comes = cat | {"task_type": "i2v", "image": str(ASSETS / "fox.png"), "guidance_s
 JOBS: dict[str, dict[str, Any]] = {
     "fox-odd": fox | ODD,
     "fox-even": fox | EVEN,
-    "fox-least": fox | {"height": 32, "width": 32},  # 4 tokens: of 3 processes the last one has none
+    "fox-least": fox | {"height": 32, "width": 32},  # 4 tokens: the last of 3 processes has none
     "guided-odd": fox | ODD | {"guidance_scale": 3, "image_guidance_scale": 2},  # 3 terms
     "cut-odd": cut | ODD,
     "cut-even": cut | EVEN | {"guidance_scale": 3},  # 2 terms
@@ -54,9 +54,9 @@ JOBS: dict[str, dict[str, Any]] = {
     "talk-odd": talk | ODD | {"input_audio": "one.wav"},
     "talk-even": talk | EVEN | {"input_audio": "one.wav", "audio_guidance_scale": 2, "text_guidance_scale": 2},
     "two-odd": talk | ODD | {"input_audio": "one.wav,two.wav"},
-    "cat-odd": cat | ODD | {"num_frames": 29},  # 3 pieces of the VAE
+    "cat-odd": cat | ODD | {"num_frames": 29},  # 3 pieces in the VAE
     "cat-cached": cat | EVEN | {"guidance_scale": 1, "num_inference_steps": 12, "cache": "fbcache:0.2"},
-    "comes-odd": comes | {"height": 272, "width": 48},  # two tiles of the VAE, in the picture too
+    "comes-odd": comes | {"height": 272, "width": 48},  # two tiles in the VAE, for the input image too
 }
 QUICK = ("fox-odd", "cut-odd", "shot-odd", "talk-odd", "comes-odd")
 GUIDED = ("guided-odd", "cut-even", "talk-even", "cat-odd")
@@ -74,7 +74,7 @@ class Made:
 
 
 def write_hum(path: Path, pitch: float) -> None:
-    """Half a second of sound."""
+    """Write half a second of sound."""
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, 16_000, 0, "NONE", ""))
         file.writeframes((8000 * np.sin(np.arange(8000) / pitch)).astype("<i2").tobytes())
@@ -86,7 +86,7 @@ def environment(cache: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def carry_out(tmp_path_factory, cache) -> Callable[..., tuple[dict[str, Made], str]]:
-    """Do jobs with some command; returns what they made, by name, and stderr."""
+    """Run jobs with some command; returns what they made, by name, and stderr."""
 
     def carry_out(names: tuple[str, ...], *command: str) -> tuple[dict[str, Made], str]:
         folder = tmp_path_factory.mktemp("jobs")
@@ -122,7 +122,7 @@ def expected(carry_out) -> dict[str, Made]:
 
 
 def compare(made: dict[str, Made], expected: dict[str, Made]) -> None:
-    """Latents to 1e-4, frames within one level."""
+    """Check latents to 1e-4, and frames to within one level."""
     for name, job in made.items():
         assert job.latents.keys() == expected[name].latents.keys(), name
         for key, latents in expected[name].latents.items():
@@ -164,12 +164,12 @@ def test_several_processes_make_the_same_video(way, carry_out, expected):
     made, stderr = carry_out(names, *torchrun(processes, *flags))
     compare(made, expected)
     assert f"INFO: {processes} processes:" in stderr and said in stderr
-    assert stderr.count("INFO: line ") == len(names)  # one of them speaks
+    assert stderr.count("INFO: line ") == len(names)  # only the main process logs
 
 
 @pytest.mark.parametrize(("processes", "names"), [(2, tuple(JOBS)), pytest.param(4, QUICK, marks=pytest.mark.extended)])
 def test_xdit_makes_the_same_video(processes, names, carry_out, expected, tmp_path):
-    """xDiT's own code, of its own functions nothing is replaced but where it asks for a GPU."""
+    """With xDiT's own code, in which only the checks for a GPU are replaced."""
     program = Path(__file__).with_name("xdit_on_cpu.py")
     made, stderr = carry_out(names, *torchrun(processes, program=program))
     compare(made, expected)
@@ -178,7 +178,7 @@ def test_xdit_makes_the_same_video(processes, names, carry_out, expected, tmp_pa
 
 # How runs end
 
-# the command, with something that happens in the second forward of rank 1
+# the command, with trouble injected into rank 1's second forward
 TROUBLED = """
 import os
 import re
@@ -209,7 +209,7 @@ SMALL = ("--num_frames", "5", "--height", "32", "--width", "64")
 
 @pytest.fixture
 def begin(tmp_path, cache) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start processes in a group of their own, as a terminal does."""
+    """Start processes in their own process group, as a terminal does."""
     begun: list[subprocess.Popen[str]] = []
 
     def begin(*command: str) -> subprocess.Popen[str]:
@@ -243,12 +243,12 @@ def troubled(tmp_path: Path, processes: int, trouble: str) -> tuple[str, ...]:
 
 
 def our_lines(stderr: str) -> list[str]:
-    """What the command itself said of its end, not torchrun."""
+    """What the command itself, not torchrun, said at the end."""
     return [line for line in stderr.splitlines() if line.startswith(("error:", "interrupted"))]
 
 
 def wait_for(*files: Path) -> float:
-    """Wait until all are there; returns when that was."""
+    """Wait until all files exist; returns the time."""
     for _ in range(600):
         if all(file.exists() for file in files):
             return time.monotonic()
@@ -262,7 +262,7 @@ TROUBLES = {
         "error: rank 1: OutOfMemory: out of memory while denoi",
     ),
     "a bug": ("raise RuntimeError('a bug')", "error: rank 1: RuntimeError: a bug (--verbose shows where)"),
-    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", ""),  # torchrun says so
+    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", ""),  # torchrun reports it
 }
 
 
@@ -282,10 +282,10 @@ def test_one_process_fails_and_all_end(name, begin, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.extended)])
 def test_interrupted_all_end(number, begin, tmp_path):
-    """By Ctrl-C, which the terminal sends to all of them; by a scheduler, which sends SIGTERM to the launcher."""
+    """By Ctrl-C, which a terminal sends to all of them, or by a scheduler, which sends SIGTERM to the launcher."""
     run = begin(*troubled(tmp_path, 2, "import time; time.sleep(600)"))
     start = wait_for(*(tmp_path / "working" / f"there-{rank}" for rank in (0, 1)))
-    time.sleep(0.5)  # the first one waits for the other in an exchange
+    time.sleep(0.5)  # the main process is now waiting for the other in a collective
     if number == signal.SIGINT:
         os.killpg(run.pid, number)
     else:
@@ -315,7 +315,7 @@ def test_bad_requests_are_told_once(flags, message, begin):
 
 
 def test_two_machines(begin, tmp_path, expected):
-    """Two launchers, each with a process of its own, that meet at an address."""
+    """Two launchers with one process each, which meet at an address."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
@@ -331,7 +331,7 @@ def test_two_machines(begin, tmp_path, expected):
 
 
 def test_what_one_process_left_all_go_on_with(main, begin, interrupt, monkeypatch, tmp_path):
-    """In the middle of a pass, with its seed; each would have drawn another."""
+    """All resume in the middle of a pass, with the recorded seed; otherwise each would have drawn its own."""
     argv = (*TOY, *ARGUMENTS, *SMALL)
     (tmp_path / "working").mkdir(exist_ok=True)
     with monkeypatch.context() as patch:
@@ -351,7 +351,7 @@ def test_what_one_process_left_all_go_on_with(main, begin, interrupt, monkeypatc
 
 
 def test_one_process_of_torchruns_makes_the_same_as_none(begin, tmp_path):
-    """Bit for bit: no process has anything to say to itself."""
+    """Bit for bit, since a single process has nobody to communicate with."""
     program = (str(ROOT / "generate_video.py"), *TOY, *ARGUMENTS, *SMALL)
     alone = begin(sys.executable, *program, "--save_latents", "a.safetensors")
     launched = begin(

@@ -1,4 +1,4 @@
-"""Groups of ranks, in real processes, and what they communicate."""
+"""Groups of ranks in real processes, and their communication."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ CPU = torch.device("cpu")
 
 
 def ranks_gathered(group: Group) -> list[int]:
-    """The world's ranks of a group, in its order."""
+    """The global ranks in a group, in its order."""
     return group.all_gather(torch.tensor([dist.get_rank()])).flatten().tolist()
 
 
 def communicate() -> None:
     rank = dist.get_rank()
     ranks = Ranks(rank, WORLD_SIZE, rank, WORLD_SIZE)
-    # along each dimension of (guidance, ring, Ulysses), the last one changing fastest
+    # along each dimension of (guidance, ring, Ulysses), the last one varying fastest
     parallel = Parallel(ranks, ParallelConfig(2, 1, 2), CPU)
     assert ranks_gathered(parallel.group("ulysses")) == [rank // 2 * 2, rank // 2 * 2 + 1]
     assert ranks_gathered(parallel.group("cfg")) == [rank % 2, rank % 2 + 2]
     assert ranks_gathered(parallel.group("ring")) == [rank]
     assert ranks_gathered(parallel.group("sequence")) == ranks_gathered(parallel.group("ulysses"))
-    assert parallel.group("cfg") is Parallel(ranks, ParallelConfig(2, 1, 2), CPU).group("cfg")  # made once
+    assert parallel.group("cfg") is Parallel(ranks, ParallelConfig(2, 1, 2), CPU).group("cfg")  # groups are made once
     rings = Parallel(ranks, ParallelConfig(1, 2, 2), CPU)
     assert ranks_gathered(rings.group("ring")) == [rank % 2, rank % 2 + 2]
     assert ranks_gathered(rings.group("sequence")) == ranks_gathered(rings.group("world")) == [*range(WORLD_SIZE)]

@@ -1,4 +1,4 @@
-"""Starting processes without torchrun: what they end with is what the command ends with."""
+"""Launching processes without torchrun: the command's exit code and message follow from how they ended."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_how_they_end(script, tmp_path, end, code, said):
 
 
 def failed(*codes: int) -> dict[int, SimpleNamespace]:
-    """Processes that have failed one after the other, ranks from 1 on."""
+    """Processes that failed one after the other, with ranks from 1 on."""
     return {
         rank: SimpleNamespace(exitcode=code, timestamp=1_800_000_000 + rank) for rank, code in enumerate(codes, start=1)
     }
@@ -72,7 +72,7 @@ def failed(*codes: int) -> dict[int, SimpleNamespace]:
         (failed(130, -15), 130, "interrupted"),
         (failed(1), 1, ""),
         (failed(77), 1, ""),
-        (failed(1, -9, -15), 1, "error: rank 2 was ended by SIGKILL (9), "),  # the first one missed the second
+        (failed(1, -9, -15), 1, "error: rank 2 was ended by SIGKILL (9), "),  # rank 1 failed because of it
         (failed(-11, 1), 1, "error: rank 1 was ended by SIGSEGV (11)"),
         (failed(-15, 130), 1, "error: rank 1 was ended by SIGTERM (15)"),
     ],
@@ -98,7 +98,7 @@ TOY = [
 
 @pytest.mark.slow
 def test_two_processes_from_the_plain_command(start, tmp_path):
-    """Guidance by 2, and the video that one process makes; several videos, too."""
+    """With guidance over 2 processes, the command makes the same video as with one; also for several videos."""
     made = {}
     for name, flags in {"one": [], "two": ["--gpu_num", 2]}.items():
         steps = ["--num_inference_steps", 2, "--save_latents", f"{name}.safetensors"]
@@ -116,7 +116,7 @@ def test_two_processes_from_the_plain_command(start, tmp_path):
     "number", [signal.SIGINT, signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.extended)]
 )
 def test_interrupted_all_end(start, tmp_path, number):
-    """Also those whose launcher is killed: it holds no end of their stderr, which is read until none of them does."""
+    """Also if the launcher is killed: stderr is read to its end, which comes once no process holds it open."""
     run = start(*TOY, "--num_inference_steps", 200, "--guidance_scale", 1, "--gpu_num", 2, "--output", "a.mp4")
     begun = time.perf_counter()
     said = stop_at(run, r"denoising: +\d+%\|.{0,40} [1-9]\d*/200", number)

@@ -1,4 +1,4 @@
-"""How processes divide the work: every count of processes, heads and terms, and what is refused."""
+"""How processes divide the work: every number of processes, heads and guidance terms, and what is refused."""
 
 from __future__ import annotations
 

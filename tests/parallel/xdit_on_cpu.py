@@ -1,4 +1,4 @@
-"""generate_video.py with xDiT's own USP on CPU processes: xDiT sees an accelerator while it is imported.
+"""generate_video.py with xDiT's own USP on CPU processes: xDiT is made to see an accelerator while it is imported.
 
 A program for `torchrun`, not a test: `test_distributed.py` starts it.
 """
@@ -28,8 +28,8 @@ PROBES = {
 
 
 def import_xdit() -> None:
-    """Import what the package imports of xDiT."""
-    os.environ["LOG_LEVEL"] = "error"  # as usp.xdit_usp, before the import
+    """Import the parts of xDiT that the package imports."""
+    os.environ["LOG_LEVEL"] = "error"  # as in usp.xdit_usp, before the import
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch.backends.mps, "is_available", lambda: True))
         for name, probe in PROBES.items():

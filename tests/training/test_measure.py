@@ -1,4 +1,4 @@
-"""Measures find what is true of the drawn world in its own pictures, less of it in blurred ones, and none in noise."""
+"""Metrics confirm what is true of the drawn world in its own pictures, less in blurred ones, and nothing in noise."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from training import measure, sound, world
 from training.measure import Found, find_thing, lip_sync, mouth_openings, psnr, size_change, ssim
 
 SIZE = (96, 160)
-FPS = 1 / measure.EVERY  # of the frames that are looked at
-FRAMES = 14  # 2 s of them
+FPS = 1 / measure.EVERY  # of the sampled frames
+FRAMES = 14  # 2 s
 SEEDS = range(2_000_000, 2_000_040)  # not trained on
 
 
 def blurred(video: Tensor, sigma: float = 1.5) -> Tensor:
-    """(3, F, H, W) through a Gaussian."""
+    """Blur (3, F, H, W) with a Gaussian."""
     at = torch.arange(-6, 7) / sigma
     window = torch.exp(-at.square() / 2)
     window = (window / window.sum()).expand(3, 1, 1, -1)
@@ -39,7 +39,7 @@ def rendered(scene: world.Scene, start: float = 0.0) -> Tensor:
 
 
 def agreement(found: Sequence[Found], scenes: Sequence[world.Scene]) -> list[float]:
-    """Parts of the scenes whose first thing's colour, kind and direction are what was found."""
+    """The fractions of scenes in which the first thing's color, kind and direction were found."""
     named = [(scene.things[0].colour, scene.things[0].kind, scene.direction) for scene in scenes]
     seen = [(each.colour, each.kind, each.direction) for each in found]
     return np.mean(np.array(named) == np.array(seen), axis=0).tolist()
@@ -52,7 +52,7 @@ def scenes() -> list[world.Scene]:
 
 @pytest.mark.parametrize("seed", [2_000_001, 2_000_004])
 def test_a_thing_is_found(seed):
-    """At 24 frames a second, of which some are looked at; and in no noise."""
+    """At 24 frames per second, some of which are sampled; and nothing is found in noise."""
     scene = world.make_scene(seed)
     video = world.render([scene], 49, *SIZE)[0]
     found = find_thing(video, scene)
@@ -99,7 +99,7 @@ def test_nothing_is_found_in_noise(scenes):
 
 @pytest.mark.parametrize("seed", range(2_000_000, 2_000_030))
 def test_directions_of_true_poses(seed):
-    """The scene's own poses move as it says, seen from either side and through a moving camera."""
+    """The scene's own poses give its direction, also when mirrored and through a moving camera."""
     scene = world.make_scene(seed)
     times = np.arange(FRAMES) / FPS
     for shot in (scene, replace(scene, mirrored=True, zoom=0.85)):
@@ -111,7 +111,7 @@ def test_directions_of_true_poses(seed):
 
 
 def test_turns_of_a_star():
-    """Poses of the same picture are the same, whichever of its turns was found."""
+    """Rotations that leave a star unchanged count as the same pose."""
     times = np.arange(FRAMES) / FPS
     poses = np.zeros((FRAMES, 4))
     poses[:, 2], poses[:, 3] = 0.2, 2.4 * times - 0.4 * math.pi * np.arange(FRAMES) % (2 * math.pi)
@@ -169,7 +169,7 @@ def test_late_silent_and_restless_mouths(mouth):
     assert abs(lip_sync(mouth_openings(static, face), mouth).correlation) < 0.4
 
 
-# Against the true frames
+# Against ground truth
 
 
 def pair() -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Muon and AdamW in one step; on a GPU, recorded steps are the steps."""
+"""Muon and AdamW in one optimizer; on a GPU, recorded steps equal plain ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def network() -> nn.Module:
 
 
 def batches(count: int) -> list[dict[str, Tensor]]:
-    """A linear function of pictures."""
+    """Pictures, and a linear function of them as targets."""
     random = torch.Generator().manual_seed(1)
     wanted = torch.randn(192, 4, generator=random) / 14
     pictures = torch.randn(count, 32, 3, 8, 8, generator=random)
@@ -52,7 +52,7 @@ def test_it_learns_and_averages():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("low", [False, True])
 def test_recorded_steps_are_the_steps(low):
-    """A loss function that is new in each step is never recorded."""
+    """With a new loss function at every step, nothing is ever recorded."""
     weights = []
     with torch.cuda.stream(torch.cuda.Stream()):
         for recorded in (True, False):

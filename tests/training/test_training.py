@@ -1,4 +1,4 @@
-"""Training runs the networks as the product does, learns, and writes what the product reads."""
+"""Training runs the networks as inference does, learns, and writes what inference reads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def slow(name):
 
 
 def shaken(kind):
-    """A VAE whose blocks do something."""
+    """A VAE whose blocks have an effect."""
     torch.manual_seed(0)
     vae = networks.build_vae(kind)
     with torch.no_grad():
@@ -52,7 +52,7 @@ def test_words(tmp_path):
     prompts = ("a red fox and a blue lantern", "a red vixen and a blue lamp", "a blue fox and a red lamp")
     one, same, other = (encoder.encode(prompt)["context"][0] for prompt in prompts)
     torch.testing.assert_close(one, same)
-    assert (one[6] - other[6]).norm() > 0.2 * one[6].norm()  # the lantern's own row knows its colour
+    assert (one[6] - other[6]).norm() > 0.2 * one[6].norm()  # the lantern's own token knows its color
     pieces = encoder.tokenizer.convert_ids_to_tokens(encoder.tokenizer("[ZOOM_IN_CUT] A zebra, a fox").input_ids)
     assert pieces[0].endswith("[ZOOM_IN_CUT]") and "z" in pieces
 
@@ -64,8 +64,8 @@ def test_words_of_v1(tmp_path):
     )
     torch.testing.assert_close(blue, azure)
     changed = (red - blue).norm(dim=1) > 0.1
-    assert changed.any() and changed.nonzero().min() > 3  # nothing before the word
-    assert changed[changed.nonzero().min() + 1]  # the word behind it knows
+    assert changed.any() and changed.nonzero().min() > 3  # no change before the word
+    assert changed[changed.nonzero().min() + 1]  # the token after it changes
 
 
 def test_a_whole_clip_is_a_stream():
@@ -100,7 +100,7 @@ def test_the_published_normalisation(kind):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A task by its name, with two samples of each kind."""
+    """Creates a task by name, with two samples of each kind."""
 
     def make(name):
         torch.manual_seed(0)
@@ -117,7 +117,7 @@ def made(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["video", "talking_avatar"])
 def test_conditioned_as_in_the_pipelines(name, made):
-    """One sample at one noise level: training's shorter way gives what `Conditioning.predict` gives."""
+    """For one sample at one noise level, training's shortcut gives what `Conditioning.predict` gives."""
     task, samples = made(name)
     torch.manual_seed(1)
     model = networks.build_transformer(name)

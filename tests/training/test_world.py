@@ -1,4 +1,4 @@
-"""The drawn world: the same for a seed, and as its scenes say that it is."""
+"""The drawn world: reproducible for a seed, and consistent with its scenes' descriptions."""
 
 from __future__ import annotations
 

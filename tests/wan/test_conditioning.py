@@ -1,4 +1,4 @@
-"""The encoders against the official ones, and what the transformer is called with."""
+"""The encoders against the official ones, and the arguments that the transformer is called with."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_image_states(reference, case):
 
 
 def test_the_image_encoder_of_a_run(reference):
-    """Full width, 16 heads."""
+    """The full width, with 16 heads."""
     encoder = load_image_encoder(reference / "pipelines" / "checkpoints" / "talking_avatar", torch.float32)
     assert encoder.module.config.num_attention_heads == 16
     assert encoder(torch.zeros(1, 3, 64, 48)).shape == (1, 257, 1280)
@@ -97,7 +97,7 @@ def test_the_image_encoder_of_a_run(reference):
 @pytest.mark.parametrize("clip", ["speech_16k_2s", "speech_22k_1p3s"])
 @pytest.mark.parametrize(
     ("folder", "name", "step"),
-    # the second has the spelling of older files, .bin, full width; every 64th channel is stored
+    # the second is in the format of older files: .bin, full width; only every 64th channel was recorded
     [("wav2vec2/small", "small.emb", 1), ("pipelines/checkpoints/talking_avatar", "base768.emb_every64th", 64)],
 )
 def test_audio_states(reference, clip, folder, name, step):
@@ -106,7 +106,7 @@ def test_audio_states(reference, clip, folder, name, step):
     torch.testing.assert_close(out[:, :, ::step], recorded[f"{clip}.{name}"], atol=1e-3, rtol=0)
 
 
-# The call of the transformer
+# Calls of the transformer
 
 
 def latents(frames: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What diffusers does to a model, done to ours and to `WanTransformer3DModel` with the same weights.
+"""What diffusers does to models, applied to ours and to `WanTransformer3DModel` with the same weights.
 
 Each test is a row of the table in docs/python_api.md.
 """
@@ -52,7 +52,7 @@ def predict(model: Model) -> torch.Tensor:
 
 
 def test_the_same_numbers():
-    """One plain video and a timestep per sample: what diffusers' model covers as well."""
+    """A plain video and one timestep per sample, which diffusers' model supports too."""
     with torch.no_grad():
         latents, timestep, text = LATENTS.repeat(2, 1, 1, 1, 1), torch.tensor([731, 3]), TEXT.repeat(2, 1, 1)
         (out,) = ours()([Segment(latents)], timestep, text)
@@ -61,7 +61,7 @@ def test_the_same_numbers():
 
 @pytest.fixture(autouse=True)
 def backend() -> Iterator[None]:
-    """diffusers' `set_attention_backend` also changes the backend of the whole process: change it back."""
+    """Restore the process-wide attention backend, which diffusers' `set_attention_backend` changes as well."""
     with attention_backend(AttentionBackendName.NATIVE):
         yield
 
@@ -73,7 +73,7 @@ def exact() -> torch.Tensor:
 
 
 def error(out: torch.Tensor, exact: torch.Tensor) -> float:
-    """Root mean square of the difference, relative to that of `exact`."""
+    """The RMS difference relative to the RMS of `exact`."""
     return float((out - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
 
@@ -99,7 +99,7 @@ LOW_PRECISION = {
 @pytest.mark.parametrize("feature", LOW_PRECISION)
 @torch.no_grad()
 def test_low_precision(feature, exact, tmp_path):
-    """Rounded weights and products: as close to float32 as diffusers' model, or closer."""
+    """Rounded weights and products: at least as close to float32 as diffusers' model."""
     apply, tolerance = LOW_PRECISION[feature]
     own, theirs = (error(predict(apply(model, tmp_path / type(model).__name__)), exact) for model in (ours(), wan()))
     assert 0 < own < tolerance
@@ -108,7 +108,7 @@ def test_low_precision(feature, exact, tmp_path):
 
 @pytest.fixture
 def empty_is_nan() -> Iterator[None]:
-    """Weights that were offloaded and not loaded again show."""
+    """Fill uninitialized memory with NaN, so that offloaded weights that were not reloaded are noticed."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -192,7 +192,7 @@ def adapted() -> tuple[SkyReelsTransformer3DModel, WanTransformer3DModel]:
 
 @torch.no_grad()
 def test_lora(exact):
-    """Live, at another scale, without, and fused: each change is seen by the next forward."""
+    """Live, at another scale, disabled, and fused: each change affects the next forward."""
     own, theirs = adapted()
     outs = []
     for change in (
@@ -233,7 +233,7 @@ def test_gradients_of_a_lora(monkeypatch, checkpointing, at_once):
 
 
 def test_gradients_with_all_conditions():
-    """The predictions are those without gradients, and finite differences agree."""
+    """Predictions equal those computed without gradients, and gradients agree with finite differences."""
     torch.manual_seed(0)
     sizes = {"image_dim": 16, "audio_features": 12, "audio_hidden_dim": 8, "audio_tokens": 2, "audio_dim": 8}
     model = SkyReelsTransformer3DModel(**SIZES | sizes)

@@ -1,4 +1,4 @@
-"""What a forward of V3's transformers takes, counted in the real ones at the published sizes, on meta."""
+"""The cost of a forward of V3's transformers, measured on the real ones at the published sizes on the meta device."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ AVATAR = {"in_channels": 36, "image_dim": 64, "audio_dim": 48, "audio_hidden_dim
 @pytest.mark.parametrize("more", [{}, AVATAR])
 @torch.inference_mode()
 def test_work_of_a_forward(more):
-    """torch's own counter sees embeddings, audio projection and head as well, which are left out of the plan."""
+    """torch's counter includes embeddings, audio projection and head, which the plan leaves out."""
     model = SkyReelsTransformer3DModel(**SMALL | more).eval()
     segments = [Segment(torch.randn(1, model.config.in_channels, 4, 32, 32))]
     conditions = (torch.randn(1, 257, 64), torch.randn(1, 1, 13, 5, 12, 768)) if more else ()
-    # the counter does not know every fused kernel, but the products of the plain one
+    # FlopCounterMode does not support every fused kernel, but does count plain matmuls
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(segments, torch.tensor([500]), torch.randn(1, 512, 64), *conditions)
     assert family.forward_flop(model.config, 4 * 16 * 16) == pytest.approx(counter.get_total_flops(), rel=0.03)
@@ -71,7 +71,7 @@ def test_activations_of_a_forward(task, frames, height, width, dtype, speakers):
 
 
 def test_activations_of_one_of_several_ranks():
-    """More than its share, for what is exchanged; a ring needs all keys and values of some heads besides."""
+    """More than 1 / n, because of communication buffers; a ring also needs all keys and values of some heads."""
     config = build_on_meta("wan", task_spec("reference_to_video").transformer).config
     alone = family.activation_bytes(config, 126_000, "bfloat16")
     ulysses, ring = (
@@ -90,5 +90,5 @@ def test_every_component_has_published_bytes(task):
 
 
 def test_the_published_avatar():
-    """In GB: transformer 38.1, UMT5 11.4, VAE 0.5, wav2vec2 0.4, and 4.8 of CLIP, whose file holds a text tower too."""
+    """In GB: transformer 38.1, UMT5 11.4, VAE 0.5, wav2vec2 0.4, CLIP 4.8 (its file includes the text encoder)."""
     assert sum(family.published_bytes(task_spec("talking_avatar")).values()) == pytest.approx(55.2e9, abs=0.1e9)

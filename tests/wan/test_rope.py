@@ -1,4 +1,4 @@
-"""Rotary positions, against float64 complex rotations worked out token by token."""
+"""Rotary position embeddings against float64 complex rotations computed token by token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PATCH = (1, 2, 2)
 
 
 def rotations(frame: int, row: int, column: int) -> list[complex]:
-    """The rotation of each channel pair of one token, from the definition."""
+    """The rotation of each of a token's channel pairs, by definition."""
     pairs = []
     for position, channels in ((frame, HEAD_DIM - 8), (row, 4), (column, 4)):
         pairs += [cmath.exp(1j * position * 10000.0 ** (-2 * i / channels)) for i in range(channels // 2)]

@@ -1,4 +1,4 @@
-"""Several ranks predict what one does, and send the bytes that docs/scaling.md says."""
+"""Several ranks predict what one does, and send as many bytes as docs/scaling.md says."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ SMALL = {
     **{"text_dim": 16, "freq_dim": 32, "image_dim": 8},
     **{"audio_window": 5, "audio_features": 6, "audio_hidden_dim": 4, "audio_tokens": 3, "audio_dim": 8},
 }
-CASES = {  # height and width of the latents, and what else is different
-    "nothing divides": (6, 10, ""),  # 15 tokens a frame
+CASES = {  # height and width of the latents, and what else differs
+    "nothing divides": (6, 10, ""),  # 15 tokens per frame
     "a timestep per frame": (8, 8, "clean"),
     "fewer tokens than ranks": (2, 4, "clean"),
     "two speakers": (6, 10, "speakers"),
@@ -74,7 +74,7 @@ def compare() -> None:
                 expected = predict(alone, height, width, kind)
                 torch.testing.assert_close(made, expected, atol=1e-5, rtol=0)
                 size = ring * ulysses
-                share = -(-height * width // 4 // size)  # of a frame's tokens
+                share = -(-height * width // 4 // size)  # of each frame's tokens
                 tensor = FRAMES * share * DIM * 4
                 gathered = 2 * LAYERS * tensor * (ring - 1) + 256 * FRAMES * share * (size - 1)
                 if kind == "speakers":
@@ -97,11 +97,11 @@ def compare_sharded() -> None:
         predict(model, 8, 8, "clean")
     weights = sum(parameter.nbytes for parameter in transformer().blocks.parameters()) * (WORLD_SIZE - 1) / WORLD_SIZE
     extra = bytes_sent.sent["all_gather"] - whole.sent["all_gather"]
-    assert extra == pytest.approx(weights, rel=0.05)  # the modulation's single row is padded
+    assert extra == pytest.approx(weights, rel=0.05)  # the modulation, a single row, is padded
 
 
 def compare_vae() -> None:
-    """With a quarter of the pixels on each rank; the others have as many tiles."""
+    """With a quarter of the pixels on each rank, since all ranks have equally many tiles."""
     vae, alone = (VideoVAE(random_model(lambda: AutoencoderKLWan(**toys.VAE)).eval()) for _ in range(2))
     vae.group = groups(1, WORLD_SIZE)["sequence"]
     video = torch.rand(1, 3, 9, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -1,4 +1,4 @@
-"""Roll-outs of any length, with the toy model."""
+"""Extensions of any length, with the toy model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLIP = Path(__file__).resolve().parents[2] / "assets" / "boat.mp4"
 @pytest.mark.slow
 @pytest.mark.parametrize("duration", [6, 11, 26])
 def test_exactly_the_seconds_asked_for(tmp_path, monkeypatch, duration):
-    """After 26 s five roll-outs have already made more than enough, and the sixth is made all the same, as official."""
+    """For 26 s, five passes already make more than enough, but a sixth is made as in the official code."""
     monkeypatch.setenv("SKYREELS_CACHE", str(tmp_path))
     request = parse_request(
         ["--task_type", "single_shot_extension", "--model_id", "tiny", "--prompt", "a", "--input_video", str(CLIP),
@@ -46,7 +46,7 @@ def test_exactly_the_seconds_asked_for(tmp_path, monkeypatch, duration):
 
 
 def test_new_frames_get_the_colors_of_the_clip():
-    """The condition frames, which are not written, stay as they are decoded."""
+    """The condition frames, which are not written, are left as decoded."""
     y, x = np.indices((32, 48))
     picture = np.stack([40 + 3 * x, 60 + 4 * y, 200 - 2 * x], axis=-1)
     scene = np.stack([picture * (1 - frame / 200) for frame in range(17)]).astype(np.uint8)
@@ -56,4 +56,4 @@ def test_new_frames_get_the_colors_of_the_clip():
     video = torch.cat([*in_colors_of(scene[:9], iter(pieces), 1.0)], dim=2)
     assert torch.equal(video[:, :, :9], decoded[:, :, :9])
     off, before = ((each - frames_to_video(scene))[:, :, 9:].mean((3, 4)).abs().max() for each in (video, decoded))
-    assert before > 0.06 and off < 0.04  # the scene itself goes on to change within the sample
+    assert before > 0.06 and off < 0.04  # the scene itself keeps changing within the sample

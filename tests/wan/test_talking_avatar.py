@@ -1,4 +1,4 @@
-"""What a talking avatar's passes are given: sound, speakers, key frames, prompts, a dubbed clip. With the toy model."""
+"""The inputs of a talking avatar's passes: sound, speakers, key frames, prompts, a dubbed clip. With the toy model."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def components(cache) -> Components:
 
 @pytest.fixture
 def make(components, tmp_path) -> Iterator[Callable[..., Avatar]]:
-    """A video to be made, from flags; the portrait is 96 x 64 unless they say otherwise."""
+    """Create the pipeline from flags; the portrait is 96 x 64 by default."""
     Image.effect_noise((96, 64), 80).convert("RGB").save(tmp_path / "portrait.png")
     state = open_state(RunRecord(tmp_path / "a.mp4", {}))
 
@@ -76,7 +76,7 @@ def make(components, tmp_path) -> Iterator[Callable[..., Avatar]]:
 
 @pytest.fixture
 def sound(tmp_path) -> Callable[[float], Path]:
-    """Write a noise of so many seconds."""
+    """Write noise of the given length in seconds."""
 
     def write(seconds: float) -> Path:
         path = tmp_path / f"{seconds}.wav"
@@ -90,7 +90,7 @@ def sound(tmp_path) -> Callable[[float], Path]:
 
 
 def spy_on_windows(avatar: Avatar, monkeypatch) -> list[tuple[dict[str, Tensor], Known, int]]:
-    """Have passes make nothing, and list what they were given: texts, known frames, start."""
+    """Replace the making of windows; returns a list of the texts, known frames and start that each one is given."""
     calls: list[tuple[dict[str, Tensor], Known, int]] = []
 
     def make_window(texts: dict[str, Tensor], known: Known, start: int, name: str) -> Generator[Step, None, Tensor]:
@@ -130,7 +130,7 @@ def test_two_speakers_sound_as_long_as_the_video(make, sound, flags, seconds):
     [(0, 64, (0, 8)), (16, 32, (2, 4)), (10, 30, (0, 4)), (40, 41, (4, 6)), (0, 0, (0, 2)), (64, 64, (6, 8))],
 )
 def test_the_tokens_between_two_places(start, end, expected):
-    """Of a side of 64 pixels: 4 tokens, 8 latent pixels."""
+    """For a side of 64 pixels: 4 tokens, 8 latent pixels."""
     assert token_span(start, end, 64) == slice(*expected)
 
 
@@ -143,19 +143,19 @@ def test_one_speaker_has_no_mask(make, sound):
 
 
 def test_two_speakers_are_the_halves_of_the_portrait(make, sound):
-    """96 x 64 is scaled to 48 x 32; 8 columns are cut off on both sides."""
+    """96 x 64 is scaled to 48 x 32, losing 8 columns on either side."""
     made = masks(make, f"{sound(0.5)},{sound(0.5)}")
     left = torch.tensor([[1.0, 1, 0, 0]] * 4)
     torch.testing.assert_close(made, torch.stack((left, 1 - left, torch.zeros(4, 4))))
 
 
 def test_boxes_move_with_the_crop(make, sound):
-    """96 x 64 stays as high and is cut to 64 x 64: 16 columns on both sides."""
+    """96 x 64 keeps its height and is cropped to 64 x 64, losing 16 columns on either side."""
     size = ("--height", "64", "--width", "64")
     made = masks(make, f"{sound(0.5)},{sound(0.5)}", "--speaker_boxes", "16,0,48,32;64,32,96,64", *size)
     first, second = torch.zeros(8, 8), torch.zeros(8, 8)
     first[:4, :4] = 1  # columns 0 to 32
-    second[4:, 6:] = 1  # columns 48 to 64, the rest is cut off
+    second[4:, 6:] = 1  # columns 48 to 64; the rest is cropped
     torch.testing.assert_close(made, torch.stack((first, second, 1 - first - second)))
 
 
@@ -177,7 +177,7 @@ def test_sound_around_each_frame():
 
 
 def key_frames(make: Callable[..., Avatar], sound: Path, keyframes: str) -> dict[int, Tensor]:
-    """Key frames of three windows, which end at frames 80, 144 and 208; made ones are as gray as their number."""
+    """Key frames of three windows that end at frames 80, 144 and 208; generated ones are as gray as their number."""
     avatar = make("--input_audio", sound, "--keyframes", keyframes)
     plan = plan_windows(avatar.request.frames_out)
     assert [window.start for window in plan.windows] == [0, 64, 128]
@@ -191,7 +191,7 @@ def test_key_frames_of_the_user(make, sound, tmp_path):
     keys = key_frames(make, sound(8.0), f"{tmp_path}/red.png@5.5,{tmp_path}/blue.png@0.1")
     assert (video_to_frames(keys[0], True) == BLUE).all()
     assert (video_to_frames(keys[64], True) == RED).all()
-    assert (keys[128] == 80).all()  # the last one is the pass's last frame
+    assert (keys[128] == 80).all()  # the pass's last frame
     keys = key_frames(make, sound(8.0), f"{tmp_path}/red.png@8")
     assert (video_to_frames(keys[128], True) == RED).all()
     assert len(keys[0].unique()) == len(keys[64].unique()) == 1
@@ -232,13 +232,13 @@ def test_the_prompt_of_the_windows(make, sound, monkeypatch, components, flags, 
     monkeypatch.setattr(made.stages, "components", replace(components, text_encoder=Spy(), prompt_cache=unknown))
     calls = spy_on_windows(made, monkeypatch)
     read_all(made)
-    assert heard == [*dict.fromkeys(["she sings", windows])]  # each prompt once
+    assert heard == [*dict.fromkeys(["she sings", windows])]  # each prompt is encoded once
     own, shared = 1, heard.index(windows) + 1
     assert [texts["full"]["context"].unique().item() for texts, *_ in calls] == [own, shared, shared]
 
 
 def numbered(write_lossless, path: Path, frames: int) -> Path:
-    """A clip whose frames are as gray as their number."""
+    """A clip in which each frame's gray level is its number."""
     levels = np.arange(frames, dtype=np.uint8)[:, None, None, None]
     return write_lossless(path, np.broadcast_to(levels, (frames, 32, 32, 3)), 25)
 
@@ -253,7 +253,7 @@ def gray_levels(video: Tensor) -> list[int]:
 @pytest.mark.parametrize(
     ("seconds", "first", "last"),
     [
-        (4.0, [[0, 1, 2, 3, 4], [64, 65, 66, 67, 68]], [[76, 77, 78, 79, 80], [99] * 5]),  # the clip ends at 99
+        (4.0, [[0, 1, 2, 3, 4], [64, 65, 66, 67, 68]], [[76, 77, 78, 79, 80], [99] * 5]),  # the clip's last frame is 99
         (1.0, [[0, 1, 2, 3, 4]], [[76, 77, 78, 79, 80]]),
     ],
 )
@@ -284,7 +284,7 @@ def test_colors_are_the_portraits_unless_that_is_off(make, sound):
 
 
 def test_two_speakers_in_one_recording(make, sound, tmp_path):
-    """Each one's track is silent while only the other one speaks, by an RTTM file; the masks are those of two."""
+    """By the RTTM file, each track is silent while only the other speaker talks; there are masks for two."""
     lines = ("SPEAKER a 1 0.0 0.6 <NA> <NA> x <NA> <NA>", "SPEAKER a 1 0.5 0.5 <NA> <NA> y <NA> <NA>")
     (tmp_path / "a.rttm").write_text("\n".join(lines))
     whole = make("--input_audio", sound(1.0)).voices()[0]
@@ -292,14 +292,14 @@ def test_two_speakers_in_one_recording(make, sound, tmp_path):
     first, second = avatar.voices()
     assert not first[9600:].any() and not second[:8000].any()
     for voice, part in ((first, slice(0, 9600)), (second, slice(8000, 16000))):
-        assert np.corrcoef(voice[part], whole[part])[0, 1] > 0.999  # but for the loudness
+        assert np.corrcoef(voice[part], whole[part])[0, 1] > 0.999  # apart from the loudness
     assert avatar.encode_audio().shape[:2] == (2, 25)
     assert avatar.speaker_masks is not None
     assert [name for name, *_ in avatar.inputs.files] == ["input_image", "diarization", "input_audio"]
 
 
 def test_what_is_heard_is_changed_only_if_asked_for(make, sound, monkeypatch):
-    """The switches of the sound, one after the other: vocals, loudness, speech."""
+    """The audio flags, one at a time: vocals, loudness, speech."""
     calls = []
     monkeypatch.setattr("skyreels_v3.inputs.check_voice", lambda request: None)
     monkeypatch.setattr("skyreels_v3.wan.avatar.read_vocals", lambda path, models: calls.append(path) or VOCALS)
@@ -315,7 +315,7 @@ def test_what_is_heard_is_changed_only_if_asked_for(make, sound, monkeypatch):
 
 @pytest.mark.slow
 def test_a_background_is_kept(make, sound, write_lossless, tmp_path, caplog):
-    """Outside of the box the clip, pixel by pixel; inside of it what is made without the flag; between them a mixture.
+    """Outside the box the clip's pixels are kept, inside it frames are as without the flag, with a blend in between.
 
     The clip ends before the sound's last frames.
     """
@@ -332,7 +332,7 @@ def test_a_background_is_kept(make, sound, write_lossless, tmp_path, caplog):
     outside[:40, 16:48] = False
     assert made.shape == kept.shape == source.shape and (made != source)[:, outside].any()
     np.testing.assert_array_equal(kept[:, outside], source[:, outside])
-    np.testing.assert_array_equal(kept[:, :34, 22:42], made[:, :34, 22:42])  # the box is at the frame's upper side
+    np.testing.assert_array_equal(kept[:, :34, 22:42], made[:, :34, 22:42])  # the box touches the frame's top edge
     between = np.minimum(made, source) <= kept, kept <= np.maximum(made, source)
     assert np.all(between) and (kept != source)[:, 1:38, 18:46].mean() > 0.9
     (line,) = [record.message for record in caplog.records if "speaker's box" in record.message]
@@ -341,7 +341,7 @@ def test_a_background_is_kept(make, sound, write_lossless, tmp_path, caplog):
 
 
 def test_the_soft_edge_of_a_box():
-    """A box of 20 x 40 pixels at the left side: its edge is 3 pixels wide, at the other three sides."""
+    """For a box of 20 x 40 pixels at the left edge, the soft edge is 3 pixels wide on the other three sides."""
     weights = soft_box((0, 5, 20, 45), 50, 60)
     assert weights.shape == (50, 60, 1) and weights.dtype == np.float32
     np.testing.assert_allclose(weights[25, 15:22, 0], [1, 1, 5 / 6, 3 / 6, 1 / 6, 0, 0], rtol=1e-6)

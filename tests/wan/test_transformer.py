@@ -1,4 +1,4 @@
-"""The transformer, against outputs of the official one in float32 and diffusers' Wan transformer."""
+"""The transformer against outputs of the official one in float32, and against diffusers' Wan transformer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALL = {
 
 
 def padded(context: torch.Tensor) -> torch.Tensor:
-    """Context with zero rows up to 512."""
+    """Zero-pad the context to 512 rows."""
     return torch.nn.functional.pad(context, (0, 0, 0, 512 - context.shape[1]))
 
 
@@ -83,7 +83,7 @@ def test_avatar(reference, case):
 @pytest.mark.parametrize("at_once", [30, 1])
 @torch.inference_mode()
 def test_a_few_tokens_at_a_time(monkeypatch, reference, at_once):
-    """The recordings of all three models again, with one frame's tokens or some frames' at a time."""
+    """The recordings of all three models again, processing the tokens of one or a few frames at a time."""
     monkeypatch.setattr(wan_transformer, "TOKENS_AT_ONCE", at_once)
     test_extension(reference, "list_prefix")
     test_reference(reference, "ref4")
@@ -93,7 +93,7 @@ def test_a_few_tokens_at_a_time(monkeypatch, reference, at_once):
 
 @torch.inference_mode()
 def test_attention_is_handed_in():
-    """Every attention goes through the function that was set, with (B, L, N, D) tensors."""
+    """Every attention calls the function that was set, with (B, L, N, D) tensors."""
     torch.manual_seed(0)
     model = SkyReelsTransformer3DModel(**SMALL).eval()
     shapes = []

@@ -1,4 +1,4 @@
-"""The VAE, against the official one and against diffusers' own whole decode."""
+"""The VAE against the official one and against diffusers' decode of everything at once."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_native_decode(native, reference, frames):
 
 
 def test_diffusers_encode(diffusers_vae, reference, video):
-    """The mode, and mode + std * noise of the generator; the recorded ones are not normalized."""
+    """The mode, and mode + std * noise from the generator; the recorded latents are not normalized."""
     recorded = load_file(reference / "vae" / "diffusers_cases.safetensors")
     noise = torch.randn(recorded["encode_1.mode"].shape, generator=torch.Generator().manual_seed(5))
     sample = recorded["encode_1.mode"] + torch.exp(0.5 * recorded["encode_1.logvar"]) * noise
@@ -84,7 +84,7 @@ def test_diffusers_decode(diffusers_vae, reference, frames):
 
 @torch.inference_mode()
 def test_chunked_and_whole_decode_agree(native):
-    """diffusers' decode takes all latent frames at once."""
+    """diffusers decodes all latent frames at once."""
     latents = torch.randn(1, 16, 5, 4, 6, generator=torch.Generator().manual_seed(1))
     whole = native.module.decode(latents * native.std + native.mean).sample
     chunked = torch.cat(list(native.decode_stream(latents)), dim=2)
@@ -92,7 +92,7 @@ def test_chunked_and_whole_decode_agree(native):
 
 
 def test_streams_do_not_disturb_each_other(native):
-    """A stream keeps its own caches: two of them can be read in turns."""
+    """Each stream has its own caches, so two of them can be read alternately."""
     first = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(1))
     second = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(2))
     alone = [torch.cat(list(native.decode_stream(latents)), dim=2) for latents in (first, second)]
@@ -106,7 +106,7 @@ def noise(*shape: int) -> torch.Tensor:
 
 
 def encode_and_decode(model: VideoVAE, tiles: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """9 frames and 3 latent frames of 56 x 88."""
+    """Latents of 9 frames, and frames of 3 latent frames, both at 56 x 88."""
     model.tiles = tiles
     latents = model.encode(noise(1, 3, 9, 56, 88).clamp(-1, 1))
     video = torch.cat(list(model.decode_stream(noise(1, 16, 3, 7, 11))), dim=2)
@@ -118,7 +118,7 @@ def encode_and_decode(model: VideoVAE, tiles: tuple[int, int]) -> tuple[torch.Te
 @pytest.mark.parametrize("tiles", [(2, 3), (50, 1)])
 @pytest.mark.parametrize("name", ["native", "random_vae"])
 def test_tiles_do_not_show(name, tiles, request):
-    """On sizes that do not divide evenly: 14 x 22 where the encoder's tiles meet, 56 x 88 where the decoder's do."""
+    """At sizes that do not divide evenly: the encoder's tiles are joined at 14 x 22, the decoder's at 56 x 88."""
     model = request.getfixturevalue(name)
     whole, tiled = encode_and_decode(model, (1, 1)), encode_and_decode(model, tiles)
     for part, expected in zip(tiled, whole, strict=True):
@@ -127,7 +127,7 @@ def test_tiles_do_not_show(name, tiles, request):
 
 @torch.inference_mode()
 def test_tiles_in_float64(random_vae):
-    """No seam hides below float32's rounding, not even with tiles narrower than their halo."""
+    """No seam is hidden by float32 rounding, even for tiles narrower than their halo."""
     random_vae.module.double()
     encoder, front = vae.encoder_stages(random_vae.module.encoder)
     decoder, back = vae.decoder_stages(random_vae.module.decoder)
@@ -137,10 +137,10 @@ def test_tiles_in_float64(random_vae):
 
 
 def test_reach_of_the_tiles():
-    """By hand. Decoder, from the frame inwards: 1 of conv_out and 6 of three blocks are 7 at full size, with the
-    upsampling's 8, which are 4 at half of it; 6 of three blocks and 1 of the other upsampling's are 11, in quarters 6.
-    Encoder: 4 of two blocks at half size are 8 and 4 + 1 at full size; at the end of a tile each downsampling needs one
-    row more, which is 2 and 1 in full size."""
+    """By hand. Decoder, from the output back: conv_out takes 1 and three blocks 6, 7 in all at full size; with 1 for
+    the upsampling 8, or 4 at half size; three blocks take 6 and the other upsampling 1, 11 in all, or 6 at a quarter.
+    Encoder: two blocks take 4 at half size, which is 8 at full size, where two more blocks and conv_in take 4 + 1; at
+    the end of a tile each downsampling takes one row more, which is 2 and 1 at full size."""
     with torch.device("meta"):
         module = AutoencoderKLWan(base_dim=8)
     stages, cut = vae.decoder_stages(module.decoder)
@@ -150,7 +150,7 @@ def test_reach_of_the_tiles():
 
 
 def test_bfloat16(native):
-    """What bfloat16 may cost: 35 dB, where 45 or more were measured."""
+    """The allowed error of bfloat16 is 35 dB; 45 dB or better were measured."""
     half = VideoVAE(copy.deepcopy(native.module).to(torch.bfloat16))
     for part, expected in zip(encode_and_decode(half, (2, 2)), encode_and_decode(native, (1, 1)), strict=True):
         assert part.dtype == torch.float32
@@ -158,13 +158,13 @@ def test_bfloat16(native):
 
 
 def psnr(x: torch.Tensor, reference: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB, the peak being all that the reference spans."""
+    """Peak signal-to-noise ratio in dB, where the peak is the reference's range."""
     span = reference.max() - reference.min()
     return float(10 * torch.log10(span**2 / (x - reference).square().mean()))
 
 
 class ThreadGroup(Group):
-    """Threads in the place of processes."""
+    """Threads that stand in for processes."""
 
     def __init__(self, rank: int, pieces: list, barrier: Barrier) -> None:
         self.rank, self.size = rank, len(pieces)
@@ -182,7 +182,7 @@ class ThreadGroup(Group):
 @pytest.mark.parametrize("tiles", [(1, 1), (2, 1)])
 @pytest.mark.parametrize("size", [2, 5, 8])
 def test_a_group_makes_the_same(random_vae, size, tiles):
-    """Also one that is larger than there are tiles to share."""
+    """Also with more processes than tiles."""
     video, latents = torch.randn(1, 3, 5, 32, 56).clamp(-1, 1), torch.randn(1, 16, 2, 3, 5)
     expected = random_vae.encode(video), torch.cat([*random_vae.decode_stream(latents)], dim=2)
     barrier, pieces = Barrier(size), [None] * size

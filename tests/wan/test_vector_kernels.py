@@ -1,4 +1,4 @@
-"""The first call of each vector function of a CPU is a small one, before any that is divided among threads."""
+"""A CPU's vector functions are first called on few elements, before any call that is split among threads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-# What the first call of each function in a process was like, when a transformer has been imported and run
+# Prints the size of each function's first call in a process that computes a transformer's tables
 PROGRAM = """
 import json
 import torch

@@ -1,4 +1,4 @@
-"""The plan of windows, against the official tables."""
+"""The window plan against the official tables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_official_plans(reference):
 
 @pytest.mark.parametrize("frames", [81, 82, 100, 144, 145, 146, 208, 209, 210, 1000, 4999, 5000])
 def test_the_windows_lay_end_to_end(frames):
-    """Each written frame comes once and in order, from the window that holds it."""
+    """Each frame is written once and in order, from the window that contains it."""
     written = [
         window.start + frame for window in plan_windows(frames).windows for frame in range(window.first, window.end)
     ]

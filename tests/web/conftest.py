@@ -1,4 +1,4 @@
-"""A server's application with a queue, and a client of it; skipped where the server's packages are not installed."""
+"""A server application with its queue and a client; skipped if the server's packages are not installed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def png(side: int = 32) -> bytes:
 
 @dataclass
 class Served:
-    """A client, the queue behind it, and how to end jobs in the place of a worker."""
+    """A client, the queue behind it, and methods that end jobs in place of a worker."""
 
     client: Any
     queue: Queue
@@ -50,7 +50,7 @@ class Served:
         return job
 
     def finish(self, id: str) -> str:
-        """Complete a job: it has to be the next one."""
+        """Complete a job, which must be the next in the queue."""
         job = self.queue.claim("0")
         assert job is not None and job.id == id
         job.video.write_bytes(self.video)
@@ -78,7 +78,7 @@ def short_clip(tmp_path_factory, write_lossless) -> bytes:
 
 @pytest.fixture
 def serve(tmp_path, clip, short_clip) -> Iterator[Callable[..., Served]]:
-    """Make an application with settings."""
+    """Create an application with the given settings."""
     pytest.importorskip("fastapi", reason=HINT)
     pytest.importorskip("httpx2", reason=HINT)
     from starlette.testclient import TestClient
@@ -111,7 +111,7 @@ def served(serve) -> Served:
 
 
 def error_of(answer: Any, status: int) -> dict[str, Any]:
-    """The error of an answer, in OpenAI's form and with nothing that clients should not see."""
+    """Check that a response is an error in OpenAI's form without internal details; returns the error."""
     assert answer.status_code == status, answer.text
     error = json.loads(answer.text)["error"]
     assert error.keys() == {"message", "type", "param", "code"}

@@ -1,9 +1,9 @@
-"""A worker with faults: `faulty_runner.py FOLDER NAME FLAGS`, with a file `faults.json` in the queue's folder.
+"""A worker with injected faults: `faulty_runner.py FOLDER NAME FLAGS`, with `faults.json` in the queue's folder.
 
-That has a list of [place, action] or [place, action, job]; the first one is done, and removed, when its place is
-reached. Places are "claimed", "loading", "step S" (of the loop itself), "denoising W S" (reported: pass and step),
-"decoding W", "writing" and "written", and "rank R step S" for ranks other than the main one; actions "kill", "oom",
-"device oom", "error", "hang" and "stop" (SIGTERM). What is reached is added to `log.jsonl`, as [place, job].
+The file has a list of [place, action] or [place, action, job]; the first one is removed and carried out when its place
+is reached. Places are "claimed", "loading", "step S" (of the loop itself), "denoising W S" (reported: pass and step),
+"decoding W", "writing" and "written", and "rank R step S" for ranks other than the main one; actions are "kill", "oom",
+"device oom", "error", "hang" and "stop" (SIGTERM). Each place reached is logged to `log.jsonl` as [place, job].
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def reach(place: str, job: Job) -> None:
     is_fault = bool(faults) and faults[0][0] == place and faults[0][2:] in ([], [job.id])
     if is_fault:
         replace_file(path, json.dumps(faults[1:]).encode())
-    with (FOLDER / "log.jsonl").open("a") as file:  # only now: this process may be killed as soon as that is read
+    with (FOLDER / "log.jsonl").open("a") as file:  # last, because a test may kill this process once it reads the line
         file.write(json.dumps([place, job.id]) + "\n")
     if not is_fault:
         return

@@ -1,4 +1,4 @@
-"""The HTTP API against the real application and queue; with OpenAI's client also against a running server."""
+"""The HTTP API against the real application and queue; also with OpenAI's client against a running server."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_an_extension_of_a_video(served):
     assert job.flags["task_type"] == "single_shot_extension" and job.flags["include_input"] is True
     assert made["remixed_from_video_id"] == job.parent == source and made["seconds"] == "5"
     served.queue.claim("0")
-    served.queue.report(job.id, "0", Progress("denoising"), {"frames": 168, "fps": 24})  # with 2 seconds of the clip
+    served.queue.report(job.id, "0", Progress("denoising"), {"frames": 168, "fps": 24})  # including 2 s of the clip
     assert served.client.get(f"/v1/videos/{job.id}").json()["seconds"] == "7"
     served.queue.cancel(job.id)
     assert (job.folder / job.flags["input_video"]).read_bytes() == served.video
@@ -243,7 +243,7 @@ def test_polling(served):
 
 
 def test_a_failure_names_fields(served):
-    """As the API and the page call them, and none that only the server's user can set."""
+    """By their names in the API and on the page, and only those that clients can set."""
     from skyreels_v3.web.page_html import card
     from skyreels_v3.web.settings import Settings
 
@@ -335,8 +335,8 @@ def test_events(served, monkeypatch):
 
 
 def test_what_cannot_work_is_refused_at_once(served):
-    """Not in its turn, perhaps hours later."""
-    clip = served.done()  # of 48 frames
+    """When it is submitted, not when its turn comes hours later."""
+    clip = served.done()  # 48 frames
     small = {"prompt": "a", "task_type": "shot_switching_extension"}
     for fields, param, words in (
         ({"task_type": "t2v", "model": "Skywork/SkyReels-V3-R2V-14B"}, "model", "is the checkpoint of reference_to"),
@@ -358,7 +358,7 @@ def test_what_cannot_work_is_refused_at_once(served):
 
 
 def test_nobody_takes_all(serve):
-    """With a key, at most a quarter of the requests that are read, and of the event streams."""
+    """Each key is limited to a quarter of the request bodies being read and of the event streams."""
     served = serve(keys=("first", "second"))
     api = served.client.app.state.api
     first, second = ({"Authorization": f"Bearer {key}"} for key in ("first", "second"))
@@ -467,7 +467,7 @@ def test_plan(served):
 
 @pytest.mark.slow
 def test_plan_of_a_group(serve):
-    """What each of two processes does, not what one alone would do; or why two cannot divide this video."""
+    """The plan for each of two processes, not for one alone; or why two cannot share this video."""
     served = serve(defaults={"model_id": "tiny"}, group={"use_usp": True, "gpu_num": 2, "device": "cpu"})
     fields = {"prompt": "a", "task_type": "t2v", "guidance_scale": 6, **SMALL}
     plan = served.client.post("/v1/videos/plan", json=fields).json()
@@ -596,7 +596,7 @@ def use(client: Any, openai: Any, tmp_path: Any) -> None:
     assert client.videos.download_content(made.id, variant="thumbnail").read()[8:12] == b"WEBP"
     image = ("fox.png", png(64), "image/png")
     begun = client.videos.create(prompt="a fox", input_reference=image, size="32x32", extra_body={"num_frames": 5})
-    # this version of the client refuses references to other videos and URLs anywhere else
+    # elsewhere this client version rejects references to other videos and URLs
     reference = {"input_reference": {"image_url": data_url(png())}, "size": "32x32"}
     linked = client.videos.create(prompt="b", seconds="4", extra_body=reference)
     source = {"video": {"id": made.id}, "height": 32, "width": 32}

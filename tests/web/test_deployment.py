@@ -1,4 +1,4 @@
-"""What runs a server elsewhere fits it: the image, the systemd unit, the Compose file, the balancer."""
+"""The deployment files match the server: the image, the systemd unit, the Compose file, the load balancer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ fastapi = pytest.importorskip("fastapi", reason=HINT)
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 UNIT = (ROOT / "cluster" / "skyreels.service").read_text(encoding="utf-8")
 PYTHON = "/opt/skyreels/.venv/bin/python"
-ENDS_WITHIN = serve.GRACE + GRACE  # seconds: of open answers, of workers
+ENDS_WITHIN = serve.GRACE + GRACE  # seconds: for open responses, then for workers
 ANALYZE = shutil.which("systemd-analyze")
 
 
@@ -44,13 +44,13 @@ def compose() -> dict[str, Any]:
 
 
 def unit_value(name: str) -> str:
-    """The value of a setting that the unit has once; continued lines are joined."""
+    """The value of a setting that appears once in the unit, with continuation lines joined."""
     (value,) = re.findall(rf"^{name}=(.*)$", UNIT.replace("\\\n", ""), re.MULTILINE)
     return value
 
 
 def check_command(words: list[str]) -> dict[str, Any]:
-    """The flags of a command that serves, as the program reads them."""
+    """The flags of a `serve` command, parsed and checked as the program does."""
     flags = parse_flags(words)
     assert flags["serve"]
     check_access(flags["host"], (flags["api_key"],), no_auth=False)
@@ -83,7 +83,7 @@ def test_the_health_of_a_server(tmp_path, cache, monkeypatch):
         assert "8000" in code
         command = [sys.executable, option, code.replace("8000", port)]
         assert subprocess.run(command, check=False).returncode == 0
-        unknown = [word.replace("/health", "/v1/videos") for word in command]  # needs a key
+        unknown = [word.replace("/health", "/v1/videos") for word in command]  # requires a key
         assert subprocess.run(unknown, check=False).returncode == 1
     assert subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == 1
 
@@ -92,10 +92,10 @@ def test_the_health_of_a_server(tmp_path, cache, monkeypatch):
 def test_systemd_takes_the_unit(tmp_path):
     unit = tmp_path / "skyreels.service"
     unit.write_text(UNIT.replace(PYTHON, sys.executable), encoding="utf-8")
-    verify = [ANALYZE, "verify", "--recursive-errors=no", str(unit)]  # other units of this machine may have errors
+    verify = [ANALYZE, "verify", "--recursive-errors=no", str(unit)]  # other units on this machine may have errors
     checked = subprocess.run(verify, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr
-    hardened = [ANALYZE, "security", "--offline=true", "--threshold=25", str(unit)]  # 2.5 of 10
+    hardened = [ANALYZE, "security", "--offline=true", "--threshold=25", str(unit)]  # 2.5 out of 10
     assert subprocess.run(hardened, capture_output=True, check=False).returncode == 0
 
 
@@ -127,15 +127,15 @@ def test_the_compose_file(compose):
 
 
 def test_small_answers_are_sent_at_once():
-    """asyncio turns Nagle's algorithm off only for sockets that name their protocol; it costs 40 ms an answer."""
+    """asyncio disables Nagle's algorithm only for sockets whose protocol is set; it would cost 40 ms per response."""
     with listen("127.0.0.1", 0) as listener:
         assert listener.proto == socket.IPPROTO_TCP
 
 
-# The balancer
+# The load balancer
 
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
-# what a distribution's nginx.conf has around it, for anybody and in any folder
+# what a distribution's nginx.conf surrounds it with, for any user and any folder
 AROUND = """
 daemon off;
 pid {folder}/nginx.pid;
@@ -151,8 +151,8 @@ http {{
     include {folder}/skyreels.conf;
 }}
 """
-KEYS = [f"client+/{number}==" for number in range(16)]  # that one server gets all is less likely than 1 to 10,000
-FOLLOWED = 5  # whose videos are waited for
+KEYS = [f"client+/{number}==" for number in range(16)]  # all land on one server with a probability below 1 in 10,000
+FOLLOWED = 5  # keys whose videos the test waits for
 
 
 def free_port() -> int:
@@ -168,7 +168,7 @@ def is_open(port: int) -> bool:
 
 @contextmanager
 def running_balancer(folder: Path, addresses: list[str]) -> Iterator[str]:
-    """nginx with the configuration, for servers on this machine; gives its address."""
+    """Run nginx with the configuration for servers on this machine; returns its address."""
     names = ("-keyout", str(folder / "privkey.pem"), "-out", str(folder / "fullchain.pem"))
     certificate = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", *names]
     subprocess.run(certificate, check=True, capture_output=True)
@@ -197,7 +197,7 @@ def running_balancer(folder: Path, addresses: list[str]) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def balanced(tmp_path_factory, cache) -> Iterator[tuple[str, list[Queue]]]:
-    """Two servers behind nginx: the address, and their queues."""
+    """Two servers behind nginx; returns the address and their queues."""
     if NGINX is None or shutil.which("openssl") is None:
         pytest.skip("needs nginx and openssl")
     folders = [tmp_path_factory.mktemp(name) for name in ("one", "two", "balancer")]
@@ -217,7 +217,7 @@ def balanced(tmp_path_factory, cache) -> Iterator[tuple[str, list[Queue]]]:
 @pytest.mark.slow
 @pytest.mark.extended
 def test_two_servers_behind_a_balancer(balanced):
-    """Each client, and its page, finds its videos again; it follows, downloads and sends files through the balancer."""
+    """Clients and their pages find their videos again; streaming, downloads and uploads work through the balancer."""
     from skyreels_v3.web.page_access import COOKIE
     from skyreels_v3.web.security import owner_of
 
@@ -235,7 +235,7 @@ def test_two_servers_behind_a_balancer(balanced):
             with client.stream("GET", f"/v1/videos/{id}/events") as events:
                 arrived = [(line, monotonic()) for line in events.iter_lines() if line.startswith("event: ")]
             assert arrived[0][0] == "event: progress" and arrived[-1][0] == "event: end"
-            assert arrived[-1][1] - arrived[0][1] > 0.4  # not all at once in the end
+            assert arrived[-1][1] - arrived[0][1] > 0.4  # not buffered until the end
             assert [video["id"] for video in client.get("/v1/videos").json()["data"]] == [id]
             content = client.get(f"/v1/videos/{id}/content", headers={"Range": "bytes=4-7"})
             assert (content.status_code, content.content) == (206, b"ftyp")
@@ -246,7 +246,7 @@ def test_two_servers_behind_a_balancer(balanced):
 
 
 def test_idle_connections_are_ended_by_the_balancer():
-    """A server that ended them would do so while the balancer sends a request, which then fails."""
+    """If the server closed them, it could do so just as the balancer sends a request, which would fail."""
     (seconds,) = re.findall(r"keepalive_timeout (\d+)s;", (ROOT / "cluster" / "nginx.conf").read_text(encoding="utf-8"))
     config = serve.server_of(fastapi.FastAPI()).config
     assert config.timeout_keep_alive > int(seconds)
@@ -267,8 +267,8 @@ def test_the_balancer_refuses_what_a_server_refuses(balanced):
 
 @pytest.mark.slow
 def test_the_page_behind_a_balancer(balanced):
-    """From signing in to a video, with no request to another address than the balancer's."""
-    from tests.web import test_page  # skips where what it needs is not installed
+    """From signing in to a finished video, with requests only to the balancer's address."""
+    from tests.web import test_page  # skips if its packages are not installed
 
     if test_page.CHROMIUM is None:
         pytest.skip("no chromium is installed")

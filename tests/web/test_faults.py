@@ -1,8 +1,8 @@
-"""A whole server whose parts are killed, lose their clients, or find the folder taken or damaged.
+"""A whole server whose parts are killed, whose clients disconnect, or whose folder is in use or damaged.
 
-After each fault: what was finished is there, each video is made once, no process is left, and the next job is made.
-What the parts do alone is in the tests of each: a full disk and the clock in test_queue.py and test_supervisor.py, a
-worker out of memory in test_runner.py, uploads that are broken off in test_hostile.py.
+After each fault: finished videos are there, each video is made once, no process is left, and the next job is made.
+Faults of single parts are tested with each part: a full disk and clock jumps in test_queue.py and test_supervisor.py,
+a worker out of memory in test_runner.py, aborted uploads in test_hostile.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.web.conftest import HINT
 from tests.web.test_runner import FAULTY, ended, is_alive, log_of, set_faults, wait
 
 pytestmark = pytest.mark.slow
-# the real server, with workers that can have faults, and without the page, which takes long to import
+# the real server with workers that can have faults, but without the page, which is slow to import
 SERVER = """
 import sys
 from functools import partial
@@ -45,7 +45,7 @@ PLACES = ("loading", "denoising 1 2", "decoding 1", "written")
 
 @dataclass
 class Served:
-    """A folder, its queue, and the processes of the servers that it had."""
+    """A folder, its queue, and the server processes that have used it."""
 
     folder: Path
     queue: Queue
@@ -67,7 +67,7 @@ class Served:
         return children[0]
 
     def kill(self, what: str) -> None:
-        """End the server, the worker or both at once; a new server is started if need be."""
+        """Kill the server, the worker or both at once, and start a new server if needed."""
         worker = self.worker()
         if what != "worker":
             self.process.kill()
@@ -120,12 +120,12 @@ def served(tmp_path, cache, monkeypatch) -> Iterator[Served]:
     "what", ["both", *(pytest.param(what, marks=pytest.mark.extended) for what in ("server", "worker"))]
 )
 def test_kills_at_each_stage(served, what):
-    made = {"queued": served.post()}  # the worker takes seconds to start
+    made = {"queued": served.post()}  # before the worker has started, which takes seconds
     assert served.queue.get(made["queued"]).state == State.QUEUED
     served.kill(what)
     assert ended(served.queue, made["queued"]).state == State.COMPLETED
     videos = {made["queued"]: served.get(f"/v1/videos/{made['queued']}/content")}
-    for place in PLACES if what != "worker" else PLACES[1:2]:  # the others are in test_runner.py
+    for place in PLACES if what != "worker" else PLACES[1:2]:  # test_runner.py covers the others
         set_faults(served.queue, (place, "hang"))
         id = made[place] = served.post()
         wait(lambda id=id, place=place: place in log_of(served.queue, id))
@@ -143,7 +143,7 @@ def test_kills_at_each_stage(served, what):
 
 @pytest.mark.extended
 def test_clients_that_are_gone_and_folders_that_are_taken(served):
-    """Clients that hang up at streams of events, a second server, a killed upload, then a damaged database."""
+    """Clients that disconnect from event streams, a second server, a killed upload, then a damaged database."""
     set_faults(served.queue, ("denoising 1 2", "hang"))
     id = served.post()
     wait(lambda: "denoising 1 2" in log_of(served.queue, id))
@@ -156,7 +156,7 @@ def test_clients_that_are_gone_and_folders_that_are_taken(served):
         assert b"200 OK" in each.recv(1000)
     assert len(server.net_connections()) >= before + len(gone)
     for each in gone[::2]:
-        each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # closed by a reset
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # close with a reset
     for each in gone:
         each.close()
     wait(lambda: len(server.net_connections()) <= before, 30)
@@ -180,6 +180,6 @@ def test_clients_that_are_gone_and_folders_that_are_taken(served):
 
 
 def run_server(folder: Path) -> subprocess.CompletedProcess[str]:
-    """A server that cannot start."""
+    """Run a server that cannot start."""
     command = [sys.executable, "-c", SERVER, *FAULTY, str(folder)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

@@ -1,4 +1,4 @@
-"""Requests that mean harm: each gets an error in OpenAI's form that gives nothing away, and leaves nothing behind."""
+"""Malicious requests: each gets an error in OpenAI's form that reveals nothing, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ POST = "/v1/videos"
 
 
 def case(method: str, path: str, status: int, words: str = "", name: str = "", **more: Any) -> Any:
-    """A request, the status of its answer, and words in the error."""
+    """A request, the expected status, and words in the error."""
     return pytest.param(method, path, status, words, more, id=name or f"{method} {path[:40]} {str(more)[:40]}")
 
 
 def job(status: int, words: str, name: str = "", **fields: Any) -> Any:
-    """A new video in JSON."""
+    """A request for a new video in JSON."""
     return case("POST", POST, status, words, name or str(fields)[:60], json={"prompt": "a", **fields})
 
 
 def upload(status: int, words: str, field: str, name: str, content: bytes, **more: Any) -> Any:
-    """A new video with a file."""
+    """A request for a new video with an uploaded file."""
     files = {field: (name, content), "prompt": (None, "a")}
     return case("POST", POST, status, words, f"upload {field} {name[:30]!r} {content[:12]!r}", files=files, **more)
 
 
 def raw(status: int, words: str, content: bytes, kind: str = "application/json") -> Any:
-    """Any body."""
+    """A request with an arbitrary body."""
     label = f"raw {kind[:30]} {content[:20]!r} {len(content)}"
     return case("POST", POST, status, words, label, content=content, headers={"Content-Type": kind})
 
@@ -114,7 +114,7 @@ BODIES = [
     )),
     raw(400, "no boundary", b"--x--", "multipart/form-data"),
     raw(400, "not valid", b"junk", FORM),
-    raw(400, "not valid", FIELD % (b"prompt", b"a"), FORM),  # it has no end
+    raw(400, "not valid", FIELD % (b"prompt", b"a"), FORM),  # unterminated
     raw(400, "no name", FIELD.replace(b'; name="%b"', b"") % b"a" + b"--x--\r\n", FORM),
     raw(400, "two ways", FIELD % (b"a[b]", b"a") + FIELD % (b"a", b"a") + b"--x--\r\n", FORM),
     raw(400, "unknown", FIELD % (b"a[b][c]", b"a") + b"--x--\r\n", FORM),
@@ -163,7 +163,7 @@ HEADERS = [
 
 
 def test_what_a_page_sends(serve, monkeypatch):
-    """Gradio would fetch a file from any address, whole, without a limit; and a body may never end."""
+    """By default Gradio would fetch files from any address with no size limit; and request bodies may never end."""
     pytest.importorskip("gradio", reason=HINT)
     from starlette.requests import Request
 
@@ -200,7 +200,7 @@ def test_names_of_a_proxy(serve):
 
 @pytest.fixture
 def small(serve) -> Served:
-    """A server with small limits."""
+    """A server with low limits."""
     pytest.importorskip("fastapi", reason=HINT)
     from skyreels_v3.web.settings import Limits
 
@@ -212,7 +212,7 @@ def small(serve) -> Served:
     ("method", "path", "status", "words", "more"), [*PATHS, *FIELDS, *BODIES, *UPLOADS, *URLS, *HEADERS]
 )
 def test_refused(small, method, path, status, words, more):
-    if (body := more.get("json")) is not None:  # with what the client's own encoder refuses
+    if (body := more.get("json")) is not None:  # including values that the client's own encoder rejects
         import json
 
         more = {name: value for name, value in more.items() if name != "json"}
@@ -262,7 +262,7 @@ def test_what_a_client_has_already(served):
 
 
 def test_a_video_that_is_deleted_while_it_is_sent(served, caplog):
-    """Between the answer's headers and its first byte."""
+    """Between the response's headers and its first byte."""
     from starlette.requests import Request
     from starlette.testclient import TestClient
 
@@ -280,7 +280,7 @@ def test_a_video_that_is_deleted_while_it_is_sent(served, caplog):
 
 
 def test_scripts_stay_text(served):
-    """A prompt is answered as JSON and shown on no page."""
+    """A prompt is returned as JSON and not shown on any page."""
     made = served.post(prompt=f"{SCRIPT}\r\nX-Evil: 1\0")
     answer = served.client.get(f"/v1/videos/{made['id']}")
     assert answer.json()["prompt"].startswith(SCRIPT) and "x-evil" not in answer.headers
@@ -299,7 +299,7 @@ def test_a_bomb_is_not_unpacked(small):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Leads elsewhere, or is a picture."""
+    """Redirects elsewhere, or returns an image."""
 
     def log_message(self, *_: object) -> None:
         pass
@@ -317,7 +317,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def web() -> Iterator[tuple[str, list[str]]]:
-    """A server on all addresses of this machine: its port, and the paths that were asked for."""
+    """A server on all addresses of this machine; returns its port and a list of the requested paths."""
     server = ThreadingHTTPServer(("", 0), Handler)
     server.seen = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -326,12 +326,12 @@ def web() -> Iterator[tuple[str, list[str]]]:
     server.server_close()
 
 
-PUBLIC, PRIVATE = "127.0.0.2", "127.0.0.1"  # in these tests
+PUBLIC, PRIVATE = "127.0.0.2", "127.0.0.1"  # as far as these tests go
 
 
 @pytest.fixture
 def names(monkeypatch) -> Callable[[Sequence[str]], None]:
-    """Have name.example lead to addresses, another one each time that it is looked up; the last one stays."""
+    """Make name.example resolve to each of these addresses in turn, and then to the last one."""
     monkeypatch.setattr("skyreels_v3.media.download.is_public", lambda address: address == PUBLIC)
     real = socket.getaddrinfo
 
@@ -414,7 +414,7 @@ def test_delete_against_everything(served):
 
 @pytest.fixture
 def port(small) -> Iterator[int]:
-    """The same application behind the real server."""
+    """Run the same application on the real server; returns its port."""
     import uvicorn
 
     from skyreels_v3.web.serve import server_of
@@ -434,7 +434,7 @@ def port(small) -> Iterator[int]:
 
 
 def say(port: int, *parts: bytes, pause: float = 0.0, shut: bool = False) -> bytes:
-    """Send parts to a server, and return all that it answers until it closes, or falls silent."""
+    """Send parts to a server; returns all it sends until it closes the connection or falls silent."""
     with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
         answer = b""
         try:
@@ -477,7 +477,7 @@ UPLOAD = (
         ([HEAD + b"Content-Length: 99999999\r\n\r\n"], (413,)),
         ([HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"], (400, 0)),
         ([HEAD + b"Content-Length: 50\r\n\r\n{"], (408,)),
-        ([HEAD + b"Content-Length: 50\r\n\r\n", *[b"a"] * 20], (408, 0)),  # 0: it has hung up
+        ([HEAD + b"Content-Length: 50\r\n\r\n", *[b"a"] * 20], (408, 0)),  # 0: the connection was closed
         ([b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX: a\r\n\tb\r\nX-A: \x01\r\n\r\n"], (200, 400)),
         ([b"GET /v1/videos/a%0d%0aX-Evil:%201 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"], (404,)),
         ([b"GET /v1/videos HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"], (200,)),
@@ -514,7 +514,7 @@ def test_an_upload_that_is_broken_off_leaves_nothing(small, port):
 
 
 def test_a_clip_is_probed_only(served):
-    """What ffmpeg reads is one file, by its content."""
+    """ffmpeg reads a single file, whose format is detected by content."""
     content = (ASSETS / "boat.mp4").read_bytes()
     files = {"input_video": ("a.m3u8", content), "prompt": (None, "a")}
     made = served.client.post(POST, data=SMALL | {"num_frames": []}, files=files)

@@ -1,4 +1,4 @@
-"""MCP, by the SDK's own client: against a process on stdin and stdout, over HTTP, and in this process."""
+"""MCP with the SDK's own client: against a process over stdio, over HTTP, and in this process."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ NOBODY = "video_" + "0" * 32
 
 @dataclass
 class Agent:
-    """A client, and what a server has told it beside its answers."""
+    """A client, and the notifications that it received from a server."""
 
     client: Client
     told: list[tuple[float, str]] = field(default_factory=list)
 
     async def call(self, tool: str, **arguments: Any) -> Any:
-        """The result of a call."""
+        """Call a tool; returns the result."""
 
         async def progress(part: float, total: float | None, message: str | None) -> None:
             self.told.append((part, message or ""))
@@ -64,14 +64,14 @@ class Agent:
         return await self.client.call_tool(tool, arguments, progress_callback=progress)
 
     async def get(self, tool: str, **arguments: Any) -> dict[str, Any]:
-        """The facts in an answer, which a model reads as text."""
+        """The JSON of a tool's answer, which models read as text."""
         answer = await self.call(tool, **arguments)
         assert not answer.is_error, answer.content
-        assert answer.structured_content is None  # beside which Claude Code shows a model no picture and no text
+        assert answer.structured_content is None  # with it, Claude Code would show models no image and no text
         return json.loads(answer.content[0].text)
 
     async def error(self, tool: str, **arguments: Any) -> str:
-        """The message of a call that is refused."""
+        """The error message of a refused call."""
         answer = await self.call(tool, **arguments)
         assert answer.is_error and len(answer.content) == 1
         assert answer.content[0].text.isprintable()
@@ -83,7 +83,7 @@ class Agent:
 
 
 def with_agent(server: Any, do: Callable[[Agent], Awaitable[None]], **options: Any) -> None:
-    """Connect to a server, and let an agent do something."""
+    """Connect to a server and run a function with the agent."""
 
     async def run() -> None:
         async with Client(server, **options) as client:
@@ -94,7 +94,7 @@ def with_agent(server: Any, do: Callable[[Agent], Awaitable[None]], **options: A
 
 @pytest.fixture
 def files(tmp_path) -> Path:
-    """A folder of files, beside one that is nobody's business; with links from one to the other."""
+    """A folder of files, with links to and from a private folder beside it."""
     folder = tmp_path / "files"
     (folder / "inner").mkdir(parents=True)
     for name in ("files/fox.png", "files/inner/a, b.png", "secret.png"):
@@ -109,7 +109,7 @@ def files(tmp_path) -> Path:
 
 @pytest.fixture
 def local(serve, files) -> Iterator[tuple[Any, Served]]:
-    """A server in this process whose jobs nobody makes, and what is behind it."""
+    """A server in this process without workers, and what is behind it."""
     served = serve(defaults=TINY, files=files)
     yield Tools(served.client.app.state.api, is_local=True).server(), served
 
@@ -167,7 +167,7 @@ def test_without_a_folder_no_file_is_read(serve):
 
 
 def test_a_link_that_is_put_there_meanwhile(files, tmp_path, monkeypatch):
-    """Between the check of a path and the opening of its file."""
+    """Between checking a path and opening the file."""
     from skyreels_v3.web.mcp.files import open_below
 
     realpath = os.path.realpath
@@ -215,7 +215,7 @@ def test_wrong_arguments_are_tool_errors(local):
 
 
 def test_what_was_made_is_seen_and_used(local):
-    """In the place of a worker the test makes the video."""
+    """The test makes the video in place of a worker."""
     server, served = local
 
     async def do(agent: Agent) -> None:
@@ -239,7 +239,7 @@ def test_what_was_made_is_seen_and_used(local):
         (resource,) = (await agent.client.list_resources()).resources
         assert (resource.uri, resource.description) == (facts["video"], "a cat")
         more = [
-            await agent.get("generate", **FOX, image=id),  # of a video the last frame
+            await agent.get("generate", **FOX, image=id),  # uses the video's last frame
             await agent.get("generate", **FOX, image=facts["last_frame"]),
             await agent.get("generate", task_type="single_shot_extension", prompt="a", duration=5, input_video=id),
         ]
@@ -269,7 +269,7 @@ def test_models(local):
 
 
 def test_plan(local, monkeypatch):
-    """Planning itself takes a process that imports torch, as the tests of the API show."""
+    """The plan is stubbed: real ones need a process that imports torch, and are covered by the API's tests."""
     server, served = local
 
     async def plan(flags: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -290,7 +290,7 @@ def test_plan(local, monkeypatch):
 
 
 def test_http_needs_a_key(tmp_path):
-    """The same guard as before the API, and an owner's videos are nobody else's."""
+    """The same authentication as for the API, and owners cannot see each other's videos."""
     queue = Queue(tmp_path, server=True)
     app = app_of(Settings(tmp_path, TINY, keys=KEYS), queue)
     module.mount_mcp(app)
@@ -336,7 +336,7 @@ def test_http_needs_a_key(tmp_path):
 
 @pytest.mark.slow
 def test_a_video_over_stdio(tmp_path, cache, files):
-    """Made, watched, read, and another one left behind: no process stays, and the job does."""
+    """Made, watched and read, with another job left unfinished: no process is left, but the job is."""
     command = ["mcp", "--model_id", "tiny", "--device", "cpu", "--outdir", str(tmp_path / "out"), "--files", str(files)]
     environment = {"PYTHONPATH": str(ROOT), "SKYREELS_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     server = StdioServerParameters(command=sys.executable, args=["-m", "skyreels_v3", *command], env=environment)
@@ -345,7 +345,7 @@ def test_a_video_over_stdio(tmp_path, cache, files):
 
     async def listen(message: object) -> None:
         if isinstance(message, Exception):
-            noise.append(message)  # a line on stdout that is not of the protocol
+            noise.append(message)  # a line on stdout that is not part of the protocol
 
     async def do(agent: Agent) -> None:
         nonlocal left
@@ -372,14 +372,14 @@ def test_a_video_over_stdio(tmp_path, cache, files):
 
 
 def new_processes(before: set[int]) -> Iterator[str]:
-    """The command lines of processes that have been started since."""
+    """The command lines of processes started since `before`."""
     for process in psutil.process_iter(["pid", "cmdline", "status"]):
         if process.info["pid"] not in before and process.info["status"] != psutil.STATUS_ZOMBIE:
             yield " ".join(process.info["cmdline"] or ())
 
 
 def test_one_of_several_processes_makes_the_videos(tmp_path, monkeypatch):
-    """Each has a client; another one takes over when it ends."""
+    """Each process has a client; when the one that makes videos ends, another takes over."""
     monkeypatch.setattr(module, "POLL_SECONDS", 0.05)
     makes: list[str] = []
 
@@ -412,7 +412,7 @@ def test_one_of_several_processes_makes_the_videos(tmp_path, monkeypatch):
 
 
 def test_a_failure_is_no_interrupt(tmp_path, monkeypatch, capsys):
-    """Here no GPU is found: a line says so, and the exit code is 1."""
+    """If no GPU is found, one line says so and the exit code is 1."""
 
     def supervise() -> NoReturn:
         raise RuntimeError("no GPU")

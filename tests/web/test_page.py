@@ -1,4 +1,4 @@
-"""The page in a browser: forms, plans, progress, cancelling, settings, extensions; as wide as a desktop and a phone."""
+"""The page in a browser: forms, plans, progress, canceling, settings, extensions; at desktop and phone widths."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ LENGTH = {
 DESKTOP, PHONE = (1400, 900), (390, 844)
 EVIL = "<script>alert(1)</script> ${1 + 1} {{value}} <img src=x onerror=alert(2)>"
 
-# {text: contrast} of what is shown with less than WCAG's AA asks of small text
+# {text: contrast} of visible text below the WCAG AA contrast for small text
 CONTRAST = """() => {
     const parse = (color) => [...color.match(/[\\d.]+/g).map(Number), 1].slice(0, 4);
     const over = (top, below) => below.map((level, i) => level * (1 - top[3]) + top[i] * top[3]);
@@ -75,7 +75,7 @@ CONTRAST = """() => {
 SHIFTS = """() => new Promise((done) => new PerformanceObserver((list) => {
     done(list.getEntries().reduce((sum, entry) => sum + (entry.hadRecentInput ? 0 : entry.value), 0));
 }).observe({ type: 'layout-shift', buffered: true }) || setTimeout(() => done(0), 1000))"""
-# Gradio writes the first values of a tab or group one frame after it is shown, over what is typed before
+# Gradio sets a tab's or group's initial values one frame after showing it, which overwrites earlier typing
 SETTLED = """() => new Promise((done) =>
     requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))))"""
 
@@ -84,7 +84,7 @@ Serve = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def serve(cache) -> Iterator[Serve]:
-    """Start a server; gives its address."""
+    """Start a server; returns its address."""
     processes = []
 
     def serve(*arguments: str) -> str:
@@ -126,7 +126,7 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture
 def browse(chromium) -> Iterator[Callable[..., Any]]:
-    """Open a page; at the end there must have been no error in its console, and no request to another host."""
+    """Open a page; fails at the end if there were console errors or requests to other hosts."""
     contexts, problems = [], []
 
     def browse(address: str, size: tuple[int, int] = DESKTOP, ready: str = "#t2v-start", **options: Any) -> Any:
@@ -143,7 +143,7 @@ def browse(chromium) -> Iterator[Callable[..., Any]]:
         page.wait_for_selector(ready)
         return page
 
-    browse.refused = re.compile("$^")  # errors that a test asks for
+    browse.refused = re.compile("$^")  # errors that a test provokes on purpose
     yield browse
     for context in contexts:
         context.close()
@@ -151,7 +151,7 @@ def browse(chromium) -> Iterator[Callable[..., Any]]:
 
 
 def ask(address: str, path: str, **headers: str) -> tuple[int, Any]:
-    """An answer of the API, without a browser."""
+    """Call the API without a browser."""
     sent = urllib.request.Request(f"{address}{path}", headers=headers)
     try:
         with urllib.request.urlopen(sent, timeout=60) as answer:
@@ -167,7 +167,7 @@ def videos(address: str, **headers: str) -> list[dict[str, Any]]:
 
 def open_tab(page: Any, task: str) -> None:
     tab = page.locator(f"#tab-{task}-button:visible")
-    if not tab.count():  # behind the tabs that have room
+    if not tab.count():  # in the overflow menu
         page.click(".overflow-menu > button")
         tab = page.locator(f".overflow-dropdown button:text-is('{TABS[task]}')")
     tab.click()
@@ -182,7 +182,7 @@ def open_group(page: Any, group: str, field: str) -> None:
 
 
 def fill(page: Any, task: str, prompt: str, own: Any = None, **values: Any) -> None:
-    """Fill in a form of small size, with the task's files, or one's own in the place of each."""
+    """Fill in a form for a small video, with the task's files or with `own` in place of each."""
     open_tab(page, task)
     page.fill(f"#{task}-prompt textarea", prompt)
     for name, file in FILES.get(task, {}).items():
@@ -277,15 +277,15 @@ def test_each_task(server, browse, folder, task):
     id = start(page, task)
     card = wait_for_end(page, id)
     assert ask(server, f"/v1/videos/{id}")[1]["details"]["task_type"] == task
-    page.reload()  # an empty form
+    page.reload()  # resets the form
     page.click(f"{card} button[data-do=reload]")
     for name in FILES[task]:
         page.wait_for_selector(f"#{task}-{name} :is(img, video, .waveform-container):visible")
     page.fill(f"#{task}-seed input", "8")
-    again = start(page, task)  # with the files of the first one
+    again = start(page, task)  # with the files of the first video
     assert all([*(folder / "jobs" / again).glob(f"{name.rpartition('-')[0]}*")] for name in FILES[task])
     cancel(server, again)
-    page.wait_for_selector(f"#gallery li[data-job='{again}']")  # cancelled, unless it was done before
+    page.wait_for_selector(f"#gallery li[data-job='{again}']")  # canceled, unless it had finished before
 
 
 def test_extend_and_metadata(server, browse, tmp_path):
@@ -301,7 +301,7 @@ def test_extend_and_metadata(server, browse, tmp_path):
     wait_for_end(page, longer)
     file = tmp_path / "longer.mp4"
     file.write_bytes(ask(server, f"/v1/videos/{longer}/content")[1])
-    assert sum(1 for _ in read_frames(file, 24)) == 49 + 5 * 24  # both in one
+    assert sum(1 for _ in read_frames(file, 24)) == 49 + 5 * 24  # both in one video
 
     file = tmp_path / "clip.mp4"
     file.write_bytes(ask(server, f"/v1/videos/{first}/content")[1])
@@ -338,7 +338,7 @@ def test_trimmed_files_are_sent(server, browse, folder):
     sound = "#talking_avatar-input_audio-0"
     page.click(f"{sound} button[aria-label^='Trim audio']")
     page.wait_for_function(f"/[1-9]$/.test(document.querySelector('{sound} #trim-duration').textContent)")
-    page.wait_for_timeout(1000)  # until the sound is decoded, which nothing shows
+    page.wait_for_timeout(1000)  # until the sound is decoded, which nothing indicates
     page.click(f"{sound} button:text-is('Trim')")
     page.wait_for_function(f"parseInt(document.querySelector('{sound} #duration').textContent.slice(-2)) < 3")
     id = start(page, "talking_avatar")
@@ -349,13 +349,13 @@ def test_trimmed_files_are_sent(server, browse, folder):
 
 def test_errors_stand_at_their_fields(server, browse):
     page = browse(server)
-    browse.refused = re.compile("^Waveform load error")  # of what is no sound
+    browse.refused = re.compile("^Waveform load error")  # for a file that is not audio
     fill(page, "t2v", "A cat", num_frames=5000)
     page.click("#t2v-start")
     text = "Frames: 5000: out of range; t2v makes up to 385 frames"
     assert page.wait_for_selector("#t2v-notice .notice").inner_text().startswith(text)
     assert page.wait_for_selector("#t2v-num_frames .field-error").inner_text().startswith(text)
-    assert page.evaluate("document.querySelector('#t2v-notice').offsetHeight") == 0  # it is seen once
+    assert page.evaluate("document.querySelector('#t2v-notice').offsetHeight") == 0  # the error is shown only once
     assert page.evaluate("getComputedStyle(document.querySelector('#t2v-num_frames .info-text')).opacity") == "0"
     assert page.evaluate("document.activeElement.getAttribute('aria-describedby')") == "t2v-num_frames-error"
     page.keyboard.press("Backspace")
@@ -364,7 +364,7 @@ def test_errors_stand_at_their_fields(server, browse):
     page.fill("#t2v-duration input", "3")
     page.click("#t2v-start")
     error = page.wait_for_selector("#t2v-duration .field-error").inner_text()
-    assert error.startswith("Duration: 3: conflicts with frames;")  # by its label
+    assert error.startswith("Duration: 3: conflicts with frames;")  # by the field's label
     page.fill("#t2v-duration input", "5")
 
     open_group(page, "t2v-sampling", "t2v-shift")
@@ -373,7 +373,7 @@ def test_errors_stand_at_their_fields(server, browse):
     page.click("#t2v-sampling .label-wrap")
     page.wait_for_selector("#t2v-shift", state="hidden")
     page.click("#t2v-plan")
-    page.wait_for_selector("#t2v-shift .field-error:visible")  # its group is open again
+    page.wait_for_selector("#t2v-shift .field-error:visible")  # its group has been reopened
 
     open_tab(page, "reference_to_video")
     page.fill("#reference_to_video-prompt textarea", "A fox")
@@ -391,7 +391,7 @@ def test_errors_stand_at_their_fields(server, browse):
         page.wait_for_selector(f"{picture} img", state="attached")
         assert not page.locator(
             "#tab-reference_to_video :is(.field-error, .notice)"
-        ).count()  # of what was there before
+        ).count()  # from the file that was there before
         page.click("#reference_to_video-plan")
         error = page.wait_for_selector("#reference_to_video-ref_imgs .field-error").inner_text()
         assert error.startswith(f"Reference: {name} {text}")
@@ -408,13 +408,13 @@ def test_errors_stand_at_their_fields(server, browse):
     page.wait_for_selector(f"{sound} :is(audio, .waveform-container)", state="attached")
     page.click("#talking_avatar-plan")
     page.wait_for_selector("#talking_avatar-input_audio .field-error")
-    assert page.locator("#talking_avatar-input_video-from").is_hidden()  # there is no clip to cut
-    places = page.evaluate(  # at one moment: the page scrolls
+    assert page.locator("#talking_avatar-input_video-from").is_hidden()  # no clip to cut
+    places = page.evaluate(  # at one moment, since the page scrolls
         "(ids) => ids.map((id) => document.querySelector(id).getBoundingClientRect())",
         ["#talking_avatar-input_audio .field-error", sound],
     )
     assert places[0]["top"] > places[1]["bottom"]
-    assert not page.locator("#reference_to_video-fps").count()  # not for this task
+    assert not page.locator("#reference_to_video-fps").count()  # not offered for this task
 
 
 def test_the_keyboard_is_enough(server, browse):
@@ -437,7 +437,7 @@ def test_the_keyboard_is_enough(server, browse):
             const node = document.activeElement, { x, y, width, height } = node.getBoundingClientRect();
             const top = document.elementFromPoint(x + width / 2, y + height / 2);
             return top && (node.contains(top) || top.contains(node));
-        }""")  # it is in view, with nothing over it
+        }""")  # visible and not covered
         seen.append(id)
         if id == "reference_to_video-examples" and seen.count(id) == 1:
             page.keyboard.press("Enter")
@@ -469,12 +469,12 @@ def test_one_size_is_shown_and_made(server, browse):
 
     page.reload()
     page.wait_for_selector("#reference_to_video-start:visible")  # the same tab
-    shows("", "48", "32")  # what was typed is still there
+    shows("", "48", "32")  # the values typed before are kept
     assert page.input_value("#reference_to_video-prompt textarea") == "A fox"
     for part in parts[1:]:
         page.fill(f"{part} textarea", "")
     page.click("#reference_to_video-prompt textarea")
-    shows("", "160", "96")  # as at first
+    shows("", "160", "96")  # the initial values
     page.click(f"{parts[0]} input")
     page.click(f"{parts[0]} [role=option]:has-text('480P')")
     shows("480P", "", "")
@@ -512,7 +512,7 @@ def test_queue_by_keyboard(server, browse):
     fill(page, "t2v", "A cat", num_frames=97, num_inference_steps=200, width=320, height=192)
     first, second = (start(page, "t2v") for _ in range(2))
     page.hover("#t2v-start")
-    for count in (1, 2):  # a slow double click means one
+    for count in (1, 2):  # a slow double click starts one video
         page.mouse.down(click_count=count)
         page.mouse.up(click_count=count)
         page.wait_for_timeout(300)
@@ -525,7 +525,7 @@ def test_queue_by_keyboard(server, browse):
     assert "1 running (denoising), 2 waiting" in page.inner_text("#status [role=status]").lower()
     row = f"#queue li[data-job='{last}']"
     useless = [page.locator("#queue [aria-disabled=true]").nth(number).get_attribute("data-id") for number in (0, 1)]
-    assert useless == [second, last]  # up for the first that waits, down for the last
+    assert useless == [second, last]  # up for the first waiting job, down for the last
     for do, place in (("up", 1), ("down", 2), ("up", 1)):
         page.locator(f"{row} button[data-do={do}]").focus()
         page.keyboard.press("Enter")

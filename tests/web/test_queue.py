@@ -1,4 +1,4 @@
-"""The queue: states, order, limits, several processes, kills, a damaged database, a full disk, a clock that jumps."""
+"""The queue: states, order, limits, several processes, kills, a damaged database, a full disk, clock jumps."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def state_of(queue: Queue, id: str) -> State | None:
 
 
 def python(code: str, *arguments: object) -> subprocess.Popen[str]:
-    """Start a process that runs `code`, with `queue` in a folder, the first argument."""
+    """Start a process that runs `code`, with `queue` opened in the folder given as the first argument."""
     begin = "import sys, time\nfrom pathlib import Path\nfrom skyreels_v3.web.queue import *\n"
     command = [sys.executable, "-c", f"{begin}queue = Queue(Path(sys.argv[1]))\n{code}", *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -61,7 +61,7 @@ def test_a_job_from_its_id_to_its_end(queue):
     assert queue.get(id) == job and job.state == State.QUEUED and job.started is None
     assert (job.flags["ref_imgs"], job.owner, job.parent, job.priority) == (["a.png"], "o", "p", 2)
     assert job.folder == folder and job.video == folder / "video.mp4"
-    assert queue.folder.stat().st_mode & 0o77 == 0  # for nobody else
+    assert queue.folder.stat().st_mode & 0o77 == 0  # no access for others
     claimed = queue.claim("w")
     assert claimed is not None and (claimed.id, claimed.state, claimed.worker) == (id, State.IN_PROGRESS, "w")
     assert queue.claim("w") is None
@@ -169,7 +169,7 @@ def test_delete(queue):
 
 
 def test_cancel_and_complete_at_once(queue):
-    """Whichever comes first decides, and both agree."""
+    """Whichever comes first wins, and both return values agree with it."""
     for _ in range(20):
         id = add(queue)
         queue.claim("w")
@@ -179,7 +179,7 @@ def test_cancel_and_complete_at_once(queue):
         assert cancelled.result() is not None
 
 
-# Workers that are lost
+# Lost workers
 
 
 def test_a_released_job_comes_first(queue):
@@ -218,7 +218,7 @@ def test_nothing_is_claimed_twice(queue):
 
 @pytest.mark.slow
 def test_what_was_returned_from_survives_a_kill(queue):
-    """Processes are killed at any point of their work; what each has said is in the queue, and that is whole."""
+    """Processes are killed at arbitrary points: every change that they reported is in the queue, which is intact."""
     code = """
 while True:
     id, _ = queue.new_id()
@@ -244,7 +244,7 @@ while True:
         state = state_of(queue, id)
         assert state == State.COMPLETED if what == "completed" else state in (State.QUEUED, State.COMPLETED)
     queue.close()
-    Queue(queue.folder, server=True).close()  # its check finds no damage
+    Queue(queue.folder, server=True).close()  # the integrity check finds no damage
 
 
 def test_two_servers_for_one_folder(tmp_path):
@@ -252,7 +252,7 @@ def test_two_servers_for_one_folder(tmp_path):
     first = Queue(folder, server=True)
     with pytest.raises(UserError, match=f"^--outdir: {folder} is in use by another server; stop it, or give another"):
         Queue(folder, server=True)
-    worker = Queue(folder)  # no server
+    worker = Queue(folder)  # not a server
     first.close()
     Queue(folder, server=True).close()
     worker.close()
@@ -273,7 +273,7 @@ def test_a_killed_server_leaves_no_lock_and_no_uploads(tmp_path):
     assert not any((tmp_path / "jobs").iterdir())
 
 
-# What goes wrong on disk
+# Disk failures
 
 
 @pytest.mark.parametrize("damage", ["header", "pages", "other file", "empty folder in its place"])
@@ -340,7 +340,7 @@ def test_a_folder_that_cannot_be_used(tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk(small_disk):
-    """What was returned from stays, the rest is an error and changes nothing; with room again the queue goes on."""
+    """Acknowledged changes persist; others fail and change nothing; once there is space the queue continues."""
     disk = small_disk(400)
     queue = Queue(disk / "server", server=True)
     running = add(queue)
@@ -387,7 +387,7 @@ def test_expire(queue, monkeypatch):
         if id != made[0]:
             queue.complete(id, "w", {})
     assert queue.expire() == [] and queue.expire(max_age=100, max_bytes=4000) == []
-    assert queue.expire(max_bytes=3500) == [made[1]]  # the oldest is still in progress
+    assert queue.expire(max_bytes=3500) == [made[1]]  # the oldest job is still in progress
     assert not (queue.folder / "jobs" / made[1]).exists()
     now = time.time()
     monkeypatch.setattr("skyreels_v3.web.queue.time.time", lambda: now - 1e6)
@@ -399,11 +399,11 @@ def test_expire(queue, monkeypatch):
 
 
 class Clock:
-    """The time of day and the time since the machine was started, as a test sets them."""
+    """Wall-clock time and monotonic time, both set by the test."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.running = time.time(), 1000.0
-        monkeypatch.setattr("skyreels_v3.web.queue.time.time", lambda: self.now)  # the module's, everywhere
+        monkeypatch.setattr("skyreels_v3.web.queue.time.time", lambda: self.now)  # replaced in all modules
         monkeypatch.setattr("skyreels_v3.web.retention.monotonic", lambda: self.running)
 
     def advance(self, seconds: float) -> None:
@@ -416,9 +416,9 @@ def clock(monkeypatch) -> Clock:
 
 
 def one_of_each(queue: Queue) -> dict[State, str]:
-    """A job in each state, with 1000 bytes of files."""
+    """A job in each state, with 1000 bytes of files each."""
     made: dict[State, str] = {}
-    for state in reversed(State):  # the queued one last: the others are claimed
+    for state in reversed(State):  # the queued job last: the others must be claimed
         id = made[state] = add(queue)
         (queue.folder / "jobs" / id / "file").write_bytes(bytes(1000))
         if state == State.CANCELLED:
@@ -435,7 +435,7 @@ def one_of_each(queue: Queue) -> dict[State, str]:
 
 @pytest.mark.parametrize("limits", [{"days": 2}, {"gigabytes": 1e-9}])
 def test_retention(queue, clock, limits):
-    """Looks at the start and every ten minutes; what has not ended is never deleted."""
+    """Applied at the start and every ten minutes; unfinished jobs are never deleted."""
     retention = Retention(queue, **limits)
     retention.apply()
     made = one_of_each(queue)
@@ -462,7 +462,7 @@ def test_no_retention_by_default(queue, clock):
 
 @pytest.mark.parametrize("years", [-60, -5, 5, 900])
 def test_retention_when_the_clock_jumps(queue, clock, years, caplog):
-    """While the server runs, and before it starts; after a steady day the clock is believed."""
+    """While the server runs, and before it starts; after a day without jumps the clock is trusted."""
     retention = Retention(queue, days=2)
     retention.apply()
     one_of_each(queue)

@@ -1,4 +1,4 @@
-"""A worker: the videos it makes, what it says of them, how jobs and the worker end."""
+"""A worker: the videos it makes, the progress it reports, and how jobs and the worker end."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def queue(tmp_path, cache, monkeypatch) -> Iterator[Queue]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, cache) -> Path:
-    """What the command makes of the job with two passes."""
+    """The command's video for the job with two passes."""
     video = tmp_path_factory.mktemp("whole") / "a.mp4"
     flags = [word for name, value in TWO_PASSES.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, str(ROOT / "generate_video.py"), *flags, "--output", str(video)]
@@ -61,7 +61,7 @@ def whole(tmp_path_factory, cache) -> Path:
 
 @pytest.fixture
 def start(queue) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Start a worker with faults, which may be none."""
+    """Start a worker that can have faults."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(name: str = "w") -> subprocess.Popen[bytes]:
@@ -87,7 +87,7 @@ def set_faults(queue: Queue, *faults: tuple[str, ...]) -> None:
 
 
 def wait(reached: Callable[[], Any], seconds: float = 300) -> Any:
-    """What `reached` gives, once that is true."""
+    """Wait until `reached` returns something true, and return it."""
     end = time.monotonic() + seconds
     while not (result := reached()):
         assert time.monotonic() < end
@@ -96,12 +96,12 @@ def wait(reached: Callable[[], Any], seconds: float = 300) -> Any:
 
 
 def ended(queue: Queue, id: str) -> Job:
-    """The job, once it has ended."""
+    """Wait until a job has ended, and return it."""
     return wait(lambda: (job := queue.get(id)) is not None and job.state in FINAL and job)
 
 
 def log_of(queue: Queue, id: str) -> list[str]:
-    """The places that workers with faults have reached with a job."""
+    """The places that workers have logged for a job."""
     path = queue.folder / "log.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [place for place, job in lines if job == id]
@@ -165,7 +165,7 @@ def test_jobs_that_succeed_and_jobs_that_fail(queue, start):
 @pytest.mark.slow
 @pytest.mark.parametrize("place", [PLACE, *(pytest.param(place, marks=pytest.mark.extended) for place in MORE_PLACES)])
 def test_a_killed_worker_goes_on_where_it_was(queue, start, whole, place):
-    """To the video that the command makes, from the last finished pass; what was finished is not made again."""
+    """From the last finished pass, to the same video as the command's; finished jobs are not made again."""
     set_faults(queue, (place, "kill"))
     done, id = add(queue, FOX), add(queue, TWO_PASSES)
     queue.claim("other"), queue.complete(done, "other", {})
@@ -201,7 +201,7 @@ def test_a_killed_worker_goes_on_where_it_was(queue, start, whole, place):
     ],
 )
 def test_an_error_ends_the_job_and_the_worker(queue, start, action, code, message):
-    """With a new one the next job is made."""
+    """A new worker makes the next job."""
     set_faults(queue, ("step 2", action))
     id, other = add(queue), add(queue)
     assert start().wait(300) == 0
@@ -222,7 +222,7 @@ def test_cancelling_a_running_job_keeps_what_is_done(queue, start):
     steps = len(log_of(queue, id))
     job = ended(queue, id)
     assert (job.state, job.error) == (State.CANCELLED, None)
-    assert len(log_of(queue, id)) <= steps + 3  # the end of a step that was reported, and another one
+    assert len(log_of(queue, id)) <= steps + 3  # the end of the reported step, and one more
     assert files_in(job.folder) == {"video.partial.mp4", "preview.png"}
     assert len(frames_of(job.folder / "video.partial.mp4")) >= 48
     deleted = add(queue, TWO_PASSES, num_inference_steps=200)
@@ -250,7 +250,7 @@ def test_a_worker_that_is_stopped_gives_its_job_back(queue, start):
 
 @pytest.mark.slow
 def test_no_worker_without_its_parent(queue, cache):
-    """A killed parent, in the middle of a step: the worker is gone soon, and its job queued again."""
+    """If the parent is killed in the middle of a step, the worker soon exits and its job is queued again."""
     id = add(queue, TWO_PASSES, num_inference_steps=200)
     code = (
         "import subprocess, sys, time\n"
@@ -267,7 +267,7 @@ def test_no_worker_without_its_parent(queue, cache):
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended but that nobody has waited for does not."""
+    """Whether a process is running; a zombie is not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
@@ -276,7 +276,7 @@ def is_alive(pid: int) -> bool:
 
 @pytest.mark.extended
 def test_two_workers_of_one_name(queue, start, monkeypatch):
-    """The second waits for the first, which may be about to end; so a job is never in two hands."""
+    """The second waits for the first, which may be about to exit, so no job is ever worked on by both."""
     first, second = start(), start()
     id = add(queue)
     assert ended(queue, id).state == State.COMPLETED
@@ -291,7 +291,7 @@ def test_two_workers_of_one_name(queue, start, monkeypatch):
 
 
 def test_a_projection_learns_the_colors():
-    """From frames that are a linear function of the latents, and from random ones without an error."""
+    """From frames that are a linear function of the latents; random frames cause no error."""
     random = np.random.default_rng(1)
     latents, weights = random.normal(size=(16, 4, 6)), random.normal(size=(16, 3)) * 10
     colors = np.einsum("chw,cr->hwr", latents, weights) + 128
@@ -304,7 +304,7 @@ def test_a_projection_learns_the_colors():
 
 
 def test_what_noise_will_become():
-    """A flow whose velocity is constant: the end is known after one step."""
+    """For a flow of constant velocity, the end is known after one step."""
     random = np.random.default_rng(0)
     end, noise = random.normal(size=(2, 16, 4, 6))
     early, late = (Noisy(end + sigma * (noise - end), sigma) for sigma in (0.9, 0.7))

@@ -1,4 +1,4 @@
-"""The supervisor: workers that are killed, hang, or do not start; a server that is killed; nothing is left running."""
+"""The supervisor: workers that are killed, hang, or do not start; a killed server; no process is left running."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def queue(tmp_path, cache, monkeypatch) -> Iterator[Queue]:
 
 @pytest.fixture
 def supervise(queue) -> Iterator[Callable[..., Supervisor]]:
-    """Begin to supervise workers with faults; ends with the test."""
+    """Supervise workers that can have faults, until the test ends."""
     with ExitStack() as stack:
         yield lambda *names, command=FAULTY, **more: stack.enter_context(
             Supervisor(queue, [Slot(name) for name in names or ("w",)], command=command, **more)
@@ -62,13 +62,13 @@ def supervise(queue) -> Iterator[Callable[..., Supervisor]]:
 
 
 def script(text: str) -> tuple[str, ...]:
-    """A command that runs a worker that is none."""
+    """A command that runs a script in place of a worker."""
     return (sys.executable, "-c", f"import os, sys, time\nfrom pathlib import Path\n{text}")
 
 
 @pytest.mark.extended
 def test_a_job_whose_worker_is_killed_is_made_once_more(queue, supervise):
-    """From where it was; the second time it fails, and the next one is made."""
+    """It resumes where it stopped; if its worker is killed again it fails, and the next one is made."""
     goes_on, fails, other = add(queue, TWO_PASSES), add(queue), add(queue, seed=9)
     set_faults(queue, ("denoising 2 2", "kill"), ("loading", "kill", fails), ("step 2", "kill", fails))
     supervise()
@@ -93,8 +93,8 @@ def test_a_worker_that_hangs_is_killed(queue, supervise):
 
 @pytest.mark.parametrize("end", ["cancel", "delete"])
 def test_a_job_that_is_ended_while_it_loads(queue, supervise, end, monkeypatch):
-    """Such a worker may be in the middle of a long download; it is killed, and the next job's turn comes."""
-    monkeypatch.setattr(module, "GRACE", 0.5)  # at the end of the test, for the other job
+    """A loading worker may be in the middle of a long download: it is killed, and the next job is made."""
+    monkeypatch.setattr(module, "GRACE", 0.5)  # for the other job, when the test ends
     id, other = add(queue), add(queue)
     claim = "from skyreels_v3.web.queue import *; from pathlib import Path; q = Queue(Path(sys.argv[1]))"
     loading = "q.report(job.id, sys.argv[2], Progress('loading'))"
@@ -125,7 +125,7 @@ def test_a_worker_that_wants_to_is_started_again_at_once(queue, supervise, caplo
 
 
 def test_all_end_with_the_server(queue, monkeypatch):
-    """Those that hear of it, and the one that does not; their jobs are queued again."""
+    """Workers exit when their stdin closes, and those that do not are killed; their jobs are queued again."""
     monkeypatch.setattr(module, "GRACE", 1.0)
     id = add(queue)
     queue.claim("deaf")
@@ -143,7 +143,7 @@ def test_all_end_with_the_server(queue, monkeypatch):
 
 @pytest.mark.slow
 def test_a_killed_server(queue):
-    """Its workers end; the next one goes on with their jobs, and leaves alone what was finished."""
+    """Its workers exit; the next server continues their jobs and leaves finished ones alone."""
     done = add(queue)
     queue.claim("x"), queue.complete(done, "x", {})
     queue.get(done).video.write_bytes(b"video")
@@ -154,7 +154,7 @@ def test_a_killed_server(queue):
         for id in jobs:
             wait(lambda id=id: "denoising 1 3" in log_of(queue, id))
         server.kill()
-    with Supervisor(queue, [Slot("0")], command=FAULTY):  # with fewer workers, and before the others have ended
+    with Supervisor(queue, [Slot("0")], command=FAULTY):  # with fewer workers, before the old ones have exited
         made = [ended(queue, id) for id in jobs]
     assert [job.state for job in made] == [State.COMPLETED] * 2
     assert not any(map(is_alive, workers))
@@ -164,7 +164,7 @@ def test_a_killed_server(queue):
 
 
 def test_what_a_living_worker_has_is_left_to_it(queue, supervise):
-    """It may be one of a server that has just been killed."""
+    """It may belong to a server that has just been killed."""
     code = """
 import sys
 from pathlib import Path
@@ -188,7 +188,7 @@ with lock_worker(Path(sys.argv[1]), "old"):
 
 @pytest.mark.slow
 def test_a_full_disk(small_disk, cache, monkeypatch):
-    """A job does not end before that can be recorded; with room again all goes on."""
+    """A job does not end until that can be recorded; once there is space, everything continues."""
     for name, value in {"SKYREELS_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}.items():
         monkeypatch.setenv(name, value)
     disk = small_disk(1000)
@@ -223,7 +223,7 @@ def test_a_full_disk(small_disk, cache, monkeypatch):
 )
 def test_slots(monkeypatch, visible, gpus, flags, expected):
     monkeypatch.setattr("torch.accelerator.device_count", lambda: gpus)
-    monkeypatch.setattr("skyreels_v3.runtime.has_library", lambda name: True)  # of a driver
+    monkeypatch.setattr("skyreels_v3.runtime.has_library", lambda name: True)  # of a GPU driver
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -253,14 +253,14 @@ def ranks_of(supervisor: Supervisor) -> list[psutil.Process]:
 
 @pytest.mark.slow
 def test_a_group_makes_each_video_together(queue, supervise):
-    """What one process makes; cancelling ends all ranks in one step, and they go on with the next job."""
+    """The video is what one process makes; canceling stops all ranks in the same step, then they do the next job."""
     with Supervisor(queue, [Slot("w")], command=FAULTY):
         alone = ended(queue, add(queue))
     group = supervise(flags=GROUP)
     together = ended(queue, add(queue))
     assert (alone.state, together.state) == (State.COMPLETED, State.COMPLETED)
     difference = frames_of(alone.video).astype(int) - frames_of(together.video)
-    assert np.abs(difference).mean() < 0.5  # before they were encoded, one level at most
+    assert np.abs(difference).mean() < 0.5  # before encoding they differ by at most one level
     ranks = ranks_of(group)
     assert log_of(queue, together.id).count("rank 1 step 3") == 1 and len(ranks) == 2
     id = add(queue, TWO_PASSES, num_inference_steps=200)
@@ -281,7 +281,7 @@ def test_a_group_makes_each_video_together(queue, supervise):
 
 @pytest.mark.extended
 def test_a_group_whose_ranks_fail(queue, supervise):
-    """All its processes end, a job without an error of its own is made once more, and the next one is made."""
+    """All its processes are ended, a job that did not fail itself is retried once, and the next one is made."""
     group = supervise(flags=GROUP, hang_seconds=5)
     for signal, reason in ((SIGKILL, "rank 1 was ended by SIGKILL"), (SIGSTOP, "the worker made no progress for 5 s")):
         id = add(queue, TWO_PASSES, num_inference_steps=30)
@@ -316,7 +316,7 @@ def test_no_rank_without_the_launcher(queue, supervise):
 
 
 def test_retention_is_applied(queue, supervise, monkeypatch):
-    """Again and again; what waits stays."""
+    """Repeatedly; waiting jobs stay."""
     monkeypatch.setattr("skyreels_v3.web.retention.LOOK_SECONDS", 0.1)
     waiting, first, second = add(queue), add(queue), add(queue)
     supervise(command=script("sys.stdin.read()"), retention=Retention(queue, gigabytes=1e-9))

@@ -1,4 +1,4 @@
-"""ComfyUI's folders of models."""
+"""ComfyUI's model folders."""
 
 from __future__ import annotations
 

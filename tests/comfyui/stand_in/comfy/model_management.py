@@ -1,4 +1,4 @@
-"""ComfyUI's list of loaded models, and its interruption."""
+"""ComfyUI's list of loaded models, and interruption."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The class of ComfyUI's loaded models."""
+"""The class that ComfyUI wraps loaded models in."""
 
 from __future__ import annotations
 

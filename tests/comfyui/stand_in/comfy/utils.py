@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from PIL import Image
 
-Preview = tuple[str, Image.Image, int]  # format, picture and longest side
-SHOWN: list[tuple[int, int, Preview | None]] = []  # by all of them
+Preview = tuple[str, Image.Image, int]  # format, image, longest side
+SHOWN: list[tuple[int, int, Preview | None]] = []  # what all progress bars have shown
 
 
 class ProgressBar:

@@ -1,4 +1,4 @@
-"""What the nodes use of ComfyUI, with its names and parameters. test_comfyui.py compares it with the real one."""
+"""What the nodes use of ComfyUI's API, with the same parameters; test_comfyui.py compares it with the real one."""
 
 from __future__ import annotations
 
