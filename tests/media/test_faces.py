@@ -68,7 +68,7 @@ def test_a_transition_suits_the_clip(tmp_path, side, name, reason) -> None:
     assert request.given == {"prompt": "She waits", "transition": "auto"}
     (note,) = request.notes
     assert re.match(
-        f"--transition auto: no word of the prompt means one: {name}, since {reason} .*; the prompt beg", note
+        f"--transition auto: no word in the prompt names one: {name}, since {reason} .*; the prompt beg", note
     )
 
 

@@ -328,7 +328,7 @@ def test_a_database_of_another_version(tmp_path):
     database = sqlite3.connect(tmp_path / DATABASE)
     database.execute("PRAGMA user_version = 99")
     database.close()
-    with pytest.raises(UserError, match="is of another version; give another folder"):
+    with pytest.raises(UserError, match="is from another version; give another folder"):
         Queue(tmp_path)
 
 
@@ -472,7 +472,7 @@ def test_retention_when_the_clock_jumps(queue, clock, years, caplog):
         clock.advance(600)
         each.apply()
         assert len(queue.list()[0]) == len(State)
-    assert "the clock was set by" in caplog.text
+    assert "the clock jumped by" in caplog.text
     clock.advance(DAY_SECONDS)
     retention.apply()
     assert len(queue.list()[0]) == (2 if years > 0 else len(State))
