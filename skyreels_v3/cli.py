@@ -131,7 +131,7 @@ def build_parser(command: str = SCRIPT) -> Parser:
     parser = Parser(
         prog=command,
         usage="%(prog)s --task_type TASK --prompt TEXT [flags]",
-        description="Make videos with the SkyReels V3 and V1 models. Below is an example of each task.",
+        description="Make videos with the SkyReels V3 and V1 models. Examples of each task are below.",
         epilog="Tasks, each with an example (add --dry_run to see first what it would take):\n\n"
         + "\n\n".join(examples),
         formatter_class=argparse.RawDescriptionHelpFormatter,

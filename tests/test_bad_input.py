@@ -368,7 +368,7 @@ SPEAKERS = [
     case([*SPEAKER, *PORTRAIT, "--input_audio", "{files}/1s.wav", "--keyframes", "{assets}/fox.png@0.5"],
          "--keyframes", "the sound is 1.00 s long", "sound of at least 3.24 s"),
     case([*AVATAR, "--input_video", "{files}/4s.mp4"], "--input_image", "portrait.png", "conflicts with", ONE),
-    case([*DUB, "--input_audio", "{files}/1s.wav"], "--input_video", "one speaker only", "give one --input_audio"),
+    case([*DUB, "--input_audio", "{files}/1s.wav"], "--input_video", "only one speaker", "give one --input_audio"),
     case([*DUB, "--keyframes", "{assets}/fox.png@1"], "--keyframes", "fox.png@1", "conflicts with", ONE),
     case([*SPEAKER, "--input_video", "{files}/4s.mp4", "--input_audio", "{files}/6s.wav"], "--input_video",
          "4s.mp4 is 4.00 s long, the sound 6.00 s", "give a longer clip or a shorter sound"),
@@ -484,7 +484,7 @@ MODELS = [
 REPEAT, IN_LINES = "repeat its command", "give it in the lines"
 RUNS = [
     case([*LEFT, "--dry_run"], "--resume", "conflicts with --dry_run", ONE),
-    case([*AVATAR, "--resume", "--seed", "-1", "--video_num", "2"], "--resume", "the seeds", "as --seed"),
+    case([*AVATAR, "--resume", "--seed", "-1", "--video_num", "2"], "--resume", "random seeds", "as --seed"),
     case([*LEFT, "--seed", "7"], "--resume", "seed 42 -> 7", REPEAT),
     case([*LEFT, "--height", "48"], "--resume", "height 32 -> 48", REPEAT),
     case([*LEFT, "--dtype", "bfloat16"], "--resume", "dtype float32 -> bfloat16", REPEAT),
@@ -496,7 +496,7 @@ RUNS = [
         "": ("an empty path", "give a file"),
         "{files}/folder": "give a file",
         "{files}/blank.jsonl": "write some",
-        "{files}/large.jsonl": "divide it",
+        "{files}/large.jsonl": "split it",
         "{files}/blocked.jsonl": ("{files}/blocked.results.jsonl", "check its permissions"),
     }),
     *bad(JOBS, "--output", {"a.mp4": IN_LINES}),
