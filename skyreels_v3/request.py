@@ -124,7 +124,7 @@ class GenerationRequest:
     prompt: str = flag("", "what happens in the video")
     negative_prompt: str = flag("", "what to avoid; needs --guidance_scale above 1")
     transition: str | None = task_flag(None,
-        "how the new shot begins, put before the prompt as a sentence, for cut_in and cut_out with [ZOOM_IN_CUT] and "
+        "how the new shot begins: adds a sentence before the prompt, and for cut_in and cut_out [ZOOM_IN_CUT] or "
         "[ZOOM_OUT_CUT], the only tags that the model's authors document; auto: chosen from the prompt's words, else "
         "from a face in the clip, or by the enhancer (default: the prompt is used as is)",
         choices=(AUTO, *transitions()), recorded=False)
@@ -139,7 +139,7 @@ class GenerationRequest:
         path="input")
     ref_imgs: tuple[str, ...] = task_flag((), "1-4 reference images, paths or URLs", metavar="IMAGE[,IMAGE...]",
         path="input", several=True)
-    input_video: str | None = task_flag(None, "clip to extend, or to dub (talking_avatar), path or URL",
+    input_video: str | None = task_flag(None, "clip to extend (or, for talking_avatar, to dub), path or URL",
         metavar="CLIP", path="input")
     input_image: str | None = task_flag(None, "portrait of the speaker, path or URL", metavar="IMAGE", path="input")
     input_audio: tuple[str, ...] = task_flag((), "speech: audio file or video, path or URL; two for two speakers",
@@ -147,7 +147,7 @@ class GenerationRequest:
     text: str = task_flag("",
         "text for the portrait to speak, instead of --input_audio; synthesized by kokoro if installed, else espeak-ng",
         in_request=False)
-    voice: str | None = task_flag(None, "voice for --text: one of kokoro (default: af_heart) or espeak-ng",
+    voice: str | None = task_flag(None, "voice for --text, of kokoro (default: af_heart) or espeak-ng",
         metavar="NAME", in_request=False)
     vocals: bool = task_flag(False, "give the model the voice without the music (uses audio-separator)", bool)
     speech_only: bool = task_flag(False, "give the model silence between the words (uses silero-vad)", bool)

@@ -390,7 +390,7 @@ def test_one_job_fails(main, write, loads, monkeypatch, error):
     result = results_of(file)[1]
     assert (result["job"], result["status"], result["seed"], result["exit"]) == (2, "error", 2, 1)
     assert result["error"] == "ValueError: odd" or result["error"].startswith(
-        "OutOfMemory: out of memory while denoising: 9.00 GiB was requested; reduce it with"
+        "OutOfMemory: out of memory while denoising: 9.00 GiB was requested; reduce memory use with"
     )
     assert len(loads) == 3
 

@@ -155,4 +155,4 @@ def advice(plan: MemoryPlan, device_memory: bool) -> str:
         f"a smaller {length}": request.duration > request.task.min_duration > 0 and len(plan.passes) == 1,
     }
     useful = ", ".join(way for way, helps in ways.items() if helps)
-    return f"reduce it with {useful}" if useful else "a machine with more memory is needed"
+    return f"reduce memory use with {useful}" if useful else "a machine with more memory is needed"

@@ -249,12 +249,12 @@ def test_a_failure_names_fields(served):
 
     id = served.post()["id"]
     served.queue.claim("0")
-    reason = "out of memory while denoising; --device cpu has more; reduce it with --low_vram, a smaller --num_frames"
+    reason = "out of memory while denoising; --device cpu has more; reduce memory use with --low_vram, a smaller --num_frames"
     served.queue.fail(id, "0", "out_of_memory", reason)
     said = served.client.get(f"/v1/videos/{id}").json()["error"]["message"]
-    assert said == "out of memory while denoising; reduce it with low_vram, a smaller num_frames"
+    assert said == "out of memory while denoising; reduce memory use with low_vram, a smaller num_frames"
     shown = card(served.job(id), False, Settings(served.folder))
-    assert "denoising; reduce it with low vram, a smaller frames" in shown and "--" not in shown
+    assert "denoising; reduce memory use with low vram, a smaller frames" in shown and "--" not in shown
 
 
 def test_content(served):
