@@ -249,7 +249,8 @@ def test_a_failure_names_fields(served):
 
     id = served.post()["id"]
     served.queue.claim("0")
-    reason = "out of memory while denoising; --device cpu has more; reduce memory use with --low_vram, a smaller --num_frames"
+    advice = "reduce memory use with --low_vram, a smaller --num_frames"
+    reason = f"out of memory while denoising; --device cpu has more; {advice}"
     served.queue.fail(id, "0", "out_of_memory", reason)
     said = served.client.get(f"/v1/videos/{id}").json()["error"]["message"]
     assert said == "out of memory while denoising; reduce memory use with low_vram, a smaller num_frames"
