@@ -176,7 +176,7 @@ def test_inputs_when_they_are_there(write, tmp_path, caplog):
         put(job.request.frames_copy, fading(9))
     on, picture, cut = (with_inputs(job, find_inputs(job, results)).request for job in jobs[1::2])
     assert (on.height, on.width, on.input_video, on.flags["input_video"]) == (*SIZE, str(video), str(video))
-    assert caplog.messages == [f"line 2: the frames of line 1 were not kept; {video} is read"]
+    assert caplog.messages == [f"line 2: the frames of line 1 were not kept; reading {video}"]
     assert (picture.height, picture.width) == SIZE
     np.testing.assert_array_equal(np.asarray(Image.open(picture.image)), [*fading(9)][-1])
     put(jobs[2].request.frames_copy, fading(5))  # it was made again

@@ -78,7 +78,9 @@ def test_words_win_over_faces_and_no_package(tmp_path, monkeypatch) -> None:
     request = shot(tmp_path, 330)
     assert (request.prompt, request.given) == ("She waits", {})
     (note,) = request.notes
-    assert "scikit-image is not installed" in note and note.endswith("; the prompt stays as it is")
+    assert "scikit-image, which finds faces in the clip, is not installed" in note and note.endswith(
+        "; the prompt stays as it is"
+    )
 
 
 @pytest.mark.parametrize(

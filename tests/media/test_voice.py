@@ -219,7 +219,10 @@ GOOD = "SPEAKER a 1 0 1 <NA> <NA> x <NA> <NA>\n"
         (GOOD + "SPEAKER a 1 0 1 x\n", "line 2 is not SPEAKER and 8 or 9 more fields"),
         ("LEXEME a 1 0 1 <NA> <NA> x <NA> <NA>", "line 1 is not SPEAKER"),
         (GOOD + "\n" + GOOD.replace(" 0 1 ", " nan 1 "), "line 3 has no valid beginning or length"),
-        *((GOOD.replace(" 0 1 ", times), "line 1 does not begin") for times in (" 0 inf ", " -1 2 ", " 0 0 ", " x 1 ")),
+        *(
+            (GOOD.replace(" 0 1 ", times), "line 1 has no valid beginning")
+            for times in (" 0 inf ", " -1 2 ", " 0 0 ", " x 1 ")
+        ),
         (GOOD.replace(" 0 1 ", " 4 1 "), "line 1 begins at 4 s, but the sound is 4.00 s long"),
         (GOOD + GOOD.replace(" a ", " b "), "line 2 names another recording"),
         (b"\xff\xfe\0", "is not a text"),
