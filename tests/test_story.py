@@ -105,7 +105,7 @@ A, TO_B = {"name": "a"}, {"input_video": "{job:b}"}
         ([{"prompt": "a"}, ON], ["--task_type: missing; choose one of", "line 1 failed"]),
         (
             [FOX | {"enhance_prompt": "http://a.b/v1", "enhancer_model": "m"}],
-            ["--enhance_prompt: http://a.b/v1: is no"],
+            ["--enhance_prompt: http://a.b/v1: a line must not"],
         ),
         (
             [FOX, TALK | {"input_audio": "{prev}"}],
@@ -374,7 +374,7 @@ def test_sound_stays_with_its_shot(write):
         ([FOX, ON, FOX | {"resolution": "480P"}], "--concat: line 3 makes 640 x 640, line 1 960 x 960; give all lines"),
         ([FOX | {"resolution": "480P"}, ON, FOX], "--concat: line 3 makes"),
         ([FOX, ON | {"include_input": True}], "--concat: line 2 would repeat the frames of line 1 in the film"),
-        ([FOX, FOX | {"output": "film.mp4"}], "--concat: film.mp4 is already the output of line 2; give another name"),
+        ([FOX, FOX | {"output": "film.mp4"}], "--concat: film.mp4 is the output of line 2; give another name"),
         ([FOX], "--concat: film.mp4 exists already and is never overwritten"),
     ],
 )
