@@ -139,7 +139,7 @@ def test_defaults_give_way(serve):
         ({"compile": "perhaps"}, "compile", "give true or false"),
         ({"task_type": "poetry"}, "task_type", "choose reference_to_video"),
         ({"task_type": "i2v"}, "image", "missing"),
-        ({"device": "cuda"}, "device", "the server's to say"),
+        ({"device": "cuda"}, "device", "set by the server"),
         ({"attention": "flash"}, "attention", ""),
         ({"extra_body": [1]}, "extra_body", "not a JSON object"),
         ({"image": "fox.png"}, "image", "send the file itself"),
@@ -351,7 +351,7 @@ def test_what_cannot_work_is_refused_at_once(served):
     error = error_of(served.client.post(f"/v1/videos/{clip}/remix", json={}), 400)
     assert error["message"] == "prompt: missing; say what the new video shows"
     files = {"prompt": ("a.png", png())}
-    assert "prompt: is a file" in error_of(served.client.post("/v1/videos", files=files), 400)["message"]
+    assert "prompt: was sent as a file" in error_of(served.client.post("/v1/videos", files=files), 400)["message"]
     error = error_of(served.client.get("/v1/videos?after=video_1"), 404)
     assert error["param"] == "after" and served.client.head("/health").status_code == 200
 

@@ -77,7 +77,7 @@ FIELDS = [
         "data:,a", "data:image/png;base64,%%%", "data:text/html,a",
     )),
     job(415, "not a picture", image="data:image/svg+xml;base64,PHN2Zz48L3N2Zz4="),
-    *(job(400, "the server's to say", **{name: value}) for name, value in (
+    *(job(400, "set by the server", **{name: value}) for name, value in (
         ("output", "/tmp/a.mp4"), ("outdir", "../x"), ("save_latents", "a.safetensors"), ("save_quantized", "/tmp/q"),
         ("base_model_id", "/etc"), ("allow_private_urls", True), ("host", "0.0.0.0"), ("api_key", "x"),
         ("config", "/etc"), ("device", "cpu"), ("model_source", "modelscope"), ("high_cpu_memory", True),

@@ -145,7 +145,7 @@ def test_files_that_are_refused(local, tmp_path):
         ("http://127.0.0.1/a.png", "is an address of this machine"),
         (NOBODY, "there is no video"),
         (f"skyreels://{NOBODY}/last.png", "there is no video"),
-        ({"path": "/etc/passwd"}, "is not a file; give a text"),
+        ({"path": "/etc/passwd"}, "is not a file; give a string"),
     )  # fmt: skip
 
     async def do(agent: Agent) -> None:
@@ -161,7 +161,7 @@ def test_without_a_folder_no_file_is_read(serve):
 
     async def do(agent: Agent) -> None:
         error = await agent.error("generate", **FOX, image=str(ASSETS / "fox.png"))
-        assert error.endswith("the server reads no files: it was started without --files)")
+        assert error.endswith("the server reads no files: it was started without a folder for them)")
 
     with_agent(Tools(served.client.app.state.api, is_local=True).server(), do)
 

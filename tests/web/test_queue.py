@@ -300,7 +300,9 @@ def test_a_damaged_database_is_put_aside(tmp_path, damage):
     file.write_bytes(content)
     for number in (1, 2):
         aside = tmp_path / f"{DATABASE}.damaged-{number}"
-        with pytest.raises(UserError, match=f"^--outdir: .*{DATABASE} is damaged .*; it is .*{aside.name} now; start"):
+        with pytest.raises(
+            UserError, match=f"^--outdir: .*{DATABASE} is damaged .*; it was moved to .*{aside.name}; start"
+        ):
             Queue(tmp_path, server=True)
         assert aside.read_bytes() == content and not file.exists()
         file.write_bytes(content)

@@ -153,7 +153,7 @@ class ToolReader(FlagReader):
         files, upload = self.settings.files, Upload(self.folder / f"file-{stem}", Path(name).name)
         try:
             if files is None or not name or is_url(name):
-                reason = "" if files else " (the server reads no files: it was started without --files)"
+                reason = "" if files else " (the server reads no files: it was started without a folder for them)"
                 problem = f"is not {input_kinds(files)}{reason}"
             else:
                 copy_below(files, name, self.settings.folder.resolve(), upload.path, max_bytes(flag.name))
