@@ -460,7 +460,7 @@ def test_a_part_of_a_lora_of_another_model(tmp_path, folder, fuse, caplog):
     """`partial` skips and counts entries for layers that the model lacks; entries that do not fit are still refused."""
     save_file(SIBLING, tmp_path / "a.safetensors")
     model = mapped(folder)
-    with pytest.raises(UserError, match=r"has nothing for .* and 1 more; a\.safetensors:1:partial applies the rest"):
+    with pytest.raises(UserError, match=r"has no weights for .* and 1 more; a\.safetensors:1:partial applies the rest"):
         apply_loras(model, [(tmp_path / "a.safetensors", 1.0)], fuse)
     apply_loras(model, [(tmp_path / "a.safetensors", 0.5)], fuse, partial=True)
     check_weights(model, folder, add(({QUERY: (torch.ones(2, 32), torch.ones(32, 2))}, 0.5, None)))

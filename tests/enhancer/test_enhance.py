@@ -256,7 +256,7 @@ def test_usage_errors(flags, message):
 
 def test_a_bad_key_is_refused_and_not_shown(monkeypatch):
     monkeypatch.setenv("SKYREELS_ENHANCER_API_KEY", f"{KEY}\nX-Other: 1")
-    with pytest.raises(UserError, match="SKYREELS_ENHANCER_API_KEY is no key") as error:
+    with pytest.raises(UserError, match="SKYREELS_ENHANCER_API_KEY has spaces") as error:
         asking("http://127.0.0.1")
     assert KEY not in str(error.value)
 
