@@ -238,9 +238,9 @@ FORMATS: dict[str, tuple[Callable[[Tensors], Tensors], str, bool]] = {
     "FP8 that lost its scales": (
         lambda t: scaled(t, ""), "is scaled FP8, but its scale is missing", False,
     ),
-    "integers": (lambda t: {k: v.to(torch.int8) for k, v in t.items()}, "for weights: blocks.0.attn1.norm_k.we", True),
+    "integers": (lambda t: {k: v.to(torch.int8) for k, v in t.items()}, "for weights: blocks.0.attn1.norm_k", True),
     "one integer": (
-        lambda t: t | {"proj_out.bias": t["proj_out.bias"].to(torch.int64)}, "for weights: proj_out.bias (int64);", True,
+        lambda t: t | {"proj_out.bias": t["proj_out.bias"].to(torch.int64)}, "for weights: proj_out.bias (int64)", True,
     ),
 }  # fmt: skip
 
