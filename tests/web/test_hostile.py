@@ -157,7 +157,7 @@ HEADERS = [
     *(case("POST", POST, 403, "Origin", headers={"Origin": origin}, json={"prompt": "a"}) for origin in (
         "http://evil.example", "null", "http://127.0.0.1:9000", "https://127.0.0.1.evil.example", "file://", "http://[",
     )),
-    case("GET", "/v1/videos", 403, "another site", headers={"Sec-Fetch-Site": "cross-site"}),
+    case("GET", "/v1/videos", 403, "pages of other sites", headers={"Sec-Fetch-Site": "cross-site"}),
     case("POST", f"/v1/videos/{ID}/cancel", 403, "", headers={"Host": "evil.example"}),
 ]  # fmt: skip
 
