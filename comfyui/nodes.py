@@ -50,7 +50,7 @@ def widget(flag: Flag, initial: Mapping[str, Any], task: TaskSpec | None = None)
     low, high = forms.limits_of(flag, task)
     options |= {"min": min(low, value), "max": high}
     if initial[flag.name] == "" or value < low:
-        options["tooltip"] += "; 0: not given"
+        options["tooltip"] += "; 0: not set"
     if flag.kind is float:
         return io.Float.Input(**options, step=0.01)
     step = SIZE_MULTIPLE if flag.name in ("width", "height") else 1
@@ -62,7 +62,7 @@ def sockets(flag: Flag, required: bool, task: TaskSpec) -> Iterator[io.Input]:
     options: dict[str, Any] = {"tooltip": explain(flag), "display_name": label_of(flag.name)}
     if flag.name == CLIP:
         yield io.MultiType.Input(CLIP, [io.Video, io.Image], optional=not required, **options)
-        tooltip = "frames per second of a clip that is connected as images"
+        tooltip = "frames per second of a clip given as images"
         yield io.Float.Input("clip_fps", default=task.fps, min=1, max=240, optional=True, tooltip=tooltip)
         return
     kind = io.Audio if flag.name == SPEECH else io.Image
@@ -114,7 +114,7 @@ class SkyReelsLoadModel(Node):
             options = {"display_name": label_of(name), "tooltip": f"{explain(BY_NAME[name])}, in models/{kind}"}
             inputs.append(io.Combo.Input(name, [UNSET, *files_in(kind)], default=UNSET, optional=True, **options))
         inputs += [widget(BY_NAME[name], forms.common_values()) for name in LOADER]
-        description = "Which model the tasks use, and how: its files, its place in memory, and the attention kernel."
+        description = "The model for the tasks: its files, where it is kept in memory, and the attention kernel."
         return cls.schema("Load Model", description, inputs, Model.Output(display_name="model"))
 
     @classmethod
@@ -132,14 +132,14 @@ class SkyReelsLoRA(Node):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        partial = "leave out weights that the model has nothing for, instead of refusing the file"
+        partial = "skip entries that the model has no weights for, instead of rejecting the file"
         inputs: list[io.Input] = [
             Model.Input("model"),
             io.Combo.Input("lora", files_in("loras"), display_name="LoRA", tooltip="a file in models/loras"),
             io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.01, tooltip="its scale"),
             io.Boolean.Input("partial", default=False, optional=True, tooltip=partial),
         ]
-        description = "Adds a LoRA to a model. For several, connect one after the other."
+        description = "Adds a LoRA to a model. For several, chain the nodes."
         return cls.schema("LoRA", description, inputs, Model.Output(display_name="model"))
 
     @classmethod
@@ -153,7 +153,7 @@ class SkyReelsOptions(Node):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        description = "What is rarely changed. A task refuses what it does not take, if it is changed."
+        description = "Rarely changed settings. A task rejects a changed one that it does not take."
         inputs = [widget(flag, forms.common_values()) for flag in OPTIONS]
         return cls.schema("Options", description, inputs, Options.Output(display_name="options"))
 
@@ -177,7 +177,7 @@ class Task(Node):
             if flag.name in SOCKETS:
                 inputs += sockets(flag, flag.name in task.inputs and flag.name not in SUBSTITUTES, task)
         inputs += [widget(BY_NAME[name], initial, task) for name in COMMON if BY_NAME[name] in flags]
-        inputs.append(Options.Input("options", optional=True, tooltip="of SkyReels Options"))
+        inputs.append(Options.Input("options", optional=True, tooltip="from SkyReels Options"))
         outputs = io.Image.Output(display_name="images"), io.Video.Output(display_name="video")
         description = f"{task.summary[0].upper()}{task.summary[1:]}."
         return cls.schema(forms.title_of(cls.TASK), description, inputs, *outputs)
@@ -219,7 +219,7 @@ def with_times(paths: list[str], times: str) -> list[str]:
     """Keyframes as entries of their flag, PATH@SECONDS."""
     seconds = times.replace(",", " ").split()
     if len(seconds) != len(paths):
-        raise RuntimeError(f"keyframe_times: {len(seconds)} for {len(paths)} keyframes; give one for each")
+        raise RuntimeError(f"keyframe_times: {len(seconds)} for {len(paths)} keyframes; give one time for each")
     return [f"{path}@{time}" for path, time in zip(paths, seconds, strict=True)]
 
 

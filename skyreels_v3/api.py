@@ -132,4 +132,6 @@ def check_names(flags: dict[str, Any]) -> None:
     """Raise UserError for flags that only the command line has."""
     for name in flags:
         if name in COMMAND_ONLY or (name in BY_NAME and not BY_NAME[name].in_line and name != "quiet"):
-            raise UserError(f"--{name}", "is for the command; here frames and latents are returned; leave it out")
+            raise UserError(
+                f"--{name}", "is for the command line, not for calls that return frames and latents; leave it out"
+            )

@@ -85,8 +85,8 @@ def read_jobs(name: str, defaults: Mapping[str, Any], keep_frames: bool = False)
     path = Path(os.path.expanduser(name))
     check_readable(path, "--jobs")
     if (size := path.stat().st_size) > MAX_JOBS_BYTES:
-        reason = f"{format_value(name)} has {size} bytes, at most {MAX_JOBS_BYTES} are read"
-        raise UserError("--jobs", f"{reason}; divide it into several files")
+        reason = f"{format_value(name)} has {size} bytes, more than {MAX_JOBS_BYTES}"
+        raise UserError("--jobs", f"{reason}; split it into several files")
     lines = path.read_bytes().split(b"\n")
     if not any(line.lstrip().startswith(b"{") for line in lines):
         raise UserError("--jobs", f"{format_value(name)} has no lines of JSON; write some, such as {EXAMPLE}")
@@ -159,7 +159,7 @@ def check_addresses(flags: Mapping[str, Any]) -> None:
     way = flags.get("enhance_prompt", ENHANCER_OFF)
     if way not in (ENHANCER_OFF, ENHANCER_LOCAL):
         raise UserError(
-            "--enhance_prompt", f"{describe_value(way)}: is no address for a line; give it on the command line"
+            "--enhance_prompt", f"{describe_value(way)}: a line must not name an address; give it on the command line"
         )
 
 
@@ -177,7 +177,7 @@ def without_clashes(jobs: Iterable[Job]) -> list[Job]:
     for job in jobs:
         output = None if job.request is None else job.request.output
         if output is not None and (line := outputs.setdefault(output.resolve(), job.number)) != job.number:
-            problem = f"--output: {format_value(output)} is the output of line {line} already; give another name"
+            problem = f"--output: {format_value(output)} is already the output of line {line}; give another name"
             job = replace(job, request=None, problem=problem)
         checked.append(job)
     return checked
@@ -271,7 +271,7 @@ class Results:
             sleep(POLL_SECONDS)
 
     def claim(self, job: Job) -> bool:
-        """Claim a job; returns False if another run is doing it, or has done it since this run began."""
+        """Claim a job; returns False if another run is making it, or has made it since this run began."""
         mine = self._lock(job.id)
         if mine:
             entries = self.read()[job.id]
@@ -279,7 +279,7 @@ class Results:
             if not mine:
                 self._unlock(job.id)
         if not mine:
-            logger.info("line %d: another run is doing it, or has done it", job.number)
+            logger.info("line %d: another run is making it, or has made it", job.number)
         return mine
 
     def add(self, result: Mapping[str, Any]) -> None:
@@ -307,7 +307,7 @@ class Results:
     def locked(self, id: str) -> Iterator[None]:
         """A `with` block that only one run at a time can enter."""
         if not self._lock(id):
-            logger.info("another run is joining the videos; it is waited for")
+            logger.info("waiting for another run, which is joining the videos")
             self._lock(id, wait=True)
         try:
             yield
@@ -323,7 +323,9 @@ class Results:
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     return False
                 self._has_locks = False
-                logger.warning("%s cannot be locked (%s); start no second run of these jobs", self.path, error.strerror)
+                logger.warning(
+                    "%s cannot be locked (%s); do not start a second run of these jobs", self.path, error.strerror
+                )
         return True
 
     def _unlock(self, id: str = "") -> None:
@@ -433,7 +435,7 @@ def choose_jobs(jobs: Sequence[Job], results: Results, ranks: Ranks) -> list[Job
     for job in left:
         if (video := videos[job.id]) is not None:
             gone = format_value(results.path.parent / video)
-            logger.warning("line %d: %s is gone; it is made again", job.number, gone)
+            logger.warning("line %d: %s is gone; making it again", job.number, gone)
     failed = {job.id for job in left if results.before[job.id] and videos[job.id] is None}
     last: set[str] = set()
     for job in group_by_model(left):  # jobs that need a failed one come last, too
@@ -443,7 +445,7 @@ def choose_jobs(jobs: Sequence[Job], results: Results, ranks: Ranks) -> list[Job
     todo += group_by_model(job for job in left if job.id in last)
     if len(todo) < len(jobs):
         done = f"{len(jobs) - len(todo)} of {counted(len(jobs), 'job')}"
-        logger.info("%s done already, according to %s", done, results.path)
+        logger.info("%s already done, according to %s", done, results.path)
     if ranks.world_size == 1:
         return todo
     known = {job.id: job for job in jobs}
@@ -507,7 +509,7 @@ def find_inputs(job: Job, results: Results) -> dict[str, Any]:
             reason = f"{format_value(video)} is a folder, and its frames were not kept as a clip; move it away"
             return {"problem": f"--jobs: line {need.number}: {reason} to have it made again"}
         if clips[need] != need.frames:
-            logger.warning("line %d: the frames of line %d were not kept; %s is read", job.number, need.number, video)
+            logger.warning("line %d: the frames of line %d were not kept; reading %s", job.number, need.number, video)
     try:
         return inputs_from(job, clips)
     except Exception as error:
@@ -586,7 +588,7 @@ def show_plans(name: str, jobs: Sequence[Job], video_ranks: Ranks) -> None:
             wrong += not texts[job.id]
             texts[job.id] = texts[job.id] or "error".ljust(14) + problem
     for job in jobs:
-        before = "".join(f"{'goes on from':14}line {need.number}\n" for need in dict.fromkeys(job.needs))
+        before = "".join(f"{'needs':14}line {need.number}\n" for need in dict.fromkeys(job.needs))
         show(f"{'line':14}{job.number}\n{before}{texts[job.id]}\n")
     if wrong:
         raise UserError(

@@ -61,7 +61,7 @@ def request_of(values: Mapping[str, Any]) -> GenerationRequest:
 def drop_unused(spec: TaskSpec, values: dict[str, Any]) -> list[str]:
     """Remove flags that V1's own script accepts but ignores (errors for V3), complete the size; returns notes."""
     unused = {
-        "image": ("image" in spec.takes, f"{spec.name} takes none; --task_type i2v begins with a picture"),
+        "image": ("image" in spec.takes, f"{spec.name} takes no image; --task_type i2v starts from one"),
         "negative_prompt": (is_guided(spec, values), "it needs --guidance_scale above 1"),
         "parameters_level": (values.get("offload"), "it needs --offload"),
     }
@@ -76,7 +76,7 @@ def drop_unused(spec: TaskSpec, values: dict[str, Any]) -> list[str]:
         sides = complete_size(values.get("height"), values.get("width"), shape)
         values["height"], values["width"] = sides
         notes.append(
-            f"--{side} is not given: it is {values[side]}, by the shape of the default, {shape[1]} x {shape[0]}"
+            f"--{side} is not given: using {values[side]}, for the aspect ratio of the default, {shape[1]} x {shape[0]}"
         )
     return notes
 
@@ -102,7 +102,7 @@ def describe_value(value: Any) -> str:
     try:
         text = str(value)
     except ValueError:  # Python refuses to print integers of thousands of digits
-        return "an endless number"
+        return "a number of thousands of digits"
     return format_value(text) if text.strip() else "an empty value"
 
 
@@ -129,7 +129,7 @@ def check_flags(spec: TaskSpec, values: Mapping[str, Any]) -> None:
         if BY_NAME[name].usp and not values.get("use_usp"):
             refuse(values, name, "is for several processes; add --use_usp, and start with torchrun")
         if name == "concat":
-            refuse(values, name, "joins the videos of several lines; give these in a file as --jobs")
+            refuse(values, name, "joins the videos of a jobs file; give one as --jobs")
         if BY_NAME[name].server:
             command = "mcp" if name == "files" else "serve"
             raise UserError(f"--{name}", f"is for a server; add --{command}")  # without the value, which may be a key
@@ -145,8 +145,12 @@ def check_flags(spec: TaskSpec, values: Mapping[str, Any]) -> None:
             refuse(values, name, problem)
     if full.get("shard_weights"):
         for name, value, reason in (
-            ("memory", "stream", "sharded weights are not streamed; leave one of them out"),
-            ("save_quantized", full.get("save_quantized"), "no process has all weights; save them in a run of its own"),
+            ("memory", "stream", "sharded weights cannot be streamed; leave one of the two out"),
+            (
+                "save_quantized",
+                full.get("save_quantized"),
+                "no process has all the weights; save them in a separate run",
+            ),
         ):
             if name in full and full[name] == value:
                 raise UserError("--shard_weights", f"conflicts with --{name}: {reason}")
@@ -190,12 +194,12 @@ def check_enhancer(values: Mapping[str, Any]) -> None:
     way, model = values.get("enhance_prompt", ENHANCER_OFF), values.get("enhancer_model")
     if way == ENHANCER_OFF:
         if model is not None:
-            refuse(values, "enhancer_model", "no prompt is rewritten; add --enhance_prompt local or a URL")
+            refuse(values, "enhancer_model", "has no effect without --enhance_prompt; add that, with local or a URL")
         return
     if way != ENHANCER_LOCAL:
         check_endpoint(values)
         if model is None:
-            raise UserError("--enhancer_model", "missing; give the name that the model has at --enhance_prompt's URL")
+            raise UserError("--enhancer_model", "missing; give the model's name at the URL of --enhance_prompt")
     if model is not None and not model.strip():
         refuse(values, "enhancer_model", "give a hub id or a folder, or the name of a model at the URL")
 
@@ -213,7 +217,9 @@ def check_endpoint(values: Mapping[str, Any]) -> None:
     if parts.query or parts.fragment or "@" in parts.netloc:
         refuse(values, "enhance_prompt", f"leave out user, password and query; set {ENHANCER_KEY} to the key")
     if not re.fullmatch(r"[!-~]*", os.environ.get(ENHANCER_KEY, "")):
-        raise UserError("--enhance_prompt", f"{ENHANCER_KEY} is no key: it has spaces or other characters; set it anew")
+        raise UserError(
+            "--enhance_prompt", f"{ENHANCER_KEY} has spaces or other characters that a key cannot have; set it again"
+        )
 
 
 def check_size(spec: TaskSpec, values: Mapping[str, Any]) -> None:
@@ -236,22 +242,22 @@ def check_inputs(values: Mapping[str, Any]) -> None:
         refuse(values, "ref_imgs", f"{counted(len(references), 'entry', 'entries')}; {remedy}")
     if not (1 <= len(sounds) <= MAX_SPEAKERS and all(sounds)):
         remedy = "give one, or two for two speakers, comma-separated"
-        refuse(values, "input_audio", f"{counted(len(sounds), 'sound')}, or an empty one; {remedy}")
+        refuse(values, "input_audio", f"{counted(len(sounds), 'recording')}, or an empty one; {remedy}")
     if "diarization" in values and len(sounds) == MAX_SPEAKERS:
         refuse(values, "diarization", "is for one recording of two speakers; give one --input_audio, or leave it out")
     if "audio_type" in values and len(sounds) != MAX_SPEAKERS:
-        refuse(values, "audio_type", "is for two speakers; give two sounds, or leave it out")
+        refuse(values, "audio_type", "is for two speakers; give two recordings, or leave it out")
     several = len(sounds) == MAX_SPEAKERS or "diarization" in values
     if "speaker_boxes" in values and not several and not values.get("keep_background"):
-        refuse(values, "speaker_boxes", "is for two speakers; give two sounds, or leave it out")
+        refuse(values, "speaker_boxes", "is for two speakers; give two recordings, or leave it out")
     if values.get("speaker_boxes") == AUTO and "input_video" in values:
         refuse(values, "speaker_boxes", "finds two speakers in a portrait; give the box of the one in the clip")
     if not any(map(str.isalnum, values.get("text", "some"))):
-        refuse(values, "text", "says nothing; give words, or leave it out")
+        refuse(values, "text", "has no words; give some, or leave it out")
     if not VOICE.fullmatch(values.get("voice", "some")):
         refuse(values, "voice", "is not the name of a voice; give one such as af_heart (kokoro) or en-us (espeak-ng)")
     if len(sounds) == MAX_SPEAKERS and "input_video" in values:
-        refuse(values, "input_video", "a video can be dubbed with one speaker only; give one --input_audio")
+        refuse(values, "input_video", "a clip can be dubbed with only one speaker; give one --input_audio")
     parse_boxes(values)
     parse_keyframes(values)
 
@@ -267,16 +273,16 @@ def check_outputs(values: Mapping[str, Any]) -> None:
         refuse(values, "save_latents", "would be inside the file that --output names; give another path")
     outdir = values.get("outdir", "some")
     if not outdir.strip() or "\0" in outdir or Path(outdir).is_absolute() or ".." in Path(outdir).parts:
-        refuse(values, "outdir", "is not a folder name; give one, for a folder in results/")
+        refuse(values, "outdir", "is not a folder name; give one, to be made in results/")
     videos = values.get("video_num", 1)
     if videos == 1:
         return
     for name in filter(values.__contains__, OUTPUTS):
-        refuse(values, name, f"is for one video, --video_num makes {videos}; give --outdir, or leave it out")
+        refuse(values, name, f"is for one video, but --video_num makes {videos}; give --outdir, or leave it out")
     if values.get("seed", 0) > (last := MAX_SEED - videos + 1):
         refuse(values, "seed", f"--video_num {videos} goes beyond the largest seed, {MAX_SEED}; give at most {last}")
     if values.get("resume") and values.get("seed") == -1:
-        remedy = "the seeds of the interrupted run cannot be drawn again; give its first one as --seed"
+        remedy = "random seeds cannot be drawn again; give the first seed of the interrupted run as --seed"
         raise UserError("--resume", remedy)
 
 
@@ -291,9 +297,7 @@ def parse_cache(text: str) -> float:
     except ValueError:
         threshold = math.nan
     if method != "fbcache" or not 0 <= threshold < math.inf:
-        refuse(
-            {"cache": text}, "cache", "choose fbcache, with a threshold after a colon if need be, such as fbcache:0.1"
-        )
+        refuse({"cache": text}, "cache", "choose fbcache, optionally with a threshold, such as fbcache:0.1")
     return threshold
 
 
@@ -302,7 +306,7 @@ def parse_loras(values: Mapping[str, Any]) -> tuple[Lora, ...]:
     loras = tuple(map(parse_lora, values.get("lora", ())))
     for entry, lora in zip(values.get("lora", ()), loras, strict=True):
         if not lora.source.strip() or not math.isfinite(lora.scale):
-            refuse({"lora": entry}, "lora", "give FILE, FOLDER or OWNER/NAME, and its scale after a colon")
+            refuse({"lora": entry}, "lora", "give FILE, FOLDER or OWNER/NAME, optionally with a scale after a colon")
     return loras
 
 

@@ -32,7 +32,7 @@ MAX_TEXT = 10_000  # characters of one value; the model reads 512 tokens of a pr
 MAX_CONFIG_BYTES = 256 << 10
 RECORDS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".png")  # suffixes of a --config that is not YAML
 MAX_COMMAS = 20  # in a file name of a comma-separated list
-CONFIG_HELP = "YAML file with flags as keys, or a video made here, to make it again; the command line wins"
+CONFIG_HELP = "YAML file with flags as keys, or a video made here, to make it again; the command line takes precedence"
 HTTP_ONLY = ("host", "port", "allowed_hosts", "api_key", "no_auth")  # flags of an HTTP server only
 METAVARS = {str: "TEXT", int: "N", float: "X"}
 DASHES = (
@@ -118,7 +118,7 @@ def refuse_unknown(words: Sequence[str], argv: Sequence[str]) -> NoReturn:
         raise UserError(before, f"{word}: a switch takes no value; {remedy}")
     if name and name[0] in DASHES:
         remedy = f"type --{format_value(name.lstrip(DASHES + '-'))}"
-        raise UserError("command line", f"{word} begins with a dash that is not two hyphens; {remedy}")
+        raise UserError("command line", f"{word} begins with a typographic dash instead of two hyphens; {remedy}")
     raise UserError("command line", f"{word} does not belong to any flag; put quotes around values with spaces")
 
 
@@ -131,8 +131,9 @@ def build_parser(command: str = SCRIPT) -> Parser:
     parser = Parser(
         prog=command,
         usage="%(prog)s --task_type TASK --prompt TEXT [flags]",
-        description="Make video with the SkyReels V3 and V1 models. Each task has an example below.",
-        epilog="Tasks, each with an example (add --dry_run to see what it takes first):\n\n" + "\n\n".join(examples),
+        description="Make videos with the SkyReels V3 and V1 models. Examples of each task are below.",
+        epilog="Tasks, each with an example (add --dry_run to see first what it would take):\n\n"
+        + "\n\n".join(examples),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=False,
@@ -374,7 +375,7 @@ def check_beside_jobs(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if value is not False and (remedy := BY_NAME[name].only_in_line):
             shown = "" if value is True else f"{describe_value(value)}: "
-            raise UserError(f"--{name}", f"{shown}is for one video, --jobs makes several; {remedy}")
+            raise UserError(f"--{name}", f"{shown}is for one video, but --jobs makes several; {remedy}")
 
 
 def is_server(values: Mapping[str, Any]) -> bool:
@@ -390,10 +391,10 @@ def check_beside_serve(values: Mapping[str, Any]) -> None:
         raise UserError("--files", "is for MCP; add --mcp")
     for name in HTTP_ONLY if command == "--mcp" else ():
         if is_set(values, name):
-            raise UserError(f"--{name}", "is for a server that is reached over HTTP; add --serve")
+            raise UserError(f"--{name}", "is for an HTTP server; add --serve")
     together = is_set(values, "use_usp") or values.get("gpu_num", 1) > 1
     if together and "workers" in values:
-        raise UserError("--workers", "conflicts with --use_usp, by which all processes make each video; leave it out")
+        raise UserError("--workers", "conflicts with --use_usp, which uses all processes for each video; leave it out")
     for name, value in values.items():
         flag = BY_NAME[name]
         if flag.usp and is_set(values, name) and not together:
@@ -402,7 +403,7 @@ def check_beside_serve(values: Mapping[str, Any]) -> None:
         if is_set(values, name) and one_video and not flag.server and name not in allowed:
             shown = "" if value is True else f"{describe_value(value)}: "
             raise UserError(
-                f"--{name}", f"{shown}does not go with {command}, whose requests say what to make; leave it out"
+                f"--{name}", f"{shown}cannot be combined with {command}, whose requests say what to make; leave it out"
             )
 
 

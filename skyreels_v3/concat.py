@@ -79,7 +79,7 @@ def check_film(path: Path, order: Sequence[Job], videos: Mapping[str, Path]) -> 
         if job.request.output is not None and job.request.output.resolve() == path.resolve():
             raise UserError("--concat", f"{format_value(path)} is the output of line {job.number}; give another name")
         if job.request.include_input and job.before is not None:
-            reason = f"line {job.number} would have the frames of line {job.before.number} in the film again"
+            reason = f"line {job.number} would repeat the frames of line {job.before.number} in the film"
             raise UserError("--concat", f"{reason}; leave its include_input out")
         if (size := sizes[job.id]) is not None:
             known[job.number] = size
@@ -90,9 +90,7 @@ def check_film(path: Path, order: Sequence[Job], videos: Mapping[str, Path]) -> 
     rates = {job.number: fps_of(job) for job in jobs if job.request is not None}
     first = next(iter(rates.values()), 0)
     if other := [number for number, fps in rates.items() if fps != first]:
-        logger.info(
-            "the film has the %d frames per second of its first video; %s: converted to it", first, lines(other)
-        )
+        logger.info("the film has its first video's %d frames per second; converting %s to that", first, lines(other))
     return False
 
 
@@ -130,7 +128,7 @@ def is_film(path: Path, jobs: Sequence[Job], videos: Mapping[str, Path]) -> bool
         reason = f"{format_value(path)} was joined before {lines(other)} had the video that is there now"
         raise UserError("--concat", f"{reason}; move it away, or give another name")
     if gone := [job.number for job in jobs if job.id not in there]:
-        logger.warning("%s is done; what %s made is gone, and is not made again for it", path, lines(gone))
+        logger.warning("%s is done; what %s made is gone, but is not needed for it", path, lines(gone))
     return True
 
 
@@ -189,7 +187,7 @@ def open_shot(job: Job, video: Path, fps: int) -> Shot:
         if video.is_dir():
             reason = f"line {job.number}: {format_value(video)} is a folder, and its frames were not kept as a clip"
             raise UserError("--concat", f"{reason}; move it away to have it made again")
-        logger.warning("line %d: its frames were not kept; %s is encoded once more", job.number, video)
+        logger.warning("line %d: its frames were not kept; re-encoding %s", job.number, video)
         kept = video
     with input_errors(str(kept), "--concat"):
         return Shot(job, probe_video(kept, fps), video)

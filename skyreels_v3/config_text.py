@@ -49,7 +49,7 @@ def check_limits(text: str) -> None:
         depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
         problem = ""
         if isinstance(event, AliasEvent):
-            problem = "anchors and aliases are not read, write the value out"
+            problem = "anchors and aliases are not supported, write the value out"
         elif depth > MAX_DEPTH or number > MAX_EVENTS:
             problem = "too many values, or nested too deeply"
         elif isinstance(event, ScalarEvent) and event.implicit[0] and len(event.value) > MAX_PLAIN:

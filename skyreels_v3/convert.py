@@ -31,7 +31,7 @@ def convert(argv: Sequence[str]) -> Path:
     if given.transformer is None and given.model_id is None:
         raise UserError("--transformer", "missing; give a file, or a checkpoint's folder as --model_id")
     if single and task.family != "wan":
-        reason = f"{format_value(output)}: one file under native names is written for V3 only"
+        reason = f"{format_value(output)}: a single file with native names can be written for V3 only"
         raise UserError("--output", f"{reason}; give a folder")
     check_writable(output, "--output")
     file = None if given.transformer is None else locate_file(given.transformer, COMPONENTS["transformer"])
@@ -61,17 +61,19 @@ def build_parser() -> Parser:
     """A parser of the flags, which have the same meaning as in `skyreels generate`."""
     parser = Parser(
         prog="skyreels convert",
-        description="Write a transformer in any format that is read as a folder in diffusers' layout, or as one file.",
+        description="Convert a transformer from any supported format to a folder in diffusers' layout, or to one file.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--task_type", metavar="TASK", required=True, choices=TASK_NAMES, help=", ".join(TASK_NAMES))
     parser.add_argument("--transformer", metavar="FILE", help="safetensors or GGUF, quantized or not")
     parser.add_argument(
-        "--model_id", metavar="FOLDER", help="checkpoint with its config, and its weights without --transformer"
+        "--model_id",
+        metavar="FOLDER",
+        help="checkpoint with the config, and with the weights unless --transformer is given",
     )
     parser.add_argument(
-        "--output", metavar="PATH", required=True, help="a folder, or for one native file FILE.safetensors"
+        "--output", metavar="PATH", required=True, help="a folder, or FILE.safetensors for one file with native names"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the weights (default: bfloat16)")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="dtype of the weights (default: bfloat16)")
     return parser

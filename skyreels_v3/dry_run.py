@@ -127,7 +127,7 @@ def describe_download(request: GenerationRequest, repository: Repository) -> tup
     folder = hub.cache_of(source)
     free = shutil.disk_usage(existing_folder(folder)).free
     text = f"{name} from {source} ({', '.join(repository.patterns)}): {size}; {giga(free)} free in {folder}"
-    return "download", text if missing <= free else f"{text}: too little; set {hub.CACHES[source]} to another folder"
+    return "download", text if missing <= free else f"{text}: not enough; set {hub.CACHES[source]} to another folder"
 
 
 def describe_disk(request: ResolvedRequest) -> str:
@@ -142,7 +142,7 @@ def describe_memory(plan: Plan) -> str:
     if whole == tiled:
         return f"about {', '.join(f'{mode} {giga(plan.peak(mode))}' for mode in MEMORY_MODES)} on the device at most"
     peaks = (f"{mode} {giga(need)} ({giga(less)})" for mode, need, less in zip(MEMORY_MODES, whole, tiled, strict=True))
-    return f"about {', '.join(peaks)} on the device at most; in brackets with the VAE in tiles, made when needed"
+    return f"about {', '.join(peaks)} on the device at most; in parentheses with a tiled VAE, used if needed"
 
 
 def duration(seconds: float) -> str:

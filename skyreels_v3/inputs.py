@@ -175,7 +175,7 @@ def open_inputs(request: GenerationRequest, folder: Path) -> tuple[GenerationReq
             height, width = complete_size(request.height, request.width, (height, width))
             check_pixels(height, width)
             made = height if side == "height" else width
-            note = f"--{side} is not given: it is {made}, by the shape of the picture"
+            note = f"--{side} is not given: using {made}, for the aspect ratio of the picture"
             request = replace(request, notes=(*request.notes, note))
         request = replace(request, height=height, width=width)
     paths = tuple((name, source, files.fetch(source, f"--{name}")) for name, source in request.sources)
@@ -192,7 +192,7 @@ def suit_clip(request: GenerationRequest, inputs: Inputs) -> GenerationRequest:
         return request
     notes = tuple(note for note in request.notes if note != NO_WORD)
     if not can_find_faces():
-        note = f"{NO_WORD}, and {FACES} is not installed, which would find faces in the clip; the prompt stays as it is"
+        note = f"{NO_WORD}, and {FACES}, which finds faces in the clip, is not installed; the prompt stays as it is"
         return replace(request, notes=(*notes, note))
     share = largest_face(last_pictures(request, inputs))
     name = "cut_out" if share else "cut_in"

@@ -62,7 +62,7 @@ def make_videos(request: GenerationRequest, downloads: Path, ranks: Ranks) -> It
         if not checked.done:
             prompt = checked.request.prompt  # rewritten only once, for the first video
         if checked.done:
-            logger.info("%s is done already", checked.request.output)
+            logger.info("%s is already done", checked.request.output)
             yield checked.request.output
         else:
             try:
@@ -79,7 +79,7 @@ def act_on(flags: Mapping[str, Any], ranks: Ranks) -> int:
     if is_server(flags):
         if ranks.world_size > 1:
             flag = "--serve" if flags.get("serve") else "--mcp"
-            raise UserError(flag, "starts its processes itself; leave out torchrun, and give --use_usp")
+            raise UserError(flag, "starts its own processes; run it without torchrun, and give --use_usp")
         from skyreels_v3.web.serve import serve
 
         return serve(flags)
@@ -147,7 +147,7 @@ def main(argv: Sequence[str], default_task: str | None = None, command: str = SC
         if wanted > 1 and ranks.world_size == 1:
             return start_processes(flags, argv, wanted)
         if wanted not in (1, ranks.world_size):
-            reason = f"{wanted}: {ranks.world_size} processes were started already"
+            reason = f"{wanted}: {ranks.world_size} processes are already running"
             raise UserError("--gpu_num", f"{reason}; leave it out, or start without torchrun")
         return act_on(flags, ranks)
     except UserError as error:
@@ -192,9 +192,9 @@ def mcp_command(argv: Sequence[str]) -> int:
 
 COMMANDS = {
     "generate": (generate_command, "make one video, several, or those of a jobs file"),
-    "convert": (convert_command, "write a transformer of another format as a folder of ours, or as one file"),
-    "serve": (serve_command, "an HTTP API that makes videos, OpenAI's for videos"),
-    "mcp": (mcp_command, "an MCP server that makes videos, for agents, on stdin and stdout"),
+    "convert": (convert_command, "convert a transformer to a folder in diffusers' layout, or to one file"),
+    "serve": (serve_command, "serve an HTTP API that makes videos: OpenAI's video API"),
+    "mcp": (mcp_command, "serve MCP to agents that make videos, over stdin and stdout"),
 }
 
 

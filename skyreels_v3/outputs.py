@@ -91,11 +91,11 @@ def check_room(request: ResolvedRequest, checkpoint: Path | None) -> Iterator[st
         usage = shutil.disk_usage(folder)
         least, most = sum(entry[2] for entry in entries) + MIN_FREE_BYTES, sum(entry[3] for entry in entries)
         if usage.total and usage.free < least:  # some file systems report 0
-            free = f"{giga(usage.free)} are free in {format_value(folder)}"
+            free = f"{giga(usage.free)} is free in {format_value(folder)}"
             remedy = "free some space, or give a path on another disk"
-            raise UserError(flag, f"{format_value(path)} needs {giga(least)}, {free}; {remedy}")
+            raise UserError(flag, f"{format_value(path)} needs {giga(least)}, but {free}; {remedy}")
         if usage.total and usage.free < most:
-            yield f"{giga(usage.free)} are free in {folder}; this run may need {giga(most)}"
+            yield f"{giga(usage.free)} is free in {folder}; this run may need {giga(most)}"
 
 
 def bytes_to_write(request: ResolvedRequest, checkpoint: Path | None) -> Iterator[tuple[str, Path, float, float]]:
@@ -144,7 +144,7 @@ def continue_earlier(request: ResolvedRequest, inputs: Inputs, named: bool) -> t
             if is_of(output, record):
                 return replace(request, output=output), True
         check_outputs(request)
-        note = f"there is no interrupted run of this request in {record.output.parent}; it starts from the beginning"
+        note = f"there is no interrupted run of this request in {record.output.parent}; starting from the beginning"
         notes = (*request.notes, note) if request.resume else request.notes
         return replace(request, resume=False, notes=notes), False
     folder, file, before = left
@@ -199,7 +199,7 @@ def remove_left(record: RunRecord, video: Path) -> None:
                 shutil.rmtree(state, ignore_errors=True)
     for path in [path for name in names for path in folder.glob(f"{glob.escape(name)}.partial*")]:
         if is_of(path, same):
-            logger.info("%s is removed: the video is complete", path)
+            logger.info("removed %s, as the video is complete", path)
             remove(path)
 
 

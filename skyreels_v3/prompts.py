@@ -14,7 +14,7 @@ from skyreels_v3.tasks import CONFIG_DIR, TaskSpec, load_yaml
 AUTO = "auto"
 TAG = re.compile(r"\[[A-Z][A-Z0-9_]*\]")
 DENIAL_REACH = 200  # characters searched for a negation before a matching word
-NO_WORD = "--transition auto: no word of the prompt means one"
+NO_WORD = "--transition auto: no word in the prompt names one"
 NOT = r"no|not|never|without|avoid|nor|neither|instead of|rather than|cannot|\w+n't"
 # words that may be between a negation and what it negates
 BETWEEN = (
@@ -76,7 +76,7 @@ def with_transition(prompt: str, transition: str, reason: str = "") -> tuple[str
     """
     given = reason or f"--transition {transition}"
     if (tag := TAG.search(prompt)) is not None:
-        return prompt, f"{given} is not used: the prompt says {format_value(tag[0])}"
+        return prompt, f"{given} is not used: the prompt already has {format_value(tag[0])}"
     if transition == AUTO:
         found = find_words(prompt)
         if found is None:

@@ -362,4 +362,4 @@ def warnings(quality: Quality, cut_at_seam: bool = False, cuts_known: bool = Tru
             yield f"there is no cut at frame {seam.frame}, where the new shot begins"
     elif max(seam.luma, seam.chroma) > SEAM_RATIO or seam.shift > SEAM_SHIFT:
         jumps = f"{max(seam.luma, seam.chroma):.1f} times the usual change, color shift {seam.shift:.1f}"
-        yield f"the seam at frame {seam.frame} is seen: {jumps}"
+        yield f"the seam at frame {seam.frame} is visible: {jumps}"

@@ -124,13 +124,13 @@ class GenerationRequest:
     prompt: str = flag("", "what happens in the video")
     negative_prompt: str = flag("", "what to avoid; needs --guidance_scale above 1")
     transition: str | None = task_flag(None,
-        "how the new shot begins: a sentence before the prompt says so, and for cut_in and cut_out [ZOOM_IN_CUT] and "
-        "[ZOOM_OUT_CUT], the only tags that the model's authors document; auto: by the prompt's words, else by a face "
-        "in the clip, or as the enhancer chooses (default: the prompt is used as it is)",
+        "how the new shot begins: adds a sentence before the prompt, and for cut_in and cut_out [ZOOM_IN_CUT] or "
+        "[ZOOM_OUT_CUT], the only tags that the model's authors document; auto: chosen from the prompt's words, else "
+        "from a face in the clip, or by the enhancer (default: the prompt is used as is)",
         choices=(AUTO, *transitions()), recorded=False)
     enhance_prompt: str = unrecorded(ENHANCER_OFF,
-        "have the prompt rewritten in more detail (default: off): by a model on this machine, or by an "
-        f"OpenAI-compatible endpoint, which gets the pictures too; its key is read from {ENHANCER_KEY}",
+        "rewrite the prompt in more detail (default: off), with a model on this machine or an OpenAI-compatible "
+        f"endpoint, which also gets the pictures; its key is read from {ENHANCER_KEY}",
         metavar=f"{ENHANCER_OFF}|{ENHANCER_LOCAL}|URL", in_request=False)
     enhancer_model: str | None = unrecorded(None,
         f"hub id or folder of the model for --enhance_prompt local (default: {DEFAULT_ENHANCER}), or its name "
@@ -139,26 +139,28 @@ class GenerationRequest:
         path="input")
     ref_imgs: tuple[str, ...] = task_flag((), "1-4 reference images, paths or URLs", metavar="IMAGE[,IMAGE...]",
         path="input", several=True)
-    input_video: str | None = task_flag(None, "clip to extend (or, by talking_avatar, to dub), path or URL",
+    input_video: str | None = task_flag(None, "clip to extend (or, for talking_avatar, to dub), path or URL",
         metavar="CLIP", path="input")
     input_image: str | None = task_flag(None, "portrait of the speaker, path or URL", metavar="IMAGE", path="input")
     input_audio: tuple[str, ...] = task_flag((), "speech: audio file or video, path or URL; two for two speakers",
         metavar="AUDIO[,AUDIO]", path="input", several=True)
-    text: str = task_flag("", "what the portrait says, instead of --input_audio; spoken by kokoro, or else espeak-ng",
+    text: str = task_flag("",
+        "text for the portrait to speak, instead of --input_audio; synthesized by kokoro if installed, else espeak-ng",
         in_request=False)
-    voice: str | None = task_flag(None, "the speaker of --text: a voice of kokoro (default: af_heart) or espeak-ng",
+    voice: str | None = task_flag(None, "voice for --text, of kokoro (default: af_heart) or espeak-ng",
         metavar="NAME", in_request=False)
-    vocals: bool = task_flag(False, "the model hears the voice without the music, by audio-separator", bool)
-    speech_only: bool = task_flag(False, "the model hears silence between the words, by silero-vad", bool)
-    diarization: str | None = task_flag(None, "RTTM file: when two speakers speak in one --input_audio",
+    vocals: bool = task_flag(False, "give the model the voice without the music (uses audio-separator)", bool)
+    speech_only: bool = task_flag(False, "give the model silence between the words (uses silero-vad)", bool)
+    diarization: str | None = task_flag(None,
+        "RTTM file that says who speaks when, for two speakers in one --input_audio",
         metavar="FILE.rttm", path="input", in_request=False)
-    audio_type: str = task_flag("parallel", "two speakers talk at once (default) or one after the other",
+    audio_type: str = task_flag("parallel", "whether two speakers talk at once (default) or one after the other",
         choices=("parallel", "sequential"))
     speaker_boxes: tuple[tuple[int, int, int, int], ...] = task_flag((),
-        "where the two speakers are in the portrait, in pixels (default: its halves); 'auto': by their faces",
+        "where the two speakers are in the portrait, in pixels (default: its halves); 'auto': found by their faces",
         metavar="X0,Y0,X1,Y1;...")
     keep_background: bool = task_flag(False,
-        "a dubbed clip keeps its pixels outside of the speaker's box, one of --speaker_boxes", bool)
+        "keep a dubbed clip's pixels outside the speaker's box, given as --speaker_boxes", bool)
     keyframes: tuple[tuple[str, float], ...] = task_flag((),
         "images for windows to end on, instead of generated frames", metavar="IMAGE@SECONDS[,...]", path="input",
         several=True)
@@ -187,21 +189,22 @@ class GenerationRequest:
     audio_guidance_scale: float = task_flag(1.0, "audio guidance of talking_avatar; 1 is off (default)", float,
         low=0, high=100)
     color_correction_strength: float = task_flag(1.0,
-        "1 keeps the colors of the portrait (default), or those that the clip ends in (default: 0, off)", float, low=0,
-        high=1)
-    sequence_batch: bool = flag(False, "accepted as in V1, no effect: guidance terms always run one after the other",
-        bool)
-    no_riflex: bool = task_flag(False, "turn RIFLEx off: beyond 192 frames the video repeats itself (t2v, i2v)", bool)
+        "how strongly to keep the colors of the portrait (default: 1), or of the clip's end (default: 0, off)", float,
+        low=0, high=1)
+    sequence_batch: bool = flag(False,
+        "accepted as in V1, but has no effect: guidance terms always run one after the other", bool)
+    no_riflex: bool = task_flag(False,
+        "turn RIFLEx off; beyond 192 frames the video then repeats itself (t2v, i2v)", bool)
     cache: float | None = flag(None, "skip blocks in steps that change little (default: off)",
         metavar="fbcache[:THRESHOLD]")
     model_id: str = flag("", "hub id or folder of the checkpoint (default: the task's own); 'tiny': the built-in one",
         group="Checkpoint", path="hub")
     transformer: str | None = flag(None,
-        "its transformer from another file, a path or a hub's OWNER/NAME/FILE: safetensors or GGUF, quantized or not",
+        "file to load the transformer from, a path or a hub's OWNER/NAME/FILE: safetensors or GGUF, quantized or not",
         metavar="FILE", path="hub", in_request=False)
-    text_encoder: str | None = task_flag(None, "its text encoder (UMT5) from another safetensors file", metavar="FILE",
-        path="hub", in_request=False)
-    vae: str | None = task_flag(None, "its VAE from another safetensors file", metavar="FILE", path="hub",
+    text_encoder: str | None = task_flag(None, "safetensors file to load the text encoder (UMT5) from",
+        metavar="FILE", path="hub", in_request=False)
+    vae: str | None = task_flag(None, "safetensors file to load the VAE from", metavar="FILE", path="hub",
         in_request=False)
     base_model_id: str | None = task_flag(None, "hub id or folder of HunyuanVideo, for its encoders and VAE (t2v, i2v)",
         path="hub", in_request=False)
@@ -215,7 +218,7 @@ class GenerationRequest:
         choices=DTYPES)
     memory: str = unrecorded("auto", "what stays on the device (default: auto, depending on free memory)",
         choices=("auto", *MEMORY_MODES))
-    offload: bool = flag(False, "keep only the component at work on the device: same as --memory offload", bool)
+    offload: bool = flag(False, "keep only the component in use on the device: same as --memory offload", bool)
     low_vram: bool = flag(False, "stream the transformer's blocks in FP8: same as --memory stream --quant fp8", bool)
     stream_blocks: int = unrecorded(0, "number of blocks of a streamed transformer to keep on the device",
         int, low=0, high=999)
@@ -223,20 +226,23 @@ class GenerationRequest:
     high_cpu_memory: bool = unrecorded(False, "pin everything that is streamed, however much host memory it takes",
         bool, in_request=False)
     quant: str | None = flag(None,
-        "weights in FP8 (fp8, the default value); fp8_dynamic also computes in FP8 (Ada GPUs and later)",
+        "keep weights in FP8 (fp8, also if no value is given); fp8_dynamic also computes in FP8 (Ada GPUs and later)",
         choices=QUANTIZATIONS, bare="fp8")
     save_quantized: Path | None = unrecorded(None, "also save the FP8 checkpoint, as a folder for --model_id",
-        metavar="FOLDER", path="output", only_in_line="write it into the lines, a name for each", in_request=False)
+        metavar="FOLDER", path="output", only_in_line="give it in the lines, a different name in each",
+        in_request=False)
     vae_dtype: str = flag("float32", "dtype of the VAE (default: float32)", choices=DTYPES)
     attention: str = flag("auto", "attention kernel (default: auto)", choices=ATTENTIONS)
-    exact_steps: int = flag(0, "first and last steps that use an exact attention kernel, with --attention sage", int,
-        low=1, high=100)
+    exact_steps: int = flag(0,
+        "with --attention sage: use an exact kernel in this many of the first and of the last steps", int, low=1,
+        high=100)
     compile: bool = flag(False, "compile the transformer's blocks; makes the first step slower", bool)
     compiler_transformer: bool = flag(False, "same as --compile", bool)
     no_cache: bool = unrecorded(False, "do not cache encoded prompts or use cached ones", bool)
-    gpu_num: int = run_flag(1, "start this many processes on this machine, one per GPU, with --use_usp",
-        int, low=1, high=64, group="Several GPUs")
-    use_usp: bool = run_flag(False, "make each video on all processes started by torchrun, one per GPU", bool)
+    gpu_num: int = run_flag(1,
+        "start this many processes on this machine, one per GPU; without --jobs, implies --use_usp", int, low=1,
+        high=64, group="Several GPUs")
+    use_usp: bool = run_flag(False, "split each video over all processes started by torchrun, one per GPU", bool)
     ulysses_degree: int | None = parallel(None, "Ulysses sequence parallelism degree (default: as large as possible)",
         int, low=1, high=4096)
     ring_degree: int | None = parallel(None, "ring attention degree (default: the rest)", int,
@@ -249,36 +255,36 @@ class GenerationRequest:
     output: Path | None = unrecorded(None,
         "an .mp4, or a folder ending in / for PNG frames (default: result/TASK/SEED_TIME.mp4)",
         metavar="FILE.mp4|FOLDER/", group="Output", path="output",
-        only_in_line="write it into the lines, a name for each", in_request=False)
+        only_in_line="give it in the lines, a different name in each", in_request=False)
     outdir: str | None = unrecorded(None,
-        "put the video into results/FOLDER, named after prompt, seed and number; with --serve: its jobs and videos",
+        "write the video to results/FOLDER, named after prompt, seed and number; with --serve: the folder of its jobs",
         metavar="FOLDER", in_request=False)
     include_input: bool = task_flag(False, "write the input clip and the extension as one video", bool)
-    check: bool = unrecorded(False, "measure the new frames: log their figures, and warn of a bad video", bool)
+    check: bool = unrecorded(False, "measure the new frames, log the figures, and warn if the video looks bad", bool)
     no_metadata: bool = unrecorded(False, "do not store the flags in the video's metadata", bool)
     save_latents: Path | None = unrecorded(None, "also save the final latents of each pass",
-        metavar="FILE.safetensors", path="output", only_in_line="write it into the lines, a name for each",
+        metavar="FILE.safetensors", path="output", only_in_line="give it in the lines, a different name in each",
         in_request=False)
-    resume: bool = run_flag(False, "continue an interrupted run of the same command, or start it",
-        bool, only_in_line="leave it out, the same command goes on by itself")
+    resume: bool = run_flag(False, "continue an interrupted run of the same command, or start it if there is none",
+        bool, only_in_line="leave it out, since repeating the command resumes")
     checkpoint_every: float = unrecorded(60.0,
         "seconds between saved states while denoising, for resuming (default: 60; 0: none)", float, low=0, high=86400,
         in_request=False)
     video_num: int = run_flag(1, "make this many videos, with consecutive seeds", int, low=1, high=10000,
-        group="Many videos", only_in_line="write a line for each")
+        group="Many videos", only_in_line="write one line per video")
     jobs: str | None = run_flag(None,
         "make one video per line of the file, a JSON object of flags", metavar="FILE.jsonl", path="input")
-    concat: Path | None = run_flag(None, "with --jobs: also join all videos, in the order of the lines, into one",
+    concat: Path | None = run_flag(None, "with --jobs: also join all videos into one, in the order of the lines",
         metavar="FILM.mp4", path="output")
-    serve: bool = run_flag(False, "serve an HTTP API, OpenAI's for videos, instead of making one", bool,
+    serve: bool = run_flag(False, "serve an HTTP API, OpenAI's for videos, instead of making a video", bool,
         group="Server")
     mcp: bool = server(False,
         "serve MCP, the Model Context Protocol, to agents: on stdin and stdout, or with --serve at /mcp", bool)
     files: str | None = server(None, "with --mcp: folder whose files clients may use as inputs (default: none)",
         metavar="FOLDER")
-    host: str = server("127.0.0.1", "address to listen on (default: 127.0.0.1); another one needs --api_key",
+    host: str = server("127.0.0.1", "address to listen on (default: 127.0.0.1); any other needs --api_key or --no_auth",
         metavar="ADDRESS")
-    allowed_hosts: tuple[str, ...] = server((), "other names that clients reach it by, such as that of a proxy",
+    allowed_hosts: tuple[str, ...] = server((), "other host names that clients use for the server, such as a proxy's",
         metavar="NAME[,NAME]", several=True)
     port: int = server(8000, "port to listen on; 0: any free one (default: 8000)", int, low=0, high=65535)
     api_key: str | None = server(None, "key that clients must send, or a file with one per line", metavar="KEY")
@@ -287,8 +293,8 @@ class GenerationRequest:
     keep_days: float | None = server(None, "days to keep a job that has ended (default: forever)", float, low=0.01,
         high=36500)
     keep_gb: float | None = server(None,
-        "gigabytes for the files of all jobs; beyond that the oldest that have ended go (default: no limit)", float,
-        low=0.01, high=1000000)
+        "most gigabytes for the files of all jobs; beyond it, the oldest ended jobs are deleted (default: no limit)",
+        float, low=0.01, high=1000000)
     url_timeout: float = flag(1.2, "seconds to wait for a server to respond (default: 1.2)", float, low=0.05, high=600,
         group="Other", in_request=False)
     allow_private_urls: bool = run_flag(False, "also fetch inputs from this machine and private networks", bool)
@@ -420,11 +426,15 @@ EXCLUSIVE = (
 )
 # flags that need another one with a certain value (None: any), and the message without it
 REQUIRED = (
-    ("parameters_level", (("memory", "stream"),), "says how to offload; add --offload, or give --memory stream alone"),
+    (
+        "parameters_level",
+        (("memory", "stream"),),
+        "only changes how --offload works; add --offload, or give just --memory stream",
+    ),
     (
         "stream_blocks",
         (("memory", "stream"),),
-        "blocks can only stay if others are streamed; add --memory stream or --low_vram",
+        "has no effect unless the transformer is streamed; add --memory stream or --low_vram",
     ),
     (
         "save_quantized",
@@ -436,9 +446,9 @@ REQUIRED = (
         tuple(("attention", name) for name in INEXACT),
         f"all steps are exact; add --attention {' or '.join(INEXACT)}, or leave it out",
     ),
-    ("keep_background", (("input_video", None),), "is for a clip that is dubbed; add --input_video, or leave it out"),
+    ("keep_background", (("input_video", None),), "is for dubbing a clip; add --input_video, or leave it out"),
     ("keep_background", (("speaker_boxes", None),), "needs to know where the speaker is; add --speaker_boxes"),
-    ("voice", (("text", None),), "is for a text that is spoken; add --text"),
+    ("voice", (("text", None),), "is for text to be spoken; add --text"),
 )
 # other spellings of flags
 SHORTHANDS = ("offload", "low_vram", "parameters_level", "compiler_transformer", "sequence_batch")

@@ -96,7 +96,7 @@ def explain_commas(request: GenerationRequest) -> Iterator[None]:
         missing = "does not exist" in error.message or "not a file or folder" in error.message
         if flag is None or not flag.several or not missing or len(getattr(request, flag.name)) < 2:
             raise
-        remedy = f"commas separate entries: where a name has one, give {error.flag} once for each"
+        remedy = f"commas separate entries: if a name has one, give {error.flag} once for each entry"
         raise UserError(error.flag, f"{error.message}; {remedy}") from error
 
 

@@ -205,7 +205,9 @@ class RunState:
         except OSError as error:
             if not self.failed:
                 reason = reason_of(error, self.folder)
-                logger.warning("%s cannot be written (%s); if this run is interrupted, that is lost", file, reason)
+                logger.warning(
+                    "%s cannot be written (%s); if this run is interrupted, that progress is lost", file, reason
+                )
             self.failed = True
 
 

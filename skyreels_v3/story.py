@@ -111,7 +111,7 @@ def link_lines(lines: Sequence[Line]) -> list[Line]:
         if not isinstance(name, str) or not NAME.fullmatch(name):
             line.problem = f"--jobs: name {shown}: give 1 to 64 letters, digits, dots, dashes or underscores"
         elif names.setdefault(name, line.number) != line.number:
-            line.problem = f"--jobs: name {shown} is that of line {names[name]} already; give another one"
+            line.problem = f"--jobs: name {shown} is already that of line {names[name]}; give another one"
     for line, before in zip(lines, (0, *(line.number for line in lines)), strict=False):
         try:
             for flag, reference in references_in(line.flags or {}):
@@ -137,7 +137,7 @@ def find_line(flag: str, reference: str, before: int, names: Mapping[str, int]) 
     """The number of the line that an input refers to; raises UserError if there is none, or for a wrong flag."""
     if flag != "input_video" and flag not in PICTURES:
         remedy = "give it as --input_video, or its last frame as --image, --input_image or one of --ref_imgs"
-        raise UserError(f"--{flag}", f"{reference}: takes no video of another line; {remedy}")
+        raise UserError(f"--{flag}", f"{reference}: cannot take another line's video; {remedy}")
     if reference == PREVIOUS:
         if not before:
             raise UserError(f"--{flag}", f"{reference}: there is no line before this one; give a file")

@@ -176,7 +176,7 @@ CHOICES = [
         for kernel in ("cudnn", "flash", "flash3", "sage", "xformers")
     }),
     *bad(T2V, "--cache", {
-        "teacache:0.1": "choose fbcache, with a threshold", ("fbcache:much", "fbcache:-1"): "such as fbcache:0.1",
+        "teacache:0.1": "optionally with a threshold, such", ("fbcache:much", "fbcache:-1"): "such as fbcache:0.1",
     }),
     case([*T2V, "--cache", "fbcache", "--num_inference_steps", "8"], "--cache", "8 steps", "12 or"),
     case([*REFERENCE, "--cache", "fbcache"], "--cache", "fbcache", "give --num_inference_steps"),
@@ -283,11 +283,11 @@ INPUTS = [
         "{files}/text.mp3": "give a",
         "{files}/good.png": "give a sound file, such as an mp3 or wav",
         "{files}/silent.mp4": "give a sound file, or a video with sound",
-        "{files}/0.3s.wav": ("has 0.300 s of sound", "0.4 to 200 s are possible; give a longer recording"),
-        "{files}/201s.wav": ("has 201.000 s of sound", "0.4 to 200 s are possible; cut it"),
-        "": ("1 sound, or an empty one", "give one, or two for two speakers"),
-        "{files}/1s.wav,": ("2 sounds, or an", "give one, or two for two speakers"),
-        "a.wav,b.wav,c.wav": ("3 sounds", "give one, or two for two speakers"),
+        "{files}/0.3s.wav": ("has 0.300 s of sound", "but must have 0.4 to 200 s; give a longer recording"),
+        "{files}/201s.wav": ("has 201.000 s of sound", "but must have 0.4 to 200 s; cut it"),
+        "": ("1 recording, or an empty one", "give one, or two for two speakers"),
+        "{files}/1s.wav,": ("2 recordings, or an", "give one, or two for two speakers"),
+        "a.wav,b.wav,c.wav": ("3 recordings", "give one, or two for two speakers"),
         "{files}/1s.wav,{files}/nothere.wav": ("{files}/nothere.wav", PATH),
     }),
     *bad([*AVATAR, "--audio_type", "sequential"], "--input_audio", {
@@ -332,7 +332,7 @@ SPEAKERS = [
     *bad([*TWO, "--height", "256", "--width", "480"], "--speaker_boxes", {
         "0,0,40,40;100,200,400,400": ("0,0,40,40 is cut off", "give a box nearer to the middle"),
     }),
-    *bad(AVATAR, "--speaker_boxes", {"0,0,9,9;9,0,19,9": "is for two speakers; give two sounds, or leave it out"}),
+    *bad(AVATAR, "--speaker_boxes", {"0,0,9,9;9,0,19,9": "is for two speakers; give two recordings, or leave it out"}),
     *bad(AVATAR, "--diarization", {
         "{files}/nothere.rttm": PATH,
         "{files}/text.png": ("line 1 is not SPEAKER", "give an RTTM file"),
@@ -341,23 +341,23 @@ SPEAKERS = [
     *bad(TWO, "--diarization", {"a.rttm": "is for one recording of two speakers; give one --input_audio"}),
     *bad(DUB, "--diarization", {"a.rttm": "conflicts with --input_video"}),
     *bad(AVATAR, "--text", {"Hello": "conflicts with --input_audio; give one of them"}),
-    *bad(MUTE, "--text", {"?!": "says nothing; give words, or leave it out"}),
+    *bad(MUTE, "--text", {"?!": "has no words; give some, or leave it out"}),
     *bad([*MUTE, "--text", "Hello"], "--voice", {
         ("../a", "a.pt", "af_heart,b", "a-", "\u0430"): "is not the name of a voice; give one such as af_heart",
     }),
     case([*MUTE, "--text", "Hello", "--vocals"], "--text", "Hello: conflicts with --vocals"),
     case([*MUTE, "--text", "Hello", "--diarization", "a.rttm"], "--text", "Hello: conflicts with --diarization"),
-    *bad(AVATAR, "--voice", {"af_heart": "is for a text that is spoken; add --text"}),
+    *bad(AVATAR, "--voice", {"af_heart": "is for text to be spoken; add --text"}),
     *bad(T2V, "--text", {"Hello": "t2v does not take it; leave it out"}),
-    *bad(AVATAR, "--audio_type", {"sequential": "is for two speakers; give two sounds, or leave it out"}),
+    *bad(AVATAR, "--audio_type", {"sequential": "is for two speakers; give two recordings, or leave it out"}),
     case([*DUB, "--keep_background"], "--keep_background", "needs to know where the speaker is; add --speaker_boxes"),
-    case([*AVATAR, "--keep_background"], "--keep_background", "is for a clip that is dubbed; add --input_video"),
+    case([*AVATAR, "--keep_background"], "--keep_background", "is for dubbing a clip; add --input_video"),
     *bad([*DUB, "--keep_background"], "--speaker_boxes", {
         ("0,0,9,9;9,9,19,19", "0,0,9"): "give one box as x0,y0,x1,y1 in pixels",
         "0,0,65,48": ("0,0,65,48 is not inside the clip of 64 x 48 pixels", "give boxes inside it"),
     }),
     *bad([*DUB, "--keep_background"], "--speaker_boxes", {"auto": "finds two speakers in a portrait; give the box"}),
-    *bad(DUB, "--speaker_boxes", {"0,0,9,9": "is for two speakers; give two sounds, or leave it out"}),
+    *bad(DUB, "--speaker_boxes", {"0,0,9,9": "is for two speakers; give two recordings, or leave it out"}),
     *bad(AVATAR, "--keyframes", {
         ("a.png", "a.png@", "@2.0", "a.png@two", "a.png@-1", "a.png@nan", "a.png@1e3"): TIMES,
         ("", "{assets}/fox.png@1,"): (EMPTY, "such as a.png@2.5"),
@@ -368,7 +368,7 @@ SPEAKERS = [
     case([*SPEAKER, *PORTRAIT, "--input_audio", "{files}/1s.wav", "--keyframes", "{assets}/fox.png@0.5"],
          "--keyframes", "the sound is 1.00 s long", "sound of at least 3.24 s"),
     case([*AVATAR, "--input_video", "{files}/4s.mp4"], "--input_image", "portrait.png", "conflicts with", ONE),
-    case([*DUB, "--input_audio", "{files}/1s.wav"], "--input_video", "one speaker only", "give one --input_audio"),
+    case([*DUB, "--input_audio", "{files}/1s.wav"], "--input_video", "only one speaker", "give one --input_audio"),
     case([*DUB, "--keyframes", "{assets}/fox.png@1"], "--keyframes", "fox.png@1", "conflicts with", ONE),
     case([*SPEAKER, "--input_video", "{files}/4s.mp4", "--input_audio", "{files}/6s.wav"], "--input_video",
          "4s.mp4 is 4.00 s long, the sound 6.00 s", "give a longer clip or a shorter sound"),
@@ -399,7 +399,7 @@ OUTPUTS = [
         "{files}/folder": ("exists already", "give"), ("{files}/good.png/q", "/proc/q"): f"{ANOTHER} path",
     }),
     *bad(T2V, "--outdir", {
-        " ": (EMPTY, "is not a folder name"), ("../a", "a/../../b", "/a"): "a folder in results/",
+        " ": (EMPTY, "is not a folder name"), ("../a", "a/../../b", "/a"): "to be made in results/",
         "x" * 300: ("results/xxx", "give a shorter"),
     }),
 ]  # fmt: skip
@@ -416,7 +416,7 @@ CONFIG_TEXTS = {  # content of a --config file, and what the error says about it
     "config.yaml": ("config: other.yaml\n", "unknown key config", "see --help"),
     "wrong-seed.yaml": ("seed: 1.5\n", "--seed: 1.5", "give a whole number from -1"),
     "wrong-shift.yaml": ("shift: [1, 2]\n", "--shift: a list", "give a number from 0.01"),
-    "wrong-hex.yaml": (f"seed: 0x{'f' * 9000}\n", "--seed: an endless number", WHOLE),
+    "wrong-hex.yaml": (f"seed: 0x{'f' * 9000}\n", "--seed: a number of thousands of digits", WHOLE),
     "wrong-quiet.yaml": ("quiet: soon\n", "--quiet: soon", "give true or false"),
     "wrong-true.yaml": ("duration: true\n", "--duration: true", WHOLE),
     "wrong-prompt.yaml": ("prompt: {text: a}\n", "--prompt: a mapping", "put it in quotes"),
@@ -468,7 +468,7 @@ MODELS = [
     *bad([*T2V, "--model_id", "a/b", "--gpu_num", "2"], "--base_model_id", {"{files}/folder": DOWNLOAD}),
     *bad(REFERENCE, "--lora", {
         ("", "{files}/good.lora.safetensors,"): (EMPTY, NO_LORA),
-        ("{files}/good.lora.safetensors:nan", "{files}/good.lora.safetensors:inf"): "its scale after a colon",
+        ("{files}/good.lora.safetensors:nan", "{files}/good.lora.safetensors:inf"): "with a scale after a colon",
         ("{files}/nothere.safetensors", "{files}/dangling", "/dev/zero"): ("is not a file or folder", LORA),
         "{files}/nothere.safetensors:0.5": ("{files}/nothere", LORA),
         "{files}/good.lora.safetensors:half": ("safetensors:half", LORA),
@@ -481,10 +481,10 @@ MODELS = [
     }),
     *bad(T2V, "--lora", {"{files}/nothere.safetensors": ("is not a file or folder", LORA)}),
 ]  # fmt: skip
-REPEAT, IN_LINES = "repeat its command", "write it into the lines"
+REPEAT, IN_LINES = "repeat its command", "give it in the lines"
 RUNS = [
     case([*LEFT, "--dry_run"], "--resume", "conflicts with --dry_run", ONE),
-    case([*AVATAR, "--resume", "--seed", "-1", "--video_num", "2"], "--resume", "the seeds", "as --seed"),
+    case([*AVATAR, "--resume", "--seed", "-1", "--video_num", "2"], "--resume", "random seeds", "as --seed"),
     case([*LEFT, "--seed", "7"], "--resume", "seed 42 -> 7", REPEAT),
     case([*LEFT, "--height", "48"], "--resume", "height 32 -> 48", REPEAT),
     case([*LEFT, "--dtype", "bfloat16"], "--resume", "dtype float32 -> bfloat16", REPEAT),
@@ -496,7 +496,7 @@ RUNS = [
         "": ("an empty path", "give a file"),
         "{files}/folder": "give a file",
         "{files}/blank.jsonl": "write some",
-        "{files}/large.jsonl": "divide it",
+        "{files}/large.jsonl": "split it",
         "{files}/blocked.jsonl": ("{files}/blocked.results.jsonl", "check its permissions"),
     }),
     *bad(JOBS, "--output", {"a.mp4": IN_LINES}),
@@ -504,7 +504,7 @@ RUNS = [
     *bad(JOBS, "--save_quantized", {"folder": IN_LINES}),
     *bad(JOBS, "--concat", {"": (EMPTY, "give FILM.mp4"), "film": "give a name ending in .mp4"}),
     *bad(JOBS, "--seed", {"x": WHOLE}),
-    *bad(JOBS, "--video_num", {"2": "write a line for each"}),
+    *bad(JOBS, "--video_num", {"2": "write one line per video"}),
     case([*JOBS, "--resume"], "--resume", "--jobs makes several", "leave it out"),
 ]  # fmt: skip
 WORKS_HERE = {  # valid on some machines

@@ -142,9 +142,9 @@ def test_paths_begin_where_the_file_is(write, tmp_path, monkeypatch):
 def test_an_output_that_is_another_ones(write):
     outputs = [FOX | {"output": name} for name in ("a.mp4", "a.mp4", "c.mp4", "./b/../a.mp4")]
     first, second, third, fourth = read_jobs(str(write(*outputs)), {})
-    assert second.problem == "--output: a.mp4 is the output of line 1 already; give another name"
+    assert second.problem == "--output: a.mp4 is already the output of line 1; give another name"
     assert first.request is not None and third.request is not None
-    assert "is the output of line 1 already" in fourth.problem
+    assert "is already the output of line 1" in fourth.problem
 
 
 def test_as_windows_editors_write_it(tmp_path):
@@ -177,7 +177,7 @@ def test_what_is_left_to_do(write, tmp_path, caplog):
         named = {"output": str(tmp_path / video)} if video else {}
         results.add({"id": lines[job].id, "status": status} | named)
     assert [job.number for job in choose_jobs(lines, Results(results.path), SINGLE)] == [3, 4, 5, 1]
-    assert f"line 3: {tmp_path}/gone is gone; it is made again" in caplog.messages
+    assert f"line 3: {tmp_path}/gone is gone; making it again" in caplog.messages
 
 
 CLAIMING = """
@@ -224,7 +224,7 @@ def test_a_disk_without_locks(write, monkeypatch, caplog):
     results = Results(Path("jobs.results.jsonl"))
     assert results.claim(job)
     results.add({"id": job.id, "status": "done"})
-    said = "jobs.results.jsonl cannot be locked (No locks available); start no second run of these jobs"
+    said = "jobs.results.jsonl cannot be locked (No locks available); do not start a second run of these jobs"
     assert caplog.messages == [said] and len(results.read()[job.id]) == 1
 
 
@@ -339,7 +339,7 @@ def test_good_and_bad_lines(main, write, loads, on_make, tmp_path, caplog):
     write(*file.read_text().splitlines()[::4], FOX | {"seed": 2, "output": "three.mp4"})
     code, stdout, stderr = main("--jobs", "jobs.jsonl", *TOY)
     assert (code, stdout) == (0, "three.mp4\n")
-    assert "2 of 3 jobs done already, according to jobs.results.jsonl" in caplog.messages
+    assert "2 of 3 jobs already done, according to jobs.results.jsonl" in caplog.messages
     assert len(loads) == 3
     assert main("--jobs", "jobs.jsonl", *TOY)[:2] == (0, "")
 
@@ -390,7 +390,7 @@ def test_one_job_fails(main, write, loads, monkeypatch, error):
     result = results_of(file)[1]
     assert (result["job"], result["status"], result["seed"], result["exit"]) == (2, "error", 2, 1)
     assert result["error"] == "ValueError: odd" or result["error"].startswith(
-        "OutOfMemory: out of memory while denoising: 9.00 GiB more were requested; ask for less with"
+        "OutOfMemory: out of memory while denoising: 9.00 GiB was requested; reduce memory use with"
     )
     assert len(loads) == 3
 

@@ -227,7 +227,7 @@ TWO = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2
         ),
         (
             [*REFERENCE, "--gpu_num", "4"], TWO | {"MASTER_ADDR": "127.0.0.1"},
-            2, ["error: rank 0: --gpu_num: 4: 2 processes were started already; leave it out"],
+            2, ["error: rank 0: --gpu_num: 4: 2 processes are already running; leave it out"],
         ),
         ([*REFERENCE, "--shift", "nan"], {}, 2, ["error: --shift: nan", "give a number from 0.01 to 100"]),
     ],

@@ -30,8 +30,8 @@ def test_plain_texts_are_what_pyyaml_reads() -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (BOMB, "anchors and aliases are not read"),
-        (LAUGHS, "anchors and aliases are not read"),
+        (BOMB, "anchors and aliases are not supported"),
+        (LAUGHS, "anchors and aliases are not supported"),
         ("<<: {seed: 1}", "tag:yaml.org,2002:merge"),
         ("a: " + "[" * 100_000, "too many values, or nested too deeply"),
         ("a: " + "{a: " * 50_000, "too many values, or nested too deeply"),

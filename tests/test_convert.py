@@ -115,7 +115,7 @@ def test_quantized_files(convert, toy, task, form, tmp_path):
         ),
         (
             ("--task_type", "t2v", "--output", "a.safetensors", "--transformer", "a.gguf"),
-            "--output: a.safetensors: one ",
+            "--output: a.safetensors: a single file",
         ),
         (("--task_type", "t2v", "--output", "{there}", "--transformer", "a.gguf"), "--output: "),
         (("--task_type", "t2v", "--output", "a", "--model_id", "{there}"), "--model_id: "),

@@ -186,7 +186,7 @@ def test_made_tables_are_current():
     assert errors in (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), "docs/generate_troubleshooting.py"
     for line in (
         "`--width`: *value*: not a multiple of 16 | give *below* or *...* |",  # from a loop
-        "| `--voice`: *value*: is for a text that is spoken | add `--text` |",  # from a table
+        "| `--voice`: *value*: is for text to be spoken | add `--text` |",  # from a table
         "| *flag*: *url*: took more than 300 s | download it and give the path |",  # one of several values of a name
     ):
         assert line in errors

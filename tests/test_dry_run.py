@@ -45,7 +45,7 @@ def test_the_download_and_the_room_for_it(monkeypatch, tmp_path):
     assert described(request)["download"] == f"{name}: about 40.8 GB in bfloat16; {room}"
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1e8))
     plan_ = described(request)
-    assert plan_["download"].endswith(f"0.1 GB free in {tmp_path}: too little; set HF_HOME to another folder")
+    assert plan_["download"].endswith(f"0.1 GB free in {tmp_path}: not enough; set HF_HOME to another folder")
     assert plan_["disk"] == "0.1 GB free for the output"
     assert "GB free for the output: it may need" in described(replace(request, frame_folder=True))["disk"]
 

@@ -193,7 +193,7 @@ def test_sound_of_the_input_clip(write_lossless, tmp_path):
             assert [round(float(start)) for start in re.findall(r"silence_start: ([\d.]+)", log)] == [1]
 
 
-NAN = "error: --model_id: the transformer's proj_out.bias: numbers that are not finite; give a checkpoint without"
+NAN = "error: --model_id: the transformer has numbers that are not finite in proj_out.bias; give a"
 MISSING = "error: --model_id: {root}/transformer does not fit its model: missing keys proj_out.bias"
 BLACK = "the decoded video is not finite in latent frame 0; the VAE is damaged"
 PASS = {"a.state/request.json", "a.state/pass-000.safetensors"}

@@ -72,7 +72,10 @@ def test_hints_are_of_flags_that_there_are():
         (["--device", "gpu"], "did you mean cuda"),
         (["--device", "cuda:1"], "to choose a GPU set CUDA_VISIBLE_DEVICES=1"),
         (["--offload", "True"], "^--offload: True: a switch takes no value; give --offload alone for yes"),
-        (["\u2014seed", "1"], "^command line: \u2014seed begins with a dash that is not two hyphens; type --seed"),
+        (
+            ["\u2014seed", "1"],
+            "^command line: \u2014seed begins with a typographic dash instead of two hyphens; type --seed",
+        ),
         (["--prompt a fox"], 'there is no such flag; put quotes around the value only: --prompt "a fox"'),
         ([""], "^command line: an empty value does not belong to any flag"),
         (["a", "fox"], "^command line: a does not belong to any flag; put quotes"),

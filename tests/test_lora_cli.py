@@ -97,7 +97,7 @@ def test_a_saved_checkpoint_holds_the_lora(make, main, lora, tmp_path):
 WRONG = {
     "layer": (
         {"attn9.to_q": (96, 96), "attn1.to_q": (96, 96)},
-        "does not fit its model, which has nothing for transformer.blocks.0.attn9.to_q.lora_A.weight, "
+        "does not fit its model, which has no weights for transformer.blocks.0.attn9.to_q.lora_A.weight, "
         "transformer.blocks.0.attn9.to_q.lora_B.weight; wrong.safetensors:1:partial applies the rest",
     ),
     "rows": (
@@ -134,7 +134,9 @@ def test_a_part_of_a_lora(make, tmp_path, caplog):
     rest = write_lora(tmp_path / "rest.safetensors", **dict(list(layers.items())[1:]))
     save_file({key: torch.from_numpy(load_file(file)[key]) for key in load_file(rest)}, rest)
     made = make("--lora", f"{file}:0.5:partial", "--lora", f"{rest}:0")
-    assert "2 entries are left out, the model has nothing for transformer.blocks.0.attn9.to_q.lora_A" in caplog.text
+    assert (
+        "2 entries are left out, as the model has no weights for transformer.blocks.0.attn9.to_q.lora_A" in caplog.text
+    )
     np.testing.assert_allclose(made, make("--lora", f"{rest}:0.5"), atol=1e-5, rtol=0)
 
 
@@ -147,6 +149,6 @@ def test_loras_of_another_model(main, lora, tmp_path):
     for base, file, key in ((t2v, lora, "diffusion_model.blocks.0.diff_m"), (BASE, v1_lora, f"{layer}A.weight")):
         code, stdout, stderr = main(*base, "--lora", file, "--output", "out/a.mp4")
         assert (code, stdout) == (2, "")
-        says = f"error: --lora: {file} does not fit its model, which has nothing for {key}, "
+        says = f"error: --lora: {file} does not fit its model, which has no weights for {key}, "
         assert stderr.splitlines()[-1].startswith(says)
         assert not (tmp_path / "out").exists()

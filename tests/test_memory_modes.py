@@ -170,7 +170,7 @@ def test_out_of_memory(main, monkeypatch, tmp_path, stage, mode):
     lines = [line for line in stderr.splitlines() if not line.startswith("WARNING: tiny is a toy")]
     assert len(lines) == 1
     assert re.match(
-        rf"error: OutOfMemory: out of memory while {stage}: [\d.]+ GB of host memory more were requested", lines[0]
+        rf"error: OutOfMemory: out of memory while {stage}: [\d.]+ GB of host memory was requested", lines[0]
     )
     for way in ("--low_vram", "--vae_dtype bfloat16", "a smaller --height and --width"):
         assert way in lines[0]

@@ -54,7 +54,7 @@ def test_auto_takes_the_first_telling_words(prompt, expected):
     assert request.prompt == (prompt if expected is None else switching(prompt, transition=expected).prompt)
     (note,) = request.notes
     assert note.startswith(
-        f"--transition auto: {f'{expected}, for' if expected else 'no word of the prompt means one'}"
+        f"--transition auto: {f'{expected}, for' if expected else 'no word in the prompt names one'}"
     )
 
 
@@ -62,7 +62,7 @@ def test_auto_takes_the_first_telling_words(prompt, expected):
 def test_a_tag_in_the_prompt_wins(transition):
     request = switching("[ZOOM_IN_CUT] A wide view", transition=transition)
     assert request.prompt == "[ZOOM_IN_CUT] A wide view"
-    assert request.notes == (f"--transition {transition} is not used: the prompt says [ZOOM_IN_CUT]",)
+    assert request.notes == (f"--transition {transition} is not used: the prompt already has [ZOOM_IN_CUT]",)
 
 
 def test_without_the_flag_and_for_other_tasks():

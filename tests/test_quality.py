@@ -116,9 +116,9 @@ def test_seams(scene, moving, kind):
     assert whole.cuts == () and whole.seam.luma < 2 and whole.seam.shift < 1
     assert cut.cuts == (0,) and cut.seam.luma > 3
     assert not [*warnings(whole)] and not [*warnings(cut, cut_at_seam=True)]
-    assert "is seen" in "".join(warnings(cut)) and "there is no cut at frame 0" in "".join(warnings(whole, True))
+    assert "is visible" in "".join(warnings(cut)) and "there is no cut at frame 0" in "".join(warnings(whole, True))
     tinted = quality_of((goes_on * np.array([1, 0.95, 0.9])).astype(np.uint8), before)
-    assert "is seen" in "".join(warnings(tinted))
+    assert "is visible" in "".join(warnings(tinted))
 
 
 def test_the_seam_is_the_jump_over_its_neighbours(scene, moving):

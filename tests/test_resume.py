@@ -141,7 +141,7 @@ def test_a_run_of_which_nothing_is_left_begins(main, small, interrupt, tmp_path,
     assert not (tmp_path / "o").exists()
     interrupt(0)
     assert main(*argv, "--resume")[:2] == (0, "o/a.mp4\n")
-    assert "there is no interrupted run of this request in o; it starts from the beginning" in caplog.text
+    assert "there is no interrupted run of this request in o; starting from the beginning" in caplog.text
 
 
 def test_a_run_that_begins_again_leaves_nothing_of_the_first(main, small, interrupt, tmp_path):
@@ -190,7 +190,7 @@ def test_without_an_output_the_interrupted_run_is_found(main, small, interrupt, 
     assert "resuming after step 2 of 4" in caplog.text
     assert tmp_path / stdout.strip() == state.with_suffix(".mp4")
     assert main(*small, "--seed", state.name.split("_")[0], "--resume")[:2] == (0, stdout)
-    assert "is done already" in caplog.text
+    assert "is already done" in caplog.text
 
 
 @pytest.mark.parametrize("output", ["o/a.mp4", "o/a/"])
@@ -200,7 +200,7 @@ def test_a_run_that_was_complete_is_done(main, small, tmp_path, caplog, output):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     caplog.clear()
     assert main(*argv, "--resume") == (0, f"{Path(output)}\n", "")
-    assert caplog.messages == [f"{Path(output)} is done already"]
+    assert caplog.messages == [f"{Path(output)} is already done"]
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     code, _, stderr = main(*argv, "--seed", "1", "--resume")
     assert code == 2 and "exists already" in stderr
@@ -256,10 +256,10 @@ def test_a_full_disk(main, small, small_disk, caplog):
     argv = (*small, "--num_frames", 33, "--height", 96, "--width", 96, "--num_inference_steps", 1, "--output")
     code, _, stderr = main(*argv, "o/a.mp4", "--save_latents", disk / "a.safetensors")
     assert code == 2
-    assert f"--save_latents: {disk}/a.safetensors needs 99.3 kB, 41.0 kB are free in {disk}; free some" in stderr
+    assert f"--save_latents: {disk}/a.safetensors needs 99.3 kB, but 41.0 kB is free in {disk}; free some" in stderr
     code, _, stderr = main(*argv, disk / "a.mp4")
     assert code == 1
-    assert f"41.0 kB are free in {disk}; this run may need" in caplog.text
+    assert f"41.0 kB is free in {disk}; this run may need" in caplog.text
     assert "pass-000.safetensors cannot be written (No space left on device, " in caplog.text
     assert re.search(rf"{disk}/a.mp4 cannot be written \(No space left on device, \d.+ free in {disk}\); free", stderr)
     assert not any(disk.iterdir())

@@ -101,13 +101,16 @@ A, TO_B = {"name": "a"}, {"input_video": "{job:b}"}
         ([FOX | A, ON | TO_B], ["", "--input_video: {job:b}: no line has that name; names here: a"]),
         ([FOX | {"name": "a b"}, ON, ON], [NO_NAME.format("a b"), "line 1 failed", "line 2 failed"]),
         ([FOX | {"name": 3}], [NO_NAME.format(3)]),
-        ([FOX | A] * 2, ["", "--jobs: name a is that of line 1 already; give another one"]),
+        ([FOX | A] * 2, ["", "--jobs: name a is already that of line 1; give another one"]),
         ([{"prompt": "a"}, ON], ["--task_type: missing; choose one of", "line 1 failed"]),
         (
             [FOX | {"enhance_prompt": "http://a.b/v1", "enhancer_model": "m"}],
-            ["--enhance_prompt: http://a.b/v1: is no"],
+            ["--enhance_prompt: http://a.b/v1: a line must not"],
         ),
-        ([FOX, TALK | {"input_audio": "{prev}"}], ["", "--input_audio: {prev}: takes no video of another line; give"]),
+        (
+            [FOX, TALK | {"input_audio": "{prev}"}],
+            ["", "--input_audio: {prev}: cannot take another line's video; give"],
+        ),
         ([ON | A | {"input_video": "{job:a}"}], ["--jobs: {job:a}: is this line itself; give a file"]),
         (
             [ON | A | TO_B, FOX, ON | {"name": "b", "input_video": "{job:a}"}, CUT],
@@ -173,7 +176,7 @@ def test_inputs_when_they_are_there(write, tmp_path, caplog):
         put(job.request.frames_copy, fading(9))
     on, picture, cut = (with_inputs(job, find_inputs(job, results)).request for job in jobs[1::2])
     assert (on.height, on.width, on.input_video, on.flags["input_video"]) == (*SIZE, str(video), str(video))
-    assert caplog.messages == [f"line 2: the frames of line 1 were not kept; {video} is read"]
+    assert caplog.messages == [f"line 2: the frames of line 1 were not kept; reading {video}"]
     assert (picture.height, picture.width) == SIZE
     np.testing.assert_array_equal(np.asarray(Image.open(picture.image)), [*fading(9)][-1])
     put(jobs[2].request.frames_copy, fading(5))  # it was made again
@@ -299,7 +302,7 @@ def test_an_avatar_gets_the_rate_of_the_film(write, caplog):
     np.testing.assert_array_equal(made, once(frames + [talking[i] for i in shown]))
     jobs = group_by_model(read_jobs("a.jsonl", {}, keep_frames=True))
     assert not check_film(Path("other.mp4"), jobs, {})
-    said = "the film has the 24 frames per second of its first video; line 2: converted to it"
+    said = "the film has its first video's 24 frames per second; converting line 2 to that"
     assert caplog.messages[-1] == said
 
 
@@ -314,7 +317,7 @@ def test_a_film_and_the_videos_that_are_there_now(write, caplog):
     assert check_film(path, jobs, videos_in(results.path)) and not caplog.messages
     first.unlink()
     assert check_film(path, jobs, videos_in(results.path))
-    assert caplog.messages == ["film.mp4 is done; what line 1 made is gone, and is not made again for it"]
+    assert caplog.messages == ["film.mp4 is done; what line 1 made is gone, but is not needed for it"]
     second.unlink()
     write_video(fading(24), second, comment=str, **size)
     with pytest.raises(
@@ -370,7 +373,7 @@ def test_sound_stays_with_its_shot(write):
     [
         ([FOX, ON, FOX | {"resolution": "480P"}], "--concat: line 3 makes 640 x 640, line 1 960 x 960; give all lines"),
         ([FOX | {"resolution": "480P"}, ON, FOX], "--concat: line 3 makes"),
-        ([FOX, ON | {"include_input": True}], "--concat: line 2 would have the frames of line 1 in the film again"),
+        ([FOX, ON | {"include_input": True}], "--concat: line 2 would repeat the frames of line 1 in the film"),
         ([FOX, FOX | {"output": "film.mp4"}], "--concat: film.mp4 is the output of line 2; give another name"),
         ([FOX], "--concat: film.mp4 exists already and is never overwritten"),
     ],
@@ -387,7 +390,7 @@ def test_what_cannot_be_one_film(write, lines, problem):
 def test_a_film_needs_jobs(refuse):
     flags = ["--task_type", "reference_to_video", "--prompt", "a", "--ref_imgs", str(ASSETS / "fox.png")]
     line = refuse([*flags, "--concat", "film.mp4"])
-    assert line == "error: --concat: film.mp4: joins the videos of several lines; give these in a file as --jobs"
+    assert line == "error: --concat: film.mp4: joins the videos of a jobs file; give one as --jobs"
 
 
 # A run
@@ -400,7 +403,7 @@ def test_a_story(main, write, tmp_path, caplog):
     code, stdout, _ = main("--jobs", file, *TOY, "--dry_run", "--concat", "film.mp4")
     first, second, third, fourth = stdout.rstrip("\n").split("\n\n")
     assert code == 2 and "9 new frames" in first and files_in(tmp_path) == {file}
-    assert second.startswith("line          2\ngoes on from  line 1\n") and "48 new frames" in second
+    assert second.startswith("line          2\nneeds         line 1\n") and "48 new frames" in second
     assert "nowhere.mp4 does not exist" in third and fourth.endswith("error         line 3 failed")
     code, stdout, stderr = main("--jobs", file, *TOY, "--concat", "film.mp4")
     assert code == 1 and stdout.count("\n") == 2 and not Path("film.mp4").exists()

@@ -121,13 +121,13 @@ def test_cache(text, threshold):
 @pytest.mark.parametrize(
     ("flags", "note", "same"),
     [
-        (["--image", "cat.webp"], "--image is not used: t2v takes none; --task_type i2v", []),
+        (["--image", "cat.webp"], "--image is not used: t2v takes no image; --task_type i2v", []),
         (["--guidance_scale", "1", "--negative_prompt", "blur"],
          "--negative_prompt is not used: it needs --guidance_scale above 1", ["--guidance_scale", "1"]),
         (["--parameters_level"], "--parameters_level is not used: it needs --offload", []),
-        (["--height", "720"], "--width is not given: it is 1264, by", ["--height", "720", "--width", "1264"]),
-        (["--width", "720"], "--height is not given: it is 416, by", ["--height", "416", "--width", "720"]),
-        (["--height", "32"], "--width is not given: it is 64, by", ["--height", "32", "--width", "64"]),
+        (["--height", "720"], "--width is not given: using 1264, for", ["--height", "720", "--width", "1264"]),
+        (["--width", "720"], "--height is not given: using 416, for", ["--height", "416", "--width", "720"]),
+        (["--height", "32"], "--width is not given: using 64, for", ["--height", "32", "--width", "64"]),
     ],
 )  # fmt: skip
 def test_what_v1_does_nothing_with_is_noted(flags, note, same):
@@ -158,7 +158,7 @@ def test_one_side_of_a_picture(tmp_path, flags, size):
     request = parse_request([*I2V, *flags, "--image", str(tmp_path / "a.png")])
     opened, _ = open_inputs(request, tmp_path)
     assert (opened.height, opened.width) == size
-    assert opened.notes[-1].endswith("by the shape of the picture")
+    assert opened.notes[-1].endswith("for the aspect ratio of the picture")
 
 
 def test_one_side_of_a_long_picture(tmp_path):

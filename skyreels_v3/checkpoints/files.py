@@ -116,10 +116,10 @@ def weight_files(path: Path) -> list[Path]:
     files = [file for file in found if file.name in MAIN_FILES] or found
     if len(files) > 1:
         reason = f"{path} holds {len(files)} {files[0].suffix[1:]} files and no index"
-        raise CheckpointError(f"{reason}; download {MAIN_FILES[0]}.index.json as well, or leave one file there")
+        raise CheckpointError(f"{reason}; download {MAIN_FILES[0]}.index.json as well, or leave only one file there")
     for other in () if files else sorted(path.glob("*")):
         if other.suffix in OTHER_FORMATS:
-            raise CheckpointError(f"{other} is not a .safetensors file; other formats are not read, give that one")
+            raise CheckpointError(f"{other} is not a .safetensors file; give one, as other formats are not read")
     return files
 
 
@@ -179,7 +179,7 @@ def check_file(file: Path) -> None:
         read_gguf(file)
     elif file.suffix in (".pth", ".bin"):
         if not zipfile.is_zipfile(file):  # the format that torch writes
-            raise CheckpointError(f"{file} is truncated or no {file.suffix} checkpoint; download it again")
+            raise CheckpointError(f"{file} is truncated or not a {file.suffix} checkpoint; download it again")
     else:
         with open_safetensors(file):
             pass

@@ -28,7 +28,7 @@ from skyreels_v3.errors import CheckpointError, format_value
 from skyreels_v3.media.files import giga
 from skyreels_v3.memory.policy import SCALE
 
-REMEDY = "give scaled FP8, a GGUF file, or weights in bfloat16 and --quant fp8 to have them in FP8"
+REMEDY = "give scaled FP8, a GGUF file, or weights in bfloat16 and --quant fp8 to quantize them"
 GGUF, CAST = "GGUF", "FP8"  # names of formats
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 SCALED = (*FLOAT8, "I8")  # types of matrices with scales
@@ -178,7 +178,7 @@ def recognize(header: Header, source: Path) -> Format:
             raise left_over(source, f"the settings of {layer}")
     for key, stored in tensors.items():
         if (scales or unused) and stored.kind in SCALED and len(stored.shape) == 2 and key not in scales:
-            raise CheckpointError(f"{source}: {format_value(key)} is quantized, and its scale is missing; {REMEDY}")
+            raise CheckpointError(f"{source}: {format_value(key)} is quantized, but its scale is missing; {REMEDY}")
     elements: Counter[str] = Counter()
     for key in tensors.keys() - {*scales.values(), *unused}:
         elements[tensors[key].kind] += math.prod(tensors[key].shape)
@@ -211,16 +211,12 @@ def check_scale(key: str, scale: Stored, weight: Stored, source: Path) -> None:
     if scale.kind in ("F8_E8M0", "U8"):
         raise refusal(source, "MXFP8", key)
     if len(weight.shape) != 2 or scale.kind not in PLAIN or scale.shape not in ((), (1,), (1, 1), rows, (*rows, 1)):
-        raise refusal(
-            source, "a form that is scaled otherwise than as a whole or by rows", f"{key} {list(scale.shape)}"
-        )
+        raise refusal(source, "a format scaled neither as a whole nor by rows", f"{key} {list(scale.shape)}")
 
 
 def refusal(source: Path, name: str, key: str) -> CheckpointError:
-    return CheckpointError(f"{source} holds weights in {name} ({format_value(key)}), not supported; {REMEDY}")
+    return CheckpointError(f"{source} holds weights in {name} ({format_value(key)}), which is not supported; {REMEDY}")
 
 
 def left_over(source: Path, key: str) -> CheckpointError:
-    return CheckpointError(
-        f"{source}: {format_value(key)} belongs to no weight that is quantized in that way; {REMEDY}"
-    )
+    return CheckpointError(f"{source}: {format_value(key)} belongs to no weight quantized that way; {REMEDY}")

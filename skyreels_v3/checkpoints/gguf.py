@@ -125,13 +125,13 @@ def parse(header: bytes, size: int, file: Path) -> dict[str, GgufTensor]:
             raise ValueError(f"{format_value(name)} twice")
         if number not in TYPES:
             kind = OTHER_TYPES.get(number, f"type {number}")
-            reason = f"{file} holds weights in GGUF's {kind} ({format_value(name)}), not supported"
+            reason = f"{file} holds weights in GGUF's {kind} ({format_value(name)}), which is not supported"
             raise CheckpointError(f"{reason}; give a file in Q4_K, a type with more bits, or FP8")
         kind, elements, block = TYPES[number]
         columns = shape[-1]
         nbytes = math.prod(shape) // elements * block
         if columns % elements or offset % alignment or start + offset + nbytes > size:
-            raise ValueError(f"{format_value(name)} is not within it as {kind}")
+            raise ValueError(f"{format_value(name)} does not fit into it as {kind}")
         original = settings.get(f"{ORIGINAL_SHAPE}{name}", list(shape))
         whole = isinstance(original, list) and len(original) <= MAX_AXES and all(type(n) is int for n in original)
         if not whole or math.prod(original) != math.prod(shape) or min(original, default=1) < 1:

@@ -111,7 +111,8 @@ def local_folder(name: str, flag: str, remedy: str) -> Path | None:
     if name.strip() and os.path.isdir(folder):  # unlike Path's, it accepts invalid names
         if (folder / "snapshots").is_dir():
             raise UserError(
-                flag, f"{given} is a hub's cache of a model; give a folder in {folder}/snapshots, or its id"
+                flag,
+                f"{given} is a hub's cache folder of a model; give a folder in {folder}/snapshots, or the model's id",
             )
         return folder
     if os.path.isfile(folder):
@@ -204,7 +205,7 @@ def ask(model_id: str) -> None:
     except httpx.TimeoutException as error:
         raise TimeoutError(f"no answer within {LIST_SECONDS:g} s") from error
     except Exception as error:  # the client will get it too, and its cache may be enough
-        logger.debug("%s cannot be asked for: %s", model_id, error)
+        logger.debug("%s cannot be looked up: %s", model_id, error)
 
 
 def fetch(request: GenerationRequest, model_id: str, patterns: Iterable[str], flag: str) -> Path:
@@ -347,7 +348,7 @@ def check_single_file(file: Path, kind: FileKind) -> None:
     """Raise UserError unless `file` is complete and in a format of its kind."""
     if file.suffix not in kind.suffixes:
         reason = f"{format_value(file)} is not a {' or '.join(kind.suffixes)} file"
-        raise UserError(kind.flag, f"{reason}; other formats can run code, convert it to this one")
+        raise UserError(kind.flag, f"{reason}; convert it, as other formats can run code")
     with errors_about(kind.flag):
         check_file(file)
 
@@ -360,7 +361,7 @@ def file_on_hub(name: str, request: GenerationRequest, kind: FileKind) -> tuple[
     """
     check_client(request)
     match = HUB_FILE.fullmatch(name)
-    assert match, f"{name} is no hub id of a file"
+    assert match, f"{name} is not a hub id of a file"
     model_id, file = match[1], match[2]
     if file is not None and (folder := cached(request, model_id)) is not None and (folder / file).is_file():
         return model_id, file

@@ -103,9 +103,7 @@ def check_cast(weights: Weights, source: Path) -> None:
     for name, weight in weights.items():
         if isinstance(weight, Packed) and weight.dtype in FP8:
             if weight.data.float().abs().max() > torch.finfo(weight.dtype).max / 2:
-                raise CheckpointError(
-                    f"{source}: {name} is FP8 that was divided by a scale, and there is none; {REMEDY}"
-                )
+                raise CheckpointError(f"{source}: {name} is scaled FP8, but its scale is missing; {REMEDY}")
             return
 
 
@@ -302,7 +300,9 @@ def config_errors(source: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise CheckpointError(f"{source}: no model has the sizes of its config ({error}); {OWN_CONFIG}") from error
+        raise CheckpointError(
+            f"{source}: no model can be made with the sizes in its config ({error}); {OWN_CONFIG}"
+        ) from error
 
 
 def rename(
@@ -359,15 +359,15 @@ def check_dtypes(tensors: Mapping[str, Tensor | Packed], source: Path) -> None:
     }
     if wrong:
         named = name_some(f"{key} ({str(dtype).removeprefix('torch.')})" for key, dtype in wrong.items())
-        raise CheckpointError(f"{source}: weights cannot have this dtype: {named}; {REMEDY}")
+        raise CheckpointError(f"{source}: dtype not supported for weights: {named}; {REMEDY}")
 
 
 def check_finite(model: nn.Module, name: str) -> None:
     """Raise CheckpointError for weights of a model that are infinite or NaN."""
     wrong = [key for key, weight in model.named_parameters() if not weight.float().isfinite().all()]
     if wrong:
-        reason = f"the {name}'s {name_some(wrong)}: numbers that are not finite"
-        raise CheckpointError(f"{reason}; give a checkpoint without")
+        reason = f"the {name} has numbers that are not finite in {name_some(wrong)}"
+        raise CheckpointError(f"{reason}; give a checkpoint without any")
 
 
 def name_some(names: Iterable[str]) -> str:

@@ -50,12 +50,12 @@ ENTRY = re.compile(
 TEXT_ENCODER = re.compile(r"(?:base_model\.model\.)?(?:text_encoder|lora_te)\w*(?:\..+)?")
 # What may be wrong with the entries of a file, in the order of reporting: the message, and the remedy
 PROBLEMS = {
-    "unsupported": (": not supported: ", "give a LoRA of low-rank pairs and differences alone"),
-    "incomplete": (": incomplete, A or B is missing of ", "download it again"),
+    "unsupported": (": not supported: ", "give a LoRA with only low-rank pairs and differences"),
+    "incomplete": (": incomplete, A or B is missing for ", "download it again"),
     "misshapen": (" does not fit its model: wrong shapes ", "give a LoRA of this model"),
     "repeated": (" holds more than one LoRA of ", "give a file with one"),
     "damaged": (" holds numbers that are not finite: ", "the LoRA is damaged, give another"),
-    "foreign": (" does not fit its model, which has nothing for ", "give a LoRA of this model"),
+    "foreign": (" does not fit its model, which has no weights for ", "give a LoRA of this model"),
 }
 
 HEADER_ENTRY = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings
@@ -137,7 +137,7 @@ def read_lora(source: Path, shapes: Shapes, native: KeyMap, partial: bool = Fals
                         problems["repeated"] += keys
                     known.append(Change(part, down, scale))
     if not tensors:
-        raise lora_error(f"{source}: there is nothing in it; {PROBLEMS['unsupported'][1]}")
+        raise lora_error(f"{source}: it is empty; {PROBLEMS['unsupported'][1]}")
     for kind, (reason, remedy) in PROBLEMS.items():
         if kind == "foreign" and changes:
             remedy = f"{source.name}:1:partial applies the rest"
@@ -214,7 +214,7 @@ def alpha_of(layer: str, settings: Mapping[str, Any], source: Path, rank: int) -
     """The alpha of a layer in a file's settings; the rank if the file has no settings."""
     patterns = settings.get("alpha_pattern") or {}  # PEFT: the end of the layer's name, or a regular expression for it
     if not isinstance(patterns, dict) or not all(map(LAYER_PATTERN.fullmatch, patterns)):
-        raise lora_error(f"{source}: its settings have an alpha_pattern that is not of names; give a plain LoRA")
+        raise lora_error(f"{source}: its settings have an alpha_pattern whose keys are not names; give a plain LoRA")
     own = [value for pattern, value in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", layer)]
     alpha = own[0] if own else settings.get("lora_alpha") if settings else rank
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
@@ -276,7 +276,7 @@ def apply_loras(model: Any, loras: Sequence[Lora], fuse: bool) -> None:
         logger.info("LoRA %s: %s, scale %g, %s", lora.source, counted(len(changes), "weight"), lora.scale, way)
         if left_out:
             entries = counted(len(left_out), "entry is", "entries are")
-            message = "LoRA %s: %s left out, the model has nothing for %s"
+            message = "LoRA %s: %s left out, as the model has no weights for %s"
             logger.warning(message, lora.source, entries, name_some(left_out))
         state: Tensors = {}
         for name, made in changes.items():

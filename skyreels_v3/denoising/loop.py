@@ -172,5 +172,5 @@ def restore_scheduler(scheduler: Any, state: Mapping[str, Tensor], device: torch
     restored = {name: unpacked(value) for name, value in attributes.items()}
     known = vars(scheduler).keys() - {CONFIG}
     if known - restored.keys() or any(hasattr(scheduler, name) for name in restored.keys() - known):
-        raise ValueError("it is not of this scheduler")
+        raise ValueError("it is another scheduler's")
     vars(scheduler).update(restored)

@@ -170,11 +170,11 @@ def read_answer(request: Request, answer: str) -> tuple[str, tuple[str, ...]]:
     if len(text) > MAX_LENGTH:
         raise EnhancerError(f"the answer has {len(text)} characters, more than {MAX_LENGTH}")
     if sorted(TAG.findall(text)) != sorted(TAG.findall(given)):
-        raise EnhancerError("the answer has other tags than the prompt")
+        raise EnhancerError("the answer's tags are not the prompt's")
     found = plain(text)
     lost = [each for each, pattern in to_keep(given).items() if pattern.search(found) is None]
     if lost:
-        raise EnhancerError(f"the answer has lost {one_line(', '.join(lost[:3]))}")
+        raise EnhancerError(f"the answer lacks {one_line(', '.join(lost[:3]))}")
     return model_prompt(request.task, text, transition)
 
 

@@ -53,7 +53,7 @@ def ask_local(folder: Path, request: GenerationRequest, question: Question) -> s
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"no weights for {missing[0]}")
     except Exception as error:  # libraries raise anything for a folder that is not a model
-        reason = f"{folder} is no vision-language model that transformers can load ({cause_of(error)})"
+        reason = f"{folder} is not a vision-language model that transformers can load ({cause_of(error)})"
         raise UserError("--enhancer_model", f"{reason}; give such a model, for example {ENHANCER.model_id}") from error
     try:
         return generate(model.to(device), processor, question)

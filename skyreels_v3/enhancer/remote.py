@@ -106,7 +106,7 @@ def text_of(content: bytes) -> str:
         choice = json.loads(content)["choices"][0]
         reason, text = choice["finish_reason"], choice["message"]["content"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise EnhancerError("the endpoint's answer is no chat completion") from error
+        raise EnhancerError("the endpoint's answer is not a chat completion") from error
     if reason != "stop" or not isinstance(text, str):
         cut = f", cut off after {MAX_TOKENS} tokens" if reason == "length" else ""
         raise EnhancerError(f"the endpoint's answer is not complete{cut}")

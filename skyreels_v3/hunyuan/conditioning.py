@@ -51,7 +51,7 @@ class HunyuanTextEncoder:
         start = format_value(prompt[:40])  # quoted, as it may be the negative prompt
         length, clip_length = (len(t(prompt, **quiet).input_ids) for t in (self.tokenizer, self.clip_tokenizer))
         if length > TEXT_TOKENS:
-            logger.warning('only the first %d of %d tokens are used of "%s..."', TEXT_TOKENS, length, start)
+            logger.warning('only the first %d of the %d tokens of "%s..." are used', TEXT_TOKENS, length, start)
         if (seen := CLIP_TOKENS - 2) < clip_length:
             llama = f"Llama reads up to {TEXT_TOKENS}"
             logger.info('CLIP reads the first %d of %d tokens of "%s..."; %s', seen, clip_length, start, llama)

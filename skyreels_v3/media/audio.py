@@ -87,7 +87,7 @@ def probe_audio(path: Path) -> AudioInfo:
     if not MIN_SECONDS <= seconds <= MAX_SECONDS:
         remedy = "cut it" if seconds > MAX_SECONDS else "give a longer recording"
         limits = f"{MIN_SECONDS:g} to {MAX_SECONDS:g} s"
-        raise MediaError(path, f"has {seconds:.3f} s of sound, {limits} are possible; {remedy}")
+        raise MediaError(path, f"has {seconds:.3f} s of sound, but must have {limits}; {remedy}")
     return AudioInfo(path, seconds, tuple(notes))
 
 
@@ -199,7 +199,7 @@ def check_audible(channels: np.ndarray, rate: int) -> list[str]:
     block = min(len(mono), round(MIN_SECONDS * rate))
     blocks = mono[: len(mono) // block * block].reshape(-1, block)
     if blocks.var(axis=1).max() < AUDIBLE:
-        return ["has nothing to hear, it is below -70 LUFS; the lips will not follow it"]
+        return ["is silent, below -70 LUFS; the lips will not move to it"]
     return ["has channels that cancel each other; the model hears only the loudest one"] if cancelled else []
 
 
@@ -214,7 +214,7 @@ def check_complete(track: Track, seconds: float) -> list[str]:
         hours, minutes, rest = stated.groups()
         whole = int(hours) * 3600 + int(minutes) * 60 + float(rest)
         if seconds < whole - LENGTH_TOLERANCE and CUT_MP3 in track.log:
-            return [f"was {whole:.1f} s long by its header, and holds {seconds:.1f} s; it may have been cut off"]
+            return [f"should be {whole:.1f} s long by its header, but holds {seconds:.1f} s; it may have been cut off"]
         if seconds < whole - LENGTH_TOLERANCE:
             raise MediaError(track.path, AUDIO.damaged)
     if is_truncated_wav(track.path) or is_truncated_ogg(track.path):

@@ -31,7 +31,7 @@ def read_turns(path: Path, speakers: int, seconds: float) -> tuple[Spans, ...]:
     try:
         lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise MediaError(path, "is not a text; give an RTTM file") from error
+        raise MediaError(path, "is not a text file; give an RTTM file") from error
     turns: dict[str, list[tuple[float, float]]] = {}
     recordings: set[str] = set()
     for number, fields in enumerate(map(str.split, lines), start=1):
@@ -41,15 +41,17 @@ def read_turns(path: Path, speakers: int, seconds: float) -> tuple[Spans, ...]:
             name, begin, end = read_turn(fields)
             recordings.add(fields[1])
             if len(recordings) > 1:
-                raise ValueError("is of another recording than those before; give the lines of one")
+                raise ValueError("names another recording than the lines before; give the lines of one")
             if begin >= seconds:
-                raise ValueError(f"begins at {begin:g} s, the sound is {seconds:.2f} s long; give the file of this one")
+                raise ValueError(
+                    f"begins at {begin:g} s, but the sound is {seconds:.2f} s long; give the file for this recording"
+                )
         except ValueError as error:
             raise MediaError(path, f"line {number} {error}") from error
         turns.setdefault(name, []).append((begin, min(end, seconds)))
     if len(turns) != speakers:
         named = f" ({format_value(', '.join(turns))})" if turns else ""
-        raise MediaError(path, f"has {counted(len(turns), 'speaker')}{named}; give a file of {speakers}")
+        raise MediaError(path, f"has {counted(len(turns), 'speaker')}{named}; give a file with {speakers}")
     return tuple(sorted(turns.values(), key=min))
 
 
@@ -63,5 +65,5 @@ def read_turn(fields: list[str]) -> tuple[str, float, float]:
         begin = length = math.nan
     if not (0 <= begin < math.inf and 0 < length < math.inf):
         shown = format_value(" ".join(fields[3:5]))
-        raise ValueError(f"does not begin at 0 s or later, or has no length ({shown}); correct it, or leave it out")
+        raise ValueError(f"has no valid beginning or length ({shown}); correct it, or leave it out")
     return fields[7], begin, begin + length

@@ -154,7 +154,7 @@ def last_frames(
         progress(1)
     check_length(path, fps, count, len(last))
     if len({frame.shape for frame in last}) > 1:
-        raise MediaError(path, "changes its picture size on the way; convert it to one size first")
+        raise MediaError(path, "changes its frame size midway; convert it to one size first")
     return np.stack(last)
 
 

@@ -185,7 +185,7 @@ def write_frames(
     except (RuntimeError, OSError) as error:
         if failure is None or isinstance(failure, BrokenPipeError):  # ffmpeg's own error says more
             raise
-        logger.debug("nothing could be kept of %s: %s", final, error)
+        logger.debug("nothing of %s could be kept: %s", final, error)
     finally:
         remove(temporary)
     assert failure is not None

@@ -128,7 +128,7 @@ def speak(text: str, voice: str | None, folder: Path) -> Path:
         command = [*PYTHON, "-m", KOKORO, "--voice", voice or KOKORO_VOICE, "--output-file", str(made)]
     else:
         program = ESPEAK
-        logger.warning("%s speaks the text, like a machine; pip install %s for a natural voice", ESPEAK, KOKORO)
+        logger.warning("%s speaks the text in a robotic voice; pip install %s for a natural one", ESPEAK, KOKORO)
         command = [ESPEAK, *(("-v", voice) if voice else ()), "-b", "1", "--stdin", "-w", str(made)]
     flag, remedy = (
         ("--voice", f"give one that it has{LIST_OF.get(program, '')}")
@@ -137,7 +137,7 @@ def speak(text: str, voice: str | None, folder: Path) -> Path:
     )
     run_program(command, flag, f"{program} fails", remedy, text, PYTHONUTF8="1")
     if not made.is_file():
-        raise UserError(flag, f"{program} says nothing of it; {remedy}")
+        raise UserError(flag, f"{program} makes no sound from it; {remedy}")
     return made.rename(target)
 
 

@@ -123,8 +123,8 @@ def explain_oom(stage: str, plan: MemoryPlan, free: Callable[[], int | None]) ->
         if requested is None or isinstance(error, OutOfMemory):  # the latter comes from a nested stage
             raise
         available = free()
-        left = "" if available is None else f", {giga(available)} are free"
-        message = f"out of memory while {stage}: {requested} more were requested{left}"
+        left = "" if available is None else f", with {giga(available)} free"
+        message = f"out of memory while {stage}: {requested} was requested{left}"
         raise OutOfMemory(f"{message}; {advice(plan, available is not None)}") from error
 
 
@@ -155,4 +155,4 @@ def advice(plan: MemoryPlan, device_memory: bool) -> str:
         f"a smaller {length}": request.duration > request.task.min_duration > 0 and len(plan.passes) == 1,
     }
     useful = ", ".join(way for way, helps in ways.items() if helps)
-    return f"ask for less with {useful}" if useful else "a machine with more memory is needed"
+    return f"reduce memory use with {useful}" if useful else "a machine with more memory is needed"

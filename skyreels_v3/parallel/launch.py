@@ -91,7 +91,7 @@ def outcome(failures: Mapping[int, ProcessFailure]) -> tuple[int, str]:
     if rank not in killed:
         return first.exitcode if first.exitcode == USER_ERROR else 1, ""
     number = signal.Signals(-first.exitcode)
-    text = f"error: rank {rank} was ended by {number.name} ({number})"
+    text = f"error: rank {rank} was killed by {number.name} ({number})"
     if number == signal.SIGKILL:
-        text += ", as the system does when the host runs out of memory; --low_vram takes less, --dry_run says how much"
+        text += ", as happens when the host runs out of memory; --low_vram needs less, --dry_run shows how much"
     return 1, text

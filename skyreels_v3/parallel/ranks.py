@@ -65,7 +65,7 @@ def ranks_of(environment: Mapping[str, str]) -> Ranks:
         raise UserError("--use_usp", f"RANK, WORLD_SIZE and related variables are wrong ({ranks}); start with torchrun")
     missing = [name for name in ADDRESS if not environment.get(name)]
     if ranks.world_size > 1 and missing:
-        reason = f"RANK and WORLD_SIZE are set, {' and '.join(missing)} not"
+        reason = f"RANK and WORLD_SIZE are set, but not {' and '.join(missing)}"
         raise UserError("--use_usp", f"{reason}; start with torchrun, or set where the main process listens")
     return ranks
 

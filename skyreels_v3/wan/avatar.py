@@ -134,7 +134,7 @@ class Avatar:
             time = seconds * self.request.task.fps
             nearest = min(keys, key=lambda start: abs(start + WINDOW_FRAMES - time))
             if nearest in replaced:
-                logger.warning("two --keyframes are nearest to one window's end; the one at %g s is taken", seconds)
+                logger.warning("two --keyframes are nearest to the same window's end; using the one at %g s", seconds)
             replaced.add(nearest)
             keys[nearest] = frames_to_video([self.fitted(picture)])
         return keys

@@ -47,8 +47,8 @@ class Background:
         for event in events:
             yield replace(event, frames=self.blended(event.frames, source)) if isinstance(event, Pass) else event
         if self.errors and self.outside.any():
-            told = "outside of the speaker's box the frames are %.1f dB PSNR from the clip, the VAE's alone %.1f dB"
-            logger.info(f"{told}; the clip's are kept", psnr(float(np.mean(self.errors))), psnr(own))
+            told = "outside the speaker's box, the frames' PSNR to the clip is %.1f dB, that of the VAE alone %.1f dB"
+            logger.info(f"{told}; the clip's pixels are kept", psnr(float(np.mean(self.errors))), psnr(own))
 
     def frames(self) -> Iterator[Frame]:
         """The clip's frames at the output size; the last one is repeated forever."""

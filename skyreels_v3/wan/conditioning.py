@@ -57,7 +57,7 @@ class TextEncoder:
         length = len(self.tokenizer(text, verbose=False).input_ids)
         if length > TEXT_TOKENS:
             start = format_value(prompt[:40])  # quoted, as it may be the negative prompt
-            logger.warning('only the first %d of %d tokens are used of "%s..."', TEXT_TOKENS, length, start)
+            logger.warning('only the first %d of the %d tokens of "%s..." are used', TEXT_TOKENS, length, start)
         batch = self.tokenizer([text], truncation=True, max_length=TEXT_TOKENS, return_tensors="pt")
         return batch.input_ids, batch.attention_mask
 

@@ -48,7 +48,7 @@ def check_times(request: ResolvedRequest, clip: ClipInfo | None) -> None:
     """Raise UserError if the times of audio, key frames and a dubbed clip do not fit together."""
     seconds = request.audio_seconds or 0.0
     if seconds > MAX_SECONDS:
-        reason = f"{seconds:.2f} s one after the other are too long"
+        reason = f"{seconds:.2f} s one after the other is too long"
         raise UserError("--input_audio", f"{reason}; give {MAX_SECONDS:g} s at most")
     if clip is not None and clip.seconds + 1 / request.task.fps < seconds:
         reason = f"{format_value(request.input_video)} is {clip.seconds:.2f} s long, the sound {seconds:.2f} s"

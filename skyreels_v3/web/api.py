@@ -280,8 +280,8 @@ class Api:
         if variant == "partial":
             return await send_file(job.partial, KINDS[variant], request, f"{id}-partial.mp4")
         if job.state is not State.COMPLETED:
-            hint = "variant=partial is what it had finished" if job.partial.exists() else "it has no video"
-            hint = hint if job.state in FINAL else "its content is there once it is completed"
+            hint = "variant=partial has what was finished" if job.partial.exists() else "it has no video"
+            hint = hint if job.state in FINAL else "its content is available once it is completed"
             raise ApiError(409, f"{id} {STATES[job.state]}; {hint}", "id", "not_ready")
         path = job.video
         if variant != "video":
@@ -415,7 +415,9 @@ async def send_file(path: Path, kind: str, request: Request, name: str) -> Respo
         request.scope["headers"] = [(key, value) for key, value in request.scope["headers"] if key != b"range"]
     elif not is_satisfiable(asked, status.st_size):
         raise ApiError(
-            416, "Range is not one range of bytes in the file", headers={"Content-Range": f"bytes */{status.st_size}"}
+            416,
+            "Range is not a single byte range within the file",
+            headers={"Content-Range": f"bytes */{status.st_size}"},
         )
     return made
 

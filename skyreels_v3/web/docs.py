@@ -12,7 +12,7 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title></head>
 <body><h1>{title} {version}</h1>
-<p>OpenAI's API for videos. The same for programs: <a href="/openapi.json">openapi.json</a>.</p>
+<p>OpenAI's API for videos. Machine-readable: <a href="/openapi.json">openapi.json</a>.</p>
 {operations}
 <h2>Fields of a new video</h2>
 <table><tr><th>field</th><th>type</th><th>meaning</th></tr>

@@ -94,7 +94,7 @@ class FlagReader:
         """
         values = self.rename(merge_extra(given))
         for name in filter(values.__contains__, (REFERENCE, *INPUTS)):
-            raise UserError(f"--{name}", "inputs are those of the first video; leave it out, or make a new one")
+            raise UserError(f"--{name}", "a remix has the first video's inputs; leave it out, or make a new video")
         if "prompt" not in values:
             raise UserError("--prompt", "missing; say what the new video shows")
         self.parent = job.id
@@ -150,12 +150,12 @@ class FlagReader:
         """Refuse fields that are not flags or that clients may not set."""
         for name, value in values.items():
             if name in OWN or name == "config":
-                raise UserError(f"--{name}", "is the server's to say; leave it out")
+                raise UserError(f"--{name}", "is set by the server; leave it out")
             if name not in BY_NAME and name != REFERENCE:
                 meant = unknown_key(name, value).replace(SEE_HELP, self.names)
                 raise ApiError(400, meant, self.fields[name], "unknown_parameter")
             if name not in (*INPUTS, REFERENCE) and isinstance(value, Upload):
-                raise UserError(f"--{name}", "is a file; send its value")
+                raise UserError(f"--{name}", "was sent as a file; send a plain value")
 
     def check_models(self, values: Fields) -> None:
         """Replace the name of a model that is served with its --model_id; refuse LoRAs that are not hub ids."""
@@ -171,7 +171,7 @@ class FlagReader:
         for entry in [entries] if isinstance(entries, str) else entries if isinstance(entries, list) else []:
             for source in (parse_lora(part.strip()).source for part in str(entry).split(",")):
                 if not HUB_FILE.fullmatch(source) or os.path.exists(source):
-                    raise UserError("--lora", f"{format_value(source)} is no id of a hub; give OWNER/NAME")
+                    raise UserError("--lora", f"{format_value(source)} is not a hub id; give OWNER/NAME")
 
     def place_reference(self, values: Fields) -> None:
         """Move `input_reference` to the task's flag for a picture."""
@@ -307,7 +307,7 @@ def part_keyframe(entry: Any) -> tuple[Any, str]:
     image, mark, seconds = entry.rpartition("@") if isinstance(entry, str) else (entry, "", "")
     if not mark:
         raise UserError(
-            "--keyframes", "a picture has no time; give it as URL@SECONDS, or as the field keyframes@SECONDS"
+            "--keyframes", "a picture without a time; give it as URL@SECONDS, or as the field keyframes@SECONDS"
         )
     return image, f"@{seconds}"
 

@@ -136,7 +136,9 @@ class Page:
                 with gr.Tab(TABS.get(task, title_of(task)), id=task, elem_id=f"tab-{task}"):
                     self.build_form(task)
         with gr.Accordion("Settings from a video", open=False, elem_id="record-box"):
-            gr.HTML('<p class="summary">The settings of a video made here are put into the form.</p>', js_on_load=None)
+            gr.HTML(
+                '<p class="summary">Drop a video made here to load its settings into the form.</p>', js_on_load=None
+            )
             self.record = gr.File(label="Video", file_types=["video"], height=130, elem_id="record")
             self.record_notice = live_html("record-notice")
 
@@ -213,7 +215,7 @@ class Page:
                 await self.api.add(id, flags, owner, "")
         except ApiError as error:
             return self.describe(form, error)
-        return {form.notice: message("It is in the queue.", "jobs"), **await self.refresh(data, request)}
+        return {form.notice: message("Added to the queue.", "jobs"), **await self.refresh(data, request)}
 
     async def read(self, form: Form, data: Mapping[Any, Any], reader: FlagReader, owner: str) -> dict[str, Any]:
         """The job's flags from a form, whose files are linked into the reader's folder; raises ApiError."""

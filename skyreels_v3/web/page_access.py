@@ -54,7 +54,7 @@ form{{display:grid;gap:12px;width:min(320px,90vw)}}p{{color:#dc2626;margin:0}}
 input,button{{font:inherit;padding:10px;border-radius:8px;border:1px solid #888}}
 button{{background:#0f766e;color:#fff;border:0;cursor:pointer}}
 </style></head><body>
-<form method="post" action="/"><h1>SkyReels</h1><label for="key">Key of this server</label>
+<form method="post" action="/"><h1>SkyReels</h1><label for="key">This server's key</label>
 <input id="key" name="key" type="password" autocomplete="current-password" required autofocus>{problem}
 <button>Sign in</button></form>
 </body></html>"""
@@ -192,7 +192,7 @@ class PageAccess:
         except (ValueError, RecursionError) as error:
             raise ApiError(400, "the body is not JSON") from error
         if foreign:
-            raise ApiError(403, "files are sent, not fetched from an address")
+            raise ApiError(403, "files are uploaded, not fetched from an address")
         messages = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive() -> Message:
@@ -227,7 +227,8 @@ class PageAccess:
         except ApiError as error:
             return response_of(error)
         if not known:
-            return HTMLResponse(SIGN_IN.format(problem='<p role="alert">This is not a key of the server.</p>'), 401)
+            problem = """<p role="alert">This is not one of the server's keys.</p>"""
+            return HTMLResponse(SIGN_IN.format(problem=problem), 401)
         answer = RedirectResponse("/", 303)
         # the same text as in the header, for load balancers: set_cookie would quote a key with "/" or "="
         kind = f"Max-Age={MONTH}; Path=/; HttpOnly; SameSite=strict"
@@ -247,7 +248,7 @@ async def read_all(request: Request, most: int) -> bytes:
     except TimeoutError:
         raise ApiError(408, "the body arrives too slowly", headers={"Connection": "close"}) from None
     except ClientDisconnect as error:
-        raise ApiError(400, "the body was broken off") from error
+        raise ApiError(400, "the body was cut off") from error
     return body
 
 

@@ -192,7 +192,7 @@ class Form:
         initial = self.defaults[flag.name]
         if flag.name == KEYFRAMES:
             pictures = gr.File(label="Keyframes", file_count="multiple", file_types=["image"], height=150, elem_id=id)
-            times = gr.Textbox(label="Times of keyframes", info="seconds, one for each: 2, 4.5", elem_id=f"{id}-times")
+            times = gr.Textbox(label="Keyframe times", info="seconds, one for each: 2, 4.5", elem_id=f"{id}-times")
             components: tuple[Any, ...] = (pictures, times)
         elif flag.name in INPUTS:
             several = flag.name in SLOTS

@@ -54,7 +54,7 @@ def plan_html(plan: Mapping[str, Any]) -> str:
     }
     return (
         f'<div class="plan" role="status">{terms(facts)}'
-        f"<details><summary>All of the plan</summary><pre>{escape(plan['text'])}</pre></details></div>"
+        f"<details><summary>Full plan</summary><pre>{escape(plan['text'])}</pre></details></div>"
     )
 
 
@@ -123,7 +123,7 @@ def state_text(job: Job, place: int | None) -> str:
     """The state of a waiting or running job in one line."""
     progress = job.progress
     if place is not None:
-        return "next" if place == 0 else f"waiting, {place} before it"
+        return "next" if place == 0 else f"waiting, {place} ahead of it"
     parts = [stage_of(job)]
     if progress.step and progress.stage == "denoising":
         parts.append(f"step {progress.step} of {progress.steps}")
@@ -155,7 +155,7 @@ def card(job: Job, chosen: bool, settings: Settings) -> str:
         text = f": {without_dashes(why['message'])}" if why else ""
         head, buttons = f'<p class="ended"><b>{ENDS[job.state]}</b>{escape(text)}</p>', [reload, delete]
         if job.partial.exists():
-            head += player(f"{content(job)}?variant=partial", "The windows that were finished", "metadata")
+            head += player(f"{content(job)}?variant=partial", "The finished windows", "metadata")
     return (
         f'<li data-job="{escape(job.id)}" data-state="{job.state.value}">{head}'
         f'<p class="prompt">{escape(prompt_of(job))}</p>'
@@ -186,7 +186,7 @@ def compare_html(jobs: Sequence[Job], settings: Settings) -> str:
         others = [other for other in facts if other is not mine]
         differing = {name: value for name, value in mine.items() if any(other.get(name) != value for other in others)}
         sides += f"<li>{player(content(job), prompt_of(job), 'auto')}{terms(differing)}</li>"
-    hint = "" if len(jobs) == 2 else '<p class="empty">Choose a second one to see them side by side.</p>'
+    hint = "" if len(jobs) == 2 else '<p class="empty">Choose a second video to see them side by side.</p>'
     play = button("play", "", "Play both") if len(jobs) == 2 else ""
     return f'<ul class="compare">{sides}</ul>{hint}<div class="actions">{play}{button("close", "", "Close")}</div>'
 

@@ -395,7 +395,7 @@ class Queue:
                     raise Damaged(path, found)
                 (version,) = db.execute("PRAGMA user_version").fetchone()
                 if version not in (0, VERSION):
-                    raise UserError("--outdir", f"{format_value(path)} is of another version; give another folder")
+                    raise UserError("--outdir", f"{format_value(path)} is from another version; give another folder")
                 db.execute(SCHEMA)
                 db.execute(f"PRAGMA user_version = {VERSION}")
         except BaseException as error:
@@ -426,7 +426,7 @@ class Queue:
             with suppress(FileNotFoundError):
                 os.rename(f"{path}{suffix}", f"{aside}{suffix}")
         self._lock.close()
-        remedy = f"it is {format_value(aside)} now; start again for an empty queue (videos stay in {JOBS}/)"
+        remedy = f"it was moved to {format_value(aside)}; start again with an empty queue (videos stay in {JOBS}/)"
         raise UserError("--outdir", f"{format_value(path)} is damaged ({damage.reason}); {remedy}") from damage
 
     @contextmanager

@@ -43,13 +43,13 @@ class Retention:
             return
         self._next = monotonic() + LOOK_SECONDS  # also after an error
         for id in self.queue.expire(self.max_age if self._is_steady() else None, self.max_bytes):
-            logger.info("%s is deleted, as --keep_days or --keep_gb says", id)
+            logger.info("%s is deleted because of --keep_days or --keep_gb", id)
 
     def _is_steady(self) -> bool:
         """Whether the clock has been steady for a day."""
         offset = time.time() - monotonic()
         if abs(offset - self._offset) > JUMP_SECONDS:
             self._steady_since = monotonic()
-            logger.warning("the clock was set by %.1f h; --keep_days waits for a day", (offset - self._offset) / 3600)
+            logger.warning("the clock jumped by %.1f h; --keep_days waits for a day", (offset - self._offset) / 3600)
         self._offset = offset
         return monotonic() - self._steady_since >= DAY_SECONDS

@@ -206,7 +206,7 @@ class Runner:
             if (job := self.next_job()) is None:
                 time.sleep(POLL_SECONDS)
             else:
-                logger.info("%s: begun", job.id)
+                logger.info("%s: started", job.id)
                 in_order = self.run_job(job)
         return 0 if self.in_step else OUT_OF_STEP
 

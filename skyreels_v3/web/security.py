@@ -130,11 +130,11 @@ class Guard:
         """Refuse host names that are not this server's, and requests from pages of other sites."""
         hosts, origin = headers.getlist("host"), headers.get("origin")
         if len(hosts) != 1 or not self.is_own(hosts[0]):
-            raise ApiError(403, "Host is not a name of this server; ask by its address, or a name in --allowed_hosts")
+            raise ApiError(403, "Host is not a name of this server; use its address, or a name in --allowed_hosts")
         if origin is not None and origin.lower() not in [f"{scheme}://{hosts[0].lower()}" for scheme in SCHEMES]:
-            raise ApiError(403, "Origin is another site; only this server's own pages may ask")
+            raise ApiError(403, "Origin is another site; only this server's own pages may call it")
         if headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
-            raise ApiError(403, "a page of another site may not ask")
+            raise ApiError(403, "pages of other sites may not call this server")
 
     def is_own(self, host: str) -> bool:
         """Whether a Host header names this server. IP addresses are safe: DNS cannot rebind them."""
@@ -164,7 +164,7 @@ class Guard:
 
 
 def too_many(wait: float) -> ApiError:
-    return ApiError(429, "too many requests; wait a little", headers={"Retry-After": str(int(wait) + 1)})
+    return ApiError(429, "too many requests; wait a moment", headers={"Retry-After": str(int(wait) + 1)})
 
 
 def route_of(scope: Scope) -> str:

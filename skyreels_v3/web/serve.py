@@ -227,7 +227,7 @@ def keys_of(flags: Mapping[str, Any]) -> tuple[str, ...]:
         check_readable(path, "--api_key")
         if path.stat().st_size > MAX_KEYS_BYTES:
             raise UserError(
-                "--api_key", f"{format_value(path)} has more than {MAX_KEYS_BYTES >> 10} KiB; give a key per line"
+                "--api_key", f"{format_value(path)} has more than {MAX_KEYS_BYTES >> 10} KiB; give one key per line"
             )
         lines, place = path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), "line {}"
     keys = []
@@ -246,10 +246,10 @@ def check_literal(key: str) -> None:
     """Raise UserError for a key that looks like the name of a missing file, or is easily guessed."""
     if "/" in key or FILE_NAME.fullmatch(key):
         shown = f" {format_value(key)}" if key[0] in "/.~" or FILE_NAME.fullmatch(key) else ""  # else maybe a secret
-        raise UserError("--api_key", f"there is no such file{shown}; put a key with / or a suffix into one")
+        raise UserError("--api_key", f"there is no such file{shown}; put a key that has a / or a suffix into a file")
     if len(key) < MIN_KEY:
-        reason = f"it is no file, and a key of less than {MIN_KEY} characters is easily guessed"
-        raise UserError("--api_key", f"{reason}; give one such as openssl rand -hex 16 makes")
+        reason = f"it is not a file, and a key of fewer than {MIN_KEY} characters is easily guessed"
+        raise UserError("--api_key", f"{reason}; make one with openssl rand -hex 16")
 
 
 def check_access(host: str, keys: tuple[str, ...], no_auth: bool) -> None:
@@ -266,7 +266,9 @@ def check_names(names: Sequence[str]) -> None:
     """Raise UserError for a name that is not a valid host name."""
     for name in names:
         if not NAME.fullmatch(name):
-            raise UserError("--allowed_hosts", f"{format_value(name)} is not a host name; give video.example.com or so")
+            raise UserError(
+                "--allowed_hosts", f"{format_value(name)} is not a host name; give one such as video.example.com"
+            )
 
 
 def defaults_of(flags: Mapping[str, Any]) -> dict[str, Any]:

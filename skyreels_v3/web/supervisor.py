@@ -80,7 +80,7 @@ def slots_of(gpus: Sequence[str], workers: int | None = None) -> list[Slot]:
 def group_size(gpus: Sequence[str], wanted: int | None) -> int:
     """The number of processes that share each video: `wanted`, or one per GPU; raises UserError."""
     if wanted is None and not gpus:
-        raise UserError("--use_usp", "this machine has no GPUs to divide a video among; give --gpu_num as well")
+        raise UserError("--use_usp", "this machine has no GPUs to split a video over; give --gpu_num as well")
     if wanted is not None and gpus and wanted > len(gpus):
         raise UserError(
             "--gpu_num", f"{wanted}: this machine has {counted(len(gpus), 'GPU')}; give {len(gpus)} at most"
@@ -192,7 +192,7 @@ class Supervisor:
         slot.failures = 0 if has_begun else slot.failures + 1
         delay = min(MAX_DELAY, 2.0**slot.failures) if slot.failures else 0.0
         slot.next_start = monotonic() + delay
-        logger.warning("%s (%s); it is started again in %.0f s", reason, slot.name, delay)
+        logger.warning("%s (%s); restarting it in %.0f s", reason, slot.name, delay)
 
     def _check_progress(self, slot: Slot, process: subprocess.Popen[bytes], job: Job | None) -> None:
         """Kill a worker that has made no progress for too long."""
@@ -225,5 +225,5 @@ def reason_of_end(code: int) -> str:
     """A description of a worker's exit code, for messages."""
     if code >= 0:
         return f"the worker ended with code {code}"
-    text = f"the worker was ended by {signal.Signals(-code).name}"
-    return f"{text}, as the system does when the host runs out of memory" if code == -signal.SIGKILL else text
+    text = f"the worker was killed by {signal.Signals(-code).name}"
+    return f"{text}, as happens when the host runs out of memory" if code == -signal.SIGKILL else text

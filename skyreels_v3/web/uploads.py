@@ -102,7 +102,7 @@ async def read_body(request: Request, folder: Path, limits: Limits) -> Fields:
     except (FormParserError, UnicodeError, ValueError, RecursionError) as error:  # RecursionError: deep nesting
         raise ApiError(400, f"the body is not valid {FORM if form else JSON} ({format_value(error)})") from error
     except ClientDisconnect as error:
-        raise ApiError(400, "the body was broken off") from error
+        raise ApiError(400, "the body was cut off") from error
 
 
 async def chunks(request: Request, most: int, limits: Limits) -> AsyncIterator[bytes]:
@@ -115,7 +115,7 @@ async def chunks(request: Request, most: int, limits: Limits) -> AsyncIterator[b
         except StopAsyncIteration:
             return
         except TimeoutError:
-            raise ApiError(408, f"no byte of the body for {limits.stall_seconds:g} s", headers=CLOSE) from None
+            raise ApiError(408, f"no data for {limits.stall_seconds:g} s", headers=CLOSE) from None
         size += len(chunk)
         seconds = time.monotonic() - start
         if size > most:

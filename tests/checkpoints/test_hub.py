@@ -328,7 +328,7 @@ def test_the_folder_of_a_model_in_the_hubs_cache(tmp_path):
     snapshot.mkdir(parents=True)
     request = parse_request([*REFERENCE, "--model_id", str(snapshot.parent.parent)])
     with pytest.raises(
-        UserError, match=r"--model_id: .*/models--some--model is .*; give a folder in .*/snapshots, or its id"
+        UserError, match=r"--model_id: .*/models--some--model is .*; give a folder in .*/snapshots, or the model's id"
     ):
         locate(request)
 
@@ -478,7 +478,7 @@ def test_loras_on_a_hub(name, tmp_path, monkeypatch):
         ("here", "here holds no .safetensors file; give the LoRA's own file, here/FILE.safetensors"),
         ("here/two/", "here/two/ holds 2 .safetensors files (a.safetensors, b.safetensors); give the LoRA's own file, "
          "here/two/FILE.safetensors"),
-        ("here/a.pt", "here/a.pt is not a .safetensors file; other formats can run code, convert it to this one"),
+        ("here/a.pt", "here/a.pt is not a .safetensors file; convert it, as other formats can run code"),
         ("here/cut/a.safetensors", "here/cut/a.safetensors is truncated or damaged ("),
         ("here/cut", "here/cut/a.safetensors is truncated or damaged ("),
     ],

@@ -202,7 +202,7 @@ FORMATS: dict[str, tuple[Callable[[Tensors], Tensors], str, bool]] = {
     "scales for blocks of a row": (lambda t: scaled(t, "weight_scale_inv"), "in FP8 scaled by blocks (blocks.0.", True),
     "two scales for each": (
         lambda t: scaled(t, "weight_scale") | {f"{QUERY}.weight_scale": torch.ones(2)},
-        f"a form that is scaled otherwise than as a whole or by rows ({QUERY}.weight_scale [2])", True,
+        f"a format scaled neither as a whole nor by rows ({QUERY}.weight_scale [2])", True,
     ),
     "MXFP8": (
         lambda t: scaled(t, "weight_scale") | {f"{QUERY}.weight_scale": torch.ones(96, 3, dtype=torch.uint8)},
@@ -230,17 +230,17 @@ FORMATS: dict[str, tuple[Callable[[Tensors], Tensors], str, bool]] = {
     ),
     "one that lost its scale": (
         lambda t: without(scaled(t, "scale_weight", 1), f"{QUERY}.scale_weight"),
-        f"{QUERY}.weight is quantized, and its scale is missing", True,
+        f"{QUERY}.weight is quantized, but its scale is missing", True,
     ),
     "a mark that there are scales": (
-        lambda t: scaled(t, "") | {"scaled_fp8": torch.zeros(2, dtype=FP8)}, "and its scale is missing", True,
+        lambda t: scaled(t, "") | {"scaled_fp8": torch.zeros(2, dtype=FP8)}, "but its scale is missing", True,
     ),
     "FP8 that lost its scales": (
-        lambda t: scaled(t, ""), "is FP8 that was divided by a scale, and there is none", False,
+        lambda t: scaled(t, ""), "is scaled FP8, but its scale is missing", False,
     ),
-    "integers": (lambda t: {k: v.to(torch.int8) for k, v in t.items()}, "this dtype: blocks.0.attn1.norm_k.we", True),
+    "integers": (lambda t: {k: v.to(torch.int8) for k, v in t.items()}, "for weights: blocks.0.attn1.norm_k", True),
     "one integer": (
-        lambda t: t | {"proj_out.bias": t["proj_out.bias"].to(torch.int64)}, "this dtype: proj_out.bias (int64);", True,
+        lambda t: t | {"proj_out.bias": t["proj_out.bias"].to(torch.int64)}, "for weights: proj_out.bias (int64)", True,
     ),
 }  # fmt: skip
 
@@ -278,7 +278,7 @@ def test_other_components(copy, task, component, folder, layers):
     whole = load_file(file)
     key = max(key for key, tensor in whole.items() if tensor.ndim == 2 or component == "vae")
     for tensors, entries, says in (
-        (whole | {key: whole[key].to(torch.int16)}, {}, "cannot have this dtype: "),
+        (whole | {key: whole[key].to(torch.int16)}, {}, "dtype not supported for weights: "),
         (whole | {f"{key}.scale_weight": torch.ones(1)}, {}, "scale_weight belongs to no weight"),
         (whole, {layers: 10**6}, f"{layers} = 1000000 is more than"),
     ):

@@ -297,12 +297,12 @@ def test_settings_beside_are_of_files_with_pefts_names_and_no_alpha(tmp_path, fo
         ({"use_rslora": True}, "use_rslora = True not supported"),
         ({"peft_type": "LOHA"}, "peft_type = LOHA not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = pissa not supported"),
-        ({"alpha_pattern": {"(": 1}}, "alpha_pattern that is not of names"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern whose keys are not names"),
         (
             {"alpha_pattern": {"(.+)+": 1}},
-            "alpha_pattern that is not of names",
+            "alpha_pattern whose keys are not names",
         ),  # catastrophic as a regular expression
-        ({"alpha_pattern": [1]}, "alpha_pattern that is not of names"),
+        ({"alpha_pattern": [1]}, "alpha_pattern whose keys are not names"),
         ({"lora_alpha": math.inf}, "give inf for the lora_alpha of blocks.0"),
         ({"lora_alpha": None}, "give None for the lora_alpha of blocks.0"),
     ],
@@ -329,7 +329,7 @@ def pair(name: str, rows: int = 32, columns: int = 32, rank: int = 2) -> dict[st
 
 
 QUERY = "blocks.0.attn1.to_q"
-NOTHING = "does not fit its model, which has nothing for "
+NOTHING = "does not fit its model, which has no weights for "
 WIDE = pair(QUERY, rows=48, columns=40)
 NORM, MODULATION, BIAS = "blocks.0.norm3.diff", "head.diff_m", "blocks.0.self_attn.norm_q.diff_b"
 
@@ -344,13 +344,13 @@ def convolution(*kernel: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({}, "there is nothing in it"),
-        ({f"{QUERY}.weight": torch.ones(32, 32)}, f"not supported: {QUERY}.weight; give a LoRA of low-rank"),
+        ({}, "it is empty"),
+        ({f"{QUERY}.weight": torch.ones(32, 32)}, f"not supported: {QUERY}.weight; give a LoRA with only low-rank"),
         (pair(QUERY) | {f"{QUERY}.dora_scale": torch.ones(32)}, f"not supported: {QUERY}.dora_scale"),
         ({f"{QUERY}.lokr_w1": torch.ones(2, 2)}, f"not supported: {QUERY}.lokr_w1"),
         (pair(QUERY) | {f"{QUERY}.lora_B.bias": torch.ones(32)}, f"not supported: {QUERY}.lora_B.bias"),
         (pair(QUERY) | pair("text_encoder.block.0"), f"{NOTHING}text_encoder.block.0.lora_A.weight, text_encoder."),
-        ({f"{QUERY}.lora_B.weight": torch.ones(32, 2)}, f"A or B is missing of {QUERY}"),
+        ({f"{QUERY}.lora_B.weight": torch.ones(32, 2)}, f"A or B is missing for {QUERY}"),
         (pair(QUERY) | {f"{QUERY}.lora_B.weight": torch.ones(32, 3)}, f"{QUERY}.lora_B.weight ([32, 3] instead of [32"),
         (convolution(1, 2, 1), "patch_embedding.lora_A.weight ([2, 16, 1, 2, 1] instead of [2, 16, 1, 2, 2])"),
         (pair(QUERY) | {f"{QUERY}.alpha": torch.ones(2)}, f"wrong shapes {QUERY}.alpha ([2] instead of [])"),
@@ -366,7 +366,7 @@ def convolution(*kernel: int) -> dict[str, Tensor]:
             "blocks.7.ffn.0.lora_B.weight; bad.safetensors:1:partial applies the re",
         ),
         (pair(QUERY) | {BIAS: torch.ones(32)}, f"{NOTHING}{BIAS}; bad.safetensors:1:partial applies the rest"),
-        (pair(QUERY) | {NORM: torch.ones(32).char()}, f"weights cannot have this dtype: {NORM} (int8)"),
+        (pair(QUERY) | {NORM: torch.ones(32).char()}, f"dtype not supported for weights: {NORM} (int8)"),
         (pair(QUERY) | {NORM: torch.full([32], torch.nan)}, f"holds numbers that are not finite: {NORM};"),
         (pair(QUERY) | {MODULATION: torch.full([1, 2, 32], torch.inf)}, f"numbers that are not finite: {MODULATION};"),
     ],
@@ -460,11 +460,13 @@ def test_a_part_of_a_lora_of_another_model(tmp_path, folder, fuse, caplog):
     """`partial` skips and counts entries for layers that the model lacks; entries that do not fit are still refused."""
     save_file(SIBLING, tmp_path / "a.safetensors")
     model = mapped(folder)
-    with pytest.raises(UserError, match=r"has nothing for .* and 1 more; a\.safetensors:1:partial applies the rest"):
+    with pytest.raises(UserError, match=r"has no weights for .* and 1 more; a\.safetensors:1:partial applies the rest"):
         apply_loras(model, [(tmp_path / "a.safetensors", 1.0)], fuse)
     apply_loras(model, [(tmp_path / "a.safetensors", 0.5)], fuse, partial=True)
     check_weights(model, folder, add(({QUERY: (torch.ones(2, 32), torch.ones(32, 2))}, 0.5, None)))
-    assert "6 entries are left out, the model has nothing for blocks.1.self_attn.k_img.lora_A.weight" in caplog.text
+    assert (
+        "6 entries are left out, as the model has no weights for blocks.1.self_attn.k_img.lora_A.weight" in caplog.text
+    )
     for wrong, says in (
         ({"blocks.0.norm3.diff": torch.ones(33)}, "wrong shapes"),
         (pair("blocks.7.ffn.0"), "which has"),

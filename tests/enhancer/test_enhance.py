@@ -147,16 +147,16 @@ BAD = {
     "401": (reply(KEY.encode(), 401), "answers 401 Unauthorized: set SKYREELS_ENHANCER_API_KEY to its key;", 1),
     "huge": (reply(b" " * (2 << 20)), "larger than 1024 KiB", 1),
     "compressed": (reply(b"x", Content_Encoding="gzip"), "is compressed", 1),
-    "no JSON": (reply(b"<html>"), "is no chat completion", 1),
-    "deep JSON": (reply(b"[" * 100_000), "is no chat completion", 1),
-    "other JSON": (reply(b'{"choices": []}'), "is no chat completion", 1),
+    "no JSON": (reply(b"<html>"), "is not a chat completion", 1),
+    "deep JSON": (reply(b"[" * 100_000), "is not a chat completion", 1),
+    "other JSON": (reply(b'{"choices": []}'), "is not a chat completion", 1),
     "cut off": (reply(completion(BETTER, "length")), "is not complete, cut off after 1024 tokens", 1),
     "no text": (reply(completion(None)), "is not complete", 1),
     "empty": (reply(completion("<think>hm</think>\n ")), "the answer is empty", 1),
     "endless": (reply(completion(BETTER * 50)), "characters, more than 2000", 1),
-    "loses a name": (reply(completion(BETTER.replace("Anna", "her"))), "the answer has lost Anna", 1),
-    "loses a quote": (reply(completion(BETTER.replace("Bar 7", "Bar 8"))), "the answer has lost Bar 7", 1),
-    "adds a tag": (reply(completion(f"[ZOOM_IN_CUT] {BETTER}")), "the answer has other tags than the prompt", 1),
+    "loses a name": (reply(completion(BETTER.replace("Anna", "her"))), "the answer lacks Anna", 1),
+    "loses a quote": (reply(completion(BETTER.replace("Bar 7", "Bar 8"))), "the answer lacks Bar 7", 1),
+    "adds a tag": (reply(completion(f"[ZOOM_IN_CUT] {BETTER}")), "the answer's tags are not the prompt's", 1),
     "closes": (close, "the endpoint cannot be reached (RemoteProtocolError)", 3),
 }
 
@@ -240,8 +240,11 @@ def test_addresses(url, address):
         ({"enhance_prompt": "ftp://a"}, "--enhance_prompt: ftp://a: choose off, local"),
         ({"enhance_prompt": "http://u:p@a/v1"}, "http://...@a/v1: leave out user, password and query; set SKYREELS_"),
         ({"enhance_prompt": "http://a/?key=p"}, "http://a/?...: leave out user, password and query; set SKYREELS_"),
-        ({"enhance_prompt": "http://a"}, "--enhancer_model: missing; give the name that the model has at"),
-        ({"enhancer_model": "m"}, "--enhancer_model: m: no prompt is rewritten; add --enhance_prompt local or a URL"),
+        ({"enhance_prompt": "http://a"}, "--enhancer_model: missing; give the model's name at the URL of"),
+        (
+            {"enhancer_model": "m"},
+            "--enhancer_model: m: has no effect without --enhance_prompt; add that, with local or a URL",
+        ),
         ({"enhance_prompt": "local", "enhancer_model": " "}, "--enhancer_model: an empty value: give a hub id"),
     ],
 )
@@ -253,7 +256,7 @@ def test_usage_errors(flags, message):
 
 def test_a_bad_key_is_refused_and_not_shown(monkeypatch):
     monkeypatch.setenv("SKYREELS_ENHANCER_API_KEY", f"{KEY}\nX-Other: 1")
-    with pytest.raises(UserError, match="SKYREELS_ENHANCER_API_KEY is no key") as error:
+    with pytest.raises(UserError, match="SKYREELS_ENHANCER_API_KEY has spaces") as error:
         asking("http://127.0.0.1")
     assert KEY not in str(error.value)
 
@@ -299,7 +302,7 @@ def test_what_has_to_survive(prompt, kept):
 )
 def test_names_survive_in_other_spellings(prompt, answer, lost):
     request = asking("http://127.0.0.1", prompt, "t2v")
-    with pytest.raises(EnhancerError, match=f"has lost {lost}$") if lost else nullcontext():
+    with pytest.raises(EnhancerError, match=f"lacks {lost}$") if lost else nullcontext():
         read_answer(request, answer)
 
 
@@ -324,7 +327,7 @@ def test_the_words_of_training_are_not_rewritten():
     request = asking("http://127.0.0.1", "FPS-24, A cat", "t2v")
     assert question_of(request, Inputs()).prompt == "A cat"
     assert read_answer(request, "A grey cat.")[0] == "FPS-24, A grey cat."
-    with pytest.raises(EnhancerError, match="other tags"):
+    with pytest.raises(EnhancerError, match="tags are not"):
         read_answer(request, "[A_TAG] A grey cat.")
 
 
@@ -448,7 +451,9 @@ def test_an_endless_answer_and_models_that_are_none(qwen, quick, monkeypatch, tm
     (other / "code.py").write_text("raise SystemExit('code of the folder has run')")
     for change in ({"model_type": "unheard_of"} | own_code, {"model_type": "bert"}):
         (other / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(UserError, match=r"--enhancer_model: .* is no vision-language model that transformers can"):
+        with pytest.raises(
+            UserError, match=r"--enhancer_model: .* is not a vision-language model that transformers can"
+        ):
             enhance(asking("local", "wind", enhancer_model=str(other), device="cpu"), Inputs())
 
 

@@ -115,7 +115,7 @@ LOADERS = {
         ("vae", {"temporal_compression_ratio": 8}, "temporal_compression_ratio = 8 is not supported, only 4"),
         ("vae", {"scaling_factor": None}, "scaling_factor = None is not a positive number"),
         ("vae", {"block_out_channels": [8, 8, 8, 10**6]}, "block_out_channels = 1000000 is more than"),
-        ("vae", {"norm_num_groups": 3}, "no model has the sizes of its config"),
+        ("vae", {"norm_num_groups": 3}, "no model can be made with the sizes in its config"),
         ("text_encoder", {"num_attention_heads": "many"}, "num_attention_heads = many is not a size"),
         ("text_encoder", {"model_type": "mistral"}, "model_type = mistral is not supported, only llama"),
         ("text_encoder", {"quantization_config": {"quant_method": "awq"}}, "quantization_config is not supported"),

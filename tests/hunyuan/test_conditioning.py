@@ -72,7 +72,7 @@ def test_long_prompts(encoder, said, capsys):
     assert encoder.encode("x" * 256)["context"].shape == (1, 256, 32)
     assert "are used" not in said.text
     assert encoder.encode("x" * 257)["context"].shape == (1, 256, 32)
-    assert "only the first 256 of 257 tokens are used of" in said.text
+    assert "only the first 256 of the 257 tokens of" in said.text
     assert capsys.readouterr().out == ""
 
 

@@ -185,7 +185,7 @@ def test_default_track_is_heard(tmp_path: Path) -> None:
 
 
 def test_nothing_to_hear_is_said(tmp_path: Path) -> None:
-    note = "has nothing to hear, it is below -70 LUFS; the lips will not follow it"
+    note = "is silent, below -70 LUFS; the lips will not move to it"
     assert probe_audio(save(tmp_path / "a.wav", np.zeros(16_000))).notes == (note,)
     assert probe_audio(save(tmp_path / "b.wav", np.full(16_000, 0.5))).notes == (note,)  # constant: only DC
     # one second of a tone, 2 dB below and above the gate, in ten seconds of silence; the meter's filter is flat here
@@ -211,7 +211,7 @@ def test_cut_mp3_is_said(tmp_path: Path, options: list[object]) -> None:
     save(tmp_path / "noise.wav", np.random.default_rng(0).normal(0, 0.1, 80_000))
     ffmpeg("-i", tmp_path / "noise.wav", *options, tmp_path / "a.mp3")
     (note,) = probe_audio(cut(tmp_path / "a.mp3", 0.6)).notes
-    assert re.fullmatch(r"was 5\.\d s long by its header, and holds [23]\.\d s; it may have been cut off", note)
+    assert re.fullmatch(r"should be 5\.\d s long by its header, but holds [23]\.\d s; it may have been cut off", note)
 
 
 def test_many_channels(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_a_transition_suits_the_clip(tmp_path, side, name, reason) -> None:
     assert request.given == {"prompt": "She waits", "transition": "auto"}
     (note,) = request.notes
     assert re.match(
-        f"--transition auto: no word of the prompt means one: {name}, since {reason} .*; the prompt beg", note
+        f"--transition auto: no word in the prompt names one: {name}, since {reason} .*; the prompt beg", note
     )
 
 
@@ -78,7 +78,9 @@ def test_words_win_over_faces_and_no_package(tmp_path, monkeypatch) -> None:
     request = shot(tmp_path, 330)
     assert (request.prompt, request.given) == ("She waits", {})
     (note,) = request.notes
-    assert "scikit-image is not installed" in note and note.endswith("; the prompt stays as it is")
+    assert "scikit-image, which finds faces in the clip, is not installed" in note and note.endswith(
+        "; the prompt stays as it is"
+    )
 
 
 @pytest.mark.parametrize(

@@ -213,15 +213,18 @@ GOOD = "SPEAKER a 1 0 1 <NA> <NA> x <NA> <NA>\n"
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (b"", "has 0 speakers; give a file of 2"),
-        (GOOD, r"has 1 speaker \(x\); give a file of 2"),
+        (b"", "has 0 speakers; give a file with 2"),
+        (GOOD, r"has 1 speaker \(x\); give a file with 2"),
         (GOOD + GOOD.replace(" x ", " y ") + GOOD.replace(" x ", " z "), r"has 3 speakers \(x, y, z\)"),
         (GOOD + "SPEAKER a 1 0 1 x\n", "line 2 is not SPEAKER and 8 or 9 more fields"),
         ("LEXEME a 1 0 1 <NA> <NA> x <NA> <NA>", "line 1 is not SPEAKER"),
-        (GOOD + "\n" + GOOD.replace(" 0 1 ", " nan 1 "), "line 3 does not begin at 0 s or later"),
-        *((GOOD.replace(" 0 1 ", times), "line 1 does not begin") for times in (" 0 inf ", " -1 2 ", " 0 0 ", " x 1 ")),
-        (GOOD.replace(" 0 1 ", " 4 1 "), "line 1 begins at 4 s, the sound is 4.00 s long"),
-        (GOOD + GOOD.replace(" a ", " b "), "line 2 is of another recording"),
+        (GOOD + "\n" + GOOD.replace(" 0 1 ", " nan 1 "), "line 3 has no valid beginning or length"),
+        *(
+            (GOOD.replace(" 0 1 ", times), "line 1 has no valid beginning")
+            for times in (" 0 inf ", " -1 2 ", " 0 0 ", " x 1 ")
+        ),
+        (GOOD.replace(" 0 1 ", " 4 1 "), "line 1 begins at 4 s, but the sound is 4.00 s long"),
+        (GOOD + GOOD.replace(" a ", " b "), "line 2 names another recording"),
         (b"\xff\xfe\0", "is not a text"),
         (b"RIFF\x24\0\0\0WAVEfmt ", "line 1 is not SPEAKER"),
         (b"\n" * ((1 << 20) + 1), "is larger than 1 MiB"),

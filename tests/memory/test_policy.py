@@ -153,12 +153,12 @@ def advised(error: Exception, mode: str = "resident", free: int | None = FREE, *
 )
 def test_what_was_asked_for(error, size):
     line = advised(error)
-    assert line.startswith(f"out of memory while decoding with the VAE: {size} more were requested, 1.1 GB are free; ")
+    assert line.startswith(f"out of memory while decoding with the VAE: {size} was requested, with 1.1 GB free; ")
 
 
 def test_a_real_one():
     with (
-        pytest.raises(OutOfMemory, match=r"while loading: 1000000\.0 GB of host memory more were requested; ask"),
+        pytest.raises(OutOfMemory, match=r"while loading: 1000000\.0 GB of host memory was requested; reduce"),
         explain_oom("loading", planned(request()), lambda: None),
     ):
         torch.empty(10**15, dtype=torch.uint8)

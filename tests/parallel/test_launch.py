@@ -37,7 +37,7 @@ def script(tmp_path) -> Path:
     return path
 
 
-KILLED = "\nerror: rank 0 was ended by SIGKILL (9), as the system does when the host runs out of memory; --low_vram "
+KILLED = "\nerror: rank 0 was killed by SIGKILL (9), as happens when the host runs out of memory; --low_vram "
 
 
 @pytest.mark.slow
@@ -72,9 +72,9 @@ def failed(*codes: int) -> dict[int, SimpleNamespace]:
         (failed(130, -15), 130, "interrupted"),
         (failed(1), 1, ""),
         (failed(77), 1, ""),
-        (failed(1, -9, -15), 1, "error: rank 2 was ended by SIGKILL (9), "),  # rank 1 failed because of it
-        (failed(-11, 1), 1, "error: rank 1 was ended by SIGSEGV (11)"),
-        (failed(-15, 130), 1, "error: rank 1 was ended by SIGTERM (15)"),
+        (failed(1, -9, -15), 1, "error: rank 2 was killed by SIGKILL (9), "),  # rank 1 failed because of it
+        (failed(-11, 1), 1, "error: rank 1 was killed by SIGSEGV (11)"),
+        (failed(-15, 130), 1, "error: rank 1 was killed by SIGTERM (15)"),
     ],
 )
 def test_outcomes(failures, code, said):

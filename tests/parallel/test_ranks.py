@@ -38,7 +38,7 @@ def test_a_launcher_that_contradicts_itself(wrong):
 @pytest.mark.parametrize("missing", ADDRESS)
 def test_a_launcher_that_says_no_address(missing):
     with pytest.raises(
-        UserError, match=rf"^--use_usp: RANK and WORLD_SIZE are set, {missing} not; start with torchrun"
+        UserError, match=rf"^--use_usp: RANK and WORLD_SIZE are set, but not {missing}; start with torchrun"
     ):
         ranks_of({name: value for name, value in LAUNCHED.items() if name != missing})
     assert ranks_of({"RANK": "0", "WORLD_SIZE": "1"}) == SINGLE

@@ -139,7 +139,7 @@ def test_defaults_give_way(serve):
         ({"compile": "perhaps"}, "compile", "give true or false"),
         ({"task_type": "poetry"}, "task_type", "choose reference_to_video"),
         ({"task_type": "i2v"}, "image", "missing"),
-        ({"device": "cuda"}, "device", "the server's to say"),
+        ({"device": "cuda"}, "device", "set by the server"),
         ({"attention": "flash"}, "attention", ""),
         ({"extra_body": [1]}, "extra_body", "not a JSON object"),
         ({"image": "fox.png"}, "image", "send the file itself"),
@@ -249,14 +249,13 @@ def test_a_failure_names_fields(served):
 
     id = served.post()["id"]
     served.queue.claim("0")
-    reason = (
-        "out of memory while denoising; --device cpu has more; ask for less with --low_vram, a smaller --num_frames"
-    )
+    advice = "reduce memory use with --low_vram, a smaller --num_frames"
+    reason = f"out of memory while denoising; --device cpu has more; {advice}"
     served.queue.fail(id, "0", "out_of_memory", reason)
     said = served.client.get(f"/v1/videos/{id}").json()["error"]["message"]
-    assert said == "out of memory while denoising; ask for less with low_vram, a smaller num_frames"
+    assert said == "out of memory while denoising; reduce memory use with low_vram, a smaller num_frames"
     shown = card(served.job(id), False, Settings(served.folder))
-    assert "denoising; ask for less with low vram, a smaller frames" in shown and "--" not in shown
+    assert "denoising; reduce memory use with low vram, a smaller frames" in shown and "--" not in shown
 
 
 def test_content(served):
@@ -352,7 +351,7 @@ def test_what_cannot_work_is_refused_at_once(served):
     error = error_of(served.client.post(f"/v1/videos/{clip}/remix", json={}), 400)
     assert error["message"] == "prompt: missing; say what the new video shows"
     files = {"prompt": ("a.png", png())}
-    assert "prompt: is a file" in error_of(served.client.post("/v1/videos", files=files), 400)["message"]
+    assert "prompt: was sent as a file" in error_of(served.client.post("/v1/videos", files=files), 400)["message"]
     error = error_of(served.client.get("/v1/videos?after=video_1"), 404)
     assert error["param"] == "after" and served.client.head("/health").status_code == 200
 
@@ -503,17 +502,17 @@ BUSY = "--port: {port} cannot be listened on"
         (["--api_key", "a-long-key-with,a-comma"], "--api_key: it is not a key"),
         (["--api_key", "/no/such/file"], "--api_key: there is no such file /no/such/file"),
         (["--api_key", "keys-of-my-server.txt"], "--api_key: there is no such file keys-of-my-server.txt"),
-        (["--api_key", "c2VjcmV0/c2VjcmV0=="], "--api_key: there is no such file; put a key with /"),
-        (["--api_key", "api_key"], "--api_key: it is no file, and a key of less than 16 characters"),
+        (["--api_key", "c2VjcmV0/c2VjcmV0=="], "--api_key: there is no such file; put a key that has a /"),
+        (["--api_key", "api_key"], "--api_key: it is not a file, and a key of fewer than 16 characters"),
         (["--outdir", ""], "--outdir: an empty value"),
         (["--num_frames", "7"], "--num_frames: 7: not 4k+1"),
         (["--transformer", "/nope.gguf"], "--transformer: /nope.gguf is not a file or folder"),
         (["--lora", "/nope.safetensors"], "--lora: /nope.safetensors is not a file or folder"),
         (["--api_key", "a", "--no_auth"], "--api_key: conflicts with --no_auth"),
-        (["--prompt", "a"], "--prompt: a: does not go with --serve"),
-        (["--text", "a"], "--text: a: does not go with --serve"),
-        (["--output", "a.mp4"], "--output: a.mp4: does not go with --serve"),
-        (["--jobs", "a.jsonl"], "--jobs: a.jsonl: does not go with --serve"),
+        (["--prompt", "a"], "--prompt: a: cannot be combined with --serve"),
+        (["--text", "a"], "--text: a: cannot be combined with --serve"),
+        (["--output", "a.mp4"], "--output: a.mp4: cannot be combined with --serve"),
+        (["--jobs", "a.jsonl"], "--jobs: a.jsonl: cannot be combined with --serve"),
         (["--gpu_num", "2", "--workers", "2"], "--workers: conflicts with --use_usp"),
         (["--allowed_hosts", "https://a.example"], "--allowed_hosts: https://a.example is not a host name"),
         (

@@ -172,7 +172,7 @@ def test_clients_that_are_gone_and_folders_that_are_taken(served):
     (served.folder / DATABASE).write_bytes(b"no database" * 1000)
     refused = run_server(served.folder)
     assert refused.returncode == 2 and f"{DATABASE} is damaged" in refused.stderr
-    assert "start again for an empty queue" in refused.stderr and (served.folder / f"{DATABASE}.damaged-1").exists()
+    assert "start again with an empty queue" in refused.stderr and (served.folder / f"{DATABASE}.damaged-1").exists()
     assert (served.folder / "jobs" / id / "video.mp4").exists()
     served.queue = Queue(served.folder)
     served.start()

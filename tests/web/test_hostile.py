@@ -77,7 +77,7 @@ FIELDS = [
         "data:,a", "data:image/png;base64,%%%", "data:text/html,a",
     )),
     job(415, "not a picture", image="data:image/svg+xml;base64,PHN2Zz48L3N2Zz4="),
-    *(job(400, "the server's to say", **{name: value}) for name, value in (
+    *(job(400, "set by the server", **{name: value}) for name, value in (
         ("output", "/tmp/a.mp4"), ("outdir", "../x"), ("save_latents", "a.safetensors"), ("save_quantized", "/tmp/q"),
         ("base_model_id", "/etc"), ("allow_private_urls", True), ("host", "0.0.0.0"), ("api_key", "x"),
         ("config", "/etc"), ("device", "cpu"), ("model_source", "modelscope"), ("high_cpu_memory", True),
@@ -157,7 +157,7 @@ HEADERS = [
     *(case("POST", POST, 403, "Origin", headers={"Origin": origin}, json={"prompt": "a"}) for origin in (
         "http://evil.example", "null", "http://127.0.0.1:9000", "https://127.0.0.1.evil.example", "file://", "http://[",
     )),
-    case("GET", "/v1/videos", 403, "another site", headers={"Sec-Fetch-Site": "cross-site"}),
+    case("GET", "/v1/videos", 403, "pages of other sites", headers={"Sec-Fetch-Site": "cross-site"}),
     case("POST", f"/v1/videos/{ID}/cancel", 403, "", headers={"Host": "evil.example"}),
 ]  # fmt: skip
 

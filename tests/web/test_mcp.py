@@ -145,7 +145,7 @@ def test_files_that_are_refused(local, tmp_path):
         ("http://127.0.0.1/a.png", "is an address of this machine"),
         (NOBODY, "there is no video"),
         (f"skyreels://{NOBODY}/last.png", "there is no video"),
-        ({"path": "/etc/passwd"}, "is not a file; give a text"),
+        ({"path": "/etc/passwd"}, "is not a file; give a string"),
     )  # fmt: skip
 
     async def do(agent: Agent) -> None:
@@ -161,7 +161,7 @@ def test_without_a_folder_no_file_is_read(serve):
 
     async def do(agent: Agent) -> None:
         error = await agent.error("generate", **FOX, image=str(ASSETS / "fox.png"))
-        assert error.endswith("the server reads no files: it was started without a folder of them)")
+        assert error.endswith("the server reads no files: it was started without a folder for them)")
 
     with_agent(Tools(served.client.app.state.api, is_local=True).server(), do)
 
@@ -190,9 +190,9 @@ def test_wrong_arguments_are_tool_errors(local):
         ("generate", CAT | {"duration": 3}, "duration: 3: conflicts with num_frames; give one of them"),
         ("generate", FOX, "image: missing; i2v needs first frame of the video"),
         ("generate", CAT | {"ref_imgs": ["fox.png"] * 4}, "ref_imgs: t2v does not take it; leave it out"),
-        ("generate", CAT | {"output": "/tmp/a.mp4"}, "output: is the server's to say; leave it out"),
+        ("generate", CAT | {"output": "/tmp/a.mp4"}, "output: is set by the server; leave it out"),
         ("generate", CAT | {"model": "/etc"}, "model: /etc is not served; choose one of tiny, "),
-        ("generate", CAT | {"lora": ["/etc/passwd"]}, "lora: passwd is no id of a hub; give OWNER/NAME"),
+        ("generate", CAT | {"lora": ["/etc/passwd"]}, "lora: passwd is not a hub id; give OWNER/NAME"),
         ("plan", CAT | {"zzz": 1}, "unknown key zzz; see the tool's schema"),
         ("get", {"id": NOBODY}, f"there is no video {NOBODY}"),
         ("get", {}, "id: missing; give the id of the video"),
@@ -427,9 +427,12 @@ def test_a_failure_is_no_interrupt(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argv", "error"),
     [
-        (["mcp", "--port", "1"], "--port: is for a server that is reached over HTTP; add --serve"),
+        (["mcp", "--port", "1"], "--port: is for an HTTP server; add --serve"),
         (["mcp", "--files", "/nothing"], "--files: /nothing is not a folder; give one"),
-        (["mcp", "--prompt", "a"], "--prompt: a: does not go with --mcp, whose requests say what to make; leave it"),
+        (
+            ["mcp", "--prompt", "a"],
+            "--prompt: a: cannot be combined with --mcp, whose requests say what to make; leave it",
+        ),
         (["mcp", "--serve", "--host", "0.0.0.0"], "--host: 0.0.0.0: other machines could use this server; add --api"),
         (["serve", "--files", "/"], "--files: is for MCP; add --mcp"),
         (["generate", "--task_type", "t2v", "--prompt", "a", "--files", "/"], "--files: is for a server; add --mcp"),

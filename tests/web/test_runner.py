@@ -192,9 +192,9 @@ def test_a_killed_worker_goes_on_where_it_was(queue, start, whole, place):
 @pytest.mark.parametrize(
     ("action", "code", "message"),
     [
-        ("device oom", "out_of_memory", "out of memory while denoising: 2.00 GiB more were requested"),
+        ("device oom", "out_of_memory", "out of memory while denoising: 2.00 GiB was requested"),
         pytest.param(
-            *("oom", "out_of_memory", "out of memory while denoising: some host memory more were requested"),
+            *("oom", "out_of_memory", "out of memory while denoising: some host memory was requested"),
             marks=pytest.mark.extended,
         ),
         pytest.param("error", "internal_error", "ValueError: a fault", marks=pytest.mark.extended),

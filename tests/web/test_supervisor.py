@@ -77,7 +77,7 @@ def test_a_job_whose_worker_is_killed_is_made_once_more(queue, supervise):
     assert [log_of(queue, goes_on).count(place) for place in ("claimed", "denoising 1 3", "written")] == [2, 1, 1]
     job = ended(queue, fails)
     assert (job.state, job.losses) == (State.FAILED, 2)
-    reason = "the worker was ended by SIGKILL, as the system does when the host runs out of memory"
+    reason = "the worker was killed by SIGKILL, as happens when the host runs out of memory"
     assert job.error == ("internal_error", reason)
     assert ended(queue, other).state == State.COMPLETED
 
@@ -114,7 +114,7 @@ def test_a_worker_that_does_not_start_is_started_later_and_later(queue, supervis
     supervise(command=script("sys.exit(3)"))
     delays = wait(lambda: len(caplog.records) > 7 and [record.args[-1] for record in caplog.records])
     assert delays[:7] == [2, 4, 8, 16, 32, MAX_DELAY, MAX_DELAY]
-    assert caplog.records[0].getMessage() == "the worker ended with code 3 (w); it is started again in 2 s"
+    assert caplog.records[0].getMessage() == "the worker ended with code 3 (w); restarting it in 2 s"
 
 
 def test_a_worker_that_wants_to_is_started_again_at_once(queue, supervise, caplog):
@@ -283,7 +283,7 @@ def test_a_group_makes_each_video_together(queue, supervise):
 def test_a_group_whose_ranks_fail(queue, supervise):
     """All its processes are ended, a job that did not fail itself is retried once, and the next one is made."""
     group = supervise(flags=GROUP, hang_seconds=5)
-    for signal, reason in ((SIGKILL, "rank 1 was ended by SIGKILL"), (SIGSTOP, "the worker made no progress for 5 s")):
+    for signal, reason in ((SIGKILL, "rank 1 was killed by SIGKILL"), (SIGSTOP, "the worker made no progress for 5 s")):
         id = add(queue, TWO_PASSES, num_inference_steps=30)
         wait(lambda id=id: "denoising 2 3" in log_of(queue, id))
         ranks = ranks_of(group)
@@ -334,4 +334,4 @@ def test_flags_for_all_jobs_reach_the_workers(queue, supervise):
 
 
 def test_reasons():
-    assert reason_of_end(-11) == "the worker was ended by SIGSEGV"
+    assert reason_of_end(-11) == "the worker was killed by SIGSEGV"

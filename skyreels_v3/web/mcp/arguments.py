@@ -60,32 +60,32 @@ TOOLS = {
     for tool in (
         Tool(
             "generate", "Make a video",
-            "Queue a video; returns its id at once. Give only what is to differ from the defaults. An input file is "
+            "Queue a video; returns its id at once. Give only what should differ from the defaults. An input file is "
             "{inputs}.",
             VIDEO, ("task_type", "prompt"),
             types.ToolAnnotations(read_only_hint=False, destructive_hint=False, open_world_hint=True),
         ),
         Tool(
             "plan", "Plan a video",
-            "What generate would do with the same arguments, without doing it: whether they are right, the size, the "
+            "What generate would do with the same arguments, without doing it: whether they are valid, the size, the "
             "frames and steps, what would be downloaded, the memory, and the time if this machine's speed is known.",
             VIDEO, ("task_type", "prompt"), types.ToolAnnotations(read_only_hint=True, open_world_hint=True),
         ),
         Tool(
             "get", "Get a video",
-            "Status, progress, error or result of a video; waits for its end, but not for ever. A completed one comes "
+            "Status, progress, error or result of a video; waits for its end, but not forever. A completed one comes "
             "with a link to the mp4 and a picture of its frames.",
             (
                 ID_FLAG,
                 Flag("wait", f"seconds to wait for its end; default {WAIT_SECONDS}", float, low=0, high=MAX_WAIT),
                 Flag("picture", "add a picture: frames of a completed video, row by row, or the newest preview of one "
-                    "that is being made; default: only of a completed one", bool),
+                    "that is being made; default: only for a completed one", bool),
             ),
             ("id",), READS,
         ),
         Tool(
             "cancel", "Cancel a video",
-            "End a video that is queued or being made. One that has ended stays as it is.",
+            "Stop a video that is queued or being made. One that has ended is left unchanged.",
             (ID_FLAG,), ("id",),
             types.ToolAnnotations(read_only_hint=False, idempotent_hint=True, open_world_hint=False),
         ),
@@ -123,7 +123,7 @@ def read_arguments(tool: Tool, values: Mapping[str, Any]) -> dict[str, Any]:
 class ToolReader(FlagReader):
     """Reads the arguments of a new video. Inputs may also be files in the folder of --files, and earlier videos."""
 
-    wanted: ClassVar[str] = "give a text: a URL, a path or an id"
+    wanted: ClassVar[str] = "give a string: a URL, a path or an id"
     otherwise: ClassVar[str] = "give another address"
     names: ClassVar[str] = "see the tool's schema"
 
@@ -153,7 +153,7 @@ class ToolReader(FlagReader):
         files, upload = self.settings.files, Upload(self.folder / f"file-{stem}", Path(name).name)
         try:
             if files is None or not name or is_url(name):
-                reason = "" if files else " (the server reads no files: it was started without a folder of them)"
+                reason = "" if files else " (the server reads no files: it was started without a folder for them)"
                 problem = f"is not {input_kinds(files)}{reason}"
             else:
                 copy_below(files, name, self.settings.folder.resolve(), upload.path, max_bytes(flag.name))

@@ -43,7 +43,7 @@ def open_below(folder: Path, name: str, without: Path) -> IO[bytes]:
         os.close(place)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise OSError("it is no regular file")
+        raise OSError("it is not a regular file")
     return file
 
 

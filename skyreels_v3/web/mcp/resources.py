@@ -63,5 +63,5 @@ def read_base64(path: Path) -> str:
     except FileNotFoundError:
         raise ApiError(404, f"{path.name} was deleted", "uri") from None
     if len(content) > MAX_BYTES:
-        raise ApiError(413, f"{path.name} has more than {MAX_BYTES >> 20} MiB, the most that is sent this way", "uri")
+        raise ApiError(413, f"{path.name} is larger than {MAX_BYTES >> 20} MiB, the most that is sent this way", "uri")
     return base64.b64encode(content).decode()

@@ -66,12 +66,12 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] != "POST":  # tells a client that there are no sessions
-            raise ApiError(405, "ask by POST", headers={"Allow": "POST"})
+            raise ApiError(405, "use POST", headers={"Allow": "POST"})
         request = Request(scope, receive)
         try:
             body = b"".join([chunk async for chunk in chunks(request, self.limits.json_bytes, self.limits)])
         except ClientDisconnect as error:
-            raise ApiError(400, "the body was broken off") from error
+            raise ApiError(400, "the body was cut off") from error
         messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:
@@ -132,7 +132,7 @@ def end_process(failure: Exception | None) -> NoReturn:
 async def work(queue: Queue, supervise: Callable[[], Supervisor]) -> None:
     """Supervise workers until cancelled, once no other process serves the folder."""
     if not queue.take_over():
-        logger.info("another process serves %s, and makes the videos", queue.folder)
+        logger.info("another process is serving %s, and makes the videos", queue.folder)
     while not queue.take_over():
         await asyncio.sleep(POLL_SECONDS)
     with await run_in_threadpool(supervise):

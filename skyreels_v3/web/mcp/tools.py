@@ -52,10 +52,10 @@ from skyreels_v3.web.views import video_of
 logger = logging.getLogger(__name__)
 
 INSTRUCTIONS = (
-    "Makes videos with the SkyReels models: from a prompt, from pictures, on from a clip, or of a portrait that "
+    "Makes videos with the SkyReels models: from a prompt, from pictures, continuing a clip, or of a portrait that "
     "speaks. Call generate, which queues a video and returns its id; then call get until its status is completed, "
     "failed or cancelled. A completed one comes with a picture of its frames: look at it. A video takes seconds to "
-    "hours: plan says what it would take, models which checkpoints are on this machine."
+    "hours: plan says what it would take, and models says which checkpoints are on this machine."
 )
 PAGE = 20  # resources per page of a list
 PROGRESS = ("stage", "window", "windows", "step", "steps", "seconds_left")
