@@ -21,7 +21,7 @@ SHOWN = re.compile(
 )
 LABELS = {
     **{"model_id": "Model", "ref_imgs": "Reference", "num_frames": "Frames", "num_inference_steps": "Steps"},
-    **{"fps": "Frames per second", "lora": "LoRA", "vae_dtype": "VAE dtype", "no_riflex": "No RIFLEx"},
+    **{"fps": "Frames per second", "lora": "LoRA", "vae": "VAE", "vae_dtype": "VAE dtype", "no_riflex": "No RIFLEx"},
     **{"high_cpu_memory": "High CPU memory", "quant": "Quantization", "input_image": "Portrait"},
     **{"input_audio": "Speech", "input_video": "Clip", "include_input": "Join with the clip"},
 }  # of flags whose names are abbreviations or less clear
