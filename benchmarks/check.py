@@ -4,8 +4,8 @@
     python benchmarks/check.py DIR/results.jsonl --baseline FILE
 
 It compares seconds, ratios to a baseline in the same run, peak memory and counts that both files have. A whole run may
-take 15 % longer, its denoising 10 %, anything shorter 25 %; memory and counts may grow by 2 %. Seconds on a CPU are not
-compared, since results do not name the CPU; ratios are.
+take 15 % longer, its denoising 10 %, anything shorter 25 %; memory and counts may grow by 2 %, waits for the device not
+at all. Seconds on a CPU are not compared, since results do not name the CPU; ratios are.
 """
 
 from __future__ import annotations
