@@ -423,6 +423,7 @@ def test_the_keyboard_is_enough(server, browse):
     for key in ("Tab", "Tab", "Enter"):
         page.keyboard.press(key)
     page.wait_for_selector("#reference_to_video-start:visible")
+    page.evaluate(SETTLED)
     seen = []
     for _ in range(60):
         page.keyboard.press("Tab")
@@ -443,6 +444,7 @@ def test_the_keyboard_is_enough(server, browse):
             page.keyboard.press("Enter")
             for number in (0, 1):
                 page.wait_for_selector(f"#reference_to_video-ref_imgs-{number} img")
+            page.evaluate(SETTLED)
         if id == "reference_to_video-plan":
             page.keyboard.press("Enter")
             break
