@@ -24,6 +24,7 @@ from skyreels_v3.request import (
     EXCLUSIVE,
     IN_PROMPT,
     MAX_SEED,
+    ON,
     OUTPUTS,
     REQUIRED,
     SAME_PROMPT,
@@ -397,7 +398,7 @@ def written_out(values: Mapping[str, Any]) -> dict[str, Any]:
     if values.get("low_vram"):
         full.setdefault("quant", "fp8")
     if values.get("compiler_transformer"):
-        full["compile"] = True
+        full["compile"] = ON
     return full
 
 

@@ -23,7 +23,7 @@ from skyreels_v3.checks import KEYFRAME, REFERENCE, describe_value, is_set, pars
 from skyreels_v3.config_text import read_yaml_text
 from skyreels_v3.errors import UserError, format_value
 from skyreels_v3.hints import SEE_HELP, suggest_flag, suggest_value
-from skyreels_v3.request import BY_NAME, EXCLUSIVE, FLAGS, INSTEAD, Flag, GenerationRequest
+from skyreels_v3.request import BY_NAME, EXCLUSIVE, FLAGS, INSTEAD, OFF, ON, Flag, GenerationRequest
 from skyreels_v3.tasks import TASK_NAMES, TINY, task_spec
 from skyreels_v3.version import __version__
 
@@ -160,6 +160,8 @@ def build_parser(command: str = SCRIPT) -> Parser:
 def convert(flag: Flag, value: Any) -> Any:
     """Convert a value (text, or any YAML type from a config file) to the flag's type, and check its range."""
     name = f"--{flag.name}"
+    if isinstance(value, bool) and OFF in (flag.choices or (flag.metavar or "").split("|")):
+        return ON if value else OFF  # YAML reads both as booleans
     if flag.kind is str:
         return convert_text(flag, value)
     if flag.kind is bool:

@@ -21,7 +21,8 @@ from skyreels_v3.memory.quantize import cache_dequantized, dequantize_layers, qu
 from skyreels_v3.parallel.groups import broadcast_weights, shard_weights
 from skyreels_v3.parallel.usp import choose_usp
 from skyreels_v3.plan import Plan, build_on_meta, transformer_sizes
-from skyreels_v3.request import GenerationRequest
+from skyreels_v3.prompts import AUTO
+from skyreels_v3.request import ON, GenerationRequest
 from skyreels_v3.runtime import Runtime
 from skyreels_v3.tasks import task_spec
 
@@ -180,8 +181,8 @@ def set_up_transformer(transformer: Transformer, request: GenerationRequest, run
     if runtime.parallel.degrees.sequence > 1:
         usp = choose_usp(runtime.kernel, runtime.attention, runtime.parallel)
         family_of(request.task).divide_tokens(transformer, runtime.parallel.group("sequence"), usp)
-    if request.compile:
-        compile_blocks(transformer)
+    if request.compile == ON or (request.compile == AUTO and runtime.can_compile):
+        compile_blocks(transformer, or_eager=request.compile == AUTO)
     if runtime.plan.shards:
         shard_weights(module, transformer.blocks, runtime.device)
     elif runtime.policy.mode == "stream":
@@ -199,8 +200,13 @@ def quantize_blocks(blocks: Sequence[nn.Module], name: str, quant: str, runtime:
 MAX_GRAPHS = 16  # per compiled part, since shapes, dtypes and adapters differ
 
 
-def compile_blocks(model: Transformer) -> None:
-    """Compile a model's parts on their first call; the code is cached where `runtime.set_environment` says."""
+def compile_blocks(model: Transformer, or_eager: bool = False) -> None:
+    """Compile a model's parts on their first call; the code is cached where `runtime.set_environment` says.
+
+    Args:
+        or_eager: if the compiler fails, log why and run the part as it is.
+    """
     torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.suppress_errors = or_eager
     for owner, method in model.compilable():
         setattr(owner, method, torch.compile(getattr(owner, method)))

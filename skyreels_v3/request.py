@@ -17,6 +17,7 @@ from skyreels_v3.attention.kernels import ATTENTIONS, INEXACT
 from skyreels_v3.errors import UserError
 from skyreels_v3.prompts import AUTO, transitions
 from skyreels_v3.tasks import (
+    COMPILE,
     DEVICES,
     DTYPES,
     MAX_SIDE,
@@ -29,8 +30,9 @@ from skyreels_v3.tasks import (
     TaskSpec,
 )
 
+ON, OFF = "on", "off"
 DEFAULT_ENHANCER = "Qwen/Qwen3-VL-4B-Instruct"
-ENHANCER_OFF, ENHANCER_LOCAL = "off", "local"  # values of --enhance_prompt that are not URLs
+ENHANCER_OFF, ENHANCER_LOCAL = OFF, "local"  # values of --enhance_prompt that are not URLs
 ENHANCER_KEY = "SKYREELS_ENHANCER_API_KEY"  # an environment variable
 IN_PROMPT = ("transition", "enhance_prompt", "enhancer_model")  # not recorded; the resulting prompt is
 SAME_PROMPT = "same"  # as --window_prompt
@@ -236,8 +238,10 @@ class GenerationRequest:
     exact_steps: int = flag(0,
         "with --attention sage: use an exact kernel in this many of the first and of the last steps", int, low=1,
         high=100)
-    compile: bool = flag(False, "compile the transformer's blocks; makes the first step slower", bool)
-    compiler_transformer: bool = flag(False, "same as --compile", bool)
+    compile: str = flag(AUTO,
+        "compile the transformer's blocks, which makes the first step slower: on (also if no value is given), off, or "
+        "auto, for long videos on a GPU (default: auto)", choices=COMPILE, bare=ON)
+    compiler_transformer: bool = flag(False, "same as --compile on", bool)
     no_cache: bool = unrecorded(False, "do not cache encoded prompts or use cached ones", bool)
     gpu_num: int = run_flag(1,
         "start this many processes on this machine, one per GPU; without --jobs, implies --use_usp", int, low=1,

@@ -12,21 +12,23 @@ import os
 import platform
 import shutil
 import sys
+import sysconfig
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from skyreels_v3.attention.kernels import check_attention
 from skyreels_v3.cache import compiled_folder
 from skyreels_v3.errors import UserError, counted
-from skyreels_v3.packages import check_packages
+from skyreels_v3.packages import has_packages
 from skyreels_v3.parallel.ranks import SINGLE, Ranks
 from skyreels_v3.plan import Machine, Plan
-from skyreels_v3.request import GenerationRequest
+from skyreels_v3.request import ON, GenerationRequest
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 FP8_CAPABILITY = (8, 9)  # compute capability of the first GPUs with FP8 matrix units, Ada
 PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU, not only the current one
-COMPILERS = ("c++", "g++", "clang++", "cl")
+COMPILERS = {"cpu": ("c++", "g++", "clang++", "cl"), "cuda": ("gcc", "clang")}  # that torch.compile calls
 GPU_DRIVERS = ("libcuda.so.1", "nvcuda.dll", "libamdhip64.so")  # torch calls AMD devices cuda, too
 
 
@@ -72,10 +74,20 @@ def check_compute(request: GenerationRequest) -> None:
         raise UserError("--quant", "fp8_dynamic: works on NVIDIA GPUs of the Ada generation or later; use --quant fp8")
     if request.memory == "stream" and device == "mps":
         raise UserError("--memory", "stream: this device shares the host's memory; use --memory auto")
-    if request.compile and device == "cpu" and not any(map(shutil.which, COMPILERS)):
-        raise UserError("--compile", f"needs a C++ compiler ({' or '.join(COMPILERS)}); install one, or leave it out")
-    if request.compile and device == "cuda":
-        check_packages("--compile", "triton", "triton")
+    if request.compile == ON and (missing := missing_to_compile(device)):
+        raise UserError("--compile", f"on: needs {missing}; install it, or leave the flag out")
+
+
+def missing_to_compile(device: str) -> str:
+    """What torch.compile needs for `device` and this machine lacks; "" if nothing."""
+    if device == "cuda" and not has_packages("triton"):
+        return "the package triton"
+    compilers, chosen = COMPILERS.get(device, ()), os.environ.get("CXX" if device == "cpu" else "CC", "")
+    if compilers and not any(map(shutil.which, (*compilers, chosen))):
+        return f"a compiler ({' or '.join(compilers)})"
+    if device == "cuda" and not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Python's header files (on Debian and Ubuntu the package python3-dev)"
+    return ""
 
 
 def likely_device(request: GenerationRequest) -> str:
@@ -197,6 +209,16 @@ class Runtime:
                 module, blocks, self.device, resident, partial(pin, self.device) if pinned else None
             )
         return self.streams[module]
+
+    @property
+    def can_compile(self) -> bool:
+        """Whether --compile auto may compile: on a GPU whose compiler is complete."""
+        return self.device.type == "cuda" and not missing_to_compile("cuda")
+
+    @property
+    def compiles(self) -> bool:
+        """Whether this run's transformer is compiled."""
+        return self.plan.compiles and (self.plan.request.compile == ON or self.can_compile)
 
     def make_device_current(self) -> None:
         """Make the device current in this thread; otherwise the driver would initialize the first GPU as well."""

@@ -216,7 +216,8 @@ class Stages:
         made = conditions()
         transformer = self.components.transformer
         resident = self.runtime.resident(transformer, "denoising", transformer.blocks)
-        with resident, self.predictions() as predictions, self.runtime.bar(name, total) as bar:
+        stance = torch.compiler.set_stance("default" if self.runtime.compiles else "force_eager")
+        with resident, stance, self.predictions() as predictions, self.runtime.bar(name, total) as bar:
             bar.update(done)
             ends = [perf_counter()]
             last_copy = ends[0]
@@ -235,11 +236,13 @@ class Stages:
             except FloatingPointError:
                 check_finite(transformer, "transformer")  # only on failure, since it reads all weights
                 raise
-        if request.compile:
+        skipped = int(self.runtime.compiles)  # the first step includes the compilation
+        if skipped:
             log_step_times(ends)
-        elif parallel.is_main and request.cache is None and not done:
+        if parallel.is_main and request.cache is None and not done and total > skipped:
             latents.flatten()[0].item()  # waits for the device
-            throughput.store(self.plan, noise.shape[2], perf_counter() - ends[0])
+            seconds = (perf_counter() - ends[skipped]) * total / (total - skipped)
+            throughput.store(self.plan, noise.shape[2], seconds)
         if self.state is not None:
             self.state.save(latents, generator)
         return latents

@@ -21,6 +21,7 @@ MEMORY_MODES = ("resident", "offload", "stream")  # where components live, see m
 DEVICES = ("auto", "cuda", "cpu", "mps")
 DTYPES = ("bfloat16", "float32")
 QUANTIZATIONS = ("fp8", "fp8_dynamic")  # see memory/quantize.py
+COMPILE = ("auto", "on", "off")
 
 MAX_SIDE = 2048
 SIZE_MULTIPLE = 16  # VAE stride 8 times patch size 2

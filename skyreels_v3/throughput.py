@@ -35,7 +35,7 @@ def key_of(plan: Plan) -> str:
     """A key that is equal for runs of about the same FLOP/s."""
     request = plan.request
     model = (request.model_id, request.transformer, request.task.name, plan.device.partition(":")[0], plan.dtype)
-    return " ".join(map(str, (*model, request.quant, request.memory, request.attention, plan.degrees)))
+    return " ".join(map(str, (*model, request.quant, request.memory, request.attention, plan.compiles, plan.degrees)))
 
 
 def measured() -> dict[str, Any]:

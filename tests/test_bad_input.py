@@ -634,7 +634,7 @@ def test_bad_request(refuse, files, server, argv, flag, words):
 def test_compiling_without_a_compiler(refuse, files, monkeypatch):
     monkeypatch.setenv("PATH", "")
     line = refuse(filled([*REFERENCE, "--compile"], files))
-    check_words(line, ("error: --compile: ", "c++ or g++", "leave it out"))
+    check_words(line, ("error: --compile: on: needs a compiler", "c++ or g++", "leave the flag out"))
 
 
 @pytest.mark.parametrize(

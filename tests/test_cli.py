@@ -66,7 +66,7 @@ def test_every_flag_reaches_the_request():
     assert (request.shift, request.guidance_scale, request.image_guidance_scale) == (2.5, 3.0, 1.5)
     assert (request.device, request.dtype, request.memory, request.dry_run) == ("cpu", "float32", "offload", True)
     assert (request.quant, request.save_quantized, request.vae_dtype) == ("fp8_dynamic", Path("q"), "bfloat16")
-    assert (request.attention, request.compile, request.no_cache) == ("sdpa", True, True)
+    assert (request.attention, request.compile, request.no_cache) == ("sdpa", "on", True)
     assert request.lora == (("a.safetensors", 0.5, False), ("C:\\b.safetensors", 1.0, False), ("c/d", -1.0, False))
     assert (request.output, request.frame_folder) == (Path("f"), True)
     assert (request.save_latents, request.url_timeout, request.verbosity) == (Path("l.safetensors"), 9.0, 1)
@@ -117,6 +117,12 @@ def test_relative_paths_begin_where_the_config_file_is(config, tmp_path):
     request = parse_request(config(avatar | {"keyframes": "both.png@1.5,x.png@2"}, "there/config.yaml"))
     assert (request.input_image, request.input_audio) == ("there/both.png", ("there/a.wav",))
     assert request.keyframes == (("there/both.png", 1.5), ("there/x.png", 2.0))
+
+
+def test_on_and_off_in_a_config_file(config):
+    """YAML reads them as booleans, even for flags that also have other values."""
+    for written, text in (("on", "on"), ("off", "off"), ("true", "on"), ("'on'", "on"), ("auto", "auto")):
+        assert parse_request([*REFERENCE, *config(f"compile: {written}\nenhance_prompt: off")]).compile == text
 
 
 def test_a_config_file_holds_any_flag(config):

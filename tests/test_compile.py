@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from skyreels_v3.components import compile_blocks
-from skyreels_v3.memory.quantize import quantize
+from skyreels_v3.memory.quantize import Packed, QuantizedLinear, quantize
 from skyreels_v3.memory.stream import BlockStream
-from skyreels_v3.runtime import COMPILERS
+from skyreels_v3.runtime import missing_to_compile
 from skyreels_v3.wan import transformer as wan_transformer
 from skyreels_v3.wan.rope import Segment
 from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler"),
+    pytest.mark.skipif(bool(missing_to_compile("cpu")), reason="no C++ compiler"),
 ]
 
 CPU = torch.device("cpu")
@@ -38,7 +39,8 @@ def own_compiler(cache, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache / "compiled"))
     torch._dynamo.reset()
     counters.clear()
-    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
+    config = torch._dynamo.config
+    with config.patch(recompile_limit=config.recompile_limit, suppress_errors=config.suppress_errors):
         yield
     torch._dynamo.reset()
 
@@ -100,3 +102,49 @@ def test_a_few_tokens_at_a_time(cache, monkeypatch):
     compile_blocks(model)
     torch.testing.assert_close(run(model), expected, atol=1e-5, rtol=0)
     assert graphs() <= 4
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_weights_of_gguf_files(cache, kind):
+    """Compiled blocks dequantize what is stored; streamed, too."""
+    gguf = pytest.importorskip("gguf")
+    model = transformer(2)
+    for block in model.blocks:
+        for path, layer in [*block.named_modules()]:
+            if isinstance(layer, torch.nn.Linear) and layer.in_features % 32 == 0:
+                stored = gguf.quants.quantize(layer.weight.numpy(), gguf.GGMLQuantizationType[kind])
+                packed = Packed(torch.from_numpy(stored.view(np.uint8)), tuple(layer.weight.shape), kind=kind)
+                block.set_submodule(path, QuantizedLinear(packed, layer.bias))
+    assert sum(isinstance(part, QuantizedLinear) for part in model.modules()) >= 2
+    expected = run(model)
+    compile_blocks(model)
+    torch.testing.assert_close(run(model), expected, atol=1e-5, rtol=0)
+    with BlockStream(model, model.blocks, CPU).active():
+        torch.testing.assert_close(run(model), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("or_eager", [True, False])
+def test_a_compiler_that_fails(monkeypatch, caplog, or_eager):
+    def broken(graph, inputs):
+        raise RuntimeError("a broken compiler")
+
+    model = transformer(2)
+    expected = run(model)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    compile_blocks(model, or_eager)
+    if or_eager:
+        assert torch.equal(run(model), expected)
+        assert "a broken compiler" in caplog.text
+    else:
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="a broken compiler"):
+            run(model)
+
+
+def test_nothing_is_compiled_for_a_short_run(cache):
+    """Of a server whose transformer is set up for runs of any length."""
+    model = transformer(2)
+    expected = run(model)
+    compile_blocks(model)
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(run(model), expected)
+    assert graphs() == 0

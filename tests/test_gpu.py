@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.numpy import load_file
+from torch._dynamo.utils import counters
 
 from skyreels_v3.attention.kernels import KERNELS, is_installed
 from skyreels_v3.runtime import FP8_CAPABILITY
@@ -184,6 +185,18 @@ def test_compiled_blocks(run, task):
     torch.compiler.reset()
     for flags in ((), ("--memory", "stream"), ("--quant", "fp8")):
         assert close(run(task, *CUDA, "--compile", *flags), run(task, *RESIDENT))
+
+
+def test_compiled_if_the_run_is_long(run, monkeypatch):
+    graphs = counters["stats"]
+    torch.compiler.reset()
+    before = graphs["unique_graphs"]
+    short = run("reference_to_video", *RESIDENT, "--compile", "auto")
+    assert graphs["unique_graphs"] == before
+    monkeypatch.setattr("skyreels_v3.plan.COMPILE_FLOP", 0)
+    long = run("reference_to_video", *RESIDENT, "--compile", "auto", "--seed", 42)
+    assert graphs["unique_graphs"] > before
+    assert close(long, short)
 
 
 def largest_model(folder: Path, task: str) -> Path:

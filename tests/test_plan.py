@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -237,6 +238,21 @@ def test_the_published_avatar():
     """Windows at 720 x 1280; 8 s take the key-frame pass and three windows."""
     made = plan_of("talking_avatar", audio_seconds=8.0, num_inference_steps=4)
     assert [part.tokens for part in made.passes] == [75_600] * 4
+
+
+def test_long_runs_on_a_gpu_are_compiled():
+    """That depends on nothing that may not change a video: the number of ranks, the memory mode, the GPU."""
+
+    def compiles(device: str = "cuda:0", **values: Any) -> bool:
+        return replace(plan_of(**values), device=device).compiles
+
+    small = {"height": 480, "width": 848}
+    for ways in ({}, {"memory": "stream"}, {"use_usp": True, "ranks": Ranks(3, 8, 3, 8)}):
+        assert compiles(**ways)
+        assert not compiles(**ways, **small)
+    assert not compiles("cpu")
+    assert compiles("cpu", compile="on", **small)
+    assert not compiles(compile="off")
 
 
 def test_one_of_several_processes():

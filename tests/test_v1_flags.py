@@ -43,7 +43,7 @@ def test_every_flag_of_v1_is_taken():
     assert (request.num_inference_steps, request.seed, request.negative_prompt) == (20, 3, "blur")
     assert (request.height, request.width, request.video_num, request.image) == (720, 720, 2, "cat.webp")
     assert (request.embedded_guidance_scale, request.task.fps) == (2.0, 30)
-    assert (request.quant, request.memory, request.high_cpu_memory, request.compile) == ("fp8", "stream", True, True)
+    assert (request.quant, request.memory, request.high_cpu_memory, request.compile) == ("fp8", "stream", True, "on")
     assert request.use_usp  # implied by --gpu_num
 
 
@@ -56,7 +56,7 @@ def test_every_flag_of_v1_is_taken():
         (["--offload", "--parameters_level"], {"memory": "stream", "quant": None}),
         (["--low_vram"], {"memory": "stream", "quant": "fp8"}),
         (["--low_vram", "--quant", "fp8_dynamic"], {"memory": "stream", "quant": "fp8_dynamic"}),
-        (["--compiler_transformer"], {"compile": True}),
+        (["--compiler_transformer"], {"compile": "on"}),
         (["--sequence_batch"], {}),
         (["--duration", "2"], {"frames_out": 49}),
         (["--fps", "10", "--duration", "3"], {"frames_out": 29}),
@@ -70,7 +70,7 @@ def test_what_flags_stand_for(flags, expected):
 
 def test_shorthands_are_recorded_as_what_they_stand_for():
     flags = parse_request([*T2V, "--quant", "--offload", "--parameters_level", "--compiler_transformer"]).flags
-    assert flags["quant"] == "fp8" and flags["compile"] is True
+    assert flags["quant"] == "fp8" and flags["compile"] == "on"
     assert not {"offload", "parameters_level", "compiler_transformer", "memory"} & flags.keys()
 
 

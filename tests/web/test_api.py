@@ -136,7 +136,7 @@ def test_defaults_give_way(serve):
         ({"promt": "a"}, "promt", "did you mean"),
         ({"steps": 3}, "steps", "num_inference_steps"),
         ({"num_inference_steps": 1000}, "num_inference_steps", "from 1 to 200"),
-        ({"compile": "perhaps"}, "compile", "give true or false"),
+        ({"speech_only": "perhaps"}, "speech_only", "give true or false"),
         ({"task_type": "poetry"}, "task_type", "choose reference_to_video"),
         ({"task_type": "i2v"}, "image", "missing"),
         ({"device": "cuda"}, "device", "set by the server"),
