@@ -71,8 +71,8 @@ bench: $(VENV)/installed
 
 # on scenes of the drawn world that the built-in model was not trained on; hours
 quality: $(VENV)/installed
-	$(VENV)/bin/python benchmarks/quality.py --out result/quality
 	$(VENV)/bin/python benchmarks/quality.py --out result/quality --switches --scenes 20
+	$(VENV)/bin/python benchmarks/quality.py --out result/quality
 	$(VENV)/bin/python benchmarks/quality.py --out result/quality --page docs/quality.md
 
 # with a Python that has all packages already: make bench-gpu PY=python3 OUT=results-here

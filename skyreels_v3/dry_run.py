@@ -11,7 +11,7 @@ from skyreels_v3 import throughput
 from skyreels_v3.checkpoints import hub, tiny
 from skyreels_v3.checkpoints.files import Repository
 from skyreels_v3.checkpoints.formats import describe as describe_weights
-from skyreels_v3.errors import counted, one_line
+from skyreels_v3.errors import counted, format_duration, one_line
 from skyreels_v3.families import component_files, family_of, repositories_of
 from skyreels_v3.inputs import Inputs
 from skyreels_v3.media.files import existing_folder, giga
@@ -95,7 +95,7 @@ def describe(plan: Plan) -> str:
         work = f"{format_flop(made.flop / plan.forwards)} a forward, {format_flop(made.flop)} in all"
         lines += [(f"pass {number}", f"latents {list(made.latents)}, {made.tokens:,} tokens, {work}")]
     if (denoising := throughput.seconds_of(plan)) is not None:
-        lines += [("time", f"about {duration(denoising)} of denoising, at the speed measured here before")]
+        lines += [("time", f"about {format_duration(denoising)} of denoising, at the speed measured here before")]
     for name, part in plan.components.items():
         quantized = f", {request.quant}" if request.quant and name in ("transformer", "text encoder") else ""
         weights = f"{giga(part.weights)} weights ({component_dtype(request, name, plan.dtype)}{quantized})"
@@ -143,12 +143,6 @@ def describe_memory(plan: Plan) -> str:
         return f"about {', '.join(f'{mode} {giga(plan.peak(mode))}' for mode in MEMORY_MODES)} on the device at most"
     peaks = (f"{mode} {giga(need)} ({giga(less)})" for mode, need, less in zip(MEMORY_MODES, whole, tiled, strict=True))
     return f"about {', '.join(peaks)} on the device at most; in parentheses with a tiled VAE, used if needed"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.2g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def format_flop(work: float) -> str:

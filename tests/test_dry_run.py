@@ -66,7 +66,7 @@ def test_the_time_is_told_where_it_was_measured(monkeypatch, tmp_path):
     assert throughput.seconds_of(made) is None
     throughput.store(made, 21, 100.0)
     assert throughput.seconds_of(made) == pytest.approx(100 * len(made.passes))
-    assert f"{'time':14}about 7 min of denoising" in describe(made)  # for four passes
+    assert f"{'time':14}about 6 min 40 s of denoising" in describe(made)  # for four passes
     longer = planned(replace(request, audio_seconds=100, num_inference_steps=16))
     assert throughput.seconds_of(longer) == pytest.approx(200 * len(longer.passes))
     assert throughput.seconds_of(planned(replace(request, quant="fp8"))) is None  # not measured in FP8

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from skyreels_v3.errors import UserError, counted, format_value, redact, redact_url
+from skyreels_v3.errors import UserError, counted, format_duration, format_value, redact, redact_url
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,8 @@ def test_shown() -> None:
 def test_one_and_several() -> None:
     assert [counted(count, "frame") for count in (0, 1, 2)] == ["0 frames", "1 frame", "2 frames"]
     assert [counted(count, "entry is", "entries are") for count in (1, 2)] == ["1 entry is", "2 entries are"]
+
+
+def test_durations() -> None:
+    made = [format_duration(seconds) for seconds in (0.2, 59.4, 59.6, 3599.6, 5430)]
+    assert made == ["1 s", "59 s", "1 min 0 s", "1 h 0 min", "1 h 30 min"]

@@ -29,8 +29,8 @@ from skyreels_v3.memory.offload import replace_tensors
 from skyreels_v3.memory.policy import SCALE
 from skyreels_v3.memory.quantize import QUANTIZED_DTYPES, Packed, QuantizedLinear
 
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-WEIGHTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8)  # dtypes of weights
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+WEIGHTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *FLOAT8)  # dtypes of weights
 OWN_CONFIG = "give the model's own config"
 OWN_FILE = "give the model's own file"
 # Config entries that are sizes: at most the number of tensors, or the length of any tensor's longest axis.
@@ -73,7 +73,7 @@ def read_tensors(path: Path, values: bool = True) -> Weights:
         if key in not_weights:
             continue
         made[key] = weight
-        if key in form.scales or (weight.dtype in FP8 and weight.ndim == 2):
+        if key in form.scales or (weight.dtype in FLOAT8 and weight.ndim == 2):
             scale = tensors[form.scales[key]] if key in form.scales else torch.ones(1)
             made[key] = with_scale(cast(Tensor, weight), cast(Tensor, scale))
     if values and not form.scales:
@@ -101,7 +101,7 @@ def check_cast(weights: Weights, source: Path) -> None:
     divided by a scale use the full range. The first matrix is enough to tell.
     """
     for name, weight in weights.items():
-        if isinstance(weight, Packed) and weight.dtype in FP8:
+        if isinstance(weight, Packed) and weight.dtype in FLOAT8:
             if weight.data.float().abs().max() > torch.finfo(weight.dtype).max / 2:
                 raise CheckpointError(f"{source}: {name} is scaled FP8, but its scale is missing; {REMEDY}")
             return

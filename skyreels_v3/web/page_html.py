@@ -7,6 +7,7 @@ from html import escape
 from time import monotonic_ns
 from typing import Any
 
+from skyreels_v3.errors import format_duration
 from skyreels_v3.forms import label_of, title_of, without_dashes
 from skyreels_v3.media.files import giga
 from skyreels_v3.web.queue import Job, State
@@ -50,7 +51,7 @@ def plan_html(plan: Mapping[str, Any]) -> str:
         "Size": f"{plan['width']} x {plan['height']}",
         "Frames": f"{plan['frames']} ({plan['seconds']:.2f} s at {plan['fps']} fps)",
         "Memory": f"{giga(most)}, {plan['memory']}",
-        "Time": "not measured here yet" if seconds is None else f"about {duration(seconds)}",
+        "Time": "not measured here yet" if seconds is None else f"about {format_duration(seconds)}",
     }
     return (
         f'<div class="plan" role="status">{terms(facts)}'
@@ -62,14 +63,6 @@ def terms(facts: Mapping[str, str]) -> str:
     """A description list of names and values."""
     pairs = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
     return f"<dl>{pairs}</dl>"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in readable units."""
-    if seconds < 60:
-        return f"{max(1, round(seconds))} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def queue_html(jobs: Sequence[Job], places: Mapping[str, int]) -> str:
@@ -128,7 +121,7 @@ def state_text(job: Job, place: int | None) -> str:
     if progress.step and progress.stage == "denoising":
         parts.append(f"step {progress.step} of {progress.steps}")
     if progress.seconds_left and not job.cancelling:
-        parts.append(f"{duration(progress.seconds_left)} left")
+        parts.append(f"{format_duration(progress.seconds_left)} left")
     return ", ".join(parts)
 
 
@@ -195,7 +188,7 @@ def facts_of(job: Job, settings: Settings) -> dict[str, str]:
     """A job's settings."""
     facts = {"Task": title_of(task_of(job)), "Size": size_of(job, None), "Seed": str(job.flags.get("seed", ""))}
     if job.started and job.ended:
-        facts["Took"] = duration(job.ended - job.started)
+        facts["Took"] = format_duration(job.ended - job.started)
     for name, value in job.flags.items():
         if name not in (*SHOWN, "seed"):
             text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
