@@ -453,8 +453,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for result in run(args):
         line = result._asdict()
-        if (video := line.pop("video")) is not None:
-            add_row(args.out / f"{slug(result.subject)}.png", result.variant or "default", video)
+        picture, video = args.out / f"{slug(result.subject)}.png", line.pop("video")
+        if video is not None and (result.variant or not picture.exists()):  # the default's once
+            add_row(picture, result.variant or "default", video)
         with (args.out / MADE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         figures = ", ".join(f"{name} {value:g}" for name, value in result.figures.items())

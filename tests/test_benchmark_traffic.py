@@ -47,7 +47,7 @@ def test_blocks():
     assert counts["compile"].bytes <= 68 * unit
     assert counts["exact"].bytes <= counts["diffusers"].bytes
     assert counts["exact"].peak_bytes <= 5.2e9 <= 0.5 * counts["diffusers"].peak_bytes
-    assert counts["fp8"].bytes <= counts["exact"].bytes + 3 * unit
+    assert counts["fp8"].bytes <= counts["exact"].bytes + 4 * unit
     counts = dict(traffic.hunyuan_counts())
     for kind in ("double", "single"):
         assert counts[f"exact, {kind}"].bytes <= 0.75 * counts[f"diffusers, {kind}"].bytes

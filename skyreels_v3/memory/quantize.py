@@ -37,10 +37,9 @@ LARGEST = torch.finfo(FP8).max  # 448
 MIN_EXPONENT = -126  # of a scale: smaller numbers are subnormal, which not every device supports
 MULTIPLE = 16  # FP8 matrix units need sizes that are multiples of it
 UNPACKED_AT_ONCE = 1 << 24  # elements of GGUF's blocks, of 4 bytes each while being unpacked
-# Cross-attention, whose output is added without a gate, so its error shows most; `wo` of UMT5, since transformers casts
-# that layer's input to the dtype of its weight; and the norms of HunyuanVideo's blocks, large matrices that
-# compute the modulation from the timestep.
-SKIP_MODULES = ("attn2", "attn_audio", "wo", "norm1", "norm1_context", "norm")
+# `wo` of UMT5, since transformers casts that layer's input to the dtype of its weight; and the norms of HunyuanVideo's
+# blocks, large matrices that compute the modulation from the timestep.
+SKIP_MODULES = ("wo", "norm1", "norm1_context", "norm")
 
 
 @dataclass(frozen=True)

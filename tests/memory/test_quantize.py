@@ -32,8 +32,10 @@ AVATAR = {
     **{"num_attention_heads": 2, "attention_head_dim": 24, "text_dim": 16, "freq_dim": 32, "ffn_dim": 64},
     **{"num_layers": 2, "image_dim": 8, "audio_dim": 16, "audio_hidden_dim": 4, "audio_tokens": 3},
 }
-MATRICES = {  # the matrices of one block, listed by hand
+MATRICES = {  # the matrices of one of the avatar's blocks, listed by hand
     *("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ffn.net.0.proj", "ffn.net.2"),
+    *("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.add_k_proj", "attn2.add_v_proj", "attn2.to_out.0"),
+    *("attn_audio.to_q", "attn_audio.to_k", "attn_audio.to_v", "attn_audio.to_out.0"),
 }
 
 
@@ -219,15 +221,16 @@ def counted(monkeypatch, owner: object, name: str) -> list[torch.Tensor]:
 
 
 def test_each_input_is_rounded_once(monkeypatch, pieces):
-    """Per piece: queries, keys and values share one rounding; plus attention's output and both feed-forward inputs."""
+    """Per piece: queries, keys and values share one rounding; plus attention's output, query and output of the attention
+    to the text, and both feed-forward inputs. The text is rounded once for all blocks."""
     model, forward = pieces
     quantize(model.blocks, CPU, dynamic=True)
     calls = counted(monkeypatch, module, "round_tokens")
     out = forward()
-    assert len(calls) == 2 * 3 * 4
+    assert len(calls) == 2 * 3 * 6 + 1
     monkeypatch.setattr(module, "rounded_once", module.round_tokens)
     assert torch.equal(forward(), out)
-    assert len(calls) == 2 * 3 * (4 + 6)
+    assert len(calls) == 2 * 3 * 6 + 1 + 2 * (3 * 8 + 2)
     calls.clear()
     assert not module._ROUNDED  # a rounded input does not outlive the input
 
@@ -245,12 +248,12 @@ def test_weights_are_dequantized_once_a_block(monkeypatch, pieces):
     out = forward()
     calls = counted(monkeypatch, QuantizedLinear, "dequantized")
     forward()
-    assert len(calls) == 2 * 3 * 6
+    assert len(calls) == 2 * (3 * 8 + 2)
     cache_dequantized(model.blocks)
     for _ in range(2):
         calls.clear()
         assert torch.equal(forward(), out)
-        assert len(calls) == len({id(layer) for layer in calls}) == 2 * 6
+        assert len(calls) == len({id(layer) for layer in calls}) == 2 * 10
     layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
     model.blocks[1].ffn.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
