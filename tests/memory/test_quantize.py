@@ -221,8 +221,8 @@ def counted(monkeypatch, owner: object, name: str) -> list[torch.Tensor]:
 
 
 def test_each_input_is_rounded_once(monkeypatch, pieces):
-    """Per piece: queries, keys and values share one rounding; plus attention's output, query and output of the attention
-    to the text, and both feed-forward inputs. The text is rounded once for all blocks."""
+    """Per piece, six: that of queries, keys and values is one; attention's output; attention to the text has two; and
+    both feed-forward inputs. The text is rounded once for all blocks."""
     model, forward = pieces
     quantize(model.blocks, CPU, dynamic=True)
     calls = counted(monkeypatch, module, "round_tokens")
