@@ -14,7 +14,6 @@ shape selects another kernel. The caches hold the whole frame and limit the savi
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, cast
 
@@ -91,33 +90,39 @@ class VideoVAE:
 
 
 def streamline(module: nn.Module) -> None:
-    """Patch norms, activations and convolutions to move fewer bytes; values are the same except for rounding."""
+    """Make norms, activations and convolutions move fewer bytes; values are the same except for rounding."""
     for part in module.modules():
         if isinstance(part, WanRMS_norm):
-            part.forward = partial(normalize, part)  # type: ignore[method-assign]
+            part.__class__ = RMSNorm
         elif isinstance(part, WanCausalConv3d):
+            part.__class__ = CausalConv3d
             part.padding = tuple(size // 2 for size in (0, *part.kernel_size[1:]))  # padded by the convolution itself
-            part.forward = partial(convolve, part)  # type: ignore[method-assign]
         elif isinstance(part, nn.SiLU):
             part.inplace = True  # on the output of a norm
 
 
-def normalize(norm: WanRMS_norm, x: Tensor) -> Tensor:
-    """RMS norm of x (B, C, ...) over channels, times `gamma`: one operation instead of six."""
-    assert norm.channel_first and isinstance(norm.bias, float)
-    channels = norm.gamma.numel()
-    return F.rms_norm(x.movedim(1, -1), (channels,), norm.gamma.flatten(), EPS / channels).movedim(-1, 1)
+class RMSNorm(WanRMS_norm):
+    """The norm as one operation instead of six."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The norm of x (B, C, ...) over channels, times `gamma`."""
+        assert self.channel_first and isinstance(self.bias, float)
+        channels = self.gamma.numel()
+        return F.rms_norm(x.movedim(1, -1), (channels,), self.gamma.flatten(), EPS / channels).movedim(-1, 1)
 
 
-def convolve(layer: WanCausalConv3d, x: Tensor, past: Tensor | None = None) -> Tensor:
-    """Convolve x (B, C, F, H, W) after its `past` frames; missing ones are zeros."""
-    missing = int(layer._padding[4])
-    if past is not None and missing:
-        x = torch.cat([past, x], dim=2)
-        missing -= past.shape[2]
-    if missing:
-        x = F.pad(x, (0, 0, 0, 0, missing, 0))
-    return nn.Conv3d.forward(layer, x)
+class CausalConv3d(WanCausalConv3d):
+    """The convolution without a padded copy of its input."""
+
+    def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
+        """Convolve x (B, C, F, H, W) after its `past` frames; missing ones are zeros."""
+        missing = int(self._padding[4])
+        if past is not None and missing:
+            x = torch.cat([past, x], dim=2)
+            missing -= past.shape[2]
+        if missing:
+            x = F.pad(x, (0, 0, 0, 0, missing, 0))
+        return nn.Conv3d.forward(self, x)
 
 
 def displayable(chunk: Tensor, index: int) -> Tensor:
