@@ -236,8 +236,8 @@ class GenerationRequest:
     vae_dtype: str = flag("float32", "dtype of the VAE (default: float32)", choices=DTYPES)
     attention: str = flag("auto", "attention kernel (default: auto)", choices=ATTENTIONS)
     exact_steps: int = flag(0,
-        "with --attention sage: use an exact kernel in this many of the first and of the last steps", int, low=1,
-        high=100)
+        f"with --attention {' or '.join(INEXACT)}: use an exact kernel in this many of the first and of the last steps",
+        int, low=1, high=100)
     compile: str = flag(AUTO,
         "compile the transformer's blocks, which makes the first step slower: on (also if no value is given), off, or "
         "auto, for long videos on a GPU (default: auto)", choices=COMPILE, bare=ON)

@@ -169,11 +169,11 @@ CHOICES = [
     *bad(REFERENCE, "--quant", {("int4", "FP8"): "choose fp8 or fp8_dynamic"}),
     *bad(T2V, "--quant", {"int8": "choose fp8 or fp8_dynamic"}),
     *bad(REFERENCE, "--attention", {
-        "flash2": "did you mean flash?", "none": "choose auto, sdpa, cudnn, flash, flash3, sage or xformers",
+        "flash2": "did you mean flash?", "none": "choose auto, sdpa, cudnn, flash, flash3, flash3_fp8, sage or xf",
     }),
     *bad([*REFERENCE, "--dtype", "bfloat16"], "--attention", {
         kernel: (f"{kernel}: works on a GPU", "use --attention auto or sdpa")
-        for kernel in ("cudnn", "flash", "flash3", "sage", "xformers")
+        for kernel in ("cudnn", "flash", "flash3", "flash3_fp8", "sage", "xformers")
     }),
     *bad(T2V, "--cache", {
         "teacache:0.1": "optionally with a threshold, such", ("fbcache:much", "fbcache:-1"): "such as fbcache:0.1",
@@ -198,7 +198,7 @@ CONFLICTS = [
     *bad(AVATAR, "--negative_prompt", {"blur": "give --text_guidance_scale above 1"}),
     *bad([*AVATAR, "--audio_guidance_scale", "3"], "--negative_prompt", {"dark": "give --text_guidance_scale above 1"}),
     *bad(REFERENCE, "--stream_blocks", {("0", "3"): "add --memory stream or --low_vram"}),
-    *bad(REFERENCE, "--exact_steps", {"2": "all steps are exact; add --attention sage, or leave it out"}),
+    *bad(REFERENCE, "--exact_steps", {"2": "all steps are exact; add --attention flash3_fp8 or sage, or leave it out"}),
     *bad([*REFERENCE, "--offload"], "--stream_blocks", {"1": "add --memory stream or --low_vram"}),
     case([*REFERENCE, "--offload", "--low_vram"], "--offload", "--low_vram", ONE),
     *bad([*REFERENCE, "--offload"], "--memory", {"stream": f"conflicts with --offload; {ONE}"}),

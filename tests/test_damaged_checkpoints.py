@@ -16,7 +16,7 @@ import torch
 from safetensors.numpy import save_file
 
 from skyreels_v3.errors import CheckpointError
-from skyreels_v3.memory.quantize import FP8
+from skyreels_v3.float8 import FP8
 from skyreels_v3.wan import checkpoint as published
 from tests.conftest import ASSETS
 

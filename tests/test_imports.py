@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "skyreels_v3"
 # folders and modules of the package, lowest first; those in one row may import each other without cycles
 LAYERS = (
-    ("version", "errors", "packages", "console", "vector_kernels", "progress", "config_text", "subprocesses"),
+    ("version", "errors", "packages", "console", "vector_kernels", "float8", "progress", "config_text", "subprocesses"),
     ("tasks", "prompts", "hints", "attention"),
     ("request",),
     ("media", "cache", "memory", "parallel", "denoising", "checkpoints", "inputs", "quality"),

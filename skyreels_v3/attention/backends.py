@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from skyreels_v3.attention.kernels import FLAG, INEXACT, KERNELS, check_attention, is_installed
 from skyreels_v3.errors import UserError
+from skyreels_v3.float8 import FP8, fitting_scale
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,21 @@ def cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return sdpa(query, key, value)
+
+
+def flash3_fp8(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """FlashAttention 3 on queries, keys and values rounded to float8, with a scale for each head."""
+    from flash_attn_interface import flash_attn_func  # the package flash_attn_3
+
+    (q, q_scale), (k, k_scale), (v, v_scale) = map(round_heads, (query, key, value))
+    made = flash_attn_func(q, k, v, q_descale=q_scale, k_descale=k_scale, v_descale=v_scale)
+    return (made[0] if isinstance(made, tuple) else made).to(query.dtype)  # older versions also return the logsumexp
+
+
+def round_heads(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round (B, L, N, D) to float8 with scales (B, N)."""
+    scale = fitting_scale(torch.linalg.vector_norm(x, torch.inf, dim=(1, 3)).float())
+    return (x / scale[:, None, :, None].to(x.dtype)).to(FP8), scale
 
 
 def dispatched(backend: str) -> AttentionFn:
@@ -145,12 +161,13 @@ def load_kernel(name: str, device: torch.device, dtype: torch.dtype, tokens: int
     if name == "sdpa":
         return sdpa
     backend, shape = KERNELS[name].backend, PROBE_SHAPE
+    own: dict[str, AttentionFn] = {"cudnn": cudnn, "flash3_fp8": flash3_fp8}
     if not KERNELS[name].exact:
         shape = (1, max(tokens, PROBE_SHAPE[1]), 1, PROBE_SHAPE[3])
     generator = torch.Generator().manual_seed(0)  # separate, to leave the run's random numbers alone
     inputs = torch.randn((3, *shape), generator=generator).to(device, dtype)
     try:
-        attention = cudnn if backend is None else dispatched(backend)
+        attention = own[name] if backend is None else dispatched(backend)
         difference = (attention(*inputs) - sdpa(*inputs.float())).abs().max().item()
         if not difference < TOLERANCE:  # includes NaN
             raise RuntimeError(f"its values are off by up to {difference:.2g}")

@@ -11,6 +11,7 @@ from skyreels_v3.errors import UserError
 from skyreels_v3.packages import has_packages
 
 FLAG = "--attention"
+FLASH3 = "flash-attn-3 --index-url https://download.pytorch.org/whl/cu130"
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Kernel:
     """A kernel's requirements.
 
     Attributes:
-        backend: its name in diffusers' attention dispatcher; None for torch's own kernels.
+        backend: its name in diffusers' attention dispatcher; None if `backends` calls it itself.
         package: the package to import, None for torch's own kernels.
         install: the arguments for `pip install`.
         devices: the supported device types.
@@ -38,7 +39,8 @@ KERNELS = {
     "sdpa": Kernel(devices=("cuda", "cpu", "mps"), half_only=False),
     "cudnn": Kernel(),
     "flash": Kernel("flash", "flash_attn", "flash-attn --no-build-isolation"),
-    "flash3": Kernel("_flash_3", "flash_attn_3", "flash-attn-3 --index-url https://download.pytorch.org/whl/cu130"),
+    "flash3": Kernel("_flash_3", "flash_attn_3", FLASH3),
+    "flash3_fp8": Kernel(None, "flash_attn_3", FLASH3, exact=False),
     # PyPI has only version 1, which diffusers does not support
     "sage": Kernel(
         "sage", "sageattention", "git+https://github.com/thu-ml/SageAttention --no-build-isolation", exact=False

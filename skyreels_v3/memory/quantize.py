@@ -28,13 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from skyreels_v3.float8 import FP8, LARGEST, fitting_scale
 from skyreels_v3.memory.gguf_blocks import unpack
 from skyreels_v3.memory.policy import SCALE
 
-FP8 = torch.float8_e4m3fn
 QUANTIZED_DTYPES = (FP8, torch.float8_e5m2, torch.int8, torch.uint8)  # of the weights of quantized layers
-LARGEST = torch.finfo(FP8).max  # 448
-MIN_EXPONENT = -126  # of a scale: smaller numbers are subnormal, which not every device supports
 MULTIPLE = 16  # FP8 matrix units need sizes that are multiples of it
 UNPACKED_AT_ONCE = 1 << 24  # elements of GGUF's blocks, of 4 bytes each while being unpacked
 # `wo` of UMT5, since transformers casts that layer's input to the dtype of its weight; and the norms of HunyuanVideo's
@@ -213,11 +211,7 @@ def quantized(layer: nn.Linear, device: torch.device, dynamic: bool) -> Quantize
 
 def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round (out, in) to float8 with scales (out,), the smallest powers of two that keep each row in range."""
-    largest = weight.abs().amax(dim=1).float()
-    mantissa, exponent = torch.frexp(largest)  # exact, unlike a logarithm
-    limit, highest = math.frexp(LARGEST)
-    scale = torch.exp2((exponent - highest + (mantissa > limit)).float().clamp_(min=MIN_EXPONENT))
-    scale = torch.where(largest.isfinite(), scale, torch.nan)  # the cast to float8 would hide an infinity
+    scale = fitting_scale(weight.abs().amax(dim=1).float())
     return (weight.float() / scale[:, None]).to(FP8), scale
 
 

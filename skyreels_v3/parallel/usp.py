@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from skyreels_v3.attention.backends import AttentionFn
+from skyreels_v3.attention.backends import AttentionByStep, AttentionFn
 from skyreels_v3.packages import has_packages
 from skyreels_v3.parallel.groups import Group, Parallel
 from skyreels_v3.parallel.ranks import ParallelConfig
@@ -43,7 +43,7 @@ def choose_usp(kernel: str, attention: AttentionFn, parallel: Parallel) -> UspFn
         kernel, attention: name and function of the attention kernel.
     """
     plain = torch_usp(attention, parallel.group("ulysses"), parallel.group("ring"))
-    if not has_xdit(kernel, parallel.device):
+    if isinstance(attention, AttentionByStep) or not has_xdit(kernel, parallel.device):  # xDiT has one kernel for all
         return plain
     xdit = xdit_usp(kernel, parallel.degrees)
     if parallel.degrees.ring == 1:
