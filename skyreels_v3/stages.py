@@ -45,6 +45,7 @@ from skyreels_v3.tasks import LATENT_CHANNELS, VAE_STRIDE, latent_frames
 logger = logging.getLogger(__name__)
 
 Frame = np.ndarray  # uint8 [H, W, 3]
+COMPILATION = "compilation"
 T = TypeVar("T")
 Encoded = dict[str, Tensor]  # the output of a text encoder
 
@@ -113,7 +114,7 @@ def log_step_times(ends: Sequence[float]) -> None:
     """Log how long the first step and the others took; `ends` has the time of the start and of each step's end."""
     first = ends[1] - ends[0]
     later = f", the others {(ends[-1] - ends[1]) / (len(ends) - 2):.1f} s each" if len(ends) > 2 else ""
-    logger.info("the first step, with compilation, took %.1f s%s", first, later)
+    logger.info("the first step, with %s, took %.1f s%s", COMPILATION, first, later)
 
 
 class Stages:
@@ -237,7 +238,8 @@ class Stages:
                 check_finite(transformer, "transformer")  # only on failure, since it reads all weights
                 raise
         skipped = int(self.runtime.compiles)  # the first step includes the compilation
-        if skipped:
+        if skipped and COMPILATION not in self.runtime.logged_stages:
+            self.runtime.logged_stages.add(COMPILATION)
             log_step_times(ends)
         if parallel.is_main and request.cache is None and not done and total > skipped:
             latents.flatten()[0].item()  # waits for the device

@@ -183,7 +183,8 @@ def test_attention_kernels(main, run, task, kernel):
 @pytest.mark.parametrize("task", [*MODELS, "i2v"])
 def test_compiled_blocks(run, task):
     torch.compiler.reset()
-    for flags in ((), ("--memory", "stream"), ("--quant", "fp8")):
+    dynamic = [("--quant", "fp8_dynamic")] if torch.cuda.get_device_capability() >= FP8_CAPABILITY else []
+    for flags in ((), ("--memory", "stream"), ("--quant", "fp8"), *dynamic):
         assert close(run(task, *CUDA, "--compile", *flags), run(task, *RESIDENT))
 
 
