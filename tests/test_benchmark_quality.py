@@ -86,5 +86,6 @@ def test_it_makes_its_page(tmp_path, cache, monkeypatch, capsys):
     lines = [json.loads(line) for line in (out / quality.MADE).read_text().splitlines()]
     assert [line["variant"] for line in lines] == ["", "wrong"]
     text = page.read_text()
-    assert "| wrong tag | 1 |" in text and (tmp_path / "quality" / "shot_switching_extension.png").is_file()
+    assert "| wanted |  | 1 | 0.8 |" in text and "| wrong tag | 1 |" in text
+    assert (tmp_path / "quality" / "shot_switching_extension.webp").is_file()
     assert "shot_switching_extension" in capsys.readouterr().out
