@@ -18,7 +18,7 @@ import logging
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -307,10 +307,10 @@ SWITCHES: dict[str, dict[str, dict[str, Any]]] = {  # variants to compare with t
     "talking_avatar, 100 s": {"--color_correction_strength 0": {"color_correction_strength": 0.0}},
 }
 
-SEEN = dict.fromkeys(("thing", "color", "direction"), 0.8)
-WANTED = {  # what a well trained model should reach; jump and restlessness at most
-    "t2v": SEEN,
-    "reference_to_video": SEEN,
+RECOGNIZED = dict.fromkeys(("thing", "color", "direction"), 0.8)
+WANTED = {  # what a well trained model should reach; the jump at most
+    "t2v": RECOGNIZED,
+    "reference_to_video": RECOGNIZED,
     "single_shot_extension": {"first new frame, dB": 24, "place after 1 s": 0.8, "jump at the seam": 1.5},
     "shot_switching_extension": {"one cut, at the seam": 1, "closer or wider": 0.8},
     "talking_avatar": {"correlation of mouth and speech": 0.6},
@@ -435,11 +435,12 @@ def page_of(folder: Path, pictures: Path) -> str:
         names = list(dict.fromkeys(name for line in rows.values() for name in line["figures"]))
         text += [f"## {subject}", "", f"| | scenes | {' | '.join(names)} |", f"|---|---:|{'---:|' * len(names)}"]
         if subject in WANTED:
-            text.append(row_of("wanted", "", WANTED[subject], names))
+            rows = {"wanted": {"scenes": "", "figures": WANTED[subject]}} | rows
         for variant, line in rows.items():
-            title = f"`{variant}`" if variant else "default"
+            title = variant if variant == "wanted" else f"`{variant}`" if variant else "default"
             title = f"wrong {SUBJECTS[subject].wrong}" if variant == "wrong" else title
-            text.append(row_of(title, line["scenes"], line["figures"], names))
+            cells = [f"{line['figures'][name]:g}" if name in line["figures"] else "" for name in names]
+            text.append(f"| {title} | {line['scenes']} | {' | '.join(cells)} |")
         picture = folder / f"{slug(subject)}.png"
         if picture.exists():
             pictures.mkdir(exist_ok=True)
@@ -448,12 +449,6 @@ def page_of(folder: Path, pictures: Path) -> str:
             text += ["", f"![Frames of the first scene]({pictures.name}/{small.name})"]
         text.append("")
     return "\n".join(text)
-
-
-def row_of(title: str, scenes: int | str, figures: Figures, names: Sequence[str]) -> str:
-    """A row of a Markdown table."""
-    cells = (f"{figures[name]:g}" if name in figures else "" for name in names)
-    return f"| {title} | {scenes} | {' | '.join(cells)} |"
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from skyreels_v3.parallel.groups import broadcast_weights, shard_weights
 from skyreels_v3.parallel.usp import choose_usp
 from skyreels_v3.plan import Plan, build_on_meta, transformer_sizes
 from skyreels_v3.prompts import AUTO
-from skyreels_v3.request import ON, GenerationRequest
+from skyreels_v3.request import GenerationRequest
 from skyreels_v3.runtime import Runtime
 from skyreels_v3.tasks import task_spec
 
@@ -181,7 +181,7 @@ def set_up_transformer(transformer: Transformer, request: GenerationRequest, run
     if runtime.parallel.degrees.sequence > 1:
         usp = choose_usp(runtime.kernel, runtime.attention, runtime.parallel)
         family_of(request.task).divide_tokens(transformer, runtime.parallel.group("sequence"), usp)
-    if request.compile == ON or (request.compile == AUTO and runtime.can_compile):
+    if runtime.can_compile:
         compile_blocks(transformer, or_eager=request.compile == AUTO)
     if runtime.plan.shards:
         shard_weights(module, transformer.blocks, runtime.device)

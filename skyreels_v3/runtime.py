@@ -28,6 +28,7 @@ from skyreels_v3.errors import UserError, counted
 from skyreels_v3.packages import has_packages
 from skyreels_v3.parallel.ranks import SINGLE, Ranks
 from skyreels_v3.plan import Machine, Plan
+from skyreels_v3.prompts import AUTO
 from skyreels_v3.request import ON, GenerationRequest
 
 if TYPE_CHECKING:
@@ -212,13 +213,15 @@ class Runtime:
 
     @property
     def can_compile(self) -> bool:
-        """Whether --compile auto may compile: on a GPU whose compiler is complete."""
-        return self.device.type == "cuda" and not missing_to_compile("cuda")
+        """Whether the transformer can run compiled: if asked for, or by auto on a GPU whose compiler is complete."""
+        if self.plan.request.compile == AUTO:
+            return self.device.type == "cuda" and not missing_to_compile("cuda")
+        return self.plan.request.compile == ON
 
     @property
     def compiles(self) -> bool:
-        """Whether this run's transformer is compiled."""
-        return self.plan.compiles and (self.plan.request.compile == ON or self.can_compile)
+        """Whether it does so in this run."""
+        return self.plan.compiles and self.can_compile
 
     def make_device_current(self) -> None:
         """Make the device current in this thread; otherwise the driver would initialize the first GPU as well."""

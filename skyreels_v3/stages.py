@@ -217,7 +217,8 @@ class Stages:
         made = conditions()
         transformer = self.components.transformer
         resident = self.runtime.resident(transformer, "denoising", transformer.blocks)
-        stance = torch.compiler.set_stance("default" if self.runtime.compiles else "force_eager")
+        compiled = self.runtime.compiles
+        stance = torch.compiler.set_stance("default" if compiled else "force_eager")
         with resident, stance, self.predictions() as predictions, self.runtime.bar(name, total) as bar:
             bar.update(done)
             ends = [perf_counter()]
@@ -237,10 +238,10 @@ class Stages:
             except FloatingPointError:
                 check_finite(transformer, "transformer")  # only on failure, since it reads all weights
                 raise
-        skipped = int(self.runtime.compiles)  # the first step includes the compilation
-        if skipped and COMPILATION not in self.runtime.logged_stages:
+        if compiled and COMPILATION not in self.runtime.logged_stages:
             self.runtime.logged_stages.add(COMPILATION)
             log_step_times(ends)
+        skipped = int(compiled)  # the first step includes the compilation
         if parallel.is_main and request.cache is None and not done and total > skipped:
             latents.flatten()[0].item()  # waits for the device
             seconds = (perf_counter() - ends[skipped]) * total / (total - skipped)
