@@ -28,7 +28,7 @@ from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.wan import transformer as wan_transformer
 from skyreels_v3.wan.key_maps import TEXT_TOKENS
 from skyreels_v3.wan.rope import Segment
-from skyreels_v3.wan.transformer import CrossAttention, SkyReelsTransformer3DModel
+from skyreels_v3.wan.transformer import SkyReelsTransformer3DModel
 from training.encoders import WIDTH
 from training.layouts import AUDIO_ENCODER, CLIP, IMAGE_ENCODER
 
@@ -120,15 +120,9 @@ def padded_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 @contextmanager
 def quick_tables() -> Iterator[None]:
-    """Embed timesteps and cache rotary tables on the model's device, so that training steps wait for no copy.
-
-    Of the zero rows of text beyond `TEXT_ROWS` only one is kept, see `padded_attention`.
-    """
+    """Embed timesteps and cache rotary tables on the model's device, so that training steps wait for no copy."""
     tables: dict[tuple[Any, ...], Tensor] = {}
-    rotary, sinusoid, keys_values = wan_transformer.rotary_tables, wan_transformer.sinusoid, CrossAttention.keys_values
-
-    def cropped(self: CrossAttention, text: Tensor, image: Tensor | None) -> Any:
-        return keys_values(self, text[:, : TEXT_ROWS + 1], image)
+    rotary, sinusoid = wan_transformer.rotary_tables, wan_transformer.sinusoid
 
     def kept(segments: Any, patch_size: Any, head_dim: int) -> Tensor:
         places = [
@@ -145,15 +139,11 @@ def quick_tables() -> Iterator[None]:
         angles = timestep.detach().double()[..., None] * frequencies
         return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
 
-    wan_transformer.rotary_tables, wan_transformer.sinusoid, CrossAttention.keys_values = kept, near, cropped
+    wan_transformer.rotary_tables, wan_transformer.sinusoid = kept, near
     try:
         yield
     finally:
-        wan_transformer.rotary_tables, wan_transformer.sinusoid, CrossAttention.keys_values = (
-            rotary,
-            sinusoid,
-            keys_values,
-        )
+        wan_transformer.rotary_tables, wan_transformer.sinusoid = rotary, sinusoid
 
 
 # VAEs

@@ -34,7 +34,7 @@ for _conditioning in (Conditioning, HunyuanConditioning):
 def orthogonalized(matrices: Tensor) -> Tensor:
     """Matrices (N, R, C) with singular values near 1, by five Newton-Schulz steps."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = matrices.bfloat16()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x

@@ -53,6 +53,7 @@ class Run:
         self.encoder_end, self.decoder_end = start + encoder * seconds, min(self.end, start + decoder * seconds)
         self.sizes = tasks.TOY if options.toy else tasks.ON_CUDA if options.device == "cuda" else tasks.ON_CPU
         self.encoders = options.encoders
+        self.compile = options.compile
         self.log_every = LOG_EVERY[options.device]
 
     def has(self, name: str) -> bool:

@@ -6,6 +6,7 @@ transformer as `wan.conditioning.Conditioning.predict` does, with a noise level 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,6 @@ from skyreels_v3.hunyuan.conditioning import HunyuanConditioning
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.tasks import REFERENCE_SLOTS, task_spec
 from skyreels_v3.wan.conditioning import Conditioning, ImageEncoder
-from skyreels_v3.wan.key_maps import TEXT_TOKENS
 from skyreels_v3.wan.rope import Segment
 from skyreels_v3.wan.shot_switching_extension import CUT_POSITION
 from skyreels_v3.wan.windows import MOTION_FRAMES, WINDOW_FRAMES
@@ -34,12 +34,16 @@ FPS = 24
 CONDITION_FRAMES, CONDITION_LATENTS = 25, 7  # of a single-shot extension
 SHORT_FRAMES, ROLL_FRAMES = 4 * 9, 4 * 33  # new frames of it; the longer in its first roll-out
 CUT_LENGTHS = {2: 9, 5: 33}  # of a shot switch: seconds -> condition frames
-CUTS = {f"cut {seconds}": (seconds, seen) for seconds, seen in CUT_LENGTHS.items()}
 VOICE_SECONDS = 12.0
 DROPPED = 0.1  # share of prompts that are dropped
 COLOURLESS = 0.6  # share of prompts without colors, with reference pictures
-PICTURE = "picture"  # a kind of sample: single frames, which cost little and so allow many more scenes
-TEXT = "text"  # no task's condition: without reference pictures a single frame costs a quarter of one with them
+# Kinds of single frames, which cost little and so allow many more scenes
+PICTURE = "picture"  # with reference pictures
+TEXT = "text"  # described by words alone, which is no task's condition, but the cheapest
+CUT_PICTURE = "cut picture"  # the first frame after a cut
+CUTS = {f"cut {seconds}": (seconds, seen) for seconds, seen in CUT_LENGTHS.items()} | {CUT_PICTURE: (0, 9)}
+BATCH_FRAMES = 640  # latent frames in a batch of V3's scenes, those of conditions included
+ENCODED = {"cuda": 2e7, "cpu": 2e5}  # pixels that go through the VAE at once; on a CPU, what its cache holds
 MOUTH_WEIGHT = 6.0
 THING_WEIGHT = 5.0
 
@@ -74,11 +78,13 @@ class Sizes:
 
     def at_once(self, kind: str) -> int:
         """How many samples of a kind are drawn at once."""
-        return self.pictures if kind == PICTURE else self.chunk
+        if kind == CUT_PICTURE:  # with several frames before the cut
+            return self.pictures // 2
+        return self.pictures if kind in (PICTURE, TEXT) else self.chunk
 
 
 ON_CUDA = Sizes()
-ON_CPU = Sizes(first=96, kept=1024, batch=0.3, chunk=8, pictures=128, steps=20)
+ON_CPU = Sizes(first=96, kept=1024, batch=0.3, chunk=8, pictures=128, steps=16)
 TOY = Sizes(scene=(32, 48), face=(32, 32), first=12, kept=24, batch=0.1, chunk=4, pictures=4, voices=2)
 
 
@@ -101,7 +107,7 @@ class Latents:
     @torch.no_grad()
     def __call__(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents of uint8 video (B, 3, F, H, W), a few clips at a time."""
-        some = max(1, int(2e7 // video[0, 0].numel()))
+        some = max(1, int(ENCODED[self.device.type] // video[0, 0].numel()))
         with torch.autocast(self.device.type, torch.bfloat16):
             parts = [
                 self.encode(from_bytes(part.to(self.device)).contiguous(memory_format=torch.channels_last_3d))
@@ -159,7 +165,9 @@ class Task:
     def __init__(self, name: str, sizes: Sizes, device: torch.device, folder: Path) -> None:
         self.name, self.sizes, self.device = name, sizes, device
         shares = {kind: self.drawn.count(kind) / len(self.drawn) for kind in self.drawn}
-        self.banks = {k: Bank(int(sizes.kept * share * sizes.at_once(k) / sizes.chunk)) for k, share in shares.items()}
+        self.banks = {
+            k: Bank(math.ceil(sizes.kept * share * sizes.at_once(k) / sizes.chunk)) for k, share in shares.items()
+        }
         self.generator = torch.Generator(device).manual_seed(1)
         self.random = np.random.default_rng(1)
         self.prepare(folder)
@@ -242,27 +250,38 @@ class Video(Task):
 
     kinds = ("references", "short", "long", "cut 2", "cut 5")
     drawn = (
-        "short", PICTURE, "cut 2", PICTURE, "long", PICTURE, "short", PICTURE, "cut 2", PICTURE, "cut 5", PICTURE,
+        "short", TEXT, PICTURE, CUT_PICTURE, "cut 2", TEXT, PICTURE, "long", CUT_PICTURE,
+        "short", TEXT, PICTURE, CUT_PICTURE, "cut 2", TEXT, PICTURE, "cut 5", CUT_PICTURE,
     )  # fmt: skip
     shift = 6.0  # sampling uses 5 and 8
 
     def draw(self, kind: str, seeds: Sequence[int]) -> Sample:
         scenes = self.scenes(seeds)
         begins = [float(np.random.default_rng([6, seed]).uniform(0, 2.5)) for seed in seeds]
+        if kind == TEXT:
+            return self.texts(scenes) | self.rendered(scenes, 1, begins)
         if kind == PICTURE:
-            return self.described(scenes) | self.rendered(scenes, 1, begins)
-        if kind not in CUTS:
+            return self.texts(scenes) | self.pictures(scenes) | self.rendered(scenes, 1, begins)
+        if kind in ("short", "long"):
             frames = CONDITION_FRAMES + (ROLL_FRAMES if kind == "long" else SHORT_FRAMES)
-            return self.described(scenes) | self.rendered(scenes, frames, begins)
+            return self.texts(scenes) | self.pictures(scenes) | self.rendered(scenes, frames, begins)
         seconds, seen = CUTS[kind]
         cuts = [begin + seen / FPS for begin in begins]
         kinds = [world.CUTS[seed % len(world.CUTS)] for seed in seeds]
         shots = [world.cut_to(*values) for values in zip(scenes, cuts, kinds, strict=True)]
-        before = self.rendered(scenes, seen, begins)["video"]
-        return self.described(shots) | self.rendered(shots, seconds * FPS + 1, cuts) | {"before video": before}
+        made = self.texts(shots) | {"before video": self.rendered(scenes, seen, begins)["video"]}
+        if kind == CUT_PICTURE:
+            return made | self.rendered(shots, 1, cuts)
+        return made | self.pictures(shots) | self.rendered(shots, seconds * FPS + 1, cuts)
 
-    def described(self, scenes: Sequence[world.Scene]) -> Sample:
-        """Captions and reference pictures."""
+    def texts(self, scenes: Sequence[world.Scene]) -> Sample:
+        return {
+            "text": self.encode_texts([scene.caption for scene in scenes]),
+            "colourless text": self.encode_texts([captions.without_colours(scene.caption) for scene in scenes]),
+        }
+
+    def pictures(self, scenes: Sequence[world.Scene]) -> Sample:
+        """Reference pictures."""
         height, width = self.sizes.scene
         pictures = torch.full((len(scenes), 2, 3, 1, height, width), 255, dtype=torch.uint8, device=self.device)
         for index, scene in enumerate(scenes):
@@ -274,11 +293,11 @@ class Video(Task):
         return {
             "pictures": pictures,
             "count": torch.tensor([len(scene.things) for scene in scenes], device=self.device),
-            "text": self.encode_texts([scene.caption for scene in scenes]),
-            "colourless text": self.encode_texts([captions.without_colours(scene.caption) for scene in scenes]),
         }
 
     def encode(self, drawn: Sample, latents: Latents) -> Sample:
+        if "pictures" not in drawn:
+            return super().encode(drawn, latents)
         pictures = drawn.pop("pictures")
         mean, deviation = latents(pictures.flatten(0, 1))
         made = super().encode(drawn, latents)
@@ -288,23 +307,25 @@ class Video(Task):
         }
 
     def batch(self, progress: float) -> Batch:
-        early = progress < 0.4
-        shares = (0.4, 0.3, 0.1, 0.0, 0.2, 0.0) if early else (0.2, 0.38, 0.13, 0.07, 0.17, 0.05)
-        kind = str(self.random.choice((TEXT, *self.kinds), p=shares))
-        lengths = {TEXT: (1, 400), "short": (16, 40), "long": (40, 16), "cut 2": (13, 40), "cut 5": (31, 18)}
+        early = progress < 0.5
+        shares = (0.38, 0.14, 0.38, 0.04, 0.0, 0.06, 0.0) if early else (0.14, 0.06, 0.44, 0.12, 0.05, 0.15, 0.04)
+        kind = str(self.random.choice((TEXT, CUT_PICTURE, *self.kinds), p=shares))
+        frames = {"short": 16, "long": 40, "cut 2": 13, "cut 5": 31}.get(kind, 1)
+        slots, bank = 0, kind
         if kind == "references":
-            which = int(self.random.choice(3, p=(0.5, 0.4, 0.1) if early else (0.3, 0.1, 0.6)))
-            frames, size = ((1, 120), (7, 56), (13, 36))[which]
-            shots = [each for each in self.drawn if each != PICTURE]
-            chosen = self.pick(str(self.random.choice(shots)) if which else PICTURE, size)
-        else:
-            frames, size = lengths[kind]
-            chosen = self.pick(PICTURE if kind == TEXT else kind, size)
-        condition = self.condition(kind, chosen, frames)
+            frames = int(self.random.choice((1, 7, 13), p=(0.84, 0.08, 0.08) if early else (0.4, 0.15, 0.45)))
+            # fewer pictures than the pipeline's, of which most are blank, for single frames: they cost as much as these
+            slots = REFERENCE_SLOTS if frames > 1 else int(self.random.choice((1, 2, 4), p=(0.4, 0.4, 0.2)))
+            bank = PICTURE if frames == 1 else str(self.random.choice(("short", "cut 2", "long", "short", "cut 2")))
+        seen = (CUTS[kind][1] + 3) // 4 if kind in CUTS else 0
+        chosen = self.pick(bank, round(BATCH_FRAMES / (frames + slots + seen)))
+        condition = self.condition(kind, chosen, frames, slots=slots)
         new = slice(condition.start_frame, frames)
         return chosen["video"][:, :, new], condition, self.weights(chosen, new)
 
-    def condition(self, kind: str, chosen: Sample, frames: int, drop: bool = True) -> Conditioning:
+    def condition(
+        self, kind: str, chosen: Sample, frames: int, drop: bool = True, slots: int = REFERENCE_SLOTS
+    ) -> Conditioning:
         text = self.drop_text(chosen["text"]) if drop else chosen["text"]
         if kind == TEXT:
             return Conditioning(text)
@@ -322,8 +343,9 @@ class Video(Task):
             swapped = self.chance(len(pictures), 0.5) & (chosen["count"] == 2)
             pictures = torch.where(swapped[:, None, None, None, None], pictures.flip(1), pictures)
             pictures = pictures * (~self.chance(len(pictures), 0.05))[:, None, None, None, None]
-        slots = F.pad(pictures.transpose(1, 2), (0, 0, 0, 0, 0, REFERENCE_SLOTS - 2))  # (B, 16, 4, h, w)
-        return Conditioning(text, after=(Segment(slots, frames),))
+        # (B, 16, slots, h, w)
+        filled = F.pad(pictures.transpose(1, 2)[:, :, :slots], (0, 0, 0, 0, 0, max(0, slots - 2)))
+        return Conditioning(text, after=(Segment(filled, frames),))
 
 
 class Avatar(Task):
@@ -515,6 +537,6 @@ def velocity(model: Any, condition: Condition, noisy: Tensor, sigma: Tensor, flo
     if any(segment.clean for segment in segments):
         spread = [times[:, None].expand(-1, s.latents.shape[2]) * (not s.clean) for s in segments]
         times = torch.cat(spread, dim=1)
-    text = F.pad(condition.text, (0, 0, 0, TEXT_TOKENS - condition.text.shape[1]))
+    text = F.pad(condition.text, (0, 0, 0, 1))  # see `networks.padded_attention`
     made = model(segments, times, text, condition.image, condition.audio, condition.speaker_masks)
     return made[len(condition.before)]

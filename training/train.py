@@ -56,6 +56,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--resume", type=Path, help="folder with weights to go on from")
     parser.add_argument("--encoders", action="store_true", help="go on with the VAEs' encoders too: a new latent space")
     parser.add_argument("--toy", action="store_true", help="small pictures and banks, to see that all of it runs")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the transformers' blocks, which pays off after 20 minutes"
+    )
     parser.add_argument("--threads", type=int, default=2, help="of each process")
     return parser.parse_args()
 

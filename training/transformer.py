@@ -36,6 +36,9 @@ class TransformerTraining:
             self.seed += int(run.start * 7) % 1_000_000_000
         self.model.to(run.device)
         self.averaged = copy.deepcopy(self.model)
+        if run.compile:
+            torch._dynamo.config.recompile_limit = 64  # one for each shape of a batch
+            self.model.compile_repeated_blocks(dynamic=False)
         self.trainer = Trainer(self.model.parameters(), low=low(self.model))
         self.drawn: list[tuple[str, tasks.Sample]] = []
         logger.info("%.2f M parameters", networks.parameters_of(self.model) / 1e6)

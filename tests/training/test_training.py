@@ -139,6 +139,19 @@ def test_conditioned_as_in_the_pipelines(name, made):
         torch.testing.assert_close(short, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_batches_of_all_kinds_cost_the_same(made):
+    task, _ = made("video")
+    kinds = set()
+    for step in range(80):
+        target, condition, weight = task.batch(step / 80)
+        given = [segment.latents.shape[2] for segment in (*condition.before, *condition.after)]
+        kinds.add((target.shape[2], *given))
+        frames = len(target) * (target.shape[2] + sum(given))
+        assert len(target) == 2 or 0.8 < frames / (tasks.BATCH_FRAMES * tasks.TOY.batch) < 1.2
+        assert weight.shape[2:] == target.shape[2:]
+    assert {(1,), (1, 1), (1, 2), (1, 3), (13, 4), (9, 7), (13, 3)} <= kinds
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [slow("talking_avatar"), "t2v", slow("video")])
 def test_it_learns(name, made):
