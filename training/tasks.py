@@ -154,6 +154,7 @@ class Task:
     Attributes:
         kinds: kinds of conditions.
         drawn: kinds of samples, in the order in which they are drawn.
+        guided: whether guidance is distilled.
     """
 
     kinds: tuple[str, ...] = ("",)
@@ -161,6 +162,7 @@ class Task:
     vae = "wan"
     shift = 5.0
     floor = True  # round timesteps down to whole numbers
+    guided = True
 
     def __init__(self, name: str, sizes: Sizes, device: torch.device, folder: Path) -> None:
         self.name, self.sizes, self.device = name, sizes, device
@@ -197,6 +199,10 @@ class Task:
 
     def batch(self, progress: float) -> Batch:
         """The next batch: latents, condition and loss weights; `progress` of the training goes from 0 to 1."""
+        raise NotImplementedError
+
+    def unguided(self, condition: Condition) -> Condition | None:
+        """The condition without what guidance strengthens; None if its samples need no guidance."""
         raise NotImplementedError
 
     def pick(self, kind: str, size: int) -> Sample:
@@ -347,6 +353,12 @@ class Video(Task):
         filled = F.pad(pictures.transpose(1, 2)[:, :, :slots], (0, 0, 0, 0, 0, max(0, slots - 2)))
         return Conditioning(text, after=(Segment(filled, frames),))
 
+    def unguided(self, condition: Condition) -> Condition | None:
+        assert isinstance(condition, Conditioning)
+        if condition.before:  # an extension, in which almost everything has been seen
+            return None
+        return replace(condition, text=self.empty.expand_as(condition.text))
+
 
 class Avatar(Task):
     """talking_avatar: windows of a face and its sound, as in the key-frame pass, the first window and later ones."""
@@ -432,6 +444,10 @@ class Avatar(Task):
             audio = audio * (~self.chance(len(audio), 0.07))[:, None, None, None, None, None]
         return Conditioning(text, channels=channels, image=chosen["image"], audio=audio)
 
+    def unguided(self, condition: Condition) -> Condition | None:
+        assert isinstance(condition, Conditioning) and condition.audio is not None
+        return replace(condition, audio=torch.zeros_like(condition.audio))
+
 
 def around_the_mouth(side: int) -> Tensor:
     """Loss weights of a square latent frame: larger where mouths are, since little else moves."""
@@ -450,6 +466,7 @@ class Hunyuan(Task):
     vae = "hunyuan"
     shift = SCHEDULER["shift"]
     floor = False
+    guided = False  # it is sampled with guidance
 
     def prepare(self, folder: Path) -> None:
         spec = task_spec(self.name)

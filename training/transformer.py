@@ -1,4 +1,8 @@
-"""Training of a transformer, on latents of the drawn world."""
+"""Training of a transformer, on latents of the drawn world.
+
+Guidance is distilled by adding (s - 1) (v(c) - v(0)) of a teacher to the target, for a scale s, the condition c and its
+absence 0: Z. Tang et al., Diffusion Models without Classifier-free Guidance, arXiv:2502.12154, with the teacher frozen.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,9 @@ from training.run import HELD_OUT, Run, Schedule
 PEAK_RATE = 6e-3
 WRITE_EVERY = 20  # seconds
 FIRST_CHUNKS = 12  # of each kind, encoded before the first step
+# V3's transformers are sampled without guidance, like the published ones, so it is distilled into them in the end
+GUIDANCE = 3.0
+GUIDED = 0.6  # from this fraction of the time on
 
 logger = logging.getLogger("training")
 
@@ -36,10 +43,9 @@ class TransformerTraining:
             self.seed += int(run.start * 7) % 1_000_000_000
         self.model.to(run.device)
         self.averaged = copy.deepcopy(self.model)
-        if run.compile:
-            torch._dynamo.config.recompile_limit = 64  # one for each shape of a batch
-            self.model.compile_repeated_blocks(dynamic=False)
         self.trainer = Trainer(self.model.parameters(), low=low(self.model))
+        self.compile(self.model)
+        self.teacher: Any = None
         self.drawn: list[tuple[str, tasks.Sample]] = []
         logger.info("%.2f M parameters", networks.parameters_of(self.model) / 1e6)
 
@@ -53,8 +59,11 @@ class TransformerTraining:
         with networks.quick_tables():
             while (now := time.time()) < run.end:
                 progress = schedule.progress(now)
+                if progress > GUIDED and task.guided and self.teacher is None:
+                    self.make_teacher()
                 target, condition, weight = task.batch(progress)
-                inputs = target, torch.randn_like(target), task.noise_levels(len(target)), condition, weight
+                without = None if self.teacher is None else task.unguided(condition)
+                inputs = target, torch.randn_like(target), task.noise_levels(len(target)), condition, without, weight
                 trainer.step(self.loss_of, inputs, schedule.rate(progress))
                 if self.drawn:
                     self.encode(latents)
@@ -75,11 +84,33 @@ class TransformerTraining:
 
     def loss_of(self, inputs: Any) -> Tensor:
         """The flow-matching loss: weighted mean square of the predicted velocity's error."""
-        target, noise, sigma, condition, weight = inputs
+        target, noise, sigma, condition, without, weight = inputs
         level = sigma.view(-1, 1, 1, 1, 1)
         noisy = (1 - level) * target + level * noise
+        wanted = noise - target
+        if without is not None:
+            with torch.no_grad():
+                guided, unguided = (
+                    tasks.velocity(self.teacher, each, noisy, sigma, self.task.floor) for each in (condition, without)
+                )
+            wanted = wanted + (GUIDANCE - 1) * (guided - unguided)
         made = tasks.velocity(self.model, condition, noisy, sigma, self.task.floor)
-        return ((made - (noise - target)).square() * weight).mean()
+        return ((made - wanted).square() * weight).mean()
+
+    def make_teacher(self) -> None:
+        """Freeze a copy of the averaged model."""
+        self.trainer.average_into(self.averaged.parameters())
+        self.teacher = copy.deepcopy(self.averaged).requires_grad_(False)
+        for parameter in low(self.teacher):
+            parameter.data = parameter.data.bfloat16()
+        self.compile(self.teacher)
+        logger.info("step %d: guidance is distilled from here on", self.trainer.steps)
+
+    def compile(self, model: Any) -> None:
+        """Compile its blocks, if the run should, for each shape of a batch."""
+        if self.run.compile:
+            torch._dynamo.config.recompile_limit = 64
+            model.compile_repeated_blocks(dynamic=False)
 
     def wait_for_latents(self) -> tasks.Latents:
         """Draw samples until the VAE's encoder is done; returns it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from skyreels_v3.checkpoints import tiny
+from skyreels_v3.denoising.guidance import FULL, NO_TEXT, one_condition
 from skyreels_v3.tasks import task_spec
 from skyreels_v3.wan.conditioning import Conditioning
 from skyreels_v3.wan.key_maps import TEXT_TOKENS
@@ -18,7 +21,9 @@ from skyreels_v3.wan.vae import VideoVAE
 from tests.conftest import files_in
 from training import encoders, networks, pack, tasks
 from training.optimizer import Trainer
-from training.run import Schedule, write_tensors
+from training.run import Run, Schedule, write_tensors
+from training.train import take_apart
+from training.transformer import GUIDANCE, TransformerTraining
 
 DEVICE = torch.device("cpu")
 ASSETS = Path(__file__).resolve().parent.parent.parent / "assets"
@@ -173,6 +178,31 @@ def test_it_learns(name, made):
             trainer.step(loss_of, (1 - level) * target + level * noise, 6e-3)
             losses.append(float(trainer.loss))
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["talking_avatar", "video"])
+def test_distilled_guidance(name, tmp_path):
+    """A model with the teacher's weights lacks just what guidance adds to the teacher's prediction."""
+    take_apart(tiny.WEIGHTS, tmp_path, ready=True)
+    options = argparse.Namespace(device="cpu", minutes=1, only=[name], toy=True, encoders=False, compile=False)
+    training = TransformerTraining(name, Run(options, tmp_path, time.time()))
+    task, latents = training.task, training.wait_for_latents()
+    while training.drawn:
+        training.encode(latents)
+    target, condition, weight = task.batch(0.0)
+    while (without := task.unguided(condition)) is None:
+        target, condition, weight = task.batch(0.0)
+    noise, sigma = torch.randn_like(target), torch.full((len(target),), 0.8)
+    noisy = 0.2 * target + 0.8 * noise
+    training.make_teacher()
+    given = tasks.velocity(training.model, condition, noisy, sigma, task.floor)
+    unguided = tasks.velocity(training.model, without, noisy, sigma, task.floor)
+    guided = one_condition(GUIDANCE, NO_TEXT)(lambda name: given if name == FULL else unguided)
+    assert (guided - given).abs().max() > 1e-3
+    for each, extra in ((None, 0.0), (without, guided - given)):
+        expected = ((given - (noise - target) - extra).square() * weight).mean()
+        loss = training.loss_of((target, noise, sigma, condition, each, weight))
+        torch.testing.assert_close(loss, expected)
 
 
 def test_learning_rate():
