@@ -54,9 +54,9 @@ INTRODUCTION = """# Quality
 The built-in model (`--model_id tiny`) on scenes of its drawn world that it was not trained on, whose truth is known.
 Made by `make quality` (`benchmarks/quality.py`); the figures are those of `training/measure.py` and of `--check`.
 Shares are of the scenes in which something is right, 1 is all; the others are medians. "Wanted" is what a well trained
-model should reach (for the jump: at most); this one was trained on a CPU for hours, and does not yet. "Wrong" rows show
-what a figure falls to when the model gets an input of another scene than the one it is measured against. The model is
-small: here a switch shows whether it costs quality, not how much it costs with the published checkpoints.
+model should reach (for the jump: at most); this one was trained on a CPU for hours, and mostly does not yet. "Wrong"
+rows show what a figure falls to when the model gets an input of another scene than the one it is measured against. The
+model is small: here a switch shows whether it costs quality, not how much it costs with the published checkpoints.
 """
 
 Figures = dict[str, float]
