@@ -42,6 +42,9 @@ PICTURE = "picture"  # with reference pictures
 TEXT = "text"  # described by words alone, which is no task's condition, but the cheapest
 CUT_PICTURE = "cut picture"  # the first frame after a cut
 CUTS = {f"cut {seconds}": (seconds, seen) for seconds, seen in CUT_LENGTHS.items()} | {CUT_PICTURE: (0, 9)}
+LENGTHS = {"short": CONDITION_FRAMES + SHORT_FRAMES, "long": CONDITION_FRAMES + ROLL_FRAMES} | {
+    kind: seconds * FPS + 1 for kind, (seconds, _) in CUTS.items()
+}  # frames of a kind; of the others 1
 BATCH_FRAMES = 640  # latent frames in a batch of V3's scenes, those of conditions included
 ENCODED = {"cuda": 2e7, "cpu": 2e5}  # pixels that go through the VAE at once; on a CPU, what its cache holds
 MOUTH_WEIGHT = 6.0
@@ -154,7 +157,6 @@ class Task:
     Attributes:
         kinds: kinds of conditions.
         drawn: kinds of samples, in the order in which they are drawn.
-        guided: whether guidance is distilled.
     """
 
     kinds: tuple[str, ...] = ("",)
@@ -162,7 +164,6 @@ class Task:
     vae = "wan"
     shift = 5.0
     floor = True  # round timesteps down to whole numbers
-    guided = True
 
     def __init__(self, name: str, sizes: Sizes, device: torch.device, folder: Path) -> None:
         self.name, self.sizes, self.device = name, sizes, device
@@ -202,8 +203,8 @@ class Task:
         raise NotImplementedError
 
     def unguided(self, condition: Condition) -> Condition | None:
-        """The condition without what guidance strengthens; None if its samples need no guidance."""
-        raise NotImplementedError
+        """The condition without what guidance strengthens; None where no guidance is distilled."""
+        return None
 
     def pick(self, kind: str, size: int) -> Sample:
         bank = self.banks[kind]
@@ -264,30 +265,19 @@ class Video(Task):
     def draw(self, kind: str, seeds: Sequence[int]) -> Sample:
         scenes = self.scenes(seeds)
         begins = [float(np.random.default_rng([6, seed]).uniform(0, 2.5)) for seed in seeds]
-        if kind == TEXT:
-            return self.texts(scenes) | self.rendered(scenes, 1, begins)
-        if kind == PICTURE:
-            return self.texts(scenes) | self.pictures(scenes) | self.rendered(scenes, 1, begins)
-        if kind in ("short", "long"):
-            frames = CONDITION_FRAMES + (ROLL_FRAMES if kind == "long" else SHORT_FRAMES)
-            return self.texts(scenes) | self.pictures(scenes) | self.rendered(scenes, frames, begins)
-        seconds, seen = CUTS[kind]
-        cuts = [begin + seen / FPS for begin in begins]
-        kinds = [world.CUTS[seed % len(world.CUTS)] for seed in seeds]
-        shots = [world.cut_to(*values) for values in zip(scenes, cuts, kinds, strict=True)]
-        made = self.texts(shots) | {"before video": self.rendered(scenes, seen, begins)["video"]}
-        if kind == CUT_PICTURE:
-            return made | self.rendered(shots, 1, cuts)
-        return made | self.pictures(shots) | self.rendered(shots, seconds * FPS + 1, cuts)
-
-    def texts(self, scenes: Sequence[world.Scene]) -> Sample:
-        return {
-            "text": self.encode_texts([scene.caption for scene in scenes]),
-            "colourless text": self.encode_texts([captions.without_colours(scene.caption) for scene in scenes]),
-        }
+        frames, before = LENGTHS.get(kind, 1), {}
+        if kind in CUTS:
+            _, seen = CUTS[kind]
+            before = {"before video": self.rendered(scenes, seen, begins)["video"]}
+            begins = [begin + seen / FPS for begin in begins]
+            kinds = [world.CUTS[seed % len(world.CUTS)] for seed in seeds]
+            scenes = [world.cut_to(*values) for values in zip(scenes, begins, kinds, strict=True)]
+        texts = {"text": self.encode_texts([scene.caption for scene in scenes])}
+        made = texts | self.rendered(scenes, frames, begins) | before
+        return made if kind in (TEXT, CUT_PICTURE) else made | self.pictures(scenes)
 
     def pictures(self, scenes: Sequence[world.Scene]) -> Sample:
-        """Reference pictures."""
+        """Reference pictures, and captions that leave the colors to them."""
         height, width = self.sizes.scene
         pictures = torch.full((len(scenes), 2, 3, 1, height, width), 255, dtype=torch.uint8, device=self.device)
         for index, scene in enumerate(scenes):
@@ -299,6 +289,7 @@ class Video(Task):
         return {
             "pictures": pictures,
             "count": torch.tensor([len(scene.things) for scene in scenes], device=self.device),
+            "colourless text": self.encode_texts([captions.without_colours(scene.caption) for scene in scenes]),
         }
 
     def encode(self, drawn: Sample, latents: Latents) -> Sample:
@@ -316,14 +307,15 @@ class Video(Task):
         early = progress < 0.5
         shares = (0.38, 0.14, 0.38, 0.04, 0.0, 0.06, 0.0) if early else (0.14, 0.06, 0.44, 0.12, 0.05, 0.15, 0.04)
         kind = str(self.random.choice((TEXT, CUT_PICTURE, *self.kinds), p=shares))
-        frames = {"short": 16, "long": 40, "cut 2": 13, "cut 5": 31}.get(kind, 1)
-        slots, bank = 0, kind
+        frames, slots, bank = None, 0, kind
         if kind == "references":
             frames = int(self.random.choice((1, 7, 13), p=(0.84, 0.08, 0.08) if early else (0.4, 0.15, 0.45)))
             # fewer pictures than the pipeline's, of which most are blank, for single frames: they cost as much as these
             slots = REFERENCE_SLOTS if frames > 1 else int(self.random.choice((1, 2, 4), p=(0.4, 0.4, 0.2)))
             bank = PICTURE if frames == 1 else str(self.random.choice(("short", "cut 2", "long", "short", "cut 2")))
-        seen = (CUTS[kind][1] + 3) // 4 if kind in CUTS else 0
+        held = self.banks[bank].tensors
+        frames = frames or held["video"].shape[2]
+        seen = held["before video"].shape[2] if kind in CUTS else 0
         chosen = self.pick(bank, round(BATCH_FRAMES / (frames + slots + seen)))
         condition = self.condition(kind, chosen, frames, slots=slots)
         new = slice(condition.start_frame, frames)
@@ -349,8 +341,7 @@ class Video(Task):
             swapped = self.chance(len(pictures), 0.5) & (chosen["count"] == 2)
             pictures = torch.where(swapped[:, None, None, None, None], pictures.flip(1), pictures)
             pictures = pictures * (~self.chance(len(pictures), 0.05))[:, None, None, None, None]
-        # (B, 16, slots, h, w)
-        filled = F.pad(pictures.transpose(1, 2)[:, :, :slots], (0, 0, 0, 0, 0, max(0, slots - 2)))
+        filled = F.pad(pictures.transpose(1, 2), (0, 0, 0, 0, 0, slots - 2))  # (B, 16, slots, h, w)
         return Conditioning(text, after=(Segment(filled, frames),))
 
     def unguided(self, condition: Condition) -> Condition | None:
@@ -466,7 +457,6 @@ class Hunyuan(Task):
     vae = "hunyuan"
     shift = SCHEDULER["shift"]
     floor = False
-    guided = False  # it is sampled with guidance
 
     def prepare(self, folder: Path) -> None:
         spec = task_spec(self.name)

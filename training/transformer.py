@@ -59,10 +59,10 @@ class TransformerTraining:
         with networks.quick_tables():
             while (now := time.time()) < run.end:
                 progress = schedule.progress(now)
-                if progress > GUIDED and task.guided and self.teacher is None:
-                    self.make_teacher()
                 target, condition, weight = task.batch(progress)
-                without = None if self.teacher is None else task.unguided(condition)
+                without = task.unguided(condition) if progress > GUIDED else None
+                if without is not None and self.teacher is None:
+                    self.make_teacher()
                 inputs = target, torch.randn_like(target), task.noise_levels(len(target)), condition, without, weight
                 trainer.step(self.loss_of, inputs, schedule.rate(progress))
                 if self.drawn:
@@ -99,10 +99,8 @@ class TransformerTraining:
 
     def make_teacher(self) -> None:
         """Freeze a copy of the averaged model."""
-        self.trainer.average_into(self.averaged.parameters())
-        self.teacher = copy.deepcopy(self.averaged).requires_grad_(False)
-        for parameter in low(self.teacher):
-            parameter.data = parameter.data.bfloat16()
+        self.teacher = copy.deepcopy(self.model).requires_grad_(False)
+        self.trainer.average_into(self.teacher.parameters())
         self.compile(self.teacher)
         logger.info("step %d: guidance is distilled from here on", self.trainer.steps)
 

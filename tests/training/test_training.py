@@ -195,6 +195,7 @@ def test_distilled_guidance(name, tmp_path):
     noise, sigma = torch.randn_like(target), torch.full((len(target),), 0.8)
     noisy = 0.2 * target + 0.8 * noise
     training.make_teacher()
+    training.model.float(), training.teacher.float()  # exact on every CPU
     given = tasks.velocity(training.model, condition, noisy, sigma, task.floor)
     unguided = tasks.velocity(training.model, without, noisy, sigma, task.floor)
     guided = one_condition(GUIDANCE, NO_TEXT)(lambda name: given if name == FULL else unguided)
