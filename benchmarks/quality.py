@@ -39,6 +39,7 @@ from skyreels_v3.checkpoints.tiny import make_tiny
 from skyreels_v3.families import family_of
 from skyreels_v3.quality import Meter
 from skyreels_v3.tasks import TINY, task_spec
+from skyreels_v3.wan.avatar import in_turn
 from training import captions, measure, networks, sound, world
 from training.run import HELD_OUT
 from training.tasks import CONDITION_FRAMES, CUT_LENGTHS, from_bytes, to_bytes
@@ -226,6 +227,34 @@ def avatar(seed: int, folder: Path, wrong: bool) -> Case:
     return Case(flags | {"height": FACE, "width": FACE}, judge)
 
 
+def pair_of(seed: int) -> tuple[list[np.ndarray], list[world.Face]]:
+    """Two voices of 2 s, and faces that speak one after the other."""
+    voices = [sound.make_voice(HELD_OUT + each, 2.0) for each in (seed, seed + 1)]
+    mouths = [sound.mouth_of(spoken) for spoken in in_turn(voices, sequential=True)]
+    return voices, [world.make_face(HELD_OUT + seed + n, mouth, blinks=False) for n, mouth in enumerate(mouths)]
+
+
+def two_speakers(seed: int, folder: Path, wrong: bool) -> Case:
+    voices, faces = pair_of(seed)
+    still = [replace(face, mouth=np.zeros(1), lids=np.zeros(1)) for face in faces]
+    portrait = write_picture(folder / "portrait.png", torch.cat([*world.render_faces(still, FACE, FACE)], dim=-1))
+    names = [str(write_voice(folder / f"{n}.wav", voice)) for n, voice in enumerate(voices)]
+
+    def judge(video: Tensor) -> Figures:
+        count = min(video.shape[1], len(faces[0].mouth))
+        halves = zip(video[:, :count].split(FACE, dim=-1), faces, strict=True)
+        openings = [measure.mouth_openings(half, face) for half, face in halves]
+        moved = np.array([[np.abs(np.diff(turn)).mean() for turn in np.array_split(each, 2)] for each in openings])
+        found = [measure.lip_sync(each, face.mouth[:count]) for each, face in zip(openings, faces, strict=True)]
+        return {
+            "correlation of mouths and speech": float(np.mean([each.correlation for each in found])),
+            "the one who speaks moves more": bool(moved[0, 0] > moved[1, 0] and moved[1, 1] > moved[0, 1]),
+        }
+
+    flags = {"prompt": faces[0].caption, "input_image": str(portrait), "input_audio": names[:: 1 - 2 * wrong]}
+    return Case(flags | {"audio_type": "sequential", "height": FACE, "width": 2 * FACE}, judge)
+
+
 def long_extension(seed: int, folder: Path, wrong: bool) -> Case:
     """30 s; only the first seconds have a ground truth, since things turn back at the frame's sides."""
     made = extension(seed, folder, wrong)
@@ -274,6 +303,7 @@ SUBJECTS = {
     "single_shot_extension": Subject("single_shot_extension", extension, "clip"),
     "shot_switching_extension": Subject("shot_switching_extension", shot, "tag"),
     "talking_avatar": Subject("talking_avatar", avatar, "sound"),
+    "talking_avatar, two speakers": Subject("talking_avatar", two_speakers, "order of the sounds", 0.4),
     "single_shot_extension, 30 s": Subject("single_shot_extension", long_extension, "clip", 0.1),
     "talking_avatar, 100 s": Subject("talking_avatar", long_avatar, "sound", 0.04),
 }

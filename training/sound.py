@@ -36,6 +36,15 @@ def make_voice(seed: int, seconds: float) -> np.ndarray:
     return samples
 
 
+def make_dialog(seed: int, seconds: float) -> tuple[np.ndarray, np.ndarray]:
+    """Two voices that take turns, float32 [samples], each silent in the other's."""
+    random = np.random.default_rng([9, seed])
+    first, second = (make_voice(2 * seed + person, seconds) for person in range(2))
+    ends = np.cumsum(random.uniform(0.7, 3.0, math.ceil(seconds / 0.7)))
+    turn = np.searchsorted(ends, np.arange(len(first)) / RATE) + random.integers(2)
+    return first * (turn % 2 == 0), second * (turn % 2 == 1)
+
+
 def make_syllable(random: np.random.Generator, length: float, pitch: float) -> np.ndarray:
     """A vowel, with a hiss before it in 40 % of cases."""
     times = np.arange(int(length * RATE)) / RATE

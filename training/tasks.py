@@ -21,6 +21,7 @@ from torch import Tensor
 from skyreels_v3.hunyuan.conditioning import HunyuanConditioning
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.tasks import REFERENCE_SLOTS, task_spec
+from skyreels_v3.wan.avatar import AUDIO_REACH
 from skyreels_v3.wan.conditioning import Conditioning, ImageEncoder
 from skyreels_v3.wan.rope import Segment
 from skyreels_v3.wan.shot_switching_extension import CUT_POSITION
@@ -29,12 +30,13 @@ from training import captions, encoders, networks, sound, world
 from training.layouts import SCHEDULER, random_image_encoder
 from training.networks import TEXT_ROWS
 
-AUDIO_REACH = 2  # a frame sees the sound of this many frames on either side
 FPS = 24
 CONDITION_FRAMES, CONDITION_LATENTS = 25, 7  # of a single-shot extension
 SHORT_FRAMES, ROLL_FRAMES = 4 * 9, 4 * 33  # new frames of it; the longer in its first roll-out
 CUT_LENGTHS = {2: 9, 5: 33}  # of a shot switch: seconds -> condition frames
 VOICE_SECONDS = 12.0
+PAIR = "pair"  # two faces
+PAIRS = 0.35  # share of batches with them
 DROPPED = 0.1  # share of prompts that are dropped
 COLOURLESS = 0.6  # share of prompts without colors, with reference pictures
 # Kinds of single frames, which cost little and so allow many more scenes
@@ -83,11 +85,13 @@ class Sizes:
         """How many samples of a kind are drawn at once."""
         if kind == CUT_PICTURE:  # with several frames before the cut
             return self.pictures // 2
+        if kind == PAIR:  # twice as wide
+            return self.chunk // 2
         return self.pictures if kind in (PICTURE, TEXT) else self.chunk
 
 
 ON_CUDA = Sizes()
-ON_CPU = Sizes(first=96, kept=1024, batch=0.3, chunk=8, pictures=128, steps=16)
+ON_CPU = Sizes(first=96, batch=0.3, chunk=8, pictures=128, steps=8)
 TOY = Sizes(scene=(32, 48), face=(32, 32), first=12, kept=24, batch=0.1, chunk=4, pictures=4, voices=2)
 
 
@@ -257,8 +261,8 @@ class Video(Task):
 
     kinds = ("references", "short", "long", "cut 2", "cut 5")
     drawn = (
-        "short", TEXT, PICTURE, CUT_PICTURE, "cut 2", TEXT, PICTURE, "long", CUT_PICTURE,
-        "short", TEXT, PICTURE, CUT_PICTURE, "cut 2", TEXT, PICTURE, "cut 5", CUT_PICTURE,
+        "short", PICTURE, "cut 2", TEXT, "long", "cut 2", CUT_PICTURE, "short", PICTURE, "cut 2", "long",
+        "short", PICTURE, "cut 2", TEXT, "cut 5", "cut 2", CUT_PICTURE, "short", PICTURE, "short", "long",
     )  # fmt: skip
     shift = 6.0  # sampling uses 5 and 8
 
@@ -305,11 +309,11 @@ class Video(Task):
 
     def batch(self, progress: float) -> Batch:
         early = progress < 0.5
-        shares = (0.38, 0.14, 0.38, 0.04, 0.0, 0.06, 0.0) if early else (0.14, 0.06, 0.44, 0.12, 0.05, 0.15, 0.04)
+        shares = (0.38, 0.14, 0.38, 0.04, 0.0, 0.06, 0.0) if early else (0.08, 0.05, 0.42, 0.12, 0.13, 0.16, 0.04)
         kind = str(self.random.choice((TEXT, CUT_PICTURE, *self.kinds), p=shares))
         frames, slots, bank = None, 0, kind
         if kind == "references":
-            frames = int(self.random.choice((1, 7, 13), p=(0.84, 0.08, 0.08) if early else (0.4, 0.15, 0.45)))
+            frames = int(self.random.choice((1, 4, 13), p=(0.84, 0.08, 0.08) if early else (0.3, 0.25, 0.45)))
             # fewer pictures than the pipeline's, of which most are blank, for single frames: they cost as much as these
             slots = REFERENCE_SLOTS if frames > 1 else int(self.random.choice((1, 2, 4), p=(0.4, 0.4, 0.2)))
             bank = PICTURE if frames == 1 else str(self.random.choice(("short", "cut 2", "long", "short", "cut 2")))
@@ -352,8 +356,12 @@ class Video(Task):
 
 
 class Avatar(Task):
-    """talking_avatar: windows of a face and its sound, as in the key-frame pass, the first window and later ones."""
+    """talking_avatar: windows of faces and their sounds, as in the key-frame pass, the first window and later ones.
 
+    A face speaks alone, or two next to each other take turns.
+    """
+
+    kinds = drawn = ("", PAIR)
     shift = 11.0
     floor = False
 
@@ -364,34 +372,46 @@ class Avatar(Task):
         encoder = sound.audio_encoder()
         encoder.module.to(self.device)
         self.image = ImageEncoder(random_image_encoder().to(self.device).eval())
-        voices = [sound.make_voice(seed, VOICE_SECONDS) for seed in range(self.sizes.voices)]
+        seeds = range(self.sizes.voices)
+        voices = [voice for seed in seeds for voice in sound.make_dialog(seed, VOICE_SECONDS)]  # pairs come first
+        voices += [sound.make_voice(seed, VOICE_SECONDS) for seed in seeds]
         self.mouths = [sound.mouth_of(voice) for voice in voices]
         heard = [encoder(torch.from_numpy(voice).to(self.device), sound.FPS) for voice in voices]
         self.features = torch.stack(heard).clone()  # (V, F, layers, D)
-        self.weight = around_the_mouth(self.sizes.face[0] // 8).to(self.device)
+        side = self.sizes.face[0] // 8
+        self.weight = around_the_mouth(side).to(self.device)
+        left = (torch.arange(2 * side) < side).expand(side, -1)
+        self.masks = torch.stack((left, ~left, torch.zeros_like(left))).float().to(self.device)
 
     def draw(self, kind: str, seeds: Sequence[int]) -> Sample:
+        people = 2 if kind == PAIR else 1
         faces, keys, firsts, starts, voices, passes = [], [], [], [], [], []
         for seed in seeds:
             random = np.random.default_rng([8, seed])
-            voice = int(random.integers(len(self.mouths)))
-            mouth = self.mouths[voice]
-            begin = int(random.integers(0, len(mouth) - WINDOW_FRAMES))
-            made = world.make_face(seed, mouth[begin : begin + WINDOW_FRAMES].copy())
+            first = int(random.integers(len(self.mouths)) if kind != PAIR else 2 * random.integers(self.sizes.voices))
+            spoken = [*range(first, first + people)]
+            begin = int(random.integers(0, len(self.mouths[first]) - WINDOW_FRAMES))
             which = int(random.choice(3, p=(0.4, 0.2, 0.4)))
-            if which < 2:  # these begin with the portrait, whatever the sound
-                made.mouth[0], made.lids[:2] = float(random.choice((0.0, 0.0, 0.5))), 0.0
-            other = np.array([mouth[int(random.integers(len(mouth)))]] * MOTION_FRAMES)
-            faces.append(made)
-            keys.append(replace(made, mouth=other, lids=np.zeros(MOTION_FRAMES)))
+            for person, voice in enumerate(spoken):
+                mouth = self.mouths[voice]
+                made = world.make_face(seed + person, mouth[begin : begin + WINDOW_FRAMES].copy())
+                if which < 2:  # these begin with the portrait, whatever the sound
+                    made.mouth[0], made.lids[:2] = float(random.choice((0.0, 0.0, 0.5))), 0.0
+                other = np.array([mouth[int(random.integers(len(mouth)))]] * MOTION_FRAMES)
+                faces.append(made)
+                keys.append(replace(made, mouth=other, lids=np.zeros(MOTION_FRAMES)))
             firsts.append(MOTION_FRAMES if which == 2 else 1)
             starts.append(begin)
-            voices.append(voice)
+            voices.append(spoken)
             passes.append(which)
-        video = world.render_faces(faces, *self.sizes.face, self.device)
+
+        def side_by_side(faces: Sequence[world.Face]) -> Tensor:
+            shown = world.render_faces(faces, *self.sizes.face, self.device)
+            return shown.unflatten(0, (-1, people)).movedim(1, -2).flatten(-2)  # (B, 3, F, H, people * W)
+
+        video, key = side_by_side(faces), side_by_side(keys)
         known = torch.zeros_like(video)
         mask = torch.zeros(len(seeds), WINDOW_FRAMES, device=self.device)
-        key = world.render_faces(keys, *self.sizes.face, self.device)
         for index, (first, which) in enumerate(zip(firsts, passes, strict=True)):
             known[index, :, :first] = video[index, :, :first]
             mask[index, :first] = 1
@@ -404,10 +424,9 @@ class Avatar(Task):
             "known video": to_bytes(known),
             "mask": mask,  # (B, 4, 21)
             "image": self.image(video[:, :, 0]).clone(),
-            "text": self.encode_texts([face.caption for face in faces]),
-            "voice": torch.tensor(voices, device=self.device),
+            "text": self.encode_texts([face.caption for face in faces[::people]]),
+            "voices": torch.tensor(voices, device=self.device),
             "start": torch.tensor(starts, device=self.device),
-            "window": torch.tensor(passes, device=self.device),
         }
 
     def noise_levels(self, size: int) -> Tensor:
@@ -417,9 +436,14 @@ class Avatar(Task):
         return torch.where(self.chance(size, 0.5), near, super().noise_levels(size))
 
     def batch(self, progress: float) -> Batch:
-        frames = 9 if progress < 0.35 else 21
-        chosen = self.pick("", 48 if frames == 9 else 24)
-        return chosen["video"][:, :, :frames], self.condition(chosen, frames), self.weight
+        frames, kind, size = 21, "", 24
+        if progress < 0.35:
+            frames, size = 9, 48
+        elif self.random.random() < PAIRS:
+            kind, size = PAIR, 12
+        chosen = self.pick(kind, size)
+        weight = self.weight.repeat(1, chosen["voices"].shape[1])
+        return chosen["video"][:, :, :frames], self.condition(chosen, frames), weight
 
     def condition(self, chosen: Sample, frames: int = 21, drop: bool = True) -> Conditioning:
         height, width = chosen["video"].shape[3:]
@@ -428,12 +452,14 @@ class Avatar(Task):
         reach = torch.arange(-AUDIO_REACH, AUDIO_REACH + 1, device=self.device)
         places = chosen["start"][:, None, None] + torch.arange(4 * frames - 3, device=self.device)[:, None] + reach
         places = places.clamp(0, self.features.shape[1] - 1)  # (B, frames, 5)
-        audio = self.features[chosen["voice"][:, None, None], places][:, None]  # (B, 1, frames, 5, layers, D)
+        voices = chosen["voices"]  # (B, people)
+        audio = self.features[voices[..., None, None], places[:, None]]  # (B, people, frames, 5, layers, D)
         text = chosen["text"]
         if drop:
             text = self.drop_text(text)
             audio = audio * (~self.chance(len(audio), 0.07))[:, None, None, None, None, None]
-        return Conditioning(text, channels=channels, image=chosen["image"], audio=audio)
+        masks = self.masks if voices.shape[1] > 1 else None
+        return Conditioning(text, channels=channels, image=chosen["image"], audio=audio, speaker_masks=masks)
 
     def unguided(self, condition: Condition) -> Condition | None:
         assert isinstance(condition, Conditioning) and condition.audio is not None

@@ -11,9 +11,11 @@ small test run of everything. `training/pack.py` packs the weights into the buil
 from __future__ import annotations
 
 import argparse
+import ctypes
 import logging
 import multiprocessing
 import os
+import platform
 import sys
 import tempfile
 import time
@@ -35,6 +37,7 @@ from training.transformer import TransformerTraining  # noqa: E402
 from training.vae import VAETraining  # noqa: E402
 
 WRITE_EVERY = 15  # seconds
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 logger = logging.getLogger("training")
 
 
@@ -69,6 +72,7 @@ def train_all(options: argparse.Namespace, folder: Path, start: float) -> None:
     names = options.only or list(MODELS if anew else TRANSFORMERS)
     if options.resume is not None:
         take_apart(options.resume, folder, ready=not anew)
+    keep_freed_memory()
     torch.set_num_threads(1)  # threads are not inherited by forked processes
     drawing.draw_everything()
     context = multiprocessing.get_context("fork")
@@ -85,6 +89,17 @@ def train_all(options: argparse.Namespace, folder: Path, start: float) -> None:
         run.terminate()
         run.join(timeout=5)
     put_together(folder, options.out)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory: each large tensor would be new pages of the system's, which cost more than its math.
+
+    Drawing and encoding take half the time then, a step of a transformer 5 to 10 % less.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def train(name: str, options: argparse.Namespace, folder: Path, start: float) -> None:

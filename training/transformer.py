@@ -38,7 +38,8 @@ class TransformerTraining:
         self.vae_name = f"vae_{self.task.vae}"
         self.model: Any = networks.build_transformer(name)
         self.seed = 2_000_000  # of the next sample
-        if run.has(name):
+        self.resumed = run.has(name)
+        if self.resumed:
             run.read(name, self.model)
             self.seed += int(run.start * 7) % 1_000_000_000
         self.model.to(run.device)
@@ -59,7 +60,9 @@ class TransformerTraining:
         with networks.quick_tables():
             while (now := time.time()) < run.end:
                 progress = schedule.progress(now)
-                target, condition, weight = task.batch(progress)
+                # what the first half teaches is known after it, unless the latents are new
+                known = self.resumed and not run.encoders
+                target, condition, weight = task.batch(0.5 + 0.5 * progress if known else progress)
                 without = task.unguided(condition) if progress > GUIDED else None
                 if without is not None and self.teacher is None:
                     self.make_teacher()

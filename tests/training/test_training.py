@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from skyreels_v3.wan.conditioning import Conditioning
 from skyreels_v3.wan.key_maps import TEXT_TOKENS
 from skyreels_v3.wan.vae import VideoVAE
 from tests.conftest import files_in
-from training import encoders, networks, pack, tasks
+from training import encoders, measure, networks, pack, tasks, world
 from training.optimizer import Trainer
 from training.run import Run, Schedule, write_tensors
 from training.train import take_apart
@@ -155,6 +156,21 @@ def test_batches_of_all_kinds_cost_the_same(made):
         assert len(target) == 2 or 0.8 < frames / (tasks.BATCH_FRAMES * tasks.TOY.batch) < 1.2
         assert weight.shape[2:] == target.shape[2:]
     assert {(1,), (1, 1), (1, 2), (1, 3), (13, 4), (9, 7), (13, 3)} <= kinds
+
+
+def test_each_of_two_faces_speaks_with_its_voice(tmp_path):
+    task = tasks.Avatar("talking_avatar", replace(tasks.TOY, face=(128, 128)), DEVICE, tmp_path)
+    drawn = task.draw(tasks.PAIR, range(3))
+    assert drawn["video"].shape == (3, 3, 81, 128, 256)
+    for seed, (video, voices, start) in enumerate(
+        zip(tasks.from_bytes(drawn["video"]), drawn["voices"].tolist(), drawn["start"].tolist(), strict=True)
+    ):
+        for person, voice in enumerate(voices):
+            face = world.make_face(seed + person, np.zeros(81))
+            measured = measure.mouth_openings(video.split(128, dim=-1)[person], face)
+            truth = task.mouths[voice][start : start + len(measured)]
+            assert np.abs(measured - truth)[1:].mean() < 0.05  # the first frame is the portrait
+            assert task.masks[person].argmax(dim=-1).eq(16 * person).all()
 
 
 @pytest.mark.slow

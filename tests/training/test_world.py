@@ -80,6 +80,13 @@ def test_a_mouth_opens_with_the_sound():
     assert 10 < changed.sum() < 400
 
 
+def test_a_dialog_takes_turns():
+    for seed in range(3):
+        first, second = sound.make_dialog(seed, 12.0)
+        assert not (first * second).any()
+        assert min(np.count_nonzero(first), np.count_nonzero(second)) > 0.15 * len(first)
+
+
 def test_features_tell_loudness():
     encoder = sound.audio_encoder()
     seconds = 6.0
