@@ -160,20 +160,27 @@ def build_vae(kind: str) -> AutoencoderKLWan | AutoencoderKLHunyuanVideo:
         for part in made.modules():
             if isinstance(part, nn.Conv2d | nn.Conv3d):
                 past = part.kernel_size[0] - 1 if isinstance(part, WanCausalConv3d) else 0
-                fan = part.weight[0].numel() // (past + 1)
-                part.weight.normal_(std=1 / math.sqrt(fan))
-                part.weight[:, :, :past] = 0
+                part.weight.normal_(std=math.sqrt((past + 1) / part.weight[0].numel()))
                 part.bias.zero_()
-            if isinstance(part, WanResample) and hasattr(part, "time_conv"):
-                kernel = part.time_conv.weight  # (C or 2 C, C, 3, 1, 1)
-                kernel.zero_()
-                kernel[:, :, -1, 0, 0] = torch.eye(kernel.shape[1]).repeat(kernel.shape[0] // kernel.shape[1], 1)
         for part in made.modules():
             last = last_layer(part)
             if last is not None:
                 last.weight.zero_()
                 last.bias.zero_()
+    ignore_the_past(made)
     return made
+
+
+@torch.no_grad()
+def ignore_the_past(vae: nn.Module) -> None:
+    """Let V3's VAE encode the last of each four frames as a picture, and decode it four times."""
+    for part in vae.modules():
+        if isinstance(part, WanCausalConv3d):
+            part.weight[:, :, :-1] = 0
+        if isinstance(part, WanResample) and hasattr(part, "time_conv"):
+            kernel = part.time_conv.weight  # (C or 2 C, C, 3, 1, 1)
+            kernel[:, :, -1, 0, 0] = torch.eye(kernel.shape[1]).repeat(kernel.shape[0] // kernel.shape[1], 1)
+            part.time_conv.bias.zero_()
 
 
 def lay_out(module: nn.Module) -> None:

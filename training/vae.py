@@ -32,6 +32,7 @@ PEAK_RATE = 2e-3
 FIRST_LOG_VARIANCE = -5  # little noise at first
 LOG_VARIANCE_MAX = 2.0  # of the added noise: else one outlier dominates the loss
 KL_WEIGHT = 3e-5
+ALIKE = 0.02  # weight of the differences between latents of pictures and of clips
 LEAST = 0.2  # fraction of the time that the encoder gets in any case
 
 logger = logging.getLogger("training")
@@ -117,7 +118,20 @@ class VAETraining:
         loss = (again - video).abs().mean() + (again - video).square().mean()
         if not frozen:
             loss = loss + KL_WEIGHT * 0.5 * (mean.square() + deviation.square() - 1 - log_variance).mean()
+        if not frozen and mean.shape[2] > 1:
+            loss = loss + ALIKE * self.unlike(video, mean)
         return loss
+
+    def unlike(self, video: Tensor, mean: Tensor) -> Tensor:
+        """How much the last latents of clips differ from those that their last frames have as pictures: mean square.
+
+        V3's VAE treats the first frame in its own way. If nothing held them together, the latents of first and later
+        frames would become uncorrelated, and what a transformer learns from one would not help with the other.
+        """
+        with torch.autocast(self.run.device.type, torch.bfloat16):
+            picture, _ = networks.moments_of(self.vae, video[:, :, -1:])
+        clip = networks.normalised(self.vae, mean[:, :, -1:])
+        return (clip - networks.normalised(self.vae, picture)).square().mean()
 
     def batch(self, progress: float) -> Tensor:
         """Clips (B, 3, F, H, W) in [-1, 1]: crops of single frames at first, later more frames, then whole ones."""

@@ -25,6 +25,7 @@ from training.optimizer import Trainer
 from training.run import Run, Schedule, write_tensors
 from training.train import take_apart
 from training.transformer import GUIDANCE, TransformerTraining
+from training.vae import VAETraining
 
 DEVICE = torch.device("cpu")
 ASSETS = Path(__file__).resolve().parent.parent.parent / "assets"
@@ -84,6 +85,33 @@ def test_a_whole_clip_is_a_stream():
     torch.testing.assert_close(networks.normalised(vae, mean), latents, rtol=0, atol=1e-4)
     streamed = torch.cat([*VideoVAE(vae).decode_stream(latents)], dim=2)
     torch.testing.assert_close(again.clamp(-1, 1), streamed, rtol=0, atol=1e-4)
+
+
+def test_a_new_vae_encodes_frames_as_pictures():
+    vae = networks.build_vae("wan")
+    video = torch.rand(1, 3, 9, 16, 24) * 2 - 1
+    with torch.no_grad():
+        mean, _ = networks.moments_of(vae, video)
+        pictures = [networks.moments_of(vae, video[:, :, at : at + 1])[0] for at in (0, 4, 8)]
+        again = networks.decoded(vae, mean)
+    torch.testing.assert_close(mean, torch.cat(pictures, dim=2))
+    assert mean.std() > 0.1
+    torch.testing.assert_close(again[:, :, 1:5], again[:, :, 1:2].expand(-1, -1, 4, -1, -1))
+
+
+def test_latents_of_clips_are_held_to_those_of_pictures(tmp_path):
+    options = argparse.Namespace(device="cpu", minutes=1, only=["vae_wan"], toy=True, encoders=False, compile=False)
+    training = VAETraining("vae_wan", Run(options, tmp_path, time.time()))
+    video = torch.rand(2, 3, 5, 16, 24) * 2 - 1
+    for vae, least in ((networks.build_vae("wan"), 0.0), (shaken("wan"), 0.01)):
+        training.vae = vae
+        mean, _ = networks.moments_of(vae, video)
+        expected = (
+            (VideoVAE(vae).encode(video)[:, :, 1] - VideoVAE(vae).encode(video[:, :, 4:])[:, :, 0]).square().mean()
+        )
+        found = training.unlike(video, mean)
+        assert float(expected) >= least
+        torch.testing.assert_close(found.detach(), expected, rtol=0.05, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["wan", "hunyuan"])
