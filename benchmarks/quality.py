@@ -112,6 +112,12 @@ def write_picture(path: Path, video: Tensor) -> Path:
     return path
 
 
+def write_portrait(path: Path, faces: list[world.Face]) -> Path:
+    """Write faces next to each other, mouths shut and eyes open."""
+    still = [replace(face, mouth=np.zeros(1), lids=np.zeros(1)) for face in faces]
+    return write_picture(path, torch.cat([*world.render_faces(still, FACE, FACE)], dim=-1))
+
+
 def write_voice(path: Path, samples: np.ndarray) -> Path:
     soundfile.write(path, samples, sound.RATE)
     return path
@@ -210,8 +216,7 @@ def shot(seed: int, folder: Path, wrong: bool) -> Case:
 def avatar(seed: int, folder: Path, wrong: bool) -> Case:
     voices = [sound.make_voice(HELD_OUT + each, 4.0) for each in (seed, seed + 1)]
     face = world.make_face(HELD_OUT + seed, sound.mouth_of(voices[0]), blinks=False)
-    still = replace(face, mouth=np.zeros(1), lids=np.zeros(1))
-    portrait = write_picture(folder / "portrait.png", world.render_faces([still], FACE, FACE)[0])
+    portrait = write_portrait(folder / "portrait.png", [face])
     voice = write_voice(folder / "voice.wav", voices[wrong])
 
     def judge(video: Tensor) -> Figures:
@@ -236,8 +241,7 @@ def pair_of(seed: int) -> tuple[list[np.ndarray], list[world.Face]]:
 
 def two_speakers(seed: int, folder: Path, wrong: bool) -> Case:
     voices, faces = pair_of(seed)
-    still = [replace(face, mouth=np.zeros(1), lids=np.zeros(1)) for face in faces]
-    portrait = write_picture(folder / "portrait.png", torch.cat([*world.render_faces(still, FACE, FACE)], dim=-1))
+    portrait = write_portrait(folder / "portrait.png", faces)
     names = [str(write_voice(folder / f"{n}.wav", voice)) for n, voice in enumerate(voices)]
 
     def judge(video: Tensor) -> Figures:

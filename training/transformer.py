@@ -21,6 +21,7 @@ from training.run import HELD_OUT, Run, Schedule
 
 PEAK_RATE = 6e-3
 WRITE_EVERY = 20  # seconds
+RESUMED = 0.5  # fraction of the schedule of batches that a resumed training skips
 FIRST_CHUNKS = 12  # of each kind, encoded before the first step
 # V3's transformers are sampled without guidance, like the published ones, so it is distilled into them in the end
 GUIDANCE = 3.0
@@ -57,12 +58,11 @@ class TransformerTraining:
             self.encode(latents)
         schedule = Schedule(PEAK_RATE, run.end)
         logged, written, before = schedule.start, schedule.start, 0
+        skipped = RESUMED if self.resumed and not run.encoders else 0.0  # nothing, if the latents are new
         with networks.quick_tables():
             while (now := time.time()) < run.end:
                 progress = schedule.progress(now)
-                # what the first half teaches is known after it, unless the latents are new
-                known = self.resumed and not run.encoders
-                target, condition, weight = task.batch(0.5 + 0.5 * progress if known else progress)
+                target, condition, weight = task.batch(skipped + (1 - skipped) * progress)
                 without = task.unguided(condition) if progress > GUIDED else None
                 if without is not None and self.teacher is None:
                     self.make_teacher()
