@@ -233,9 +233,9 @@ def avatar(seed: int, folder: Path, wrong: bool) -> Case:
 
 
 def pair_of(seed: int) -> tuple[list[np.ndarray], list[world.Face]]:
-    """Two voices of 2 s, and faces that speak one after the other."""
-    voices = [sound.make_voice(HELD_OUT + each, 2.0) for each in (seed, seed + 1)]
-    mouths = [sound.mouth_of(spoken) for spoken in in_turn(voices, sequential=True)]
+    """Two sounds of 4 s, with voices that take turns, and the faces that speak them."""
+    voices = in_turn([sound.make_voice(HELD_OUT + each, 2.0) for each in (seed, seed + 1)], sequential=True)
+    mouths = [sound.mouth_of(voice) for voice in voices]
     return voices, [world.make_face(HELD_OUT + seed + n, mouth, blinks=False) for n, mouth in enumerate(mouths)]
 
 
@@ -256,7 +256,7 @@ def two_speakers(seed: int, folder: Path, wrong: bool) -> Case:
         }
 
     flags = {"prompt": faces[0].caption, "input_image": str(portrait), "input_audio": names[:: 1 - 2 * wrong]}
-    return Case(flags | {"audio_type": "sequential", "height": FACE, "width": 2 * FACE}, judge)
+    return Case(flags | {"height": FACE, "width": 2 * FACE}, judge)
 
 
 def long_extension(seed: int, folder: Path, wrong: bool) -> Case:

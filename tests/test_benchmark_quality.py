@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,6 +78,15 @@ def test_the_truth_scores_full_marks(subject, tmp_path):
         for name in found
     ]
     assert any(worse)
+
+
+def test_speakers_who_speak_in_the_wrong_order_are_noticed(tmp_path):
+    _, faces = quality.pair_of(0)
+    exchanged = [replace(face, mouth=other.mouth) for face, other in zip(faces, faces[::-1], strict=True)]
+    video = torch.cat([*world.render_faces(exchanged, quality.FACE, quality.FACE)], dim=-1)
+    found = quality.two_speakers(0, tmp_path, wrong=False).judge(video)
+    assert not found["the one who speaks moves more"]
+    assert found["correlation of mouths and speech"] < 0.3
 
 
 @pytest.mark.slow
