@@ -243,6 +243,7 @@ def two_speakers(seed: int, folder: Path, wrong: bool) -> Case:
     voices, faces = pair_of(seed)
     portrait = write_portrait(folder / "portrait.png", faces)
     names = [str(write_voice(folder / f"{n}.wav", voice)) for n, voice in enumerate(voices)]
+    names = names[::-1] if wrong else names
 
     def judge(video: Tensor) -> Figures:
         count = min(video.shape[1], len(faces[0].mouth))
@@ -255,7 +256,7 @@ def two_speakers(seed: int, folder: Path, wrong: bool) -> Case:
             "the one who speaks moves more": bool(moved[0, 0] > moved[1, 0] and moved[1, 1] > moved[0, 1]),
         }
 
-    flags = {"prompt": faces[0].caption, "input_image": str(portrait), "input_audio": names[:: 1 - 2 * wrong]}
+    flags = {"prompt": faces[0].caption, "input_image": str(portrait), "input_audio": names}
     return Case(flags | {"height": FACE, "width": 2 * FACE}, judge)
 
 

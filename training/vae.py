@@ -118,8 +118,8 @@ class VAETraining:
         loss = (again - video).abs().mean() + (again - video).square().mean()
         if not frozen:
             loss = loss + KL_WEIGHT * 0.5 * (mean.square() + deviation.square() - 1 - log_variance).mean()
-        if not frozen and mean.shape[2] > 1:
-            loss = loss + ALIKE * self.unlike(video, mean)
+            if mean.shape[2] > 1:
+                loss = loss + ALIKE * self.unlike(video, mean)
         return loss
 
     def unlike(self, video: Tensor, mean: Tensor) -> Tensor:
