@@ -507,9 +507,11 @@ def test_an_upload_that_is_broken_off_leaves_nothing(small, port):
     say(port, UPLOAD, shut=True)
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(UPLOAD)
-    end = time.monotonic() + 10
-    while [*(small.folder / "jobs").iterdir()] and time.monotonic() < end:
-        time.sleep(0.05)
+    both_ended = 'skyreels_requests_total{method="POST",route="/v1/videos",status="400"} 2.0'
+    end = time.monotonic() + 20
+    while both_ended not in (text := small.client.get("/metrics").text) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert both_ended in text
     assert not [*(small.folder / "jobs").iterdir()]
 
 
