@@ -161,7 +161,7 @@ def test_lips_follow_a_voice_in_music(tmp_path, monkeypatch):
         events = generator(prompt=face.caption, **inputs, **flags)
         frames = np.stack([event.image for event in events if isinstance(event, Frame)])
         video = torch.from_numpy(frames / 127.5 - 1).permute(3, 0, 1, 2)
-        return lip_sync(mouth_openings(video, face), face.mouth[: len(frames)]).best
+        return lip_sync(mouth_openings(video, face), face.mouth[: len(frames)]).correlation
 
     mixed = (clean + music) / 2  # without clipping
     found = [agreement(clean), agreement(mixed), agreement(mixed, vocals=True)]

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from skyreels_v3.prompts import transitions, with_transition
-from training.drawing import COLOURS
+from training.drawing import COLORS
 
-# Synonyms; the text encoder gives them the same embedding
-SAME: dict[str, tuple[str, ...]] = {
+# The text encoder gives synonyms the same embedding
+SYNONYMS: dict[str, tuple[str, ...]] = {
     "fox": ("fox", "vixen"),
     "cat": ("cat", "kitten"),
     "lantern": ("lantern", "lamp"),
@@ -57,7 +57,6 @@ SAME: dict[str, tuple[str, ...]] = {
     "zooms": ("zooms", "zoom"),
     "pans": ("pans", "pan"),
     "carries": ("carries", "holds"),
-    "wearing": ("wearing", "in"),
     "beside": ("beside", "near"),
 }
 OTHERS = (
@@ -116,14 +115,14 @@ def one_of(random: np.random.Generator, choices: Sequence[str]) -> str:
 
 def word(random: np.random.Generator, meaning: str) -> str:
     """A synonym of `meaning`; half of the time the plain word."""
-    choices = SAME.get(meaning, (meaning,))
+    choices = SYNONYMS.get(meaning, (meaning,))
     return meaning if random.random() < 0.5 else one_of(random, choices)
 
 
-def named(random: np.random.Generator, kind: str, colour: str, natural: bool) -> str:
+def named(random: np.random.Generator, kind: str, color: str, natural: bool) -> str:
     """A noun phrase for a thing with its color, which may be left out if it is the natural one."""
     first, _, worn = kind.partition(" in ")
-    words = [] if natural and random.random() < 0.5 else [word(random, colour)]
+    words = [] if natural and random.random() < 0.5 else [word(random, color)]
     words.append(word(random, first))
     article = "the" if random.random() < 0.25 else "an" if words[0][0] in "aeiou" else "a"
     more = f" {one_of(random, ('wearing', 'in', 'with'))} {word(random, worn)}" if worn else ""
@@ -167,16 +166,16 @@ def describe(
     return f"{text[0].upper()}{text[1:]}{end} {sentence}".strip()
 
 
-def without_colours(caption: str) -> str:
+def without_colors(caption: str) -> str:
     """The caption without colors, which are then known only from reference pictures."""
     first, *others = caption.split(" ")
-    kept = [word for word in others if meaning_of(word.strip(".,")) not in COLOURS]
+    kept = [word for word in others if meaning_of(word.strip(".,")) not in COLORS]
     return " ".join([first, *kept])
 
 
-def describe_cut(random: np.random.Generator, kind: str, thing: str, colour: str, natural: bool, ground: str) -> str:
+def describe_cut(random: np.random.Generator, kind: str, thing: str, color: str, natural: bool, ground: str) -> str:
     """The prompt of a shot after a cut: a tag and a matching sentence, or the prompt that `--transition` creates."""
-    seen = named(random, thing, colour, natural)
+    seen = named(random, thing, color, natural)
     place = f" {one_of(random, GROUNDS[ground])}" if random.random() < 0.6 else ""
     tagged = random.random() < 0.5
     text = one_of(random, CUT_VIEWS[kind]).format(seen) if tagged else seen
@@ -202,7 +201,7 @@ def vocabulary() -> list[str]:
         text for table in (GROUNDS, MOVES, CAMERAS, CUT_VIEWS) for choices in table.values() for text in choices
     ] + [transition.sentence for transition in transitions().values()]
     known += [token for text in sentences for token in re.findall(r"[a-z]+", text.lower())]
-    known += [name for names in SAME.values() for name in names]
+    known += [name for names in SYNONYMS.values() for name in names]
     return sorted(set(known))
 
 
@@ -211,4 +210,4 @@ def meaning_of(token: str) -> str:
     return MEANINGS.get(token.lower(), token.lower())
 
 
-MEANINGS = {name: meaning for meaning, names in SAME.items() for name in names if name != "in"}
+MEANINGS = {name: meaning for meaning, names in SYNONYMS.items() for name in names}

@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 Points = Sequence[float]
 
 SCALE = 4
@@ -25,7 +25,7 @@ GROUND = (192, 384)  # rows and columns of a ground: 1.6 by 3.2 heights of a fra
 GROUND_SPAN = (1.6, 3.2)
 BLACK, WHITE = (32, 20, 14), (255, 255, 255)
 
-COLOURS: dict[str, Colour] = {
+COLORS: dict[str, Color] = {
     "red": (200, 32, 31),
     "orange": (233, 115, 31),
     "yellow": (250, 212, 60),
@@ -40,11 +40,11 @@ COLOURS: dict[str, Colour] = {
 }
 
 
-def shade(colour: Colour, factor: float) -> Colour:
+def shade(color: Color, factor: float) -> Color:
     """The color, darker for factors below 1, towards white above."""
     if factor <= 1:
-        return tuple(round(value * factor) for value in colour)
-    return tuple(round(255 - (255 - value) * (2 - factor)) for value in colour)
+        return tuple(round(value * factor) for value in color)
+    return tuple(round(255 - (255 - value) * (2 - factor)) for value in color)
 
 
 class Pen:
@@ -58,21 +58,21 @@ class Pen:
     def to(self, points: Points) -> list[float]:
         return [(value + 1) * self.half for value in points]
 
-    def polygon(self, points: Points, colour: Colour) -> None:
-        self.draw.polygon(self.to(points), fill=colour)
+    def polygon(self, points: Points, color: Color) -> None:
+        self.draw.polygon(self.to(points), fill=color)
 
-    def ellipse(self, x: float, y: float, rx: float, ry: float, colour: Colour) -> None:
-        self.draw.ellipse(self.to((x - rx, y - ry, x + rx, y + ry)), fill=colour)
+    def ellipse(self, x: float, y: float, rx: float, ry: float, color: Color) -> None:
+        self.draw.ellipse(self.to((x - rx, y - ry, x + rx, y + ry)), fill=color)
 
-    def rectangle(self, x0: float, y0: float, x1: float, y1: float, colour: Colour) -> None:
-        self.draw.rectangle(self.to((x0, y0, x1, y1)), fill=colour)
+    def rectangle(self, x0: float, y0: float, x1: float, y1: float, color: Color) -> None:
+        self.draw.rectangle(self.to((x0, y0, x1, y1)), fill=color)
 
-    def line(self, points: Points, colour: Colour, width: float) -> None:
-        self.draw.line(self.to(points), fill=colour, width=max(1, round(width * self.half)), joint="curve")
+    def line(self, points: Points, color: Color, width: float) -> None:
+        self.draw.line(self.to(points), fill=color, width=max(1, round(width * self.half)), joint="curve")
 
-    def arc(self, x: float, y: float, rx: float, ry: float, colour: Colour, width: float) -> None:
+    def arc(self, x: float, y: float, rx: float, ry: float, color: Color, width: float) -> None:
         box = self.to((x - rx, y - ry, x + rx, y + ry))
-        self.draw.arc(box, 0, 360, fill=colour, width=max(1, round(width * self.half)))
+        self.draw.arc(box, 0, 360, fill=color, width=max(1, round(width * self.half)))
 
     def texture(self) -> np.ndarray:
         return averaged(np.asarray(self.image))
@@ -92,16 +92,16 @@ def averaged(pixels: np.ndarray) -> np.ndarray:
 # Things; each fills most of its square
 
 
-def fox(pen: Pen, colour: Colour) -> None:
+def fox(pen: Pen, color: Color) -> None:
     def at(*points: float) -> list[float]:  # from pixels of the sample picture
         return [(value - (256, 265)[index % 2]) / 210 for index, value in enumerate(points)]
 
     for side in (-1, 1):
         ear = (256 + side * 170, 60, 256 + side * 190, 260, 256 + side * 40, 170)
-        pen.polygon(at(*ear), shade(colour, 0.92))
+        pen.polygon(at(*ear), shade(color, 0.92))
         inner = (256 + side * 155, 100, 256 + side * 168, 220, 256 + side * 80, 170)
-        pen.polygon(at(*inner), shade(colour, 0.4))
-    pen.ellipse(0, 15 / 210, 176 / 210, 150 / 210, colour)
+        pen.polygon(at(*inner), shade(color, 0.4))
+    pen.ellipse(0, 15 / 210, 176 / 210, 150 / 210, color)
     pen.polygon(at(90, 300, 256, 470, 422, 300, 256, 330), (255, 243, 226))
     for x in (180, 332):
         pen.ellipse(*at(x, 270), 26 / 210, 30 / 210, BLACK)
@@ -109,15 +109,15 @@ def fox(pen: Pen, colour: Colour) -> None:
     pen.ellipse(*at(256, 428), 28 / 210, 22 / 210, BLACK)
 
 
-def cat(pen: Pen, colour: Colour, sunglasses: bool = False) -> None:
-    dark = shade(colour, 0.7)
+def cat(pen: Pen, color: Color, sunglasses: bool = False) -> None:
+    dark = shade(color, 0.7)
     for side in (-1, 1):
-        pen.polygon((side * 0.85, -0.95, side * 0.9, 0.1, side * 0.2, -0.5), colour)
+        pen.polygon((side * 0.85, -0.95, side * 0.9, 0.1, side * 0.2, -0.5), color)
         pen.polygon((side * 0.76, -0.72, side * 0.78, -0.15, side * 0.38, -0.5), (240, 170, 170))
-    pen.ellipse(0, 0.12, 0.9, 0.78, colour)
+    pen.ellipse(0, 0.12, 0.9, 0.78, color)
     for x in (-0.22, 0, 0.22):
         pen.line((x, -0.64, x * 0.8, -0.36), dark, 0.07)
-    pen.ellipse(0, 0.5, 0.4, 0.26, shade(colour, 1.6))
+    pen.ellipse(0, 0.5, 0.4, 0.26, shade(color, 1.6))
     for side in (-1, 1):
         pen.line((side * 0.3, 0.5, side * 0.98, 0.4), dark, 0.035)
         pen.line((side * 0.3, 0.56, side * 0.98, 0.66), dark, 0.035)
@@ -133,13 +133,13 @@ def cat(pen: Pen, colour: Colour, sunglasses: bool = False) -> None:
     pen.polygon((-0.12, 0.38, 0.12, 0.38, 0, 0.5), (225, 120, 130))
 
 
-def lantern(pen: Pen, colour: Colour) -> None:
+def lantern(pen: Pen, color: Color) -> None:
     def at(*points: float) -> list[float]:
         return [(value - (192, 250)[index % 2]) / 238 for index, value in enumerate(points)]
 
-    dark = shade(colour, 0.68)
+    dark = shade(color, 0.68)
     pen.line(at(192, 20, 192, 110), (51, 51, 51), 4 / 238)
-    pen.ellipse(*at(192, 260), 130 / 238, 140 / 238, colour)
+    pen.ellipse(*at(192, 260), 130 / 238, 140 / 238, color)
     for width in (60, 140, 210):
         pen.arc(*at(192, 260), width / 476, 140 / 238, dark, 5 / 238)
     gold = (202, 162, 58)
@@ -149,49 +149,49 @@ def lantern(pen: Pen, colour: Colour) -> None:
         pen.line(at(x, 414, x, 480), gold, 4 / 238)
 
 
-def boat(pen: Pen, colour: Colour) -> None:
+def boat(pen: Pen, color: Color) -> None:
     def at(*points: float) -> list[float]:
         return [(value - (0, -29)[index % 2]) / 55 for index, value in enumerate(points)]
 
-    pen.polygon(at(-45, 0, 45, 0, 30, 22, -30, 22), colour)
+    pen.polygon(at(-45, 0, 45, 0, 30, 22, -30, 22), color)
     pen.line(at(0, 0, 0, -80), (58, 36, 19), 3 / 55)
     pen.polygon(at(4, -78, 4, -8, 48, -8), (247, 243, 232))
     pen.polygon(at(-4, -66, -4, -8, -36, -8), (228, 215, 189))
 
 
-def ball(pen: Pen, colour: Colour) -> None:
-    pen.ellipse(0, 0, 0.92, 0.92, colour)
-    pen.polygon((-0.9, -0.16, 0.9, -0.16, 0.9, 0.16, -0.9, 0.16), shade(colour, 1.75))
-    pen.ellipse(-0.35, -0.5, 0.16, 0.12, shade(colour, 1.8))
+def ball(pen: Pen, color: Color) -> None:
+    pen.ellipse(0, 0, 0.92, 0.92, color)
+    pen.polygon((-0.9, -0.16, 0.9, -0.16, 0.9, 0.16, -0.9, 0.16), shade(color, 1.75))
+    pen.ellipse(-0.35, -0.5, 0.16, 0.12, shade(color, 1.8))
 
 
-def cube(pen: Pen, colour: Colour) -> None:
-    pen.polygon((-0.8, -0.4, 0, -0.85, 0.8, -0.4, 0, 0.05), shade(colour, 1.45))
-    pen.polygon((-0.8, -0.4, 0, 0.05, 0, 0.95, -0.8, 0.5), colour)
-    pen.polygon((0.8, -0.4, 0, 0.05, 0, 0.95, 0.8, 0.5), shade(colour, 0.65))
+def cube(pen: Pen, color: Color) -> None:
+    pen.polygon((-0.8, -0.4, 0, -0.85, 0.8, -0.4, 0, 0.05), shade(color, 1.45))
+    pen.polygon((-0.8, -0.4, 0, 0.05, 0, 0.95, -0.8, 0.5), color)
+    pen.polygon((0.8, -0.4, 0, 0.05, 0, 0.95, 0.8, 0.5), shade(color, 0.65))
 
 
-def star(pen: Pen, colour: Colour) -> None:
+def star(pen: Pen, color: Color) -> None:
     turns = [(math.pi * (index / 5 - 0.5), 0.97 if index % 2 == 0 else 0.42) for index in range(10)]
-    pen.polygon([value for angle, r in turns for value in (r * math.cos(angle), r * math.sin(angle) + 0.05)], colour)
+    pen.polygon([value for angle, r in turns for value in (r * math.cos(angle), r * math.sin(angle) + 0.05)], color)
 
 
-def heart(pen: Pen, colour: Colour) -> None:
+def heart(pen: Pen, color: Color) -> None:
     for side in (-1, 1):
-        pen.ellipse(side * 0.44, -0.34, 0.48, 0.46, colour)
-    pen.polygon((-0.87, -0.12, 0.87, -0.12, 0, 0.92), colour)
-    pen.ellipse(-0.5, -0.45, 0.14, 0.12, shade(colour, 1.7))
+        pen.ellipse(side * 0.44, -0.34, 0.48, 0.46, color)
+    pen.polygon((-0.87, -0.12, 0.87, -0.12, 0, 0.92), color)
+    pen.ellipse(-0.5, -0.45, 0.14, 0.12, shade(color, 1.7))
 
 
-def sun(pen: Pen, colour: Colour) -> None:
+def sun(pen: Pen, color: Color) -> None:
     pen.ellipse(0, 0, 0.95, 0.95, (255, 224, 138))
 
 
-def cat_in_sunglasses(pen: Pen, colour: Colour) -> None:
-    cat(pen, colour, sunglasses=True)
+def cat_in_sunglasses(pen: Pen, color: Color) -> None:
+    cat(pen, color, sunglasses=True)
 
 
-THINGS: dict[str, Callable[[Pen, Colour], None]] = {
+THINGS: dict[str, Callable[[Pen, Color], None]] = {
     "fox": fox,
     "cat": cat,
     "cat in sunglasses": cat_in_sunglasses,
@@ -207,10 +207,10 @@ NATURAL = {"fox": "orange", "cat": "grey", "cat in sunglasses": "grey", "lantern
 
 
 @cache
-def thing_texture(kind: str, colour: str) -> np.ndarray:
+def thing_texture(kind: str, color: str) -> np.ndarray:
     """[4, TEXTURE, TEXTURE]."""
     pen = Pen()
-    THINGS[kind](pen, COLOURS[colour])
+    THINGS[kind](pen, COLORS[color])
     return pen.texture()
 
 
@@ -258,18 +258,18 @@ def columns_of(x: float) -> float:
     return (x / GROUND_SPAN[1] + 0.5) * GROUND[1] * SCALE
 
 
-def ridge(pen: ImageDraw.ImageDraw, random: np.random.Generator, y: float, height: float, colour: Colour) -> None:
+def ridge(pen: ImageDraw.ImageDraw, random: np.random.Generator, y: float, height: float, color: Color) -> None:
     """Draw hills across the whole width, with their foot at `y`."""
     xs = np.arange(-1.7, 1.75, 0.28) + random.uniform(-0.06, 0.06, 13)
     ys = y - height * np.where(np.arange(13) % 2 == int(random.integers(2)), 1.0, 0.25) * random.uniform(0.7, 1.2, 13)
     points = [(columns_of(x), rows_of(top)) for x, top in zip(xs, ys, strict=True)]
-    pen.polygon([(0, rows_of(y + 0.02)), *points, (columns_of(1.7), rows_of(y + 0.02))], fill=colour)
+    pen.polygon([(0, rows_of(y + 0.02)), *points, (columns_of(1.7), rows_of(y + 0.02))], fill=color)
 
 
-def mixed(random: np.random.Generator, *choices: Colour, spread: float = 14) -> Colour:
+def mixed(random: np.random.Generator, *choices: Color, spread: float = 14) -> Color:
     """A random choice of the colors, slightly varied."""
-    colour = np.asarray(choices[int(random.integers(len(choices)))]) + random.uniform(-spread, spread, 3)
-    return tuple(int(value) for value in colour.clip(0, 255))
+    color = np.asarray(choices[int(random.integers(len(choices)))]) + random.uniform(-spread, spread, 3)
+    return tuple(int(value) for value in color.clip(0, 255))
 
 
 class Ground:
@@ -280,9 +280,9 @@ class Ground:
         self.sky = np.asarray(self.picture).copy()
         self.pen = ImageDraw.Draw(self.picture)
 
-    def fill_below(self, y: float, colour: Colour) -> None:
+    def fill_below(self, y: float, color: Color) -> None:
         """Fill with one color from `y` down."""
-        self.pen.rectangle((0, rows_of(y), *self.picture.size), fill=colour)
+        self.pen.rectangle((0, rows_of(y), *self.picture.size), fill=color)
 
 
 def draw_snow(random: np.random.Generator) -> Ground:
@@ -391,10 +391,10 @@ def ground_texture(name: str, variant: int) -> np.ndarray:
 
 FACES = 96  # different drawings
 COATS = ("red", "green", "blue", "purple", "grey", "brown", "yellow", "white")
-SKINS: tuple[Colour, ...] = ((239, 193, 161), (224, 172, 136), (178, 124, 88), (120, 78, 52), (247, 214, 188))
-HAIRS: tuple[Colour, ...] = ((58, 35, 23), (28, 24, 24), (150, 100, 50), (210, 170, 95), (150, 60, 30), (140, 140, 145))
+SKINS: tuple[Color, ...] = ((239, 193, 161), (224, 172, 136), (178, 124, 88), (120, 78, 52), (247, 214, 188))
+HAIRS: tuple[Color, ...] = ((58, 35, 23), (28, 24, 24), (150, 100, 50), (210, 170, 95), (150, 60, 30), (140, 140, 145))
 LIPS, GAP = (181, 71, 77), (110, 32, 38)
-EYES: tuple[Colour, ...] = ((59, 91, 46), (60, 100, 150), (90, 60, 35))
+EYES: tuple[Color, ...] = ((59, 91, 46), (60, 100, 150), (90, 60, 35))
 WALLS = (
     *(((184, 212, 227), (230, 238, 242)), ((226, 214, 190), (245, 240, 228))),
     *(((196, 214, 190), (232, 240, 228)), ((200, 190, 210), (236, 230, 240))),
@@ -427,8 +427,8 @@ def face_texture(number: int) -> tuple[np.ndarray, str, bool]:
     else:
         pen.ellipse(at(132, 62, 348, 300), fill=hair)
     pen.rectangle(at(200, 330, 280, 420), fill=shade(skin, 0.92))
-    coat_colour = (163, 38, 46) if number == 0 else COLOURS[coat]
-    pen.polygon(at(60, 480, 100, 410, 200, 385, 240, 420, 280, 385, 380, 410, 420, 480), fill=coat_colour)
+    coat_color = (163, 38, 46) if number == 0 else COLORS[coat]
+    pen.polygon(at(60, 480, 100, 410, 200, 385, 240, 420, 280, 385, 380, 410, 420, 480), fill=coat_color)
     pen.ellipse(at(150, 100, 330, 365), fill=skin)
     pen.pieslice(at(140, 70, 340, 300), 180, 360, fill=hair)
     for x in (203, 277):
@@ -440,7 +440,7 @@ def face_texture(number: int) -> tuple[np.ndarray, str, bool]:
     return averaged(np.asarray(picture)), coat, long_hair
 
 
-def skin_of(number: int) -> Colour:
+def skin_of(number: int) -> Color:
     random = np.random.default_rng([13, number])
     random.integers(len(COATS))
     return SKINS[0] if number == 0 else SKINS[int(random.integers(len(SKINS)))]
@@ -450,8 +450,8 @@ def skin_of(number: int) -> Colour:
 def part_texture(part: str, number: int = 0) -> np.ndarray:
     """A moving part of a face, filling its square: the lips, the gap between them, or a lid in the skin's color."""
     pen = Pen(64)
-    colour = {"lips": LIPS, "gap": GAP}.get(part) or shade(skin_of(number), 0.93)
-    pen.ellipse(0, 0, 0.98, 0.98, colour)
+    color = {"lips": LIPS, "gap": GAP}.get(part) or shade(skin_of(number), 0.93)
+    pen.ellipse(0, 0, 0.98, 0.98, color)
     return pen.texture()
 
 
@@ -459,7 +459,7 @@ def draw_everything() -> None:
     """Draw all textures in advance, on all cores."""
     with ThreadPoolExecutor() as pool:
         pool.map(lambda names: ground_texture(*names), itertools.product(GROUNDS, range(VARIANTS)))
-        pool.map(lambda names: thing_texture(*names), itertools.product(THINGS, COLOURS))
+        pool.map(lambda names: thing_texture(*names), itertools.product(THINGS, COLORS))
         for number in range(FACES):
             pool.submit(face_texture, number)
             pool.submit(part_texture, "lid", number)

@@ -23,8 +23,8 @@ from skyreels_v3.hunyuan.conditioning import HunyuanTextEncoder
 from skyreels_v3.wan.conditioning import TextEncoder
 from training import captions
 from training.layouts import (
-    MARK,
     SPACE,
+    SPECIAL_TOKEN,
     llama_template,
     llama_vocabulary,
     random_clip,
@@ -135,7 +135,7 @@ def llama_module() -> LlamaModel:
     query rotated by n positions as its key, attends n positions back.
     """
     pieces = list(llama_pieces())
-    marks = 3 + len(set(re.findall(MARK, DEFAULT_PROMPT_TEMPLATE["template"])))
+    marks = 3 + len(set(re.findall(SPECIAL_TOKEN, DEFAULT_PROMPT_TEMPLATE["template"])))
     model = LlamaModel(LlamaConfig(vocab_size=len(pieces) + marks, use_cache=False, **LLAMA))
     half = WIDTH // HEADS // 2
     speeds = 10000.0 ** (-np.arange(half) / half)

@@ -52,7 +52,7 @@ SCHEDULER = {"shift": 7.0}
 # Llama's tokenizer is of the published kind, with bytes and the whole words of diffusers' prompt template, so that the
 # template has as many tokens as with the published tokenizer: diffusers relies on that number.
 PIECES = r" ?[A-Za-z]+|\n+|."  # words with a leading space, line ends, single characters
-MARK = r"<\|\w+\|>"  # special tokens of the chat format
+SPECIAL_TOKEN = r"<\|\w+\|>"  # special tokens of the chat format
 BEGIN, END, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<pad>"
 SPACE = "\u2581"  # the beginning of a word, to UMT5's tokenizer
 CLIP_BEGIN, CLIP_END = "<|startoftext|>", "<|endoftext|>"
@@ -141,7 +141,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def write_llama_tokenizer(folder: Path, pieces: Mapping[str, int]) -> None:
     """Write a tokenizer of pieces that falls back to bytes, in Llama 3's format."""
     template = str(DEFAULT_PROMPT_TEMPLATE["template"])
-    marks = [BEGIN, END, PAD, *sorted(set(re.findall(MARK, template)))]
+    marks = [BEGIN, END, PAD, *sorted(set(re.findall(SPECIAL_TOKEN, template)))]
     tokenizer = Tokenizer(BPE(dict(pieces), [], ignore_merges=True))
     tokenizer.add_special_tokens([AddedToken(mark, normalized=False, special=True) for mark in marks])
     split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
@@ -157,7 +157,7 @@ def write_llama_tokenizer(folder: Path, pieces: Mapping[str, int]) -> None:
 
 def llama_template() -> str:
     """diffusers' prompt template without its special tokens."""
-    return re.sub(MARK, "", str(DEFAULT_PROMPT_TEMPLATE["template"]))
+    return re.sub(SPECIAL_TOKEN, "", str(DEFAULT_PROMPT_TEMPLATE["template"]))
 
 
 def llama_vocabulary(text: str) -> dict[str, int]:

@@ -25,7 +25,7 @@ RANGE = 2.0  # of values in [-1, 1]
 SSIM_WINDOW, SSIM_SIGMA, SSIM_K = 11, 1.5, (0.01, 0.03)
 
 KINDS = tuple(kind for kind in drawing.THINGS if kind != "sun")  # that a scene can be about
-COLOURS = tuple(drawing.COLOURS)
+COLORS = tuple(drawing.COLORS)
 EVERY = 0.15  # seconds between the frames in which a thing is tracked
 KEY_FRAMES = 3  # that are searched completely
 SIZES = np.geomspace(0.075, 0.37, 9)  # half heights of things in a frame: those of the world, and a little more
@@ -92,7 +92,7 @@ class Found:
         poses: (T, 4), x, y and size in the frame, as in `Scene.on_screen`, and its turn in radians. Sizes are
             underestimated by a few percent.
         fit: (T,) share of the thing's contrast to its surroundings that the drawing explains; 1 is all.
-        kind, colour: of the drawing that fits best there, whatever was searched for; "" if nothing like it was found.
+        kind, color: of the drawing that fits best there, whatever was searched for; "" if nothing like it was found.
         direction: of its motion in the world, one of `world.DIRECTIONS`; "" likewise.
     """
 
@@ -100,11 +100,11 @@ class Found:
     poses: np.ndarray
     fit: np.ndarray
     kind: str = ""
-    colour: str = ""
+    color: str = ""
     direction: str = ""
 
     @property
-    def there(self) -> bool:
+    def is_found(self) -> bool:
         return float(np.median(self.fit)) >= MATCH
 
 
@@ -114,13 +114,13 @@ class Templates:
 
     Attributes:
         alpha: (C, Q, Q).
-        colours: (C, 3, Q, Q), multiplied by alpha.
-        squares: (C, Q, Q) of the colours' squares times alpha.
+        colors: (C, 3, Q, Q), multiplied by alpha.
+        squares: (C, Q, Q) of the colors' squares times alpha.
         reach: half the square's side, in units of half the drawing's side.
     """
 
     alpha: Tensor
-    colours: Tensor
+    colors: Tensor
     squares: Tensor
     reach: float
 
@@ -131,15 +131,15 @@ def templates(names: tuple[tuple[str, str], ...], grain: tuple[int, int], device
     side, margin = grain
     made = torch.from_numpy(np.stack([drawing.thing_texture(*name) for name in names]))
     small = F.pad(F.adaptive_avg_pool2d(made, side), (margin,) * 4).to(device)
-    alpha, colours = small[:, 3], small[:, :3]
-    squares = (colours**2).sum(dim=1) / alpha.clamp(min=1e-6)
-    return Templates(alpha, colours, squares, 1 + 2 * margin / side)
+    alpha, colors = small[:, 3], small[:, :3]
+    squares = (colors**2).sum(dim=1) / alpha.clamp(min=1e-6)
+    return Templates(alpha, colors, squares, 1 + 2 * margin / side)
 
 
 def turned(made: Templates, turns: np.ndarray) -> Templates:
     """One drawing at several angles."""
     assert len(made.alpha) == 1
-    whole = torch.cat((made.colours[0], made.alpha, made.squares))[None].expand(len(turns), -1, -1, -1)
+    whole = torch.cat((made.colors[0], made.alpha, made.squares))[None].expand(len(turns), -1, -1, -1)
     cos, sin = (torch.tensor(part, dtype=torch.float32, device=whole.device) for part in (np.cos(turns), np.sin(turns)))
     zero = torch.zeros_like(cos)
     theta = torch.stack((cos, sin, zero, -sin, cos, zero), dim=1).view(-1, 2, 3)
@@ -190,7 +190,7 @@ def search(frame: Tensor, made: Templates, sizes: np.ndarray, turns: np.ndarray)
     kernels = torch.stack(  # (turns, sums, planes, Q, Q)
         [
             *(torch.stack([every.alpha if c == plane else zero for c in range(5)], dim=1) for plane in range(5)),
-            torch.cat((every.colours, zero[:, None], zero[:, None]), dim=1),
+            torch.cat((every.colors, zero[:, None], zero[:, None]), dim=1),
             torch.stack([every.squares if c == 3 else zero for c in range(5)], dim=1),
         ],
         dim=1,
@@ -237,7 +237,7 @@ def compare(frames: Tensor, poses: Tensor, made: Templates) -> tuple[Tensor, Ten
     """Evidence and explained share (T, N, C) of drawings at poses (T, N, 4) of frames (T, 3, H, W) in [0, 1]."""
     seen = patches(frames, poses, made.alpha.shape[-1], made.reach).flatten(3)  # (T, N, 5, QQ)
     inner = seen @ made.alpha.flatten(1).T  # (T, N, 5, C)
-    product = seen[:, :, :3].flatten(2) @ made.colours.flatten(1).T
+    product = seen[:, :, :3].flatten(2) @ made.colors.flatten(1).T
     squares = seen[:, :, 3] @ made.squares.flatten(1).T
     whole = seen.sum(dim=-1)
     sums = Sums(
@@ -308,8 +308,8 @@ def follow(frames: Tensor, made: Templates, coarse: Templates) -> Tensor:
 
 
 @torch.no_grad()
-def find_thing(video: Tensor, scene: Scene, number: int = 0, start: float = 0.0, fps: float = 24.0) -> Found:
-    """Search a video (3, F, H, W) for a thing of a scene by its drawing; recognize what is there, and how it moves.
+def find_thing(video: Tensor, scene: Scene, start: float = 0.0, fps: float = 24.0) -> Found:
+    """Search a video (3, F, H, W) for a scene's first thing by its drawing; recognize what is there, and its motion.
 
     Args:
         start: the scene's time at the first frame.
@@ -317,22 +317,22 @@ def find_thing(video: Tensor, scene: Scene, number: int = 0, start: float = 0.0,
     step = max(1, round(EVERY * fps))
     frames = (video[:, ::step].transpose(0, 1).float() + 1) / 2
     times = start + np.arange(len(frames)) * step / fps
-    thing, device = scene.things[number], str(video.device)
-    name = ((thing.kind, thing.colour),)
+    thing, device = scene.things[0], str(video.device)
+    name = ((thing.kind, thing.color),)
     made = templates(name, FINE, device)
     poses = follow(frames, made, templates(name, COARSE, device))
     fit = compare(frames, poses[:, None], made)[1][:, 0, 0].cpu().numpy()
     found = Found(times, poses.double().cpu().numpy(), fit)
-    if not found.there:
+    if not found.is_found:
         return found
-    kind, colour = recognise(frames, poses)
+    kind, color = recognize(frames, poses)
     direction = direction_of(times, in_world(found.poses, scene, times), SYMMETRY.get(kind, 1))
-    return replace(found, kind=kind, colour=colour, direction=direction)
+    return replace(found, kind=kind, color=color, direction=direction)
 
 
-def recognise(frames: Tensor, poses: Tensor) -> tuple[str, str]:
+def recognize(frames: Tensor, poses: Tensor) -> tuple[str, str]:
     """The kind and the color of the drawing that fits best at poses (T, 4), over all frames."""
-    names = tuple(product(KINDS, COLOURS))
+    names = tuple(product(KINDS, COLORS))
     near = around(poses, (0.0, -0.12, 0.12), (1.0, 0.85, 1.18), (0.0,))
     evidence = compare(frames, near, templates(names, FINE, str(frames.device)))[0]
     evidence = evidence * near[..., 2:3] ** FINE_AREA
@@ -344,7 +344,7 @@ def in_world(poses: np.ndarray, scene: Scene, times: np.ndarray) -> np.ndarray:
     zoom, sign = scene.zoom_at(times)[:, None], -1 if scene.mirrored else 1
     made = poses.copy()
     made[:, :3] *= zoom
-    made[:, :2] = made[:, :2] * (sign, 1) + scene.centre
+    made[:, :2] = made[:, :2] * (sign, 1) + scene.center
     return made
 
 
@@ -396,11 +396,11 @@ def mouth_openings(video: Tensor, face: Face) -> np.ndarray:
     """
     height = video.shape[2]
     at = (torch.arange(height, device=video.device) + 0.5) / height * 2 - 1
-    x, y = ((at - middle) / face.size for middle in face.centre)
+    x, y = ((at - middle) / face.size for middle in face.center)
     rows, columns = (y > MOUTH[1]) & (y < MOUTH[3]), (x > MOUTH[0]) & (x < MOUTH[2])
     region = (video[:, :, rows][..., columns].float() + 1) / 2  # (3, F, h, w)
-    colours = np.array((drawing.GAP, drawing.LIPS, drawing.skin_of(face.number))) / 255
-    gap, lips, skin = np.minimum(colours * face.gain, 1)
+    colors = np.array((drawing.GAP, drawing.LIPS, drawing.skin_of(face.number))) / 255
+    gap, lips, skin = np.minimum(colors * face.gain, 1)
     shares = np.linalg.pinv(np.stack((gap - skin, lips - skin), axis=1))  # (2, 3)
     weight = torch.tensor(shares[0], dtype=torch.float32, device=video.device)
     share = (region.movedim(0, -1) - torch.tensor(skin, dtype=torch.float32, device=video.device)) @ weight
@@ -414,14 +414,14 @@ class LipSync:
     """How well a measured mouth agrees with the true one.
 
     Attributes:
-        correlation: of both, frame by frame.
-        lag, best: frames that the measured one is late by where they agree best, and the correlation there.
+        correlation: of both, at a lag of 0 or 1 frame, whichever is better: sound that is early by up to 45 ms is not
+            noticed (ITU-R BT.1359-1).
+        lag: frames that the measured one is late by where they agree best; None if it does not move.
         restless: mean absolute change between frames while the true mouth is shut; 0 if still.
     """
 
     correlation: float
-    lag: int
-    best: float
+    lag: int | None
     restless: float
 
 
@@ -438,7 +438,7 @@ def lip_sync(measured: np.ndarray, truth: np.ndarray, most: int = 6) -> LipSync:
     shut = truth < SHUT
     pairs = shut[1:] & shut[:-1]
     restless = float(np.abs(np.diff(measured))[pairs].mean()) if pairs.any() else 0.0
-    return LipSync(values[0], lag, values[lag], restless)
+    return LipSync(max(values[0], values[1]), lag if values[lag] else None, restless)
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> float:

@@ -133,13 +133,13 @@ def quick_tables() -> Iterator[None]:
             tables[key] = rotary(segments, patch_size, head_dim)
         return tables[key]
 
-    def near(timestep: Tensor, channels: int) -> Tensor:
+    def sinusoid_on_device(timestep: Tensor, channels: int) -> Tensor:
         half = channels // 2
         frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
         angles = timestep.detach().double()[..., None] * frequencies
         return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
 
-    wan_transformer.rotary_tables, wan_transformer.sinusoid = kept, near
+    wan_transformer.rotary_tables, wan_transformer.sinusoid = kept, sinusoid_on_device
     try:
         yield
     finally:
@@ -183,7 +183,7 @@ def ignore_the_past(vae: nn.Module) -> None:
             part.time_conv.bias.zero_()
 
 
-def lay_out(module: nn.Module) -> None:
+def to_channels_last(module: nn.Module) -> None:
     """Convert convolution weights to the channels-last memory format, in which bfloat16 is fast."""
     for part in module.modules():
         if isinstance(part, nn.Conv2d | nn.Conv3d):
@@ -243,7 +243,7 @@ def decoded(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo, latents: Tensor) 
     return decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x))).float()
 
 
-def published_normalisation(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo) -> tuple[Tensor, Tensor]:
+def published_normalization(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (16,) by which raw latents are normalized, from the config's constants."""
     if isinstance(vae, AutoencoderKLHunyuanVideo):
         return torch.zeros(LATENTS), torch.full((LATENTS,), 1 / SCALING)
@@ -251,12 +251,12 @@ def published_normalisation(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo) -
 
 
 @torch.no_grad()
-def fold_normalisation(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo, mean: Tensor, std: Tensor) -> None:
+def fold_normalization(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo, mean: Tensor, std: Tensor) -> None:
     """Change raw latents of measured mean and standard deviation (16,) to the published ones, in encoder and decoder.
 
     Layouts without a VAE config have no place for other constants, so they are folded into its 1 x 1 x 1 convolutions.
     """
-    wanted_mean, wanted_std = (value.to(mean) for value in published_normalisation(vae))
+    wanted_mean, wanted_std = (value.to(mean) for value in published_normalization(vae))
     factor = wanted_std / std  # out' = (out - mean) * factor + wanted_mean
     out, back = vae.quant_conv, vae.post_quant_conv
     scale = torch.cat((factor, torch.ones_like(factor)))
@@ -267,13 +267,13 @@ def fold_normalisation(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo, mean: 
     back.weight.mul_((1 / factor).view(1, -1, 1, 1, 1))
 
 
-def normalised(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo, raw: Tensor) -> Tensor:
-    mean, std = (value.to(raw).view(1, -1, 1, 1, 1) for value in published_normalisation(vae))
+def normalized(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo, raw: Tensor) -> Tensor:
+    mean, std = (value.to(raw).view(1, -1, 1, 1, 1) for value in published_normalization(vae))
     return (raw - mean) / std
 
 
-def denormalised(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo, latents: Tensor) -> Tensor:
-    mean, std = (value.to(latents).view(1, -1, 1, 1, 1) for value in published_normalisation(vae))
+def denormalized(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo, latents: Tensor) -> Tensor:
+    mean, std = (value.to(latents).view(1, -1, 1, 1, 1) for value in published_normalization(vae))
     return latents * std + mean
 
 

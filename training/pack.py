@@ -46,7 +46,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder of the packs")
     options = parser.parse_args()
     for family in dict.fromkeys(TRANSFORMERS.values()):
-        pack(options.weights / f"{family}.safetensors", options.out / f"{family}.safetensors")
+        source = options.weights / f"{family}.safetensors"
+        if not source.is_file():  # trained alone
+            continue
+        lacking = {name for name, of in TRANSFORMERS.items() if of == family} - models_in(load_file(source))
+        if lacking:
+            parser.error(f"--weights {options.weights}: {source.name} lacks {', '.join(sorted(lacking))}; train it too")
+        pack(source, options.out / source.name)
+
+
+def models_in(tensors: Mapping[str, Tensor]) -> set[str]:
+    return {name.split(".")[0] for name in tensors}
 
 
 def pack(source: Path, target: Path) -> None:
@@ -56,7 +66,7 @@ def pack(source: Path, target: Path) -> None:
     written: dict[str, dict[str, Any]] = {}
     for task, name in TASKS.items():
         spec = task_spec(task)
-        if spec.family != target.stem or name not in {key.split(".")[0] for key in stored}:
+        if spec.family != target.stem or name not in models_in(stored):
             continue
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder) / Path(spec.model_id).name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -29,8 +28,6 @@ ENDS_ALONE = 0.7, 1.0  # without transformers, which wait for the encoder
 RESERVE = {"cuda": 14.0, "cpu": 20.0}  # seconds at the end, for the last pictures and files
 LOG_EVERY = {"cuda": 10.0, "cpu": 60.0}  # seconds
 HELD_OUT = 1_000_000  # the first seed of scenes that are not trained on
-
-logger = logging.getLogger("training")
 
 
 class Run:
@@ -68,12 +65,15 @@ class Run:
         return self.folder / f"{vae}.ready"
 
     def write(self, name: str, module: nn.Module) -> None:
-        """Write a module's weights in float16, if all are finite."""
+        """Write a module's weights in float16.
+
+        Raises:
+            FloatingPointError: some are not finite; the file of the last finite ones stays.
+        """
         tensors = {key: value.detach().to("cpu", torch.float16) for key, value in module.named_parameters()}
-        if all(value.isfinite().all() for value in tensors.values()):
-            write_tensors(self.file(name), tensors)
-        else:
-            logger.info("weights are not finite; not written")
+        if not all(value.isfinite().all() for value in tensors.values()):
+            raise FloatingPointError(f"{name}: weights are not finite")
+        write_tensors(self.file(name), tensors)
 
     def read(self, name: str, module: nn.Module) -> None:
         tensors = {key: value.float() for key, value in load_file(self.file(name)).items()}
@@ -104,9 +104,8 @@ class Schedule:
         self.peak, self.lowest, self.warm_up = peak, lowest, warm_up
         self.start, self.end = time.time(), end
 
-    def progress(self, now: float | None = None) -> float:
+    def progress(self, now: float) -> float:
         """Fraction of the time that has passed, 0 to 1."""
-        now = time.time() if now is None else now
         return min(1.0, max(0.0, (now - self.start) / max(1e-6, self.end - self.start)))
 
     def rate(self, progress: float) -> float:

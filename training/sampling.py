@@ -22,7 +22,7 @@ from training.tasks import Avatar, Hunyuan, Sample, Task, Video
 GUIDANCE, HUNYUAN_STEPS = 3.0, 12  # for V1's samples, which should take only a few seconds
 
 
-def sample(task: Task, model: Any, kind: str, chosen: Sample, steps: int | None = None) -> tuple[Tensor, Tensor]:
+def sample(task: Task, model: Any, kind: str, chosen: Sample) -> tuple[Tensor, Tensor]:
     """Latents (B, 16, F, h, w) sampled under the conditions of encoded samples, and the true latents.
 
     For a single-shot extension both begin with the condition frames.
@@ -30,9 +30,7 @@ def sample(task: Task, model: Any, kind: str, chosen: Sample, steps: int | None 
     truth = chosen["video"]
     if isinstance(task, Hunyuan):
         # samples have texts of several lengths: one by one
-        made = [
-            sample_hunyuan(task, model, {k: v[i : i + 1] for k, v in chosen.items()}, steps) for i in range(len(truth))
-        ]
+        made = [sample_hunyuan(task, model, {k: v[i : i + 1] for k, v in chosen.items()}) for i in range(len(truth))]
         return torch.cat(made), truth
     if isinstance(task, Video):
         spec = task_spec("reference_to_video" if kind == "references" else "single_shot_extension")
@@ -43,7 +41,7 @@ def sample(task: Task, model: Any, kind: str, chosen: Sample, steps: int | None 
         spec = task_spec("talking_avatar")
         condition = task.condition(chosen, drop=False)
     make = euler if isinstance(task, Avatar) else unipc
-    scheduler: Any = make(steps or spec.num_inference_steps, spec.shift or 1.0)
+    scheduler: Any = make(spec.num_inference_steps, spec.shift or 1.0)
     prefix, truth = truth[:, :, : condition.start_frame], truth[:, :, condition.start_frame :]
     text = F.pad(condition.text, (0, 0, 0, TEXT_TOKENS - condition.text.shape[1]))
     noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(0)).to(truth.device)
@@ -52,15 +50,14 @@ def sample(task: Task, model: Any, kind: str, chosen: Sample, steps: int | None 
     return torch.cat((prefix, made), dim=2), torch.cat((prefix, truth), dim=2)
 
 
-def sample_hunyuan(task: Hunyuan, model: Any, chosen: Sample, steps: int | None = None) -> Tensor:
-    rows = int(chosen["text"].any(dim=-1).sum())
-    full = task.condition(chosen, chosen["video"].shape[2], rows)
+def sample_hunyuan(task: Hunyuan, model: Any, chosen: Sample) -> Tensor:
+    full = task.condition(chosen, chosen["video"].shape[2], int(chosen["length"]))
     conditions = {
         FULL: full,
         NO_TEXT: HunyuanConditioning(task.negative["context"], task.negative["pooled"], 1.0, full.channels),
     }
     config = {"_class_name": "FlowMatchEulerDiscreteScheduler", **SCHEDULER}
-    scheduler = euler_of(config, steps or HUNYUAN_STEPS, None)
+    scheduler = euler_of(config, HUNYUAN_STEPS, None)
     noise = torch.randn(chosen["video"].shape, generator=torch.Generator().manual_seed(0)).to(chosen["video"].device)
     return last(denoise(model, scheduler, noise, conditions, one_condition(GUIDANCE, NO_TEXT)))
 
@@ -77,4 +74,4 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 
     if hasattr(vae, "tile_sample_stride_num_frames"):
         return torch.cat([*HunyuanVAE(vae).decode_stream(latents)], dim=2)
-    return networks.decoded(vae, networks.denormalised(vae, latents))
+    return networks.decoded(vae, networks.denormalized(vae, latents))

@@ -61,21 +61,21 @@ def make_syllable(random: np.random.Generator, length: float, pitch: float) -> n
     return vowel.astype(np.float32)
 
 
-def loudness(samples: np.ndarray, fps: float = FPS) -> np.ndarray:
+def loudness(samples: np.ndarray) -> np.ndarray:
     """Loudness of each video frame: RMS of the 60 ms around it, relative to that of the whole sound."""
-    frames = math.ceil(len(samples) / RATE * fps)
+    frames = math.ceil(len(samples) / RATE * FPS)
     samples = samples.astype(np.float64) - samples.mean()
     power = np.cumsum(np.concatenate(([0.0], samples**2)))
-    centres = np.arange(frames) / max(1, frames - 1) * len(samples)  # as the encoder stretches its features
-    first = np.clip(centres - 0.03 * RATE, 0, len(samples)).astype(int)
-    last = np.clip(centres + 0.03 * RATE, 1, len(samples)).astype(int)
+    centers = np.arange(frames) / max(1, frames - 1) * len(samples)  # as the encoder stretches its features
+    first = np.clip(centers - 0.03 * RATE, 0, len(samples)).astype(int)
+    last = np.clip(centers + 0.03 * RATE, 1, len(samples)).astype(int)
     local = (power[last] - power[first]) / np.maximum(1, last - first)
     return np.sqrt(local / max(1e-12, power[-1] / len(samples)))
 
 
-def mouth_of(samples: np.ndarray, fps: float = FPS) -> np.ndarray:
+def mouth_of(samples: np.ndarray) -> np.ndarray:
     """How far the mouth is open in each video frame, 0 to 1."""
-    opened = ((loudness(samples, fps) - QUIET) / (LOUD - QUIET)).clip(0, 1) ** 0.7
+    opened = ((loudness(samples) - QUIET) / (LOUD - QUIET)).clip(0, 1) ** 0.7
     around = np.pad(opened, 1, mode="edge")
     return 0.25 * around[:-2] + 0.5 * around[1:-1] + 0.25 * around[2:]
 

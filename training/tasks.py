@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLWan
 from torch import Tensor
 
+from skyreels_v3.denoising.loop import euler
 from skyreels_v3.hunyuan.conditioning import HunyuanConditioning
 from skyreels_v3.hunyuan.transformer import HunyuanTransformer3DModel
 from skyreels_v3.tasks import REFERENCE_SLOTS, task_spec
@@ -36,9 +37,9 @@ SHORT_FRAMES, ROLL_FRAMES = 4 * 9, 4 * 33  # new frames of it; the longer in its
 CUT_LENGTHS = {2: 9, 5: 33}  # of a shot switch: seconds -> condition frames
 VOICE_SECONDS = 12.0
 PAIR = "pair"  # two faces
-PAIRS = 0.35  # share of batches with them
+PAIRS = 0.35  # share of batches with them, once clips have full length
 DROPPED = 0.1  # share of prompts that are dropped
-COLOURLESS = 0.6  # share of prompts without colors, with reference pictures
+COLORLESS = 0.6  # share of prompts without colors, with reference pictures
 # Kinds of single frames, which cost little and so allow many more scenes
 PICTURE = "picture"  # with reference pictures
 TEXT = "text"  # described by words alone, which is no task's condition, but the cheapest
@@ -64,11 +65,11 @@ class Sizes:
     Attributes:
         scene, face: height and width of the drawings.
         first: samples drawn at the start.
-        kept: maximum number of samples.
+        kept: maximum number of samples, if all came in chunks of `chunk`.
         batch: factor on the usual batch size.
         chunk: samples drawn at once, every `steps` training steps.
         pictures: the same for single frames.
-        voices: number of voices that faces speak with.
+        voices: number of dialogs, and of voices that faces speak with alone.
     """
 
     scene: tuple[int, int] = (96, 160)
@@ -81,7 +82,7 @@ class Sizes:
     steps: int = 10
     voices: int = 64
 
-    def at_once(self, kind: str) -> int:
+    def chunk_of(self, kind: str) -> int:
         """How many samples of a kind are drawn at once."""
         if kind == CUT_PICTURE:  # with several frames before the cut
             return self.pictures // 2
@@ -109,7 +110,7 @@ class Latents:
     def __init__(self, vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo, device: torch.device) -> None:
         self.vae = vae.to(device).eval().requires_grad_(False)
         self.device = device
-        networks.lay_out(vae)
+        networks.to_channels_last(vae)
 
     @torch.no_grad()
     def __call__(self, video: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,8 +122,8 @@ class Latents:
                 for part in video.split(some)
             ]
         mean, variance = (torch.cat(part) for part in zip(*parts, strict=True))
-        scale = networks.published_normalisation(self.vae)[1].to(mean).view(1, -1, 1, 1, 1)
-        return networks.normalised(self.vae, mean), (0.5 * variance).exp() / scale
+        scale = networks.published_normalization(self.vae)[1].to(mean).view(1, -1, 1, 1, 1)
+        return networks.normalized(self.vae, mean), (0.5 * variance).exp() / scale
 
     def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(self.vae, AutoencoderKLHunyuanVideo):  # diffusers encodes long clips in pieces
@@ -173,7 +174,7 @@ class Task:
         self.name, self.sizes, self.device = name, sizes, device
         shares = {kind: self.drawn.count(kind) / len(self.drawn) for kind in self.drawn}
         self.banks = {
-            k: Bank(math.ceil(sizes.kept * share * sizes.at_once(k) / sizes.chunk)) for k, share in shares.items()
+            k: Bank(math.ceil(sizes.kept * share * sizes.chunk_of(k) / sizes.chunk)) for k, share in shares.items()
         }
         self.generator = torch.Generator(device).manual_seed(1)
         self.random = np.random.default_rng(1)
@@ -235,9 +236,14 @@ class Task:
         shift = torch.where(self.chance(size, 0.75), self.shift, 1.0)
         return shift * even / (1 + (shift - 1) * even)
 
-    def scenes(self, seeds: Sequence[int]) -> list[world.Scene]:
+    def scenes(self, seeds: Sequence[int], begins: Sequence[float] | None = None) -> list[world.Scene]:
+        """A scene per seed, for clips that begin at these times, else at 0."""
         height, width = self.sizes.scene
-        return [world.make_scene(seed, width / height) for seed in seeds]
+        times = begins or [0.0] * len(seeds)
+        return [
+            world.make_scene(seed, width / height, state_direction=begin == 0)
+            for seed, begin in zip(seeds, times, strict=True)
+        ]
 
     def rendered(self, scenes: Sequence[world.Scene], frames: int, start: Any = 0.0) -> Sample:
         """A video, and a mask (B, 1, F, h, w) of the latents in which there is a thing."""
@@ -267,8 +273,9 @@ class Video(Task):
     shift = 6.0  # sampling uses 5 and 8
 
     def draw(self, kind: str, seeds: Sequence[int]) -> Sample:
-        scenes = self.scenes(seeds)
-        begins = [float(np.random.default_rng([6, seed]).uniform(0, 2.5)) for seed in seeds]
+        # half of the clips begin at 0, with a direction in their captions
+        begins = [max(0.0, float(np.random.default_rng([6, seed]).uniform(-2.5, 2.5))) for seed in seeds]
+        scenes = self.scenes(seeds, begins)
         frames, before = LENGTHS.get(kind, 1), {}
         if kind in CUTS:
             _, seen = CUTS[kind]
@@ -293,7 +300,7 @@ class Video(Task):
         return {
             "pictures": pictures,
             "count": torch.tensor([len(scene.things) for scene in scenes], device=self.device),
-            "colourless text": self.encode_texts([captions.without_colours(scene.caption) for scene in scenes]),
+            "colorless text": self.encode_texts([captions.without_colors(scene.caption) for scene in scenes]),
         }
 
     def encode(self, drawn: Sample, latents: Latents) -> Sample:
@@ -340,8 +347,8 @@ class Video(Task):
         there = torch.arange(2, device=self.device) < chosen["count"][:, None]
         pictures = pictures * there[:, :, None, None, None]
         if drop:  # if the prompt says everything, nothing is learned from pictures
-            colourless = self.chance(len(text), COLOURLESS)[:, None, None]
-            text = torch.where(colourless, chosen["colourless text"], text)
+            colorless = self.chance(len(text), COLORLESS) & (chosen["count"] <= slots)  # all things have a picture
+            text = torch.where(colorless[:, None, None], chosen["colorless text"], text)
             swapped = self.chance(len(pictures), 0.5) & (chosen["count"] == 2)
             pictures = torch.where(swapped[:, None, None, None, None], pictures.flip(1), pictures)
             pictures = pictures * (~self.chance(len(pictures), 0.05))[:, None, None, None, None]
@@ -369,12 +376,13 @@ class Avatar(Task):
         super().prepare(folder)
         spec = task_spec("talking_avatar")
         self.empty = self.encode_texts([spec.negative_prompt])[0]
+        self.visited = euler(spec.num_inference_steps, spec.shift).sigmas[:-1].to(self.device)
         encoder = sound.audio_encoder()
         encoder.module.to(self.device)
         self.image = ImageEncoder(random_image_encoder().to(self.device).eval())
         seeds = range(self.sizes.voices)
         voices = [voice for seed in seeds for voice in sound.make_dialog(seed, VOICE_SECONDS)]  # pairs come first
-        voices += [sound.make_voice(seed, VOICE_SECONDS) for seed in seeds]
+        voices += [sound.make_voice(len(voices) + seed, VOICE_SECONDS) for seed in seeds]  # others than in dialogs
         self.mouths = [sound.mouth_of(voice) for voice in voices]
         heard = [encoder(torch.from_numpy(voice).to(self.device), sound.FPS) for voice in voices]
         self.features = torch.stack(heard).clone()  # (V, F, layers, D)
@@ -430,10 +438,9 @@ class Avatar(Task):
         }
 
     def noise_levels(self, size: int) -> Tensor:
-        """Sigmas (B,): half of them those of the sampler's four steps."""
-        visited = torch.tensor((1.0, 0.9565, 0.8466, 0.0109), device=self.device)
-        near = visited[torch.randint(4, (size,), device=self.device, generator=self.generator)]
-        return torch.where(self.chance(size, 0.5), near, super().noise_levels(size))
+        """Sigmas (B,): half of them those of the sampler's steps."""
+        index = torch.randint(len(self.visited), (size,), device=self.device, generator=self.generator)
+        return torch.where(self.chance(size, 0.5), self.visited[index], super().noise_levels(size))
 
     def batch(self, progress: float) -> Batch:
         frames, kind, size = 21, "", 24

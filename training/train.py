@@ -16,6 +16,7 @@ import logging
 import multiprocessing
 import os
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -47,27 +48,37 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     logging.getLogger("skyreels_v3").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="training-") as folder:
-        train_all(options, Path(folder), start)
+        failed = train_all(options, Path(folder), start)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; {options.out / 'log.txt'} says why")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, log and sheet")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--minutes", type=float, default=4.5, help="in which all is done and written")
-    parser.add_argument("--only", action="append", choices=MODELS, help="a model to train; may be given again")
-    parser.add_argument("--resume", type=Path, help="folder with weights to go on from")
-    parser.add_argument("--encoders", action="store_true", help="go on with the VAEs' encoders too: a new latent space")
-    parser.add_argument("--toy", action="store_true", help="small pictures and banks, to see that all of it runs")
+    parser.add_argument("--minutes", type=float, default=4.5, help="time limit, including writing the results")
+    parser.add_argument("--only", action="append", choices=MODELS, help="a model to train; may be repeated")
+    parser.add_argument("--resume", type=Path, help="folder with weights to continue from")
+    parser.add_argument(
+        "--encoders", action="store_true", help="also continue the VAEs' encoders, which changes the latent space"
+    )
+    parser.add_argument("--toy", action="store_true", help="small pictures and banks: a smoke test")
     parser.add_argument(
         "--compile", action="store_true", help="compile the transformers' blocks, which pays off after 20 minutes"
     )
-    parser.add_argument("--threads", type=int, default=2, help="of each process")
-    return parser.parse_args()
+    parser.add_argument("--threads", type=int, default=2, help="threads per process")
+    options = parser.parse_args()
+    for name in options.only or ():
+        vae = f"vae_{MODELS[name]}"
+        trained = options.resume and (options.resume / f"{MODELS[name]}.safetensors").is_file() and not options.encoders
+        if name not in VAES and vae not in options.only and not trained:
+            parser.error(f"--only {name}: needs a VAE; add --only {vae}, or --resume DIR without --encoders")
+    return options
 
 
-def train_all(options: argparse.Namespace, folder: Path, start: float) -> None:
-    """Run a process per model, and merge what they have written every few seconds."""
+def train_all(options: argparse.Namespace, folder: Path, start: float) -> list[str]:
+    """Run a process per model, and merge what they have written every few seconds; returns the names of failed ones."""
     anew = options.resume is None or options.encoders
     names = options.only or list(MODELS if anew else TRANSFORMERS)
     if options.resume is not None:
@@ -89,10 +100,11 @@ def train_all(options: argparse.Namespace, folder: Path, start: float) -> None:
         run.terminate()
         run.join(timeout=5)
     put_together(folder, options.out)
+    return [run.name for run in runs if run.exitcode not in (0, None, -signal.SIGTERM)]
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory: each large tensor would be new pages of the system's, which cost more than its math.
+    """Let glibc keep freed memory: otherwise each large tensor needs fresh pages, which cost more time than its math.
 
     Drawing and encoding take half the time then, a step of a transformer 5 to 10 % less.
     """

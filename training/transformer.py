@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import time
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from training import networks, sampling, tasks
+from training import measure, networks, sampling, tasks
 from training.optimizer import Trainer
 from training.run import HELD_OUT, Run, Schedule
 
@@ -118,7 +117,7 @@ class TransformerTraining:
         ready = self.run.ready(self.vae_name)
         while not ready.is_file():
             if time.time() > self.run.end:
-                raise SystemExit("there is no VAE")
+                raise RuntimeError("there is no VAE")
             if len(self.drawn) * self.run.sizes.chunk < self.run.sizes.first:
                 self.draw(len(self.drawn))
             else:
@@ -136,7 +135,7 @@ class TransformerTraining:
     def draw(self, number: int) -> None:
         """Draw a chunk of samples; kinds take turns."""
         kind = self.task.drawn[number % len(self.task.drawn)]
-        count = self.run.sizes.at_once(kind)
+        count = self.run.sizes.chunk_of(kind)
         self.drawn.append((kind, self.task.draw(kind, range(self.seed, self.seed + count))))
         self.seed += count
 
@@ -159,10 +158,10 @@ class TransformerTraining:
             made, truth = sampling.sample(task, self.averaged.eval(), kind, samples)
             some = [sampling.decode(vae, part).clamp(-1, 1) for part in (truth, made)]
             seen = tasks.CONDITION_FRAMES if kind in ("short", "long") else 0
-            error = (some[0] - some[1])[:, :, seen:].square().mean((1, 3, 4)) / 4  # (B, F)
-            video, first = float(error.mean()), float((-10 * error[:, 0].log10()).mean())
-            logger.info("%s: %.2f dB to the truth, first frame %.2f", kind or self.name, -10 * math.log10(video), first)
-            count = error.shape[1]
+            psnr = torch.stack([measure.psnr(*pair) for pair in zip(*some, strict=True)])[:, seen:]  # (B, F)
+            video, first = float(psnr.mean()), float(psnr[:, 0].mean())
+            logger.info("%s: %.2f dB to the truth, first frame %.2f", kind or self.name, video, first)
+            count = psnr.shape[1]
             frames = [max(0, seen - 1), *(seen + count * step // 4 for step in range(1, 4)), seen + count - 1]
             for pair in ((0, 1), (2, 3)) if kind == task.kinds[0] else ((0, 1),):
                 rows += [[part[index, :, frame] for index in pair for frame in frames] for part in some]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from training import networks, sound, tasks, world
+from training import measure, networks, sound, tasks, world
 from training.optimizer import Trainer
 from training.run import HELD_OUT, VAES, Run, Schedule
 
@@ -49,7 +49,7 @@ class VAETraining:
         if self.resumed:
             run.read(name, self.vae)
         self.vae.to(run.device)
-        networks.lay_out(self.vae)
+        networks.to_channels_last(self.vae)
         self.seed = 50_000_000 + (int(run.start * 10) if self.resumed else 0)  # of the next clip
         shares = {"scene": run.sizes.first // 4, "face": run.sizes.first // 8, "picture": run.sizes.first // 8}
         chunk = run.sizes.chunk
@@ -68,7 +68,7 @@ class VAETraining:
                 vae.quant_conv.bias[networks.LATENTS :].fill_(FIRST_LOG_VARIANCE)
         if not self.resumed or run.encoders:
             self.learn(max(run.encoder_end, time.time() + LEAST * (run.end - run.start)), frozen=False)
-            used = self.normalise()
+            used = self.normalize()
             logger.info("encoder done: %d of 16 channels hold more than noise; %s", used, self.measured())
             run.write(self.name, vae)
             run.ready(self.name).touch()
@@ -119,10 +119,10 @@ class VAETraining:
         if not frozen:
             loss = loss + KL_WEIGHT * 0.5 * (mean.square() + deviation.square() - 1 - log_variance).mean()
             if mean.shape[2] > 1:
-                loss = loss + ALIKE * self.unlike(video, mean)
+                loss = loss + ALIKE * self.distance_to_pictures(video, mean)
         return loss
 
-    def unlike(self, video: Tensor, mean: Tensor) -> Tensor:
+    def distance_to_pictures(self, video: Tensor, mean: Tensor) -> Tensor:
         """How much the last latents of clips differ from those that their last frames have as pictures: mean square.
 
         V3's VAE treats the first frame in its own way. If nothing held them together, the latents of first and later
@@ -130,8 +130,8 @@ class VAETraining:
         """
         with torch.autocast(self.run.device.type, torch.bfloat16):
             picture, _ = networks.moments_of(self.vae, video[:, :, -1:])
-        clip = networks.normalised(self.vae, mean[:, :, -1:])
-        return (clip - networks.normalised(self.vae, picture)).square().mean()
+        clip = networks.normalized(self.vae, mean[:, :, -1:])
+        return (clip - networks.normalized(self.vae, picture)).square().mean()
 
     def batch(self, progress: float) -> Tensor:
         """Clips (B, 3, F, H, W) in [-1, 1]: crops of single frames at first, later more frames, then whole ones."""
@@ -161,13 +161,19 @@ class VAETraining:
 
     def draw(self, kind: str, size: int, seed: int | None = None) -> Tensor:
         """Draw new clips, or those from `seed` on."""
-        if seed is None:
-            seed = self.seed
-            self.seed += size
-        return draw_clips(self.run, kind, range(seed, seed + size))
+        if seed is not None:
+            return draw_clips(self.run, kind, range(seed, seed + size))
+        seeds = range(self.seed, self.seed + size)
+        self.seed += size
+        clips = draw_clips(self.run, kind, seeds)
+        if kind == "face":
+            for clip, number in zip(clips, seeds, strict=True):
+                if number % 4 == 0:  # gray, like the pipeline's unknown frames
+                    clip[:, 1 if number % 8 else 5 :] = 128
+        return clips
 
     @torch.no_grad()
-    def normalise(self) -> int:
+    def normalize(self) -> int:
         """Normalize latents to the published statistics; returns how many channels hold more than noise."""
         with torch.autocast(self.run.device.type, torch.bfloat16):
             found = [
@@ -176,19 +182,19 @@ class VAETraining:
             ]
         means, variances = (torch.cat([part[i].transpose(0, 1).flatten(1) for part in found], dim=1) for i in (0, 1))
         std = (means.var(dim=1) + variances.exp().mean(dim=1)).sqrt()
-        networks.fold_normalisation(self.vae, means.mean(dim=1), std)
+        networks.fold_normalization(self.vae, means.mean(dim=1), std)
         return int((means.std(dim=1) / std > 0.5).sum())
 
     @torch.no_grad()
     def measured(self) -> str:
-        """PSNR of held-out clips, as text."""
+        """PSNR of held-out clips' frames, as text."""
         figures = []
         for kind in ("scene", "face"):
             video = tasks.from_bytes(self.draw(kind, self.run.sizes.chunk, HELD_OUT + 1))
             with torch.autocast(self.run.device.type, torch.bfloat16):
                 again = networks.decoded(self.vae, networks.moments_of(self.vae, video)[0]).clamp(-1, 1)
-            error = (again - video).square().mean((1, 2, 3, 4)) / 4
-            figures.append(f"{kind} {float((-10 * error.log10()).mean()):.2f} dB")
+            found = torch.stack([measure.psnr(*pair) for pair in zip(again, video, strict=True)])
+            figures.append(f"{kind} {float(found.mean()):.2f} dB")
         return ", ".join(figures)
 
 
@@ -198,10 +204,7 @@ def draw_clips(run: Run, kind: str, seeds: Sequence[int]) -> Tensor:
     if kind == "face":
         mouths = [spoken(seed % 16)[:CLIP_FRAMES] for seed in seeds]
         faces = [world.make_face(seed, mouth) for seed, mouth in zip(seeds, mouths, strict=True)]
-        video = world.render_faces(faces, *run.sizes.face, run.device)
-        for index in range(0, len(seeds), 4):  # gray, like the pipeline's unknown frames
-            video[index, :, 1 if index % 8 else 5 :] = 0
-        return tasks.to_bytes(video)
+        return tasks.to_bytes(world.render_faces(faces, *run.sizes.face, run.device))
     scenes = [world.make_scene(seed, width / height) for seed in seeds]
     if kind == "picture":
         shown = [world.references(scene)[0] for scene in scenes]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from training import captions, drawing
 
+STEADY_SECONDS = 2.0  # in which nothing turns back
 MARGIN = 0.12  # distance from the frame's sides at which things turn back
 DIRECTIONS = ("left", "right", "up", "down", "towards", "away", "turning", "still")
 SIZES = (0.08, 0.36)  # limits of a thing's half height, at which growing and shrinking reverse
@@ -58,7 +59,7 @@ def folded(values: np.ndarray, low: float, high: float) -> np.ndarray:
 @dataclass(frozen=True)
 class Thing:
     kind: str
-    colour: str
+    color: str
     motion: Motion
 
 
@@ -68,9 +69,9 @@ class Scene:
 
     Attributes:
         things: the first is the caption's subject; carried ones share its motion, beside it.
-        direction: of the first thing, one of `DIRECTIONS`; told: whether the caption says it.
+        direction: of the first thing, one of `DIRECTIONS`; direction_stated: whether the caption names it.
         zoom: visible height at time 0, in frame heights; zooming: change of its logarithm per second.
-        centre: of the frame, in the world.
+        center: of the frame, in the world.
         pan: speed of the ground to the right.
         mirrored: seen from the other side.
         sun: its position at time 0, or None; it sinks.
@@ -82,17 +83,16 @@ class Scene:
     gain: tuple[float, float, float]
     things: tuple[Thing, ...]
     direction: str
-    told: bool
+    direction_stated: bool
     caption: str
     flakes: bool = False
     waves: float | None = None
     sun: tuple[float, float] | None = None
     zoom: float = 1.0
     zooming: float = 0.0
-    centre: tuple[float, float] = (0.0, 0.0)
+    center: tuple[float, float] = (0.0, 0.0)
     pan: float = 0.0
     mirrored: bool = False
-    cut: str = ""
 
     def zoom_at(self, times: np.ndarray) -> np.ndarray:
         return np.exp(np.clip(math.log(self.zoom) + self.zooming * times, math.log(0.5), math.log(1.5)))
@@ -101,7 +101,7 @@ class Scene:
         """x, y and size (T, 3) of a thing in the frame, as a measurement of the frames should find them."""
         x, y, size, _ = self.things[number].motion.at(times)
         zoom, sign = self.zoom_at(times), -1 if self.mirrored else 1
-        return np.stack((sign * (x - self.centre[0]) / zoom, (y - self.centre[1]) / zoom, size / zoom), axis=1)
+        return np.stack((sign * (x - self.center[0]) / zoom, (y - self.center[1]) / zoom, size / zoom), axis=1)
 
 
 PLACES: dict[str, tuple[str, ...]] = {  # grounds of some things; all others can be anywhere
@@ -112,34 +112,34 @@ PLACES: dict[str, tuple[str, ...]] = {  # grounds of some things; all others can
 STANDING = ("fox", "cat", "cat in sunglasses", "cube")
 
 
-def make_scene(seed: int, aspect: float = 5 / 3, seconds: float = 2.0) -> Scene:
-    """A scene in which nothing turns back for `seconds`, so that the caption's direction is what is visible."""
+def make_scene(seed: int, aspect: float = 5 / 3, state_direction: bool = True) -> Scene:
+    """A scene; its caption may state a direction, which is what is visible for the first `STEADY_SECONDS`."""
     random = np.random.default_rng([1, seed])
     kinds = [kind for kind in drawing.THINGS if kind != "sun"]
     kind = pick(random, kinds)
     grounds = PLACES.get(kind, ("snow", "night", "sea", "hills", "room", "pool", "sky"))
     ground = pick(random, grounds)
     direction = pick(random, DIRECTIONS, (0.2, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1))
-    first = Thing(kind, colour_of(random, kind), motion_of(random, kind, ground, direction, aspect, seconds))
+    first = Thing(kind, color_of(random, kind), motion_of(random, kind, ground, direction, aspect))
     things, relation = [first], ""
     other = random.random()
     if other < 0.55:
         second_kind = pick(random, [name for name in kinds if name.split()[0] != kind.split()[0]])
-        colour = colour_of(random, second_kind)
+        color = color_of(random, second_kind)
         if other < 0.3 and kind in STANDING:
             relation = "carries"
             motion = carried(random, first.motion)
         else:
             relation = "beside"
-            motion = motion_of(random, second_kind, ground, "still", aspect, seconds, size=(0.1, 0.17))
-        things.append(Thing(second_kind, colour, motion))
+            motion = motion_of(random, second_kind, ground, "still", aspect, size=(0.1, 0.17))
+        things.append(Thing(second_kind, color, motion))
     camera = pick(random, ("still", "left", "right", "in", "out"), (0.72, 0.08, 0.08, 0.06, 0.06))
-    told = random.random() < 0.8
+    stated = random.random() < 0.8 and state_direction
     caption = captions.describe(
         random,
-        [(thing.kind, thing.colour, thing.colour == drawing.NATURAL.get(thing.kind)) for thing in things],
+        [(thing.kind, thing.color, thing.color == drawing.NATURAL.get(thing.kind)) for thing in things],
         relation,
-        direction if told else "",
+        direction if stated else "",
         ground,
         camera,
     )
@@ -152,7 +152,7 @@ def make_scene(seed: int, aspect: float = 5 / 3, seconds: float = 2.0) -> Scene:
         gain=tuple(float(value) for value in random.uniform(0.94, 1.06, 3)),
         things=tuple(things),
         direction=direction,
-        told=told,
+        direction_stated=stated,
         caption=caption,
         flakes=ground == "snow",
         waves=waves,
@@ -166,11 +166,11 @@ def pick(random: np.random.Generator, choices: Sequence[str], weights: Sequence[
     return choices[int(random.choice(len(choices), p=weights))]
 
 
-def colour_of(random: np.random.Generator, kind: str) -> str:
+def color_of(random: np.random.Generator, kind: str) -> str:
     natural = drawing.NATURAL.get(kind)
     if natural is not None and random.random() < 0.5:
         return natural
-    return pick(random, list(drawing.COLOURS))
+    return pick(random, list(drawing.COLORS))
 
 
 def motion_of(
@@ -179,7 +179,6 @@ def motion_of(
     ground: str,
     direction: str,
     aspect: float,
-    seconds: float,
     size: tuple[float, float] = (0.15, 0.23),
 ) -> Motion:
     """A random motion in `direction`, from a start with enough room."""
@@ -194,14 +193,13 @@ def motion_of(
     sign = -1 if direction in ("left", "up") else 1
     if direction in ("left", "right"):
         reach = 2 * (bounds[0] - MARGIN)
-        across = min(across, 0.9 * reach / seconds)
-        x = sign * (across * seconds * float(random.uniform(0, 1)) - across * seconds)
-        room = (reach - across * seconds) / 2
-        x = sign * (float(random.uniform(-1, 1)) * room - across * seconds / 2) if room > 0 else x
+        across = min(across, 0.9 * reach / STEADY_SECONDS)
+        room = (reach - across * STEADY_SECONDS) / 2
+        x = sign * (float(random.uniform(-1, 1)) * room - across * STEADY_SECONDS / 2)
         return Motion((x, y), (sign * across, 0.0), half, bob=bob, bounds=bounds)
     if direction in ("up", "down"):
-        room = max(0.0, (2 * (bounds[1] - MARGIN) - along * seconds) / 2)
-        y = sign * (float(random.uniform(-1, 1)) * room - along * seconds / 2)
+        room = max(0.0, (2 * (bounds[1] - MARGIN) - along * STEADY_SECONDS) / 2)
+        y = sign * (float(random.uniform(-1, 1)) * room - along * STEADY_SECONDS / 2)
         return Motion((x, y), (0.0, sign * along), half, bounds=bounds)
     if direction in ("towards", "away"):
         growth = float(random.uniform(0.22, 0.34))
@@ -228,7 +226,7 @@ def references(scene: Scene) -> list[Scene]:
     made = []
     for thing in scene.things:
         motion = Motion((0.0, 0.0), size=float(random.uniform(0.38, 0.48)))
-        things = (Thing(thing.kind, thing.colour, motion),)
+        things = (Thing(thing.kind, thing.color, motion),)
         made.append(Scene(scene.seed, "plain", 0, (1.0, 1.0, 1.0), things, "still", False, ""))
     return made
 
@@ -237,9 +235,9 @@ def cut_to(scene: Scene, seconds: float, kind: str) -> Scene:
     """The shot after a cut at `seconds`: the same world in another view. Its times continue the scene's."""
     random = np.random.default_rng([3, scene.seed])
     x, y, _, _ = (float(value[0]) for value in scene.things[0].motion.at(np.array([seconds])))
-    shot = replace(scene, zooming=0.0, pan=0.0, cut=kind, zoom=1.0)
+    shot = replace(scene, zooming=0.0, pan=0.0, zoom=1.0)
     if kind == "ZOOM_IN_CUT":
-        shot = replace(shot, zoom=float(random.uniform(0.5, 0.6)), centre=(0.8 * x, 0.8 * y))
+        shot = replace(shot, zoom=float(random.uniform(0.5, 0.6)), center=(0.8 * x, 0.8 * y))
     elif kind == "ZOOM_OUT_CUT":
         shot = replace(shot, zoom=float(random.uniform(1.4, 1.5)))
     elif kind == "MULTI_ANGLE_CUT":
@@ -248,8 +246,8 @@ def cut_to(scene: Scene, seconds: float, kind: str) -> Scene:
         other = make_scene(scene.seed ^ 0x5A5A5A)
         shot = replace(shot, things=other.things[:1], direction=other.direction)
     first = shot.things[0]
-    natural = first.colour == drawing.NATURAL.get(first.kind)
-    return replace(shot, caption=captions.describe_cut(random, kind, first.kind, first.colour, natural, scene.ground))
+    natural = first.color == drawing.NATURAL.get(first.kind)
+    return replace(shot, caption=captions.describe_cut(random, kind, first.kind, first.color, natural, scene.ground))
 
 
 # Rendering
@@ -278,7 +276,7 @@ def camera(scene: Scene, times: np.ndarray, aspect: float) -> np.ndarray:
     made = np.zeros((len(times), 3, 3))
     made[:, 0, 0] = zoom * aspect / 2 * (-1 if scene.mirrored else 1)
     made[:, 1, 1] = zoom / 2
-    made[:, 0, 2], made[:, 1, 2], made[:, 2, 2] = *scene.centre, 1
+    made[:, 0, 2], made[:, 1, 2], made[:, 2, 2] = *scene.center, 1
     return made
 
 
@@ -287,7 +285,7 @@ def thing_layer(scenes: Sequence[Scene], number: int, times: np.ndarray) -> Laye
     for index, scene in enumerate(scenes):
         if number < len(scene.things):
             thing = scene.things[number]
-            layer.textures.append(drawing.thing_texture(thing.kind, thing.colour))
+            layer.textures.append(drawing.thing_texture(thing.kind, thing.color))
             layer.places[index] = affine(*thing.motion.at(times[index]))
         else:
             layer.textures.append(EMPTY)
@@ -434,15 +432,14 @@ class Face:
         number: of the drawing; 0 is the sample portrait's.
         mouth: how far it is open in each frame, 0 to 1.
         lids: how far they are closed in each frame.
-        size, centre: of the drawing in the frame, whose height is 2.
+        size, center: of the drawing in the frame, whose height is 2.
     """
 
-    seed: int
     number: int
     mouth: np.ndarray
     lids: np.ndarray
     size: float
-    centre: tuple[float, float]
+    center: tuple[float, float]
     caption: str
     gain: tuple[float, float, float] = field(default=(1.0, 1.0, 1.0))
 
@@ -460,28 +457,26 @@ def make_face(seed: int, mouth: np.ndarray, blinks: bool = True) -> Face:
     near = number == 0 and random.random() < 0.6
     size = 1.0 if near else float(random.uniform(1.0, 1.15))
     reach = size - 1
-    centre = tuple(float(value) for value in random.uniform(-reach, reach, 2))
+    center = tuple(float(value) for value in random.uniform(-reach, reach, 2))
     gain = tuple(float(value) for value in (np.ones(3) if near else random.uniform(0.93, 1.07, 3)))
-    return Face(seed, number, mouth, lids, size, centre, captions.describe_face(random, coat, long_hair), gain)
+    return Face(number, mouth, lids, size, center, captions.describe_face(random, coat, long_hair), gain)
 
 
-def render_faces(
-    faces: Sequence[Face], height: int, width: int, device: torch.device | str = "cpu", frames: slice | None = None
-) -> Tensor:
-    """Video (B, 3, F, H, W) in [-1, 1] of faces with the same number of frames; `frames` selects some."""
+def render_faces(faces: Sequence[Face], height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """Video (B, 3, F, H, W) in [-1, 1] of faces with the same number of frames."""
     assert height == width, "faces are drawn in square frames"
-    device, frames = torch.device(device), frames or slice(None)
-    mouths = np.stack([face.mouth[frames] for face in faces])
-    lids = np.stack([face.lids[frames] for face in faces])
+    device = torch.device(device)
+    mouths = np.stack([face.mouth for face in faces])
+    lids = np.stack([face.lids for face in faces])
     sizes = np.array([face.size for face in faces])[:, None]
-    centres = np.array([face.centre for face in faces])[..., None]  # (B, 2, 1)
+    centers = np.array([face.center for face in faces])[..., None]  # (B, 2, 1)
 
     def places(x: float, y: np.ndarray, rx: np.ndarray, ry: np.ndarray) -> Tensor:
         """Affine maps from the frame to the square of a part at (x, y) of the face."""
         wide, high = rx * sizes, np.maximum(ry, 1e-3) * sizes
         made = np.zeros((*mouths.shape, 2, 3))
-        made[..., 0, 0], made[..., 0, 2] = 1 / wide, -(x * sizes + centres[:, 0]) / wide
-        made[..., 1, 1], made[..., 1, 2] = 1 / high, -(y * sizes + centres[:, 1]) / high
+        made[..., 0, 0], made[..., 0, 2] = 1 / wide, -(x * sizes + centers[:, 0]) / wide
+        made[..., 1, 1], made[..., 1, 2] = 1 / high, -(y * sizes + centers[:, 1]) / high
         return torch.from_numpy(made.astype(np.float32)).to(device, non_blocking=True)
 
     ones, size = np.ones_like(mouths), (height, width)

@@ -43,18 +43,18 @@ def test_captions_name_what_is_seen(seed):
     words = {captions.meaning_of(word.strip(".,").lower()) for word in scene.caption.split()}
     for thing in scene.things:
         assert thing.kind.split()[0] in words
-        assert thing.colour in words or thing.colour == drawing.NATURAL.get(thing.kind)
-    colourless = {
-        captions.meaning_of(word.strip(".,").lower()) for word in captions.without_colours(scene.caption).split()
+        assert thing.color in words or thing.color == drawing.NATURAL.get(thing.kind)
+    colorless = {
+        captions.meaning_of(word.strip(".,").lower()) for word in captions.without_colors(scene.caption).split()
     }
-    assert colourless == words - drawing.COLOURS.keys()
-    if scene.told and scene.direction in ("left", "right"):
+    assert colorless == words - drawing.COLORS.keys()
+    if scene.direction_stated and scene.direction in ("left", "right"):
         assert scene.direction in words
-    x, y, _ = scene.on_screen(0, np.array([0.0, 1.9])).T
+    x, y, _, _ = scene.things[0].motion.at(np.linspace(0, world.STEADY_SECONDS, 30))
     if scene.direction in ("left", "right"):
-        assert (x[1] > x[0]) == (scene.direction == "right")
+        assert (np.diff(x) * (1 if scene.direction == "right" else -1) > 0).all()
     if scene.direction in ("up", "down"):
-        assert (y[1] > y[0]) == (scene.direction == "down")
+        assert (np.diff(y) * (1 if scene.direction == "down" else -1) > 0).all()
 
 
 @pytest.mark.parametrize("kind", world.CUTS)
@@ -67,6 +67,8 @@ def test_cuts(kind):
         assert after > 1.5 * before
     if kind == "ZOOM_OUT_CUT":
         assert after < 0.75 * before
+    assert shot.mirrored == (kind == "MULTI_ANGLE_CUT")
+    assert (shot.things != scene.things) == (kind == "CUT_AWAY")
 
 
 def test_a_mouth_opens_with_the_sound():
