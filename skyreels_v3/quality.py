@@ -314,7 +314,7 @@ def report(quality: Quality) -> Iterator[str]:
     cuts = ", ".join(map(str, quality.cuts[:8])) + (", ..." if len(quality.cuts) > 8 else "")
     yield (
         f"{counted(quality.frames, 'new frame')}, {quality.seconds:.2f} s: {quality.black} black, "
-        f"{quality.flat} of one color, {quality.frozen} frozen (at most {quality.freeze:.1f} s), {quality.noisy} noisy"
+        f"{quality.flat} of one color, {quality.frozen} frozen (longest {quality.freeze:.1f} s), {quality.noisy} noisy"
     )
     yield (
         f"noise {quality.noise:.2f} of the contrast, {quality.clipped:.1f} % clipped, flicker {quality.flicker:.2f} "
@@ -341,7 +341,7 @@ def warnings(quality: Quality, cut_at_seam: bool = False, cuts_known: bool = Tru
     if not quality.frames:
         return
     several = max(1.0, BAD_SHARE * quality.frames)
-    for count, what in ((quality.black, "black"), (quality.flat, "of one color"), (quality.noisy, "noise")):
+    for count, what in ((quality.black, "black"), (quality.flat, "of one color"), (quality.noisy, "noisy")):
         if count > several or count == quality.frames:
             share = "all" if count == quality.frames else f"{count} of {quality.frames}"
             yield f"{share} frames are {what}"

@@ -89,7 +89,7 @@ def test_noise():
     assert noise_level(ramp) == 0
     quality = quality_of(random.integers(0, 256, (30, 60, 80, 3), np.uint8))
     assert quality.noisy == 30 and quality.noise > 0.9 and not quality.cuts
-    assert "all frames are noise" in [*warnings(quality)]
+    assert "all frames are noisy" in [*warnings(quality)]
 
 
 def test_flicker_and_drift(moving):
@@ -203,6 +203,6 @@ def test_the_figures_of_a_call(monkeypatch, cache, caplog):
     *events, done = load("reference_to_video", **SMALL)(ref_imgs=[ASSETS / "fox.png"], num_frames=9, check=True)
     frames = np.stack([event.image for event in events if type(event).__name__ == "Frame"])
     assert done.quality == quality_of(frames)
-    assert "check: 7 of 9 frames are noise" in caplog.text
+    assert "check: 7 of 9 frames are noisy" in caplog.text
     *_, done = load("reference_to_video", **SMALL)(ref_imgs=[ASSETS / "fox.png"], num_frames=5)
     assert done.quality is None
