@@ -467,9 +467,9 @@ def vae_result(family: str, scenes: int) -> Result:
             vae.tiles = (2, 2)
             pairs["tiles to whole, dB"] = torch.cat([*vae.decode_stream(latents)], dim=2), made
             vae.tiles = (1, 1)
-        found.setdefault("SSIM", []).append(float(measure.ssim(made[0], video[0]).mean()))
         for name, (one, other) in pairs.items():
             found.setdefault(name, []).append(float(measure.psnr(one[0], other[0]).clamp(max=100).mean()))
+        found.setdefault("SSIM", []).append(float(measure.ssim(made[0], video[0]).mean()))
     figures = {name: summary(values) for name, values in found.items()}
     return Result(f"VAE, {family}", "", scenes, figures, weights_of(spec, "vae"))
 
