@@ -306,7 +306,7 @@ def test_probe_is_fast(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", RECORDINGS)
 def test_loudness_as_recorded(name: str) -> None:
-    expected = load_file(REFERENCE / "cases.safetensors")[f"{name}.normalized"]
+    expected = load_file(REFERENCE / "cases.safetensors")[f"{name}.normalised"]
     samples = normalize_loudness(read_audio(REFERENCE / f"{name}.wav"))
     assert samples.dtype == np.float32
     assert np.abs(samples - expected).max() <= 1e-6

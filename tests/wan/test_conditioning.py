@@ -102,7 +102,7 @@ def test_the_image_encoder_of_a_run(reference):
 )
 def test_audio_states(reference, clip, folder, name, step):
     recorded = load_file(reference / "wav2vec2" / "cases.safetensors")
-    out = load_audio_encoder(reference / folder, torch.float32)(recorded[f"{clip}.normalized"], fps=25)
+    out = load_audio_encoder(reference / folder, torch.float32)(recorded[f"{clip}.normalised"], fps=25)
     torch.testing.assert_close(out[:, :, ::step], recorded[f"{clip}.{name}"], atol=1e-3, rtol=0)
 
 
