@@ -9,6 +9,7 @@ A folder stands for the newest video in it.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +27,7 @@ def main() -> None:
         "--count", type=int, default=6, help="frames of each, evenly spaced, from the first to the last"
     )
     options = parser.parse_args()
-    rows = [row_of(newest(path), options.count) for path in options.videos]
-    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height + GAP for row in rows) - GAP), "white")
-    top = 0
-    for row in rows:
-        sheet.paste(row, (0, top))
-        top += row.height + GAP
-    sheet.save(options.out)
+    stack([row_of(newest(path), options.count) for path in options.videos], GAP).save(options.out)
 
 
 def newest(path: Path) -> Path:
@@ -54,6 +49,16 @@ def row_of(video: Path, count: int) -> Image.Image:
         row.paste(frame, (left, 0))
         left += frame.width + GAP
     return row
+
+
+def stack(rows: Sequence[Image.Image], gap: int = 0) -> Image.Image:
+    """Rows below each other, on white."""
+    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height + gap for row in rows) - gap), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height + gap
+    return sheet
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import re
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from imageio_ffmpeg import write_frames
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from benchmarks.frames import stack
 from skyreels_v3 import load
 from skyreels_v3.api import Frame, VideoGenerator
 from skyreels_v3.checkpoints.tiny import make_tiny
@@ -481,7 +482,7 @@ def slug(text: str) -> str:
     return re.sub("[^a-z0-9_]+", "-", text.lower()).strip("-")
 
 
-def row_of(folder: Path, subject: str, variant: str) -> Path:
+def row_file(folder: Path, subject: str, variant: str) -> Path:
     """The file of a row of frames."""
     return folder / f"{slug(f'{subject} {variant}')}.png"
 
@@ -494,17 +495,6 @@ def write_row(path: Path, title: str, video: Tensor, count: int = 6) -> None:
     ImageDraw.Draw(row).text((2, 1), title, fill="black")
     row.paste(Image.fromarray(frames), (0, LABEL))
     row.save(path)
-
-
-def stack(rows: Iterable[Path], path: Path) -> None:
-    """Write rows of frames below each other."""
-    pictures = [Image.open(row) for row in rows]
-    whole = Image.new("RGB", (max(each.width for each in pictures), sum(each.height for each in pictures)))
-    top = 0
-    for each in pictures:
-        whole.paste(each, (0, top))
-        top += each.height
-    whole.save(path, quality=90)
 
 
 def page_of(folder: Path, pictures: Path) -> str:
@@ -527,9 +517,9 @@ def page_of(folder: Path, pictures: Path) -> str:
             cells = [f"{line['figures'][name]:g}" if name in line["figures"] else "" for name in names]
             text.append(f"| {title_of(subject, line['variant'])} | {line['scenes']} | {' | '.join(cells)} |")
         variants = dict.fromkeys(line["variant"] for line in rows)
-        if files := [file for variant in variants if (file := row_of(folder, subject, variant)).exists()]:
+        if files := [file for variant in variants if (file := row_file(folder, subject, variant)).exists()]:
             pictures.mkdir(exist_ok=True)
-            stack(files, pictures / f"{slug(subject)}.webp")
+            stack([Image.open(file) for file in files]).save(pictures / f"{slug(subject)}.webp", quality=90)
             text += ["", f"![Frames of the first scene]({pictures.name}/{slug(subject)}.webp)"]
         text.append("")
     return "\n".join(text)
@@ -559,7 +549,7 @@ def main() -> None:
     for result in run(args):
         line = result._asdict()
         if (video := line.pop("video")) is not None:
-            write_row(row_of(args.out, result.subject, result.variant), result.variant or "default", video)
+            write_row(row_file(args.out, result.subject, result.variant), result.variant or "default", video)
         with (args.out / MADE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         figures = ", ".join(f"{name} {value:g}" for name, value in result.figures.items())

@@ -79,6 +79,15 @@ def test_the_truth_scores_full_marks(subject, tmp_path):
         assert worse > better if name in LOWER_IS_BETTER else worse < better, name
 
 
+def test_speakers_who_speak_in_the_wrong_order_are_noticed(tmp_path):
+    _, faces = quality.pair_of(0)
+    exchanged = [replace(face, mouth=other.mouth) for face, other in zip(faces, faces[::-1], strict=True)]
+    video = torch.cat([*world.render_faces(exchanged, quality.FACE, quality.FACE)], dim=-1)
+    found = quality.two_speakers(0, tmp_path, wrong=False).judge(video)
+    assert not found["the one who speaks moves more"]
+    assert found["correlation of mouths and speech"] < 0.3
+
+
 def test_a_mouth_that_never_moves_is_noticed(tmp_path):
     face = world.make_face(quality.HELD_OUT, np.zeros(99), blinks=False)
     still = world.render_faces([face], quality.FACE, quality.FACE)[0]

@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402  needs the path above
 from diffusers import FlowMatchEulerDiscreteScheduler  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
@@ -49,14 +50,16 @@ def main() -> None:
         source = options.weights / f"{family}.safetensors"
         if not source.is_file():  # trained alone
             continue
-        lacking = {name for name, of in TRANSFORMERS.items() if of == family} - models_in(load_file(source))
+        with safe_open(source, framework="pt") as trained:
+            lacking = {name for name, of in TRANSFORMERS.items() if of == family} - models_in(trained.keys())
         if lacking:
             parser.error(f"--weights {options.weights}: {source.name} lacks {', '.join(sorted(lacking))}; train it too")
         pack(source, options.out / source.name)
 
 
-def models_in(tensors: Mapping[str, Tensor]) -> set[str]:
-    return {name.split(".")[0] for name in tensors}
+def models_in(names: Iterable[str]) -> set[str]:
+    """The models that tensors belong to."""
+    return {name.split(".")[0] for name in names}
 
 
 def pack(source: Path, target: Path) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from skyreels_v3.checkpoints.tiny import WEIGHTS
+from tests.conftest import ROOT
 from training import pack, train
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def run(script: str, *args: object) -> tuple[int, str]:
